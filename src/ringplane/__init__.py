@@ -1,0 +1,20 @@
+"""ringplane: a vhost-user-blk back end whose data plane is Python, compiled by Numba, outside the GIL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+__all__ = ["Export", "serve"]
+
+if TYPE_CHECKING:
+    from ringplane.export import Export, serve
+
+
+def __getattr__(name: str) -> Any:
+    # Numba takes a quarter of a second to import; `ringplane --help` shall not wait for it.
+    if name in __all__:
+        from ringplane import export
+
+        return getattr(export, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,126 @@
+"""Guest memory: shared regions, translation of guest-physical and user addresses to our own."""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.native import libc
+from ringplane.native.access import view
+from ringplane.native.jit import compiled
+
+# One region as the data plane sees it; a table is an array of these. Addresses and sizes in bytes.
+REGION = np.dtype([("guest", "<i8"), ("size", "<i8"), ("host", "<i8")])
+REGION_SIZE = REGION.itemsize
+
+# Compiled code adds offsets to addresses as int64, where an overflow is undefined: the end must still be one.
+MAX_ADDRESS = (1 << 63) - 1
+
+
+class BadMemory(ValueError):
+    """The front end described memory that cannot be: the text says what is wrong with it."""
+
+
+class Mapping:
+    """A shared mapping of `size` bytes of `fd` from `offset`; unmapped when the last table that uses it is gone.
+
+    Reference counting is the point: a table that was replaced is kept by the worker as long as requests that were
+    translated with it are in flight, and with it the mapping.
+    """
+
+    def __init__(self, fd: int, size: int, offset: int) -> None:
+        """Map; raises BadMemory when the file is too short, OSError when the kernel refuses."""
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and offset + size > status.st_size:
+            raise BadMemory(f"region of {size} bytes at {offset} of a file of only {status.st_size} bytes")
+        # hugetlbfs maps whole huge pages only, and reports their size as the file's block size.
+        page = max(os.sysconf("SC_PAGE_SIZE"), status.st_blksize)
+        lead = offset % page
+        length = -(-(size + lead) // page) * page
+        start = libc.mmap_shared(fd, length, offset - lead)
+        # Not at the interpreter's exit, where a worker's thread may still be running.
+        weakref.finalize(self, libc.munmap, start, length).atexit = False
+        self.address = start + lead
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where one piece of guest memory is in the guest, in the front end and here."""
+
+    guest_address: int
+    user_address: int
+    size: int
+    mapping: Mapping
+
+    @classmethod
+    def map(cls, guest_address: int, user_address: int, size: int, mmap_offset: int, fd: int) -> Region:
+        """Check what the front end says and map it; raises BadMemory or OSError. The fd stays the caller's."""
+        if size == 0:
+            raise BadMemory("a region of zero bytes")
+        for name, value in (("guest address", guest_address), ("user address", user_address), ("offset", mmap_offset)):
+            if value + size > MAX_ADDRESS:
+                raise BadMemory(f"{name} {value:#x} + size {size:#x} is not below 2^63")
+        return cls(guest_address, user_address, size, Mapping(fd, size, mmap_offset))
+
+    def overlaps(self, other: Region) -> bool:
+        return (
+            self.guest_address < other.guest_address + other.size
+            and other.guest_address < self.guest_address + self.size
+        )
+
+
+class MemoryTable:
+    """An immutable set of regions, and its compiled form: `address` of `count` REGION structs."""
+
+    def __init__(self, regions: Iterable[Region] = ()) -> None:
+        """Raises BadMemory when two regions overlap in guest-physical space."""
+        self.regions = tuple(sorted(regions, key=lambda region: region.guest_address))
+        for lower, upper in zip(self.regions, self.regions[1:], strict=False):
+            if lower.overlaps(upper):
+                raise BadMemory(f"regions at {lower.guest_address:#x} and {upper.guest_address:#x} overlap")
+        self._array: npt.NDArray[np.void] = np.zeros(max(1, len(self.regions)), REGION)
+        for entry, region in zip(self._array, self.regions, strict=False):
+            entry["guest"], entry["size"] = region.guest_address, region.size
+            entry["host"] = region.mapping.address
+        self.address = int(self._array.ctypes.data)
+        self.count = len(self.regions)
+
+    def user_to_host(self, user_address: int, size: int) -> int:
+        """Our address of `size` bytes at the front end's `user_address` (how it names rings); raises BadMemory."""
+        for region in self.regions:
+            offset = user_address - region.user_address
+            if offset >= 0 and offset + size <= region.size:
+                return region.mapping.address + offset
+        raise BadMemory(f"{size} bytes at user address {user_address:#x} are not inside one region")
+
+    def adding(self, region: Region) -> MemoryTable:
+        """This table and one region more; raises BadMemory when they overlap."""
+        return MemoryTable((*self.regions, region))
+
+    def removing(self, guest_address: int, user_address: int, size: int) -> MemoryTable:
+        """This table without that region; raises BadMemory when it has no such region."""
+        wanted = (guest_address, user_address, size)
+        kept = [r for r in self.regions if (r.guest_address, r.user_address, r.size) != wanted]
+        if len(kept) == len(self.regions):
+            raise BadMemory(f"no region of {size} bytes at guest address {guest_address:#x} to remove")
+        return MemoryTable(kept)
+
+
+@compiled
+def find_region(regions, count, guest, last):
+    """The index of the region that holds guest-physical address `guest`, looked for at `last` first; -1 if none."""
+    if last < count:
+        region = view(regions + last * REGION_SIZE, REGION)
+        if region.guest <= guest and guest - region.guest < region.size:
+            return last
+    for index in range(count):
+        region = view(regions + index * REGION_SIZE, REGION)
+        if region.guest <= guest and guest - region.guest < region.size:
+            return index
+    return -1

@@ -1,0 +1,1 @@
+"""What C takes from headers: loads, stores, fences, system calls and struct views for compiled Python."""

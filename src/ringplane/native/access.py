@@ -1,0 +1,155 @@
+"""Loads, stores and fences on plain addresses, and named-field views of structs, for compiled code.
+
+Every integer is an int64. Loads zero-extend, stores truncate. All loads and stores here are atomic: the compiler may
+neither repeat nor split them, so a value that a guest can change under us is read exactly once.
+
+Orderings are those of the C11 memory model:
+- relaxed: atomicity alone;
+- acquire: what stands after this load in the program happens after it (pairs with a release store of the writer);
+- release: what stands before this store happens before it (pairs with an acquire load of the reader);
+- `fence`: sequentially consistent, for "I stored mine, now I look at yours" on both sides (store, fence, load).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+INT64 = ir.IntType(64)
+
+
+def _pointer(builder: Any, address: Any, bits: int) -> Any:
+    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+
+def _make_load(bits: int, ordering: str, doc: str) -> Any:
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.load_atomic(_pointer(builder, args[0], bits), ordering, align=bits // 8)
+            return value if bits == 64 else builder.zext(value, INT64)
+
+        return types.int64(types.int64), codegen
+
+    load.__doc__ = doc
+    return intrinsic(load)
+
+
+def _make_store(bits: int, ordering: str, doc: str) -> Any:
+    def store(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = args[1] if bits == 64 else builder.trunc(args[1], ir.IntType(bits))
+            builder.store_atomic(value, _pointer(builder, args[0], bits), ordering, align=bits // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    store.__doc__ = doc
+    return intrinsic(store)
+
+
+load8 = _make_load(8, "monotonic", "Relaxed load of 8 bits.")
+load16 = _make_load(16, "monotonic", "Relaxed load of 16 bits from an aligned address.")
+load32 = _make_load(32, "monotonic", "Relaxed load of 32 bits from an aligned address.")
+load64 = _make_load(64, "monotonic", "Relaxed load of 64 bits from an aligned address.")
+load16_acquire = _make_load(16, "acquire", "Acquire load of 16 bits from an aligned address.")
+load32_acquire = _make_load(32, "acquire", "Acquire load of 32 bits from an aligned address.")
+store8 = _make_store(8, "monotonic", "Relaxed store of 8 bits.")
+store16 = _make_store(16, "monotonic", "Relaxed store of 16 bits to an aligned address.")
+store32 = _make_store(32, "monotonic", "Relaxed store of 32 bits to an aligned address.")
+store64 = _make_store(64, "monotonic", "Relaxed store of 64 bits to an aligned address.")
+store16_release = _make_store(16, "release", "Release store of 16 bits to an aligned address.")
+store64_release = _make_store(64, "release", "Release store of 64 bits to an aligned address.")
+store32_release = _make_store(32, "release", "Release store of 32 bits to an aligned address.")
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """A sequentially consistent fence: nothing before it moves behind it, nothing behind it moves before it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def wrapping_add(typingctx: Any, a: Any, b: Any) -> Any:
+    """a + b modulo 2^64. Numba tells LLVM that its own + - * never overflow, so what does is compiled to nonsense."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.add(*args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def wrapping_mul(typingctx: Any, a: Any, b: Any) -> Any:
+    """a * b modulo 2^64; see `wrapping_add`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.mul(*args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def count_leading_zeros(typingctx: Any, value: Any) -> Any:
+    """Leading zero bits of a 64-bit value; 64 for zero."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def view(typingctx: Any, address: Any, dtype: Any) -> Any:
+    """The struct of layout `dtype` (a NumPy structured dtype) at `address`, its fields read and written by name.
+
+    Plain memory access: for what one thread owns, or what the kernel has handed over. What others write
+    concurrently is read with the loads above.
+    """
+    record = getattr(dtype, "dtype", None)
+    if not isinstance(record, types.Record):
+        raise TypingError("view() needs a structured dtype")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(record))
+
+    return record(types.int64, dtype), codegen
+
+
+@intrinsic
+def address_of(typingctx: Any, record: Any) -> Any:
+    """The address of a struct obtained from `view`."""
+    if not isinstance(record, types.Record):
+        raise TypingError("address_of() needs a record")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], INT64)
+
+    return types.int64(record), codegen
+
+
+def external(name: str, builder: Any, result: Any, parameters: list[Any], var_arg: bool = False) -> Any:
+    """A C library function by symbol, so that compiled code can be cached."""
+    from numba.core import cgutils
+
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, parameters, var_arg), name)
+
+
+@intrinsic
+def copy(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
+    """memmove(3): `size` bytes from `source` to `target`, which may overlap."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        memmove = external("memmove", builder, INT64, [INT64, INT64, INT64])
+        builder.call(memmove, args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen

@@ -1,0 +1,102 @@
+"""The few C library calls that the control plane needs and Python's standard library lacks, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+import numpy as np
+
+from ringplane.native.syscalls import (
+    EPOLL_EVENT,
+    SYS_IO_DESTROY,
+    SYS_IO_SETUP,
+    SYS_IO_URING_REGISTER,
+    SYS_IO_URING_SETUP,
+)
+
+PROT_READ, PROT_WRITE = 1, 2
+MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.syscall.restype = ctypes.c_long
+
+
+def _error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
+
+
+def mmap_shared(fd: int, size: int, offset: int) -> int:
+    """mmap(2): the address of `size` bytes of `fd` from `offset`, readable, writable and shared; raises OSError."""
+    address = _libc.mmap(None, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, offset)
+    if address == MAP_FAILED or address is None:
+        raise _error()
+    return int(address)
+
+
+def munmap(address: int, size: int) -> None:
+    """munmap(2); raises OSError."""
+    if _libc.munmap(address, size) != 0:
+        raise _error()
+
+
+def io_setup(events: int) -> int:
+    """io_setup(2): the address (and handle) of a new AIO context for `events` requests; raises OSError."""
+    context = ctypes.c_ulong(0)
+    if _libc.syscall(ctypes.c_long(SYS_IO_SETUP), ctypes.c_uint(events), ctypes.byref(context)) != 0:
+        raise _error()
+    return context.value
+
+
+def io_destroy(context: int) -> None:
+    """io_destroy(2): waits for what is in flight; raises OSError."""
+    if _libc.syscall(ctypes.c_long(SYS_IO_DESTROY), ctypes.c_ulong(context)) != 0:
+        raise _error()
+
+
+EPOLL_CTL_ADD = 1
+
+
+def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
+    """epoll_ctl(2), EPOLL_CTL_ADD, with 64 bits of our own to come back with each event; raises OSError."""
+    event = np.zeros(1, EPOLL_EVENT)
+    event["events"], event["data"] = events, data
+    if _libc.epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, ctypes.c_void_p(event.ctypes.data)) != 0:
+        raise _error()
+
+
+AT_EMPTY_PATH = 0x1000
+STATX_DIOALIGN = 0x2000
+# struct statx: 256 bytes, its mask at 0, stx_dio_mem_align and stx_dio_offset_align at 0x98
+STATX_SIZE, STATX_MASK_OFFSET, STATX_DIO_OFFSET = 256, 0, 0x98
+
+
+def direct_io_alignment(fd: int) -> tuple[int, int] | None:
+    """What O_DIRECT on `fd` wants of (memory addresses, offsets and lengths) in bytes; None if the kernel won't say."""
+    statx = ctypes.create_string_buffer(STATX_SIZE)
+    if _libc.statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, statx) != 0:
+        return None
+    (mask,) = struct.unpack_from("I", statx, STATX_MASK_OFFSET)
+    memory, block = struct.unpack_from("II", statx, STATX_DIO_OFFSET)
+    return (memory, block) if mask & STATX_DIOALIGN and memory and block else None
+
+
+def io_uring_setup(entries: int, params: int) -> int:
+    """io_uring_setup(2): the fd of a new ring; `params` is the address of a struct io_uring_params. Raises OSError."""
+    fd = _libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(entries), ctypes.c_void_p(params))
+    if fd < 0:
+        raise _error()
+    return int(fd)
+
+
+def io_uring_register(ring_fd: int, opcode: int, argument: int = 0, count: int = 0) -> None:
+    """io_uring_register(2); raises OSError."""
+    numbers = (ctypes.c_long(SYS_IO_URING_REGISTER), ctypes.c_int(ring_fd), ctypes.c_uint(opcode))
+    if _libc.syscall(*numbers, ctypes.c_void_p(argument), ctypes.c_uint(count)) < 0:
+        raise _error()

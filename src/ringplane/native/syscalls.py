@@ -1,0 +1,98 @@
+"""Linux system calls from compiled code, by number; each returns what the kernel returns: a result or -errno."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ringplane.native.access import INT64, external
+from ringplane.native.jit import compiled
+
+MACHINE = platform.machine()
+
+# From the kernel's system call tables: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+NUMBERS = {
+    "x86_64": {"write": 1, "epoll_pwait": 281, "io_setup": 206, "io_destroy": 207, "io_submit": 209},
+    "aarch64": {"write": 64, "epoll_pwait": 22, "io_setup": 0, "io_destroy": 1, "io_submit": 2},
+}
+if MACHINE not in NUMBERS:
+    raise ImportError(f"ringplane runs on x86_64 and aarch64 Linux, not on {MACHINE}")
+
+# Calls since Linux 5.0 have the same number everywhere.
+SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
+
+SYS_WRITE = NUMBERS[MACHINE]["write"]
+SYS_EPOLL_PWAIT = NUMBERS[MACHINE]["epoll_pwait"]
+SYS_IO_SETUP = NUMBERS[MACHINE]["io_setup"]
+SYS_IO_DESTROY = NUMBERS[MACHINE]["io_destroy"]
+SYS_IO_SUBMIT = NUMBERS[MACHINE]["io_submit"]
+
+EINTR, EAGAIN = 4, 11
+
+# epoll_ctl(2): packed on x86-64 alone.
+EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
+
+# readv(2)
+IOVEC = np.dtype([("base", "<i8"), ("len", "<i8")])
+
+
+@intrinsic
+def _syscall(typingctx: Any, number: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
+    """syscall(2), with its -1 and errno turned back into the kernel's -errno."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        syscall = external("syscall", builder, INT64, [INT64], var_arg=True)
+        errno_location = external("__errno_location", builder, ir.IntType(32).as_pointer(), [])
+        returned = builder.call(syscall, args)
+        result = cgutils.alloca_once_value(builder, returned)
+        failed = builder.icmp_signed("==", returned, ir.Constant(INT64, -1))
+        with cgutils.if_unlikely(builder, failed):
+            errno = builder.sext(builder.load(builder.call(errno_location, [])), INT64)
+            builder.store(builder.neg(errno), result)
+        return builder.load(result)
+
+    return types.int64(*[types.int64] * 7), codegen
+
+
+@intrinsic
+def monotonic_ns(typingctx: Any) -> Any:
+    """clock_gettime(2) of CLOCK_MONOTONIC in nanoseconds, through the vDSO: no system call."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        timespec = cgutils.alloca_once(builder, ir.ArrayType(INT64, 2))
+        clock_gettime = external("clock_gettime", builder, ir.IntType(32), [ir.IntType(32), timespec.type])
+        builder.call(clock_gettime, [ir.Constant(ir.IntType(32), 1), timespec])
+        seconds = builder.load(cgutils.gep_inbounds(builder, timespec, 0, 0))
+        nanoseconds = builder.load(cgutils.gep_inbounds(builder, timespec, 0, 1))
+        return builder.add(builder.mul(seconds, ir.Constant(INT64, 1_000_000_000)), nanoseconds)
+
+    return types.int64(), codegen
+
+
+@compiled
+def write(fd, buffer, size):
+    """write(2)"""
+    return _syscall(SYS_WRITE, fd, buffer, size, 0, 0, 0)
+
+
+@compiled
+def epoll_wait(epoll_fd, events, max_events, timeout_ms):
+    """epoll_wait(2): `events` is the address of EPOLL_EVENT structs."""
+    return _syscall(SYS_EPOLL_PWAIT, epoll_fd, events, max_events, timeout_ms, 0, 0)
+
+
+@compiled
+def io_submit(context, count, iocb_pointers):
+    """io_submit(2): how many of `count` control blocks the kernel took, or -errno of the first."""
+    return _syscall(SYS_IO_SUBMIT, context, count, iocb_pointers, 0, 0, 0)
+
+
+@compiled
+def io_uring_enter(ring_fd, to_submit, min_complete, flags, argument, size):
+    """io_uring_enter(2): how many submissions the kernel took, or -errno."""
+    return _syscall(SYS_IO_URING_ENTER, ring_fd, to_submit, min_complete, flags, argument, size)
