@@ -1,0 +1,66 @@
+"""virtio-blk: request types, status values, feature bits and the configuration space (virtio 1.2, section 5.2)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SECTOR = 512
+
+# Feature bits, section 5.2.3
+VIRTIO_BLK_F_SIZE_MAX = 1 << 1
+VIRTIO_BLK_F_SEG_MAX = 1 << 2
+VIRTIO_BLK_F_RO = 1 << 5
+VIRTIO_BLK_F_BLK_SIZE = 1 << 6
+VIRTIO_BLK_F_FLUSH = 1 << 9
+VIRTIO_BLK_F_TOPOLOGY = 1 << 10
+VIRTIO_BLK_F_MQ = 1 << 12
+
+# Request types, section 5.2.6
+VIRTIO_BLK_T_IN = 0
+VIRTIO_BLK_T_OUT = 1
+VIRTIO_BLK_T_FLUSH = 4
+VIRTIO_BLK_T_GET_ID = 8
+# Set by drivers of the time before flush; to be ignored (legacy interface, section 5.2.6.3).
+VIRTIO_BLK_T_BARRIER = 0x8000_0000
+
+# Status values, section 5.2.6
+VIRTIO_BLK_S_OK = 0
+VIRTIO_BLK_S_IOERR = 1
+VIRTIO_BLK_S_UNSUPP = 2
+
+# GET_ID answers with a string of this many bytes, padded with zeros, without one at the end if it fills them.
+VIRTIO_BLK_ID_BYTES = 20
+
+# struct virtio_blk_req up to its data. Read through loads at these offsets: the driver may change it under us.
+HEADER = np.dtype([("type", "<u4"), ("reserved", "<u4"), ("sector", "<u8")])
+HEADER_SIZE = HEADER.itemsize
+
+# struct virtio_blk_config, section 5.2.4
+CONFIG = np.dtype(
+    [
+        ("capacity", "<u8"),
+        ("size_max", "<u4"),
+        ("seg_max", "<u4"),
+        ("cylinders", "<u2"),
+        ("heads", "u1"),
+        ("sectors", "u1"),
+        ("blk_size", "<u4"),
+        ("physical_block_exp", "u1"),
+        ("alignment_offset", "u1"),
+        ("min_io_size", "<u2"),
+        ("opt_io_size", "<u4"),
+        ("writeback", "u1"),
+        ("unused0", "u1"),
+        ("num_queues", "<u2"),
+        ("max_discard_sectors", "<u4"),
+        ("max_discard_seg", "<u4"),
+        ("discard_sector_alignment", "<u4"),
+        ("max_write_zeroes_sectors", "<u4"),
+        ("max_write_zeroes_seg", "<u4"),
+        ("write_zeroes_may_unmap", "u1"),
+        ("unused1", "u1", (3,)),
+        ("max_secure_erase_sectors", "<u4"),
+        ("max_secure_erase_seg", "<u4"),
+        ("secure_erase_sector_alignment", "<u4"),
+    ]
+)
