@@ -1,0 +1,251 @@
+"""Engine `aio`: Linux native AIO (io_submit(2)), completions read from the ring that the kernel shares with us.
+
+Facts that this file depends on:
+- An `aio_context_t` is the address of a `struct aio_ring` in our own memory. Reading completions there and advancing
+  its head saves io_getevents(2); the kernel takes the head from the ring when it accounts for free places.
+- io_submit(2) stops at the first control block that it refuses: it returns how many it took, or, if that was the
+  first, -errno. EAGAIN means no room now; any other error is that control block's own.
+- On a file system without O_DIRECT, and on tmpfs, the I/O happens inside io_submit(2): it has ended when it returns.
+- IOCB_CMD_FDSYNC exists since Linux 4.18, and wants all unused fields zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.engines.common import AIO, COMPLETION, COMPLETION_SIZE, ENGINE_FIELDS, MAX_TOKENS, READ
+from ringplane.native import libc
+from ringplane.native.access import load32, load32_acquire, load64, store32_release, store64, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import EAGAIN, EINTR, EPOLL_EVENT, IOVEC, epoll_wait, io_submit
+
+EPOLL_EVENT_SIZE = EPOLL_EVENT.itemsize
+
+# include/uapi/linux/aio_abi.h, little-endian
+IOCB = np.dtype(
+    [
+        ("data", "<i8"),
+        ("key", "<u4"),
+        ("rw_flags", "<i4"),
+        ("lio_opcode", "<u2"),
+        ("reqprio", "<i2"),
+        ("fildes", "<u4"),
+        ("buf", "<i8"),
+        ("nbytes", "<i8"),
+        ("offset", "<i8"),
+        ("reserved2", "<i8"),
+        ("flags", "<u4"),
+        ("resfd", "<u4"),
+    ]
+)
+IOCB_SIZE = IOCB.itemsize
+IOCB_CMD_PREAD, IOCB_CMD_PWRITE, IOCB_CMD_FDSYNC, IOCB_CMD_PREADV, IOCB_CMD_PWRITEV = 0, 1, 3, 7, 8
+IOCB_FLAG_RESFD = 1
+RWF_DSYNC = 2
+IOV_MAX = 1024
+
+IO_EVENT = np.dtype([("data", "<i8"), ("obj", "<i8"), ("res", "<i8"), ("res2", "<i8")])
+IO_EVENT_SIZE = IO_EVENT.itemsize
+
+# struct aio_ring of the kernel's fs/aio.c, all fields of 32 bits
+RING_NR, RING_HEAD, RING_TAIL, RING_MAGIC, RING_INCOMPAT, RING_HEADER_LENGTH = 4, 8, 12, 16, 24, 28
+AIO_RING_MAGIC = 0xA10A10A1
+
+
+AIO_ENGINE = np.dtype(
+    [
+        *ENGINE_FIELDS,
+        ("context", "<i8"),
+        ("event_fd", "<i8"),
+        ("iocbs", "<i8"),
+        ("batch", "<i8"),  # addresses of the prepared control blocks
+        ("failed", "<i8"),  # completions of control blocks that io_submit(2) refused
+        ("epoll_fd", "<i8"),
+        ("events", "<i8"),  # EPOLL_EVENT structs
+    ]
+)
+
+# The token of the completions' own eventfd: it wakes us, and is not reported.
+TOKEN_COMPLETIONS = 0
+
+
+@compiled
+def wait(engine, timeout_ms):
+    """Sleep in epoll_wait(2) until something happens; returns how many tokens it put at `engine.tokens`.
+
+    Fds are watched edge-triggered, so they need not be read: each write to an eventfd is a new edge, whether it was
+    read before or not. An eventfd that nobody reads overflows after 2^64 writes.
+    """
+    count = epoll_wait(engine.epoll_fd, engine.events, MAX_TOKENS, timeout_ms)
+    tokens = 0
+    for index in range(count):
+        token = view(engine.events + index * EPOLL_EVENT_SIZE, EPOLL_EVENT).data
+        if token != TOKEN_COMPLETIONS:
+            store64(engine.tokens + 8 * tokens, token)
+            tokens += 1
+    return tokens
+
+
+@compiled
+def _prepare(engine, slot, opcode, fd, buffer, size, offset, flags):
+    iocb = view(engine.iocbs + slot * IOCB_SIZE, IOCB)
+    iocb.data = slot
+    iocb.rw_flags = flags
+    iocb.lio_opcode = opcode
+    iocb.fildes = fd
+    iocb.buf = buffer
+    iocb.nbytes = size
+    iocb.offset = offset
+    iocb.flags = IOCB_FLAG_RESFD
+    iocb.resfd = engine.event_fd
+    store64(engine.batch + 8 * engine.prepared, engine.iocbs + slot * IOCB_SIZE)
+    engine.prepared += 1
+
+
+@compiled
+def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
+    """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: a write that ends when stable."""
+    flags = RWF_DSYNC if dsync else 0
+    if iov_count == 1:
+        single = view(iov, IOVEC)
+        opcode = IOCB_CMD_PREAD if operation == READ else IOCB_CMD_PWRITE
+        _prepare(engine, slot, opcode, fd, single.base, single.len, offset, flags)
+    else:
+        opcode = IOCB_CMD_PREADV if operation == READ else IOCB_CMD_PWRITEV
+        _prepare(engine, slot, opcode, fd, iov, min(iov_count, IOV_MAX), offset, flags)
+
+
+@compiled
+def prepare_flush(engine, slot, fd):
+    """Queue an fdatasync(2), which the kernel runs on a thread of its own."""
+    _prepare(engine, slot, IOCB_CMD_FDSYNC, fd, 0, 0, 0, 0)
+
+
+@compiled
+def _complete(engine, count, slot, result):
+    completion = view(engine.completions + count * COMPLETION_SIZE, COMPLETION)
+    completion.slot = slot
+    completion.result = result
+
+
+@compiled
+def submit(engine):
+    """Hand the queued operations to the kernel. What it does not take now stays queued, in order."""
+    done = 0
+    engine.stuck = 0
+    while done < engine.prepared:
+        taken = io_submit(engine.context, engine.prepared - done, engine.batch + 8 * done)
+        if taken > 0:
+            done += taken
+        elif taken == -EINTR:
+            continue
+        elif taken == -EAGAIN or taken == 0:
+            engine.stuck = 1
+            break
+        else:
+            # The first control block is refused for itself: it ends here, the others go on.
+            iocb = view(load64(engine.batch + 8 * done), IOCB)
+            _complete(engine, engine.failed, iocb.data, taken)
+            engine.failed += 1
+            done += 1
+    engine.prepared -= done
+    for index in range(engine.prepared if done > 0 else 0):
+        store64(engine.batch + 8 * index, load64(engine.batch + 8 * (done + index)))
+
+
+@compiled
+def reap(engine):
+    """Collect what has ended into `engine.completions`; returns how many."""
+    count = engine.failed
+    engine.failed = 0
+    ring = engine.context
+    size = load32(ring + RING_NR)
+    events = ring + load32(ring + RING_HEADER_LENGTH)
+    head = load32(ring + RING_HEAD)
+    # Acquire: events are read after the tail. Pairs with the write barrier in the kernel's aio_complete().
+    tail = load32_acquire(ring + RING_TAIL)
+    while head != tail and count < engine.capacity:
+        event = view(events + head * IO_EVENT_SIZE, IO_EVENT)
+        _complete(engine, count, event.data, event.res)
+        count += 1
+        head += 1
+        if head == size:
+            head = 0
+    # Release: the events have been read before the kernel may reuse their places.
+    store32_release(ring + RING_HEAD, head)
+    return count
+
+
+class Aio:
+    """Owns an AIO context, its eventfd and an epoll; `address` is that of the AIO_ENGINE struct."""
+
+    name = "aio"
+
+    def __init__(self, capacity: int) -> None:
+        """Raises OSError with a text that says what to do when the kernel has no room for `capacity` requests."""
+        self._context = _io_setup(capacity)
+        self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._iocbs = np.zeros(capacity, IOCB)
+        self._batch = np.zeros(capacity, np.int64)
+        self._completions = np.zeros(capacity, COMPLETION)
+        self._tokens = np.zeros(MAX_TOKENS, np.int64)
+        self._events = np.zeros(MAX_TOKENS, EPOLL_EVENT)
+        self._engine: npt.NDArray[np.void] = np.zeros(1, AIO_ENGINE)
+        self.address = int(self._engine.ctypes.data)
+        for name, value in {
+            "kind": AIO,
+            "capacity": capacity,
+            "completions": self._completions.ctypes.data,
+            "tokens": self._tokens.ctypes.data,
+            "context": self._context,
+            "event_fd": self.event_fd,
+            "iocbs": self._iocbs.ctypes.data,
+            "batch": self._batch.ctypes.data,
+            "epoll_fd": self._epoll.fileno(),
+            "events": self._events.ctypes.data,
+        }.items():
+            self._engine[name] = value
+        self.watch(self.event_fd, TOKEN_COMPLETIONS)
+
+    def attach_thread(self) -> None:
+        """Called by the thread that will use the engine; AIO does not mind which."""
+
+    def watch(self, fd: int, token: int) -> None:
+        """Report `token` (not 0) when there is something new to read from `fd`; OSError if it can't be polled."""
+        libc.epoll_add(self._epoll.fileno(), fd, select.EPOLLIN | select.EPOLLET, token)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching; a second call does nothing."""
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """Destroy the context (waits for what is in flight) and close the fds; a second call does nothing."""
+        if self._context:
+            libc.io_destroy(self._context)
+            os.close(self.event_fd)
+            self._epoll.close()
+            self._context = 0
+
+
+def _io_setup(capacity: int) -> int:
+    try:
+        context = libc.io_setup(capacity)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            text = f"the kernel has no room for {capacity} more AIO requests: raise sysctl fs.aio-max-nr"
+            raise OSError(error.errno, text) from None
+        raise
+    header = (ctypes.c_uint32 * 8).from_address(context)
+    if header[RING_MAGIC // 4] != AIO_RING_MAGIC or header[RING_INCOMPAT // 4] != 0:
+        libc.io_destroy(context)
+        raise OSError(errno.ENOSYS, "this kernel's AIO ring has an unknown layout")
+    return context

@@ -1,0 +1,49 @@
+"""The engines' functions for the engine that a worker has: one branch, the same for all requests of a worker."""
+
+from __future__ import annotations
+
+from ringplane.engines import aio, uring
+from ringplane.engines.aio import AIO_ENGINE
+from ringplane.engines.common import IO_URING
+from ringplane.engines.uring import URING_ENGINE
+from ringplane.native.access import address_of, view
+from ringplane.native.jit import compiled
+
+
+@compiled
+def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
+    """See engines/__init__.py for this and all others."""
+    if engine.kind == IO_URING:
+        ring = view(address_of(engine), URING_ENGINE)
+        uring.prepare_io(ring, slot, operation, fd, iov, iov_count, offset, dsync)
+    else:
+        aio.prepare_io(view(address_of(engine), AIO_ENGINE), slot, operation, fd, iov, iov_count, offset, dsync)
+
+
+@compiled
+def prepare_flush(engine, slot, fd):
+    if engine.kind == IO_URING:
+        uring.prepare_flush(view(address_of(engine), URING_ENGINE), slot, fd)
+    else:
+        aio.prepare_flush(view(address_of(engine), AIO_ENGINE), slot, fd)
+
+
+@compiled
+def submit(engine):
+    """Nothing for io_uring: its `wait` submits."""
+    if engine.kind != IO_URING:
+        aio.submit(view(address_of(engine), AIO_ENGINE))
+
+
+@compiled
+def wait(engine, timeout_ms):
+    if engine.kind == IO_URING:
+        return uring.wait(view(address_of(engine), URING_ENGINE), timeout_ms)
+    return aio.wait(view(address_of(engine), AIO_ENGINE), timeout_ms)
+
+
+@compiled
+def reap(engine):
+    if engine.kind == IO_URING:
+        return uring.reap(view(address_of(engine), URING_ENGINE))
+    return aio.reap(view(address_of(engine), AIO_ENGINE))

@@ -1,0 +1,320 @@
+"""Engine `io_uring`: one system call submits, completes and waits, and kicks arrive through the same ring.
+
+Facts that this file depends on:
+- With SINGLE_ISSUER and DEFER_TASKRUN (Linux 6.1) completions are made only inside io_uring_enter(2) with GETEVENTS,
+  on the thread that enabled the ring: no interrupts of that thread, no other thread may submit.
+- A multishot poll posts a completion for each wake-up of the fd, edge-triggered: an eventfd need not be read. When its
+  completion lacks IORING_CQE_F_MORE (an overflow of the completion queue, say) the poll has ended and is made again.
+- Without SQPOLL the kernel reads submissions only inside io_uring_enter(2), so the submission queue needs no barriers
+  of ours beyond a release of its tail.
+- Submissions are consumed in order, and all of them: an invalid one ends with a completion of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ
+from ringplane.native import libc
+from ringplane.native.access import load32, load32_acquire, store32_release, store64, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import IOVEC, io_uring_enter
+
+# include/uapi/linux/io_uring.h
+SQE = np.dtype(
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),
+        ("ioprio", "<u2"),
+        ("fd", "<i4"),
+        ("off", "<i8"),
+        ("addr", "<i8"),
+        ("len", "<u4"),
+        ("op_flags", "<u4"),
+        ("user_data", "<i8"),
+        ("buf_index", "<u2"),
+        ("personality", "<u2"),
+        ("file_index", "<u4"),
+        ("addr3", "<i8"),
+        ("pad", "<i8"),
+    ]
+)
+SQE_SIZE = SQE.itemsize
+CQE = np.dtype([("user_data", "<i8"), ("res", "<i4"), ("flags", "<u4")])
+CQE_SIZE = CQE.itemsize
+
+IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC = 1, 2, 3
+IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, IORING_OP_READ, IORING_OP_WRITE = 6, 14, 22, 23
+IORING_FSYNC_DATASYNC = 1
+IORING_POLL_ADD_MULTI = 1
+IORING_CQE_F_MORE = 2
+IORING_ENTER_GETEVENTS, IORING_ENTER_EXT_ARG = 1, 8
+IORING_SETUP_R_DISABLED = 1 << 6
+IORING_SETUP_SUBMIT_ALL, IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 7, 1 << 12, 1 << 13
+IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP, IORING_FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
+IORING_REGISTER_ENABLE_RINGS = 12
+IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
+
+# struct io_uring_params, with the offsets into the ring that this file uses
+PARAMS_SIZE = 120
+PARAMS = struct.Struct("=10I 10I 10I")
+
+POLLIN = 1
+RWF_DSYNC = 2
+IOV_MAX = 1024
+# The kernel transfers less than 2^31 bytes at a time, and `len` has 32 bits.
+MAX_LENGTH = 0x7FFF_F000
+MAX_WATCHES = 4096
+
+# What user_data says: a slot number, or one of these bits with the number of a watch, or nothing to be told.
+WATCH_BIT, IGNORED_BIT = 1 << 40, 1 << 41
+NUMBER_MASK = (1 << 32) - 1
+
+# fd: -1 when not in use; token: what to report
+WATCH = np.dtype([("fd", "<i8"), ("token", "<i8")])
+WATCH_SIZE = WATCH.itemsize
+
+# struct io_uring_getevents_arg and the struct __kernel_timespec that it points at
+GETEVENTS_ARG = np.dtype(
+    [("sigmask", "<i8"), ("sigmask_sz", "<u4"), ("pad", "<u4"), ("ts", "<i8"), ("tv_sec", "<i8"), ("tv_nsec", "<i8")]
+)
+GETEVENTS_ARG_SIZE = 24
+
+URING_ENGINE = np.dtype(
+    [
+        *ENGINE_FIELDS,
+        ("ring_fd", "<i8"),
+        ("sqes", "<i8"),
+        ("sq_tail", "<i8"),  # address of the tail that the kernel reads
+        ("sq_mask", "<i8"),
+        ("next_sqe", "<i8"),  # free running; what the tail will be
+        ("cqes", "<i8"),
+        ("cq_head", "<i8"),  # addresses
+        ("cq_tail", "<i8"),
+        ("cq_mask", "<i8"),
+        ("completed", "<i8"),  # completions collected by `wait` and not yet reaped
+        ("watches", "<i8"),  # WATCH structs
+        ("argument", "<i8"),  # GETEVENTS_ARG, for a wait with a limit
+    ]
+)
+
+
+@compiled
+def _next_sqe(engine):
+    """The next submission entry, cleared. There are more than can be prepared between two waits."""
+    sqe = view(engine.sqes + (engine.next_sqe & engine.sq_mask) * SQE_SIZE, SQE)
+    engine.next_sqe = (engine.next_sqe + 1) & NUMBER_MASK
+    engine.prepared += 1
+    sqe.flags = 0
+    sqe.ioprio = 0
+    sqe.off = 0
+    sqe.op_flags = 0
+    sqe.buf_index = 0
+    sqe.personality = 0
+    sqe.file_index = 0
+    sqe.addr3 = 0
+    return sqe
+
+
+@compiled
+def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
+    """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: a write that ends when stable."""
+    sqe = _next_sqe(engine)
+    sqe.fd = fd
+    sqe.off = offset
+    sqe.user_data = slot
+    sqe.op_flags = RWF_DSYNC if dsync else 0
+    if iov_count == 1:
+        single = view(iov, IOVEC)
+        sqe.opcode = IORING_OP_READ if operation == READ else IORING_OP_WRITE
+        sqe.addr = single.base
+        sqe.len = min(single.len, MAX_LENGTH)
+    else:
+        sqe.opcode = IORING_OP_READV if operation == READ else IORING_OP_WRITEV
+        sqe.addr = iov
+        sqe.len = min(iov_count, IOV_MAX)
+
+
+@compiled
+def prepare_flush(engine, slot, fd):
+    """Queue an fdatasync(2), which the kernel runs on a thread of its own."""
+    sqe = _next_sqe(engine)
+    sqe.opcode = IORING_OP_FSYNC
+    sqe.fd = fd
+    sqe.addr = 0
+    sqe.len = 0
+    sqe.op_flags = IORING_FSYNC_DATASYNC
+    sqe.user_data = slot
+
+
+@compiled
+def prepare_watch(engine, number):
+    """Queue a poll of the fd of watch `number` that goes on until it is removed."""
+    sqe = _next_sqe(engine)
+    sqe.opcode = IORING_OP_POLL_ADD
+    sqe.fd = view(engine.watches + number * WATCH_SIZE, WATCH).fd
+    sqe.addr = 0
+    sqe.len = IORING_POLL_ADD_MULTI
+    sqe.op_flags = POLLIN
+    sqe.user_data = WATCH_BIT | number
+
+
+@compiled
+def prepare_unwatch(engine, number):
+    """Queue the cancellation of a poll (POLL_REMOVE would fail if the fd becomes readable at the same moment)."""
+    sqe = _next_sqe(engine)
+    sqe.opcode = IORING_OP_ASYNC_CANCEL
+    sqe.fd = -1
+    sqe.addr = WATCH_BIT | number
+    sqe.len = 0
+    sqe.user_data = IGNORED_BIT
+
+
+@compiled
+def wait(engine, timeout_ms):
+    """Submit what is prepared, and sleep until something completes; returns how many tokens it put at `tokens`."""
+    store32_release(engine.sq_tail, engine.next_sqe)
+    flags, argument, size = IORING_ENTER_GETEVENTS, 0, 0
+    if timeout_ms > 0:
+        limit = view(engine.argument, GETEVENTS_ARG)
+        limit.tv_nsec = timeout_ms * 1_000_000
+        flags, argument, size = flags | IORING_ENTER_EXT_ARG, engine.argument, GETEVENTS_ARG_SIZE
+    taken = io_uring_enter(engine.ring_fd, engine.prepared, 0 if timeout_ms == 0 else 1, flags, argument, size)
+    # An error concerns submission or wait as a whole (EAGAIN: no memory, EBUSY: completions first, EINTR, ETIME): what
+    # was not taken stays queued, and the next turn tries again.
+    if taken > 0:
+        engine.prepared -= taken
+    engine.stuck = 1 if engine.prepared > 0 else 0
+    return _collect(engine)
+
+
+@compiled
+def _collect(engine):
+    """Sort what is in the completion queue into completions and tokens, as far as there is room."""
+    head = load32(engine.cq_head)
+    # Acquire: entries are read after the tail. Pairs with the kernel's release store of it.
+    tail = load32_acquire(engine.cq_tail)
+    tokens = 0
+    while head != tail and engine.completed < engine.capacity and tokens < MAX_TOKENS:
+        cqe = view(engine.cqes + (head & engine.cq_mask) * CQE_SIZE, CQE)
+        number = cqe.user_data & NUMBER_MASK
+        if cqe.user_data & WATCH_BIT:
+            watch = view(engine.watches + number * WATCH_SIZE, WATCH)
+            if watch.fd >= 0:
+                store64(engine.tokens + 8 * tokens, watch.token)
+                tokens += 1
+                if cqe.res >= 0 and not cqe.flags & IORING_CQE_F_MORE:
+                    prepare_watch(engine, number)
+        elif not cqe.user_data & IGNORED_BIT:
+            completion = view(engine.completions + engine.completed * COMPLETION_SIZE, COMPLETION)
+            completion.slot = number
+            completion.result = cqe.res
+            engine.completed += 1
+        head = (head + 1) & NUMBER_MASK
+    # Release: the entries have been read before the kernel may reuse their places.
+    store32_release(engine.cq_head, head)
+    return tokens
+
+
+@compiled
+def reap(engine):
+    """How many completions `wait` has put into `engine.completions`."""
+    count = engine.completed
+    engine.completed = 0
+    return count
+
+
+class Uring:
+    """Owns an io_uring; `address` is that of the URING_ENGINE struct."""
+
+    name = "io_uring"
+
+    def __init__(self, capacity: int) -> None:
+        """Raises OSError where the kernel is older than 6.1 or io_uring is forbidden."""
+        params = (ctypes.c_uint32 * (PARAMS_SIZE // 4))()
+        entries = 1 << (2 * capacity + 64 - 1).bit_length()
+        flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL
+        params[2] = flags | IORING_SETUP_R_DISABLED
+        self._fd = libc.io_uring_setup(entries, ctypes.addressof(params))
+        os.set_inheritable(self._fd, False)
+        fields = PARAMS.unpack_from(params)
+        wanted = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG
+        if fields[5] & wanted != wanted:
+            os.close(self._fd)
+            raise OSError(errno.ENOSYS, "this kernel's io_uring is too old")
+        self._map(fields)
+        self._make_state(capacity, fields)
+
+    def _map(self, fields: tuple[int, ...]) -> None:
+        sq_entries, cq_entries = fields[0], fields[1]
+        sq_array, cqes = fields[10 + 6], fields[20 + 5]
+        self._ring_size = max(sq_array + 4 * sq_entries, cqes + CQE_SIZE * cq_entries)
+        self._sqes_size = SQE_SIZE * sq_entries
+        self._ring = libc.mmap_shared(self._fd, self._ring_size, IORING_OFF_SQ_RING)
+        self._sqes = libc.mmap_shared(self._fd, self._sqes_size, IORING_OFF_SQES)
+        # Entry i of the submission queue is always submission entry i.
+        array = (ctypes.c_uint32 * sq_entries).from_address(self._ring + sq_array)
+        array[:] = list(range(sq_entries))
+
+    def _make_state(self, capacity: int, fields: tuple[int, ...]) -> None:
+        ring, sq, cq = self._ring, fields[10:20], fields[20:30]
+        self._completions = np.zeros(capacity, COMPLETION)
+        self._tokens = np.zeros(MAX_TOKENS, np.int64)
+        self._watches = np.zeros(MAX_WATCHES, WATCH)
+        self._watches["fd"] = -1
+        self._argument = np.zeros(1, GETEVENTS_ARG)
+        self._argument["ts"] = self._argument.ctypes.data + GETEVENTS_ARG_SIZE
+        self._engine: npt.NDArray[np.void] = np.zeros(1, URING_ENGINE)
+        self.address = int(self._engine.ctypes.data)
+        for name, value in {
+            "kind": IO_URING,
+            "capacity": capacity,
+            "submits_in_wait": 1,
+            "completions": self._completions.ctypes.data,
+            "tokens": self._tokens.ctypes.data,
+            "ring_fd": self._fd,
+            "sqes": self._sqes,
+            "sq_tail": ring + sq[1],
+            "sq_mask": fields[0] - 1,
+            "cqes": ring + cq[5],
+            "cq_head": ring + cq[0],
+            "cq_tail": ring + cq[1],
+            "cq_mask": fields[1] - 1,
+            "watches": self._watches.ctypes.data,
+            "argument": self._argument.ctypes.data,
+        }.items():
+            self._engine[name] = value
+
+    def attach_thread(self) -> None:
+        """Make the calling thread the one that submits; nobody else may from now on."""
+        libc.io_uring_register(self._fd, IORING_REGISTER_ENABLE_RINGS)
+
+    def watch(self, fd: int, token: int) -> None:
+        """Report `token` when there is something new to read from `fd`; raises OSError if it can't be polled."""
+        with select.epoll() as probe:
+            # The poll below would fail later, and nobody would hear of it.
+            probe.register(fd, select.EPOLLIN)
+        number = int(np.flatnonzero(self._watches["fd"] < 0)[0])
+        self._watches[number] = (fd, token)
+        prepare_watch(self._engine[0], number)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching; a second call does nothing."""
+        for number in np.flatnonzero(self._watches["fd"] == fd):
+            self._watches["fd"][number] = -1
+            prepare_unwatch(self._engine[0], int(number))
+
+    def close(self) -> None:
+        """Close the ring, which cancels what it watches; a second call does nothing."""
+        if self._fd >= 0:
+            libc.munmap(self._ring, self._ring_size)
+            libc.munmap(self._sqes, self._sqes_size)
+            os.close(self._fd)
+            self._fd = -1

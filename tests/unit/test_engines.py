@@ -1,0 +1,117 @@
+"""Which engine a worker gets, and what io_uring does that Linux AIO cannot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from ringplane.engines import uring
+from ringplane.engines.aio import Aio
+from ringplane.engines.choose import AUTO, ENGINES, make_engine
+from ringplane.engines.dispatch import wait
+from ringplane.engines.uring import Uring
+
+from .rig import need_engine
+
+TOKEN = 77
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def engine(request: pytest.FixtureRequest) -> Iterator[Aio | Uring]:
+    engine = make_engine(need_engine(request.param), 8)
+    engine.attach_thread()
+    yield engine
+    engine.close()
+
+
+def tokens(engine: Aio | Uring, timeout_ms: int = 0) -> list[int]:
+    count = wait(engine._engine[0], timeout_ms)
+    return [int(token) for token in engine._tokens[:count]]
+
+
+def test_a_watched_eventfd_is_told_for_each_write_and_never_read(engine: Aio | Uring) -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    engine.watch(fd, TOKEN)
+    assert tokens(engine) == []
+    for _ in range(3):
+        os.eventfd_write(fd, 1)
+        assert tokens(engine, 1000) == [TOKEN]
+        assert tokens(engine) == []
+    assert os.eventfd_read(fd) == 3
+    os.close(fd)
+
+
+def test_what_was_written_before_it_was_watched_is_told(engine: Aio | Uring) -> None:
+    fd = os.eventfd(1, os.EFD_NONBLOCK)
+    engine.watch(fd, TOKEN)
+    assert tokens(engine, 1000) == [TOKEN]
+    os.close(fd)
+
+
+def test_what_is_not_watched_any_more_is_not_told(engine: Aio | Uring) -> None:
+    fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    for number, fd in enumerate(fds):
+        engine.watch(fd, TOKEN + number)
+    tokens(engine)
+    engine.unwatch(fds[0])
+    engine.unwatch(fds[0])
+    tokens(engine)
+    for fd in fds:
+        os.eventfd_write(fd, 1)
+    assert tokens(engine, 1000) == [TOKEN + 1]
+    for fd in fds:
+        os.close(fd)
+
+
+def test_watching_and_unwatching_again_and_again(engine: Aio | Uring) -> None:
+    """As many times as there is room for watches and submissions, and more."""
+    for number in range(uring.MAX_WATCHES + 10 if isinstance(engine, Uring) else 10):
+        fd = os.eventfd(1, os.EFD_NONBLOCK)
+        engine.watch(fd, TOKEN + number)
+        assert TOKEN + number in tokens(engine, 1000)
+        engine.unwatch(fd)
+        tokens(engine)
+        os.close(fd)
+
+
+def test_what_cannot_be_polled_is_refused(engine: Aio | Uring) -> None:
+    with open(__file__) as file, pytest.raises(PermissionError):
+        engine.watch(file.fileno(), TOKEN)
+
+
+def test_a_hung_up_socket_is_told_and_does_not_spin(engine: Aio | Uring) -> None:
+    ours, theirs = socket.socketpair()
+    engine.watch(ours.fileno(), TOKEN)
+    tokens(engine)
+    theirs.close()
+    assert tokens(engine, 1000) == [TOKEN]
+    assert tokens(engine) == []
+    ours.close()
+
+
+def test_where_io_uring_is_forbidden_aio_is_used_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbid(entries: int, params: int) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(uring.libc, "io_uring_setup", forbid)
+    with caplog.at_level(logging.INFO, "ringplane"):
+        engine = make_engine(AUTO, 8)
+    assert isinstance(engine, Aio)
+    assert "using Linux AIO, as io_uring is not to be had here: [Errno 1] Operation not permitted" in caplog.text
+    engine.close()
+    with pytest.raises(PermissionError):
+        make_engine("io_uring", 8)
+
+
+def test_io_uring_is_the_first_choice() -> None:
+    need_engine("io_uring")
+    engine = make_engine(AUTO, 8)
+    assert isinstance(engine, Uring)
+    engine.close()
+    engine.close()
