@@ -1,0 +1,143 @@
+"""From the engine back to the ring: finish or continue what ended, answer, publish and notify once per turn."""
+
+from __future__ import annotations
+
+from ringplane.dataplane.execute import give_bounce, transfer
+from ringplane.dataplane.fetch import consume, copy_to_front
+from ringplane.dataplane.state import (
+    COUNTER,
+    COUNTER_HISTOGRAM,
+    COUNTER_SIZE,
+    DEVICE,
+    KIND_FLUSH,
+    QUEUE,
+    REQUEST,
+    REQUEST_SIZE,
+    TRACE_COMPLETE,
+    WORKER_ONE,
+)
+from ringplane.dataplane.trace import trace
+from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE, READ
+from ringplane.engines.dispatch import reap
+from ringplane.histogram import count
+from ringplane.native.access import address_of, store8, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import EINTR, monotonic_ns, write
+from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
+from ringplane.virtio.split import publish_used, put_used
+
+
+@compiled
+def complete_all(worker):
+    """Reap the engine and move each request that it names forward."""
+    engine = view(worker.engine, ENGINE)
+    completions = reap(engine)
+    if completions == 0:
+        return
+    worker.now = monotonic_ns()
+    for index in range(completions):
+        completion = view(engine.completions + index * COMPLETION_SIZE, COMPLETION)
+        request = view(worker.requests + completion.slot * REQUEST_SIZE, REQUEST)
+        progress(worker, request, completion.result)
+
+
+@compiled
+def progress(worker, request, result):
+    """An I/O of this request ended with `result` bytes or -errno: a short one goes on, all others finish it."""
+    queue = view(request.queue, QUEUE)
+    if request.kind == KIND_FLUSH:
+        if result < 0:
+            note_failed_flush(queue)
+        finish(worker, queue, request, VIRTIO_BLK_S_OK if result >= 0 else VIRTIO_BLK_S_IOERR)
+        return
+    if result == -EINTR:
+        transfer(worker, request)
+        return
+    if result <= 0:
+        # Nothing at all, although something was asked for: the image has become shorter, or its storage is full.
+        finish(worker, queue, request, VIRTIO_BLK_S_IOERR)
+        return
+    if request.bounce_iov_len > 0 and request.operation == READ:
+        copy_to_front(request, request.bounce, result)
+    request.done += result
+    if request.done == request.length:
+        finish(worker, queue, request, VIRTIO_BLK_S_OK)
+        return
+    consume(request, result)
+    transfer(worker, request)
+
+
+@compiled
+def note_failed_flush(queue):
+    """The kernel tells of pages that it could not write once, and forgets them: no later flush can promise anything.
+
+    With O_DIRECT there are no such pages. See fsync(2), and "fsyncgate".
+    """
+    device = view(queue.device, DEVICE)
+    if device.buffered:
+        device.flush_failed = 1
+
+
+@compiled
+def finish(worker, queue, request, status):
+    """Write the status byte, fill a used element, count, and free the slot."""
+    store8(request.status_address, status)
+    put_used(queue, request.head, used_length(request))
+    mark_unpublished(worker, queue)
+    account(worker, queue, request, status)
+    if worker.trace:
+        trace(worker, TRACE_COMPLETE, queue, request, status, worker.now - request.started)
+    give_bounce(worker, request)
+    release(worker, queue, request)
+
+
+@compiled
+def used_length(request):
+    """How many bytes were written from the start of the device-writable part on, without a gap (section 2.7.8.2).
+
+    The status is the last writable byte: it counts only if all before it was written too.
+    """
+    written = request.done if request.operation == READ else 0
+    return written + 1 if written == request.writable_bytes else written
+
+
+@compiled
+def account(worker, queue, request, status):
+    counter = view(queue.counters + request.kind * COUNTER_SIZE, COUNTER)
+    counter.requests += 1
+    counter.bytes += request.done
+    if status != VIRTIO_BLK_S_OK:
+        counter.errors += 1
+    count(address_of(counter) + COUNTER_HISTOGRAM, worker.now - request.started)
+
+
+@compiled
+def release(worker, queue, request):
+    """Free the slot, and call Python where it waits for this: a queue to drain, a replaced memory table to drop."""
+    request.queue = 0
+    request.next = worker.free
+    worker.free = request.slot
+    queue.in_flight -= 1
+    if request.retired_memory or (queue.draining and queue.in_flight == 0):
+        request.retired_memory = 0
+        worker.attention = 1
+
+
+@compiled
+def mark_unpublished(worker, queue):
+    if not queue.unpublished:
+        queue.unpublished = 1
+        queue.next_unpublished = worker.unpublished
+        worker.unpublished = address_of(queue)
+
+
+@compiled
+def publish_all(worker):
+    """Publish the used elements of this turn, one notification a queue at most."""
+    while worker.unpublished:
+        queue = view(worker.unpublished, QUEUE)
+        worker.unpublished = queue.next_unpublished
+        queue.unpublished = 0
+        if publish_used(queue) and queue.call_fd >= 0:
+            # The result is of no use: a full eventfd or pipe has a notification in it already.
+            write(queue.call_fd, address_of(worker) + WORKER_ONE, 8)

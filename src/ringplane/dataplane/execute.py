@@ -1,0 +1,186 @@
+"""From a request to the engine: check it against the device, answer it at once or queue its I/O."""
+
+from __future__ import annotations
+
+from ringplane.dataplane.fetch import IOVEC_SIZE, copy_from_front, copy_to_front
+from ringplane.dataplane.state import (
+    BOUNCE_SIZE,
+    DEVICE,
+    DEVICE_SERIAL,
+    KIND_FLUSH,
+    KIND_OTHER,
+    KIND_READ,
+    KIND_WRITE,
+    QUEUE,
+    REQUEST,
+    REQUEST_BOUNCE_IOV,
+    REQUEST_SIZE,
+)
+from ringplane.engines.common import ENGINE, READ, WRITE
+from ringplane.engines.dispatch import prepare_flush, prepare_io
+from ringplane.native.access import address_of, load64, store64, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import IOVEC
+from ringplane.virtio.blk import (
+    SECTOR,
+    VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_BARRIER,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+)
+
+TYPE_MASK = 0xFFFF_FFFF ^ VIRTIO_BLK_T_BARRIER
+
+# Not a status: the request goes on in the engine.
+PENDING = -1
+
+
+@compiled
+def execute(worker, queue, request):
+    """Start the request; returns its status if that is known already, else PENDING."""
+    request.type = request.header_type & TYPE_MASK
+    request.sector = request.header_sector
+    request.done = 0
+    request.operation = READ
+    if request.type == VIRTIO_BLK_T_IN:
+        request.kind = KIND_READ
+        request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
+        request.iov_count = request.writable_count
+        request.length = request.writable_bytes
+        return execute_io(worker, queue, request)
+    if request.type == VIRTIO_BLK_T_OUT:
+        request.kind = KIND_WRITE
+        request.operation = WRITE
+        request.length = request.readable_bytes
+        return execute_io(worker, queue, request)
+    request.length = 0
+    if request.type == VIRTIO_BLK_T_FLUSH:
+        request.kind = KIND_FLUSH
+        return execute_flush(worker, queue, request)
+    request.kind = KIND_OTHER
+    if request.type == VIRTIO_BLK_T_GET_ID:
+        return execute_get_id(queue, request)
+    return VIRTIO_BLK_S_UNSUPP
+
+
+@compiled
+def execute_io(worker, queue, request):
+    device = view(queue.device, DEVICE)
+    if request.operation == WRITE and device.read_only:
+        return VIRTIO_BLK_S_IOERR
+    if not is_in_range(device, request.sector, request.length):
+        return VIRTIO_BLK_S_IOERR
+    if request.length == 0:
+        return VIRTIO_BLK_S_OK
+    transfer(worker, request)
+    return PENDING
+
+
+@compiled
+def is_in_range(device, sector, length):
+    """Whether whole logical blocks inside the disk are meant. Sectors of 2^63 and more arrive here as negative."""
+    if length & device.block_mask or sector & (device.block_mask // SECTOR):
+        return False
+    # Compared in sectors: nothing of the driver's is multiplied before it is known to be small.
+    return 0 <= sector <= device.capacity and length // SECTOR <= device.capacity - sector
+
+
+@compiled
+def execute_flush(worker, queue, request):
+    device = view(queue.device, DEVICE)
+    if device.read_only:
+        return VIRTIO_BLK_S_OK
+    if device.flush_failed:
+        return VIRTIO_BLK_S_IOERR
+    prepare_flush(view(worker.engine, ENGINE), request.slot, device.fd)
+    return PENDING
+
+
+@compiled
+def execute_get_id(queue, request):
+    request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
+    request.iov_count = request.writable_count
+    request.length = request.done = min(request.writable_bytes, VIRTIO_BLK_ID_BYTES)
+    copy_to_front(request, queue.device + DEVICE_SERIAL, request.length)
+    return VIRTIO_BLK_S_OK
+
+
+@compiled
+def transfer(worker, request):
+    """Queue the I/O of what is left of a read or write, through a bounce buffer where O_DIRECT needs one."""
+    queue = view(request.queue, QUEUE)
+    device = view(queue.device, DEVICE)
+    iov, iov_count = request.iov, request.iov_count
+    request.bounce_iov_len = 0
+    if not is_aligned(device, iov, iov_count):
+        if request.bounce == 0:
+            if worker.bounce_free == 0:
+                wait_for_bounce(worker, request)
+                return
+            take_bounce(worker, request)
+        fill_bounce(request)
+        iov, iov_count = address_of(request) + REQUEST_BOUNCE_IOV, 1
+    dsync = request.operation == WRITE and queue.write_through
+    offset = request.sector * SECTOR + request.done
+    prepare_io(view(worker.engine, ENGINE), request.slot, request.operation, device.fd, iov, iov_count, offset, dsync)
+
+
+@compiled
+def is_aligned(device, iov, iov_count):
+    if device.memory_mask == 0 and device.segment_mask == 0:
+        return True
+    bases, lengths = 0, 0
+    for index in range(iov_count):
+        iovec = view(iov + index * IOVEC_SIZE, IOVEC)
+        bases |= iovec.base
+        lengths |= iovec.len
+    return bases & device.memory_mask == 0 and lengths & device.segment_mask == 0
+
+
+# Bounce buffers: aligned memory that a request with unaligned buffers borrows until it ends. It transfers up to
+# BOUNCE_SIZE at a time and goes on as after a short read or write. Free ones are a list, each holding the address of
+# the next; requests that find none wait in a first-in first-out list.
+
+
+@compiled
+def take_bounce(worker, request):
+    request.bounce = worker.bounce_free
+    worker.bounce_free = load64(request.bounce)
+
+
+@compiled
+def give_bounce(worker, request):
+    """Return the request's bounce buffer, if it has one; the request that has waited longest gets it."""
+    if request.bounce == 0:
+        return
+    store64(request.bounce, worker.bounce_free)
+    worker.bounce_free = request.bounce
+    request.bounce = 0
+    if worker.waiting_first >= 0:
+        waiter = view(worker.requests + worker.waiting_first * REQUEST_SIZE, REQUEST)
+        worker.waiting_first = waiter.next
+        transfer(worker, waiter)
+
+
+@compiled
+def wait_for_bounce(worker, request):
+    request.next = -1
+    if worker.waiting_first < 0:
+        worker.waiting_first = request.slot
+    else:
+        last = view(worker.requests + worker.waiting_last * REQUEST_SIZE, REQUEST)
+        last.next = request.slot
+    worker.waiting_last = request.slot
+
+
+@compiled
+def fill_bounce(request):
+    request.bounce_iov_base = request.bounce
+    request.bounce_iov_len = min(BOUNCE_SIZE, request.length - request.done)
+    if request.operation == WRITE:
+        copy_from_front(request, request.bounce, request.bounce_iov_len)

@@ -1,0 +1,188 @@
+"""From the available ring to a request: walk the chain, check and translate each descriptor, split off the header.
+
+The driver is not trusted: each value is read once into a local, then checked, then used (the loads of native.access
+cannot be repeated by the compiler). A function that finds a broken rule returns its number (rules.py), 0 otherwise.
+"""
+
+from __future__ import annotations
+
+from ringplane.dataplane import rules
+from ringplane.dataplane.state import MAX_IOVECS, REQUEST_HEADER
+from ringplane.memory import REGION, REGION_SIZE, find_region
+from ringplane.native.access import address_of, copy, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import IOVEC
+from ringplane.virtio.blk import HEADER_SIZE
+from ringplane.virtio.split import (
+    DESC_SIZE,
+    VIRTQ_DESC_F_INDIRECT,
+    VIRTQ_DESC_F_NEXT,
+    VIRTQ_DESC_F_WRITE,
+    read_desc,
+)
+
+IOVEC_SIZE = IOVEC.itemsize
+MAX_CHAIN_BYTES = 1 << 32
+
+
+@compiled
+def gather(queue, request):
+    """Fill `request` with the buffers of the chain that starts at `request.head`."""
+    request.readable_count = request.readable_bytes = 0
+    request.writable_count = request.writable_bytes = 0
+    if request.head >= queue.size:
+        return rules.HEAD_RANGE
+    table, entries, index = queue.desc, queue.size, request.head
+    seen = 0
+    nested = False
+    while True:
+        if seen == entries:
+            return rules.LOOP
+        seen += 1
+        addr, length, flags, following = read_desc(table, index)
+        if flags & VIRTQ_DESC_F_INDIRECT:
+            rule = check_indirect(queue, nested, length, flags)
+            if rule != rules.OK:
+                return rule
+            table = translate_table(queue, addr, length)
+            if table == 0:
+                return rules.INDIRECT_ADDRESS
+            entries, index, seen, nested = length // DESC_SIZE, 0, 0, True
+            continue
+        rule = add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
+        if rule != rules.OK:
+            return rule
+        if not flags & VIRTQ_DESC_F_NEXT:
+            break
+        if following >= entries:
+            return rules.NEXT_RANGE
+        index = following
+    return split_off_header_and_status(request)
+
+
+@compiled
+def check_indirect(queue, nested, length, flags):
+    """The rules of section 2.7.5.3 for the descriptor that refers to an indirect table."""
+    if not queue.indirect:
+        return rules.INDIRECT_NOT_NEGOTIATED
+    if nested:
+        return rules.INDIRECT_NESTED
+    if flags & VIRTQ_DESC_F_NEXT:
+        return rules.INDIRECT_NEXT
+    if length == 0 or length % DESC_SIZE != 0:
+        return rules.INDIRECT_LENGTH
+    return rules.OK
+
+
+@compiled
+def translate_table(queue, addr, length):
+    """Our address of an indirect table, 0 unless it lies within one region."""
+    index = find_region(queue.regions, queue.region_count, addr, queue.last_region)
+    if index < 0:
+        return 0
+    region = view(queue.regions + index * REGION_SIZE, REGION)
+    offset = addr - region.guest
+    return region.host + offset if length <= region.size - offset else 0
+
+
+@compiled
+def add_buffer(queue, request, addr, length, writable):
+    """Translate one descriptor's buffer; it becomes several IOVEC structs where it runs over adjoining regions."""
+    if length == 0:
+        return rules.ZERO_LENGTH
+    if not writable and request.writable_count > 0:
+        return rules.ORDER
+    if request.readable_bytes + request.writable_bytes + length > MAX_CHAIN_BYTES:
+        return rules.TOO_MANY_BYTES
+    if writable:
+        request.writable_bytes += length
+    else:
+        request.readable_bytes += length
+    while length > 0:
+        count = request.readable_count + request.writable_count
+        if count == MAX_IOVECS:
+            return rules.TOO_MANY_SEGMENTS
+        index = find_region(queue.regions, queue.region_count, addr, queue.last_region)
+        if index < 0:
+            return rules.ADDRESS
+        queue.last_region = index
+        region = view(queue.regions + index * REGION_SIZE, REGION)
+        offset = addr - region.guest
+        iovec = view(request.iovecs + count * IOVEC_SIZE, IOVEC)
+        iovec.base = region.host + offset
+        iovec.len = min(length, region.size - offset)
+        if writable:
+            request.writable_count += 1
+        else:
+            request.readable_count += 1
+        addr += iovec.len
+        length -= iovec.len
+    return rules.OK
+
+
+@compiled
+def split_off_header_and_status(request):
+    """Copy the header out of the first readable bytes and take the last writable byte for the status.
+
+    However the driver framed them: the header over several descriptors, or in one with the data; the status in a
+    descriptor of its own, or at the end of the data's (section 2.7.4.1: no assumptions about framing).
+    """
+    if request.readable_bytes < HEADER_SIZE:
+        return rules.NO_HEADER
+    if request.writable_bytes == 0:
+        return rules.NO_STATUS
+    writable = request.iovecs + request.readable_count * IOVEC_SIZE
+    last = view(writable + (request.writable_count - 1) * IOVEC_SIZE, IOVEC)
+    last.len -= 1
+    request.status_address = last.base + last.len
+    request.writable_bytes -= 1
+    if last.len == 0:
+        request.writable_count -= 1
+    request.iov, request.iov_count = request.iovecs, request.readable_count
+    copy_from_front(request, address_of(request) + REQUEST_HEADER, HEADER_SIZE)
+    consume(request, HEADER_SIZE)
+    request.readable_bytes -= HEADER_SIZE
+    return rules.OK
+
+
+# The list of buffers that is still to be transferred: request.iov_count IOVEC structs from request.iov on.
+
+
+@compiled
+def copy_from_front(request, target, size):
+    """Copy the first `size` bytes of the buffers, which hold as many, to `target`."""
+    index = 0
+    while size > 0:
+        iovec = view(request.iov + index * IOVEC_SIZE, IOVEC)
+        part = min(size, iovec.len)
+        copy(target, iovec.base, part)
+        target += part
+        size -= part
+        index += 1
+
+
+@compiled
+def copy_to_front(request, source, size):
+    """Copy `size` bytes from `source` to the start of the buffers, which have room for as many."""
+    index = 0
+    while size > 0:
+        iovec = view(request.iov + index * IOVEC_SIZE, IOVEC)
+        part = min(size, iovec.len)
+        copy(iovec.base, source, part)
+        source += part
+        size -= part
+        index += 1
+
+
+@compiled
+def consume(request, size):
+    """Drop the first `size` bytes of the buffers."""
+    while request.iov_count > 0:
+        iovec = view(request.iov, IOVEC)
+        if size < iovec.len:
+            iovec.base += size
+            iovec.len -= size
+            return
+        size -= iovec.len
+        request.iov += IOVEC_SIZE
+        request.iov_count -= 1

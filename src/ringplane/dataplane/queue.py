@@ -1,0 +1,86 @@
+"""A virtqueue and its device as Python sees them: the owners of the QUEUE, COUNTER and DEVICE structs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.dataplane.state import COUNTER, DEVICE, KINDS, QUEUE
+from ringplane.memory import MemoryTable
+from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
+
+
+class Device:
+    """What all queues of one disk share; `address` is that of its DEVICE struct."""
+
+    def __init__(
+        self, fd: int, size: int, *, read_only: bool, block_size: int, alignment: tuple[int, int], serial: str
+    ) -> None:
+        """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1 where any will do."""
+        self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
+        self.address = int(self._record.ctypes.data)
+        memory, segment = alignment
+        record = self._record[0]
+        record["fd"], record["capacity"], record["read_only"] = fd, size // SECTOR, read_only
+        record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
+        record["buffered"] = alignment == (1, 1)
+        encoded = serial.encode()[:VIRTIO_BLK_ID_BYTES]
+        record["serial"][: len(encoded)] = np.frombuffer(encoded, np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class RingLayout:
+    """Where the driver has put a split ring, and how the two of them use it.
+
+    Addresses are the front end's user addresses; `base` is the available index to start from.
+    """
+
+    size: int
+    desc: int
+    avail: int
+    used: int
+    base: int
+    event_idx: bool
+    indirect: bool
+    write_through: bool
+
+
+class Queue:
+    """A virtqueue. Its counters live as long as the disk; its ring as long as the driver has it configured."""
+
+    def __init__(self, device: Device, number: int, name: str) -> None:
+        """`name` is what log lines call it."""
+        self.name = name
+        self.number = number
+        self._device = device
+        self.array: npt.NDArray[np.void] = np.zeros(1, QUEUE)
+        self.address = int(self.array.ctypes.data)
+        self.record = self.array[0]
+        self.counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
+        self.record["number"] = number
+        self.record["device"] = device.address
+        self.record["counters"] = self.counters.ctypes.data
+        self.record["call_fd"] = -1
+        # Kept for their mappings; which requests still need a table that was replaced is the worker's business.
+        self.memory = MemoryTable()
+        self.layout: RingLayout | None = None
+        self.kick_fd = -1
+        # The ring was broken and the log says so; it waits for memory that was removed to be added again.
+        self.told_broken = self.suspended = False
+        self.err_fd = -1
+
+    @property
+    def in_flight(self) -> int:
+        """Requests fetched and not yet answered."""
+        return int(self.record["in_flight"])
+
+    @property
+    def broken(self) -> bool:
+        """Whether the driver broke a rule of the ring and has not reset it since."""
+        return bool(self.record["broken"])
+
+    @property
+    def running(self) -> bool:
+        return bool(self.record["running"])

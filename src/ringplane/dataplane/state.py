@@ -1,0 +1,153 @@
+"""The structs that the data plane works on and the control plane reads: workers, queues, devices, requests.
+
+All fields are int64, but for a device's serial. Addresses point at other structs; the Python objects that own the
+arrays keep them alive. Unless a field says otherwise it is written by the worker's thread alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ringplane.histogram import BUCKETS
+from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
+
+
+def _struct(*fields: str) -> np.dtype[np.void]:
+    return np.dtype([(field, "<i8") for field in fields])
+
+
+# A disk. Written by the control plane, but for the last field.
+DEVICE = np.dtype(
+    [
+        ("fd", "<i8"),
+        ("capacity", "<i8"),  # in sectors of 512 bytes
+        ("read_only", "<i8"),
+        ("block_mask", "<i8"),  # logical block size - 1, in bytes: what a request's sector and length must respect
+        ("memory_mask", "<i8"),  # what the address of a buffer must respect for O_DIRECT; 0 when buffered
+        ("segment_mask", "<i8"),  # what the length of each buffer must respect for O_DIRECT; 0 when buffered
+        ("serial", "u1", (VIRTIO_BLK_ID_BYTES,)),
+        ("padding", "u1", (4,)),
+        ("buffered", "<i8"),  # through the page cache
+        ("flush_failed", "<i8"),  # set by any worker, never cleared: what the page cache holds may be lost
+    ]
+)
+DEVICE_SERIAL: int = DEVICE.fields["serial"][1]  # type: ignore[index]
+
+# A virtqueue of a device, served by one worker.
+QUEUE = _struct(
+    "number",
+    "device",  # DEVICE
+    # The ring, as virtio/split.py wants it
+    "desc",
+    "avail",
+    "used",
+    "size",
+    "last_avail",
+    "next_used",
+    "published_used",
+    "event_idx",
+    "indirect",
+    # Guest memory: REGION structs
+    "regions",
+    "region_count",
+    "last_region",  # where the last address was found
+    # State
+    "running",
+    "draining",  # the control plane waits for in_flight to become 0
+    "broken",  # the number of the rule that the driver broke, see rules.py
+    "broken_head",
+    "in_flight",
+    "write_through",  # the driver cannot flush, so writes end when they are stable
+    "call_fd",  # or -1
+    # Membership in the worker's lists
+    "ready",
+    "next_ready",
+    "unpublished",
+    "next_unpublished",
+    "counters",  # COUNTER structs, one for each kind of request
+)
+
+# Kinds of requests that are counted apart.
+KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_OTHER = range(4)
+KINDS = ("read", "write", "flush", "other")
+
+COUNTER = np.dtype(
+    [
+        ("requests", "<i8"),  # completed
+        ("errors", "<i8"),  # of those, with a status other than OK
+        ("bytes", "<i8"),
+        ("histogram", "<i8", (BUCKETS,)),  # nanoseconds from fetch to completion
+    ]
+)
+COUNTER_SIZE = COUNTER.itemsize
+COUNTER_HISTOGRAM: int = COUNTER.fields["histogram"][1]  # type: ignore[index]
+
+# A request between fetch and completion; its slot number is its index.
+REQUEST = _struct(
+    "slot",
+    "next",  # the next free slot, or the next request waiting for a bounce buffer; -1 ends the list
+    "queue",  # QUEUE
+    "head",
+    "iovecs",  # this slot's own room for MAX_IOVECS IOVEC structs
+    # From the chain, filled by fetch: the driver's buffers as IOVEC structs, readable ones before writable ones
+    "readable_count",
+    "readable_bytes",
+    "writable_count",
+    "writable_bytes",
+    # From the header
+    "header_type",  # the header as it was copied from the driver, 16 bytes: type and reserved, then sector
+    "header_sector",
+    "type",
+    "kind",
+    "sector",
+    "length",  # of the data, in bytes
+    "status_address",
+    # Progress
+    "operation",  # engines.common: READ or WRITE
+    "iov",  # what is still to be transferred
+    "iov_count",
+    "done",  # bytes transferred
+    "bounce",  # address of the bounce buffer in use, or 0
+    "bounce_iov_base",  # one IOVEC that describes it
+    "bounce_iov_len",
+    "started",  # nanoseconds, CLOCK_MONOTONIC
+    "retired_memory",  # not 0: the memory table that this request was translated with has been replaced
+)
+REQUEST_SIZE = REQUEST.itemsize
+REQUEST_HEADER: int = REQUEST.fields["header_type"][1]  # type: ignore[index]
+REQUEST_BOUNCE_IOV: int = REQUEST.fields["bounce_iov_base"][1]  # type: ignore[index]
+
+# Room for a chain: the most segments that any driver is known to send is 515; QEMU's own limit is 1024 in all.
+# Odd in cache lines (1028 * 16 / 64 = 257), so that the first iovecs of all slots do not compete for one cache set.
+MAX_IOVECS = 1028
+
+WORKER = _struct(
+    "engine",  # ENGINE
+    "requests",  # REQUEST structs
+    "free",  # first free slot, or -1
+    "ready",  # list of queues that may have chains to fetch, first in first out: QUEUE, or 0
+    "ready_last",
+    "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
+    "waiting_first",  # requests that wait for a bounce buffer, oldest first; -1: none
+    "waiting_last",
+    "bounce_free",  # list of free bounce buffers, each holding the address of the next; 0: none
+    "attention",  # not 0: `run` is to return to Python
+    "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
+    "trace",  # TRACE structs, or 0 when tracing is off
+    "traced",  # events traced so far
+    "one",  # the number 1, for eventfds
+)
+WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
+WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
+
+# What the engine reports of a watched fd: this, or the address of a QUEUE that was kicked.
+TOKEN_CONTROL = 1
+
+BOUNCE_SIZE = 256 * 1024
+BOUNCE_ALIGNMENT = 4096
+
+TRACE_FETCH, TRACE_COMPLETE, TRACE_START, TRACE_STOP = 1, 2, 3, 4
+# Of a request; for the start and stop of a queue `sector` is its index in the available ring and `length` its size.
+TRACE = _struct("time", "event", "device", "queue", "head", "type", "sector", "length", "status", "nanoseconds")
+TRACE_SIZE = TRACE.itemsize
+TRACE_CAPACITY = 1 << 16

@@ -1,0 +1,1013 @@
+"""The data plane as a whole: the real worker, device and queue, driven through guest memory and eventfds."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import random
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringplane.dataplane import rules
+from ringplane.dataplane.queue import Device
+from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_FETCH
+from ringplane.dataplane.worker import BOUNCE_BUFFERS
+from ringplane.engines.aio import RWF_DSYNC, Aio
+from ringplane.engines.uring import SQE, Uring
+from ringplane.memory import BadMemory, MemoryTable, Region
+
+from .rig import (
+    FLUSH,
+    GET_ID,
+    GUEST_BASE,
+    IN,
+    IOERR,
+    NO_ANSWER,
+    OK,
+    OUT,
+    PATIENCE,
+    SCSI_CMD,
+    SCSI_CMD_OUT,
+    UNSUPP,
+    USER_BASE,
+    Answer,
+    Line,
+    Pending,
+    Rig,
+    Ring,
+    barrier,
+    cuts,
+    eventually,
+    fetch_only,
+    has_event,
+    held,
+    is_mapped,
+    make,
+    need_engine,
+    pattern,
+    wait_for_event,
+)
+
+SIZE = 1 << 20
+CAPACITY = SIZE // 512
+DISK = pattern(SIZE)
+
+RigFactory = Callable[..., Rig]
+
+
+@pytest.fixture(params=["aio", "io_uring"])
+def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
+    """Makes rigs over an image of the content DISK and closes them."""
+    made: list[Rig] = []
+
+    def factory(content: bytes = DISK, **options: object) -> Rig:
+        options.setdefault("engine", need_engine(request.param))
+        made.append(make(tmp_path / f"disk-{len(made)}.img", content, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield factory
+    for rig in made:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make_rig: RigFactory) -> Rig:
+    return make_rig()
+
+
+@pytest.fixture
+def line(rig: Rig) -> Line:
+    return rig.line().start()
+
+
+def direct_rig(make_rig: RigFactory, **options: object) -> Rig:
+    rig = make_rig(direct=True, **options)
+    if not rig.image.direct:
+        pytest.skip(f"the file system of {rig.path} refuses O_DIRECT")
+    return rig
+
+
+def turn_is_over(line: Line) -> None:
+    """Return when the worker has finished all that came with the last answer."""
+    line.worker.call(lambda: None).result(PATIENCE)
+
+
+# Kinds of requests.
+
+
+@pytest.mark.parametrize(("sector", "size"), [(0, 512), (8, 4096), (CAPACITY - 1, 512), (0, SIZE)])
+def test_read(line: Line, sector: int, size: int) -> None:
+    assert line.do(IN, sector, room=size) == Answer(OK, size + 1, DISK[sector * 512 : sector * 512 + size])
+
+
+@pytest.mark.parametrize(("sector", "size"), [(0, 512), (8, 4096), (CAPACITY - 1, 512), (0, SIZE)])
+def test_write(line: Line, sector: int, size: int) -> None:
+    data, start = pattern(size, 1), sector * 512
+    assert line.do(OUT, sector, data) == Answer(OK, 1, b"")
+    assert line.rig.content() == DISK[:start] + data + DISK[start + size :]
+
+
+def test_flush(line: Line) -> None:
+    assert line.do(FLUSH) == Answer(OK, 1, b"")
+
+
+@pytest.mark.parametrize(
+    ("room", "used_length", "data"),
+    [
+        (20, 21, b"serial-0123456789\0\0\0"),
+        (10, 11, b"serial-012"),
+        (30, 20, b"serial-0123456789\0\0\0" + bytes([NO_ANSWER] * 10)),
+    ],
+)
+def test_get_id(line: Line, room: int, used_length: int, data: bytes) -> None:
+    assert line.do(GET_ID, room=room) == Answer(OK, used_length, data)
+
+
+def test_get_id_of_twenty_bytes_has_no_zero_at_the_end(make_rig: RigFactory) -> None:
+    line = make_rig(serial="abcdefghijklmnopqrstuvwxyz").line().start()
+    assert line.do(GET_ID, room=20).data == b"abcdefghijklmnopqrst"
+
+
+@pytest.mark.parametrize("kind", [SCSI_CMD, SCSI_CMD_OUT, 5, 7, 9, 0x7FFF_FFFF])
+def test_unknown_kinds_are_unsupported(line: Line, kind: int) -> None:
+    assert line.do(kind) == Answer(UNSUPP, 1, b"")
+    # The status is not next to anything that was written, so it does not count.
+    assert line.do(kind, room=512) == Answer(UNSUPP, 0, bytes([NO_ANSWER] * 512))
+    assert line.do(kind, data=bytes(512)) == Answer(UNSUPP, 1, b"")
+    assert line.rig.content() == DISK
+
+
+def test_the_barrier_bit_is_masked(line: Line) -> None:
+    barrier_bit = 0x8000_0000
+    assert line.do(IN | barrier_bit, room=512) == Answer(OK, 513, DISK[:512])
+    assert line.do(OUT | barrier_bit, 1, bytes(512)) == Answer(OK, 1, b"")
+    assert line.do(FLUSH | barrier_bit) == Answer(OK, 1, b"")
+    assert line.do(SCSI_CMD | barrier_bit) == Answer(UNSUPP, 1, b"")
+
+
+def test_requests_without_data_are_done_at_once(line: Line) -> None:
+    assert line.do(IN) == Answer(OK, 1, b"")
+    assert line.do(OUT) == Answer(OK, 1, b"")
+
+
+# Framing.
+
+FRAMINGS = [
+    pytest.param([4, 4, 4, 4, 512], [1], id="header 4x4"),
+    pytest.param([8, 8, 512], [1], id="header 8+8"),
+    pytest.param([528], [1], id="16+512 in one"),
+    pytest.param([1] * 16 + [512], [1], id="header of single bytes"),
+    pytest.param([15, 2, 511], [1], id="the border inside a descriptor"),
+]
+
+
+@pytest.mark.parametrize(("readable", "writable"), FRAMINGS)
+@pytest.mark.parametrize("direct", [None, 0, 1])
+def test_framing_of_a_write(line: Line, readable: list[int], writable: list[int], direct: int | None) -> None:
+    data = pattern(512, 2)
+    assert line.do(OUT, 3, data, readable=readable, writable=writable, direct=direct) == Answer(OK, 1, b"")
+    assert line.rig.content() == DISK[:1536] + data + DISK[2048:]
+
+
+@pytest.mark.parametrize("writable", [[513], [512, 1], [511, 2], [1, 1, 511], [256, 257]])
+@pytest.mark.parametrize("direct", [None, 0, 1])
+def test_framing_of_a_read(line: Line, writable: list[int], direct: int | None) -> None:
+    answer = line.do(IN, 3, room=512, readable=[8, 8], writable=writable, direct=direct)
+    assert answer == Answer(OK, 513, DISK[1536:2048])
+
+
+@pytest.fixture(params=[False, True], ids=["buffered", "direct"])
+def framing_line(request: pytest.FixtureRequest, make_rig: RigFactory) -> Line:
+    return (direct_rig(make_rig) if request.param else make_rig()).line().start()
+
+
+def sizes(total: int) -> st.SearchStrategy[list[int]]:
+    """Ways to cut `total` bytes into pieces."""
+    places = st.lists(st.integers(1, total - 1), max_size=8, unique=True).map(sorted)
+    return places.map(lambda cut: [end - start for start, end in zip([0, *cut], [*cut, total], strict=True)])
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_any_framing(framing_line: Line, data: st.DataObject) -> None:
+    line, rig = framing_line, framing_line.rig
+    free = rig.guest.free
+    sector, length = data.draw(st.integers(0, CAPACITY - 8)), 512 * data.draw(st.integers(1, 8))
+    start = sector * 512
+    before = rig.content()
+    alignment, direct = data.draw(st.sampled_from([1, 2, 256, 4096])), data.draw(st.sampled_from([None, 0, 1]))
+    if data.draw(st.booleans()):
+        content = data.draw(st.binary(min_size=8, max_size=8)) * (length // 8)
+        cut = data.draw(sizes(16 + length))
+        answer = line.do(OUT, sector, content, readable=cut, direct=direct, alignment=alignment)
+        assert answer == Answer(OK, 1, b"")
+        assert rig.content() == before[:start] + content + before[start + length :]
+    else:
+        cut = data.draw(sizes(length + 1))
+        answer = line.do(IN, sector, room=length, writable=cut, direct=direct, alignment=alignment)
+        assert answer == Answer(OK, length + 1, before[start : start + length])
+    rig.guest.free = free
+
+
+# Requests that fail.
+
+BEYOND = [
+    pytest.param(CAPACITY, 512, id="first sector behind the end"),
+    pytest.param(CAPACITY - 1, 1024, id="over the end"),
+    pytest.param(0, SIZE + 512, id="larger than the disk"),
+    pytest.param(2**55, 512, id="2^55, which times 512 is 0"),
+    pytest.param(2**55 + 1, 512, id="2^55 + 1"),
+    pytest.param(2**54, 512, id="2^54"),
+    pytest.param(2**63 - 1, 512, id="2^63 - 1"),
+    pytest.param(2**63, 512, id="2^63"),
+    pytest.param(2**64 - 1, 512, id="2^64 - 1"),
+    pytest.param(2**64 - 1, 1024, id="over 2^64"),
+    pytest.param(0, 511, id="a byte less than a sector"),
+    pytest.param(0, 513, id="a byte more than a sector"),
+    pytest.param(0, 1, id="one byte"),
+]
+
+
+@pytest.mark.parametrize(("sector", "size"), BEYOND)
+def test_what_is_not_on_the_disk_is_an_error(line: Line, sector: int, size: int) -> None:
+    assert line.do(IN, sector, room=size) == Answer(IOERR, 0, bytes([NO_ANSWER] * size))
+    assert line.do(OUT, sector, bytes(size)) == Answer(IOERR, 1, b"")
+    assert line.rig.content() == DISK
+    assert line.do(IN, room=512).status == OK
+
+
+@pytest.mark.parametrize(
+    ("sector", "size", "status"), [(8, 4096, OK), (1, 4096, IOERR), (4, 4096, IOERR), (0, 512, IOERR)]
+)
+def test_large_blocks_are_read_and_written_as_a_whole(
+    make_rig: RigFactory, sector: int, size: int, status: int
+) -> None:
+    line = make_rig(block_size=4096).line().start()
+    assert line.do(IN, sector, room=size).status == status
+    assert line.do(OUT, sector, bytes(size)).status == status
+    assert (line.rig.content() == DISK) == (status != OK)
+
+
+def test_a_read_only_disk_is_not_written(make_rig: RigFactory) -> None:
+    rig = make_rig(read_only=True)
+    line = rig.line().start()
+    assert line.do(OUT, 0, bytes(512)) == Answer(IOERR, 1, b"")
+    assert line.do(OUT) == Answer(IOERR, 1, b"")
+    assert line.do(FLUSH) == Answer(OK, 1, b"")
+    assert line.do(IN, room=512) == Answer(OK, 513, DISK[:512])
+    assert rig.content() == DISK
+
+
+def test_what_the_kernel_refuses_fails_alone(rig: Rig) -> None:
+    """An fd that cannot be written, which the engine learns from io_submit(2) in the middle of a batch."""
+    fd = os.open(rig.path, os.O_RDONLY)
+    rig.device = Device(fd, SIZE, read_only=False, block_size=512, alignment=(1, 1), serial="")
+    line = rig.line().start()
+    with held(line.worker):
+        requests = [line.put(IN, 1, room=512), line.put(OUT, 2, bytes(512)), line.put(IN, 3, room=512)]
+        line.kick()
+        fetch_only(line.worker)
+    line.wait()
+    assert [line.answer(request).status for request in requests] == [OK, IOERR, OK]
+    line.stop()
+    os.close(fd)
+    assert rig.content() == DISK
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_image_that_became_shorter_is_never_read_as_whole(make_rig: RigFactory, direct: bool) -> None:
+    rig = direct_rig(make_rig) if direct else make_rig()
+    line = rig.line().start()
+    os.truncate(rig.path, 8192)
+    assert line.do(IN, 8, room=4096) == Answer(OK, 4097, DISK[4096:8192])
+    assert line.do(IN, 16, room=4096) == Answer(IOERR, 0, bytes([NO_ANSWER] * 4096))
+    # What was read before the end counts, and not the status, which is not next to it.
+    half = line.do(IN, 8, room=8192)
+    assert half == Answer(IOERR, 4096, DISK[4096:8192] + bytes([NO_ANSWER] * 4096))
+
+
+def test_an_image_that_became_shorter_through_a_bounce_buffer(make_rig: RigFactory) -> None:
+    rig = direct_rig(make_rig)
+    line = rig.line().start()
+    os.truncate(rig.path, 8192)
+    half = line.do(IN, 8, room=8192, alignment=1)
+    assert half == Answer(IOERR, 4096, DISK[4096:8192] + bytes([NO_ANSWER] * 4096))
+
+
+# O_DIRECT and bounce buffers.
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 64, 256])
+def test_unaligned_buffers_with_direct_io(make_rig: RigFactory, alignment: int) -> None:
+    rig = direct_rig(make_rig)
+    line = rig.line().start()
+    data = pattern(4096, 3)
+    assert line.do(OUT, 8, data, alignment=alignment) == Answer(OK, 1, b"")
+    assert rig.content() == DISK[:4096] + data + DISK[8192:]
+    assert line.do(IN, 7, room=5120, alignment=alignment) == Answer(OK, 5121, DISK[3584:4096] + data + DISK[8192:8704])
+
+
+@pytest.mark.parametrize("size", [BOUNCE_SIZE, BOUNCE_SIZE + 512, 3 * BOUNCE_SIZE - 512, SIZE])
+def test_requests_larger_than_a_bounce_buffer(make_rig: RigFactory, size: int) -> None:
+    rig = direct_rig(make_rig)
+    line = rig.line().start()
+    assert line.do(IN, room=size, alignment=1) == Answer(OK, size + 1, DISK[:size])
+    data = pattern(size, 4)
+    assert line.do(OUT, 0, data, alignment=1) == Answer(OK, 1, b"")
+    assert rig.content() == data + DISK[size:]
+
+
+def test_more_requests_than_bounce_buffers(make_rig: RigFactory) -> None:
+    rig = direct_rig(make_rig)
+    line = rig.line().start(size=256)
+    count, size = 3 * BOUNCE_BUFFERS, BOUNCE_SIZE + 512
+    with held(line.worker):
+        reads = [line.put(IN, number, room=size, alignment=1) for number in range(count)]
+        line.kick()
+        fetch_only(line.worker)
+        in_flight = line.worker.call(lambda: line.queue.in_flight)
+    line.wait()
+    assert in_flight.result() == count
+    for number, read in enumerate(reads):
+        assert line.answer(read) == Answer(OK, size + 1, DISK[number * 512 : number * 512 + size])
+    # All of them came back.
+    assert line.do(IN, room=SIZE, alignment=1).data == DISK
+
+
+def test_draining_while_requests_wait_for_bounce_buffers(make_rig: RigFactory) -> None:
+    rig = direct_rig(make_rig)
+    line = rig.line().start(size=256)
+    with held(line.worker):
+        reads = [line.put(IN, number, room=4096, alignment=1) for number in range(3 * BOUNCE_BUFFERS)]
+        line.kick()
+        fetch_only(line.worker)
+        drained = line.worker.stop_queue(line.queue)
+    drained.result(PATIENCE)
+    assert len(line.ring.collect()) == len(reads)
+    assert [line.answer(read).data for read in reads] == [DISK[n * 512 : n * 512 + 4096] for n in range(len(reads))]
+
+
+# Many segments, many requests.
+
+
+@pytest.mark.parametrize("segments", [129, 515, 1024, 1026])
+@pytest.mark.parametrize("direct_io", [False, True])
+def test_many_segments(make_rig: RigFactory, segments: int, direct_io: bool) -> None:
+    rig = direct_rig(make_rig) if direct_io else make_rig()
+    line = rig.line().start()
+    size = 512 * segments
+    readable, writable = [16] + [512] * segments, [512] * segments + [1]
+    answer = line.do(IN, 5, room=size, writable=writable, direct=0, alignment=512)
+    assert answer == Answer(OK, size + 1, DISK[2560 : 2560 + size])
+    data = pattern(size, 5)
+    assert line.do(OUT, 5, data, readable=readable, direct=0, alignment=512) == Answer(OK, 1, b"")
+    assert rig.content() == DISK[:2560] + data + DISK[2560 + size :]
+
+
+def test_many_small_segments_with_direct_io(make_rig: RigFactory) -> None:
+    line = direct_rig(make_rig).line().start()
+    answer = line.do(IN, room=512 * 64, writable=[32] * 1024 + [1], direct=0, alignment=1)
+    assert answer == Answer(OK, 512 * 64 + 1, DISK[: 512 * 64])
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_more_requests_than_slots(make_rig: RigFactory, event_idx: bool) -> None:
+    rig = make_rig(slots=4)
+    line = rig.line().start(size=256, event_idx=event_idx)
+    reads = [line.put(IN, number, room=512) for number in range(64)]
+    line.kick()
+    line.wait()
+    assert [line.answer(read).data for read in reads] == [DISK[n * 512 : n * 512 + 512] for n in range(64)]
+
+
+def test_two_queues_share_four_slots(make_rig: RigFactory) -> None:
+    rig = make_rig(slots=4)
+    lines = [rig.line().start(), rig.line().start()]
+    reads = [[line.put(IN, number, room=512) for number in range(40)] for line in lines]
+    for line in lines:
+        line.kick()
+    for line, requests in zip(lines, reads, strict=True):
+        line.wait()
+        assert [line.answer(read).data for read in requests] == [DISK[n * 512 : n * 512 + 512] for n in range(40)]
+
+
+# Starting, stopping, indices.
+
+
+def test_start_up_kick(rig: Rig) -> None:
+    """What is in the ring before it is served needs no kick."""
+    line = rig.line().start()
+    line.stop()
+    read = line.put(IN, room=512)
+    line.ring.publish()
+    line.resume(base=0)
+    line.wait()
+    assert line.answer(read).data == DISK[:512]
+
+
+def test_stop_waits_for_all_that_is_in_flight(rig: Rig) -> None:
+    line = rig.line().start(base=65530)
+    with held(line.worker):
+        reads = [line.put(IN, number, room=512) for number in range(10)]
+        line.kick()
+        fetch_only(line.worker)
+        in_flight = line.worker.call(lambda: line.queue.in_flight)
+        drained = line.worker.stop_queue(line.queue)
+        early = line.worker.call(drained.done)
+    drained.result(PATIENCE)
+    assert in_flight.result() == 10
+    assert not early.result()
+    assert line.ring.device_used_idx() == (65530 + 10) % 65536
+    assert line.queue.record["last_avail"] == (65530 + 10) % 65536
+    assert line.queue.in_flight == 0
+    assert len(line.ring.collect()) == 10
+    assert {line.answer(read).status for read in reads} == {OK}
+
+
+def test_a_stopped_queue_fetches_nothing(rig: Rig) -> None:
+    line = rig.line().start()
+    line.do(IN, room=512)
+    assert line.stop() == 1
+    line.put(IN, room=512)
+    line.kick()
+    other = rig.line().start()
+    other.do(IN, room=512)
+    assert line.ring.device_used_idx() == 1
+    line.resume(base=1)
+    line.wait()
+
+
+def test_stopping_takes_the_kicks_that_nobody_needs_any_more(rig: Rig) -> None:
+    line = rig.line().start()
+    line.do(IN, room=512)
+    line.stop()
+    assert not has_event(line.kick_fd)
+
+
+def test_stopping_twice_ends_twice(line: Line) -> None:
+    with held(line.worker):
+        line.put(IN, room=512)
+        line.kick()
+        fetch_only(line.worker)
+        both = [line.worker.stop_queue(line.queue) for _ in range(2)]
+    for stopped in both:
+        stopped.result(2)
+
+
+def test_stopping_what_never_ran(rig: Rig) -> None:
+    line = rig.line()
+    line.worker.stop_queue(line.queue).result(PATIENCE)
+    line.start()
+    assert line.do(IN, room=512).status == OK
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("size", [2, 64])
+def test_indices_wrap_around(rig: Rig, event_idx: bool, size: int) -> None:
+    line = rig.line().start(size=size, event_idx=event_idx, base=65530)
+    for number in range(12):
+        assert line.do(IN, number, room=512, direct=0).data == DISK[number * 512 : number * 512 + 512]
+    assert line.stop() == (65530 + 12) % 65536
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_stopping_and_going_on_at_the_wrap_around(rig: Rig, event_idx: bool) -> None:
+    line = rig.line().start(size=16, event_idx=event_idx, base=65533)
+    for number in range(6):
+        assert line.do(IN, number, room=512).data == DISK[number * 512 : number * 512 + 512]
+        base = line.stop()
+        assert base == (65534 + number) % 65536
+        line.resume(base=base)
+
+
+def test_a_ring_outside_the_memory_is_refused(rig: Rig) -> None:
+    line = rig.line()
+    guest = rig.guest
+    with pytest.raises(BadMemory, match="not inside one region"):
+        line.start(table=MemoryTable([Region.map(0, 0, 4096, 0, guest.fd)]))
+    assert not line.queue.running
+    assert line.start().do(IN, room=512).status == OK
+
+
+def test_a_kick_fd_that_cannot_be_watched_is_refused_and_nothing_runs(rig: Rig) -> None:
+    """A regular file; only an eventfd need not be read."""
+    line, other = rig.line(), rig.line().start()
+    kick_fd = line.kick_fd
+    line.kick_fd = os.open(rig.path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="the kick fd is not an eventfd"):
+            line.start()
+    finally:
+        os.close(line.kick_fd)
+        line.kick_fd = kick_fd
+    assert not line.queue.running
+    assert other.do(IN, room=512).status == OK
+    assert line.start().do(IN, room=512).status == OK
+
+
+# Notifications.
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_an_idle_queue_wants_a_kick_and_the_next_chain_only(rig: Rig, event_idx: bool) -> None:
+    line = rig.line().start(size=16, event_idx=event_idx, base=65535)
+    for _ in range(3):
+        line.do(IN, room=512)
+        turn_is_over(line)
+        flags = struct.unpack_from("<H", rig.guest.memory, line.ring.used)[0]
+        (avail_event,) = struct.unpack_from("<H", rig.guest.memory, line.ring.used + 4 + 8 * 16)
+        assert avail_event == line.ring.avail_idx if event_idx else flags == 0
+
+
+def finish_without_a_call(line: Line) -> None:
+    """Wait by looking at the ring for all that is in it."""
+
+    def done() -> bool:
+        line.ring.collect()
+        return not line.ring.pending
+
+    assert eventually(done)
+    turn_is_over(line)
+
+
+def test_no_call_where_the_driver_wants_none(line: Line) -> None:
+    struct.pack_into("<H", line.rig.guest.memory, line.ring.avail, 1)
+    barrier()
+    line.put(IN, room=512)
+    line.kick()
+    finish_without_a_call(line)
+    assert not has_event(line.call_fd)
+    struct.pack_into("<H", line.rig.guest.memory, line.ring.avail, 0)
+    barrier()
+    line.do(IN, room=512)
+
+
+def test_with_event_idx_the_call_comes_with_the_entry_that_was_asked_for(rig: Rig) -> None:
+    line = rig.line().start(event_idx=True, base=65534)
+    line.ring.set_used_event(1)
+    calls = []
+    for _ in range(5):
+        line.put(IN, room=512)
+        line.kick()
+        finish_without_a_call(line)
+        calls.append(has_event(line.call_fd))
+    # Entries 65534, 65535, 0, 1 and 2.
+    assert calls == [False, False, False, True, False]
+
+
+def test_a_batch_is_announced_once(line: Line) -> None:
+    with held(line.worker):
+        for _ in range(8):
+            line.put(SCSI_CMD)
+        line.kick()
+    finish_without_a_call(line)
+    assert os.eventfd_read(line.call_fd) == 1
+
+
+def test_without_a_call_fd_requests_are_served(line: Line) -> None:
+    line.worker.set_call_fd(line.queue, -1).result(PATIENCE)
+    line.put(IN, room=512)
+    line.kick()
+    finish_without_a_call(line)
+    assert not has_event(line.call_fd)
+
+
+def test_a_call_fd_may_be_a_pipe_that_nobody_reads(line: Line) -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    line.worker.set_call_fd(line.queue, writing).result(PATIENCE)
+    for _ in range(20):
+        line.put(SCSI_CMD)
+        line.kick()
+        finish_without_a_call(line)
+    line.worker.set_call_fd(line.queue, -1).result(PATIENCE)
+    assert os.read(reading, 4096) == struct.pack("<Q", 1) * 20
+    os.close(reading)
+    os.close(writing)
+
+
+# Writes of drivers that cannot flush.
+
+
+def last_flags(engine: Aio | Uring, slot: int) -> int:
+    """The RWF_ flags of the last operation, which was that of `slot`, in the struct that the kernel was given."""
+    if isinstance(engine, Aio):
+        return int(engine._iocbs[slot]["rw_flags"])
+    last = int(engine._engine["next_sqe"][0] - 1) & int(engine._engine["sq_mask"][0])
+    offset = SQE.fields["op_flags"][1]  # type: ignore[index]
+    return ctypes.c_uint32.from_address(engine._sqes + last * SQE.itemsize + offset).value
+
+
+@pytest.mark.parametrize("write_through", [False, True])
+def test_writes_are_stable_where_the_driver_cannot_flush(rig: Rig, write_through: bool) -> None:
+    line = rig.line().start(write_through=write_through)
+    engine = rig.workers[0].engine
+    # One request at a time is in the same slot each time.
+    slot = int(rig.workers[0]._state["free"][0])
+    assert line.do(OUT, 0, bytes(512)).status == OK
+    assert last_flags(engine, slot) == (RWF_DSYNC if write_through else 0)
+    assert line.do(IN, room=512).status == OK
+    assert last_flags(engine, slot) == 0
+
+
+# Memory that is replaced.
+
+
+def test_requests_in_flight_keep_the_memory_that_they_use(rig: Rig) -> None:
+    guest = rig.guest
+    table = guest.table()
+    addresses = [region.mapping.address for region in table.regions]
+    line = rig.line().start(table=table)
+    del table
+
+    def mapped() -> list[bool]:
+        return [is_mapped(address, guest.fd) for address in addresses]
+
+    with held(line.worker):
+        reads = [line.put(IN, number, room=4096) for number in range(8)]
+        line.kick()
+        fetch_only(line.worker)
+        changed = line.worker.set_memory(line.queue, guest.table())
+        in_flight, still_mapped = line.worker.call(lambda: line.queue.in_flight), line.worker.call(mapped)
+    line.wait()
+    changed.result(PATIENCE)
+    assert in_flight.result() == 8
+    assert still_mapped.result() == [True, True]
+    assert [line.answer(read).data for read in reads] == [DISK[n * 512 : n * 512 + 4096] for n in range(8)]
+    assert eventually(lambda: not any(mapped()))
+    assert line.do(IN, 9, room=512).data == DISK[9 * 512 : 10 * 512]
+
+
+def test_memory_is_replaced_twice_under_requests(rig: Rig) -> None:
+    line = rig.line().start()
+    addresses: list[int] = []
+    reads: list[Pending] = []
+
+    def remember() -> None:
+        addresses.extend(region.mapping.address for region in line.queue.memory.regions)
+
+    with held(line.worker):
+        for _ in range(2):
+            reads += [line.put(IN, number, room=4096) for number in range(4)]
+            # Made visible in between, so that each batch is fetched with another table.
+            line.worker.call(lambda index=line.ring.avail_idx: line.ring.set_avail_idx(index))
+            fetch_only(line.worker)
+            line.worker.call(remember)
+            line.worker.set_memory(line.queue, rig.guest.table())
+        in_flight = line.worker.call(lambda: line.queue.in_flight)
+    line.wait()
+    assert in_flight.result() == 8
+    assert [line.answer(read).data for read in reads] == [DISK[n * 512 : n * 512 + 4096] for n in range(4)] * 2
+    assert len(addresses) == 4
+    assert eventually(lambda: not any(is_mapped(address, rig.guest.fd) for address in addresses))
+
+
+def test_memory_without_the_ring_stops_that_queue_alone(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    line, other = rig.line().start(), rig.line().start()
+    elsewhere = MemoryTable([Region.map(0, 0, 4096, 0, rig.guest.fd)])
+    with caplog.at_level(logging.WARNING):
+        line.worker.set_memory(line.queue, elsewhere).result(PATIENCE)
+    wait_for_event(line.queue.err_fd, "the error event")
+    assert "disk queue 0: suspended, its ring is not in the shared memory" in caplog.text
+    line.put(IN, room=512)
+    line.kick()
+    assert other.do(IN, room=512).status == OK
+    assert line.ring.device_used_idx() == 0
+
+
+def test_memory_that_is_removed_and_added_again_resumes_the_ring(rig: Rig) -> None:
+    line = rig.line().start()
+    line.worker.set_memory(line.queue, MemoryTable()).result(PATIENCE)
+    read = line.put(IN, 3, room=512)
+    line.kick()
+    line.worker.set_memory(line.queue, rig.guest.table()).result(PATIENCE)
+    line.wait()
+    assert line.answer(read) == Answer(OK, 513, DISK[1536:2048])
+
+
+def test_a_ring_that_is_not_aligned_here_is_refused(rig: Rig) -> None:
+    """Its user addresses are aligned; the region that they are in is mapped one byte off."""
+    line = rig.line()
+    line.ring = Ring(rig.guest, 16)
+    odd = MemoryTable([Region.map(GUEST_BASE, USER_BASE - 1, rig.guest.size - 1, 0, rig.guest.fd)])
+    with pytest.raises(BadMemory, match="the ring is not aligned in memory"):
+        line.resume(table=odd)
+
+
+def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: RigFactory) -> None:
+    rig = make_rig(slots=4)
+    worker = rig.workers[0]
+    lines = [rig.line().start(size=256) for _ in range(3)]
+    reader = worker.start_tracing()
+    with held(worker):
+        for line in lines:
+            for number in range(64):
+                line.put(IN, number, room=512)
+            line.ring.publish()
+        worker.call(worker._look_at_all_queues)
+    for line in lines:
+        line.wait()
+    fetched = [event.queue for event in reader.events() if event.event == TRACE_FETCH]
+    assert len(fetched) == 3 * 64
+    # In any six turns' worth of requests each queue has had a turn.
+    assert all({0, 1, 2} <= set(fetched[start : start + 24]) for start in range(0, 3 * 64 - 24, 24))
+
+
+# Rings that drivers break.
+
+
+def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
+    """Kick, wait for the ring to break, and return what the log says."""
+    caplog.set_level(logging.WARNING)
+    line.kick()
+    wait_for_event(line.queue.err_fd, "the error event")
+    assert not line.queue.running
+    return caplog.text
+
+
+def test_a_malformed_chain_breaks_its_ring_and_no_other(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    line, other = rig.line().start(), rig.line().start()
+    good, bad = line.put(IN, room=512), line.put(IN, room=512)
+    struct.pack_into("<Q", rig.guest.memory, line.ring.desc + 16 * bad.head, 0xDEAD_0000_0000)
+    line.put(IN, room=512)
+    text = broken(line, caplog)
+    assert f"disk queue 0: ring broken by the driver: {rules.SENTENCES[rules.ADDRESS]} (chain {bad.head})" in text
+    assert other.do(IN, room=512).status == OK
+    # The one before it was served, the one behind it was not looked at.
+    assert eventually(lambda: line.ring.device_used_idx() == 1)
+    (served,) = line.ring.collect()
+    assert served is good
+    assert line.answer(good) == Answer(OK, 513, DISK[:512])
+    line.kick()
+    other.do(IN, room=512)
+    assert line.ring.device_used_idx() == 1
+    assert not has_event(line.queue.err_fd)
+
+
+@pytest.mark.parametrize("jump", [17, 1000, 32768, 65535])
+def test_an_available_index_that_jumps(rig: Rig, caplog: pytest.LogCaptureFixture, jump: int) -> None:
+    line = rig.line().start(size=16, base=65530)
+    line.ring.avail_idx = (65530 + jump) % 65536
+    assert rules.SENTENCES[rules.AVAIL_INDEX] in broken(line, caplog)
+    assert line.ring.device_used_idx() == 65530
+
+
+def test_a_whole_ring_is_no_jump(rig: Rig) -> None:
+    line = rig.line().start(size=16)
+    for number in range(16):
+        line.put(IN, number, room=512, direct=0)
+    line.kick()
+    assert len(line.wait()) == 16
+
+
+def test_more_chains_in_flight_than_descriptors(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """The same heads once more while they are in flight."""
+    line = rig.line().start(size=2)
+    with held(line.worker):
+        requests = [line.put(IN, number, room=512, direct=0) for number in range(2)]
+        line.ring.publish()
+        fetch_only(line.worker)
+        line.ring.put_available(requests[0].head)
+        # Published when the first two have been fetched.
+        line.worker.call(line.ring.publish)
+        fetch_only(line.worker)
+    line.ring.publish()
+    wait_for_event(line.queue.err_fd, "the error event")
+    assert rules.SENTENCES[rules.TOO_MANY_IN_FLIGHT] in caplog.text
+    line.stop()
+    assert line.ring.device_used_idx() == 2
+
+
+def test_the_same_head_twice_in_flight_is_answered_twice(rig: Rig) -> None:
+    line = rig.line().start(size=16)
+    with held(line.worker):
+        read = line.put(IN, 3, room=512)
+        line.ring.put_available(read.head)
+        line.kick()
+        fetch_only(line.worker)
+        in_flight = line.worker.call(lambda: line.queue.in_flight)
+    line.stop()
+    assert in_flight.result() == 2
+    assert line.ring.device_used_idx() == 2
+    assert line.rig.guest.read(read.writable[0].offset, 512) == DISK[1536:2048]
+
+
+def test_a_broken_ring_drains_and_starts_again(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    line = rig.line().start(size=16)
+    line.ring.put_available(999)
+    assert f"{rules.SENTENCES[rules.HEAD_RANGE]} (chain 999)" in broken(line, caplog)
+    line.stop()
+    assert line.start(size=16).do(IN, room=512).status == OK
+    assert not has_event(line.queue.err_fd)
+
+
+def test_a_bad_head_is_not_parsed_again_after_a_restart(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    line = rig.line().start(size=16)
+    line.ring.put_available(999)
+    broken(line, caplog)
+    base = line.stop()
+    caplog.clear()
+    line.resume(base=base)
+    assert line.do(IN, room=512, direct=0).status == OK
+    assert not has_event(line.queue.err_fd)
+    assert not caplog.records
+
+
+# What the control plane learns.
+
+
+def test_trace_events_of_a_request(line: Line) -> None:
+    reader = line.worker.start_tracing()
+    line.do(IN, 5, room=1024)
+    line.do(SCSI_CMD)
+    events = list(reader.events())
+    assert [event.event for event in events] == [TRACE_FETCH, TRACE_COMPLETE] * 2
+    fetched, completed = events[:2]
+    for event in (fetched, completed):
+        assert (event.device, event.queue, event.type) == (line.rig.device.address, 0, IN)
+        assert (event.sector, event.length) == (5, 1024)
+    assert completed.status == OK
+    assert completed.head == fetched.head
+    assert completed.time_ns - fetched.time_ns == round(completed.microseconds * 1000)
+    assert (events[3].type, events[3].status) == (SCSI_CMD, UNSUPP)
+
+
+def test_counters_and_histograms(line: Line) -> None:
+    for number in range(5):
+        line.do(IN, number, room=1024)
+    line.do(IN, CAPACITY, room=512)
+    line.do(OUT, 0, bytes(2048))
+    line.do(FLUSH)
+    line.do(GET_ID, room=20)
+    line.do(SCSI_CMD)
+    counted = {name: line.queue.counters[kind] for kind, name in enumerate(KINDS)}
+    seen = {name: (int(row["requests"]), int(row["errors"]), int(row["bytes"])) for name, row in counted.items()}
+    assert seen == {"read": (6, 1, 5 * 1024), "write": (1, 0, 2048), "flush": (1, 0, 0), "other": (2, 1, 20)}
+    assert {name: int(row["histogram"].sum()) for name, row in counted.items()} == {
+        name: requests for name, (requests, _, _) in seen.items()
+    }
+
+
+# The worker's thread.
+
+
+def test_calls_run_on_the_workers_thread_in_order(rig: Rig) -> None:
+    order: list[int] = []
+    futures = [rig.workers[0].call(lambda number=number: order.append(number)) for number in range(100)]
+    name = rig.workers[0].call(lambda: threading.current_thread().name)
+    assert name.result(PATIENCE) == "io-0"
+    assert all(future.done() for future in futures)
+    assert order == list(range(100))
+
+
+def test_an_exception_is_the_callers(line: Line) -> None:
+    with pytest.raises(ZeroDivisionError):
+        line.worker.call(lambda: 1 // 0).result(PATIENCE)
+    assert line.do(IN, room=512).status == OK
+
+
+def test_a_future_that_was_cancelled_does_not_end_the_thread(line: Line) -> None:
+    with held(line.worker):
+        cancelled: Future[None] = line.worker.call(lambda: None)
+        cancelled.cancel()
+    assert line.worker.call(lambda: 5).result(5) == 5
+
+
+def test_nothing_is_left_of_a_worker(tmp_path: Path) -> None:
+    def left() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    before = left()
+    rig = make(tmp_path / "disk.img", DISK, workers=2)
+    rig.line(0).start().do(IN, room=512)
+    rig.line(1).start().do(IN, room=512)
+    rig.close()
+    assert left() == before
+
+
+@pytest.mark.parametrize("slots", [1, 64])
+def test_an_idle_worker_sleeps(make_rig: RigFactory, slots: int) -> None:
+    """A worker that looked again and again for work would be running whenever somebody looks at it."""
+    line = make_rig(slots=slots).line().start()
+    line.do(IN, room=512)
+    turn_is_over(line)
+
+    def sleeps() -> bool:
+        stat = Path(f"/proc/self/task/{line.worker._thread.native_id}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "S"
+
+    assert eventually(sleeps)
+
+
+# Everything together, at random, against a bytearray.
+
+
+class Workload:
+    """Batches of random requests over several queues; disk and guest memory are compared with a model of them."""
+
+    def __init__(self, rig: Rig, lines: list[Line], seed: int) -> None:
+        self.rig, self.lines = rig, lines
+        self.random = random.Random(seed)
+        self.disk = bytearray(DISK)
+        self.start = rig.guest.free
+
+    def batch(self) -> None:
+        """Requests that do not touch each other's sectors, so that their order does not matter."""
+        guest = self.rig.guest
+        guest.free = self.start
+        slices = self.random.sample(range(32), 24)
+        issued: list[tuple[Line, Pending, Answer]] = []
+        for number in slices:
+            issued.append(self.put(self.random.choice(self.lines), number * 64))
+        expected = bytearray(guest.memory[self.start : guest.free])
+        for _, pending, answer in issued:
+            content = answer.data + bytes([answer.status])
+            for piece in pending.writable:
+                place = piece.offset - self.start
+                expected[place : place + piece.size], content = content[: piece.size], content[piece.size :]
+        for line in self.lines:
+            line.kick()
+        for line in self.lines:
+            line.wait()
+        for line, pending, answer in issued:
+            assert line.answer(pending) == answer
+        assert guest.memory[self.start : guest.free] == expected, "guest memory beside the buffers was written"
+        assert self.rig.content() == self.disk
+
+    def put(self, line: Line, first: int) -> tuple[Line, Pending, Answer]:
+        """One request for sectors `first` to `first` + 63; the model does it at once."""
+        choice = self.random.random()
+        sector = first + self.random.randrange(32)
+        size = 512 * self.random.randrange(1, 32)
+        kind = {"direct": self.random.choice([None, 0, 1]), "alignment": self.random.choice([1, 8, 512, 4096])}
+        if choice < 0.4:
+            data = bytes(self.disk[sector * 512 : sector * 512 + size])
+            writable = self.cut(size + 1)
+            return line, line.put(IN, sector, room=size, writable=writable, **kind), Answer(OK, size + 1, data)  # type: ignore[arg-type]
+        if choice < 0.8:
+            data = self.random.randbytes(size)
+            self.disk[sector * 512 : sector * 512 + size] = data
+            return line, line.put(OUT, sector, data, readable=self.cut(size + 16), **kind), Answer(OK, 1, b"")  # type: ignore[arg-type]
+        if choice < 0.9:
+            return line, line.put(FLUSH, readable=self.cut(16)), Answer(OK, 1, b"")
+        nothing = bytes([NO_ANSWER] * size)
+        return (
+            line,
+            line.put(IN, CAPACITY - 1 + 2 * first, room=size + 512),
+            Answer(IOERR, 0, nothing + bytes([NO_ANSWER] * 512)),
+        )
+
+    def cut(self, total: int) -> list[int]:
+        return cuts(total, self.random)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("direct", "event_idx", "workers", "slots"),
+    [
+        pytest.param(False, False, 1, 64, id="buffered"),
+        pytest.param(True, True, 1, 64, id="direct-event-idx"),
+        pytest.param(True, False, 2, 64, id="direct-two-workers"),
+        pytest.param(False, True, 2, 5, id="buffered-event-idx-two-workers-few-slots"),
+    ],
+)
+def test_random_workload(
+    make_rig: RigFactory, seed: int, direct: bool, event_idx: bool, workers: int, slots: int
+) -> None:
+    rig = direct_rig(make_rig, workers=workers, slots=slots) if direct else make_rig(workers=workers, slots=slots)
+    # Three queues, started shortly before their indices wrap around.
+    lines = [rig.line(number % workers).start(size=256, event_idx=event_idx, base=65500) for number in range(3)]
+    workload = Workload(rig, lines, seed)
+    for number in range(40):
+        workload.batch()
+        if number % 10 == 9:
+            # Stop and go on in between.
+            line = lines[number // 10 % 3]
+            line.resume(base=line.stop())
+
+
+# Flushes that fail.
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
+def test_a_failed_flush_is_not_forgotten_where_the_page_cache_may_have_lost_data(
+    make_rig: RigFactory, direct_io: bool
+) -> None:
+    """The kernel tells of pages that it could not write once; the next fdatasync(2) succeeds."""
+    rig = direct_rig(make_rig) if direct_io else make_rig()
+    line = rig.line().start()
+    assert line.do(FLUSH).status == OK
+    good, bad = int(rig.device._record["fd"][0]), os.eventfd(0)
+    rig.device._record["fd"] = bad  # cannot be synchronised: EINVAL
+    assert line.do(FLUSH).status == IOERR
+    rig.device._record["fd"] = good
+    os.close(bad)
+    assert line.do(FLUSH).status == (OK if direct_io else IOERR)
+    assert line.do(IN, 0, room=512).status == OK
