@@ -1,0 +1,446 @@
+"""The back end's side of one vhost-user connection: acts on messages, and starts and stops rings.
+
+Source: QEMU's docs/interop/vhost-user.rst; the ring states are those of its section "Ring states".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ringplane.dataplane.queue import Queue, RingLayout
+from ringplane.dataplane.worker import Worker, WorkerEnded
+from ringplane.disk import Disk
+from ringplane.memory import BadMemory, MemoryTable, Region
+from ringplane.vhost_user import messages
+from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
+from ringplane.vhost_user.messages import (
+    MAX_CONFIG_SIZE,
+    U64,
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    Config,
+    MemoryRegion,
+    Payload,
+    ProtocolError,
+    ProtocolFeature,
+    Request,
+    SingleMemoryRegion,
+    VringAddr,
+    VringFd,
+    VringState,
+)
+from ringplane.vhost_user.transport import AsyncTransport
+from ringplane.virtio.blk import VIRTIO_BLK_F_FLUSH
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
+from ringplane.virtio.split import MAX_QUEUE_SIZE
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PROTOCOL_FEATURES = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+)
+
+# As many as KVM gives a guest (KVM_USER_MEM_SLOTS of x86), so as many as any front end asks for.
+MAX_MEMORY_SLOTS = 509
+
+# Seconds after which a drain that takes long is spoken of.
+TELL_AFTER = 2.0
+
+
+class Refused(Exception):
+    """A request that cannot be carried out; the text says why. The front end is told where it asked for a reply."""
+
+
+@dataclass(slots=True)
+class Vring:
+    """What the front end has said about one ring so far."""
+
+    queue: Queue
+    worker: Worker
+    size: int = 0
+    base: int = 0
+    address: VringAddr | None = None
+    kick_fd: int = -1
+    call_fd: int = -1
+    enabled: bool = False
+    running: bool = False
+
+
+class Session:
+    """One front end, from its connection to its end."""
+
+    def __init__(self, transport: AsyncTransport, disk: Disk) -> None:
+        self._transport = transport
+        self._disk = disk
+        self._offered = disk.features | VHOST_USER_F_PROTOCOL_FEATURES
+        self._features = 0
+        self._protocol_features = ProtocolFeature(0)
+        self._memory = MemoryTable()
+        self._backend_fd = -1
+        self._vrings = [Vring(queue, worker) for queue, worker in zip(disk.queues, disk.workers, strict=True)]
+        self._busy = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Serve the front end until it goes away or breaks the protocol; then nothing of it is left."""
+        try:
+            while await self._serve_one_message():
+                pass
+        except (ProtocolError, Refused) as error:
+            log.warning("front end dropped: %s", error)
+        except OSError as error:
+            log.info("front end lost: %s", error)
+        finally:
+            await self._close()
+
+    async def drain(self) -> None:
+        """Answer all that has been fetched while nothing more is fetched, then go on."""
+        async with self._busy:
+            stopped = [vring for vring in self._vrings if vring.running]
+            await asyncio.gather(*(self._stop(vring) for vring in stopped))
+            for vring in stopped:
+                try:
+                    await self._start_or_stop(vring)
+                except (BadMemory, OSError) as error:
+                    log.warning("%s: cannot go on after a drain: %s", vring.queue.name, error)
+
+    async def _close(self) -> None:
+        self._transport.close()
+        async with self._busy:
+            # Each of them, whatever becomes of the others.
+            results = await asyncio.gather(*(self._forget(vring) for vring in self._vrings), return_exceptions=True)
+            for error in results:
+                if error is not None:
+                    log.error("a queue could not be stopped: %s", error)
+            self._memory = MemoryTable()
+            self._backend_fd = _replace_fd(self._backend_fd, -1)
+
+    async def _serve_one_message(self) -> bool:
+        try:
+            message = await self._transport.receive()
+        except UnknownRequest as unknown:
+            await self._reply(unknown.message, self._refuse(unknown.message, Refused(str(unknown))))
+            return True
+        if message is None:
+            return False
+        with message:
+            log.debug("%s %s", message.name, message.payload)
+            async with self._busy:
+                reply = await self._answer(message)
+            # Not under the lock: a front end that does not read its replies holds up nobody but itself.
+            if reply is not None:
+                await self._reply(message, reply)
+        return True
+
+    async def _answer(self, message: Message) -> Payload | None:
+        try:
+            reply = await self._handle(message)
+        except (Refused, BadMemory, OSError, WorkerEnded) as error:
+            return self._refuse(message, Refused(f"{message.name}: {error}"))
+        return U64(0) if reply is None and self._wants_ack(message) else reply
+
+    def _wants_ack(self, message: Message) -> bool:
+        return message.need_reply and ProtocolFeature.REPLY_ACK in self._protocol_features
+
+    async def _reply(self, message: Message, payload: Payload) -> None:
+        await self._transport.send(self._transport.connection.reply(message, payload))
+
+    def _refuse(self, message: Message, why: Refused) -> Payload:
+        """Say no where the front end can hear it, else end the connection, as its idea of us would be wrong."""
+        if isinstance(message.payload, Config) and message.request == Request.GET_CONFIG:
+            log.warning("%s", why)
+            return messages.Empty()
+        if self._wants_ack(message) and rule_of(message.request).reply is None:
+            log.warning("%s", why)
+            return U64(1)
+        raise why
+
+    async def _handle(self, message: Message) -> Payload | None:
+        handler: Callable[..., Awaitable[Payload | None]] | None = None
+        if isinstance(message.request, Request):
+            handler = getattr(self, f"_on_{message.request.name.lower()}", None)
+        feature = rule_of(message.request).feature
+        if handler is None:
+            raise Refused("not supported by this back end")
+        if feature is not None and feature not in self._protocol_features:
+            raise Refused(f"sent although the protocol feature {feature.name} was not negotiated")
+        return await handler(message)
+
+    # Negotiation.
+
+    async def _on_get_features(self, message: Message) -> Payload:
+        return U64(self._offered)
+
+    async def _on_set_features(self, message: Message) -> None:
+        wanted = _u64(message)
+        if wanted & ~self._offered:
+            raise Refused(f"feature bits {wanted & ~self._offered:#x} were not offered")
+        self._features = wanted
+        for vring in self._vrings:
+            # Without protocol features there is no SET_VRING_ENABLE: rings are enabled from the start.
+            vring.enabled = vring.enabled or not wanted & VHOST_USER_F_PROTOCOL_FEATURES
+            if vring.running and self._uses_changed(vring):
+                await self._stop(vring)
+            await self._start_or_stop(vring)
+
+    async def _on_get_protocol_features(self, message: Message) -> Payload:
+        return U64(int(PROTOCOL_FEATURES))
+
+    async def _on_set_protocol_features(self, message: Message) -> None:
+        # With integers: the complement of an IntFlag loses the bits that have no name.
+        wanted = _u64(message)
+        if wanted & ~int(PROTOCOL_FEATURES):
+            raise Refused(f"protocol feature bits {wanted & ~int(PROTOCOL_FEATURES):#x} were not offered")
+        self._protocol_features = ProtocolFeature(wanted)
+
+    async def _on_get_queue_num(self, message: Message) -> Payload:
+        return U64(len(self._vrings))
+
+    async def _on_set_owner(self, message: Message) -> None:
+        """Nothing to do: a connection has one owner, the one at its other end."""
+
+    async def _on_reset_owner(self, message: Message) -> None:
+        """Deprecated; the specification advises to disable all rings or to ignore it."""
+        await self._disable_all()
+
+    async def _on_reset_device(self, message: Message) -> None:
+        await asyncio.gather(*(self._forget(vring) for vring in self._vrings))
+
+    async def _on_set_backend_req_fd(self, message: Message) -> None:
+        """Nothing is sent on it yet; user-mode Linux insists on having it."""
+        (fd,) = message.take_fds()
+        self._backend_fd = _replace_fd(self._backend_fd, fd)
+
+    # Configuration space.
+
+    async def _on_get_config(self, message: Message) -> Payload:
+        asked = _expect(message, Config)
+        if asked.offset + asked.size > MAX_CONFIG_SIZE:
+            raise Refused(f"{asked.size} bytes at offset {asked.offset} are beyond the configuration space")
+        space = self._disk.config_space().ljust(MAX_CONFIG_SIZE, b"\0")
+        return Config(asked.offset, asked.size, 0, space[asked.offset : asked.offset + asked.size])
+
+    async def _on_set_config(self, message: Message) -> None:
+        raise Refused("no field of the configuration space can be written with the features offered")
+
+    # Memory.
+
+    async def _on_set_mem_table(self, message: Message) -> None:
+        described = _expect(message, messages.MemoryTable).regions
+        regions = [_map(region, fd) for region, fd in zip(described, message.fds, strict=True)]
+        await self._set_memory(MemoryTable(regions))
+
+    async def _on_get_max_mem_slots(self, message: Message) -> Payload:
+        return U64(MAX_MEMORY_SLOTS)
+
+    async def _on_add_mem_reg(self, message: Message) -> None:
+        if len(self._memory.regions) >= MAX_MEMORY_SLOTS:
+            raise Refused(f"all {MAX_MEMORY_SLOTS} memory slots are in use")
+        region = _map(_expect(message, SingleMemoryRegion).region, message.fds[0])
+        await self._set_memory(self._memory.adding(region))
+
+    async def _on_rem_mem_reg(self, message: Message) -> None:
+        region = _expect(message, SingleMemoryRegion).region
+        await self._set_memory(self._memory.removing(region.guest_address, region.user_address, region.size))
+
+    async def _set_memory(self, memory: MemoryTable) -> None:
+        self._memory = memory
+        running = [vring for vring in self._vrings if vring.running]
+        await asyncio.gather(*(_done(vring.worker.set_memory(vring.queue, memory)) for vring in running))
+
+    # Rings.
+
+    async def _on_set_vring_num(self, message: Message) -> None:
+        state = _expect(message, VringState)
+        vring = self._vring(state.index)
+        size = state.num
+        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise Refused(f"ring size {size} is no power of two up to {MAX_QUEUE_SIZE}")
+        if vring.running and size != vring.size:
+            raise Refused("the ring is running")
+        vring.size = size
+        await self._start_or_stop(vring)
+
+    async def _on_set_vring_addr(self, message: Message) -> None:
+        address = _expect(message, VringAddr)
+        vring = self._vring(address.index)
+        for name, value, alignment in (
+            ("descriptor", address.descriptor, 16),
+            ("available", address.available, 2),
+            ("used", address.used, 4),
+        ):
+            if value % alignment:
+                raise Refused(f"the {name} address {value:#x} is not aligned to {alignment} bytes")
+        if vring.running and vring.address is not None and not _same_places(address, vring.address):
+            raise Refused("the ring is running")
+        vring.address = address
+        await self._start_or_stop(vring)
+
+    async def _on_set_vring_base(self, message: Message) -> None:
+        state = _expect(message, VringState)
+        vring = self._vring(state.index)
+        if vring.running:
+            raise Refused("the ring is running")
+        vring.base = state.num & 0xFFFF
+
+    async def _on_get_vring_base(self, message: Message) -> Payload:
+        vring = self._vring(_expect(message, VringState).index)
+        await self._reset(vring)
+        # A ring that is started again is described again: nothing of this driver's serves the next.
+        vring.address = None
+        vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+        return VringState(vring.queue.number, vring.base)
+
+    async def _on_set_vring_enable(self, message: Message) -> None:
+        state = _expect(message, VringState)
+        vring = self._vring(state.index)
+        vring.enabled = bool(state.num)
+        await self._start_or_stop(vring)
+
+    async def _on_set_vring_kick(self, message: Message) -> None:
+        described = _expect(message, VringFd)
+        vring = self._vring(described.index)
+        if described.no_fd:
+            raise Refused("rings without a kick fd, to be polled, are not supported")
+        await self._stop(vring)
+        (fd,) = message.take_fds()
+        vring.kick_fd = _replace_fd(vring.kick_fd, fd)
+        await self._start_or_stop(vring)
+
+    async def _on_set_vring_call(self, message: Message) -> None:
+        vring = self._vring(_expect(message, VringFd).index)
+        old, vring.call_fd = vring.call_fd, _only_fd(message)
+        await _done(vring.worker.set_call_fd(vring.queue, vring.call_fd))
+        _replace_fd(old, -1)
+        # What completed before this fd was known is announced now; QEMU's own tests rely on it.
+        _signal(vring.call_fd)
+
+    async def _on_set_vring_err(self, message: Message) -> None:
+        vring = self._vring(_expect(message, VringFd).index)
+        old = vring.queue.err_fd
+        fd = _only_fd(message)
+        await _done(vring.worker.call(lambda: setattr(vring.queue, "err_fd", fd)))
+        _replace_fd(old, -1)
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self._vrings):
+            raise Refused(f"queue {index} does not exist; there are {len(self._vrings)}")
+        return self._vrings[index]
+
+    async def _start_or_stop(self, vring: Vring) -> None:
+        """Bring the ring into the state that the messages so far ask for; a broken one stays stopped until a reset."""
+        if not vring.enabled:
+            await self._stop(vring)
+        elif vring.running or vring.queue.broken:
+            return
+        elif vring.kick_fd >= 0 and vring.size and vring.address is not None:
+            layout = self._layout(vring.size, vring.base, vring.address)
+            await _done(vring.worker.start_queue(vring.queue, layout, self._memory, vring.kick_fd))
+            vring.running = True
+
+    def _uses_changed(self, vring: Vring) -> bool:
+        """Whether the features that were just set change how a running ring is to be used."""
+        layout = vring.queue.layout
+        if layout is None or vring.address is None:
+            return False
+        return self._layout(layout.size, layout.base, vring.address) != layout
+
+    def _layout(self, size: int, base: int, address: VringAddr) -> RingLayout:
+        return RingLayout(
+            size=size,
+            desc=address.descriptor,
+            avail=address.available,
+            used=address.used,
+            base=base,
+            event_idx=bool(self._features & VIRTIO_F_EVENT_IDX),
+            indirect=bool(self._features & VIRTIO_F_INDIRECT_DESC),
+            # A driver that cannot flush relies on each write being stable when it is answered (section 5.2.6.2).
+            write_through=not self._features & VIRTIO_BLK_F_FLUSH,
+        )
+
+    async def _stop(self, vring: Vring) -> None:
+        """Stop fetching and wait until all that was fetched is answered."""
+        if vring.running:
+            drained = vring.worker.stop_queue(vring.queue)
+            try:
+                await asyncio.wait_for(_done(drained), TELL_AFTER)
+            except TimeoutError:
+                log.warning("%s: waiting for %d requests in flight", vring.queue.name, vring.queue.in_flight)
+                await _done(drained)
+            vring.running = False
+            vring.base = int(vring.queue.record["last_avail"])
+
+    async def _reset(self, vring: Vring) -> None:
+        """Stop the ring; what broke it, if anything, is forgotten."""
+        await self._stop(vring)
+        vring.queue.record["broken"] = 0
+
+    async def _disable_all(self) -> None:
+        for vring in self._vrings:
+            vring.enabled = False
+            await self._stop(vring)
+
+    async def _forget(self, vring: Vring) -> None:
+        """Stop the ring and give back all that the front end gave us for it."""
+        await self._reset(vring)
+        await _done(vring.worker.set_call_fd(vring.queue, -1))
+        vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+        vring.call_fd = _replace_fd(vring.call_fd, -1)
+        vring.queue.err_fd = _replace_fd(vring.queue.err_fd, -1)
+        vring.size, vring.base, vring.address, vring.enabled = 0, 0, None, False
+
+
+async def _done(future: Future[Result]) -> Result:
+    """Wait for a worker. Not to be cancelled half way: the ring's state would be unknown."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def _expect(message: Message, kind: type[Result]) -> Result:
+    assert isinstance(message.payload, kind), "the rules of the connection fix each message's payload"
+    return message.payload
+
+
+def _u64(message: Message) -> int:
+    return _expect(message, U64).value
+
+
+def _only_fd(message: Message) -> int:
+    """The fd that came with the message, non-blocking, or -1."""
+    for fd in message.fds:
+        # A front end must not be able to stop our thread with a full eventfd or pipe.
+        os.set_blocking(fd, False)
+    return next(iter(message.take_fds()), -1)
+
+
+def _replace_fd(old: int, new: int) -> int:
+    if old >= 0:
+        # An error from close() (of a file that could not be written, say) is the front end's.
+        with contextlib.suppress(OSError):
+            os.close(old)
+    return new
+
+
+def _signal(fd: int) -> None:
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.write(fd, (1).to_bytes(8, "little"))
+
+
+def _map(region: MemoryRegion, fd: int) -> Region:
+    return Region.map(region.guest_address, region.user_address, region.size, region.mmap_offset, fd)
+
+
+def _same_places(a: VringAddr, b: VringAddr) -> bool:
+    return (a.descriptor, a.used, a.available) == (b.descriptor, b.used, b.available)

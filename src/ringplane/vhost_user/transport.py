@@ -1,0 +1,236 @@
+"""A UNIX stream socket around a `Connection`: one transport for asyncio, one that blocks.
+
+Source: QEMU's docs/interop/vhost-user.rst, section "Communication"; unix(7) and cmsg(3) for the fds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ringplane.vhost_user.connection import AnyRequest, Connection, Message, Role
+from ringplane.vhost_user.messages import MAX_FDS, Empty, Payload, ProtocolError, UsageError
+
+_INT_SIZE = array("i").itemsize
+# One more than a message may have, so that too many are seen as such.
+_ANCILLARY_SPACE = socket.CMSG_SPACE((MAX_FDS + 1) * _INT_SIZE)
+_NO_PAYLOAD = Empty()
+
+
+def receive_part(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """Read at most `size` bytes and the fds that came with them, close-on-exec; no bytes at the end of the stream.
+
+    Raises ProtocolError, with nothing left open, if the kernel had to drop fds: the peer sent more than there is room
+    for, or this process may not open more. Raises what recvmsg raises, except that a reset connection is an end.
+    """
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        return b"", []
+    fds = _fds_in(ancillary)
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(
+            "fds were lost: more came with a message than are allowed, or this process has too many open"
+        )
+    return data, fds
+
+
+def send_part(sock: socket.socket, data: memoryview, fds: Sequence[int]) -> int:
+    """Send some of `data`, all of `fds` attached to its first byte; how many bytes went. Raises what sendmsg does."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+
+
+def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            # A truncated item may end within an int.
+            fds.frombytes(data[: len(data) - len(data) % _INT_SIZE])
+    return list(fds)
+
+
+def _receive_some(sock: socket.socket, connection: Connection) -> tuple[Message | None, bool]:
+    """Read once; a message if that completed one, and whether the stream has ended."""
+    try:
+        data, fds = receive_part(sock, connection.wanted)
+    except ProtocolError:
+        connection.close()
+        raise
+    if not data:
+        connection.receive_eof()
+        return None, True
+    return connection.receive(data, fds), False
+
+
+class AsyncTransport:
+    """A connected socket and its `Connection` (a back end's, unless given) in an asyncio loop.
+
+    The transport owns the socket. One task may receive at a time; any number may send, and their messages go out whole,
+    one after the other. A wait can be cancelled or have a time limit (`asyncio.timeout`).
+    """
+
+    def __init__(self, sock: socket.socket, connection: Connection | None = None) -> None:
+        sock.setblocking(False)
+        self.connection = connection or Connection(Role.BACK_END)
+        self._sock = sock
+        self._receiving = False
+        self._sending = asyncio.Lock()
+        # What each waiting future has registered with the loop, as a call that takes it back.
+        self._waits: dict[asyncio.Future[None], Callable[[], object]] = {}
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._sock.fileno() == -1
+
+    async def receive(self) -> Message | None:
+        """The next message, or None after the peer closed its end or `close` was called.
+
+        Raises what `Connection.receive` raises; ProtocolError if the stream ends inside a message or fds were lost;
+        UsageError if another task is receiving. A cancelled call loses nothing: the next one goes on.
+        """
+        if self._receiving:
+            raise UsageError("another task is receiving on this transport")
+        self._receiving = True
+        try:
+            # A peer that always has a next message ready must not keep the loop from everything else.
+            await asyncio.sleep(0)
+            return await self._receive()
+        finally:
+            self._receiving = False
+
+    async def _receive(self) -> Message | None:
+        message, ended = None, False
+        while message is None and not ended and not self.closed:
+            try:
+                message, ended = _receive_some(self._sock, self.connection)
+            except BlockingIOError:
+                loop = asyncio.get_running_loop()
+                await self._wait(loop.add_reader, loop.remove_reader)
+        return message
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message whole, waiting for a slow reader; the fds stay the caller's and must stay open meanwhile.
+
+        Raises OSError if the peer or we closed the connection. If it is cancelled or fails after a part was sent, the
+        transport is closed, as what followed could not be understood.
+        """
+        async with self._sending:
+            rest = memoryview(data)
+            try:
+                while rest:
+                    rest = await self._send_some(rest, fds if len(rest) == len(data) else ())
+            finally:
+                if 0 < len(rest) < len(data):
+                    self.close()
+
+    async def _send_some(self, rest: memoryview, fds: Sequence[int]) -> memoryview:
+        if self.closed:
+            raise ConnectionAbortedError("the transport was closed")
+        try:
+            return rest[send_part(self._sock, rest, fds) :]
+        except BlockingIOError:
+            loop = asyncio.get_running_loop()
+            await self._wait(loop.add_writer, loop.remove_writer)
+            return rest
+
+    def close(self) -> None:
+        """Close the socket and the fds of a half-received message; who waits is woken. May be called again."""
+        waits, self._waits = self._waits, {}
+        # Before the socket's number becomes free: the loop must not watch whatever gets it next.
+        for future, unregister in waits.items():
+            unregister()
+            _wake(future)
+        self._sock.close()
+        self.connection.close()
+
+    async def _wait(self, add: Callable[..., Any], remove: Callable[[int], object]) -> None:
+        fd = self._sock.fileno()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        add(fd, _wake, future)
+        self._waits[future] = lambda: remove(fd)
+        try:
+            await future
+        finally:
+            # `close` has taken it back already if it is not there.
+            self._waits.pop(future, _nothing)()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class BlockingTransport:
+    """A connected socket and its `Connection` (a front end's, unless given) for code without a loop.
+
+    The transport owns the socket. `timeout` is in seconds, for each system call; None waits without limit.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float | None = None, connection: Connection | None = None) -> None:
+        sock.settimeout(timeout)
+        self.connection = connection or Connection(Role.FRONT_END)
+        self._sock = sock
+
+    def receive(self) -> Message | None:
+        """The next message, or None after the peer closed its end.
+
+        Raises what `Connection.receive` raises; ProtocolError if the stream ends inside a message or fds were lost;
+        TimeoutError, after which another call goes on.
+        """
+        message, ended = None, False
+        while message is None and not ended:
+            message, ended = _receive_some(self._sock, self.connection)
+        return message
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message whole; the fds stay the caller's. Raises OSError (TimeoutError, BrokenPipeError, ...).
+
+        If it fails after a part was sent, the transport is closed, as what followed could not be understood.
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[send_part(self._sock, rest, fds if len(rest) == len(data) else ()) :]
+        finally:
+            if 0 < len(rest) < len(data):
+                self.close()
+
+    def call(
+        self,
+        request: AnyRequest,
+        payload: Payload = _NO_PAYLOAD,
+        fds: Sequence[int] = (),
+        *,
+        need_reply: bool = False,
+    ) -> Message | None:
+        """Send a request and wait for its reply; None at once if it gets none.
+
+        Raises what `Connection.send`, `send` and `receive` raise; UsageError if an earlier reply is still awaited;
+        ProtocolError if the peer closes the connection instead.
+        """
+        if self.connection.awaiting:
+            raise UsageError(f"{request.name}: an earlier request's reply is still awaited")
+        self.send(self.connection.send(request, payload, fds, need_reply=need_reply), fds)
+        if not self.connection.awaiting:
+            return None
+        reply = self.receive()
+        if reply is None:
+            raise ProtocolError(f"the peer closed the connection instead of replying to {request.name}")
+        return reply
+
+    def close(self) -> None:
+        """Close the socket and the fds of a half-received message. May be called again."""
+        self._sock.close()
+        self.connection.close()
