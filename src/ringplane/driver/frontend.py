@@ -1,0 +1,318 @@
+"""A vhost-user front end: shared memory, one method for each message, and the notifiers of a ring.
+
+Each message is a small method that sends what it is given, right or wrong: tests misbehave through them. What a
+well-behaved driver does with them is in disk.py. Source: QEMU's docs/interop/vhost-user.rst.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ringplane.driver.ring import Ring
+from ringplane.memory import Mapping
+from ringplane.vhost_user.messages import (
+    U64,
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    Config,
+    Empty,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolError,
+    ProtocolFeature,
+    Request,
+    SingleMemoryRegion,
+    VringAddr,
+    VringFd,
+    VringState,
+)
+from ringplane.vhost_user.transport import BlockingTransport
+
+WANTED_PROTOCOL_FEATURES = (
+    ProtocolFeature.MQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIGURE_MEM_SLOTS
+)
+
+PAGE = 4096
+
+AnyPayload = TypeVar("AnyPayload", bound=Payload)
+
+
+class Refused(Exception):
+    """The back end answered a message with a failure."""
+
+
+class RingBroken(Exception):
+    """The back end signalled a ring's error eventfd: it found a fault in the ring and does not serve it any more."""
+
+
+class SharedMemory:
+    """A memfd of `size` bytes, mapped here; the guest's memory. Guest-physical address = offset in the file.
+
+    It is sparse: what nobody touches costs nothing.
+    """
+
+    def __init__(self, size: int = 1 << 30) -> None:
+        self.size = size
+        self.fd = os.memfd_create("ringplane-driver", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size)
+            self._mapping = Mapping(self.fd, size, 0)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = self._mapping.address
+        self.forget()
+
+    def forget(self) -> None:
+        """Free everything that was allocated."""
+        # Not from 0: an address that someone forgot to fill in must not be a good one.
+        self._end = PAGE
+        self._free: dict[int, list[int]] = {}
+        self._sizes: dict[int, int] = {}
+
+    def allocate(self, size: int) -> int:
+        """Our address of `size` bytes, aligned to the next power of two or a page; raises MemoryError."""
+        rounded = max(64, 1 << (size - 1).bit_length())
+        free = self._free.get(rounded)
+        if free:
+            return free.pop()
+        start = -(-self._end // min(rounded, PAGE)) * min(rounded, PAGE)
+        if start + rounded > self.size:
+            raise MemoryError(f"{size} bytes more do not fit in {self.size} bytes of shared memory: raise memory_size")
+        self._end = start + rounded
+        self._sizes[self.address + start] = rounded
+        return self.address + start
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` returned."""
+        self._free.setdefault(self._sizes[address], []).append(address)
+
+    def guest(self, address: int) -> int:
+        """The guest-physical address of our `address`."""
+        return address - self.address
+
+    def region(self) -> MemoryRegion:
+        """All of it, as one region."""
+        return MemoryRegion(guest_address=0, size=self.size, user_address=self.address, mmap_offset=0)
+
+    def close(self) -> None:
+        """Close the file; the mapping goes with the last reference to this object."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class FrontEnd:
+    """A connection to the back end that listens at `path`; waits at most `timeout` seconds for each answer.
+
+    With REPLY_ACK negotiated every message that sets something asks for an acknowledgement, and raises Refused if that
+    says failure. All methods raise TimeoutError, ProtocolError when the back end breaks the protocol or closes the
+    connection, and OSError.
+    """
+
+    def __init__(self, path: str | Path, timeout: float = 10.0) -> None:
+        """Connect; raises OSError in words when nobody listens."""
+        self.path = str(path)
+        self.timeout = timeout
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(timeout)
+        try:
+            self.sock.connect(self.path)
+        except OSError as error:
+            self.sock.close()
+            raise type(error)(error.errno, f"cannot connect to the back end: {error.strerror or error}", path) from None
+        self.transport = BlockingTransport(self.sock, timeout)
+        self.features = 0
+        self.protocol_features = ProtocolFeature(0)
+
+    def close(self) -> None:
+        """Close the connection. May be called again."""
+        self.transport.close()
+
+    # Any message
+
+    def ask(self, request: Request, reply: type[AnyPayload], payload: Payload | None = None) -> AnyPayload:
+        """Send a message that has an answer, and return that."""
+        answer = self._call(request, payload or Empty(), (), need_reply=False)
+        if not isinstance(answer, reply):
+            raise ProtocolError(f"{request.name}: the back end could not do it")
+        return answer
+
+    def tell(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
+        """Send a message that sets something; raises Refused when the back end says that it could not."""
+        acknowledged = ProtocolFeature.REPLY_ACK in self.protocol_features
+        answer = self._call(request, payload or Empty(), fds, need_reply=acknowledged)
+        if isinstance(answer, U64) and answer.value != 0:
+            raise Refused(f"the back end refused {request.name} (it answered {answer.value:#x})")
+
+    def _call(self, request: Request, payload: Payload, fds: Sequence[int], *, need_reply: bool) -> Payload | None:
+        try:
+            message = self.transport.call(request, payload, fds, need_reply=need_reply)
+        except TimeoutError:
+            raise TimeoutError(f"the back end did not answer {request.name} within {self.timeout:g} s") from None
+        except ConnectionError as error:
+            raise ProtocolError(f"the back end closed the connection before {request.name}: {error}") from None
+        if message is None:
+            return None
+        message.close()
+        return message.payload
+
+    # Features
+
+    def negotiate(self, features: int, protocol_features: ProtocolFeature = WANTED_PROTOCOL_FEATURES) -> int:
+        """Take what the back end offers of `features` and `protocol_features`; returns the features agreed on.
+
+        Needs VHOST_USER_F_PROTOCOL_FEATURES and CONFIG of the back end; raises ProtocolError without.
+        """
+        offered = self.get_features()
+        if not offered & VHOST_USER_F_PROTOCOL_FEATURES:
+            raise ProtocolError("the back end does not offer VHOST_USER_F_PROTOCOL_FEATURES")
+        self.set_protocol_features(self.get_protocol_features() & protocol_features)
+        if ProtocolFeature.CONFIG not in self.protocol_features:
+            raise ProtocolError("the back end does not offer CONFIG, so the disk's size is unknown")
+        self.set_owner()
+        self.set_features(offered & (features | VHOST_USER_F_PROTOCOL_FEATURES))
+        return self.features
+
+    def get_features(self) -> int:
+        return self.ask(Request.GET_FEATURES, U64).value
+
+    def set_features(self, features: int) -> None:
+        self.tell(Request.SET_FEATURES, U64(features))
+        self.features = features
+
+    def get_protocol_features(self) -> ProtocolFeature:
+        return ProtocolFeature(self.ask(Request.GET_PROTOCOL_FEATURES, U64).value)
+
+    def set_protocol_features(self, features: ProtocolFeature) -> None:
+        """From here on messages are acknowledged if `features` has REPLY_ACK."""
+        self.tell(Request.SET_PROTOCOL_FEATURES, U64(features))
+        self.protocol_features = features
+
+    def set_owner(self) -> None:
+        self.tell(Request.SET_OWNER)
+
+    def get_queue_num(self) -> int:
+        """How many queues the back end has at most; 1 without the protocol feature MQ."""
+        if ProtocolFeature.MQ not in self.protocol_features:
+            return 1
+        return self.ask(Request.GET_QUEUE_NUM, U64).value
+
+    # Configuration space
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the configuration space."""
+        config = self.ask(Request.GET_CONFIG, Config, Config.asking_for(offset, size))
+        if config.size != size:
+            raise ProtocolError(f"the back end gave {config.size} bytes of configuration where {size} were asked for")
+        return config.payload
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        self.tell(Request.SET_CONFIG, Config(offset, len(data), Config.WRITABLE, data))
+
+    # Memory
+
+    def set_mem_table(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
+        self.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds)
+
+    def get_max_mem_slots(self) -> int:
+        return self.ask(Request.GET_MAX_MEM_SLOTS, U64).value
+
+    def add_mem_reg(self, region: MemoryRegion, fd: int) -> None:
+        self.tell(Request.ADD_MEM_REG, SingleMemoryRegion(region), [fd])
+
+    def rem_mem_reg(self, region: MemoryRegion) -> None:
+        self.tell(Request.REM_MEM_REG, SingleMemoryRegion(region))
+
+    # Rings
+
+    def set_vring_num(self, index: int, size: int) -> None:
+        self.tell(Request.SET_VRING_NUM, VringState(index, size))
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        self.tell(Request.SET_VRING_BASE, VringState(index, base))
+
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
+        """`desc`, `avail` and `used` are user addresses: ours."""
+        self.tell(Request.SET_VRING_ADDR, VringAddr(index, flags, desc, used, avail, log))
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        self._set_vring_fd(Request.SET_VRING_KICK, index, fd)
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        self._set_vring_fd(Request.SET_VRING_CALL, index, fd)
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        self._set_vring_fd(Request.SET_VRING_ERR, index, fd)
+
+    def _set_vring_fd(self, request: Request, index: int, fd: int | None) -> None:
+        self.tell(request, VringFd(index, no_fd=fd is None), () if fd is None else (fd,))
+
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        self.tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
+
+    def get_vring_base(self, index: int) -> int:
+        """Stop the ring; the next available index. The back end answers when all requests in flight are finished."""
+        return self.ask(Request.GET_VRING_BASE, VringState, VringState(index, 0)).num
+
+    def start_vring(self, vring: Vring, base: int = 0) -> None:
+        """Hand a ring over to the back end, as QEMU does it, and let it serve the ring."""
+        index, ring = vring.index, vring.ring
+        ring.reset(base)
+        self.set_vring_num(index, ring.size)
+        self.set_vring_base(index, base)
+        self.set_vring_addr(index, ring.desc, ring.avail, ring.used)
+        self.set_vring_kick(index, vring.kick_fd)
+        self.set_vring_call(index, vring.call_fd)
+        self.set_vring_err(index, vring.err_fd)
+        self.set_vring_enable(index, True)
+
+
+class Vring:
+    """A ring and its notifiers: eventfds for kick, call and error, and one epoll instance that watches for trouble too.
+
+    The call eventfd is watched edge-triggered: each signal wakes once, and nobody has to read it. Signals of the error
+    eventfd and the end of the connection keep waking.
+    """
+
+    def __init__(self, index: int, ring: Ring, sock: socket.socket) -> None:
+        self.index = index
+        self.ring = ring
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        self.kick_fd, self.call_fd, self.err_fd = (os.eventfd(0, flags) for _ in range(3))
+        self.epoll = select.epoll()
+        self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)
+        self.epoll.register(self.err_fd, select.EPOLLIN)
+        # No event asked for: EPOLLHUP and EPOLLERR are always told.
+        self.epoll.register(sock.fileno(), 0)
+
+    def kick(self) -> None:
+        """Tell the back end that there are new chains."""
+        os.eventfd_write(self.kick_fd, 1)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a call, at most `seconds`; raises what `check` raises."""
+        self._raise_trouble([fd for fd, _ in self.epoll.poll(seconds)])
+
+    def check(self) -> None:
+        """Raise RingBroken if the back end signalled an error of the ring, ConnectionError if the back end is gone."""
+        # This may swallow a call's edge: whoever waits for calls looks at the ring before it waits.
+        self.wait(0)
+
+    def _raise_trouble(self, fds: list[int]) -> None:
+        if self.err_fd in fds:
+            raise RingBroken(f"the back end found a fault in ring {self.index} and has stopped serving it")
+        if any(fd != self.call_fd for fd in fds):
+            raise ConnectionError("the back end closed the connection")
+
+    def close(self) -> None:
+        """Close the notifiers. May be called again."""
+        if not self.epoll.closed:
+            self.epoll.close()
+            for fd in (self.kick_fd, self.call_fd, self.err_fd):
+                os.close(fd)
