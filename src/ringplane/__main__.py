@@ -1,0 +1,5 @@
+"""`python -m ringplane`"""
+
+from ringplane.cli import main
+
+main(prog_name="ringplane")

@@ -1,0 +1,193 @@
+"""The raw image or block device behind a disk: creating, opening, locking, its size and what O_DIRECT wants of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringplane.native import libc
+
+# ioctl(2) requests of block devices, <linux/fs.h>
+BLKGETSIZE64 = 0x80081272
+BLKROGET = 0x125E
+
+BLOCK_SIZES = (512, 4096)
+
+# The bytes that QEMU locks in an image (its block/file-posix.c): one range for what an opener does with the image,
+# one for what it does not allow others to do. The same bytes make QEMU and ringplane refuse each other's images.
+LOCK_USES, LOCK_DENIES = 100, 200
+PERMISSION_READ, PERMISSION_WRITE, PERMISSION_RESIZE = 0, 1, 3
+
+# fcntl(2): struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+FLOCK = struct.Struct("hhqqi4x")
+
+
+class ImageError(Exception):
+    """The image cannot be served; the text is one line for the person who named it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What O_DIRECT wants, in bytes: `memory` of a buffer's address, `block` of each buffer's length and the offset."""
+
+    memory: int
+    block: int
+
+
+UNALIGNED = Alignment(1, 1)
+
+
+def create(path: Path, size: int) -> None:
+    """Create a sparse image of `size` bytes; raises ImageError where something exists, and leaves nothing half done."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise ImageError(f"{path}: exists already; --create never touches an existing file") from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be created: {error.strerror}") from None
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as error:
+        os.unlink(path)
+        why = getattr(error, "strerror", None) or "no file can be that long"
+        raise ImageError(f"{path}: cannot be made {size} bytes long: {why}") from None
+    finally:
+        os.close(fd)
+
+
+class Image:
+    """An open image. It is raw whatever is in it: formats are never probed."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        read_only: bool = False,
+        direct: bool = True,
+        share_rw: bool = False,
+        block_size: int = 512,
+    ) -> None:
+        """Open and lock; raises ImageError.
+
+        `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards.
+        """
+        self.path = path
+        self.read_only = read_only
+        self.fd, self.direct = _open(path, read_only, direct)
+        try:
+            self.size = _size(self.fd, path)
+            if not read_only:
+                _check_writable(self.fd, path)
+            _lock(self.fd, path, read_only=read_only, share_rw=share_rw)
+            self.alignment = _alignment(self.fd, path) if self.direct else UNALIGNED
+            _check_block_size(self, block_size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def close(self) -> None:
+        """Close, which gives up the locks; a second call does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
+    # Non-blocking, so that a FIFO can be refused instead of waited for; it means nothing to files and block devices.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        if direct:
+            try:
+                return os.open(path, flags | os.O_DIRECT), True
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        return os.open(path, flags), False
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file; --create SIZE makes one") from None
+    except PermissionError:
+        hint = "" if read_only else " for writing; --read-only serves it without"
+        raise ImageError(f"{path}: may not be opened{hint}") from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def _size(fd: int, path: Path) -> int:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    if stat.S_ISBLK(status.st_mode):
+        return int(struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0])
+    raise ImageError(f"{path}: neither a regular file nor a block device")
+
+
+def _check_writable(fd: int, path: Path) -> None:
+    """A read-only block device may be opened for writing; the error would come with the first write."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode) and struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0]:
+        raise ImageError(f"{path}: this block device is read-only; --read-only serves it")
+
+
+def _check_block_size(image: Image, block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ImageError(f"a block size of {block_size} is not supported; it is 512 or 4096")
+    if image.size == 0:
+        raise ImageError(f"{image.path}: is empty; truncate(1) gives it a size, --create SIZE makes a new image")
+    if image.size % block_size:
+        short = -image.size % block_size
+        raise ImageError(
+            f"{image.path}: its size of {image.size} bytes is no multiple of the block size {block_size}; "
+            f"add {short} bytes with: truncate -s +{short} {image.path}"
+        )
+    if image.alignment.block > block_size:
+        raise ImageError(
+            f"{image.path}: its storage transfers only blocks of {image.alignment.block} bytes with O_DIRECT; "
+            f"use --block-size {image.alignment.block} or --buffered"
+        )
+
+
+def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
+    """Say what we do with the image and what others may not do, then look whether others said so before us.
+
+    Locks are of open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
+    process is killed, and two opens in one process exclude each other too.
+    """
+    uses = {PERMISSION_READ} if read_only else {PERMISSION_READ, PERMISSION_WRITE}
+    denies = set() if share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
+    try:
+        for byte in [LOCK_USES + permission for permission in uses] + [LOCK_DENIES + p for p in denies]:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        for byte in [LOCK_DENIES + permission for permission in uses] + [LOCK_USES + p for p in denies]:
+            # A test for a write lock finds the read locks of all others.
+            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+            if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+                raise ImageError(
+                    f"{path}: is in use already; it can be shared if all open it --read-only, "
+                    "or if all say --share-rw (a migration)"
+                )
+    except OSError as error:
+        # Some network file systems have no locks.
+        raise ImageError(f"{path}: cannot be locked: {error.strerror}") from None
+
+
+def _alignment(fd: int, path: Path) -> Alignment:
+    """What the kernel says (statx(2), STATX_DIOALIGN, since 6.1); where it says nothing, found out by reading.
+
+    Reading cannot tell what memory alignment is wanted, as a hole in the image is read without any I/O: a whole block
+    is always enough.
+    """
+    stated = libc.direct_io_alignment(fd)
+    if stated is not None:
+        return Alignment(*stated)
+    with mmap.mmap(-1, 4096) as memory, memoryview(memory) as view:
+        for block in (512, 1024, 2048, 4096):
+            with contextlib.suppress(OSError), view[:block] as part:
+                os.preadv(fd, [part], 0)
+                return Alignment(block, block)
+    raise ImageError(f"{path}: cannot be read with O_DIRECT; use --buffered")

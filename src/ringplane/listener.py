@@ -1,0 +1,89 @@
+"""The listening socket of a disk: made at a path, or inherited; a stale one is replaced, a live one refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+
+class ListenError(Exception):
+    """There is no socket to serve on; the text is one line for the person who named it."""
+
+
+class Listener:
+    """A UNIX stream socket that front ends connect to, or one connection that was inherited."""
+
+    def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
+        self.sock = sock
+        self.path = path
+        self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        self._identity = _identity(path) if path else None
+
+    @classmethod
+    def at(cls, path: Path) -> Listener:
+        """Listen at `path`; raises ListenError."""
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(str(path))
+            sock.listen()
+        except OSError as error:
+            sock.close()
+            raise ListenError(f"{path}: cannot listen there: {error.strerror or error}") from None
+        return cls(sock, path)
+
+    @classmethod
+    def inherited(cls, fd: int) -> Listener:
+        """Serve the socket that the parent process has left at `fd`; raises ListenError."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except (OSError, ValueError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ListenError(f"file descriptor {fd} is not a socket: {why}") from None
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            sock.detach()
+            raise ListenError(f"file descriptor {fd} is not a UNIX stream socket")
+        return cls(sock)
+
+    def close(self) -> None:
+        """Close the socket and remove its file, if it is still the one that we made."""
+        self.sock.close()
+        if self.path and self._identity and _identity(self.path) == self._identity:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path else "an inherited socket"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"{path}: exists and is not a socket; it is left alone")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except PermissionError:
+            raise ListenError(f"{path}: somebody else's socket is there; it is left alone") from None
+        except OSError:
+            # A full queue of waiting front ends is a live server too.
+            pass
+    raise ListenError(f"{path}: another process is listening there")

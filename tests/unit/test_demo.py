@@ -1,0 +1,62 @@
+"""`ringplane demo`: verifies, measures, leaves nothing behind, and fails when a byte is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ringplane.cli.demo import demo
+from ringplane.driver import load
+
+QUICK = ["--size", "8M", "--seconds", "0.1"]
+
+
+def test_demo_verifies_and_measures(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ringplane", "demo", "--image", str(tmp_path / "disk.img"), *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verified: all 16,384 sectors" in done.stdout
+    assert "no mismatch, no error" in done.stdout
+    for text in ("random read", "70/30, verified", "CPU us per I/O", "start to listening: cold"):
+        assert text in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_byte_ends_it_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "disk.img"
+    fill = load.fill
+
+    def fill_and_damage(*args: Any, **options: Any) -> Any:
+        result = fill(*args, **options)
+        with image.open("r+b") as file:
+            file.seek(1 << 20)
+            file.write(b"damaged")
+        return result
+
+    monkeypatch.setattr(load, "fill", fill_and_damage)
+    done = CliRunner().invoke(demo, ["--image", str(image), *QUICK])
+    assert done.exit_code == 1
+    assert "FAILED: 1 sectors wrong, 0 requests failed; the first: sector 2048" in " ".join(done.output.split())
+    assert not image.exists()
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_text("mine")
+    done = CliRunner().invoke(demo, ["--image", str(image)])
+    assert done.exit_code == 1
+    assert "exists already" in done.output
+    assert image.read_text() == "mine"
+
+
+def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+    for size in ("1M", str((4 << 20) + 512)):
+        done = CliRunner().invoke(demo, ["--image", str(tmp_path / "disk.img"), "--size", size])
+        assert done.exit_code == 1
+        assert "no multiple of 4096 from 4M up" in done.output
+    assert list(tmp_path.iterdir()) == []

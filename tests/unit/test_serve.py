@@ -1,0 +1,492 @@
+"""`ringplane serve` as a process: what it prints, how it ends, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from ringplane.driver.disk import Driver
+from ringplane.driver.frontend import FrontEnd
+from ringplane.driver.load import Load, run_load
+from ringplane.driver.process import peer_pid
+
+IMAGE_SIZE = 16 << 20
+MEMORY_SIZE = 16 << 20
+MIB = 1 << 20
+SOON = 60.0
+REPOSITORY = Path(__file__).resolve().parents[2]
+SERVE = (sys.executable, "-m", "ringplane", "serve")
+SCRIPT = Path(sys.executable).with_name("ringplane-vhost-user-blk")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    with open(path, "wb") as file:
+        file.truncate(IMAGE_SIZE)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of the socket."""
+    return tmp_path / "socket"
+
+
+class Served:
+    """A `ringplane serve` process that listens; `lines` is what it has printed so far."""
+
+    def __init__(self, arguments: Sequence[str], **options: object) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed when the object goes)
+        self.process = subprocess.Popen(  # type: ignore[call-overload]
+            [*SERVE, *arguments], stdout=subprocess.PIPE, stderr=self.errors, text=True, **options
+        )
+        self.lines: list[str] = []
+        while not self.lines or not self.lines[-1].startswith("listening on "):
+            line = self.process.stdout.readline()
+            assert line, self.finish()[2]
+            self.lines.append(line.rstrip("\n"))
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        """Send a signal and wait; exit status, and what was still printed on both streams."""
+        self.process.send_signal(number)
+        return self.finish()
+
+    def finish(self) -> tuple[int, str, str]:
+        out = self.process.stdout.read()
+        self.process.wait(SOON)
+        self.errors.seek(0)
+        return self.process.returncode, out, self.errors.read()
+
+
+@pytest.fixture
+def serve(path: Path, image: Path) -> Iterator[Callable[..., Served]]:
+    """Serves the image at the socket, unless the arguments say something else."""
+    started: list[Served] = []
+
+    def start(*arguments: str, disk: Path = image, at: Path | None = path, **options: object) -> Served:
+        where = ["--socket-path", str(at)] if at else []
+        started.append(Served(["--blk-file", str(disk), *where, *arguments], **options))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.poll() is None:
+            served.process.kill()
+            served.process.wait()
+        served.process.stdout.close()
+        served.errors.close()
+
+
+def refused(*arguments: object, **options: object) -> str:
+    """The one line that says why; the process must have failed."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        [*SERVE, *map(str, arguments)], capture_output=True, text=True, timeout=SOON, **options
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    # Click puts how to use the program in front of errors of usage.
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def attach(path: Path) -> Driver:
+    return Driver(path, memory_size=MEMORY_SIZE)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.005)
+
+
+# Starting and ending
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number: int) -> None:
+    served = serve("--num-queues", "2")
+    assert served.lines[-1] == f"listening on {path}"
+    assert any(line.startswith(f"serving {path.with_name('image')} (0.02 GiB, ") for line in served.lines)
+    with attach(path) as driver:
+        driver.write(0, b"x" * 512)
+    status, out, err = served.end(number)
+    assert status == 0
+    assert "vhost-user-blk-pci,chardev=ringplane0,num-queues=2" in out
+    assert f"path={path}" in out
+    assert not path.exists()
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_under_load_ends_it_well(serve: Callable[..., Served], path: Path, image: Path, number: int) -> None:
+    served = serve()
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            run_load(driver, Load(depth=32, read_percent=50, region=(0, MIB), seconds=30, timeout=10))
+        except ConnectionError as error:
+            errors.append(error)
+
+    with attach(path) as driver:
+        driver.write(IMAGE_SIZE - 512, b"y" * 512)
+        load = threading.Thread(target=work)
+        load.start()
+        time.sleep(0.2)
+        status, _, err = served.end(number)
+        load.join()
+    assert (status, len(errors)) == (0, 1)
+    assert "Traceback" not in err
+    assert not path.exists()
+    assert image.read_bytes()[-512:] == b"y" * 512
+
+
+def test_storm_of_signals_ends_it_once(serve: Callable[..., Served], path: Path) -> None:
+    served = serve()
+    with attach(path):
+        for number in [signal.SIGTERM, signal.SIGINT] * 50:
+            served.process.send_signal(number)
+        status, _, err = served.finish()
+    assert status == 0
+    assert "Traceback" not in err
+    assert not path.exists()
+
+
+def test_killed_process_leaves_a_socket_that_the_next_one_replaces(serve: Callable[..., Served], path: Path) -> None:
+    first = serve()
+    first.process.kill()
+    first.finish()
+    assert path.is_socket()
+    served = serve()
+    with attach(path) as driver:
+        assert driver.backend_pid == served.process.pid
+    assert served.end()[0] == 0
+
+
+def test_front_ends_come_and_go(serve: Callable[..., Served], path: Path) -> None:
+    served = serve()
+    for number in range(5):
+        with attach(path) as driver:
+            driver.write(number * 512, bytes([number]) * 512)
+    with contextlib.closing(FrontEnd(path)) as garbage:
+        garbage.sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert garbage.sock.recv(1) == b""
+    with attach(path) as driver:
+        assert [driver.read(number * 512, 512)[0] for number in range(5)] == list(range(5))
+    status, _, err = served.end()
+    assert status == 0
+    assert err.count("front end dropped") == 1
+
+
+def test_without_fds_it_lives_on_and_accepts_again_when_there_are_some(
+    serve: Callable[..., Served], path: Path
+) -> None:
+    served = serve()
+    pid = served.process.pid
+    used = len(os.listdir(f"/proc/{pid}/fd"))
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, limits[1]))
+    with contextlib.closing(FrontEnd(path, timeout=1)) as peer, contextlib.suppress(Exception):
+        peer.get_features()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert served.process.poll() is None
+    with attach(path) as driver:
+        driver.read(0, 512)
+    assert served.end()[0] == 0
+
+
+# Sockets
+
+
+def test_live_socket_is_refused(serve: Callable[..., Served], path: Path, tmp_path: Path) -> None:
+    served = serve()
+    other = tmp_path / "other"
+    line = refused("--blk-file", other, "--socket-path", path, "--create", "1M")
+    assert "another process is listening there" in line
+    assert not other.exists()
+    with attach(path) as driver:
+        driver.read(0, 512)
+    assert served.end()[0] == 0
+
+
+def test_what_is_no_socket_is_left_alone(image: Path, path: Path) -> None:
+    path.write_text("precious")
+    assert "left alone" in refused("--blk-file", image, "--socket-path", path)
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["nowhere/socket", "x" * 120])
+def test_place_where_no_socket_can_be(image: Path, tmp_path: Path, name: str) -> None:
+    assert "cannot listen there" in refused("--blk-file", image, "--socket-path", tmp_path / name)
+
+
+def test_inherited_listening_socket(serve: Callable[..., Served], path: Path) -> None:
+    """It is the parent's: its file stays."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        served = serve("--fd", str(listening.fileno()), at=None, pass_fds=[listening.fileno()])
+    assert served.lines[-1] == "listening on an inherited socket"
+    for _ in range(2):
+        with attach(path) as driver:
+            driver.read(0, 512)
+    assert served.end()[0] == 0
+    assert path.exists()
+
+
+def test_inherited_connection_is_served_until_the_front_end_goes(serve: Callable[..., Served]) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        served = serve("--fd", str(theirs.fileno()), at=None, pass_fds=[theirs.fileno()])
+    assert served.process.poll() is None
+    ours.close()
+    status, _, err = served.finish()
+    assert status == 0
+    assert "Traceback" not in err
+
+
+def test_inherited_connection_ends_with_a_signal(serve: Callable[..., Served]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        served = serve("--fd", str(theirs.fileno()), at=None, pass_fds=[theirs.fileno()])
+        status, _, err = served.end()
+    assert status == 0
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("fd", ["0", "77", "-1", "99999999999"])
+def test_fd_that_is_no_socket_is_refused(image: Path, fd: str) -> None:
+    assert fd in refused("--blk-file", image, "--fd", fd, stdin=subprocess.DEVNULL)
+
+
+def test_neither_or_both_of_socket_path_and_fd(image: Path, path: Path) -> None:
+    assert "--fd" in refused("--blk-file", image)
+    assert "--fd" in refused("--blk-file", image, "--fd", "3", "--socket-path", path)
+
+
+# Sharing an image
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [
+        ([], [], False),
+        ([], ["--read-only"], False),
+        (["--read-only"], [], False),
+        (["--share-rw"], [], False),
+        ([], ["--share-rw"], False),
+        (["--read-only"], ["--read-only"], True),
+        (["--share-rw"], ["--share-rw"], True),
+    ],
+)
+def test_second_process_with_the_same_image(
+    serve: Callable[..., Served], path: Path, image: Path, first: list[str], second: list[str], allowed: bool
+) -> None:
+    serve(*first)
+    other = path.with_name("socket-2")
+    if not allowed:
+        assert "is in use already" in refused("--blk-file", image, "--socket-path", other, *second)
+        assert not other.exists()
+        return
+    serve(*second, at=other)
+    with attach(path) as one, attach(other) as two:
+        assert one.read(0, 512) == two.read(0, 512)
+
+
+# Images
+
+
+def test_create(serve: Callable[..., Served], path: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    serve("--create", "3M", disk=new)
+    assert new.stat().st_size == 3 << 20
+    with attach(path) as driver:
+        assert driver.capacity == 3 << 20
+
+
+def test_create_never_over_an_existing_file(image: Path, path: Path) -> None:
+    image.write_bytes(b"precious" * 64)
+    assert "exists already" in refused("--blk-file", image, "--socket-path", path, "--create", "1M")
+    assert image.read_bytes() == b"precious" * 64
+    link = image.with_name("link")
+    link.symlink_to(image.with_name("nothing"))
+    assert "exists already" in refused("--blk-file", link, "--socket-path", path, "--create", "1M")
+    assert not image.with_name("nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "size"),
+    [
+        (["--socket-path", "/nowhere/socket"], "1M"),
+        (["--fd", "77"], "1M"),
+        (["--socket-path", "/tmp"], "1M"),
+        (["--socket-path", "unused", "--block-size", "4096"], "512"),
+        (["--socket-path", "unused"], "9000000T"),
+        (["--socket-path", "unused"], "99999999999T"),
+    ],
+    ids=["socket folder", "fd", "no socket", "block size", "too large", "much too large"],
+)
+def test_create_leaves_nothing_behind_when_a_later_step_fails(tmp_path: Path, extra: list[str], size: str) -> None:
+    new = tmp_path / "new"
+    refused("--blk-file", new, "--create", size, *extra, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["", "0", "-1M", "1X", "M", "1.9e999", "nan.", "1..5G"])
+def test_size_that_is_none_is_refused(tmp_path: Path, size: str) -> None:
+    refused("--blk-file", tmp_path / "new", "--socket-path", tmp_path / "socket", "--create", size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_image_that_cannot_be_served(tmp_path: Path, path: Path) -> None:
+    empty, odd = tmp_path / "empty", tmp_path / "odd"
+    empty.touch()
+    odd.write_bytes(bytes(1000))
+    for file, words in (
+        (empty, "is empty"),
+        (odd, "truncate -s +24 "),
+        (tmp_path, "cannot be opened"),
+        (tmp_path / "missing", "no such file"),
+        (Path("/dev/null"), "neither a regular file nor a block device"),
+    ):
+        line = refused("--blk-file", file, "--socket-path", path, "--log-level", "error")
+        assert str(file) in line
+        assert words in line
+    assert "no multiple of the block size 4096" in refused(
+        "--blk-file", odd, "--socket-path", path, "--block-size", "4096"
+    )
+    assert "neither" in refused("--blk-file", tmp_path, "--socket-path", path, "--read-only")
+    assert not path.exists()
+
+
+# Options
+
+
+def test_read_only(serve: Callable[..., Served], path: Path, image: Path) -> None:
+    image.chmod(0o444)
+    served = serve("--read-only")
+    assert any("read-only" in line for line in served.lines)
+    with attach(path) as driver:
+        driver.read(0, 512)
+        with pytest.raises(OSError, match="I/O error"):
+            driver.write(0, b"z" * 512)
+    assert served.end()[0] == 0
+    assert image.read_bytes()[:512] == bytes(512)
+
+
+def test_options_that_the_guest_sees(serve: Callable[..., Served], path: Path) -> None:
+    serve("--block-size", "4096", "--serial", "ABC", "--num-queues", "3", "--io-threads", "2", "--buffered")
+    with attach(path) as driver:
+        assert (driver.block_size, int(driver.config["num_queues"]), driver.serial()) == (4096, 3, "ABC")
+        driver.write(4096, bytes(4096))
+
+
+def test_buffered_says_so(serve: Callable[..., Served]) -> None:
+    assert any("buffered" in line for line in serve("--buffered").lines)
+
+
+def test_serial_that_does_not_fit(image: Path, path: Path) -> None:
+    assert "20" in refused("--blk-file", image, "--socket-path", path, "--serial", "x" * 21)
+    assert "20" in refused("--blk-file", image, "--socket-path", path, "--serial", "\u00e4" * 11)
+
+
+def test_serial_that_is_no_text(image: Path, path: Path) -> None:
+    refused("--blk-file", image, "--socket-path", path, "--serial", os.fsdecode(b"\xff"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--num-queues", "0"], ["--num-queues", "65"], ["--io-threads", "0"], ["--block-size", "1024"], ["extra"]]
+)
+def test_option_out_of_its_range(image: Path, path: Path, wrong: list[str]) -> None:
+    refused("--blk-file", image, "--socket-path", path, *wrong)
+
+
+def test_trace_prints_each_request_up_to_the_last(serve: Callable[..., Served], path: Path) -> None:
+    served = serve("--trace")
+    with attach(path) as driver:
+        driver.write(4096, bytes(512))
+        driver.flush()
+    _, _, err = served.end()
+    lines = [line for line in err.splitlines() if " fetch " in line or " complete " in line]
+    assert len(lines) == 4, err
+    assert "write" in lines[0]
+    assert "sector=8" in lines[0]
+    assert "result=ok" in lines[1]
+
+
+def test_log_level(serve: Callable[..., Served], path: Path) -> None:
+    served = serve("--log-level", "debug")
+    with attach(path) as driver:
+        driver.read(0, 512)
+    assert "SET_VRING_KICK" in served.end()[2]
+
+
+# Management
+
+
+@pytest.mark.parametrize("command", [SERVE, (str(SCRIPT),)], ids=["serve", "script"])
+def test_print_capabilities(command: tuple[str, ...]) -> None:
+    done = subprocess.run([*command, "--print-capabilities"], capture_output=True, text=True, timeout=SOON)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"type": "block", "features": ["read-only", "blk-file"]}
+
+
+def test_script_serves_as_the_command_does(image: Path, path: Path) -> None:
+    process = subprocess.Popen([SCRIPT, "--blk-file", image, "--socket-path", path], stdout=subprocess.DEVNULL)
+    wait_until(path.is_socket)
+    with attach(path) as driver:
+        assert peer_pid(driver.front_end.sock) == process.pid
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SOON) == 0
+
+
+def test_descriptor_for_management_software() -> None:
+    """QEMU's docs/interop/vhost-user.json, VhostUserBackend."""
+    descriptor = json.loads((REPOSITORY / "share" / "50-ringplane.json").read_text())
+    assert descriptor["type"] == "block"
+    assert descriptor["description"]
+    assert Path(descriptor["binary"]).is_absolute()
+    assert Path(descriptor["binary"]).name == SCRIPT.name
+    assert set(descriptor) <= {"type", "description", "binary", "tags"}
+
+
+# Where there is no good place for the compiled code
+
+
+def test_cache_folder_that_is_a_file_still_works(serve: Callable[..., Served], path: Path, tmp_path: Path) -> None:
+    """Nobody can write there, root included; it compiles into a temporary folder, which is gone afterwards."""
+    blocked, temporary = tmp_path / "file", tmp_path / "tmp"
+    blocked.touch()
+    temporary.mkdir()
+    served = serve(env={**os.environ, "RINGPLANE_CACHE_DIR": str(blocked), "TMPDIR": str(temporary)})
+    with attach(path) as driver:
+        driver.read(0, 512)
+    status, _, log = served.end()
+    assert status == 0
+    assert "compiling the data plane" in log
+    assert list(temporary.iterdir()) == []
+
+
+def test_without_home_it_works(serve: Callable[..., Served], path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    serve(env=environment)
+    with attach(path) as driver:
+        driver.read(0, 512)
