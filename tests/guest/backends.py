@@ -1,0 +1,113 @@
+"""Back end processes: ringplane, or QEMU's own in its place, started on an image and stopped as a service is."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from . import kernels
+
+# The control experiment: the same tests with QEMU's own back end in the place of ringplane.
+STAND_IN = os.environ.get("RINGPLANE_TEST_BACKEND") == "qemu-storage-daemon"
+# A cold start compiles the data plane.
+START_DEADLINE = 60.0
+STOP_DEADLINE = 30.0
+
+
+@dataclass
+class Backend:
+    """A running back end process."""
+
+    process: subprocess.Popen[bytes]
+    socket: Path
+    log: Path
+    stopped: bool = field(default=False, init=False)
+
+    def stop(self) -> None:
+        """Ends the back end as a service manager does, and demands that it was alive until then and ends well."""
+        self.stopped = True
+        self.check_alive()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(STOP_DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end in {STOP_DEADLINE:.0f} s after SIGTERM:\n{self.told()}") from None
+        assert status == 0, f"the back end ended with status {status}:\n{self.told()}"
+
+    def check_alive(self) -> None:
+        status = self.process.poll()
+        assert status is None, f"the back end ended by itself with status {status}:\n{self.told()}"
+
+    def kill(self) -> None:
+        # Once it is reaped, its number may belong to a stranger.
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def told(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+class BackendFactory(Protocol):
+    """What the fixture gives to a test."""
+
+    def __call__(
+        self, image: Path, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False
+    ) -> Backend: ...
+
+
+def ringplane(image: Path, socket: Path, num_queues: int, read_only: bool) -> list[str]:
+    return [
+        *(sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)),
+        *("--num-queues", str(num_queues), *(["--read-only"] if read_only else [])),
+    ]
+
+
+def stand_in(image: Path, socket: Path, num_queues: int, read_only: bool) -> list[str]:
+    """QEMU's own back end: a test that fails with it as well says nothing about ringplane."""
+    program = kernels.program("qemu-storage-daemon", "qemu-utils")
+    switch = "on" if read_only else "off"
+    disk = f"driver=file,node-name=f,filename={image},cache.direct=on,aio=native,read-only={switch}"
+    writable = "off" if read_only else "on"
+    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable={writable}"
+    return [
+        *(str(program), "--blockdev", disk, "--blockdev", f"driver=raw,node-name=d,file=f,read-only={switch}"),
+        *("--export", f"{export},num-queues={num_queues}"),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """An environment in which a child imports the ringplane that this test run would import."""
+    found = importlib.util.find_spec("ringplane")
+    if found is None or not found.submodule_search_locations:
+        return dict(os.environ)
+    source = str(Path(found.submodule_search_locations[0]).parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
+
+
+def wait_for_socket(backend: Backend) -> None:
+    """Waits until the socket exists: a connection as a probe would be the first front end that the back end sees."""
+    end = time.monotonic() + START_DEADLINE
+    while not backend.socket.is_socket():
+        backend.check_alive()
+        assert time.monotonic() < end, f"no socket after {START_DEADLINE:.0f} s:\n{backend.told()}"
+        time.sleep(0.02)
+
+
+def launch(folder: Path, log: Path, image: Path, num_queues: int, extra: Sequence[str], read_only: bool) -> Backend:
+    """Starts a back end whose socket lies in a folder; it may not listen yet."""
+    socket = folder / f"{log.stem}.sock"
+    make = stand_in if STAND_IN else ringplane
+    command = [*make(image, socket, num_queues, read_only), *extra]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+    return Backend(process, socket, log)

@@ -1,0 +1,89 @@
+"""Fixtures of the guest tests: a disk image, a back end that serves it, and guests that attach to it."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from . import initramfs, kernels
+from .backends import Backend, BackendFactory, launch, wait_for_socket
+from .machines import QemuGuest, UmlGuest
+from .workloads import Workload
+
+IMAGE_SIZE = 512 << 20
+
+PACKAGES = {"fio": "fio", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "split": "coreutils"}
+
+InitramfsFor = Callable[[kernels.Kernel, Sequence[str], Workload], bytes]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "guest: boots a Linux guest on a vhost-user disk (seconds to minutes)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.guest)
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Iterator[BackendFactory]:
+    """Starts back ends, and stops those that the test did not stop itself."""
+    started: list[Backend] = []
+    with tempfile.TemporaryDirectory(prefix="ringplane-") as folder:  # a socket's path must be short
+
+        def start(image: Path, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False) -> Backend:
+            log = tmp_path / f"backend-{len(started)}.log"
+            started.append(launch(Path(folder), log, image, num_queues, extra, read_only))
+            wait_for_socket(started[-1])
+            return started[-1]
+
+        try:
+            yield start
+            for running in started:
+                if not running.stopped:
+                    running.stop()
+        finally:
+            for running in started:
+                running.kill()
+                print(f"log of {running.log.stem}:\n{running.told()}")  # pytest shows it when the test fails
+
+
+@pytest.fixture(scope="session")
+def initramfs_for(tmp_path_factory: pytest.TempPathFactory) -> InitramfsFor:
+    """Builds each initramfs once in a session: one for each kernel and set of programs."""
+    folder = tmp_path_factory.mktemp("initramfs")
+
+    def build(kernel: kernels.Kernel, modules: Sequence[str], workload: Workload) -> bytes:
+        built = folder / "-".join([kernel.image.name, *sorted(workload.programs)])
+        if not built.exists():
+            busybox = kernels.program("busybox", "busybox-static")
+            programs = [kernels.program(name, PACKAGES[name]) for name in workload.programs]
+            built.write_bytes(initramfs.build(busybox, programs, kernel.modules, modules))
+        return built.read_bytes()
+
+    return build
+
+
+@pytest.fixture
+def qemu(tmp_path: Path, initramfs_for: InitramfsFor) -> QemuGuest:
+    kernel = kernels.qemu_kernel()
+    kernels.program("qemu-system-x86_64", "qemu-system-x86")
+    return QemuGuest(tmp_path, lambda workload: initramfs_for(kernel, initramfs.MODULES, workload), kernel.image)
+
+
+@pytest.fixture
+def uml(tmp_path: Path, initramfs_for: InitramfsFor) -> UmlGuest:
+    kernel = kernels.uml_kernel()
+    return UmlGuest(tmp_path, lambda workload: initramfs_for(kernel, initramfs.UML_MODULES, workload), kernel.image)
+
+
+@pytest.fixture
+def disk_image(tmp_path: Path) -> Path:
+    """A sparse raw image."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(IMAGE_SIZE)
+    return image

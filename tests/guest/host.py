@@ -1,0 +1,35 @@
+"""What the host checks in an image after the guest is gone: the file system, the files in it, and plain bytes."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from . import kernels
+
+
+def check_filesystem(image: Path) -> None:
+    """The host's e2fsck finds nothing to repair."""
+    e2fsck = kernels.program("e2fsck", "e2fsprogs")
+    checked = subprocess.run([e2fsck, "-fn", image], capture_output=True, text=True)
+    assert checked.returncode == 0, f"e2fsck on the host:\n{checked.stdout}{checked.stderr}"
+
+
+def check_files(image: Path, folder: Path) -> None:
+    """The files in the image are those whose checksums the guest left beside them.
+
+    Inside the guest a disk that misplaces every sector in the same way at reading and at writing would look right.
+    """
+    debugfs = kernels.program("debugfs", "e2fsprogs")
+    folder.mkdir()
+    subprocess.run([debugfs, "-R", f"rdump / {folder}", image], capture_output=True, check=True)
+    lines = (folder / "sums").read_text().splitlines()
+    assert len(lines) >= 2400
+    for line in lines:
+        wanted, name = line.split(maxsplit=1)
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted, f"{name} differs in the image"
+
+
+def sha256(image: Path, size: int | None = None) -> str:
+    """The checksum of an image, or of its start, as sha256sum in a guest prints it for its standard input."""
+    with image.open("rb") as file:
+        return hashlib.sha256(file.read(-1 if size is None else size)).hexdigest() + "  -"

@@ -1,0 +1,149 @@
+"""Initramfs archives: the programs, shared libraries and kernel modules of a test guest, and what it runs first."""
+
+import gzip
+import lzma
+import re
+import stat
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+INIT = """\
+#!/bin/busybox sh
+# Everything before the script: mounts, modules, and the wait for the disk.
+/bin/busybox --install -s /bin
+export PATH=/bin:/usr/bin:/usr/sbin
+mkdir -p /proc /sys /dev /tmp /mnt
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/shm
+mount -t tmpfs tmpfs /dev/shm
+while read -r module; do
+    insmod "/modules/$module" || echo "guest: insmod $module failed"
+done < /modules/order
+tries=0
+while [ ! -b /dev/vda ] && [ $tries -lt 50 ]; do
+    usleep 100000
+    tries=$((tries + 1))
+done
+echo "guest: running the script"
+sh /script < /dev/null 2>&1
+status=$?
+# From here on the kernel must not write into the line that the host waits for.
+dmesg -n 1
+printf '\\nRINGPLANE-GUEST-RESULT: %d\\n' $status
+poweroff -f
+"""
+
+# What /init needs; each may be built into the kernel. ext4 asks for crc32c by its algorithm's name, which no
+# "depends" line tells, so the module that provides it everywhere is named here.
+MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
+# User-mode Linux has no PCI: its virtio transport is built in.
+UML_MODULES = ("virtio_blk", "crc32c_generic", "ext4")
+
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".ko": bytes, ".xz": lzma.decompress, ".gz": gzip.decompress}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of an archive."""
+
+    path: PurePosixPath
+    data: bytes
+    mode: int = stat.S_IFREG | 0o755
+
+
+def text(path: str, content: str) -> Entry:
+    return Entry(PurePosixPath(path), content.encode())
+
+
+def archive(entries: Iterable[Entry]) -> bytes:
+    """A cpio archive in the "newc" format, padded so that the kernel accepts another one right behind it."""
+    files = {entry.path: entry for entry in entries}
+    folders = {folder for path in files for folder in path.parents if folder.name}
+    # Parents sort before what lies in them, and the kernel makes no folder by itself.
+    made = [Entry(folder, b"", stat.S_IFDIR | 0o755) for folder in sorted(folders)]
+    members = [*made, *files.values(), Entry(PurePosixPath("/TRAILER!!!"), b"", 0)]
+    return b"".join(member(number, entry) for number, entry in enumerate(members, 1))
+
+
+def member(number: int, entry: Entry) -> bytes:
+    name = str(entry.path).lstrip("/").encode() + b"\0"
+    # inode, mode, uid, gid, links, mtime, size, 4 device numbers, length of the name, check
+    fields = (number, entry.mode, 0, 0, 1, 0, len(entry.data), 0, 0, 0, 0, len(name), 0)
+    header = b"070701" + b"".join(b"%08x" % field for field in fields)
+    return padded(header + name) + padded(entry.data)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def libraries(program: Path) -> list[Path]:
+    """The shared libraries of a program, its loader included; none for a static one."""
+    told = subprocess.run(["ldd", str(program)], capture_output=True, text=True)
+    if "not found" in told.stdout:
+        raise FileNotFoundError(f"a library of {program} is missing:\n{told.stdout}")
+    return [Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", told.stdout, re.MULTILINE)]
+
+
+def program_entries(programs: Iterable[Path]) -> list[Entry]:
+    """Programs and libraries at the paths that they have on the host, so that the loader finds them unaided."""
+    paths = {path for program in programs for path in (program, *libraries(program))}
+    return [Entry(PurePosixPath(path), path.read_bytes()) for path in sorted(paths)]
+
+
+def module_name(file_name: str) -> str:
+    return file_name.partition(".ko")[0].replace("-", "_")
+
+
+def depends(module: bytes) -> list[str]:
+    """The modules that a module asks for, from its own modinfo section."""
+    found = re.search(rb"\0depends=([^\0]*)\0", module)
+    return [name.replace("-", "_") for name in found[1].decode().split(",") if name] if found else []
+
+
+def module_entries(folder: Path, wanted: Sequence[str]) -> list[Entry]:
+    """The wanted modules and all that they need, and the order in which they must be loaded.
+
+    The order comes from the modules themselves and not from modules.dep, which a kernel package has no copy of: depmod
+    writes it when the package is installed, and here the package may only have been unpacked.
+    """
+    files = {module_name(path.name): path for path in folder.rglob("*.ko*")}
+    built_in = {module_name(line.rpartition("/")[2]) for line in (folder / "modules.builtin").read_text().splitlines()}
+    loaded: dict[str, bytes] = {}
+
+    def load(name: str) -> None:
+        if name in built_in or name in loaded:
+            return
+        if name not in files:
+            raise FileNotFoundError(f"kernel module {name} is neither in {folder} nor built in")
+        content = UNPACK[files[name].suffix](files[name].read_bytes())
+        for needed in depends(content):
+            load(needed)
+        loaded[name] = content
+
+    for name in wanted:
+        load(name)
+    entries = [Entry(PurePosixPath(f"/modules/{name}.ko"), content) for name, content in loaded.items()]
+    return [*entries, text("/modules/order", "".join(f"{name}.ko\n" for name in loaded))]
+
+
+def build(busybox: Path, programs: Iterable[Path], modules: Path, wanted: Sequence[str]) -> bytes:
+    """Everything but the script: it is the same for many guests, so it is built and compressed once."""
+    entries = [
+        Entry(PurePosixPath("/bin/busybox"), busybox.read_bytes()),
+        *program_entries(programs),
+        *module_entries(modules, wanted),
+    ]
+    settings = Path("/etc/mke2fs.conf")
+    if settings.exists():
+        entries.append(text(str(settings), settings.read_text()))
+    return padded(gzip.compress(archive(entries), compresslevel=1))
+
+
+def with_script(base: bytes, script: str) -> bytes:
+    """An initramfs that runs a script: the kernel unpacks archives that follow one another on top of each other."""
+    return base + archive([text("/init", INIT), text("/script", script)])

@@ -1,0 +1,199 @@
+"""Guests: a QEMU machine or a user-mode Linux that runs one workload on a vhost-user disk and tells how it ended."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from .backends import Backend
+from .initramfs import with_script
+from .workloads import Workload
+
+# The whole line, its end included: a console cut off in the middle of the status must not pass for a result.
+RESULT = re.compile(r"^RINGPLANE-GUEST-RESULT: (\d+)\r?\n", re.MULTILINE)
+DEADLINE = 240.0
+POWER_OFF_DEADLINE = 60.0
+TAIL_LINES = 60
+
+
+class GuestError(AssertionError):
+    """A guest that told no result, the wrong one, or did not end."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a guest printed, and the exit status of its script."""
+
+    status: int
+    console: str
+
+    def value(self, name: str) -> str:
+        """The value of a line "name=value" that the script printed."""
+        found = re.search(rf"^{re.escape(name)}=(.*?)\r?$", self.console, re.MULTILINE)
+        if found is None:
+            raise GuestError(f"the guest printed no {name}=\n{tail(self.console)}")
+        return found[1]
+
+
+def tail(console: str) -> str:
+    return "\n".join(["the console ends with:", *console.splitlines()[-TAIL_LINES:]])
+
+
+def result_in(console: str) -> Result | None:
+    found = RESULT.search(console)
+    return Result(int(found[1]), console) if found else None
+
+
+@dataclass
+class Guest:
+    """A kind of machine; each run is a new one that boots, runs a workload and powers off."""
+
+    # The disk has a queue for each unless told otherwise.
+    cpus: ClassVar[int]
+
+    folder: Path
+    initramfs: Callable[[Workload], bytes]
+    kernel: Path
+    runs: int = field(default=0, init=False)
+
+    def command(self, socket: Path, initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+        raise NotImplementedError
+
+    def environment(self) -> Mapping[str, str]:
+        return os.environ
+
+    def run(
+        self,
+        disk: Backend,
+        workload: Workload,
+        *,
+        memory_mib: int = 512,
+        num_queues: int | None = None,
+        deadline: float = DEADLINE,
+        status: int = 0,
+    ) -> Result:
+        """Runs a workload and returns its result, which must have the exit status that is expected."""
+        self.runs += 1
+        initrd = self.folder / f"initrd-{self.runs}"
+        initrd.write_bytes(with_script(self.initramfs(workload), workload.script))
+        command = self.command(disk.socket, initrd, memory_mib, num_queues or self.cpus)
+        result = self.run_command(command, self.folder / f"console-{self.runs}.txt", deadline, disk.check_alive)
+        initrd.unlink()
+        if result.status != status:
+            raise GuestError(f"the script ended with status {result.status}, not {status}; {tail(result.console)}")
+        return result
+
+    def run_command(
+        self, command: list[str], console: Path, deadline: float, check: Callable[[], None] = lambda: None
+    ) -> Result:
+        """Runs a machine until it has told a result and ended; "check" is called again and again, and may raise."""
+        with console.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environment(),
+                start_new_session=True,
+            )
+        try:
+            result = wait_for_result(process, console, deadline, check)
+            wait_for_end(process, result)
+        finally:
+            status = end_group(process)
+        if status != 0:
+            raise GuestError(f"{command[0]} ended with status {status}; {tail(read(console))}")
+        return result
+
+
+class QemuGuest(Guest):
+    """A PC without KVM: its kernel drives the disk through virtio-pci, after SeaBIOS has."""
+
+    cpus = 2
+
+    def command(self, socket: Path, initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+        # Without a source of random numbers the guest's first use of them takes seconds.
+        kernel_options = "console=ttyS0 panic=-1 quiet random.trust_cpu=on"
+        return [
+            *("qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),
+            *("-cpu", "qemu64,+rdrand", "-smp", str(self.cpus)),
+            *("-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on", "-m", str(memory_mib)),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
+            *("-kernel", str(self.kernel), "-initrd", str(initrd), "-append", kernel_options),
+            *("-chardev", f"socket,id=disk,path={socket}"),
+            *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={num_queues}"),
+        ]
+
+
+class UmlGuest(Guest):
+    """User-mode Linux: one processor, one queue, and a front end whose call descriptor is a pipe."""
+
+    cpus = 1
+
+    def command(self, socket: Path, initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+        if num_queues != 1:
+            raise ValueError("virtio_blk in user-mode Linux, with its one processor, uses one queue")
+        # The 2 is the virtio identifier of a block device, not a number of queues.
+        return [
+            *(str(self.kernel), f"mem={memory_mib}M", f"initrd={initrd}", f"virtio_uml.device={socket}:2"),
+            *("root=/dev/ram0", "con0=null,fd:1", "con=null", "ssl=null", "panic=-1", "quiet"),
+            f"uml_dir={self.folder}/",
+        ]
+
+    def environment(self) -> Mapping[str, str]:
+        # The guest's memory is a file in TMPDIR; on a tmpfs it is memory indeed. A container may have a tiny one, which
+        # would end the guest with SIGBUS.
+        free = shutil.disk_usage("/dev/shm").free
+        return {**os.environ, "TMPDIR": "/dev/shm"} if free > 1 << 30 else os.environ
+
+
+def read(console: Path) -> str:
+    return console.read_text(errors="replace")
+
+
+def wait_for_result(
+    process: subprocess.Popen[bytes], console: Path, deadline: float, check: Callable[[], None]
+) -> Result:
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        # Looked at before the console is read: what a guest printed last must not be missed.
+        over = ended(process)
+        result = result_in(read(console))
+        if result is not None:
+            return result
+        try:
+            check()
+        except AssertionError as problem:
+            raise GuestError(f"{problem}\n{tail(read(console))}") from None
+        if over:
+            raise GuestError(f"the guest ended without a result; {tail(read(console))}")
+        time.sleep(0.05)
+    raise GuestError(f"no result from the guest in {deadline:.0f} s; {tail(read(console))}")
+
+
+def wait_for_end(process: subprocess.Popen[bytes], result: Result) -> None:
+    """A back end that does not let go of its rings shows here: the front end waits for it while it powers off."""
+    end = time.monotonic() + POWER_OFF_DEADLINE
+    while not ended(process):
+        if time.monotonic() > end:
+            raise GuestError(f"the guest did not power off in {POWER_OFF_DEADLINE:.0f} s; {tail(result.console)}")
+        time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended; it stays unreaped, so that its process group's number is not given away."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def end_group(process: subprocess.Popen[bytes]) -> int:
+    """Ends what is left of a guest, which may be several processes, and returns the exit status of the first."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
