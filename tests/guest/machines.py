@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from .backends import Backend
 from .initramfs import with_script
+from .kernels import program
 from .workloads import Workload
 
 # The whole line, its end included: a console cut off in the middle of the status must not pass for a result.
@@ -151,7 +152,18 @@ class UmlGuest(Guest):
         # The guest's memory is a file in TMPDIR; on a tmpfs it is memory indeed. A container may have a tiny one, which
         # would end the guest with SIGBUS.
         free = shutil.disk_usage("/dev/shm").free
-        return {**os.environ, "TMPDIR": "/dev/shm"} if free > 1 << 30 else os.environ
+        memory = {"TMPDIR": "/dev/shm"} if free > 1 << 30 else {}
+        return {**os.environ, **memory, **self.preload()}
+
+    def preload(self) -> Mapping[str, str]:
+        """What the guest needs on a host whose registers are larger than it knows, see uml_xstate.c."""
+        if "amx_tile" not in Path("/proc/cpuinfo").read_text():
+            return {}
+        library = self.folder / "uml_xstate.so"
+        compiler = program("gcc", "gcc")
+        source = Path(__file__).with_name("uml_xstate.c")
+        subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+        return {"LD_PRELOAD": str(library)}
 
 
 def read(console: Path) -> str:

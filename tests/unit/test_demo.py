@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_a_wrong_byte_ends_it_with_status_1(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(load, "fill", fill_and_damage)
     done = CliRunner().invoke(demo, ["--image", str(image), *QUICK])
     assert done.exit_code == 1
-    assert "FAILED: 1 sectors wrong, 0 requests failed; the first: sector 2048" in " ".join(done.output.split())
+    # One or more: the loads that follow may read the damaged sector too before they write it.
+    told = " ".join(done.output.split())
+    assert re.search(r"FAILED: \d+ sectors wrong, 0 requests failed; the first: sector 2048", told), told
     assert not image.exists()
 
 
