@@ -9,7 +9,9 @@ import numpy as np
 
 from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.worker import Worker
-from ringplane.image import Image
+from ringplane.engines.choose import AUTO, choose_storage
+from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
+from ringplane.image import Image, ImageError
 from ringplane.virtio import blk, features
 
 # What a driver without indirect descriptors can fit into a ring of 128, the smallest that front ends use by default:
@@ -21,12 +23,28 @@ class Disk:
     """One virtio-blk device; queue `i` is served by worker `i` modulo their number."""
 
     def __init__(
-        self, image: Image, workers: Sequence[Worker], *, num_queues: int, block_size: int, serial: str | None = None
+        self,
+        image: Image,
+        workers: Sequence[Worker],
+        *,
+        num_queues: int,
+        block_size: int,
+        serial: str | None = None,
+        engine: str = AUTO,
     ) -> None:
-        """`serial` is at most 20 bytes; without one it is derived from the image's path."""
+        """`serial` is at most 20 bytes; without one it is derived from the image's path.
+
+        `engine` is one of ENGINES; of those that a worker has, the workers' own is used. Raises ImageError where the
+        image cannot be served with it, OSError where it cannot be mapped.
+        """
         self.image = image
         self.block_size = block_size
         self.serial = serial if serial is not None else default_serial(image)
+        name = image.path.name
+        try:
+            self.storage = choose_storage(engine, image.fd)
+        except ValueError as error:
+            raise ImageError(f"{image.path}: {error}") from None
         alignment = (image.alignment.memory, image.alignment.block)
         self._device = Device(
             image.fd,
@@ -35,10 +53,31 @@ class Disk:
             block_size=block_size,
             alignment=alignment,
             serial=self.serial,
+            name=name,
+            storage=self.storage,
         )
-        name = image.path.name
         self.queues = [Queue(self._device, number, f"{name} queue {number}") for number in range(num_queues)]
         self.workers = [workers[number % len(workers)] for number in range(num_queues)]
+
+    @property
+    def through_page_cache(self) -> bool:
+        """Whether I/O goes through the page cache, as `direct` was not asked for or not possible."""
+        return self.storage == THROUGH_WORKER and not self.image.direct
+
+    @property
+    def how(self) -> str:
+        """How I/O is done, for people."""
+        if self.storage == IN_MEMORY:
+            return "engine memory"
+        if self.storage == NOWHERE:
+            return "engine null: nothing is read or written"
+        engines = "/".join(sorted({worker.engine.name for worker in self.workers}))
+        return f"engine {engines}, {'O_DIRECT' if self.image.direct else 'buffered'}"
+
+    def close(self) -> None:
+        """Let go of the image; no queue may be running. A second call does nothing."""
+        self._device.close()
+        self.image.close()
 
     @property
     def features(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
@@ -17,13 +18,14 @@ from pathlib import Path
 import numba
 import pytest
 
-from ringplane.dataplane.loop import serve_ready
+from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
-from ringplane.engines.choose import make_engine
+from ringplane.engines.choose import MEMORY, make_engine
+from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.image import Image
 from ringplane.memory import MemoryTable, Region
-from ringplane.native.access import fence
+from ringplane.native.access import fence, store16
 
 IN, OUT, FLUSH, SCSI_CMD, SCSI_CMD_OUT, GET_ID = 0, 1, 4, 2, 3, 8
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -44,6 +46,14 @@ def barrier() -> None:
     fence()
 
 
+@numba.njit
+def store_between_barriers(address: int, value: int) -> None:
+    """What the driver stores for the device to see at any time."""
+    fence()
+    store16(address, value)
+    fence()
+
+
 class Guest:
     """Guest memory: one memfd, mapped here as the driver sees it and mapped again for the device."""
 
@@ -52,6 +62,7 @@ class Guest:
         self.fd = os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
         self.memory = mmap.mmap(self.fd, size)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.free = 0
 
     def table(self) -> MemoryTable:
@@ -73,6 +84,10 @@ class Guest:
 
     def write(self, offset: int, content: bytes) -> None:
         self.memory[offset : offset + len(content)] = content
+
+    def store16(self, offset: int, value: int) -> None:
+        """Store 16 bits at once, between two barriers (struct.pack_into clears them first, which a device may see)."""
+        store_between_barriers(self.address + offset, value)
 
     def close(self) -> None:
         self.memory.close()
@@ -175,13 +190,10 @@ class Ring:
         self.set_avail_idx(self.avail_idx)
 
     def set_avail_idx(self, index: int) -> None:
-        barrier()
-        struct.pack_into("<H", self.guest.memory, self.avail + 2, index)
-        barrier()
+        self.guest.store16(self.avail + 2, index)
 
     def set_used_event(self, index: int) -> None:
-        struct.pack_into("<H", self.guest.memory, self.avail + 4 + 2 * self.size, index)
-        barrier()
+        self.guest.store16(self.avail + 4 + 2 * self.size, index)
 
     def device_used_idx(self) -> int:
         barrier()
@@ -245,7 +257,9 @@ def held(worker: Worker) -> Iterator[None]:
 def fetch_only(worker: Worker) -> None:
     """Asked of a held worker: take what is in the rings, but do not submit it yet, so that it is in flight for sure."""
     worker.call(worker._look_at_all_queues)
-    worker.call(lambda: serve_ready(worker._state[0]))
+    # As many turns as a full ring takes.
+    for _ in range(-(-1024 // TURN)):
+        worker.call(lambda: serve_ready(worker._state[0]))
 
 
 class Line:
@@ -391,6 +405,7 @@ class Rig:
             for fd in (line.kick_fd, line.call_fd, line.queue.err_fd):
                 os.close(fd)
         self.guest.close()
+        self.device.close()
         self.image.close()
 
 
@@ -412,7 +427,13 @@ def make(
     image = Image(path, read_only=read_only, direct=direct, block_size=block_size)
     alignment = (image.alignment.memory, image.alignment.block)
     device = Device(
-        image.fd, image.size, read_only=read_only, block_size=block_size, alignment=alignment, serial=serial
+        image.fd,
+        image.size,
+        read_only=read_only,
+        block_size=block_size,
+        alignment=alignment,
+        serial=serial,
+        storage=IN_MEMORY if engine == MEMORY else THROUGH_WORKER,
     )
     made = [Worker(f"io-{number}", slots, engine) for number in range(workers)]
     rig = Rig(path, image, device, Guest(guest_size), made)

@@ -11,7 +11,7 @@ import pytest
 
 from ringplane.engines import uring
 from ringplane.engines.aio import Aio
-from ringplane.engines.choose import AUTO, ENGINES, make_engine
+from ringplane.engines.choose import AUTO, WORKER_ENGINES, make_engine
 from ringplane.engines.dispatch import wait
 from ringplane.engines.uring import Uring
 
@@ -20,7 +20,7 @@ from .rig import need_engine
 TOKEN = 77
 
 
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(params=sorted(WORKER_ENGINES))
 def engine(request: pytest.FixtureRequest) -> Iterator[Aio | Uring]:
     engine = make_engine(need_engine(request.param), 8)
     engine.attach_thread()

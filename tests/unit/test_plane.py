@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringplane.dataplane import rules
+from ringplane.dataplane.loop import FIRST_TURN
 from ringplane.dataplane.queue import Device
 from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_FETCH
 from ringplane.dataplane.worker import BOUNCE_BUFFERS
@@ -63,13 +64,23 @@ DISK = pattern(SIZE)
 RigFactory = Callable[..., Rig]
 
 
-@pytest.fixture(params=["aio", "io_uring"])
+@pytest.fixture(params=["aio", "io_uring", "memory"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
     """Makes rigs over an image of the content DISK and closes them."""
+    yield from rig_factory(request.param, tmp_path)
+
+
+@pytest.fixture(params=["aio", "io_uring"])
+def make_kernel_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
+    """The same with the engines that ask the kernel."""
+    yield from rig_factory(request.param, tmp_path)
+
+
+def rig_factory(engine: str, tmp_path: Path) -> Iterator[RigFactory]:
     made: list[Rig] = []
 
     def factory(content: bytes = DISK, **options: object) -> Rig:
-        options.setdefault("engine", need_engine(request.param))
+        options.setdefault("engine", need_engine(engine))
         made.append(make(tmp_path / f"disk-{len(made)}.img", content, **options))  # type: ignore[arg-type]
         return made[-1]
 
@@ -283,8 +294,8 @@ def test_what_the_kernel_refuses_fails_alone(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_an_image_that_became_shorter_is_never_read_as_whole(make_rig: RigFactory, direct: bool) -> None:
-    rig = direct_rig(make_rig) if direct else make_rig()
+def test_an_image_that_became_shorter_is_never_read_as_whole(make_kernel_rig: RigFactory, direct: bool) -> None:
+    rig = direct_rig(make_kernel_rig) if direct else make_kernel_rig()
     line = rig.line().start()
     os.truncate(rig.path, 8192)
     assert line.do(IN, 8, room=4096) == Answer(OK, 4097, DISK[4096:8192])
@@ -294,8 +305,8 @@ def test_an_image_that_became_shorter_is_never_read_as_whole(make_rig: RigFactor
     assert half == Answer(IOERR, 4096, DISK[4096:8192] + bytes([NO_ANSWER] * 4096))
 
 
-def test_an_image_that_became_shorter_through_a_bounce_buffer(make_rig: RigFactory) -> None:
-    rig = direct_rig(make_rig)
+def test_an_image_that_became_shorter_through_a_bounce_buffer(make_kernel_rig: RigFactory) -> None:
+    rig = direct_rig(make_kernel_rig)
     line = rig.line().start()
     os.truncate(rig.path, 8192)
     half = line.do(IN, 8, room=8192, alignment=1)
@@ -565,7 +576,7 @@ def test_with_event_idx_the_call_comes_with_the_entry_that_was_asked_for(rig: Ri
 
 def test_a_batch_is_announced_once(line: Line) -> None:
     with held(line.worker):
-        for _ in range(8):
+        for _ in range(FIRST_TURN):
             line.put(SCSI_CMD)
         line.kick()
     finish_without_a_call(line)
@@ -606,7 +617,8 @@ def last_flags(engine: Aio | Uring, slot: int) -> int:
 
 
 @pytest.mark.parametrize("write_through", [False, True])
-def test_writes_are_stable_where_the_driver_cannot_flush(rig: Rig, write_through: bool) -> None:
+def test_writes_are_stable_where_the_driver_cannot_flush(make_kernel_rig: RigFactory, write_through: bool) -> None:
+    rig = make_kernel_rig()
     line = rig.line().start(write_through=write_through)
     engine = rig.workers[0].engine
     # One request at a time is in the same slot each time.
@@ -1004,10 +1016,10 @@ def test_a_failed_flush_is_not_forgotten_where_the_page_cache_may_have_lost_data
     rig = direct_rig(make_rig) if direct_io else make_rig()
     line = rig.line().start()
     assert line.do(FLUSH).status == OK
-    good, bad = int(rig.device._record["fd"][0]), os.eventfd(0)
-    rig.device._record["fd"] = bad  # cannot be synchronised: EINVAL
+    good, bad = int(line.queue.record["file"]), os.eventfd(0)
+    line.queue.record["file"] = bad  # cannot be synchronised: EINVAL
     assert line.do(FLUSH).status == IOERR
-    rig.device._record["fd"] = good
+    line.queue.record["file"] = good
     os.close(bad)
     assert line.do(FLUSH).status == (OK if direct_io else IOERR)
     assert line.do(IN, 0, room=512).status == OK

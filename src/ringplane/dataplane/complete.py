@@ -118,6 +118,7 @@ def release(worker, queue, request):
     request.next = worker.free
     worker.free = request.slot
     queue.in_flight -= 1
+    worker.in_flight -= 1
     if request.retired_memory or (queue.draining and queue.in_flight == 0):
         request.retired_memory = 0
         worker.attention = 1

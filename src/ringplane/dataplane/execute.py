@@ -16,8 +16,10 @@ from ringplane.dataplane.state import (
     REQUEST_BOUNCE_IOV,
     REQUEST_SIZE,
 )
-from ringplane.engines.common import ENGINE, READ, WRITE
+from ringplane.engines import memory
+from ringplane.engines.common import ENGINE, IN_MEMORY, NOWHERE, READ, THROUGH_WORKER, WRITE, complete
 from ringplane.engines.dispatch import prepare_flush, prepare_io
+from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC
@@ -97,7 +99,9 @@ def execute_flush(worker, queue, request):
         return VIRTIO_BLK_S_OK
     if device.flush_failed:
         return VIRTIO_BLK_S_IOERR
-    prepare_flush(view(worker.engine, ENGINE), request.slot, device.fd)
+    if device.storage == NOWHERE:
+        return VIRTIO_BLK_S_OK
+    prepare_flush(view(worker.engine, ENGINE), request.slot, queue.file)
     return PENDING
 
 
@@ -112,9 +116,66 @@ def execute_get_id(queue, request):
 
 @compiled
 def transfer(worker, request):
-    """Queue the I/O of what is left of a read or write, through a bounce buffer where O_DIRECT needs one."""
+    """Do or queue the I/O of what is left of a read or write."""
     queue = view(request.queue, QUEUE)
     device = view(queue.device, DEVICE)
+    if device.storage == THROUGH_WORKER:
+        transfer_through_worker(worker, queue, device, request)
+    elif device.storage == IN_MEMORY:
+        queue_copy(worker, request)
+    else:
+        complete(worker.engine, request.slot, request.length - request.done)
+
+
+# Copies: the I/O of disks in memory, queued for the end of the turn. In a large image most of a copy's time is the walk
+# through the page tables; announced all at once, the walks of a turn go on side by side.
+
+
+@compiled
+def queue_copy(worker, request):
+    request.next = -1
+    if worker.copy_first < 0:
+        worker.copy_first = request.slot
+    else:
+        view(worker.requests + worker.copy_last * REQUEST_SIZE, REQUEST).next = request.slot
+    worker.copy_last = request.slot
+
+
+@compiled
+def do_copies(worker):
+    """Do the I/O of all queued copies; it has ended when this returns."""
+    slot = worker.copy_first
+    while slot >= 0:
+        request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
+        memory.announce(image_of(request), offset_in_image(request))
+        slot = request.next
+    slot = worker.copy_first
+    worker.copy_first = -1
+    while slot >= 0:
+        request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
+        image, offset, size = image_of(request), offset_in_image(request), request.length - request.done
+        result = memory.transfer(image, request.operation, request.iov, request.iov_count, offset, size)
+        complete(worker.engine, slot, result)
+        if image.lost and not image.told:
+            image.told = 1
+            worker.attention = 1
+        slot = request.next
+
+
+@compiled
+def image_of(request):
+    return view(view(view(request.queue, QUEUE).device, DEVICE).image, MAPPED_IMAGE)
+
+
+@compiled
+def offset_in_image(request):
+    """Where what is still to be transferred begins, in bytes."""
+    return request.sector * SECTOR + request.done
+
+
+@compiled
+def transfer_through_worker(worker, queue, device, request):
+    """Queue the I/O with the worker's engine, through a bounce buffer where O_DIRECT needs one."""
     iov, iov_count = request.iov, request.iov_count
     request.bounce_iov_len = 0
     if not is_aligned(device, iov, iov_count):
@@ -126,8 +187,8 @@ def transfer(worker, request):
         fill_bounce(request)
         iov, iov_count = address_of(request) + REQUEST_BOUNCE_IOV, 1
     dsync = request.operation == WRITE and queue.write_through
-    offset = request.sector * SECTOR + request.done
-    prepare_io(view(worker.engine, ENGINE), request.slot, request.operation, device.fd, iov, iov_count, offset, dsync)
+    offset = offset_in_image(request)
+    prepare_io(view(worker.engine, ENGINE), request.slot, request.operation, queue.file, iov, iov_count, offset, dsync)
 
 
 @compiled

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ringplane.dataplane import rules
 from ringplane.dataplane.complete import complete_all, finish, publish_all
-from ringplane.dataplane.execute import PENDING, execute
+from ringplane.dataplane.execute import PENDING, do_copies, execute
 from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.state import (
+    ALWAYS,
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
@@ -16,13 +17,23 @@ from ringplane.dataplane.state import (
 )
 from ringplane.dataplane.trace import trace
 from ringplane.engines.common import ENGINE
-from ringplane.engines.dispatch import submit, wait
-from ringplane.native.access import address_of, load64, view
+from ringplane.engines.dispatch import has_news, submit, wait
+from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.split import available, disable_kicks, enable_kicks, take_head
 
 RETRY_MS = 1
+
+# How many chains of a queue are fetched before what was fetched is submitted, completed and published: few at first, so
+# that a sleeping driver is called early and wakes up while we work, then more and more.
+FIRST_TURN, TURN = 2, 16
+
+# A worker that does not sleep asks the engine in each so many turns, even where nothing tells that there is news.
+LOOK_TURNS = 16
+
+# After so many sleeps in a row that polling did not save it pauses, at most for so many short sleeps.
+POLL_FAILURES, POLL_PAUSE_MAX = 3, 1000
 
 
 @compiled
@@ -34,8 +45,12 @@ def run(address):
     worker = view(address, WORKER)
     engine = view(worker.engine, ENGINE)
     while not worker.attention:
-        note_events(worker, engine, wait(engine, timeout_ms(worker, engine)))
+        patience = find_patience(worker, engine)
+        worker.turns += 1
+        if patience != 0 or engine.prepared > 0 or has_news(engine) or worker.turns % LOOK_TURNS == 0:
+            wait_for_events(worker, engine, patience)
         serve_ready(worker)
+        do_copies(worker)
         if engine.prepared > 0:
             submit(engine)
         complete_all(worker)
@@ -44,30 +59,106 @@ def run(address):
 
 
 @compiled
-def timeout_ms(worker, engine):
-    """How long the engine may sleep; -1: until something happens.
+def find_patience(worker, engine):
+    """How many milliseconds the engine may sleep: 0 if there is something to do, -1 until something happens.
 
     Without a free slot nothing can be fetched before something completes, so queues that wait for one do not count.
     """
-    if worker.ready and worker.free >= 0:
+    if can_fetch(worker) or worker.copy_first >= 0:
         return 0
     if engine.prepared > 0:
         if engine.stuck:
             return RETRY_MS
-        if not engine.submits_in_wait:
+        if not engine.submits_in_wait or is_polling(worker):
             return 0
-    return -1
+    elif is_polling(worker) and (poll(worker, engine) or worker.poll_max_ns == ALWAYS):
+        return 0
+    ask_for_kicks(worker)
+    return 0 if can_fetch(worker) else -1
 
 
 @compiled
-def note_events(worker, engine, count):
-    """Note who was kicked. A completion needs no mark: the engine is reaped in each turn."""
+def can_fetch(worker):
+    return worker.ready != 0 and worker.free >= 0
+
+
+@compiled
+def wait_for_events(worker, engine, patience):
+    """Let the engine sleep, and note who was kicked. A completion needs no mark: the engine is reaped in each turn."""
+    may_tune = patience < 0 and 0 < worker.poll_max_ns < ALWAYS and worker.in_flight == 0
+    asleep = monotonic_ns() if may_tune else 0
+    count = wait(engine, patience)
+    if may_tune:
+        tune_polling(worker, monotonic_ns() - asleep)
     for index in range(count):
         token = load64(engine.tokens + 8 * index)
         if token == TOKEN_CONTROL:
             worker.attention = 1
         else:
             mark_ready(worker, view(token, QUEUE))
+
+
+# Polling: before it sleeps a worker looks at the rings for a while, with kicks off. A driver that answers within that
+# time needs no system call for its kick, and finds us awake. While storage is busy it is slept at once: a completion
+# wakes us, and on disks it takes longer than polling is worth.
+
+
+@compiled
+def is_polling(worker):
+    return worker.poll_max_ns == ALWAYS or (worker.poll_ns > 0 and worker.in_flight == 0)
+
+
+@compiled
+def poll(worker, engine):
+    """Look at the quiet queues until one has chains or the engine has news (True), or the time is over (False)."""
+    end = monotonic_ns() + worker.poll_ns
+    while True:
+        address = worker.quiet
+        while address:
+            queue = view(address, QUEUE)
+            if queue.running and available(queue):
+                mark_ready(worker, queue)
+            address = queue.next_quiet
+        if worker.ready or has_news(engine):
+            worker.poll_failures = 0
+            return True
+        if monotonic_ns() >= end:
+            return False
+        relax()
+
+
+@compiled
+def tune_polling(worker, slept):
+    """After a sleep of so many nanoseconds: go on polling, stop because it was in vain too often, or begin again.
+
+    How long the driver let us wait is less than what we slept: waking up takes a while, half of it may be that. Each
+    time that polling has to be given up again the pause before the next attempt is longer.
+    """
+    if worker.poll_ns > 0:
+        worker.poll_failures += 1
+        if worker.poll_failures % POLL_FAILURES == 0:
+            worker.poll_ns = 0
+            worker.poll_pause = min(POLL_PAUSE_MAX, worker.poll_failures * worker.poll_failures)
+    elif slept < 2 * worker.poll_max_ns:
+        worker.poll_pause -= 1
+        if worker.poll_pause <= 0:
+            worker.poll_ns = worker.poll_max_ns
+
+
+@compiled
+def ask_for_kicks(worker):
+    """Before sleeping: kicks on again for the queues that were served since the last sleep, and one more look at each.
+
+    Queues that wait for a slot stay quiet: they are served as soon as there is one.
+    """
+    while worker.quiet:
+        queue = view(worker.quiet, QUEUE)
+        worker.quiet = queue.next_quiet
+        queue.quiet = 0
+        if queue.running and not queue.ready:
+            enable_kicks(queue)
+            if available(queue):
+                mark_ready(worker, queue)
 
 
 @compiled
@@ -101,28 +192,40 @@ def serve_ready(worker):
         worker.ready = queue.next_ready
         queue.ready = 0
         if queue.running and fetch_available(worker, queue):
+            queue.turn = min(TURN, 2 * queue.turn)
             mark_ready(worker, queue)
+        else:
+            queue.turn = FIRST_TURN
 
 
 @compiled
 def fetch_available(worker, queue):
-    """Fetch what is available now; returns whether there is or may be more.
+    """Fetch up to a turn's worth of what is available now; returns whether there is more.
 
-    Kicks are off meanwhile. When the ring is empty they are on again and one more look is taken. When slots run out
-    they stay off: fetching resumes when a completion has freed one.
+    A turn is short, so that driver and device work at the same time instead of in turns. Kicks stay off until the
+    worker sleeps, or, when slots run out, until a completion has freed one and all has been fetched.
     """
-    disable_kicks(queue)
+    keep_quiet(worker, queue)
     waiting = available(queue)
     if waiting > queue.size:
         break_ring(worker, queue, rules.AVAIL_INDEX, -1)
         return False
-    for _ in range(waiting):
+    for _ in range(min(waiting, queue.turn)):
         if worker.free < 0:
             return True
         if not fetch_one(worker, queue):
             return False
-    enable_kicks(queue)
     return available(queue) != 0
+
+
+@compiled
+def keep_quiet(worker, queue):
+    """Kicks off until `ask_for_kicks`."""
+    if not queue.quiet:
+        disable_kicks(queue)
+        queue.quiet = 1
+        queue.next_quiet = worker.quiet
+        worker.quiet = address_of(queue)
 
 
 @compiled
@@ -138,6 +241,7 @@ def fetch_one(worker, queue):
     request.queue = address_of(queue)
     request.started = worker.now
     queue.in_flight += 1
+    worker.in_flight += 1
     status = execute(worker, queue, request)
     if worker.trace:
         trace(worker, TRACE_FETCH, queue, request, 0, 0)

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane.state import COUNTER, DEVICE, KINDS, QUEUE
+from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
+from ringplane.engines.memory import MappedImage
 from ringplane.memory import MemoryTable
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 
@@ -16,9 +18,26 @@ class Device:
     """What all queues of one disk share; `address` is that of its DEVICE struct."""
 
     def __init__(
-        self, fd: int, size: int, *, read_only: bool, block_size: int, alignment: tuple[int, int], serial: str
+        self,
+        fd: int,
+        size: int,
+        *,
+        read_only: bool,
+        block_size: int,
+        alignment: tuple[int, int],
+        serial: str,
+        name: str = "disk",
+        storage: int = THROUGH_WORKER,
     ) -> None:
-        """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1 where any will do."""
+        """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1 where any will do.
+
+        `name` is what log lines call it, `storage` one of engines.common. Raises OSError when an image IN_MEMORY cannot
+        be mapped.
+        """
+        self.fd = fd
+        self.name = name
+        self.told_lost = False
+        self.mapped = MappedImage(fd, size, read_only=read_only) if storage == IN_MEMORY else None
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
         self.address = int(self._record.ctypes.data)
         memory, segment = alignment
@@ -26,8 +45,19 @@ class Device:
         record["fd"], record["capacity"], record["read_only"] = fd, size // SECTOR, read_only
         record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
         record["buffered"] = alignment == (1, 1)
+        record["storage"], record["image"] = storage, self.mapped.address if self.mapped else 0
         encoded = serial.encode()[:VIRTIO_BLK_ID_BYTES]
         record["serial"][: len(encoded)] = np.frombuffer(encoded, np.uint8)
+
+    def close(self) -> None:
+        """Unmap what is mapped; no queue may be running. A second call does nothing."""
+        if self.mapped is not None:
+            self.mapped.close()
+
+    @property
+    def lost_mapping(self) -> bool:
+        """Whether pages of an image in memory have gone, so that it is served by system calls from now on."""
+        return self.mapped is not None and self.mapped.lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +84,7 @@ class Queue:
         """`name` is what log lines call it."""
         self.name = name
         self.number = number
-        self._device = device
+        self.device = device
         self.array: npt.NDArray[np.void] = np.zeros(1, QUEUE)
         self.address = int(self.array.ctypes.data)
         self.record = self.array[0]

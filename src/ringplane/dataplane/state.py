@@ -16,7 +16,7 @@ def _struct(*fields: str) -> np.dtype[np.void]:
     return np.dtype([(field, "<i8") for field in fields])
 
 
-# A disk. Written by the control plane, but for the last field.
+# A disk. Written by the control plane, but for `flush_failed`.
 DEVICE = np.dtype(
     [
         ("fd", "<i8"),
@@ -29,6 +29,8 @@ DEVICE = np.dtype(
         ("padding", "u1", (4,)),
         ("buffered", "<i8"),  # through the page cache
         ("flush_failed", "<i8"),  # set by any worker, never cleared: what the page cache holds may be lost
+        ("storage", "<i8"),  # engines.common: THROUGH_WORKER, IN_MEMORY or NOWHERE
+        ("image", "<i8"),  # in memory: its MAPPED_IMAGE
     ]
 )
 DEVICE_SERIAL: int = DEVICE.fields["serial"][1]  # type: ignore[index]
@@ -58,10 +60,14 @@ QUEUE = _struct(
     "broken_head",
     "in_flight",
     "write_through",  # the driver cannot flush, so writes end when they are stable
+    "file",  # the device's fd as the worker's engine wants it
     "call_fd",  # or -1
     # Membership in the worker's lists
     "ready",
     "next_ready",
+    "turn",  # how many chains to fetch in the next turn
+    "quiet",  # kicks are off, as it was served since the worker last slept
+    "next_quiet",
     "unpublished",
     "next_unpublished",
     "counters",  # COUNTER structs, one for each kind of request
@@ -127,11 +133,20 @@ WORKER = _struct(
     "free",  # first free slot, or -1
     "ready",  # list of queues that may have chains to fetch, first in first out: QUEUE, or 0
     "ready_last",
+    "quiet",  # list of queues whose kicks are off: QUEUE, or 0
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
+    "copy_first",  # requests to be copied in this turn, oldest first; -1: none
+    "copy_last",
     "waiting_first",  # requests that wait for a bounce buffer, oldest first; -1: none
     "waiting_last",
     "bounce_free",  # list of free bounce buffers, each holding the address of the next; 0: none
     "attention",  # not 0: `run` is to return to Python
+    "in_flight",  # requests fetched and not yet answered, over all queues
+    "turns",  # of the loop
+    "poll_max_ns",  # how long to look at the rings before sleeping; 0: never, ALWAYS: instead of sleeping
+    "poll_ns",  # `poll_max_ns` while that pays, else 0
+    "poll_failures",  # how often in a row it did not
+    "poll_pause",  # how many short sleeps to wait before it is tried again
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far
@@ -139,6 +154,10 @@ WORKER = _struct(
 )
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
+
+# A `poll_max_ns` that means: never sleep. Then the rings are looked at for this long at a time.
+ALWAYS = 1 << 62
+ALWAYS_NS = 20_000
 
 # What the engine reports of a watched fd: this, or the address of a QUEUE that was kicked.
 TOKEN_CONTROL = 1

@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane import rules
-from ringplane.dataplane.loop import mark_ready, run
+from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.state import (
+    ALWAYS,
+    ALWAYS_NS,
     BOUNCE_ALIGNMENT,
     BOUNCE_SIZE,
     MAX_IOVECS,
@@ -53,6 +55,9 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SLOTS = 512
+# Longer than it takes to wake up a driver that sleeps (20 to 40 us in a virtual machine), so that such drivers too find
+# us awake; measured in docs/performance.md.
+POLL_US = 50
 BOUNCE_BUFFERS = 16
 
 
@@ -71,8 +76,11 @@ class _Retired:
 class Worker:
     """A thread that serves any number of queues with one engine."""
 
-    def __init__(self, name: str, slots: int = SLOTS, engine: str = AUTO) -> None:
-        """`slots`: how many requests can be in flight at a time. Raises OSError when the engine cannot be set up."""
+    def __init__(self, name: str, slots: int = SLOTS, engine: str = AUTO, poll_us: int | None = POLL_US) -> None:
+        """`slots`: how many requests can be in flight at a time. Raises OSError when the engine cannot be set up.
+
+        `poll_us`: for how many microseconds at most to look at the rings before sleeping; None: never sleep.
+        """
         self.name = name
         self._queues: dict[int, Queue] = {}
         self._draining: dict[int, list[Future[None]]] = {}
@@ -90,6 +98,7 @@ class Worker:
             os.close(self._control_fd)
             raise
         self._make_state(slots)
+        self._state["poll_ns"], self._state["poll_max_ns"] = polling_ns(poll_us)
         self.engine.watch(self._control_fd, TOKEN_CONTROL)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
@@ -102,7 +111,7 @@ class Worker:
         self._requests["next"] = np.arange(1, slots + 1)
         self._requests["next"][-1] = -1
         self._requests["iovecs"] = self._iovecs.ctypes.data + np.arange(slots) * self._iovecs.strides[0]
-        self._state["waiting_first"] = -1
+        self._state["waiting_first"] = self._state["copy_first"] = -1
         self._state["one"] = 1
         self._state["engine"] = self.engine.address
         self._state["requests"] = self._requests.ctypes.data
@@ -193,6 +202,7 @@ class Worker:
         while self._calls:
             _perform(*self._calls.popleft())
         self._report_broken_rings()
+        self._report_lost_mappings()
         self._finish_drains()
         self._drop_retired_memory()
 
@@ -214,8 +224,10 @@ class Worker:
         # Nothing is in flight, so what the used ring says is where it goes on.
         record["next_used"] = record["published_used"] = _load_u16(int(record["used"]) + USED_IDX)
         record["broken"] = record["draining"] = 0
+        record["turn"] = FIRST_TURN
         queue.told_broken = queue.suspended = False
         self._watch_kicks(queue, kick_fd)
+        record["file"] = self.engine.add_file(queue.device.fd)
         self._queues[queue.address] = queue
         record["running"] = 1
         # Start-up kick: requests may have been in the ring before we watched.
@@ -236,16 +248,16 @@ class Worker:
 
     def _look_at_all_queues(self) -> None:
         """Rebuild the list of queues to look at, with all that run: a look too many costs nothing."""
-        self._state["ready"] = self._state["ready_last"] = 0
+        self._state["ready"] = self._state["ready_last"] = self._state["quiet"] = 0
         for queue in self._queues.values():
-            queue.record["ready"] = 0
+            queue.record["ready"] = queue.record["quiet"] = 0
             if queue.running:
                 mark_ready(self._state[0], queue.record)
 
     def _stop_queue(self, queue: Queue, drained: Future[None]) -> None:
         record = queue.record
         record["running"] = 0
-        record["ready"] = 0
+        record["ready"] = record["quiet"] = 0
         record["draining"] = 1
         if self._queues.get(queue.address) is queue:
             self._unwatch_kicks(queue)
@@ -287,6 +299,7 @@ class Worker:
 
     def _forget_queue(self, queue: Queue) -> None:
         del self._queues[queue.address]
+        self.engine.remove_file(int(queue.record["file"]))
         queue.record["draining"] = 0
         queue.memory = MemoryTable()
         self._trace_queue(TRACE_STOP, queue)
@@ -335,6 +348,12 @@ class Worker:
                 log.warning("%s: ring broken by the driver: %s%s", queue.name, rules.SENTENCES[rule], where)
                 self._signal_error(queue)
 
+    def _report_lost_mappings(self) -> None:
+        for device in {queue.device for queue in self._queues.values()}:
+            if device.lost_mapping and not device.told_lost:
+                device.told_lost = True
+                log.warning("%s: the image was truncated while it is served; reads and writes there fail", device.name)
+
     def _signal_error(self, queue: Queue) -> None:
         if queue.err_fd >= 0:
             with contextlib.suppress(OSError):
@@ -357,6 +376,11 @@ def _check_eventfd(fd: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
             raise OSError(errno.EINVAL, "the kick fd is not an eventfd")
+
+
+def polling_ns(poll_us: int | None) -> tuple[int, int]:
+    """The worker's `poll_ns` to start with and its `poll_max_ns`."""
+    return (ALWAYS_NS, ALWAYS) if poll_us is None else (0, 1000 * poll_us)
 
 
 def _perform(future: Future[Any], function: Callable[[], Any]) -> None:

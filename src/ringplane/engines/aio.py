@@ -20,9 +20,9 @@ import select
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.engines.common import AIO, COMPLETION, COMPLETION_SIZE, ENGINE_FIELDS, MAX_TOKENS, READ
+from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, complete
 from ringplane.native import libc
-from ringplane.native.access import load32, load32_acquire, load64, store32_release, store64, view
+from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EAGAIN, EINTR, EPOLL_EVENT, IOVEC, epoll_wait, io_submit
 
@@ -66,7 +66,6 @@ AIO_ENGINE = np.dtype(
         ("event_fd", "<i8"),
         ("iocbs", "<i8"),
         ("batch", "<i8"),  # addresses of the prepared control blocks
-        ("failed", "<i8"),  # completions of control blocks that io_submit(2) refused
         ("epoll_fd", "<i8"),
         ("events", "<i8"),  # EPOLL_EVENT structs
     ]
@@ -129,13 +128,6 @@ def prepare_flush(engine, slot, fd):
 
 
 @compiled
-def _complete(engine, count, slot, result):
-    completion = view(engine.completions + count * COMPLETION_SIZE, COMPLETION)
-    completion.slot = slot
-    completion.result = result
-
-
-@compiled
 def submit(engine):
     """Hand the queued operations to the kernel. What it does not take now stays queued, in order."""
     done = 0
@@ -152,8 +144,7 @@ def submit(engine):
         else:
             # The first control block is refused for itself: it ends here, the others go on.
             iocb = view(load64(engine.batch + 8 * done), IOCB)
-            _complete(engine, engine.failed, iocb.data, taken)
-            engine.failed += 1
+            complete(address_of(engine), iocb.data, taken)
             done += 1
     engine.prepared -= done
     for index in range(engine.prepared if done > 0 else 0):
@@ -161,25 +152,31 @@ def submit(engine):
 
 
 @compiled
+def has_news(engine):
+    """Whether `reap` would find something; nothing tells of the watched fds but a system call."""
+    ring = engine.context
+    return load32(ring + RING_HEAD) != load32_acquire(ring + RING_TAIL)
+
+
+@compiled
 def reap(engine):
-    """Collect what has ended into `engine.completions`; returns how many."""
-    count = engine.failed
-    engine.failed = 0
+    """Collect what has ended into `engine.completions`; returns how many there are."""
     ring = engine.context
     size = load32(ring + RING_NR)
     events = ring + load32(ring + RING_HEADER_LENGTH)
     head = load32(ring + RING_HEAD)
     # Acquire: events are read after the tail. Pairs with the write barrier in the kernel's aio_complete().
     tail = load32_acquire(ring + RING_TAIL)
-    while head != tail and count < engine.capacity:
+    while head != tail:
         event = view(events + head * IO_EVENT_SIZE, IO_EVENT)
-        _complete(engine, count, event.data, event.res)
-        count += 1
+        complete(address_of(engine), event.data, event.res)
         head += 1
         if head == size:
             head = 0
     # Release: the events have been read before the kernel may reuse their places.
     store32_release(ring + RING_HEAD, head)
+    count = engine.completed
+    engine.completed = 0
     return count
 
 
@@ -217,6 +214,13 @@ class Aio:
 
     def attach_thread(self) -> None:
         """Called by the thread that will use the engine; AIO does not mind which."""
+
+    def add_file(self, fd: int) -> int:
+        """What `prepare_io` and `prepare_flush` are to be given for this open file: itself."""
+        return fd
+
+    def remove_file(self, handle: int) -> None:
+        """Nothing refers to the file any more; AIO has kept nothing of it."""
 
     def watch(self, fd: int, token: int) -> None:
         """Report `token` (not 0) when there is something new to read from `fd`; OSError if it can't be polled."""

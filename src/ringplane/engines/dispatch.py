@@ -11,21 +11,21 @@ from ringplane.native.jit import compiled
 
 
 @compiled
-def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
+def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
     """See engines/__init__.py for this and all others."""
     if engine.kind == IO_URING:
         ring = view(address_of(engine), URING_ENGINE)
-        uring.prepare_io(ring, slot, operation, fd, iov, iov_count, offset, dsync)
+        uring.prepare_io(ring, slot, operation, file, iov, iov_count, offset, dsync)
     else:
-        aio.prepare_io(view(address_of(engine), AIO_ENGINE), slot, operation, fd, iov, iov_count, offset, dsync)
+        aio.prepare_io(view(address_of(engine), AIO_ENGINE), slot, operation, file, iov, iov_count, offset, dsync)
 
 
 @compiled
-def prepare_flush(engine, slot, fd):
+def prepare_flush(engine, slot, file):
     if engine.kind == IO_URING:
-        uring.prepare_flush(view(address_of(engine), URING_ENGINE), slot, fd)
+        uring.prepare_flush(view(address_of(engine), URING_ENGINE), slot, file)
     else:
-        aio.prepare_flush(view(address_of(engine), AIO_ENGINE), slot, fd)
+        aio.prepare_flush(view(address_of(engine), AIO_ENGINE), slot, file)
 
 
 @compiled
@@ -40,6 +40,13 @@ def wait(engine, timeout_ms):
     if engine.kind == IO_URING:
         return uring.wait(view(address_of(engine), URING_ENGINE), timeout_ms)
     return aio.wait(view(address_of(engine), AIO_ENGINE), timeout_ms)
+
+
+@compiled
+def has_news(engine):
+    if engine.kind == IO_URING:
+        return uring.has_news(view(address_of(engine), URING_ENGINE))
+    return aio.has_news(view(address_of(engine), AIO_ENGINE))
 
 
 @compiled

@@ -2,7 +2,9 @@
 
 Facts that this file depends on:
 - With SINGLE_ISSUER and DEFER_TASKRUN (Linux 6.1) completions are made only inside io_uring_enter(2) with GETEVENTS,
-  on the thread that enabled the ring: no interrupts of that thread, no other thread may submit.
+  on the thread that enabled the ring: no interrupts of that thread, no other thread may submit. TASKRUN_FLAG tells in
+  shared memory that there is something to be made, so that a loop that does not sleep needs no system call to look.
+- A registered file saves taking and dropping a reference for each I/O. The ring keeps such a file open.
 - A multishot poll posts a completion for each wake-up of the fd, edge-triggered: an eventfd need not be read. When its
   completion lacks IORING_CQE_F_MORE (an overflow of the completion queue, say) the poll has ended and is made again.
 - Without SQPOLL the kernel reads submissions only inside io_uring_enter(2), so the submission queue needs no barriers
@@ -15,15 +17,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import select
 import struct
 
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ
+from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, complete
 from ringplane.native import libc
-from ringplane.native.access import load32, load32_acquire, store32_release, store64, view
+from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, io_uring_enter
 
@@ -52,14 +55,17 @@ CQE_SIZE = CQE.itemsize
 
 IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC = 1, 2, 3
 IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, IORING_OP_READ, IORING_OP_WRITE = 6, 14, 22, 23
+IOSQE_FIXED_FILE = 1
 IORING_FSYNC_DATASYNC = 1
 IORING_POLL_ADD_MULTI = 1
 IORING_CQE_F_MORE = 2
 IORING_ENTER_GETEVENTS, IORING_ENTER_EXT_ARG = 1, 8
 IORING_SETUP_R_DISABLED = 1 << 6
-IORING_SETUP_SUBMIT_ALL, IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 7, 1 << 12, 1 << 13
+IORING_SETUP_SUBMIT_ALL, IORING_SETUP_TASKRUN_FLAG = 1 << 7, 1 << 9
+IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
+IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN = 2, 4
 IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP, IORING_FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
-IORING_REGISTER_ENABLE_RINGS = 12
+IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_ENABLE_RINGS = 2, 6, 12
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
 
 # struct io_uring_params, with the offsets into the ring that this file uses
@@ -72,6 +78,10 @@ IOV_MAX = 1024
 # The kernel transfers less than 2^31 bytes at a time, and `len` has 32 bits.
 MAX_LENGTH = 0x7FFF_F000
 MAX_WATCHES = 4096
+MAX_FILES = 1024
+
+# A file handle is an fd, or with this bit a number in the table of registered files.
+FIXED_FILE = IOSQE_FIXED_FILE << 32
 
 # What user_data says: a slot number, or one of these bits with the number of a watch, or nothing to be told.
 WATCH_BIT, IGNORED_BIT = 1 << 40, 1 << 41
@@ -80,6 +90,10 @@ NUMBER_MASK = (1 << 32) - 1
 # fd: -1 when not in use; token: what to report
 WATCH = np.dtype([("fd", "<i8"), ("token", "<i8")])
 WATCH_SIZE = WATCH.itemsize
+
+# struct io_uring_files_update, and the one fd that it points at
+FILES_UPDATE = np.dtype([("offset", "<u4"), ("resv", "<u4"), ("fds", "<i8"), ("fd", "<i4"), ("pad", "<i4")])
+FILES_UPDATE_FD = 16
 
 # struct io_uring_getevents_arg and the struct __kernel_timespec that it points at
 GETEVENTS_ARG = np.dtype(
@@ -93,13 +107,13 @@ URING_ENGINE = np.dtype(
         ("ring_fd", "<i8"),
         ("sqes", "<i8"),
         ("sq_tail", "<i8"),  # address of the tail that the kernel reads
+        ("sq_flags", "<i8"),  # address of what the kernel tells of the ring
         ("sq_mask", "<i8"),
         ("next_sqe", "<i8"),  # free running; what the tail will be
         ("cqes", "<i8"),
         ("cq_head", "<i8"),  # addresses
         ("cq_tail", "<i8"),
         ("cq_mask", "<i8"),
-        ("completed", "<i8"),  # completions collected by `wait` and not yet reaped
         ("watches", "<i8"),  # WATCH structs
         ("argument", "<i8"),  # GETEVENTS_ARG, for a wait with a limit
     ]
@@ -112,7 +126,6 @@ def _next_sqe(engine):
     sqe = view(engine.sqes + (engine.next_sqe & engine.sq_mask) * SQE_SIZE, SQE)
     engine.next_sqe = (engine.next_sqe + 1) & NUMBER_MASK
     engine.prepared += 1
-    sqe.flags = 0
     sqe.ioprio = 0
     sqe.off = 0
     sqe.op_flags = 0
@@ -124,10 +137,11 @@ def _next_sqe(engine):
 
 
 @compiled
-def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
+def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
     """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: a write that ends when stable."""
     sqe = _next_sqe(engine)
-    sqe.fd = fd
+    sqe.flags = file >> 32
+    sqe.fd = file & NUMBER_MASK
     sqe.off = offset
     sqe.user_data = slot
     sqe.op_flags = RWF_DSYNC if dsync else 0
@@ -143,11 +157,12 @@ def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
 
 
 @compiled
-def prepare_flush(engine, slot, fd):
+def prepare_flush(engine, slot, file):
     """Queue an fdatasync(2), which the kernel runs on a thread of its own."""
     sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_FSYNC
-    sqe.fd = fd
+    sqe.flags = file >> 32
+    sqe.fd = file & NUMBER_MASK
     sqe.addr = 0
     sqe.len = 0
     sqe.op_flags = IORING_FSYNC_DATASYNC
@@ -159,6 +174,7 @@ def prepare_watch(engine, number):
     """Queue a poll of the fd of watch `number` that goes on until it is removed."""
     sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_POLL_ADD
+    sqe.flags = 0
     sqe.fd = view(engine.watches + number * WATCH_SIZE, WATCH).fd
     sqe.addr = 0
     sqe.len = IORING_POLL_ADD_MULTI
@@ -171,6 +187,7 @@ def prepare_unwatch(engine, number):
     """Queue the cancellation of a poll (POLL_REMOVE would fail if the fd becomes readable at the same moment)."""
     sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_ASYNC_CANCEL
+    sqe.flags = 0
     sqe.fd = -1
     sqe.addr = WATCH_BIT | number
     sqe.len = 0
@@ -213,14 +230,18 @@ def _collect(engine):
                 if cqe.res >= 0 and not cqe.flags & IORING_CQE_F_MORE:
                     prepare_watch(engine, number)
         elif not cqe.user_data & IGNORED_BIT:
-            completion = view(engine.completions + engine.completed * COMPLETION_SIZE, COMPLETION)
-            completion.slot = number
-            completion.result = cqe.res
-            engine.completed += 1
+            complete(address_of(engine), number, cqe.res)
         head = (head + 1) & NUMBER_MASK
     # Release: the entries have been read before the kernel may reuse their places.
     store32_release(engine.cq_head, head)
     return tokens
+
+
+@compiled
+def has_news(engine):
+    """Whether `wait` would find something without sleeping."""
+    flags = load32(engine.sq_flags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
+    return flags != 0 or load32(engine.cq_head) != load32_acquire(engine.cq_tail)
 
 
 @compiled
@@ -240,8 +261,8 @@ class Uring:
         """Raises OSError where the kernel is older than 6.1 or io_uring is forbidden."""
         params = (ctypes.c_uint32 * (PARAMS_SIZE // 4))()
         entries = 1 << (2 * capacity + 64 - 1).bit_length()
-        flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_SUBMIT_ALL
-        params[2] = flags | IORING_SETUP_R_DISABLED
+        flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG
+        params[2] = flags | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED
         self._fd = libc.io_uring_setup(entries, ctypes.addressof(params))
         os.set_inheritable(self._fd, False)
         fields = PARAMS.unpack_from(params)
@@ -269,6 +290,7 @@ class Uring:
         self._tokens = np.zeros(MAX_TOKENS, np.int64)
         self._watches = np.zeros(MAX_WATCHES, WATCH)
         self._watches["fd"] = -1
+        self._files = np.full(min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0]), -1, np.int32)
         self._argument = np.zeros(1, GETEVENTS_ARG)
         self._argument["ts"] = self._argument.ctypes.data + GETEVENTS_ARG_SIZE
         self._engine: npt.NDArray[np.void] = np.zeros(1, URING_ENGINE)
@@ -282,6 +304,7 @@ class Uring:
             "ring_fd": self._fd,
             "sqes": self._sqes,
             "sq_tail": ring + sq[1],
+            "sq_flags": ring + sq[4],
             "sq_mask": fields[0] - 1,
             "cqes": ring + cq[5],
             "cq_head": ring + cq[0],
@@ -295,6 +318,26 @@ class Uring:
     def attach_thread(self) -> None:
         """Make the calling thread the one that submits; nobody else may from now on."""
         libc.io_uring_register(self._fd, IORING_REGISTER_ENABLE_RINGS)
+        libc.io_uring_register(self._fd, IORING_REGISTER_FILES, int(self._files.ctypes.data), len(self._files))
+
+    def add_file(self, fd: int) -> int:
+        """A handle for `prepare_io` and `prepare_flush`: a registered file, or the fd when there is no place left."""
+        free = np.flatnonzero(self._files < 0)
+        if not free.size:
+            return fd
+        self._set_file(int(free[0]), fd)
+        return FIXED_FILE | int(free[0])
+
+    def remove_file(self, handle: int) -> None:
+        """Let go of a file that `add_file` returned; nothing may be in flight on it."""
+        if handle & FIXED_FILE:
+            self._set_file(handle & NUMBER_MASK, -1)
+
+    def _set_file(self, number: int, fd: int) -> None:
+        update = np.zeros(1, FILES_UPDATE)
+        update["offset"], update["fd"], update["fds"] = number, fd, update.ctypes.data + FILES_UPDATE_FD
+        libc.io_uring_register(self._fd, IORING_REGISTER_FILES_UPDATE, int(update.ctypes.data), 1)
+        self._files[number] = fd
 
     def watch(self, fd: int, token: int) -> None:
         """Report `token` when there is something new to read from `fd`; raises OSError if it can't be polled."""

@@ -12,6 +12,7 @@ Orderings are those of the C11 memory model:
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from llvmlite import ir
@@ -75,6 +76,35 @@ def fence(typingctx: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def relax(typingctx: Any) -> Any:
+    """Tell the processor that this is a loop that waits for somebody else's store."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() == "x86_64":
+            builder.call(external("llvm.x86.sse2.pause", builder, ir.VoidType(), []), [])
+        else:
+            hint = external("llvm.aarch64.hint", builder, ir.VoidType(), [ir.IntType(32)])
+            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])  # YIELD
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Begin to load the cache line and the page table entry of an address, which need not be a valid one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = ir.IntType(32)
+        pointer = _pointer(builder, args[0], 8)
+        function = external("llvm.prefetch.p0i8", builder, ir.VoidType(), [pointer.type, bits, bits, bits])
+        builder.call(function, [pointer, *(ir.Constant(bits, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -72,7 +72,7 @@ def forget_old_versions() -> None:
 
 
 @contextlib.contextmanager
-def _numba_cache_directory() -> Iterator[None]:
+def numba_cache_directory() -> Iterator[None]:
     """Numba reads its setting when a function is decorated; a program that embeds us keeps its own setting."""
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(cache_directory())
@@ -87,7 +87,7 @@ def compiled(function: Function) -> Function:
 
     Division by zero gives NumPy's result instead of an exception, so no path out of compiled code needs the GIL.
     """
-    with _numba_cache_directory():
+    with numba_cache_directory():
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 

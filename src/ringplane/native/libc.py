@@ -32,9 +32,13 @@ def _error() -> OSError:
     return OSError(code, os.strerror(code))
 
 
-def mmap_shared(fd: int, size: int, offset: int) -> int:
-    """mmap(2): the address of `size` bytes of `fd` from `offset`, readable, writable and shared; raises OSError."""
-    address = _libc.mmap(None, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, offset)
+def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reserve: bool = False) -> int:
+    """mmap(2): the address of `size` bytes of `fd` from `offset`, shared; raises OSError.
+
+    `reserve` sets huge pages aside for all of it at once.
+    """
+    protection = PROT_READ | PROT_WRITE if writable else PROT_READ
+    address = _libc.mmap(None, size, protection, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)
     if address == MAP_FAILED or address is None:
         raise _error()
     return int(address)
@@ -69,6 +73,18 @@ def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
     event["events"], event["data"] = events, data
     if _libc.epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, ctypes.c_void_p(event.ctypes.data)) != 0:
         raise _error()
+
+
+TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGIC = 0x01021994, 0x858458F6, 0x958458F6
+STATFS_SIZE = 256
+
+
+def file_system_type(fd: int) -> int:
+    """fstatfs(2): the magic number of the file system that an open file is on; raises OSError."""
+    statfs = ctypes.create_string_buffer(STATFS_SIZE)
+    if _libc.fstatfs(fd, statfs) != 0:
+        raise _error()
+    return int(struct.unpack_from("q", statfs)[0])
 
 
 AT_EMPTY_PATH = 0x1000

@@ -17,22 +17,36 @@ MACHINE = platform.machine()
 
 # From the kernel's system call tables: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 NUMBERS = {
-    "x86_64": {"write": 1, "epoll_pwait": 281, "io_setup": 206, "io_destroy": 207, "io_submit": 209},
-    "aarch64": {"write": 64, "epoll_pwait": 22, "io_setup": 0, "io_destroy": 1, "io_submit": 2},
+    name: dict(zip(("x86_64", "aarch64"), numbers, strict=True))
+    for name, numbers in {
+        "write": (1, 64),
+        "mmap": (9, 222),
+        "epoll_pwait": (281, 22),
+        "preadv": (295, 69),
+        "pwritev": (296, 70),
+        "io_setup": (206, 0),
+        "io_destroy": (207, 1),
+        "io_submit": (209, 2),
+    }.items()
 }
-if MACHINE not in NUMBERS:
+if MACHINE not in NUMBERS["write"]:
     raise ImportError(f"ringplane runs on x86_64 and aarch64 Linux, not on {MACHINE}")
 
 # Calls since Linux 5.0 have the same number everywhere.
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
 
-SYS_WRITE = NUMBERS[MACHINE]["write"]
-SYS_EPOLL_PWAIT = NUMBERS[MACHINE]["epoll_pwait"]
-SYS_IO_SETUP = NUMBERS[MACHINE]["io_setup"]
-SYS_IO_DESTROY = NUMBERS[MACHINE]["io_destroy"]
-SYS_IO_SUBMIT = NUMBERS[MACHINE]["io_submit"]
+SYS_WRITE = NUMBERS["write"][MACHINE]
+SYS_MMAP = NUMBERS["mmap"][MACHINE]
+SYS_PREADV = NUMBERS["preadv"][MACHINE]
+SYS_PWRITEV = NUMBERS["pwritev"][MACHINE]
+SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"][MACHINE]
+SYS_IO_SETUP = NUMBERS["io_setup"][MACHINE]
+SYS_IO_DESTROY = NUMBERS["io_destroy"][MACHINE]
+SYS_IO_SUBMIT = NUMBERS["io_submit"][MACHINE]
 
 EINTR, EAGAIN = 4, 11
+PROT_READ, PROT_WRITE = 1, 2
+MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 
 # epoll_ctl(2): packed on x86-64 alone.
 EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
@@ -78,6 +92,25 @@ def monotonic_ns(typingctx: Any) -> Any:
 def write(fd, buffer, size):
     """write(2)"""
     return _syscall(SYS_WRITE, fd, buffer, size, 0, 0, 0)
+
+
+@compiled
+def preadv(fd, iov, iov_count, offset):
+    """preadv(2): bytes read into `iov_count` IOVEC structs."""
+    return _syscall(SYS_PREADV, fd, iov, iov_count, offset, 0, 0)
+
+
+@compiled
+def pwritev(fd, iov, iov_count, offset):
+    """pwritev(2): bytes written from `iov_count` IOVEC structs."""
+    return _syscall(SYS_PWRITEV, fd, iov, iov_count, offset, 0, 0)
+
+
+@compiled
+def mmap_anonymous_page(address, size):
+    """mmap(2): a private page of zeros at this very address, in place of what is there."""
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
+    return _syscall(SYS_MMAP, address, size, PROT_READ | PROT_WRITE, flags, -1, 0)
 
 
 @compiled

@@ -1,0 +1,142 @@
+"""Engine `memory`: the image is memory (tmpfs, hugetlbfs), so it is mapped, and I/O is a copy by the I/O thread itself.
+
+Facts that this file depends on:
+- A copy into a hole of a tmpfs file through a mapping allocates memory, and so does a copy out of one; where there is
+  none left it ends with SIGBUS. pwrite(2) says ENOSPC instead, and pread(2) leaves holes alone. So a map tells which
+  pages have memory of their own, and only those are copied; all else is done by system calls, which never wait here.
+- A page that has gone (the image was truncated) raises SIGBUS too. native/sigbus.py puts another page there and says
+  so, whereupon the mapping is not used any more: the copy is done again by system call, and so is all that follows.
+- hugetlbfs knows no write(2), but a mapping reserves the pages that it may need.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.engines.common import READ
+from ringplane.native import libc, sigbus
+from ringplane.native.access import address_of, copy, load8, load64, prefetch, store8, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import IOVEC, preadv, pwritev
+
+IOVEC_SIZE = IOVEC.itemsize
+IOV_MAX = 1024
+PAGE_BITS = 12
+PAGE = 1 << PAGE_BITS
+
+# fd; base: where it is mapped; present: one byte a page, not 0 where the page has memory; lost: a page of it has gone,
+# set by the handler of SIGBUS on any thread; told: the control plane has been called for that.
+MAPPED_IMAGE = np.dtype([(name, "<i8") for name in ("fd", "base", "present", "lost", "told")])
+LOST: int = MAPPED_IMAGE.fields["lost"][1]  # type: ignore[index]
+
+
+@compiled
+def announce(image, offset):
+    """A transfer at `offset` comes soon: the walk of the page tables for it takes as long as half of the copy."""
+    prefetch(image.base + offset)
+
+
+@compiled
+def transfer(image, operation, iov, iov_count, offset, size):
+    """Read or write the `size` bytes of `iov_count` IOVEC structs; returns how many bytes were, or -errno."""
+    if load64(address_of(image) + LOST) == 0 and is_present(image, offset, size):
+        copy_all(operation, iov, iov_count, image.base + offset)
+        # A fault of this copy, or of another thread's in the same page, was noted before the copy ended.
+        if load64(address_of(image) + LOST) == 0:
+            return size
+    if operation == READ:
+        return preadv(image.fd, iov, min(iov_count, IOV_MAX), offset)
+    written = pwritev(image.fd, iov, min(iov_count, IOV_MAX), offset)
+    if written > 0:
+        mark_present(image, offset, written)
+    return written
+
+
+@compiled
+def is_present(image, offset, size):
+    """Whether all pages of these bytes have memory."""
+    for page in range(offset >> PAGE_BITS, (offset + size + PAGE - 1) >> PAGE_BITS):
+        if load8(image.present + page) == 0:
+            return False
+    return True
+
+
+@compiled
+def mark_present(image, offset, size):
+    """pwrite(2) has given memory to each page that it touched."""
+    for page in range(offset >> PAGE_BITS, (offset + size + PAGE - 1) >> PAGE_BITS):
+        store8(image.present + page, 1)
+
+
+@compiled
+def copy_all(operation, iov, iov_count, place):
+    """Copy between the buffers and the image, which is at address `place`."""
+    for index in range(iov_count):
+        iovec = view(iov + index * IOVEC_SIZE, IOVEC)
+        if operation == READ:
+            copy(iovec.base, place, iovec.len)
+        else:
+            copy(place, iovec.base, iovec.len)
+        place += iovec.len
+
+
+class MappedImage:
+    """Owns the mapping of an image; `address` is that of the MAPPED_IMAGE struct."""
+
+    def __init__(self, fd: int, size: int, *, read_only: bool) -> None:
+        """Map `size` bytes of `fd`; raises OSError where there are not enough huge pages."""
+        page = os.fstat(fd).st_blksize
+        huge = libc.file_system_type(fd) == libc.HUGETLBFS_MAGIC
+        length = -(-size // page) * page if huge else size
+        base = libc.mmap_shared(fd, length, 0, writable=not read_only, reserve=huge)
+        self._record: npt.NDArray[np.void] = np.zeros(1, MAPPED_IMAGE)
+        self.address = int(self._record.ctypes.data)
+        self._present = np.ones(-(-size // PAGE), np.uint8) if huge else pages_with_memory(fd, size)
+        self._record["fd"], self._record["base"] = fd, base
+        self._record["present"] = self._present.ctypes.data
+        guard = sigbus.guard(base, length, page if huge else PAGE, self.address + LOST)
+        # Not at the interpreter's exit, where a worker's thread may still be running.
+        self._unmap = weakref.finalize(self, _unmap, guard, base, length)
+        self._unmap.atexit = False
+
+    def close(self) -> None:
+        """Unmap; a second call does nothing."""
+        self._unmap()
+
+    @property
+    def lost(self) -> bool:
+        """Whether a page of the image has gone under us, so that the mapping is not used any more."""
+        return bool(self._record["lost"][0])
+
+
+def _unmap(guard: int, base: int, length: int) -> None:
+    sigbus.release(guard)
+    libc.munmap(base, length)
+
+
+def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
+    """One byte for each page of a file, 1 where it is not in a hole (lseek(2), SEEK_DATA)."""
+    present = np.zeros(-(-size // PAGE), np.uint8)
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:
+            # ENXIO: a hole up to the end.
+            break
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        present[start // PAGE : -(-end // PAGE)] = 1
+    return present
+
+
+def is_memory(fd: int) -> bool:
+    """Whether an image is a file that its file system keeps in memory, so that this engine can serve it."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        # The file system of a block device is that of its node in /dev, often a tmpfs; its data are elsewhere.
+        return False
+    return libc.file_system_type(fd) in (libc.TMPFS_MAGIC, libc.RAMFS_MAGIC, libc.HUGETLBFS_MAGIC)

@@ -1,0 +1,134 @@
+"""SIGBUS: what a copy raises when the page under it has gone, because somebody truncated the file that is mapped there.
+
+A handler of our own puts an anonymous page of zeros at the place and stores 1 at an address that was given for the
+mapping, so that the copy ends and whoever copied learns that it was in vain. A SIGBUS anywhere else goes to the handler
+that was there before. The handler is compiled, as a Python one would run only after the copy: which would never end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from ringplane.native.access import INT64, external, load64, store64, view
+from ringplane.native.jit import numba_cache_directory
+from ringplane.native.syscalls import mmap_anonymous_page
+
+MAX_GUARDS = 4096
+SA_SIGINFO, SA_NODEFER = 4, 0x4000_0000
+SIGINFO_ADDRESS = 16
+
+# A guarded mapping: [start, end), its page size, and where to store 1. All zero where not in use.
+GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost")])
+GUARD_SIZE = GUARD.itemsize
+
+# struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
+SIGACTION = np.dtype(
+    [("handler", "<i8"), ("mask", "u1", (128,)), ("flags", "<i4"), ("pad", "<i4"), ("restorer", "<i8")]
+)
+
+# previous: the action to go back to; guards: GUARD structs
+TABLE = np.dtype([("previous", SIGACTION), ("guards", GUARD, (MAX_GUARDS,))])
+TABLE_GUARDS: int = TABLE.fields["guards"][1]  # type: ignore[index]
+
+
+@intrinsic
+def _table_variable(typingctx: Any) -> Any:
+    """The address of a static variable of the compiled handler, which is cached: so it cannot have a constant in it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name = "ringplane_sigbus_table"
+        variable = builder.module.globals.get(name)
+        if variable is None:
+            variable = ir.GlobalVariable(builder.module, INT64, name)
+            variable.linkage = "internal"
+            variable.initializer = ir.Constant(INT64, 0)
+        return builder.ptrtoint(variable, INT64)
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _restore_action(typingctx: Any, number: Any, action: Any) -> Any:
+    """sigaction(2): the action at address `action` for signal `number`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sigaction = external("sigaction", builder, ir.IntType(32), [ir.IntType(32), INT64, INT64])
+        builder.call(sigaction, [builder.trunc(args[0], ir.IntType(32)), args[1], ir.Constant(INT64, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def _on_sigbus(number: Any, info: Any, context: Any) -> None:
+    """The handler. Called by ourselves with number 0, it takes `info` as the address of the TABLE."""
+    if number == 0:
+        store64(_table_variable(), info)
+        return
+    table = load64(_table_variable())
+    address = load64(info + SIGINFO_ADDRESS)
+    for index in range(MAX_GUARDS):
+        guard = view(table + TABLE_GUARDS + index * GUARD_SIZE, GUARD)
+        if guard.start <= address < guard.end:
+            # Before the page: a copy of another thread that finds the new page shall find this too.
+            store64(guard.lost, 1)
+            mmap_anonymous_page(address // guard.page * guard.page, guard.page)
+            return
+    # The instruction is tried again, and this time somebody else handles it.
+    _restore_action(number, table)
+
+
+class _Guards:
+    """The handler and its table: installed with the first guard, for the life of the process."""
+
+    def __init__(self) -> None:
+        with numba_cache_directory():
+            signature = types.void(types.int64, types.int64, types.int64)
+            self._handler = numba.cfunc(signature, nopython=True, cache=True)(_on_sigbus)
+        self._table: npt.NDArray[np.void] = np.zeros(1, TABLE)
+        self._handler.ctypes(0, int(self._table.ctypes.data), 0)
+        libc = ctypes.CDLL(None)
+        action = np.zeros(1, SIGACTION)
+        action["handler"], action["flags"] = self._handler.address, SA_SIGINFO | SA_NODEFER
+        new, old = (ctypes.c_void_p(array.ctypes.data) for array in (action, self._table))
+        libc.sigaction(int(signal.SIGBUS), new, old)
+
+    def add(self, start: int, size: int, page: int, lost: int) -> int:
+        guards = self._table["guards"][0]
+        number = int(np.flatnonzero(guards["end"] == 0)[0])
+        guards[number]["start"], guards[number]["page"], guards[number]["lost"] = start, page, lost
+        # Last: the handler may look at any time.
+        guards[number]["end"] = start + size
+        return number
+
+    def remove(self, number: int) -> None:
+        self._table["guards"][0][number]["end"] = 0
+
+
+_lock = threading.Lock()
+_guards: _Guards | None = None
+
+
+def guard(start: int, size: int, page: int, lost: int) -> int:
+    """Guard a mapping with pages of `page` bytes: 1 is stored at address `lost` when one of them has gone."""
+    global _guards
+    with _lock:
+        if _guards is None:
+            _guards = _Guards()
+        return _guards.add(start, size, page, lost)
+
+
+def release(number: int) -> None:
+    """The mapping of this guard is going to be unmapped."""
+    with _lock:
+        assert _guards is not None
+        _guards.remove(number)
