@@ -8,35 +8,59 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ringplane import histogram, image
-from ringplane.dataplane.state import KINDS, TRACE_CAPACITY
-from ringplane.dataplane.trace import TraceEvent, TraceReader
+from ringplane import histogram
+from ringplane.dataplane.state import KINDS
+from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import warm_up
-from ringplane.dataplane.worker import Worker
+from ringplane.dataplane.worker import POLL_US, WorkerEnded
 from ringplane.disk import Disk
-from ringplane.engines.choose import AUTO
+from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.image import Image
+from ringplane.image import create as create_image
 from ringplane.listener import Listener
+from ringplane.server import IoThread, Server
 from ringplane.vhost_user.session import Session
 from ringplane.vhost_user.transport import AsyncTransport
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-TRACE_INTERVAL = 0.05
-TRACE_PORTION = 1000
 ACCEPT_AGAIN = 0.1
 DRAIN_LOOK = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """A disk to be served: what `serve` takes, and the names of its I/O threads.
+
+    Queue `i` is served by thread `i`, counted from the start again when there are more queues than names. Raises
+    ValueError unless there is either a socket path or an fd.
+    """
+
+    image: Path
+    io_threads: Sequence[str]
+    socket_path: Path | None = None
+    fd: int | None = None
+    create: int | None = None
+    read_only: bool = False
+    direct: bool = True
+    share_rw: bool = False
+    num_queues: int = 1
+    engine: str = AUTO
+    block_size: int = 512
+    serial: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.socket_path is None) == (self.fd is None):
+            raise ValueError("give either a socket path or an fd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +82,26 @@ class Counter:
 
 
 class Export:
-    """A disk served on a socket by threads of this process. Made by `serve`."""
+    """A disk served on a socket by threads of this process. Made by `serve` and `serve_all`."""
 
-    def __init__(self, disk: Disk, workers: list[Worker], listener: Listener) -> None:
-        self.disk = disk
+    def __init__(self, config: DiskConfig, image: Image, listener: Listener, server: Server) -> None:
+        self.config = config
         self.socket_path = listener.path
-        self._workers = workers
+        self.server = server
+        self.disk = Disk(
+            image,
+            [server.workers[name] for name in config.io_threads],
+            num_queues=config.num_queues,
+            block_size=config.block_size,
+            serial=config.serial,
+            engine=config.engine,
+        )
         self._listener = listener
+        self._accepting: asyncio.Future[tuple[socket.socket, object]] | None = None
         self._session: Session | None = None
         self._transport: AsyncTransport | None = None
         self._stopping = False
         self._finished = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
-        self._thread.start()
 
     @property
     def state(self) -> str:
@@ -79,6 +109,11 @@ class Export:
         if self._finished.is_set():
             return "stopped"
         return "attached" if self._session else "listening"
+
+    @property
+    def device(self) -> int:
+        """What trace events call this disk."""
+        return int(self.disk.queues[0].record["device"])
 
     @property
     def in_flight(self) -> int:
@@ -102,15 +137,7 @@ class Export:
     def drain(self) -> None:
         """Return when all that was fetched has been answered; nothing is fetched meanwhile."""
         drained = threading.Event()
-
-        async def drain() -> None:
-            try:
-                if self._session:
-                    await self._session.drain()
-            finally:
-                drained.set()
-
-        self._soon(lambda: self._tasks.append(self._loop.create_task(drain())))
+        self.server.start_task(lambda: self._drain(drained))
         # A stop drains too.
         while not drained.wait(DRAIN_LOOK) and not self._finished.is_set():
             pass
@@ -119,32 +146,12 @@ class Export:
         """Call `receive` with each trace event from now on, or a sentence about lost ones, on the control thread."""
         if self.state == "stopped":
             return
-        readers = [worker.start_tracing() for worker in self._workers]
-        self._soon(lambda: self._tasks.append(self._loop.create_task(self._tell_trace(readers, receive))))
 
-    async def _tell_trace(self, readers: list[TraceReader], receive: Callable[[TraceEvent | str], None]) -> None:
-        told = 0
-
-        def tell(limit: int) -> int:
-            nonlocal told
-            events = [event for reader in readers for event in reader.events(limit)]
-            for event in events:
+        def receive_ours(event: TraceEvent | str) -> None:
+            if isinstance(event, str) or event.device == self.device:
                 receive(event)
-            lost = sum(reader.lost for reader in readers)
-            if lost > told:
-                receive(f"{lost - told} trace events lost")
-                told = lost
-            return len(events)
 
-        try:
-            while True:
-                # In small portions: messages of the front end and signals must not wait for a slow reader of these.
-                await asyncio.sleep(0 if tell(TRACE_PORTION) else TRACE_INTERVAL)
-        except OSError as error:
-            log.warning("tracing has ended: %s", error)
-        except asyncio.CancelledError:
-            # At the stop, when all queues have been drained: the rest.
-            tell(TRACE_CAPACITY)
+        self.server.trace(receive_ours)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the export has stopped (its one inherited connection may end by itself); whether it has."""
@@ -154,20 +161,20 @@ class Export:
         """Begin to stop and return at once; may be called from a signal handler."""
         if not self._stopping:
             self._stopping = True
-            self._soon(self._close_sockets)
+            self.server.soon(self._close_sockets)
 
     def stop_when_readable(self, fd: int) -> None:
         """Begin to stop as soon as there is something to read from `fd` (a signal's wakeup fd, say)."""
-        self._soon(lambda: self._loop.add_reader(fd, self._stop_by_fd, fd))
-
-    def _stop_by_fd(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
-        self.request_stop()
+        self.server.call_when_readable(fd, self.request_stop)
 
     def stop(self) -> None:
-        """Fetch nothing more, answer what is in flight, let go of front end, socket and image. May be called again."""
+        """Fetch nothing more, answer what is in flight, let go of front end, socket and image. May be called again.
+
+        The last disk of a server takes the threads along.
+        """
         self.request_stop()
-        self._thread.join()
+        self._finished.wait()
+        self.server.end_if_unused()
 
     def __enter__(self) -> Self:
         return self
@@ -177,29 +184,17 @@ class Export:
     ) -> None:
         self.stop()
 
-    def _soon(self, function: Callable[[], object]) -> None:
-        """Have `function` called on the control thread, if there still is one."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function)
-
     # On the control thread.
 
-    def _main(self) -> None:
-        self._tasks: list[asyncio.Task[None]] = []
+    async def run(self) -> None:
+        """Serve until stopped; the server does this. What fails here is this disk's alone."""
         try:
-            self._loop.run_until_complete(self._serve())
+            await self._serve()
+        except Exception:
+            log.exception("%s: served no more, by a fault of ringplane's own; please report it", self.disk.image.path)
         finally:
-            self._loop.run_until_complete(self._end_tasks())
-            self._loop.close()
-            for worker in self._workers:
-                worker.stop()
-            self.disk.image.close()
+            self.disk.close()
             self._finished.set()
-
-    async def _end_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self) -> None:
         """One front end after the other; those that connect meanwhile wait in the socket's queue."""
@@ -217,35 +212,45 @@ class Export:
             listener.close()
 
     async def _accept(self, listening: socket.socket) -> socket.socket | None:
-        self._accepting = asyncio.ensure_future(self._loop.sock_accept(listening))
+        self._accepting = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listening))
         try:
             return (await self._accepting)[0]
         except asyncio.CancelledError:
             pass
         except OSError as error:
             # Too many open files, say: the front end waits in the queue until that has passed.
-            log.warning("cannot accept a front end: %s", error)
+            log.warning("%s: cannot accept a front end: %s", self.disk.image.path.name, error)
             await asyncio.sleep(ACCEPT_AGAIN)
         return None
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
+        name = self.disk.image.path.name
         self._transport = AsyncTransport(sock)
         self._session = Session(self._transport, self.disk)
-        log.info("front end attached")
+        log.info("%s: front end attached", name)
         try:
             if not self._stopping:
                 await self._session.run()
         except Exception:
-            log.exception("front end dropped, by a fault of ringplane's own; please report it")
+            log.exception("%s: front end dropped, by a fault of ringplane's own; please report it", name)
         finally:
             self._transport.close()
             self._session = self._transport = None
-            log.info("front end detached")
+            log.info("%s: front end detached", name)
+
+    async def _drain(self, drained: threading.Event) -> None:
+        try:
+            if self._session:
+                await self._session.drain()
+        except WorkerEnded as error:
+            log.warning("%s: cannot be drained: %s", self.disk.image.path.name, error)
+        finally:
+            drained.set()
 
     def _close_sockets(self) -> None:
         if self._transport:
             self._transport.close()
-        elif hasattr(self, "_accepting"):
+        elif self._accepting:
             self._accepting.cancel()
 
 
@@ -260,45 +265,87 @@ def serve(
     share_rw: bool = False,
     num_queues: int | None = None,
     io_threads: int = 1,
+    cpus: Sequence[Collection[int]] = (),
     engine: str = AUTO,
+    poll_us: int | None = POLL_US,
     block_size: int = 512,
     serial: str | None = None,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
     Give either `socket_path` to listen at, or `fd`, an inherited socket. `create` makes a sparse image of so many
-    bytes first. `num_queues` defaults to one per CPU up to 4. `engine` is `io_uring`, `aio`, or `auto` for the best
-    that is allowed. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
+    bytes first. `num_queues` defaults to one per CPU up to 4. `cpus` are the CPUs of each I/O thread, or those of all
+    if there is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
+    kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
+    it never sleeps. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
     export's `disk.image.direct` tells. When this returns, front ends can connect.
 
-    Raises ImageError, ListenError, or OSError when the kernel lacks what the data plane needs; nothing is left behind.
+    Raises ImageError, ListenError, ValueError for arguments that make no sense, or OSError when the kernel lacks what
+    the data plane needs; nothing is left behind.
     """
-    path = Path(image_path)
-    if (socket_path is None) == (fd is None):
-        raise ValueError("give either a socket path or an fd")
-    if create is not None:
-        image.create(path, create)
+    threads = _io_threads(io_threads, cpus, engine, poll_us)
+    config = DiskConfig(
+        image=Path(image_path),
+        io_threads=[thread.name for thread in threads],
+        socket_path=Path(socket_path) if socket_path is not None else None,
+        fd=fd,
+        create=create,
+        read_only=read_only,
+        direct=direct,
+        share_rw=share_rw,
+        num_queues=num_queues if num_queues is not None else default_num_queues(),
+        engine=engine,
+        block_size=block_size,
+        serial=serial,
+    )
+    return serve_all([config], threads).exports[0]
+
+
+def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> Server:
+    """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order."""
+    names = [thread.name for thread in io_threads]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the I/O threads {names} are not named differently")
+    for config in disks:
+        if not config.io_threads or not set(config.io_threads) <= set(names):
+            raise ValueError(f"{config.image}: {list(config.io_threads)} are not among the I/O threads {names}")
     with contextlib.ExitStack() as undo:
-        if create is not None:
-            undo.callback(path.unlink)
-        opened = Image(path, read_only=read_only, direct=direct, share_rw=share_rw, block_size=block_size)
-        undo.callback(opened.close)
-        listener = Listener.at(Path(socket_path)) if socket_path is not None else Listener.inherited(fd or 0)
-        undo.callback(listener.close)
+        opened = [_open(config, undo) for config in disks]
         warm_up()
-        workers = []
-        for number in range(io_threads):
-            workers.append(Worker(f"ringplane-io-{number}", engine=engine))
-            undo.callback(workers[-1].stop)
-            workers[-1].start()
-        # Its first call returns when the data plane has been loaded.
-        for worker in workers:
-            worker.call(lambda: None).result()
-        queues = num_queues if num_queues is not None else default_num_queues()
-        disk = Disk(opened, workers, num_queues=queues, block_size=block_size, serial=serial)
-        export = Export(disk, workers, listener)
+        server = Server(io_threads)
+        undo.callback(server.stop)
+        server.start([Export(config, *both, server) for config, both in zip(disks, opened, strict=True)])
         undo.pop_all()
-    return export
+    return server
+
+
+def _open(config: DiskConfig, undo: contextlib.ExitStack) -> tuple[Image, Listener]:
+    """Whatever is made or opened here, `undo` takes back."""
+    if config.create is not None:
+        create_image(config.image, config.create)
+        undo.callback(config.image.unlink)
+    opened = Image(
+        config.image,
+        read_only=config.read_only,
+        direct=config.direct,
+        share_rw=config.share_rw,
+        block_size=config.block_size,
+    )
+    undo.callback(opened.close)
+    listener = Listener.at(config.socket_path) if config.socket_path else Listener.inherited(config.fd or 0)
+    undo.callback(listener.close)
+    return opened, listener
+
+
+def _io_threads(count: int, cpus: Sequence[Collection[int]], engine: str, poll_us: int | None) -> list[IoThread]:
+    """Raises ValueError."""
+    if engine not in ENGINES:
+        raise ValueError(f"there is no engine {engine!r}; there is {', '.join(ENGINES)}")
+    if len(cpus) not in (0, 1, count):
+        raise ValueError(f"CPUs are given {len(cpus)} times; give them once, or once for each of {count} I/O threads")
+    sets: Sequence[frozenset[int] | None] = [frozenset(each) for each in cpus] or [None]
+    mine = engine if engine in WORKER_ENGINES else AUTO
+    return [IoThread(f"ringplane-io-{number}", mine, sets[number % len(sets)], poll_us) for number in range(count)]
 
 
 def default_num_queues() -> int:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -64,7 +64,8 @@ class Guest:
     kernel: Path
     runs: int = field(default=0, init=False)
 
-    def command(self, socket: Path, initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+    def command(self, sockets: Sequence[Path], initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+        """The command line of a machine with a disk for each socket: /dev/vda, /dev/vdb and so on."""
         raise NotImplementedError
 
     def environment(self) -> Mapping[str, str]:
@@ -84,7 +85,7 @@ class Guest:
         self.runs += 1
         initrd = self.folder / f"initrd-{self.runs}"
         initrd.write_bytes(with_script(self.initramfs(workload), workload.script))
-        command = self.command(disk.socket, initrd, memory_mib, num_queues or self.cpus)
+        command = self.command([disk.socket], initrd, memory_mib, num_queues or self.cpus)
         result = self.run_command(command, self.folder / f"console-{self.runs}.txt", deadline, disk.check_alive)
         initrd.unlink()
         if result.status != status:
@@ -119,17 +120,20 @@ class QemuGuest(Guest):
 
     cpus = 2
 
-    def command(self, socket: Path, initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+    def command(self, sockets: Sequence[Path], initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
         # Without a source of random numbers the guest's first use of them takes seconds.
         kernel_options = "console=ttyS0 panic=-1 quiet random.trust_cpu=on"
+        disks: list[str] = []
+        for number, socket in enumerate(sockets):
+            disks += ["-chardev", f"socket,id=disk{number},path={socket}"]
+            disks += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={num_queues}"]
         return [
             *("qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),
             *("-cpu", "qemu64,+rdrand", "-smp", str(self.cpus)),
             *("-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on", "-m", str(memory_mib)),
             *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
             *("-kernel", str(self.kernel), "-initrd", str(initrd), "-append", kernel_options),
-            *("-chardev", f"socket,id=disk,path={socket}"),
-            *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={num_queues}"),
+            *disks,
         ]
 
 
@@ -138,12 +142,13 @@ class UmlGuest(Guest):
 
     cpus = 1
 
-    def command(self, socket: Path, initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
+    def command(self, sockets: Sequence[Path], initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
         if num_queues != 1:
             raise ValueError("virtio_blk in user-mode Linux, with its one processor, uses one queue")
         # The 2 is the virtio identifier of a block device, not a number of queues.
         return [
-            *(str(self.kernel), f"mem={memory_mib}M", f"initrd={initrd}", f"virtio_uml.device={socket}:2"),
+            *(str(self.kernel), f"mem={memory_mib}M", f"initrd={initrd}"),
+            *(f"virtio_uml.device={socket}:2" for socket in sockets),
             *("root=/dev/ram0", "con0=null,fd:1", "con=null", "ssl=null", "panic=-1", "quiet"),
             f"uml_dir={self.folder}/",
         ]

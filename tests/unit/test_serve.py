@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from ringplane.cli.serve import serve as serve_command
 from ringplane.driver.disk import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.process import peer_pid
+from ringplane.values import format_cpus
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20
@@ -282,6 +285,12 @@ def test_neither_or_both_of_socket_path_and_fd(image: Path, path: Path) -> None:
     assert "--fd" in refused("--blk-file", image, "--fd", "3", "--socket-path", path)
 
 
+def test_neither_image_nor_configuration(path: Path) -> None:
+    line = refused("--socket-path", path)
+    assert "--blk-file" in line
+    assert "--config" in line
+
+
 # Sharing an image
 
 
@@ -437,6 +446,176 @@ def test_log_level(serve: Callable[..., Served], path: Path) -> None:
     with attach(path) as driver:
         driver.read(0, 512)
     assert "SET_VRING_KICK" in served.end()[2]
+
+
+# Affinity
+
+
+def allowed_cpus(pid: int) -> list[str]:
+    """Of each thread, the main thread's first."""
+    statuses = [task.joinpath("status").read_text() for task in sorted(Path(f"/proc/{pid}/task").iterdir())]
+    return [status.split("\nCpus_allowed_list:")[1].split()[0] for status in statuses]
+
+
+def test_cpus(serve: Callable[..., Served], path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    served = serve("--io-threads", "2", "--cpus", str(cpus[0]), "--cpus", str(cpus[-1]))
+    with attach(path) as driver:
+        driver.read(0, 512)
+    of_threads = allowed_cpus(served.process.pid)
+    assert {str(cpus[0]), str(cpus[-1])} <= set(of_threads[1:])
+    assert of_threads[0] == format_cpus(cpus)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cpus", "65535"], "CPU 65535 is none that this process may use, which are"),
+        (["--cpus", "x"], "'x' is no list of CPUs; examples: 2, 2-3, 0,2-3"),
+        (
+            ["--io-threads", "3", "--cpus", "0", "--cpus", "0"],
+            "--cpus is given 2 times; give it once, or once for each",
+        ),
+    ],
+)
+def test_cpus_that_cannot_be(image: Path, path: Path, arguments: list[str], words: str) -> None:
+    assert words in refused("--blk-file", image, "--socket-path", path, *arguments)
+
+
+# Several disks
+
+
+DISKS = """
+[[disk]]
+image = "a.img"
+socket-path = "a.sock"
+create = "1M"
+[[disk]]
+image = "b.img"
+socket-path = "b.sock"
+create = "2M"
+num-queues = 3
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "disks.toml"
+    path.write_text(DISKS)
+    return path
+
+
+@pytest.fixture
+def serve_config() -> Iterator[Callable[..., Served]]:
+    """Serves the disks of a file."""
+    with contextlib.ExitStack() as stack:
+
+        def start(config: Path, *arguments: str, **options: object) -> Served:
+            served = Served(["--config", str(config), *arguments], **options)
+            stack.callback(served.errors.close)
+            stack.callback(served.process.stdout.close)
+            stack.callback(served.process.wait)
+            stack.callback(served.process.kill)
+            return served
+
+        yield start
+
+
+def test_disks_of_a_file(serve_config: Callable[..., Served], config: Path, tmp_path: Path) -> None:
+    served = serve_config(config)
+    with attach(tmp_path / "a.sock") as a, attach(tmp_path / "b.sock") as b:
+        assert (a.capacity, b.capacity) == (1 << 20, 2 << 20)
+        a.write(0, b"a" * 512)
+        b.write(0, b"b" * 512)
+        status, out, err = served.end()
+    lines = [*served.lines, *out.splitlines()]
+    assert [line for line in lines if line.startswith("listening on")] == [
+        f"listening on {tmp_path / 'a.sock'}",
+        f"listening on {tmp_path / 'b.sock'}",
+    ]
+    assert any(line.startswith(f"serving {tmp_path / 'b.img'} (0.00 GiB, ") and "3 queues" in line for line in lines)
+    assert not any("QEMU" in line for line in lines)
+    assert (status, "Traceback" in err) == (0, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "b.img", "disks.toml"]
+    assert (tmp_path / "a.img").read_bytes()[:512] == b"a" * 512
+    # Once more: now the images are there.
+    again = serve_config(config)
+    with attach(tmp_path / "b.sock") as b:
+        assert b.read(0, 512) == b"b" * 512
+    assert again.end()[0] == 0
+
+
+def test_example_of_the_documentation(serve_config: Callable[..., Served], tmp_path: Path) -> None:
+    if not {0, 1} <= os.sched_getaffinity(0):
+        pytest.skip("it names CPUs 0 and 1, which this process may not use")
+    lines = (REPOSITORY / "docs" / "config.md").read_text().splitlines()
+    (tmp_path / "disks.toml").write_text("\n".join(line[4:] for line in lines if line.startswith("    ")))
+    served = serve_config(Path("disks.toml"), cwd=tmp_path)
+    with attach(tmp_path / "system.sock") as system, attach(tmp_path / "data.sock") as data:
+        assert int(system.config["num_queues"]) == 4
+        assert data.serial() == "data"
+    assert served.end()[0] == 0
+
+
+def test_one_disk_of_a_file_is_announced_with_a_hint(serve_config: Callable[..., Served], config: Path) -> None:
+    config.write_text(DISKS[: DISKS.index("[[disk]]", 10)])
+    served = serve_config(config)
+    assert f"path={config.with_name('a.sock')}" in served.end()[1]
+
+
+def test_trace_of_several_disks_names_them(serve_config: Callable[..., Served], config: Path, tmp_path: Path) -> None:
+    served = serve_config(config, "--trace")
+    for name in ("a.sock", "b.sock"):
+        with attach(tmp_path / name) as driver:
+            driver.read(0, 512)
+    fetches = [line for line in served.end()[2].splitlines() if " fetch " in line]
+    assert [line.split()[0] for line in fetches] == ["a.img", "b.img"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--blk-file", "x"],
+        ["--image", "x"],
+        ["--socket-path", "x"],
+        ["--fd", "0"],
+        ["--read-only", "--serial", "x"],
+        ["--create", "1M"],
+        ["--num-queues", "4"],
+        ["--io-threads", "1"],
+        ["--cpus", "0-0"],
+        ["--engine", "auto"],
+        ["--buffered"],
+        ["--share-rw"],
+        ["--block-size", "512"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_of_a_single_disk_beside_a_file(config: Path, options: list[str]) -> None:
+    done = CliRunner().invoke(serve_command, ["--config", str(config), *options])
+    assert done.exit_code == 2
+    assert "cannot be given beside --config; write it into the file" in done.output
+    assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
+
+
+def test_options_beside_a_file_are_named(config: Path) -> None:
+    line = refused("--config", config, "--buffered", "--serial", "x", "--trace", "--log-level", "info")
+    assert line == "Error: --direct/--buffered, --serial cannot be given beside --config; write it into the file"
+
+
+def test_file_that_is_wrong_is_refused(config: Path) -> None:
+    config.write_text(f"{DISKS}queues = 3")
+    line = refused("--config", config)
+    assert line == f'Error: {config}: [[disk]] 2 (b.img): there is no key "queues"; is "num-queues" meant?'
+    assert "No such file" in refused("--config", config.with_name("none"))
+    assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
+
+
+def test_disk_that_cannot_be_served_takes_back_the_others(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.sock").touch()
+    line = refused("--config", config)
+    assert f"{tmp_path / 'b.sock'}: exists and is not a socket" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.sock", "disks.toml"]
 
 
 # Management

@@ -1,21 +1,32 @@
-"""`ringplane serve`: serve a disk in the foreground, following QEMU's back-end program conventions."""
+"""`ringplane serve`: serve disks in the foreground, following QEMU's back-end program conventions."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ringplane.cli.sizes import Size
+from ringplane.values import check_cpus, check_serial, parse_cpus, parse_poll_us
 
-ENGINES = ("auto", "io_uring", "aio")
+if TYPE_CHECKING:
+    from ringplane.dataplane.trace import TraceEvent
+    from ringplane.export import Export
+    from ringplane.server import Server
+
+# Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
+ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+BESIDE_CONFIG = ("config", "log_level", "trace", "print_capabilities")
 
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -28,15 +39,65 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
         context.exit()
 
 
+class Cpus(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
+    """A list of CPUs that this process may use."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int]:
+        try:
+            cpus = parse_cpus(str(value))
+            check_cpus(cpus)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return cpus
+
+
+class PollTime(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
+    """A number of microseconds, or `always`."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        try:
+            return parse_poll_us(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--blk-file", "--image", required=True, type=Path, help="Raw image file or block device to serve.")
+@click.option(
+    "--config", type=Path, metavar="FILE", help="Serve the disks that this TOML file describes (docs/config.md)."
+)
+@click.option("--blk-file", "--image", type=Path, help="Raw image file or block device to serve.")
 @click.option("--socket-path", type=Path, help="UNIX socket to listen at.")
 @click.option("--fd", type=int, help="Inherited socket (its file descriptor) instead of --socket-path.")
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
 @click.option("--create", type=Size(), metavar="SIZE", help="Create a sparse image first; never over an existing file.")
 @click.option("--num-queues", type=click.IntRange(1, 64), help="Virtqueues [default: one per CPU up to 4].")
 @click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads that serve them.")
-@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="How I/O is done.")
+@click.option(
+    "--cpus",
+    type=Cpus(),
+    multiple=True,
+    metavar="LIST",
+    help="CPUs that the I/O threads run on, as 2-3 or 0,2; given again, of the next I/O thread [default: all].",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="How I/O is done: by the kernel, for images on tmpfs by copying, or (null) not at all, to measure the rest.",
+)
+@click.option(
+    "--poll-us",
+    type=PollTime(),
+    default="50",
+    show_default=True,
+    metavar="N|always",
+    help="Look at the rings for up to N microseconds before sleeping, as long as that pays; always: never sleep.",
+)
 @click.option("--direct/--buffered", default=True, help="O_DIRECT where it is possible [default], or the page cache.")
 @click.option("--share-rw", is_flag=True, help="Let others that say --share-rw write to the image (a migration).")
 @click.option("--serial", help="Serial number that the guest sees, up to 20 bytes [default: from the image's path].")
@@ -47,37 +108,92 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     "--print-capabilities", is_flag=True, is_eager=True, expose_value=False, callback=print_capabilities,
     help="Print what this back end can do, as JSON, and exit.",
 )  # fmt: skip
-def serve(
-    blk_file: Path, socket_path: Path | None, fd: int | None, log_level: str, trace: bool, **options: Any
-) -> None:
-    """Serve a raw image or block device as a vhost-user-blk disk until SIGTERM or SIGINT."""
+@click.pass_context
+def serve(context: click.Context, /, config: Path | None, log_level: str, trace: bool, **options: Any) -> None:
+    """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
+
+    One disk by the options, or those of a configuration file.
+    """
     logging.basicConfig(level=logging.WARNING, format="ringplane: %(levelname)s: %(message)s", stream=sys.stderr)
     # Ours alone: Numba and asyncio have debug messages of their own.
     logging.getLogger("ringplane").setLevel(log_level.upper())
+    if config is not None:
+        refuse_other_options(context)
+        serve_until_signal(lambda: start_config(config), trace)
+    else:
+        check_options(**options)
+        options["block_size"] = int(options["block_size"])
+        serve_until_signal(lambda: start_disk(**options), trace)
+
+
+def refuse_other_options(context: click.Context) -> None:
+    """With --config, what is about a single disk is the file's to say; raises UsageError."""
+    given = [
+        "/".join([parameter.opts[0], *parameter.secondary_opts])
+        for parameter in context.command.params
+        if parameter.name not in BESIDE_CONFIG
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} cannot be given beside --config; write it into the file")
+
+
+def check_options(
+    blk_file: Path | None,
+    socket_path: Path | None,
+    fd: int | None,
+    io_threads: int,
+    cpus: tuple[frozenset[int], ...],
+    serial: str | None,
+    **_: Any,
+) -> None:
+    """What click cannot see by one option alone; raises UsageError."""
+    if blk_file is None:
+        raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
     if (socket_path is None) == (fd is None):
         raise click.UsageError("give either --socket-path PATH or --fd N")
-    serial = options["serial"]
-    if serial is not None and len(os.fsencode(serial)) > 20:
-        raise click.UsageError(f"--serial {serial!r} has {len(os.fsencode(serial))} bytes; the device has room for 20")
-    if serial is not None and not serial.isprintable():
-        raise click.UsageError(f"--serial {serial!r} is not text that can be printed")
-    options["block_size"] = int(options["block_size"])
-    serve_until_signal(blk_file, socket_path, fd, trace, options)
+    if len(cpus) not in (0, 1, io_threads):
+        raise click.UsageError(
+            f"--cpus is given {len(cpus)} times; give it once, or once for each of {io_threads} I/O threads"
+        )
+    if serial is not None:
+        try:
+            check_serial(serial)
+        except ValueError as error:
+            raise click.UsageError(f"--serial {error}") from None
 
 
-def serve_until_signal(
-    blk_file: Path, socket_path: Path | None, fd: int | None, trace: bool, options: dict[str, Any]
-) -> None:
-    """Start the export, say how to attach to it, and wait until a signal or an inherited connection's end stops it."""
-    from ringplane.export import Export
-    from ringplane.export import serve as start
+def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Server:
+    """Serve the one disk that the options are about."""
+    from ringplane.export import serve
+
+    return serve(blk_file, socket_path, **options).server
+
+
+def start_config(path: Path) -> Server:
+    """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
+    from ringplane.config import ConfigError, read_config
+    from ringplane.export import serve_all
+
+    try:
+        config = read_config(path)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    # Each attached disk has some fds for itself and three for each queue.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return serve_all(config.disks, config.io_threads)
+
+
+def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
+    """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
     from ringplane.image import ImageError
     from ringplane.listener import ListenError
 
-    exports: list[Export] = []
+    servers: list[Server] = []
 
     def on_signal(number: int, frame: object) -> None:
-        if not exports:
+        if not servers:
             # Still compiling, or opening the image: what was made is undone on the way out.
             raise SystemExit(0)
 
@@ -88,31 +204,48 @@ def serve_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        exports.append(start(blk_file, socket_path, fd=fd, **options))
+        servers.append(start())
     except (ImageError, ListenError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
-    with exports[0] as export:
+    with servers[0] as server:
         if trace:
-            export.trace(lambda event: print(event, file=sys.stderr, flush=True))
-        announce(export, wanted_direct=options["direct"])
-        export.stop_when_readable(signalled)
-        export.wait()
+            server.trace(trace_printer(server))
+        for export in server.exports:
+            announce(export)
+        if len(server.exports) == 1:
+            announce_hint(server.exports[0])
+        sys.stdout.flush()
+        server.stop_when_readable(signalled)
+        server.wait()
 
 
-def announce(export: Any, *, wanted_direct: bool) -> None:
-    """Say what is served where, and how to attach a guest."""
+def trace_printer(server: Server) -> Callable[[TraceEvent | str], None]:
+    """Prints events on standard error; where there are several disks, each with the name of its image."""
+    names = {export.device: f"{export.disk.image.path.name} " for export in server.exports}
+
+    def print_event(event: TraceEvent | str) -> None:
+        disk = names[event.device] if len(names) > 1 and not isinstance(event, str) else ""
+        print(f"{disk}{event}", file=sys.stderr, flush=True)
+
+    return print_event
+
+
+def announce(export: Export) -> None:
+    """Say what is served where."""
     disk, image = export.disk, export.disk.image
-    if wanted_direct and not image.direct:
+    if export.config.direct and disk.through_page_cache:
         click.echo(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
-    mode = ("O_DIRECT" if image.direct else "buffered") + (", read-only" if image.read_only else "")
-    queues = len(disk.queues)
-    click.echo(f"serving {image.path} ({image.size / 2**30:.2f} GiB, {mode}, {queues} queues)")
+    mode = disk.how + (", read-only" if image.read_only else "")
+    click.echo(f"serving {image.path} ({image.size / 2**30:.2f} GiB, {mode}, {len(disk.queues)} queues)")
     click.echo(f"listening on {export.socket_path or 'an inherited socket'}")
+
+
+def announce_hint(export: Export) -> None:
+    """Say how to attach a guest."""
     if export.socket_path is not None:
         click.echo(
             "attach QEMU with:\n"
             "  -object memory-backend-memfd,id=mem,size=2G,share=on -machine memory-backend=mem -m 2G \\\n"
             f"  -chardev socket,id=ringplane0,path={export.socket_path} \\\n"
-            f"  -device vhost-user-blk-pci,chardev=ringplane0,num-queues={queues}"
+            f"  -device vhost-user-blk-pci,chardev=ringplane0,num-queues={len(export.disk.queues)}"
         )
-    sys.stdout.flush()

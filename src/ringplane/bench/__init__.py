@@ -1,0 +1,15 @@
+"""Measurements of vhost-user-blk back ends, side by side: what `ringplane bench` does, for use from Python.
+
+`cells` are what is measured, `places` where the images lie, `backends` the programs; `run` measures them in interleaved
+rounds into a `results.Report`, of which `summary` takes medians, ratios and targets, and `tables`, `markdown` and
+`plots` show them:
+
+    from ringplane.bench import backends, cells, machine, places, results, run, summary
+
+    settings = run.Settings(cells=cells.table(["randread"], [1, 32], [1], ["event"]), seconds=0.5)
+    subjects = [backends.ringplane(), backends.qemu_storage_daemon("native")]
+    report = results.Report(machine.describe(), settings.described(), subjects=subjects)
+    run.Bench(settings, report).place(places.parse("/dev/shm"), subjects)
+    for at in summary.compare(report):
+        print(at, at.figures.iops, at.ratio("iops"))
+"""

@@ -1,0 +1,196 @@
+"""Where images lie: a folder, a new file, a loop device, or an existing target; made, and removed without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ringplane.bench.errors import BenchError
+from ringplane.bench.results import Storage
+from ringplane.image import ImageError, create
+
+LOOP = "loop:"
+# The images of a bench need room for a part that is checked and one that is measured, at any depth.
+SMALLEST = 32 << 20
+# File systems that live in memory.
+MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the images of a bench shall lie.
+
+    `how` is folder (files in a new folder inside `path`), loop (such files, each behind a loop device), new (`path` and
+    `path`.2 and so on) or existing (`path`, a file or block device that all back ends share, since it is only one).
+    """
+
+    how: Literal["folder", "loop", "new", "existing"]
+    path: Path
+    storage: Storage
+
+
+def parse(text: str, *, destroy: bool = False) -> Place:
+    """A place as it is typed: FOLDER, loop:FOLDER, or IMAGE, which may exist only with `destroy`. Raises BenchError."""
+    path = Path(text.removeprefix(LOOP))
+    if text.startswith(LOOP):
+        if not path.is_dir():
+            raise BenchError(f"{text}: there is no folder {path}")
+        return Place("loop", path, Storage(f"loop device on {path}", "loop", file_system(path)))
+    if path.is_dir():
+        return Place("folder", path, _storage(str(path), path))
+    if not path.exists() and not path.is_symlink():
+        if not path.parent.is_dir():
+            raise BenchError(f"{path}: there is no folder {path.parent}")
+        return Place("new", path, _storage(str(path), path.parent))
+    if not destroy:
+        raise BenchError(
+            f"{path}: exists already, and the bench overwrites nothing; name a folder or a new file, or say "
+            "--destroy-data to lose all data in it"
+        )
+    return Place("existing", path, _existing(path))
+
+
+def _storage(name: str, folder: Path) -> Storage:
+    medium = file_system(folder)
+    return Storage(f"{name} ({medium})", "tmpfs" if medium in MEMORY else "disk", medium)
+
+
+def _existing(path: Path) -> Storage:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise BenchError(f"{path}: {error.strerror}") from None
+    if stat.S_ISREG(mode):
+        return _storage(str(path), path.resolve().parent)
+    if not stat.S_ISBLK(mode):
+        raise BenchError(f"{path}: is neither a file nor a block device")
+    _refuse_used_device(path)
+    return Storage(
+        f"{path} (block device)", "loop" if path.resolve().name.startswith("loop") else "disk", "block device"
+    )
+
+
+def _refuse_used_device(path: Path) -> None:
+    """Raise BenchError for a block device that is mounted or otherwise the kernel's (O_EXCL, open(2))."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        why = "is mounted or in use" if error.errno == errno.EBUSY else f"cannot be opened: {error.strerror}"
+        raise BenchError(f"{path}: {why}") from None
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that `path` is on, as in /proc/self/mountinfo (proc(5)); "unknown" if it is not."""
+    device = os.stat(path).st_dev
+    numbers = f"{os.major(device)}:{os.minor(device)}"
+    found = "unknown"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == numbers:
+            found = fields[fields.index("-") + 1]
+    return found
+
+
+@contextlib.contextmanager
+def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
+    """`count` images of `size` bytes in a place, gone afterwards; of an existing target, that one `count` times.
+
+    Raises BenchError.
+    """
+    if place.how == "existing":
+        yield [place.path] * count
+        return
+    with contextlib.ExitStack() as stack:
+        if place.how == "new":
+            paths = [place.path, *(Path(f"{place.path}.{number}") for number in range(2, count + 1))]
+        else:
+            folder = stack.enter_context(_folder(place.path))
+            paths = [folder / f"{number}.img" for number in range(1, count + 1)]
+        for path in paths:
+            stack.enter_context(_file(path, size))
+        yield [stack.enter_context(loop_device(path)) for path in paths] if place.how == "loop" else paths
+
+
+def rehearse(place: Place, count: int, size: int) -> None:
+    """Raise BenchError if the images cannot be made: before anything is measured anywhere."""
+    if place.how != "existing":
+        _check_room(place.path if place.path.is_dir() else place.path.parent, count * size)
+        with images(place, 1, 1 << 20):
+            pass
+
+
+@contextlib.contextmanager
+def _folder(parent: Path) -> Iterator[Path]:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="ringplane-bench-", dir=parent))
+    except OSError as error:
+        raise BenchError(f"{parent}: images cannot be made there: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BenchError(
+            f"{folder}: the images need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+            "choose a smaller --size"
+        )
+
+
+@contextlib.contextmanager
+def _file(path: Path, size: int) -> Iterator[None]:
+    try:
+        create(path, size)
+    except ImageError as error:
+        raise BenchError(str(error)) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def loop_device(path: Path) -> Iterator[Path]:
+    """A loop device over a file, with direct I/O where the file system has it; raises BenchError."""
+    if not shutil.which("losetup"):
+        raise BenchError("losetup is not installed (Debian package mount)")
+    device = _attach(path)
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=False, capture_output=True)
+
+
+def _attach(path: Path) -> Path:
+    why = ""
+    for direct in ("on", "off"):
+        command = ["losetup", "--find", "--show", f"--direct-io={direct}", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return Path(done.stdout.strip())
+        why = (done.stderr.strip().splitlines() or [f"losetup ended with status {done.returncode}"])[-1]
+        _detach_from(path)
+    hint = "" if os.geteuid() == 0 else " (loop devices need root)"
+    raise BenchError(f"no loop device for {path}: {why}{hint}")
+
+
+def _detach_from(path: Path) -> None:
+    """Where direct I/O is refused, losetup may leave the device attached."""
+    done = subprocess.run(
+        ["losetup", "--noheadings", "--output", "NAME", "--associated", str(path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    for device in done.stdout.split():
+        subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)

@@ -1,0 +1,344 @@
+"""Measuring: all subjects side by side on a place, cell after cell, in rounds whose order alternates."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ringplane.bench import backends, fio
+from ringplane.bench.cells import BUSY, WORKLOADS, Cell
+from ringplane.bench.errors import BenchError, never
+from ringplane.bench.places import SMALLEST, Place, images
+from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, sparse
+from ringplane.driver import Driver, Load, Model, Result, RingBroken, fill, run_load
+from ringplane.driver.load import Progress
+from ringplane.virtio.blk import VIRTIO_BLK_F_RO
+
+# Of the image, what is written with content that is known all the time; the rest is what is measured.
+CHECKED = 64 << 20
+# What a measurement takes beyond its seconds, and a back end to start and stop, in seconds.
+OVERHEAD, START = 0.06, 1.0
+# How fast images are filled and swept, in bytes per second: a guess, for the estimate.
+SWEEP_RATE = 400e6
+
+BROKEN = (RingBroken, ConnectionError, TimeoutError, OSError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to measure. Times in seconds, `size` of each image in bytes; `check` is the verified pass before each cell.
+
+    `backend_cpus` and `driver_cpus` pin the processes; empty: wherever the kernel likes.
+    """
+
+    cells: Sequence[Cell]
+    rounds: int = 3
+    seconds: float = 1.0
+    warm_up: float = 0.2
+    check: float = 0.05
+    size: int = 1 << 30
+    backend_cpus: Collection[int] = ()
+    driver_cpus: Collection[int] = ()
+
+    @property
+    def queues(self) -> int:
+        """As many as any cell needs."""
+        return max(cell.queues for cell in self.cells)
+
+    @property
+    def depth(self) -> int:
+        """The largest."""
+        return max(cell.depth for cell in self.cells)
+
+    def described(self) -> dict[str, object]:
+        """All but the cells, as JSON can hold it."""
+        values = asdict(self)
+        del values["cells"]
+        return {**values, "backend_cpus": sorted(self.backend_cpus), "driver_cpus": sorted(self.driver_cpus)}
+
+
+@dataclass(slots=True)
+class Contents:
+    """What is known of an image. Measured loads leave the first part alone once something has been written."""
+
+    capacity: int
+    model: Model | None = None
+    written: bool = False  # the measured part holds what nobody knows
+
+    @property
+    def known(self) -> tuple[int, int]:
+        """Offset and length of what the model still tells truly."""
+        return (0, self._boundary if self.written else self.capacity)
+
+    @property
+    def measured(self) -> tuple[int, int]:
+        """Offset and length of what measured loads use: all, if nothing is known that they could destroy."""
+        return (0, self.capacity) if self.model is None else (self._boundary, self.capacity - self._boundary)
+
+    @property
+    def _boundary(self) -> int:
+        return min(CHECKED, self.capacity // 4 >> 20 << 20)
+
+
+@dataclass(slots=True)
+class Disk:
+    """A back end that is measured, and the driver at its socket, reconnected when the number of queues changes."""
+
+    subject: Subject
+    socket: Path
+    queue_size: int
+    pid: int | None = None  # None: of who listens at the socket
+    contents: Contents | None = None
+    verify: bool = True
+    last_words: Callable[[], str] = lambda: "it is not ours"
+    driver: Driver | None = field(default=None, init=False)
+
+    def connect(self, queues: int) -> Driver:
+        """The driver with so many queues; raises BenchError."""
+        if self.driver is None or len(self.driver.queues) != queues:
+            self.close()
+            with self.trouble("while connecting"):
+                self.driver = Driver(self.socket, queues=queues, queue_size=self.queue_size)
+        assert self.driver is not None
+        return self.driver
+
+    def close(self) -> None:
+        if self.driver is not None:
+            self.driver.close()
+            self.driver = None
+
+    @contextlib.contextmanager
+    def trouble(self, when: str) -> Iterator[None]:
+        """Turn what the driver raises into a BenchError that names the back end."""
+        try:
+            yield
+        except (*BROKEN, ValueError, MemoryError) as error:
+            raise BenchError(f"{self.subject.name}: {when}: {error}; its last line: {self.last_words()}") from error
+
+
+@dataclass(slots=True)
+class Bench:
+    """A run that goes on: what it is told, what it has found so far, whom it tells of its progress."""
+
+    settings: Settings
+    report: Report
+    tell: Callable[[float, str], None] = lambda seconds, text: None  # work done of the estimate, and what comes next
+    save: Callable[[], None] = never  # called after each round
+    pulse: Callable[[], None] = never  # called several times a second; what it raises ends the run
+    done: float = 0.0
+
+    # Places
+
+    def place(self, place: Place, subjects: Sequence[Subject]) -> None:
+        """Measure all subjects with images in a place. Raises BenchError."""
+        self.report.storages.append(place.storage)
+        programs = [subject for subject in subjects if subject.family != FIO]
+        shared = place.how == "existing"
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ringplane-bench-")))
+            made = stack.enter_context(images(place, len(programs), self.settings.size))
+            disks = []
+            for subject, image in zip(programs, made, strict=True):
+                self._say(f"start {subject.name} on {place.storage.name}")
+                disks.append(stack.enter_context(self._started(subject, image, folder, shared)))
+                self.done += START
+            self._fill(disks, shared)
+            raw = (made[0], disks[0].contents) if len(programs) < len(subjects) else None
+            self._rounds(place.storage, disks, raw)
+            self._final_check(place.storage, disks[:1] if shared else disks)
+
+    @contextlib.contextmanager
+    def _started(self, subject: Subject, image: Path, folder: Path, shared: bool) -> Iterator[Disk]:
+        settings = self.settings
+        with backends.running(
+            subject, image, folder, settings.queues,
+            shared=shared, cpus=settings.backend_cpus, pulse=self.pulse,
+        ) as process:  # fmt: skip
+            disk = Disk(subject, process.socket, queue_size(settings.depth), process.process.pid)
+            disk.last_words = process.last_words
+            disk.verify = backends.keeps_data(subject)
+            try:
+                yield disk
+            finally:
+                disk.close()
+
+    def socket(self, path: Path, *, destroy: bool) -> None:
+        """Measure whoever listens at a socket; with `destroy` its disk is overwritten. Raises BenchError."""
+        subject = Subject(str(path), SOCKET)
+        disk = Disk(subject, path, queue_size(self.settings.depth))
+        try:
+            driver = disk.connect(self.settings.queues)
+            if destroy and driver.features & VIRTIO_BLK_F_RO:
+                raise BenchError(f"{path}: the disk is read-only")
+            self.report.subjects.append(subject)
+            storage = Storage(str(path), "disk", "unknown")
+            self.report.storages.append(storage)
+            if destroy:
+                self._fill([disk], False)
+            else:
+                disk.contents = Contents(driver.capacity)
+            self._rounds(storage, [disk], None)
+            if destroy:
+                self._final_check(storage, [disk])
+        finally:
+            disk.close()
+
+    # Contents
+
+    def _fill(self, disks: Sequence[Disk], shared: bool) -> None:
+        """Write all of each image: the same contents, and no holes."""
+        for disk in disks:
+            if shared and disk is not disks[0]:
+                disk.contents = disks[0].contents
+                continue
+            self._say(f"fill {disk.subject.name}'s image")
+            driver = disk.connect(self.settings.queues)
+            if driver.capacity < SMALLEST:
+                raise BenchError(f"a disk of {driver.capacity >> 20} MiB is too small; {SMALLEST >> 20} MiB are needed")
+            disk.contents = Contents(driver.capacity)
+            with disk.trouble("while filling its image"):
+                disk.contents.model, _ = fill(driver, progress=self._progress)
+                driver.flush()
+            self.done += driver.capacity / SWEEP_RATE
+
+    def _final_check(self, storage: Storage, disks: Sequence[Disk]) -> None:
+        """Read all that is known of each image once more."""
+        for disk in disks:
+            if not disk.verify or disk.contents is None:
+                continue
+            self._say(f"check {disk.subject.name}'s image")
+            load = Load(
+                block_size=1 << 20, depth=8, pattern="sequential", passes=1, verify=True,
+                model=disk.contents.model, region=disk.contents.known,
+            )  # fmt: skip
+            with disk.trouble("while its image was checked"):
+                result = run_load(disk.connect(1), load, self._progress, disk.pid)
+            self._judge(result, f"{disk.subject.name}, {storage.name}, whole image")
+            self.done += disk.contents.known[1] / SWEEP_RATE
+
+    def _judge(self, result: Result, where: str) -> None:
+        self.report.sectors_checked += result.sectors_checked
+        if result.mismatches:
+            self.report.problems.append(
+                f"{where}: {result.mismatches} sectors wrong; the first: {result.first_mismatch}"
+            )
+        if result.errors:
+            self.report.problems.append(f"{where}: {result.errors} requests failed; the first: {result.first_error}")
+
+    # Rounds
+
+    def _rounds(self, storage: Storage, disks: Sequence[Disk], raw: tuple[Path, Contents | None] | None) -> None:
+        """All cells, `rounds` times; every other round the subjects take their turns the other way round."""
+        for number in range(self.settings.rounds):
+            for cell in self.settings.cells:
+                turns: list[Disk | None] = [*disks]
+                if raw and raw_in(cell, self.settings.cells):
+                    turns.append(None)
+                for disk in turns if number % 2 == 0 else turns[::-1]:
+                    name = disk.subject.name if disk else fio.RAW.name
+                    self._say(f"{storage.name}, round {number + 1}: {cell}: {name}")
+                    if disk is not None:
+                        row = self._measure(storage, disk, cell, number)
+                    else:
+                        assert raw is not None
+                        row = self._measure_raw(storage, *raw, cell, number)
+                    self.report.rows.append(row)
+            self.save()
+
+    def _measure(self, storage: Storage, disk: Disk, cell: Cell, number: int) -> Row:
+        settings, contents, workload = self.settings, disk.contents, WORKLOADS[cell.workload]
+        assert contents is not None
+        driver = disk.connect(cell.queues)
+        with disk.trouble(f"in {cell}"), backends.pinned(settings.driver_cpus):
+            checked = self._verified_pass(storage, disk, cell, number)
+            contents.written |= workload.writes
+            load = Load(
+                block_size=workload.block_size, pattern=workload.pattern, read_percent=workload.read_percent,
+                depth=cell.depth, queues=cell.queues, busy_poll=cell.driver == BUSY, region=contents.measured,
+                seconds=settings.seconds, warm_up=settings.warm_up, seed=number + 1,
+            )  # fmt: skip
+            result = run_load(driver, load, self._progress, disk.pid)
+        self._judge(result, f"{disk.subject.name}, {storage.name}, {cell}")
+        self.done += turn(settings)
+        return Row(
+            storage=storage.name,
+            cell=cell,
+            subject=disk.subject.name,
+            round=number,
+            seconds=result.seconds,
+            requests=result.requests,
+            iops=result.iops,
+            mb_s=result.mb_per_second,
+            mean_us=result.mean_us,
+            p50_us=result.p50_us,
+            p99_us=result.p99_us,
+            p999_us=result.p999_us,
+            cpu_us=result.backend_cpu_per_io_us,
+            driver_cpu_us=result.driver_cpu_per_io_us,
+            checked=checked,
+            histogram=sparse(result.histogram),
+        )
+
+    def _verified_pass(self, storage: Storage, disk: Disk, cell: Cell, number: int) -> int:
+        """A short load of the cell's shape whose data is compared; how many sectors were. Writes are read back."""
+        contents, workload = disk.contents, WORKLOADS[cell.workload]
+        if contents is None or contents.model is None or not disk.verify:
+            return 0
+        load = Load(
+            block_size=workload.block_size, pattern=workload.pattern, read_percent=workload.read_percent or 50,
+            depth=cell.depth, queues=cell.queues, busy_poll=cell.driver == BUSY, region=contents.known,
+            seconds=self.settings.check, verify=True, model=contents.model, seed=number + 1,
+        )  # fmt: skip
+        result = run_load(disk.connect(cell.queues), load, self._progress, disk.pid)
+        self._judge(result, f"{disk.subject.name}, {storage.name}, {cell}")
+        return result.sectors_checked
+
+    def _measure_raw(self, storage: Storage, image: Path, contents: Contents | None, cell: Cell, number: int) -> Row:
+        assert contents is not None
+        settings = self.settings
+        contents.written |= WORKLOADS[cell.workload].writes
+        with backends.pinned(settings.backend_cpus):
+            result = fio.measure(image, cell, contents.measured, settings.seconds, settings.warm_up, self.pulse)
+        self.done += settings.seconds + settings.warm_up + fio.OVERHEAD
+        values = {name: getattr(result, name) for name in result.__slots__}
+        values["histogram"] = sparse(result.histogram)
+        return Row(
+            storage=storage.name, cell=cell, subject=fio.RAW.name, round=number, driver_cpu_us=None, checked=0, **values
+        )
+
+    def _progress(self, _: Progress) -> None:
+        self.pulse()
+
+    def _say(self, what: str) -> None:
+        self.pulse()
+        self.tell(self.done, what)
+
+
+def queue_size(depth: int) -> int:
+    """A ring of 256 descriptors, or more where `depth` needs it (with indirect descriptors: one a request)."""
+    return max(256, 1 << (depth - 1).bit_length())
+
+
+def raw_in(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether raw fio is measured with a cell: once, not again for another way to drive the ring."""
+    return cell.driver == cells[0].driver
+
+
+def turn(settings: Settings) -> float:
+    """About how long one measurement of a back end takes, in seconds."""
+    return settings.seconds + settings.warm_up + settings.check + OVERHEAD
+
+
+def estimate(settings: Settings, places: Sequence[Place], subjects: Sequence[Subject]) -> float:
+    """About how long `Bench.place` takes for all places, in seconds; without compiling."""
+    programs = [subject for subject in subjects if subject.family != FIO]
+    rounds = settings.rounds * len(settings.cells) * len(programs) * turn(settings)
+    if len(programs) < len(subjects):
+        raw = sum(raw_in(cell, settings.cells) for cell in settings.cells)
+        rounds += settings.rounds * raw * (settings.seconds + settings.warm_up + fio.OVERHEAD)
+    reading = any(WORKLOADS[cell.workload].writes for cell in settings.cells)
+    swept = settings.size + (min(CHECKED, settings.size) if reading else settings.size)
+    return len(places) * (rounds + len(programs) * (START + swept / SWEEP_RATE))

@@ -1,0 +1,301 @@
+"""The configuration file of `ringplane serve --config`: several disks and their I/O threads, in TOML.
+
+Each key is named as the command line's option that means the same. docs/config.md describes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ringplane.cli.sizes import Size
+from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
+from ringplane.export import DiskConfig, default_num_queues
+from ringplane.image import BLOCK_SIZES
+from ringplane.server import IoThread
+from ringplane.values import check_cpus, check_serial, parse_cpus, parse_poll_us
+
+MAX_QUEUES = 64
+MAX_THREADS = 64
+
+# Makes what ringplane wants of what TOML holds; raises ValueError that says what is wrong and what would be right.
+Check = Callable[[Any], Any]
+
+
+class ConfigError(Exception):
+    """The file cannot be used; the text is one line that names the file, the table, the key, and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a configuration file says, checked."""
+
+    disks: Sequence[DiskConfig]
+    io_threads: Sequence[IoThread]
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One of the file's tables after each key by itself was found right; `place` is what errors call it."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_config(path: Path) -> Config:
+    """Read and check; raises ConfigError. Nothing is created or opened."""
+    try:
+        return _Reader(path.parent).read(_parse(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8, as TOML has to be") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"is not TOML: {error}") from None
+
+
+class _Reader:
+    """Turns the tables of a file in `folder` into a Config. All methods raise ValueError."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._queues_spread = 0
+
+    def read(self, document: dict[str, Any]) -> Config:
+        top = _check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
+        io_threads = self._io_threads(top.get("io_thread") or [{}])
+        tables = [_disk_table(number, table) for number, table in enumerate(top.get("disk", ()), 1)]
+        if not tables:
+            raise ValueError("has no disk; each one begins with a line [[disk]]")
+        disks = [self._disk(table, [thread.name for thread in io_threads]) for table in tables]
+        _check_sockets(tables, disks)
+        _check_images(tables, disks)
+        return Config(disks, io_threads)
+
+    def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
+        threads: dict[str, IoThread] = {}
+        for number, table in enumerate(tables, 1):
+            values = {"name": f"io{number - 1}"} | _check_keys(table, IO_THREAD_KEYS, f"[[io-thread]] {number}: ")
+            if values["name"] in threads:
+                raise ValueError(
+                    f"[[io-thread]] {number}: name: another one is called {_shown(values['name'])} already"
+                )
+            threads[values["name"]] = IoThread(**values)
+        if len(threads) > MAX_THREADS:
+            raise ValueError(f"has {len(threads)} [[io-thread]] tables; {MAX_THREADS} are the most")
+        return list(threads.values())
+
+    def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
+        values = dict(table.values)
+        for name in ("image", "socket_path"):
+            values[name] = self._folder / values[name]
+        if os.path.exists(values["image"]):
+            # A file is read at each start of a service: `create` is for the first.
+            values["create"] = None
+        chosen = values.get("io_threads", ())
+        for name in chosen:
+            if name not in threads:
+                raise ValueError(
+                    f"{table.place}io-threads: no [[io-thread]] is called {_shown(name)}{_near(name, threads)}"
+                )
+        queues = values.setdefault("num_queues", max(default_num_queues(), len(chosen)))
+        if len(chosen) > queues:
+            raise ValueError(
+                f"{table.place}io-threads: names {len(chosen)} threads for {queues} queues; name no more than that"
+            )
+        values["io_threads"] = tuple(chosen) or self._spread(queues, threads)
+        return DiskConfig(**values)
+
+    def _spread(self, queues: int, threads: list[str]) -> tuple[str, ...]:
+        """The next threads in turn, so that many disks of one queue do not end up on the same one."""
+        first = self._queues_spread
+        self._queues_spread += queues
+        return tuple(threads[number % len(threads)] for number in range(first, first + queues))
+
+
+def _disk_table(number: int, table: dict[str, Any]) -> _Table:
+    image = table.get("image")
+    place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
+    values = _check_keys(table, DISK_KEYS, place)
+    for name in ("image", "socket-path"):
+        if name not in table:
+            raise ValueError(f"{place}{name} is missing; each disk has one")
+    return _Table(place, values)
+
+
+def _check_keys(table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
+    """The values by the names that Python has for the keys."""
+    values = {}
+    for key, value in table.items():
+        if key not in checks:
+            raise ValueError(f"{place}there is no key {_shown(key)}{_near(key, checks)}")
+        try:
+            values[key.replace("-", "_")] = checks[key](value)
+        except ValueError as error:
+            raise ValueError(f"{place}{key}: {error}") from None
+    return values
+
+
+def _check_sockets(tables: list[_Table], disks: list[DiskConfig]) -> None:
+    first: dict[str, _Table] = {}
+    for table, disk in zip(tables, disks, strict=True):
+        assert disk.socket_path is not None
+        place = os.path.join(os.path.realpath(disk.socket_path.parent), disk.socket_path.name)
+        other = first.setdefault(place, table)
+        if other is not table:
+            raise ValueError(
+                f"{table.place}socket-path: {disk.socket_path} is that of {_named(other)} too; give each disk its own"
+            )
+
+
+def _check_images(tables: list[_Table], disks: list[DiskConfig]) -> None:
+    first: dict[object, tuple[_Table, DiskConfig]] = {}
+    for table, disk in zip(tables, disks, strict=True):
+        other, before = first.setdefault(_identity(disk.image), (table, disk))
+        shared = (disk.read_only and before.read_only) or (disk.share_rw and before.share_rw)
+        if other is not table and not shared:
+            raise ValueError(
+                f"{table.place}image: is that of {_named(other)} too; "
+                "it can be shared if all its disks are read-only, or if all have share-rw (a migration)"
+            )
+
+
+def _identity(path: Path) -> object:
+    """The same for each path of the same image."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
+def _named(table: _Table) -> str:
+    return table.place.removesuffix(": ")
+
+
+# What values may be.
+
+
+def _shown(value: object) -> str:
+    """As TOML has it, near enough."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """A hint at what was meant."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; is {_shown(near[0])} meant?" if near else f"; there is {', '.join(map(_shown, names))}"
+
+
+def _tables(value: Any) -> Any:
+    if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+        raise ValueError("is no list of tables; begin each with its name in two pairs of brackets")
+    return value
+
+
+def _text(value: Any) -> Any:
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise ValueError(f"{_shown(value)} is no text in quotation marks that can be printed")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_shown(value)} is neither true nor false")
+    return value
+
+
+def _whole(lowest: int, highest: int) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is not int or not lowest <= value <= highest:
+            raise ValueError(f"{_shown(value)} is no whole number from {lowest} to {highest}")
+        return value
+
+    return check
+
+
+def _one_of(*choices: int | str) -> Check:
+    def check(value: Any) -> Any:
+        # Not by equality alone: true is 1 to Python.
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{_shown(value)} is none of {', '.join(map(_shown, choices))}")
+        return value
+
+    return check
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int and not isinstance(value, str):
+        raise ValueError(f'{_shown(value)} is no size; examples: "512M", "10G", 4096')
+    try:
+        size = Size().convert(value, None, None)
+    except click.BadParameter as error:
+        raise ValueError(error.message) from None
+    if size <= 0:
+        raise ValueError(f"{value} is not a positive size")
+    return size
+
+
+def _serial(value: Any) -> Any:
+    check_serial(_text(value))
+    return value
+
+
+def _names(value: Any) -> Any:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{_shown(value)} is no list of names; an example: ["io0", "io1"]')
+    return [_text(name) for name in value]
+
+
+def _cpus(value: Any) -> frozenset[int]:
+    if isinstance(value, str):
+        cpus = parse_cpus(value)
+    elif isinstance(value, list) and all(type(cpu) is int for cpu in value):
+        cpus = frozenset(value)
+    else:
+        raise ValueError(f'{_shown(value)} is no list of CPUs; examples: [2, 3], "2-3"')
+    check_cpus(cpus)
+    return cpus
+
+
+def _poll_us(value: Any) -> int | None:
+    if type(value) is not int and not isinstance(value, str):
+        raise ValueError(f'{_shown(value)} is neither a number of microseconds nor "always"')
+    return parse_poll_us(str(value))
+
+
+IO_THREAD_KEYS: dict[str, Check] = {
+    "name": _text,
+    "cpus": _cpus,
+    "engine": _one_of(AUTO, *WORKER_ENGINES),
+    "poll-us": _poll_us,
+}
+
+DISK_KEYS: dict[str, Check] = {
+    "image": _text,
+    "socket-path": _text,
+    "io-threads": _names,
+    "engine": _one_of(*ENGINES),
+    "create": _size,
+    "read-only": _flag,
+    "direct": _flag,
+    "share-rw": _flag,
+    "num-queues": _whole(1, MAX_QUEUES),
+    "block-size": _one_of(*BLOCK_SIZES),
+    "serial": _serial,
+}

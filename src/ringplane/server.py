@@ -1,0 +1,170 @@
+"""The threads of one process that serve its disks: a control thread with one asyncio loop, and named I/O threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ringplane.dataplane.trace import TraceEvent
+from ringplane.dataplane.worker import POLL_US, Worker
+from ringplane.engines.choose import AUTO
+from ringplane.tracing import tell_trace
+from ringplane.values import check_cpus
+
+if TYPE_CHECKING:
+    from ringplane.export import Export
+
+
+@dataclass(frozen=True, slots=True)
+class IoThread:
+    """An I/O thread to be started. It runs on `cpus` alone, or wherever this process may.
+
+    `poll_us`: for how many microseconds at most it looks at the rings before it sleeps, None: it never sleeps.
+
+    Raises ValueError for CPUs that this process may not use.
+    """
+
+    name: str
+    engine: str = AUTO
+    cpus: frozenset[int] | None = None
+    poll_us: int | None = POLL_US
+
+    def __post_init__(self) -> None:
+        if self.cpus is not None:
+            check_cpus(self.cpus)
+
+
+class Server:
+    """Any number of disks on one control thread and a shared set of I/O threads. It ends when its last disk has."""
+
+    def __init__(self, io_threads: Sequence[IoThread]) -> None:
+        """Start the I/O threads; returns when the data plane has been loaded.
+
+        Raises OSError when an engine or an affinity cannot be had, WorkerEnded when a thread fails; nothing is left.
+        """
+        self.workers: dict[str, Worker] = {}
+        self.exports: Sequence[Export] = ()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
+        try:
+            self._start_workers(io_threads)
+        except BaseException:
+            self._end()
+            raise
+
+    def _start_workers(self, io_threads: Sequence[IoThread]) -> None:
+        for io_thread in io_threads:
+            worker = self.workers[io_thread.name] = Worker(
+                io_thread.name, engine=io_thread.engine, poll_us=io_thread.poll_us
+            )
+            worker.start()
+        # The first call of each returns when it has loaded the data plane.
+        for ready in [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in io_threads]:
+            ready.result()
+
+    def start(self, exports: Sequence[Export]) -> None:
+        """Start the control thread, which serves these disks until each has been stopped."""
+        self.exports = exports
+        self._thread.start()
+
+    def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
+        """Call `receive` with each trace event of any disk from now on, or a sentence about lost ones.
+
+        It is called on the control thread.
+        """
+        if self._thread.is_alive():
+            readers = [worker.start_tracing() for worker in self.workers.values()]
+            self.start_task(lambda: tell_trace(readers, receive))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all disks have stopped; whether they have."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def request_stop(self) -> None:
+        """Begin to stop all disks and return at once; may be called from a signal handler."""
+        for export in self.exports:
+            export.request_stop()
+
+    def stop_when_readable(self, fd: int) -> None:
+        """Begin to stop as soon as there is something to read from `fd` (a signal's wakeup fd, say)."""
+        self.call_when_readable(fd, self.request_stop)
+
+    def stop(self) -> None:
+        """Stop all disks, then the threads. May be called again."""
+        self.request_stop()
+        if self._thread.ident is None:
+            self._end()
+        else:
+            self._thread.join()
+
+    def end_if_unused(self) -> None:
+        """Return when the threads have ended, if no disk needs them any more; else at once."""
+        if all(export.state == "stopped" for export in self.exports):
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # For exports.
+
+    def soon(self, function: Callable[[], object]) -> None:
+        """Have `function` called on the control thread, if there still is one."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function)
+
+    def start_task(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Have the coroutine of `work` run on the control thread; it is cancelled when all disks have stopped."""
+        self.soon(lambda: self._start_task(work))
+
+    def call_when_readable(self, fd: int, function: Callable[[], object]) -> None:
+        """Have `function` called on the control thread, once, when there is something to read from `fd`."""
+        self.soon(lambda: self._loop.add_reader(fd, self._readable, fd, function))
+
+    # On the control thread.
+
+    def _main(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._end()
+
+    async def _serve(self) -> None:
+        await asyncio.gather(*(export.run() for export in self.exports))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start_task(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        task = self._loop.create_task(work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _readable(self, fd: int, function: Callable[[], object]) -> None:
+        self._loop.remove_reader(fd)
+        function()
+
+    def _end(self) -> None:
+        self._loop.close()
+        for worker in self.workers.values():
+            worker.stop()
+
+
+def _run_on(cpus: Collection[int] | None) -> None:
+    """Bind the calling thread; raises OSError where the kernel refuses."""
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)

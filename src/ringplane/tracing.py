@@ -1,0 +1,41 @@
+"""Telling the control plane's listeners of trace events while they happen, without holding up anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from ringplane.dataplane.state import TRACE_CAPACITY
+from ringplane.dataplane.trace import TraceEvent, TraceReader
+
+log = logging.getLogger(__name__)
+
+TRACE_INTERVAL = 0.05
+TRACE_PORTION = 1000
+
+
+async def tell_trace(readers: Sequence[TraceReader], receive: Callable[[TraceEvent | str], None]) -> None:
+    """Call `receive` with each event, or a sentence about lost ones, until cancelled."""
+    told = 0
+
+    def tell(limit: int) -> int:
+        nonlocal told
+        events = [event for reader in readers for event in reader.events(limit)]
+        for event in events:
+            receive(event)
+        lost = sum(reader.lost for reader in readers)
+        if lost > told:
+            receive(f"{lost - told} trace events lost")
+            told = lost
+        return len(events)
+
+    try:
+        while True:
+            # In small portions: messages of the front ends and signals must not wait for a slow reader of these.
+            await asyncio.sleep(0 if tell(TRACE_PORTION) else TRACE_INTERVAL)
+    except OSError as error:
+        log.warning("tracing has ended: %s", error)
+    except asyncio.CancelledError:
+        # At the stop, when all queues have been drained: the rest.
+        tell(TRACE_CAPACITY)

@@ -1,0 +1,67 @@
+"""Values that people write, in options and in configuration files alike: lists of CPUs, times, serial numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+
+# VIRTIO_BLK_ID_BYTES, without importing NumPy: `ringplane --help` shall be quick.
+MAX_SERIAL = 20
+
+MAX_POLL_US = 1_000_000
+
+CPU_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """CPUs as taskset(1) has them: `2`, `2-3`, `0,2-3`. Raises ValueError."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        found = CPU_RANGE.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise ValueError(f"{text!r} is no list of CPUs; examples: 2, 2-3, 0,2-3")
+        cpus.update(range(first, last + 1))
+    return frozenset(cpus)
+
+
+def check_cpus(cpus: Collection[int]) -> None:
+    """Raises ValueError where this process may not run on all of `cpus`."""
+    allowed = os.sched_getaffinity(0)
+    if not cpus:
+        raise ValueError(f"no CPU is named; this process may use {format_cpus(allowed)}")
+    if not allowed.issuperset(cpus):
+        raise ValueError(
+            f"CPU {format_cpus(set(cpus) - allowed)} is none that this process may use, "
+            f"which are {format_cpus(allowed)}"
+        )
+
+
+def format_cpus(cpus: Iterable[int]) -> str:
+    """The CPUs as `parse_cpus` reads them, as short as can be."""
+    ranges: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if ranges and cpu == ranges[-1][1] + 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def parse_poll_us(text: str) -> int | None:
+    """Microseconds from 0 to MAX_POLL_US, or `always`, for which None is returned. Raises ValueError."""
+    if text == "always":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) > MAX_POLL_US:
+        raise ValueError(f"{text!r} is neither a number of microseconds from 0 to {MAX_POLL_US} nor always")
+    return int(text)
+
+
+def check_serial(serial: str) -> None:
+    """Raises ValueError where a disk cannot have this serial number."""
+    size = len(os.fsencode(serial))
+    if size > MAX_SERIAL:
+        raise ValueError(f"{serial!r} has {size} bytes; the device has room for {MAX_SERIAL}")
+    if not serial.isprintable():
+        raise ValueError(f"{serial!r} is not text that can be printed")

@@ -1,0 +1,500 @@
+"""`ringplane bench`: back ends measured for moments, their data checked, everything removed, nothing overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from ringplane import histogram
+from ringplane.bench import backends, cells, fio, machine, markdown, places, plots, results, run, summary, tables
+from ringplane.bench.cells import Cell
+from ringplane.bench.errors import BenchError, Interrupted
+from ringplane.bench.results import Report, Row, Storage, Subject
+from ringplane.cli.bench import bench
+
+QSD = shutil.which("qemu-storage-daemon")
+QUICK = ["--rounds", "1", "--seconds", "0.05", "--warm-up", "0.01", "--size", "32M"]
+CELL = Cell("randread", 32, 1, "event")
+TMPFS = Storage("/dev/shm (tmpfs)", "tmpfs", "tmpfs")
+OURS, NATIVE, THREADS = (
+    backends.ringplane(),
+    backends.qemu_storage_daemon("native"),
+    backends.qemu_storage_daemon("threads"),
+)
+
+
+def need(program: str | None, name: str) -> None:
+    if not program:
+        assert os.environ.get("CI") != "true", f"{name} is not installed, and CI must not skip these tests"
+        pytest.skip(f"{name} is not installed")
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(bench, [str(word) for word in words])
+
+
+def row(subject: Subject, iops: float, number: int = 0, cell: Cell = CELL, **others: Any) -> Row:
+    values: dict[str, Any] = {
+        "seconds": 1.0, "requests": int(iops), "mb_s": iops / 1000, "mean_us": 10.0, "p50_us": 10.0, "p99_us": 20.0,
+        "p999_us": 30.0, "cpu_us": 2.0, "driver_cpu_us": 1.0, "checked": 8, "histogram": {100: 5, 120: 1},
+    }  # fmt: skip
+    return Row(TMPFS.name, cell, subject.name, number, iops=iops, **{**values, **others})
+
+
+def report_of(*rows: Row, subjects: tuple[Subject, ...] = (OURS, NATIVE, THREADS, fio.RAW)) -> Report:
+    settings = run.Settings(cells=[CELL]).described()
+    return Report(machine.describe(), settings, [TMPFS], list(subjects), list(rows), sectors_checked=8)
+
+
+# By hand-made data
+
+
+def test_medians_and_the_best_of_each_figure() -> None:
+    report = report_of(
+        *(row(OURS, iops, number) for number, iops in enumerate((300.0, 100.0, 200.0))),
+        *(row(NATIVE, iops, number, p50_us=4.0, cpu_us=8.0) for number, iops in enumerate((100.0, 90.0, 110.0))),
+        row(THREADS, 25.0, p50_us=5.0, cpu_us=4.0),
+        row(fio.RAW, 400.0),
+    )
+    (at,) = summary.compare(report)
+    assert (at.figures.iops, at.best_name) == (200.0, NATIVE.name)
+    assert at.best is not None
+    assert (at.best.iops, at.best.p50_us, at.best.cpu_us) == (100.0, 4.0, 4.0)
+    assert (at.ratio("iops"), at.ratio("p50_us"), at.ratio("cpu_us")) == (2.0, 2.5, 0.5)
+    assert at.threads is not None
+    assert at.raw is not None
+    assert (at.threads.iops, at.raw.iops) == (25.0, 400.0)
+
+
+def test_targets_count_the_cells_that_hold_and_name_the_others() -> None:
+    shallow = dataclasses.replace(CELL, depth=1)
+    report = report_of(
+        row(OURS, 200.0), row(NATIVE, 100.0), row(THREADS, 25.0),
+        row(OURS, 90.0, cell=shallow), row(NATIVE, 100.0, cell=shallow),
+    )  # fmt: skip
+    found = {outcome.target.text: outcome for outcome in summary.outcomes(summary.compare(report))}
+    every = found["IOPS, every cell"]
+    assert (every.held, every.total) == (1, 2)
+    assert [(at.cell, round(ratio, 2)) for at, ratio in every.missed] == [(shallow, 0.9)]
+    assert found["IOPS over its aio=threads, tmpfs, depth 32 and up, event-driven"].held == 1
+    # 2.0 is too little for the default engine there; the limit for aio is not its.
+    assert found["IOPS, tmpfs, depth 32 and up, event-driven, default engine"].held == 0
+    assert "IOPS, tmpfs, depth 32 and up, event-driven, engine aio" not in found
+    assert "IOPS over raw fio, depth 32 and up, image on a disk" not in found
+
+
+def test_variants_are_told_apart_by_their_flags() -> None:
+    aio, polling = backends.ringplane("--engine=aio"), backends.ringplane("--poll-us 50 --engine null")
+    report = report_of(row(aio, 150.0), row(polling, 150.0), row(NATIVE, 100.0), subjects=(aio, polling, NATIVE))
+    found = [(outcome.target.text, outcome.subject) for outcome in summary.outcomes(summary.compare(report))]
+    assert ("IOPS, tmpfs, depth 32 and up, event-driven, engine aio", aio) in found
+    assert not any("default engine" in text for text, _ in found)
+    assert (backends.keeps_data(aio), backends.keeps_data(polling)) == (True, False)
+    assert backends.ringplane("--engine aio --engine=null").option("--engine") == "null"
+    with pytest.raises(BenchError, match="No closing quotation"):
+        backends.ringplane('--serial "')
+
+
+@pytest.mark.parametrize("default", [0, 50])
+def test_the_target_of_depth_1_depends_on_polling(monkeypatch: pytest.MonkeyPatch, default: int) -> None:
+    monkeypatch.setattr(summary, "POLL_US", default)
+    shallow = dataclasses.replace(CELL, depth=1)
+    told = ["--poll-us 0", ""] if default else ["", "--poll-us 50"]
+    sleeping, polling = (backends.ringplane(flags) for flags in told)
+    rows = [row(subject, 100.0, cell=shallow) for subject in (sleeping, polling, NATIVE)]
+    found = summary.outcomes(summary.compare(report_of(*rows, subjects=(sleeping, polling, NATIVE))))
+    limits = [(outcome.target.limit, outcome.subject) for outcome in found if outcome.target.number == 3]
+    assert limits == [(1.0, sleeping), (0.5, polling)]
+
+
+def test_raw_fio_is_the_limit_for_both_drivers() -> None:
+    busy = dataclasses.replace(CELL, driver="busy")
+    report = report_of(row(OURS, 90.0), row(OURS, 80.0, cell=busy), row(fio.RAW, 100.0))
+    assert [at.raw is not None and at.raw.iops for at in summary.compare(report)] == [100.0, 100.0]
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    report = report_of(row(OURS, 200.0, cpu_us=None), row(NATIVE, 100.0))
+    report.problems.append("something")
+    report.save(tmp_path / "report.json")
+    assert results.load(tmp_path / "report.json") == report
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert list(results.merged(report.rows).nonzero()[0]) == [100, 120]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "ringplane-bench-1", "rows": []}'])
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    done = invoke("--report", path)
+    assert done.exit_code == 1
+    assert str(path) in done.output
+
+
+def test_markdown_goes_between_the_markers(tmp_path: Path) -> None:
+    path = tmp_path / "performance.md"
+    path.write_text(f"before\n\n{markdown.BEGIN}\nearlier\n{markdown.END}\nafter\n")
+    markdown.write(path, report_of(row(OURS, 200_000.0), row(NATIVE, 100_000.0)))
+    text = path.read_text()
+    assert text.startswith(f"before\n\n{markdown.BEGIN}\n\n")
+    assert text.endswith(f"\n{markdown.END}\nafter\n")
+    assert "earlier" not in text
+    assert "| 4 KiB random reads | 32 | 200.0 | 2.00 |" in text
+    assert "| native 100.0 |" in text
+    again = path.read_text()
+    markdown.write(path, report_of(row(OURS, 200_000.0), row(NATIVE, 100_000.0)))
+    assert path.read_text().count(markdown.BEGIN) == again.count(markdown.BEGIN) == 1
+    markdown.write(tmp_path / "new.md", report_of(row(OURS, 1.0)))
+    assert (tmp_path / "new.md").read_text().startswith(markdown.BEGIN)
+
+
+def test_markdown_without_markers_is_left_alone_and_told_before_anything_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "mine.md"
+    path.write_text("mine")
+    done = invoke("--against", "nothing", tmp_path, "--markdown", path)
+    assert done.exit_code == 1
+    assert "has not these two lines" in done.output
+    assert path.read_text() == "mine"
+
+
+def test_a_report_is_shown_without_measuring(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "report.json"
+    report_of(row(OURS, 200_000.0), row(NATIVE, 100_000.0)).save(path)
+    done = invoke("--report", path, "--plot", tmp_path / "plots", "--markdown", tmp_path / "tables.md")
+    assert done.exit_code == 0, done.output
+    for text in ("200.0", "2.00", "targets", "all right"):
+        assert text in done.output
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "depth-dev-shm-tmpfs-1q-event.png",
+        "latency-dev-shm-tmpfs-1q-event.png",
+    ]
+    assert "200.0" in (tmp_path / "tables.md").read_text()
+
+
+def test_wrong_data_makes_the_exit_status_1(tmp_path: Path) -> None:
+    report = report_of(row(OURS, 200.0))
+    report.problems.append("ringplane [x]: 3 sectors wrong")
+    report.save(tmp_path / "report.json")
+    done = invoke("--report", tmp_path / "report.json")
+    assert done.exit_code == 1
+    assert "FAILED" in done.output
+    assert "ringplane [x]: 3 sectors wrong" in done.output
+
+
+def test_fio_bins_are_counted_as_ours_are() -> None:
+    values = [0, 1, 15, 16, 31, 32, 1000, 123_456, 10**9]
+    ours = np.zeros(histogram.BUCKETS, np.int64)
+    for value in values:
+        histogram.count(ours.ctypes.data, value)
+    job = {
+        "mixed": {
+            "lat_ns": {"mean": 2000.0, "bins": {str(value): 1 for value in values}},
+            "total_ios": 10, "runtime": 50, "iops": 200.0, "bw_bytes": 819_200,
+        },
+        "usr_cpu": 10.0, "sys_cpu": 30.0, "job_runtime": 100,
+    }  # fmt: skip
+    measured = fio.parse(job)
+    assert np.array_equal(measured.histogram, ours)
+    # 40 % of two jobs' 50 ms, over ten requests.
+    assert (measured.cpu_us, measured.mean_us, measured.mb_s) == (pytest.approx(4000.0), 2.0, 0.8192)
+
+
+def test_curves_rise() -> None:
+    counts = np.zeros(histogram.BUCKETS, np.int64)
+    counts[100:200] = 50
+    assert (np.diff(plots.curve(counts)) >= 0).all()
+
+
+# What is refused
+
+
+def test_an_existing_image_is_never_overwritten_silently(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_text("mine")
+    done = invoke("--against", "nothing", image, *QUICK)
+    assert done.exit_code == 1
+    assert "exists already" in done.output
+    assert "--destroy-data" in done.output
+    assert image.read_text() == "mine"
+
+
+def test_the_images_beside_a_new_one_overwrite_nothing_either(tmp_path: Path) -> None:
+    (tmp_path / "disk.img.2").write_text("mine")
+    with (
+        pytest.raises(BenchError, match="exists already"),
+        places.images(places.parse(f"{tmp_path}/disk.img"), 2, 4096),
+    ):
+        pytest.fail("not reached")
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.img.2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "name one SOCKET"),
+        (["/nowhere"], "is no socket"),
+        (["--against", "nothing"], "say where the images shall lie"),
+        (["--against", "nothing", "/nowhere/disk.img"], "there is no folder /nowhere"),
+        (["--against", "nothing", "loop:/nowhere"], "there is no folder /nowhere"),
+        (["--against", "nothing", "/dev/null", "--destroy-data"], "neither a file nor a block device"),
+        (["--against", "nothing", "/tmp", "--size", "1M"], "32M at least"),
+        (["--against", "nothing", "/tmp", "--size", "1000000T"], "choose a smaller --size"),
+        (["--against", "nothing", "/tmp", "--pin-driver", "x"], "no list of CPUs"),
+        (["--against", "nothing", "/tmp", "--ringplane", "", "--ringplane", ""], "are the same"),
+        (["/nowhere", "--workload", "randwrite"], "ALL DATA"),
+        (["--report", "/nowhere", "/tmp"], "measures nothing"),
+        (["--against", "nothing", "/tmp", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_told_at_once(words: list[str], told: str) -> None:
+    done = invoke(*words)
+    assert done.exit_code in (1, 2)
+    assert told in " ".join(done.output.split())
+
+
+def test_a_back_end_that_does_not_start_is_told_with_its_last_line(tmp_path: Path) -> None:
+    done = invoke("--against", "nothing", tmp_path, "--ringplane", "--engine nonsense", *QUICK)
+    assert done.exit_code == 1
+    assert "ringplane --engine nonsense did not start: " in done.output
+    assert "'nonsense' is not one of" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+# With back ends
+
+
+def test_side_by_side(tmp_path: Path) -> None:
+    need(QSD, "qemu-storage-daemon")
+    need(shutil.which("fio"), "fio")
+    path = tmp_path / "report.json"
+    words = ["--workload", "randread", "--workload", "randrw", "--depth", "8", "--queues", "1"]
+    words += ["--queues", "2", "--driver", "both", "--qsd-aio", "native", "--fio", "--json", path]
+    place = tmp_path / "images"
+    place.mkdir()
+    done = invoke("--against", "qemu-storage-daemon", place, *words, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert "all right" in done.output
+    assert list(place.iterdir()) == []
+    report = results.load(path)
+    counted = {subject.name: sum(row.subject == subject.name for row in report.rows) for subject in report.subjects}
+    # fio is measured with the first of the drivers only.
+    assert counted == {"ringplane": 8, "qemu-storage-daemon native": 8, "raw fio": 4}
+    assert all(row.requests and row.iops and row.p50_us for row in report.rows)
+    assert all(row.checked for row in report.rows if row.subject != "raw fio")
+    assert all(row.cpu_us is not None for row in report.rows)
+    # What a verified sector held was not overwritten by what is measured, and the whole was read at the end.
+    assert report.sectors_checked > 2 * (8 << 20) // 512
+
+
+def test_variants_share_an_existing_image_that_may_be_destroyed(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    words = ["--workload", "randrw", "--depth", "8", "--ringplane", "", "--ringplane", "--engine aio"]
+    words += ["--qsd-aio", "threads"] if QSD else []
+    against = "qemu-storage-daemon" if QSD else "nothing"
+    done = invoke("--against", against, image, "--destroy-data", *words, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert image.stat().st_size == 32 << 20
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.img"]
+
+
+def test_a_socket_is_only_read_unless_its_data_may_go(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"mine" * (8 << 20))
+    with backends.running(backends.ringplane(), image, tmp_path, 2) as backend:
+        done = invoke(backend.socket, "--depth", "4", *QUICK)
+        assert done.exit_code == 0, done.output
+        assert "randread" in done.output
+        assert "seqread" in done.output
+        assert "data not checked" in done.output
+        assert image.read_bytes() == b"mine" * (8 << 20)
+        done = invoke(
+            backend.socket, "--workload", "seqwrite", "--depth", "4", "--queues", "2", "--destroy-data", *QUICK
+        )
+        assert done.exit_code == 0, done.output
+        assert "all right" in done.output
+        assert image.read_bytes()[:4] != b"mine"
+        done = invoke(backend.socket, "--queues", "3", *QUICK)
+        assert done.exit_code == 1
+        assert "the back end has 2 queues, not 3" in done.output
+
+
+def test_a_read_only_disk_is_not_written(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"mine" * (8 << 20))
+    with backends.running(backends.ringplane("--read-only"), image, tmp_path, 1) as backend:
+        done = invoke(backend.socket, "--destroy-data", *QUICK)
+    assert done.exit_code == 1
+    assert "the disk is read-only" in done.output
+
+
+@pytest.mark.parametrize("workload", ["randread", "randwrite"])
+def test_an_image_that_was_damaged_meanwhile_is_found(tmp_path: Path, workload: str) -> None:
+    settings = run.Settings(
+        cells=cells.table([workload], [8], [1], ["event"]), rounds=1, seconds=0.05, warm_up=0.0, size=32 << 20
+    )
+    report = Report({}, {}, subjects=[OURS])
+    damaged = []
+
+    def damage(seconds: float, text: str) -> None:
+        if "check" in text:
+            (image,) = tmp_path.glob("*/1.img")
+            with image.open("r+b") as file:
+                file.seek(1 << 20)
+                file.write(b"damaged")
+            damaged.append(image)
+
+    run.Bench(settings, report, tell=damage).place(places.parse(str(tmp_path)), [OURS])
+    assert damaged
+    assert len(report.problems) == 1
+    assert "whole image: 1 sectors wrong; the first: sector 2048" in report.problems[0]
+
+
+def test_an_interruption_ends_a_run_and_leaves_nothing(tmp_path: Path) -> None:
+    settings = run.Settings(cells=[CELL], rounds=1, seconds=60, size=32 << 20)
+    measuring = []
+
+    def tell(seconds: float, text: str) -> None:
+        if "round" in text:
+            measuring.append(text)
+
+    def pulse() -> None:
+        if measuring:
+            raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        run.Bench(settings, Report({}, {}), tell=tell, pulse=pulse).place(places.parse(str(tmp_path)), [OURS])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_process_image_or_socket(tmp_path: Path, number: signal.Signals) -> None:
+    against = ["--against", "qemu-storage-daemon"] if QSD else ["--against", "nothing"]
+    words = ["--seconds", "60", "--size", "32M", "--rounds", "1", "--json", str(tmp_path / "report.json")]
+    place = tmp_path / "images"
+    place.mkdir()
+    command = [sys.executable, "-m", "ringplane", "bench", *against, str(place), *words]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    wanted = 4 if QSD else 1
+    wait_until(lambda: len(using(tmp_path, ".sock")) == wanted or process.poll() is not None)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "interrupted" in told
+    assert using(tmp_path, "") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert list(place.iterdir()) == []
+
+
+def using(folder: Path, text: str) -> list[str]:
+    """The command lines of all processes that name something with `text` in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in command and text in command and int(path.parent.name) != os.getpid():
+            found.append(command)
+    return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_loop_devices_come_and_go(tmp_path: Path) -> None:
+    place = places.parse(f"loop:{tmp_path}")
+    try:
+        places.rehearse(place, 1, 1 << 20)
+    except BenchError as error:
+        pytest.skip(str(error))
+    with places.images(place, 2, 1 << 20) as paths:
+        assert all(path.is_block_device() for path in paths)
+        assert len(attached(tmp_path)) == 2
+    assert attached(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def attached(folder: Path) -> list[str]:
+    """The loop devices whose file is in a folder."""
+    done = subprocess.run(["losetup", "--list", "--json"], capture_output=True, text=True, check=True)
+    devices = json.loads(done.stdout)["loopdevices"] if done.stdout.strip() else []
+    return [device["name"] for device in devices if device["back-file"].startswith(str(folder))]
+
+
+def test_loop_devices_that_are_not_permitted_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BenchError, match="losetup is not installed"):
+        places.rehearse(places.parse(f"loop:{tmp_path}"), 1, 1 << 20)
+    program = tmp_path / "losetup"
+    program.write_text("#!/bin/sh\necho losetup: cannot find an unused loop device: Permission denied >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(BenchError, match="Permission denied \\(loop devices need root\\)"):
+        places.rehearse(places.parse(f"loop:{tmp_path}"), 1, 1 << 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["losetup"]
+
+
+# Cells and the command line
+
+
+def test_the_full_table_is_the_whole_of_it() -> None:
+    full = cells.table(cells.WORKLOADS, cells.FULL_DEPTHS, cells.FULL_QUEUES, cells.DRIVERS)
+    assert len(full) == len(set(full)) == 5 * 4 * 2 * 2
+    settings = run.Settings(cells=full)
+    subjects = [OURS, NATIVE, THREADS, fio.RAW]
+    one = run.estimate(settings, [places.parse("/tmp")], subjects)
+    # Three back ends in 80 cells, fio in 40, three rounds of 1.2 s at least.
+    assert one > 3 * (3 * 80 + 40) * 1.2
+    assert run.estimate(settings, [places.parse("/tmp")] * 2, subjects) == pytest.approx(2 * one)
+
+
+def test_serving_loads_nothing_of_the_bench() -> None:
+    code = (
+        "import sys; from ringplane.cli import main; "
+        "main(['serve', '--help'], standalone_mode=False); "
+        "print([name for name in sys.modules if name.startswith(('rich', 'matplotlib', 'ringplane.bench'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    done = invoke("--against", "nothing", image, "--destroy-data", *QUICK)
+    assert done.exit_code == 1
+    assert "too small" in done.output
+    assert image.stat().st_size == 1 << 20
+
+
+@pytest.mark.parametrize("width", [160, 80])
+def test_tables_have_a_line_for_all_that_was_measured(width: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, record=True)
+    tables.show(console, report_of(row(OURS, 200_000.0), row(NATIVE, 100_000.0), row(fio.RAW, 300_000.0)))
+    text = console.export_text()
+    for figures in ("200.0", "100.0", "300.0", "2.00", "1.00"):
+        assert figures in text
+    assert ("MB/s" in text) == (width == 160)

@@ -1,0 +1,302 @@
+"""The configuration file: what it means, and that whatever is wrong with it is said in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ringplane.config import Config, ConfigError, read_config
+from ringplane.export import DiskConfig, default_num_queues
+from ringplane.server import IoThread
+from ringplane.values import format_cpus, parse_cpus
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\n'
+SECOND = '[[disk]]\nimage = "b.img"\nsocket-path = "b.sock"\n'
+CPU = min(os.sched_getaffinity(0))
+# None that any machine allows: it is beyond the kernel's largest mask.
+NO_CPU = 65535
+
+
+def read(folder: Path, text: str) -> Config:
+    path = folder / "disks.toml"
+    path.write_text(text)
+    return read_config(path)
+
+
+def error(folder: Path, text: str) -> str:
+    """What is said of a file that cannot be used, without its name, which comes first."""
+    with pytest.raises(ConfigError) as raised:
+        read(folder, text)
+    line = str(raised.value)
+    assert line.startswith(f"{folder / 'disks.toml'}: ")
+    assert "\n" not in line
+    return line.removeprefix(f"{folder / 'disks.toml'}: ")
+
+
+def spread(config: Config) -> list[list[str]]:
+    return [list(disk.io_threads) for disk in config.disks]
+
+
+# What it means
+
+
+def test_least_that_can_be_said(tmp_path: Path) -> None:
+    config = read(tmp_path, DISK)
+    assert config.io_threads == [IoThread("io0")]
+    queues = default_num_queues()
+    assert config.disks == [
+        DiskConfig(tmp_path / "a.img", ("io0",) * queues, socket_path=tmp_path / "a.sock", num_queues=queues)
+    ]
+
+
+def test_all_that_can_be_said(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        f"""
+        [[io-thread]]
+        name = "fast"
+        cpus = [{CPU}]
+        engine = "aio"
+        [[io-thread]]
+        cpus = "{CPU}"
+        [[disk]]
+        image = "/images/a.img"
+        socket-path = "sub/a.sock"
+        io-threads = ["io1", "fast"]
+        create = "3M"
+        read-only = true
+        direct = false
+        share-rw = true
+        num-queues = 3
+        block-size = 4096
+        serial = "ABC"
+        """,
+    )
+    cpus = frozenset({CPU})
+    assert config.io_threads == [IoThread("fast", "aio", cpus), IoThread("io1", cpus=cpus)]
+    assert config.disks == [
+        DiskConfig(
+            image=Path("/images/a.img"),
+            io_threads=("io1", "fast"),
+            socket_path=tmp_path / "sub/a.sock",
+            create=3 << 20,
+            read_only=True,
+            direct=False,
+            share_rw=True,
+            num_queues=3,
+            block_size=4096,
+            serial="ABC",
+        )
+    ]
+
+
+def test_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    config = read(tmp_path, documented_example())
+    assert spread(config) == [["io0", "io1"], ["io0"]]
+
+
+def documented_example() -> str:
+    lines = (REPOSITORY / "docs" / "config.md").read_text().splitlines()
+    return "\n".join(line[4:] for line in lines if line.startswith("    "))
+
+
+def test_every_key_is_documented() -> None:
+    from ringplane.config import DISK_KEYS, IO_THREAD_KEYS
+
+    rows = [
+        line.split("`")[1] for line in (REPOSITORY / "docs" / "config.md").read_text().splitlines() if "| `" in line
+    ]
+    assert sorted(rows) == sorted([*DISK_KEYS, *IO_THREAD_KEYS])
+
+
+def test_nothing_is_made_by_reading(tmp_path: Path) -> None:
+    read(tmp_path, DISK + 'create = "1G"')
+    assert [path.name for path in tmp_path.iterdir()] == ["disks.toml"]
+
+
+def test_image_is_created_where_there_is_none(tmp_path: Path) -> None:
+    assert read(tmp_path, DISK + 'create = "1G"').disks[0].create == 1 << 30
+    (tmp_path / "a.img").touch()
+    assert read(tmp_path, DISK + 'create = "1G"').disks[0].create is None
+
+
+@pytest.mark.parametrize(("size", "bytes_"), [('"512"', 512), ("4096", 4096), ('"10G"', 10 << 30), ('"1.5M"', 3 << 19)])
+def test_size(tmp_path: Path, size: str, bytes_: int) -> None:
+    assert read(tmp_path, f"{DISK}create = {size}").disks[0].create == bytes_
+
+
+def test_disks_that_name_no_threads_take_them_in_turn(tmp_path: Path) -> None:
+    threads = "[[io-thread]]\n" * 3
+    disks = "".join(
+        f'[[disk]]\nimage = "{number}"\nsocket-path = "{number}.sock"\nnum-queues = {queues}\n{more}\n'
+        for number, (queues, more) in enumerate([(1, ""), (2, ""), (2, 'io-threads = ["io2"]'), (4, "")])
+    )
+    assert spread(read(tmp_path, threads + disks)) == [
+        ["io0"],
+        ["io1", "io2"],
+        ["io2"],
+        ["io0", "io1", "io2", "io0"],
+    ]
+
+
+def test_as_many_queues_as_named_threads(tmp_path: Path) -> None:
+    names = [f"io{number}" for number in range(9)]
+    config = read(tmp_path, "[[io-thread]]\n" * 9 + f"{DISK}io-threads = {names}")
+    assert config.disks[0].num_queues == 9
+
+
+@pytest.mark.parametrize("how", ["read-only", "share-rw"])
+def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
+    assert len(read(tmp_path, f"{DISK}{how} = true\n{SECOND.replace('b.img', 'a.img')}{how} = true").disks) == 2
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("colour = 1", 'there is no key "colour"; there is "image"'),
+        ("readonly = true", 'there is no key "readonly"; is "read-only" meant?'),
+        ("num_queues = 1", 'is "num-queues" meant?'),
+        ("queues = 1", 'is "num-queues" meant?'),
+        ("num-queues = 0", "num-queues: 0 is no whole number from 1 to 64"),
+        ("num-queues = 65", "num-queues: 65 is no whole number from 1 to 64"),
+        ("num-queues = true", "num-queues: true is no whole number"),
+        ("num-queues = 2.0", "num-queues: 2.0 is no whole number"),
+        ('num-queues = "2"', 'num-queues: "2" is no whole number'),
+        ("read-only = 1", "read-only: 1 is neither true nor false"),
+        ('direct = "yes"', 'direct: "yes" is neither true nor false'),
+        ("share-rw = []", "share-rw: [] is neither true nor false"),
+        ("block-size = 1024", "block-size: 1024 is none of 512, 4096"),
+        ('block-size = "512"', 'block-size: "512" is none of 512, 4096'),
+        ("block-size = true", "block-size: true is none of 512, 4096"),
+        ("create = 0", "create: 0 is not a positive size"),
+        ('create = "-1M"', "create: '-1M' is not a positive size"),
+        ('create = "1X"', "create: '1X' is no size"),
+        ("create = true", "create: true is no size"),
+        ("create = 1.5", "create: 1.5 is no size"),
+        ('serial = "123456789012345678901"', "has 21 bytes; the device has room for 20"),
+        ('serial = "a\\tb"', "serial: "),
+        ("serial = 7", "serial: 7 is no text"),
+        ('io-threads = "io0"', 'io-threads: "io0" is no list of names'),
+        ("io-threads = []", "io-threads: [] is no list of names"),
+        ("io-threads = [0]", "io-threads: 0 is no text"),
+        ('io-threads = ["io1"]', 'io-threads: no [[io-thread]] is called "io1"; is "io0" meant?'),
+        ('io-threads = ["x"]', 'io-threads: no [[io-thread]] is called "x"; there is "io0"'),
+        ('io-threads = ["io0", "io0"]\nnum-queues = 1', "io-threads: names 2 threads for 1 queues"),
+        ("serial = 1979-05-27", 'serial: "1979-05-27" is no text'),
+    ],
+)
+def test_key_of_a_disk_that_is_wrong(tmp_path: Path, more: str, words: str) -> None:
+    line = error(tmp_path, f"{SECOND}{DISK}{more}")
+    assert line.startswith("[[disk]] 2 (a.img): ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("cpu = 1", 'there is no key "cpu"; is "cpus" meant?'),
+        ("name = 0", "name: 0 is no text"),
+        ('name = ""', 'name: "" is no text'),
+        ('name = "io0"', 'name: another one is called "io0" already'),
+        ('engine = "uring"', 'engine: "uring" is none of "auto", "io_uring", "aio"'),
+        ("cpus = 1", "cpus: 1 is no list of CPUs"),
+        ("cpus = []", "cpus: no CPU is named; this process may use"),
+        ("cpus = [true]", "cpus: [true] is no list of CPUs"),
+        ("cpus = [-1]", "cpus: CPU -1 is none that this process may use, which are"),
+        (f"cpus = [{NO_CPU}]", f"cpus: CPU {NO_CPU} is none that this process may use, which are"),
+        (f'cpus = "{CPU},{NO_CPU - 1}-{NO_CPU}"', f"cpus: CPU {NO_CPU - 1}-{NO_CPU} is none"),
+        ('cpus = "3-2"', "cpus: '3-2' is no list of CPUs"),
+        ('cpus = "a"', "cpus: 'a' is no list of CPUs"),
+    ],
+)
+def test_key_of_a_thread_that_is_wrong(tmp_path: Path, keys: str, words: str) -> None:
+    line = error(tmp_path, f"{DISK}[[io-thread]]\n[[io-thread]]\n{keys}")
+    assert line.startswith("[[io-thread]] 2: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no disk; each one begins with a line [[disk]]"),
+        ("[[io-thread]]", "has no disk"),
+        ("disk = 1", "disk: is no list of tables"),
+        ("[disk]", "disk: is no list of tables; begin each with its name in two pairs of brackets"),
+        ("disk = [1]", "disk: is no list of tables"),
+        (f"[io-thread]\n{DISK}", "io-thread: is no list of tables"),
+        (f"[[disks]]\n{DISK}", 'there is no key "disks"; is "disk" meant?'),
+        (f"image = 'a'\n{DISK}", 'there is no key "image"'),
+        ('[[disk]]\nsocket-path = "s"', "[[disk]] 1: image is missing"),
+        ('[[disk]]\nimage = "a.img"', "[[disk]] 1 (a.img): socket-path is missing"),
+        ("[[disk]]\nimage = 1", "[[disk]] 1: image: 1 is no text"),
+        ('[[disk]]\nimage = ""', 'image: "" is no text'),
+        ('[[disk]]\nimage = "a\\u0000b"', "image: "),
+        ("[[disk]", "is not TOML: "),
+        ("a = 1\na = 2", "is not TOML: "),
+        ("[[io-thread]]\n" * 65 + DISK, "has 65 [[io-thread]] tables; 64 are the most"),
+    ],
+)
+def test_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    assert words in error(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["a.sock", "./a.sock", "link/a.sock"])
+def test_two_disks_at_one_socket(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    line = error(tmp_path, DISK + SECOND.replace("b.sock", name))
+    assert line.startswith("[[disk]] 2 (b.img): socket-path: ")
+    assert "is that of [[disk]] 1 (a.img) too" in line
+
+
+@pytest.mark.parametrize("name", ["a.img", "./a.img", "link/a.img", "symbolic", "hard"])
+def test_two_disks_of_one_image(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "symbolic").symlink_to("a.img")
+    if name == "hard":
+        (tmp_path / "a.img").touch()
+        (tmp_path / "hard").hardlink_to(tmp_path / "a.img")
+    for first, second in [("", ""), ("read-only = true\n", ""), ("read-only = true\n", "share-rw = true\n")]:
+        line = error(tmp_path, f"{DISK}{first}{SECOND.replace('b.img', name)}{second}")
+        assert line.startswith(f"[[disk]] 2 ({name}): image: ")
+        assert "is that of [[disk]] 1 (a.img) too; it can be shared" in line
+
+
+def test_paths_that_lead_nowhere_are_not_this_files_matter(tmp_path: Path) -> None:
+    """Opening them will say what is wrong."""
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "loop/x", "x" * 300, "none/x"):
+        config = read(tmp_path, f'[[disk]]\nimage = "{name}"\nsocket-path = "{name}"\ncreate = "1M"')
+        assert config.disks[0].image == tmp_path / name
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"# \xe4")
+    for name, words in (("none", "No such file"), (".", "Is a directory"), ("latin", "is not UTF-8")):
+        with pytest.raises(ConfigError, match=words):
+            read_config(tmp_path / name)
+
+
+# Lists of CPUs
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("2", {2}), ("2-4", {2, 3, 4}), (" 0, 2 - 3 ,3", {0, 2, 3}), ("5-5", {5})])
+def test_parse_cpus(text: str, cpus: set[int]) -> None:
+    assert parse_cpus(text) == cpus
+    assert parse_cpus(format_cpus(cpus)) == cpus
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "-1", "1-", "2-1", "a", "1.5", "\u0661", "0x1", "1-2-3", "9" * 6])
+def test_no_list_of_cpus(text: str) -> None:
+    with pytest.raises(ValueError, match="is no list of CPUs"):
+        parse_cpus(text)
+
+
+def test_format_cpus() -> None:
+    assert format_cpus([7, 0, 2, 3, 4]) == "0,2-4,7"
