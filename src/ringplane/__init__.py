@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Export", "serve"]
+__all__ = ["DiskConfig", "Export", "IoThread", "Server", "serve", "serve_all"]
 
 if TYPE_CHECKING:
-    from ringplane.export import Export, serve
+    from ringplane.export import DiskConfig, Export, serve, serve_all
+    from ringplane.server import IoThread, Server
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ class Disk:
         """`serial` is at most 20 bytes; without one it is derived from the image's path.
 
         `engine` is one of ENGINES; of those that a worker has, the workers' own is used. Raises ImageError where the
-        image cannot be served with it, OSError where it cannot be mapped.
+        image cannot be served with it.
         """
         self.image = image
         self.block_size = block_size
@@ -46,16 +46,19 @@ class Disk:
         except ValueError as error:
             raise ImageError(f"{image.path}: {error}") from None
         alignment = (image.alignment.memory, image.alignment.block)
-        self._device = Device(
-            image.fd,
-            image.size,
-            read_only=image.read_only,
-            block_size=block_size,
-            alignment=alignment,
-            serial=self.serial,
-            name=name,
-            storage=self.storage,
-        )
+        try:
+            self._device = Device(
+                image.fd,
+                image.size,
+                read_only=image.read_only,
+                block_size=block_size,
+                alignment=alignment,
+                serial=self.serial,
+                name=name,
+                storage=self.storage,
+            )
+        except OSError as error:
+            raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
         self.queues = [Queue(self._device, number, f"{name} queue {number}") for number in range(num_queues)]
         self.workers = [workers[number % len(workers)] for number in range(num_queues)]
 

@@ -20,7 +20,7 @@ import pytest
 
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import Device, Queue, RingLayout
-from ringplane.dataplane.worker import Worker
+from ringplane.dataplane.worker import POLL_US, Worker
 from ringplane.engines.choose import MEMORY, make_engine
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.image import Image
@@ -411,7 +411,7 @@ class Rig:
 
 def make(
     path: Path,
-    content: bytes,
+    content: bytes | None,
     *,
     direct: bool = False,
     read_only: bool = False,
@@ -421,9 +421,11 @@ def make(
     workers: int = 1,
     guest_size: int = 64 << 20,
     serial: str = "serial-0123456789",
+    poll_us: int | None = POLL_US,
 ) -> Rig:
-    """A rig over a new image of this content."""
-    path.write_bytes(content)
+    """A rig over a new image of this content, or over the image that is there where that is None."""
+    if content is not None:
+        path.write_bytes(content)
     image = Image(path, read_only=read_only, direct=direct, block_size=block_size)
     alignment = (image.alignment.memory, image.alignment.block)
     device = Device(
@@ -435,7 +437,7 @@ def make(
         serial=serial,
         storage=IN_MEMORY if engine == MEMORY else THROUGH_WORKER,
     )
-    made = [Worker(f"io-{number}", slots, engine) for number in range(workers)]
+    made = [Worker(f"io-{number}", slots, engine, poll_us) for number in range(workers)]
     rig = Rig(path, image, device, Guest(guest_size), made)
     for worker in rig.workers:
         worker.start()

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ringplane.config import Config, ConfigError, read_config
+from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.export import DiskConfig, default_num_queues
 from ringplane.server import IoThread
-from ringplane.values import format_cpus, parse_cpus
+from ringplane.values import MAX_POLL_US, format_cpus, parse_cpus, parse_poll_us
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\n'
@@ -60,8 +61,10 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
         name = "fast"
         cpus = [{CPU}]
         engine = "aio"
+        poll-us = 0
         [[io-thread]]
         cpus = "{CPU}"
+        poll-us = "always"
         [[disk]]
         image = "/images/a.img"
         socket-path = "sub/a.sock"
@@ -73,10 +76,11 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
         num-queues = 3
         block-size = 4096
         serial = "ABC"
+        engine = "null"
         """,
     )
     cpus = frozenset({CPU})
-    assert config.io_threads == [IoThread("fast", "aio", cpus), IoThread("io1", cpus=cpus)]
+    assert config.io_threads == [IoThread("fast", "aio", cpus, 0), IoThread("io1", cpus=cpus, poll_us=None)]
     assert config.disks == [
         DiskConfig(
             image=Path("/images/a.img"),
@@ -89,6 +93,7 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
             num_queues=3,
             block_size=4096,
             serial="ABC",
+            engine="null",
         )
     ]
 
@@ -127,6 +132,29 @@ def test_image_is_created_where_there_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "bytes_"), [('"512"', 512), ("4096", 4096), ('"10G"', 10 << 30), ('"1.5M"', 3 << 19)])
 def test_size(tmp_path: Path, size: str, bytes_: int) -> None:
     assert read(tmp_path, f"{DISK}create = {size}").disks[0].create == bytes_
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_of_a_disk(tmp_path: Path, engine: str) -> None:
+    config = read(tmp_path, f'{DISK}engine = "{engine}"')
+    assert config.disks[0].engine == engine
+    assert config.io_threads == [IoThread("io0")]
+
+
+@pytest.mark.parametrize("engine", [AUTO, *WORKER_ENGINES])
+def test_engine_of_a_thread(tmp_path: Path, engine: str) -> None:
+    config = read(tmp_path, f'[[io-thread]]\nengine = "{engine}"\n{DISK}')
+    assert config.io_threads == [IoThread("io0", engine)]
+    assert config.disks[0].engine == AUTO
+
+
+@pytest.mark.parametrize(
+    ("value", "poll_us"),
+    [("0", 0), ("1", 1), (str(MAX_POLL_US), MAX_POLL_US), ('"always"', None), ('"50"', 50), ("0x10", 16)],
+)
+def test_poll_us(tmp_path: Path, value: str, poll_us: int | None) -> None:
+    config = read(tmp_path, f"[[io-thread]]\npoll-us = {value}\n{DISK}")
+    assert config.io_threads == [IoThread("io0", poll_us=poll_us)]
 
 
 def test_disks_that_name_no_threads_take_them_in_turn(tmp_path: Path) -> None:
@@ -189,6 +217,9 @@ def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
         ('io-threads = ["io1"]', 'io-threads: no [[io-thread]] is called "io1"; is "io0" meant?'),
         ('io-threads = ["x"]', 'io-threads: no [[io-thread]] is called "x"; there is "io0"'),
         ('io-threads = ["io0", "io0"]\nnum-queues = 1', "io-threads: names 2 threads for 1 queues"),
+        ('engine = "uring"', 'engine: "uring" is none of "auto", "io_uring", "aio", "memory", "null"'),
+        ("engine = true", "engine: true is none of"),
+        ("poll-us = 50", 'there is no key "poll-us"'),
         ("serial = 1979-05-27", 'serial: "1979-05-27" is no text'),
     ],
 )
@@ -206,6 +237,15 @@ def test_key_of_a_disk_that_is_wrong(tmp_path: Path, more: str, words: str) -> N
         ('name = ""', 'name: "" is no text'),
         ('name = "io0"', 'name: another one is called "io0" already'),
         ('engine = "uring"', 'engine: "uring" is none of "auto", "io_uring", "aio"'),
+        ('engine = "memory"', 'engine: "memory" is none of "auto", "io_uring", "aio"'),
+        ('engine = "null"', 'engine: "null" is none of'),
+        ("poll-us = -1", "poll-us: '-1' is neither a number of microseconds from 0 to 1000000 nor always"),
+        ("poll-us = 1000001", "poll-us: '1000001' is neither a number of microseconds from 0 to 1000000 nor always"),
+        ("poll-us = 50.0", 'poll-us: 50.0 is neither a number of microseconds nor "always"'),
+        ("poll-us = true", 'poll-us: true is neither a number of microseconds nor "always"'),
+        ('poll-us = "never"', "poll-us: 'never' is neither"),
+        ('poll-us = ""', "poll-us: '' is neither"),
+        ("poll_us = 50", 'there is no key "poll_us"; is "poll-us" meant?'),
         ("cpus = 1", "cpus: 1 is no list of CPUs"),
         ("cpus = []", "cpus: no CPU is named; this process may use"),
         ("cpus = [true]", "cpus: [true] is no list of CPUs"),
@@ -300,3 +340,12 @@ def test_no_list_of_cpus(text: str) -> None:
 
 def test_format_cpus() -> None:
     assert format_cpus([7, 0, 2, 3, 4]) == "0,2-4,7"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "-1", "+1", "1.5", "1e3", " 50", "50 ", "Always", "never", "\u0665", "\u00b2", "0x10", "1_0", "1000001"],
+)
+def test_no_time_to_poll(text: str) -> None:
+    with pytest.raises(ValueError, match="neither a number of microseconds from 0 to 1000000 nor always"):
+        parse_poll_us(text)

@@ -19,12 +19,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from ringplane.cli.serve import ENGINES as OPTION_ENGINES
 from ringplane.cli.serve import serve as serve_command
 from ringplane.driver.disk import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.process import peer_pid
+from ringplane.engines.choose import ENGINES
+from ringplane.engines.memory import is_memory
 from ringplane.values import format_cpus
+
+from .rig import need_engine
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20
@@ -412,6 +417,133 @@ def test_buffered_says_so(serve: Callable[..., Served]) -> None:
     assert any("buffered" in line for line in serve("--buffered").lines)
 
 
+def announced(served: Served) -> str:
+    """How the disk is served, of the line that says so."""
+    line = next(line for line in served.lines if line.startswith("serving "))
+    return line.split(" GiB, ")[1]
+
+
+@pytest.fixture
+def image_in_memory() -> Iterator[Path]:
+    """An image on tmpfs."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        pytest.skip("there is no /dev/shm")
+    with tempfile.TemporaryDirectory(prefix="ringplane-test-", dir=folder) as name:
+        path = Path(name, "image")
+        path.touch()
+        os.truncate(path, IMAGE_SIZE)
+        if not served_from_memory(path):
+            pytest.skip("/dev/shm is no tmpfs")
+        yield path
+
+
+def served_from_memory(path: Path) -> bool:
+    with open(path) as file:
+        return is_memory(file.fileno())
+
+
+@pytest.mark.parametrize("engine", ["auto", "memory"])
+def test_image_in_memory_says_so(serve: Callable[..., Served], path: Path, image_in_memory: Path, engine: str) -> None:
+    served = serve("--engine", engine, "--num-queues", "2", disk=image_in_memory)
+    assert announced(served) == "engine memory, 2 queues)"
+    assert not any("page cache" in line for line in served.lines)
+    with attach(path) as driver:
+        driver.write(512, b"m" * 512)
+    assert served.end()[0] == 0
+    assert image_in_memory.read_bytes()[512:1024] == b"m" * 512
+
+
+def test_read_only_image_in_memory(serve: Callable[..., Served], image_in_memory: Path) -> None:
+    assert announced(serve("--read-only", "--num-queues", "1", disk=image_in_memory)) == (
+        "engine memory, read-only, 1 queues)"
+    )
+
+
+@pytest.mark.parametrize("engine", ["aio", "io_uring"])
+def test_engine_that_asks_the_kernel_says_so(
+    serve: Callable[..., Served], path: Path, image: Path, image_in_memory: Path, engine: str
+) -> None:
+    need_engine(engine)
+    assert announced(serve("--engine", engine, "--buffered")).startswith(f"engine {engine}, buffered, ")
+    other = path.with_name("other")
+    assert announced(serve("--engine", engine, disk=image_in_memory, at=other)).startswith(f"engine {engine}, ")
+    with attach(path) as driver, attach(other) as in_memory:
+        for each in (driver, in_memory):
+            each.write(0, b"e" * 512)
+            assert each.read(0, 512) == b"e" * 512
+
+
+def test_engine_null_reads_and_writes_nothing(serve: Callable[..., Served], path: Path, image: Path) -> None:
+    image.write_bytes(b"n" * IMAGE_SIZE)
+    served = serve("--engine", "null", "--num-queues", "1")
+    assert announced(served) == "engine null: nothing is read or written, 1 queues)"
+    with attach(path) as driver:
+        driver.write(0, b"x" * 8192)
+        driver.flush()
+        driver.read(0, 8192)
+        result = run_load(driver, Load(depth=32, read_percent=50, requests=20_000))
+    assert (result.requests, result.errors, result.wrong_lengths) == (20_000, 0, 0)
+    assert served.end()[0] == 0
+    assert image.read_bytes() == b"n" * IMAGE_SIZE
+
+
+def test_engine_memory_is_not_for_every_image(image: Path, path: Path) -> None:
+    if served_from_memory(image):
+        pytest.skip("the temporary folder is a tmpfs")
+    line = refused("--blk-file", image, "--socket-path", path, "--engine", "memory")
+    assert line == f"Error: {image}: the engine memory serves images on tmpfs and hugetlbfs alone; this one is not"
+    assert not path.exists()
+    new = image.with_name("new")
+    refused("--blk-file", new, "--create", "1M", "--socket-path", path, "--engine", "memory")
+    assert not new.exists()
+
+
+def test_engine_memory_of_a_file_is_not_for_every_image(config: Path) -> None:
+    if served_from_memory(config):
+        pytest.skip("the temporary folder is a tmpfs")
+    config.write_text(f'{DISKS}engine = "memory"')
+    assert f"{config.with_name('b.img')}: the engine memory serves images" in refused("--config", config)
+    assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
+
+
+@pytest.mark.parametrize(
+    ("poll_us", "engine"), [("0", "auto"), ("1000000", "aio"), ("always", "aio"), ("always", "auto")]
+)
+def test_poll_us(serve: Callable[..., Served], path: Path, poll_us: str, engine: str) -> None:
+    served = serve("--poll-us", poll_us, "--engine", engine, "--num-queues", "2")
+    with attach(path) as driver:
+        driver.write(0, b"p" * 512)
+        time.sleep(0.05)
+        assert driver.read(0, 512) == b"p" * 512
+    status, _, err = served.end()
+    assert (status, "Traceback" in err) == (0, False)
+
+
+@pytest.mark.parametrize("poll_us", ["-1", "", "x", "1000001", "1.5", "Always", "50us", "9" * 5000])
+def test_poll_us_that_is_none(image: Path, path: Path, poll_us: str) -> None:
+    done = CliRunner().invoke(
+        serve_command, ["--blk-file", str(image), "--socket-path", str(path), f"--poll-us={poll_us}"]
+    )
+    assert done.exit_code == 2
+    assert "Error: Invalid value for '--poll-us': " in done.output
+    if len(poll_us) < 10:
+        assert f"{poll_us!r} is neither a number of microseconds from 0 to 1000000 nor always" in done.output
+
+
+@pytest.mark.parametrize("engine", ["", "uring", "MEMORY", "auto,aio"])
+def test_engine_that_is_none(image: Path, path: Path, engine: str) -> None:
+    done = CliRunner().invoke(
+        serve_command, ["--blk-file", str(image), "--socket-path", str(path), f"--engine={engine}"]
+    )
+    assert done.exit_code == 2
+    assert "is not one of 'auto', 'io_uring', 'aio', 'memory', 'null'" in done.output
+
+
+def test_engines_of_the_options_are_those_there_are() -> None:
+    assert set(OPTION_ENGINES) == set(ENGINES)
+
+
 def test_serial_that_does_not_fit(image: Path, path: Path) -> None:
     assert "20" in refused("--blk-file", image, "--socket-path", path, "--serial", "x" * 21)
     assert "20" in refused("--blk-file", image, "--socket-path", path, "--serial", "\u00e4" * 11)
@@ -585,6 +717,7 @@ def test_trace_of_several_disks_names_them(serve_config: Callable[..., Served], 
         ["--io-threads", "1"],
         ["--cpus", "0-0"],
         ["--engine", "auto"],
+        ["--poll-us", "50"],
         ["--buffered"],
         ["--share-rw"],
         ["--block-size", "512"],

@@ -31,6 +31,7 @@ FIRST_TURN, TURN = 2, 16
 
 # A worker that does not sleep asks the engine in each so many turns, even where nothing tells that there is news.
 LOOK_TURNS = 16
+POLL_SLICE_NS = 100_000
 
 # After so many sleeps in a row that polling did not save it pauses, at most for so many short sleeps.
 POLL_FAILURES, POLL_PAUSE_MAX = 3, 1000
@@ -47,7 +48,8 @@ def run(address):
     while not worker.attention:
         patience = find_patience(worker, engine)
         worker.turns += 1
-        if patience != 0 or engine.prepared > 0 or has_news(engine) or worker.turns % LOOK_TURNS == 0:
+        if patience != 0 or engine.prepared > 0 or has_news(engine) or worker.turns >= LOOK_TURNS:
+            worker.turns = 0
             wait_for_events(worker, engine, patience)
         serve_ready(worker)
         do_copies(worker)
@@ -71,7 +73,7 @@ def find_patience(worker, engine):
             return RETRY_MS
         if not engine.submits_in_wait or is_polling(worker):
             return 0
-    elif is_polling(worker) and (poll(worker, engine) or worker.poll_max_ns == ALWAYS):
+    elif is_polling(worker) and poll(worker, engine):
         return 0
     ask_for_kicks(worker)
     return 0 if can_fetch(worker) else -1
@@ -110,8 +112,14 @@ def is_polling(worker):
 
 @compiled
 def poll(worker, engine):
-    """Look at the quiet queues until one has chains or the engine has news (True), or the time is over (False)."""
-    end = monotonic_ns() + worker.poll_ns
+    """Look at the quiet queues until one has chains or the engine has news (True), or the time is over (False).
+
+    A long time is divided, and what nothing tells of but the engine is asked for in between (True as well).
+    """
+    now = monotonic_ns()
+    if worker.poll_end == 0:
+        worker.poll_end = now + worker.poll_ns
+    pause = now + POLL_SLICE_NS
     while True:
         address = worker.quiet
         while address:
@@ -120,10 +128,15 @@ def poll(worker, engine):
                 mark_ready(worker, queue)
             address = queue.next_quiet
         if worker.ready or has_news(engine):
-            worker.poll_failures = 0
+            worker.poll_failures = worker.poll_end = 0
             return True
-        if monotonic_ns() >= end:
+        now = monotonic_ns()
+        if now >= worker.poll_end:
+            worker.poll_end = 0
             return False
+        if now >= pause:
+            worker.turns = LOOK_TURNS
+            return True
         relax()
 
 

@@ -142,9 +142,10 @@ WORKER = _struct(
     "bounce_free",  # list of free bounce buffers, each holding the address of the next; 0: none
     "attention",  # not 0: `run` is to return to Python
     "in_flight",  # requests fetched and not yet answered, over all queues
-    "turns",  # of the loop
+    "turns",  # of the loop since the engine was last asked for events
     "poll_max_ns",  # how long to look at the rings before sleeping; 0: never, ALWAYS: instead of sleeping
     "poll_ns",  # `poll_max_ns` while that pays, else 0
+    "poll_end",  # nanoseconds, CLOCK_MONOTONIC, when the present look at the rings began and is not over, else 0
     "poll_failures",  # how often in a row it did not
     "poll_pause",  # how many short sleeps to wait before it is tried again
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
@@ -155,9 +156,8 @@ WORKER = _struct(
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
 
-# A `poll_max_ns` that means: never sleep. Then the rings are looked at for this long at a time.
+# A `poll_max_ns` that means: never sleep.
 ALWAYS = 1 << 62
-ALWAYS_NS = 20_000
 
 # What the engine reports of a watched fd: this, or the address of a QUEUE that was kicked.
 TOKEN_CONTROL = 1

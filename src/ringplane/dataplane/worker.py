@@ -26,7 +26,6 @@ from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.state import (
     ALWAYS,
-    ALWAYS_NS,
     BOUNCE_ALIGNMENT,
     BOUNCE_SIZE,
     MAX_IOVECS,
@@ -352,7 +351,11 @@ class Worker:
         for device in {queue.device for queue in self._queues.values()}:
             if device.lost_mapping and not device.told_lost:
                 device.told_lost = True
-                log.warning("%s: the image was truncated while it is served; reads and writes there fail", device.name)
+                log.warning(
+                    "%s: parts of the image have gone (it was truncated, or there is no memory left for them); "
+                    "it is served by system calls from now on, and reads beyond its end fail",
+                    device.name,
+                )
 
     def _signal_error(self, queue: Queue) -> None:
         if queue.err_fd >= 0:
@@ -380,7 +383,7 @@ def _check_eventfd(fd: int) -> None:
 
 def polling_ns(poll_us: int | None) -> tuple[int, int]:
     """The worker's `poll_ns` to start with and its `poll_max_ns`."""
-    return (ALWAYS_NS, ALWAYS) if poll_us is None else (0, 1000 * poll_us)
+    return (ALWAYS, ALWAYS) if poll_us is None else (0, 1000 * poll_us)
 
 
 def _perform(future: Future[Any], function: Callable[[], Any]) -> None:

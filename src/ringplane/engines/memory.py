@@ -11,6 +11,7 @@ Facts that this file depends on:
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import weakref
@@ -93,13 +94,17 @@ class MappedImage:
         page = os.fstat(fd).st_blksize
         huge = libc.file_system_type(fd) == libc.HUGETLBFS_MAGIC
         length = -(-size // page) * page if huge else size
+        self._present = np.ones(-(-size // PAGE), np.uint8) if huge else pages_with_memory(fd, size)
         base = libc.mmap_shared(fd, length, 0, writable=not read_only, reserve=huge)
         self._record: npt.NDArray[np.void] = np.zeros(1, MAPPED_IMAGE)
         self.address = int(self._record.ctypes.data)
-        self._present = np.ones(-(-size // PAGE), np.uint8) if huge else pages_with_memory(fd, size)
         self._record["fd"], self._record["base"] = fd, base
         self._record["present"] = self._present.ctypes.data
-        guard = sigbus.guard(base, length, page if huge else PAGE, self.address + LOST)
+        try:
+            guard = sigbus.guard(base, length, page if huge else mmap.PAGESIZE, self.address + LOST)
+        except BaseException:
+            libc.munmap(base, length)
+            raise
         # Not at the interpreter's exit, where a worker's thread may still be running.
         self._unmap = weakref.finalize(self, _unmap, guard, base, length)
         self._unmap.atexit = False

@@ -344,7 +344,10 @@ class Uring:
         with select.epoll() as probe:
             # The poll below would fail later, and nobody would hear of it.
             probe.register(fd, select.EPOLLIN)
-        number = int(np.flatnonzero(self._watches["fd"] < 0)[0])
+        free = np.flatnonzero(self._watches["fd"] < 0)
+        if not free.size:
+            raise OSError(errno.ENOSPC, f"an I/O thread watches {MAX_WATCHES} queues at most")
+        number = int(free[0])
         self._watches[number] = (fd, token)
         prepare_watch(self._engine[0], number)
 

@@ -8,6 +8,7 @@ that was there before. The handler is compiled, as a Python one would run only a
 from __future__ import annotations
 
 import ctypes
+import errno
 import signal
 import threading
 from typing import Any
@@ -19,13 +20,16 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ringplane.native.access import INT64, external, load64, store64, view
+from ringplane.native.access import INT64, external, load32, load64, store64, view
 from ringplane.native.jit import numba_cache_directory
 from ringplane.native.syscalls import mmap_anonymous_page
 
 MAX_GUARDS = 4096
 SA_SIGINFO, SA_NODEFER = 4, 0x4000_0000
-SIGINFO_ADDRESS = 16
+SIGINFO_CODE, SIGINFO_ADDRESS = 8, 16
+SIG_IGN = 1
+# The sign of si_code: SI_USER is 0, the other senders are negative, faults positive.
+SENT_BY_PROCESS = 1 << 31
 
 # A guarded mapping: [start, end), its page size, and where to store 1. All zero where not in use.
 GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost")])
@@ -69,6 +73,31 @@ def _restore_action(typingctx: Any, number: Any, action: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def _raise(typingctx: Any, number: Any) -> Any:
+    """raise(3)"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = external("raise", builder, ir.IntType(32), [ir.IntType(32)])
+        builder.call(function, [builder.trunc(args[0], ir.IntType(32))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def _call_handler(typingctx: Any, handler: Any, number: Any, info: Any, ucontext: Any) -> Any:
+    """Call a signal handler, of the kind that takes three arguments or of that which takes one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(32), INT64, INT64])
+        pointer = builder.inttoptr(args[0], function.as_pointer())
+        builder.call(pointer, [builder.trunc(args[1], ir.IntType(32)), *args[2:]])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
 def _on_sigbus(number: Any, info: Any, context: Any) -> None:
     """The handler. Called by ourselves with number 0, it takes `info` as the address of the TABLE."""
     if number == 0:
@@ -83,8 +112,14 @@ def _on_sigbus(number: Any, info: Any, context: Any) -> None:
             store64(guard.lost, 1)
             mmap_anonymous_page(address // guard.page * guard.page, guard.page)
             return
-    # The instruction is tried again, and this time somebody else handles it.
+    previous = load64(table)
+    if previous > SIG_IGN:
+        _call_handler(previous, number, info, context)
+        return
+    # The instruction is tried again, and this time it ends the process; as does the signal if a process sent it.
     _restore_action(number, table)
+    if load32(info + SIGINFO_CODE) & SENT_BY_PROCESS or load32(info + SIGINFO_CODE) == 0:
+        _raise(number)
 
 
 class _Guards:
@@ -104,7 +139,10 @@ class _Guards:
 
     def add(self, start: int, size: int, page: int, lost: int) -> int:
         guards = self._table["guards"][0]
-        number = int(np.flatnonzero(guards["end"] == 0)[0])
+        free = np.flatnonzero(guards["end"] == 0)
+        if not free.size:
+            raise OSError(errno.ENOMEM, f"{MAX_GUARDS} images are mapped already")
+        number = int(free[0])
         guards[number]["start"], guards[number]["page"], guards[number]["lost"] = start, page, lost
         # Last: the handler may look at any time.
         guards[number]["end"] = start + size

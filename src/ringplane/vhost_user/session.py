@@ -394,12 +394,15 @@ class Session:
 
     async def _forget(self, vring: Vring) -> None:
         """Stop the ring and give back all that the front end gave us for it."""
-        await self._reset(vring)
-        await _done(vring.worker.set_call_fd(vring.queue, -1))
-        vring.kick_fd = _replace_fd(vring.kick_fd, -1)
-        vring.call_fd = _replace_fd(vring.call_fd, -1)
-        vring.queue.err_fd = _replace_fd(vring.queue.err_fd, -1)
-        vring.size, vring.base, vring.address, vring.enabled = 0, 0, None, False
+        try:
+            await self._reset(vring)
+            await _done(vring.worker.set_call_fd(vring.queue, -1))
+        finally:
+            # Also where the worker has ended: nobody uses them any more.
+            vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+            vring.call_fd = _replace_fd(vring.call_fd, -1)
+            vring.queue.err_fd = _replace_fd(vring.queue.err_fd, -1)
+            vring.size, vring.base, vring.address, vring.enabled = 0, 0, None, False
 
 
 async def _done(future: Future[Result]) -> Result:

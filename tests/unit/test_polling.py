@@ -1,0 +1,491 @@
+"""How a worker sleeps, polls and is woken: no kick and no call is lost, and an idle worker costs nothing."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ringplane.dataplane.loop import LOOK_TURNS
+from ringplane.dataplane.queue import Queue, RingLayout
+from ringplane.dataplane.worker import Worker
+from ringplane.driver.ring import (
+    QUEUE,
+    SEGMENT,
+    SEGMENT_SIZE,
+    Ring,
+    add,
+    disable_calls,
+    enable_calls,
+    publish,
+    take_used,
+    used_count,
+)
+from ringplane.native.access import load8, relax, store8, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import EPOLL_EVENT, epoll_wait, monotonic_ns, write
+
+from .rig import (
+    GUEST_BASE,
+    IN,
+    OK,
+    PATIENCE,
+    USER_BASE,
+    Line,
+    Rig,
+    eventually,
+    make,
+    need_engine,
+    new_eventfd,
+)
+
+SIZE = 1 << 20
+# Of each hunt for lost wake-ups; the suite's share is short, minutes by hand find more.
+HUNT_SECONDS = float(os.environ.get("RINGPLANE_HUNT_SECONDS", "0.3"))
+# In nanoseconds, of the compiled driver.
+HANG = 5_000_000_000
+
+RigFactory = Callable[..., Rig]
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
+    made: list[Rig] = []
+
+    def factory(engine: str, **options: object) -> Rig:
+        path = tmp_path / f"disk-{len(made)}.img"
+        made.append(make(path, bytes(SIZE), engine=need_engine(engine), **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield factory
+    for rig in made:
+        rig.close()
+
+
+KERNEL_ENGINES = pytest.mark.parametrize("engine", ["aio", "io_uring"])
+
+
+# A driver that kicks only when it is asked to, and that is called only when it asks; compiled, so that it is as fast as
+# a guest, and the worker's thread is awake, about to sleep, and asleep when its requests come.
+
+DRIVER = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            "ring",  # ringplane.driver.ring.QUEUE
+            "segments",
+            "header",
+            "data",
+            "status",  # one byte for each of `depth` requests
+            "free",  # numbers of requests that are free, a stack
+            "free_count",
+            "depth",
+            "kick_fd",
+            "epoll_fd",  # watches the call fd
+            "event",
+            "one",  # the address of the number 1
+            "pause",  # at most so many nanoseconds between batches
+            "sleeps",  # whether it waits for calls, or looks at the ring
+            "random",
+            "until",  # CLOCK_MONOTONIC
+            "requests",
+            "kicks",
+            "calls",
+            "errors",
+            "hung",
+        )
+    ]
+)
+
+
+@compiled
+def next_random(driver, below):
+    # Lehmer's generator with the factor and modulus of C++'s minstd_rand.
+    driver.random = driver.random * 48271 % 2147483647
+    return driver.random * below >> 31
+
+
+@compiled
+def offer_batch(driver, ring):
+    count = min(driver.free_count, 1 + next_random(driver, driver.depth))
+    for _ in range(count):
+        driver.free_count -= 1
+        # From the bottom up: the order does not matter, and the top is where they are put back.
+        number = load8(driver.free + driver.free_count)
+        store8(driver.status + number, 0xEE)
+        view(driver.segments + 2 * SEGMENT_SIZE, SEGMENT).address = driver.status + number
+        add(ring, driver.segments, 3, 0, number)
+    driver.requests += count
+    if publish(ring):
+        driver.kicks += 1
+        write(driver.kick_fd, driver.one, 8)
+
+
+@compiled
+def wait_for_used(driver, ring):
+    """False when that lasts too long."""
+    end = monotonic_ns() + HANG
+    while used_count(ring) == 0:
+        if monotonic_ns() > end:
+            return False
+        if driver.sleeps:
+            enable_calls(ring)
+            if used_count(ring) == 0:
+                if epoll_wait(driver.epoll_fd, driver.event, 1, HANG // 1_000_000) == 0:
+                    return False
+                driver.calls += 1
+            disable_calls(ring)
+        else:
+            relax()
+    return True
+
+
+@compiled
+def take_all(driver, ring):
+    while used_count(ring):
+        number, _ = take_used(ring)
+        if load8(driver.status + number) != 0:
+            driver.errors += 1
+        store8(driver.free + driver.free_count, number)
+        driver.free_count += 1
+
+
+@compiled
+def drive(address):
+    driver = view(address, DRIVER)
+    ring = view(driver.ring, QUEUE)
+    while monotonic_ns() < driver.until:
+        offer_batch(driver, ring)
+        # Sometimes one batch after the other without waiting, mostly until nothing is in flight.
+        patient = next_random(driver, 4) > 0
+        while driver.free_count < driver.depth and (patient or driver.free_count == 0):
+            if not wait_for_used(driver, ring):
+                driver.hung = 1
+                return
+            take_all(driver, ring)
+        if driver.pause:
+            end = monotonic_ns() + next_random(driver, driver.pause)
+            while monotonic_ns() < end:
+                relax()
+    while driver.free_count < driver.depth:
+        if not wait_for_used(driver, ring):
+            driver.hung = 1
+            return
+        take_all(driver, ring)
+
+
+class Drive:
+    """A queue with a compiled driver on a thread of its own."""
+
+    def __init__(
+        self,
+        rig: Rig,
+        worker: Worker,
+        seed: int,
+        *,
+        event_idx: bool,
+        sleeps: bool,
+        depth: int = 8,
+        pause_us: int = 200,
+        base: int = 65000,
+    ) -> None:
+        guest, size = rig.guest, 32
+        self.worker, self.depth = worker, depth
+        self.queue = Queue(rig.device, seed, f"driven queue {seed}")
+        self.kick_fd, self.call_fd = new_eventfd(), new_eventfd()
+        self.epoll = select.epoll()
+        self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)
+        start = guest.address + guest.allocate(Ring.bytes_needed(size) + 64, 64)
+        self.ring = Ring(guest.address - GUEST_BASE, start, size, event_idx)
+        self.ring.reset(base)
+        # Ours alone, as drivers keep it.
+        self.segments = np.zeros(3, SEGMENT)
+        self.free = np.arange(depth, dtype=np.uint8)
+        self.event = np.zeros(1, EPOLL_EVENT)
+        self.one = np.ones(1, np.int64)
+        header, data, status = (guest.address + guest.allocate(size, 64) for size in (16, 512, 64))
+        store32_in_python(header, IN)
+        self.segments[0], self.segments[1], self.segments[2] = (header, 16, 0), (data, 512, 1), (status, 1, 1)
+        self._record: npt.NDArray[np.void] = np.zeros(1, DRIVER)
+        self.record = self._record[0]
+        for name, value in {
+            "ring": self.ring.address,
+            "segments": self.segments.ctypes.data,
+            "status": status,
+            "free": self.free.ctypes.data,
+            "free_count": depth,
+            "depth": depth,
+            "kick_fd": self.kick_fd,
+            "epoll_fd": self.epoll.fileno(),
+            "event": self.event.ctypes.data,
+            "one": self.one.ctypes.data,
+            "pause": 1000 * pause_us,
+            "sleeps": sleeps,
+            "random": seed + 1,
+        }.items():
+            self.record[name] = value
+        layout = RingLayout(
+            size,
+            *(place - guest.address + USER_BASE for place in (self.ring.desc, self.ring.avail, self.ring.used)),
+            base,
+            event_idx,
+            True,
+            False,
+        )
+        worker.set_call_fd(self.queue, self.call_fd).result(PATIENCE)
+        worker.start_queue(self.queue, layout, guest.table(), self.kick_fd).result(PATIENCE)
+        self.thread = threading.Thread(target=lambda: drive(int(self._record.ctypes.data)), daemon=True)
+
+    def start(self, seconds: float) -> None:
+        self.record["until"] = time.monotonic_ns() + int(seconds * 1e9)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait for the driver's end, check what it saw, and stop the queue."""
+        self.thread.join()
+        try:
+            seen = {name: int(self.record[name]) for name in ("requests", "kicks", "calls", "errors", "hung")}
+            assert not self.record["hung"], f"a wake-up was lost: {seen}, {self.state()}"
+            assert self.record["errors"] == 0
+            assert self.queue.counters["requests"].sum() == self.record["requests"]
+        finally:
+            self.close()
+
+    def state(self) -> dict[str, int]:
+        names = ("running", "ready", "quiet", "in_flight", "last_avail", "next_used", "published_used")
+        return {name: int(self.queue.record[name]) for name in names} | {
+            "avail": int(self.ring.state["next_avail"]),
+            "taken": int(self.ring.state["last_used"]),
+        }
+
+    def close(self) -> None:
+        self.worker.stop_queue(self.queue).result(PATIENCE)
+        self.epoll.close()
+        os.close(self.kick_fd)
+        os.close(self.call_fd)
+
+
+def store32_in_python(address: int, value: int) -> None:
+    import ctypes
+
+    ctypes.c_uint32.from_address(address).value = value
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_the_driver(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """So that it is not in the time of the first test."""
+    nothing: npt.NDArray[np.void] = np.zeros(1, DRIVER)
+    drive(int(nothing.ctypes.data))
+
+
+@pytest.mark.parametrize("poll_us", [0, 50, None])
+@pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
+@pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
+def test_no_kick_and_no_call_is_lost(make_rig: RigFactory, engine: str, event_idx: bool, poll_us: int | None) -> None:
+    """Three queues with six slots: one driver sleeps until it is called, one looks at its ring, one does not pause."""
+    rig = make_rig(engine, poll_us=poll_us, slots=6)
+    seed = time.monotonic_ns() % 1_000_000
+    drives = [
+        Drive(rig, rig.workers[0], seed, event_idx=event_idx, sleeps=True),
+        Drive(rig, rig.workers[0], seed + 1, event_idx=event_idx, sleeps=False, depth=2),
+        Drive(rig, rig.workers[0], seed + 2, event_idx=event_idx, sleeps=True, pause_us=0),
+    ]
+    for each in drives:
+        each.start(HUNT_SECONDS)
+    for each in drives:
+        each.finish()
+
+
+@pytest.mark.parametrize("poll_us", [0, 50, None])
+@pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
+@pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
+def test_a_lonely_request_is_not_lost(make_rig: RigFactory, engine: str, event_idx: bool, poll_us: int | None) -> None:
+    """One queue and one request at a time, at any moment of falling asleep: nothing else would wake the worker."""
+    rig = make_rig(engine, poll_us=poll_us, slots=2)
+    seed = time.monotonic_ns() % 1_000_000
+    alone = Drive(rig, rig.workers[0], seed, event_idx=event_idx, sleeps=True, depth=1)
+    alone.start(HUNT_SECONDS / 2)
+    alone.finish()
+
+
+# What sleeping and not sleeping cost.
+
+
+def switches(worker: Worker) -> int:
+    """How often the worker's thread has gone to sleep."""
+    status = Path(f"/proc/self/task/{worker._thread.native_id}/status").read_text()
+    return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+
+def ticks(worker: Worker) -> int:
+    """CPU time of the worker's thread, in hundredths of a second."""
+    fields = Path(f"/proc/self/task/{worker._thread.native_id}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def work_of(worker: Worker) -> tuple[int, int, int]:
+    """What does not change while a worker sleeps."""
+    return switches(worker), ticks(worker), int(worker._state["turns"][0])
+
+
+def is_asleep(worker: Worker) -> bool:
+    before = work_of(worker)
+    time.sleep(0.005)
+    stat = Path(f"/proc/self/task/{worker._thread.native_id}/stat").read_text()
+    # A worker that polls makes no turns either, but runs.
+    return stat.rpartition(")")[2].split()[0] == "S" and before == work_of(worker)
+
+
+@pytest.mark.parametrize("poll_us", [0, 50, 20_000])
+@KERNEL_ENGINES
+def test_an_idle_worker_does_not_wake_up(make_rig: RigFactory, engine: str, poll_us: int) -> None:
+    rig = make_rig(engine, poll_us=poll_us)
+    worker = rig.workers[0]
+    line = rig.line().start()
+    rig.line().start()
+    for burst in range(2):
+        if burst:
+            busy = Drive(rig, worker, 1, event_idx=True, sleeps=True, pause_us=20)
+            busy.start(0.1)
+            busy.finish()
+        assert line.do(IN, room=512).status == OK
+        assert eventually(lambda: is_asleep(worker))
+        before = work_of(worker)
+        time.sleep(0.3)
+        assert work_of(worker) == before
+
+
+@KERNEL_ENGINES
+def test_polling_begins_where_it_pays_and_ends_where_it_does_not(make_rig: RigFactory, engine: str) -> None:
+    rig = make_rig(engine, poll_us=200)
+    state = rig.workers[0]._state
+    busy = Drive(rig, rig.workers[0], 3, event_idx=True, sleeps=False, pause_us=50, depth=1)
+    busy.start(0.5)
+    assert eventually(lambda: int(state["poll_ns"][0]) > 0)
+    busy.finish()
+    rare = Drive(rig, rig.workers[0], 4, event_idx=True, sleeps=False, pause_us=20_000, depth=1)
+    rare.start(0.5)
+    assert eventually(lambda: int(state["poll_ns"][0]) == 0)
+    rare.finish()
+
+
+def put_silently(line: Line) -> None:
+    """A request without a kick."""
+    line.put(IN, room=512)
+    line.ring.publish()
+
+
+@KERNEL_ENGINES
+def test_always_never_sleeps_and_needs_no_kick(make_rig: RigFactory, engine: str) -> None:
+    rig = make_rig(engine, poll_us=None)
+    worker = rig.workers[0]
+    served, never_served = rig.line().start(), rig.line().start()
+    assert served.do(IN, room=512).status == OK
+    before = switches(worker)
+    time.sleep(0.2)
+    assert int(worker._state["poll_end"][0]) > 0, "it is not looking at the rings"
+    assert switches(worker) == before
+    for line in (served, never_served):
+        put_silently(line)
+        line.wait()
+        assert struct.unpack_from("<H", rig.guest.memory, line.ring.used)[0] == 1, "kicks are asked for"
+
+
+@pytest.mark.parametrize("poll_us", [50, None])
+@KERNEL_ENGINES
+def test_what_the_control_plane_wants_happens_at_once(make_rig: RigFactory, engine: str, poll_us: int | None) -> None:
+    """While one queue is busy: calls, new queues, drains, other memory."""
+    rig = make_rig(engine, poll_us=poll_us)
+    worker = rig.workers[0]
+    busy = Drive(rig, worker, 5, event_idx=True, sleeps=False, pause_us=20)
+    busy.start(0.6)
+    took = []
+    for number in range(15):
+        begin = time.monotonic()
+        line = rig.line().start(event_idx=number % 2 == 0)
+        assert line.do(IN, room=512).status == OK
+        worker.set_memory(line.queue, rig.guest.table()).result(PATIENCE)
+        assert line.do(IN, room=512).status == OK
+        base = line.stop()
+        line.resume(base=base)
+        assert line.do(IN, room=512).status == OK
+        line.stop()
+        took.append(time.monotonic() - begin)
+    busy.finish()
+    # The median: three threads that never sleep share the CPUs here.
+    assert sorted(took)[len(took) // 2] < 0.5
+
+
+def turns_until(worker: Worker, line: Line) -> int:
+    """How many turns the worker makes from a kick to the answer."""
+    line.put(IN, room=512)
+    before = int(worker._state["turns"][0])
+    line.kick()
+    line.wait()
+    return int(worker._state["turns"][0]) - before
+
+
+@pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
+@KERNEL_ENGINES
+def test_a_kicked_queue_is_served_beside_one_that_is_polled(make_rig: RigFactory, engine: str, event_idx: bool) -> None:
+    rig = make_rig(engine, poll_us=50)
+    worker = rig.workers[0]
+    line = rig.line().start(event_idx=event_idx)
+    busy = Drive(rig, worker, 6, event_idx=event_idx, sleeps=False, pause_us=10, depth=1)
+    busy.start(0.6)
+    turns = []
+    for _ in range(20):
+        time.sleep(0.01)
+        turns.append(turns_until(worker, line))
+    busy.finish()
+    # The median, and a multiple of what it takes: this thread and the driver's may be off the CPU for long.
+    assert sorted(turns)[len(turns) // 2] < 50 * LOOK_TURNS
+
+
+@pytest.mark.parametrize("what", ["kick", "call"])
+@KERNEL_ENGINES
+def test_a_long_poll_keeps_nobody_waiting(make_rig: RigFactory, engine: str, what: str) -> None:
+    """The worker looks at one ring for up to 400 ms, and finds something there each 50 ms."""
+    rig = make_rig(engine, poll_us=400_000)
+    worker = rig.workers[0]
+    line, beside, stop = rig.line().start(), rig.line().start(), threading.Event()
+    for each in (line, beside):
+        assert each.do(IN, room=512).status == OK
+    # From now on `line` is kicked, until it has been served once.
+    assert eventually(lambda: is_asleep(worker) and not line.queue.record["quiet"])
+    pending = line.put(IN, room=512)
+    free = rig.guest.free
+
+    def now_and_then() -> None:
+        while not stop.wait(0.05):
+            beside.do(IN, room=512)
+            rig.guest.free = free
+
+    thread = threading.Thread(target=now_and_then)
+    thread.start()
+    try:
+        assert eventually(lambda: int(worker._state["poll_ns"][0]) > 0)
+        time.sleep(0.2)
+        assert not line.queue.record["quiet"]
+        begin = time.monotonic()
+        if what == "kick":
+            line.kick()
+            line.wait()
+        else:
+            worker.call(lambda: None).result(PATIENCE)
+        took = time.monotonic() - begin
+        line.kick()
+        line.wait()
+    finally:
+        stop.set()
+        thread.join()
+    assert line.answer(pending).status == OK
+    assert took < 0.025
