@@ -61,7 +61,7 @@ TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
 # The guest's script says this of each run, with its number and fio's line.
 SAID = "fio-run"
 # Where figures stand in fio's terse output, version 3 ("HOWTO", terse output); reads and writes are reported as one.
-VERSION, ERROR, IOPS, RUNTIME_MS, PERCENTILES, MEAN_US = 0, 4, 7, 8, slice(17, 37), 39
+VERSION, ERROR, KIB, RUNTIME_MS, PERCENTILES, MEAN_US = 0, 4, 5, 8, slice(17, 37), 39
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +108,19 @@ class Fio:
     p99_us: float
 
 
-def parse_fio(line: str) -> Fio:
+def parse_fio(line: str, block_size: int) -> Fio:
     """Read a line of fio's terse output (version 3, reads and writes reported as one); raises ValueError."""
     fields = line.split(";")
     if len(fields) <= MEAN_US or fields[VERSION] != "3":
         raise ValueError(f"this is no terse output of fio, version 3: {line!r}")
-    iops, runtime = float(fields[IOPS]), float(fields[RUNTIME_MS])
-    if fields[ERROR] != "0" or iops <= 0 or runtime <= 0:
+    # fio tells whole requests a second, which is nothing for a disk that did but a few.
+    requests, runtime = int(fields[KIB]) * 1024 / block_size, int(fields[RUNTIME_MS])
+    if fields[ERROR] != "0" or requests <= 0 or runtime <= 0:
         raise ValueError(f"fio failed or did nothing: {line!r}")
     percentiles = {
         float(name): float(value) for name, _, value in (each.partition("%=") for each in fields[PERCENTILES])
     }
-    return Fio(iops, iops * runtime / 1000, float(fields[MEAN_US]), percentiles[50], percentiles[99])
+    return Fio(requests * 1000 / runtime, requests, float(fields[MEAN_US]), percentiles[50], percentiles[99])
 
 
 # The guest's part
@@ -253,7 +254,7 @@ class Watch:
             raise GuestError(f"the guest tells of run {number} after run {len(self.measured) - 1}")
         turn = self.turns[number]
         try:
-            result = parse_fio(said)
+            result = parse_fio(said, WORKLOADS[turn.workload].block_size)
             cpu = cpu_ns(self.pids[turn.subject])
         except (ValueError, ProcessLookupError) as error:
             raise GuestError(str(error)) from None

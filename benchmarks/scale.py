@@ -264,7 +264,7 @@ def main(
                     rows.append(Row(str(setup), number, *figures))
                 if json_path:
                     json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         raise click.ClickException(str(error)) from None
     show(rows, groups, in_flight, Console(width=120))
 

@@ -41,7 +41,8 @@ def row(guests: ModuleType, subject: str, number: int, iops: float, strangers: f
 
 
 def test_fio_line(guests: ModuleType) -> None:
-    assert guests.parse_fio(LINE) == guests.Fio(791091.0, 791091 * 0.501, 9.906732, 10.0, 12.0)
+    requests = 1585348 / 4
+    assert guests.parse_fio(LINE, 4096) == guests.Fio(requests * 1000 / 501, requests, 9.906732, 10.0, 12.0)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +52,13 @@ def test_fio_line(guests: ModuleType) -> None:
         LINE[:100],
         LINE.replace("3;fio", "5;fio", 1),
         LINE.replace(";x;0;0;", ";x;0;5;"),
-        LINE.replace(";791091;", ";0;"),
+        LINE.replace(";1585348;", ";0;"),
         LINE.replace("50.000000%=10", "[   3.2] a message of the kernel"),
     ],
 )
 def test_line_that_tells_no_result_is_refused(guests: ModuleType, line: str) -> None:
     with pytest.raises(ValueError, match=r"fio|convert"):
-        guests.parse_fio(line)
+        guests.parse_fio(line, 4096)
 
 
 def test_every_subject_is_measured_as_often_and_not_always_first(guests: ModuleType) -> None:
