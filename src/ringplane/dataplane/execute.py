@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringplane.dataplane.fetch import IOVEC_SIZE, copy_from_front, copy_to_front
+from ringplane.dataplane.fetch import copy_from_front, copy_to_front
 from ringplane.dataplane.state import (
     BOUNCE_SIZE,
     DEVICE,
@@ -22,7 +22,7 @@ from ringplane.engines.dispatch import prepare_flush, prepare_io
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import IOVEC
+from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_ID_BYTES,

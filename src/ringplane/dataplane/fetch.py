@@ -11,7 +11,7 @@ from ringplane.dataplane.state import MAX_IOVECS, REQUEST_HEADER
 from ringplane.memory import REGION, REGION_SIZE, find_region
 from ringplane.native.access import address_of, copy, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import IOVEC
+from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
 from ringplane.virtio.blk import HEADER_SIZE
 from ringplane.virtio.split import (
     DESC_SIZE,
@@ -21,7 +21,6 @@ from ringplane.virtio.split import (
     read_desc,
 )
 
-IOVEC_SIZE = IOVEC.itemsize
 MAX_CHAIN_BYTES = 1 << 32
 
 

@@ -24,7 +24,7 @@ from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS,
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import EAGAIN, EINTR, EPOLL_EVENT, IOVEC, epoll_wait, io_submit
+from ringplane.native.syscalls import EAGAIN, EINTR, EPOLL_EVENT, IOV_MAX, IOVEC, epoll_wait, io_submit
 
 EPOLL_EVENT_SIZE = EPOLL_EVENT.itemsize
 
@@ -49,7 +49,6 @@ IOCB_SIZE = IOCB.itemsize
 IOCB_CMD_PREAD, IOCB_CMD_PWRITE, IOCB_CMD_FDSYNC, IOCB_CMD_PREADV, IOCB_CMD_PWRITEV = 0, 1, 3, 7, 8
 IOCB_FLAG_RESFD = 1
 RWF_DSYNC = 2
-IOV_MAX = 1024
 
 IO_EVENT = np.dtype([("data", "<i8"), ("obj", "<i8"), ("res", "<i8"), ("res2", "<i8")])
 IO_EVENT_SIZE = IO_EVENT.itemsize

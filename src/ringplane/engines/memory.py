@@ -23,10 +23,8 @@ from ringplane.engines.common import READ
 from ringplane.native import libc, sigbus
 from ringplane.native.access import address_of, copy, load8, load64, prefetch, store8, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import IOVEC, preadv, pwritev
+from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, preadv, pwritev
 
-IOVEC_SIZE = IOVEC.itemsize
-IOV_MAX = 1024
 PAGE_BITS = 12
 PAGE = 1 << PAGE_BITS
 

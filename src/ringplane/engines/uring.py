@@ -28,7 +28,7 @@ from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TO
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import IOVEC, io_uring_enter
+from ringplane.native.syscalls import IOV_MAX, IOVEC, io_uring_enter
 
 # include/uapi/linux/io_uring.h
 SQE = np.dtype(
@@ -74,7 +74,6 @@ PARAMS = struct.Struct("=10I 10I 10I")
 
 POLLIN = 1
 RWF_DSYNC = 2
-IOV_MAX = 1024
 # The kernel transfers less than 2^31 bytes at a time, and `len` has 32 bits.
 MAX_LENGTH = 0x7FFF_F000
 MAX_WATCHES = 4096

@@ -51,8 +51,10 @@ MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 # epoll_ctl(2): packed on x86-64 alone.
 EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
 
-# readv(2)
+# readv(2), and how many of them one call takes at most
 IOVEC = np.dtype([("base", "<i8"), ("len", "<i8")])
+IOVEC_SIZE = IOVEC.itemsize
+IOV_MAX = 1024
 
 
 @intrinsic
