@@ -42,7 +42,7 @@ class Device:
         self.address = int(self._record.ctypes.data)
         memory, segment = alignment
         record = self._record[0]
-        record["fd"], record["capacity"], record["read_only"] = fd, size // SECTOR, read_only
+        record["capacity"], record["read_only"] = size // SECTOR, read_only
         record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
         record["buffered"] = alignment == (1, 1)
         record["storage"], record["image"] = storage, self.mapped.address if self.mapped else 0

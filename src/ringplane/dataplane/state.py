@@ -19,7 +19,6 @@ def _struct(*fields: str) -> np.dtype[np.void]:
 # A disk. Written by the control plane, but for `flush_failed`.
 DEVICE = np.dtype(
     [
-        ("fd", "<i8"),
         ("capacity", "<i8"),  # in sectors of 512 bytes
         ("read_only", "<i8"),
         ("block_mask", "<i8"),  # logical block size - 1, in bytes: what a request's sector and length must respect
