@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from ringplane.engines import uring
+from ringplane.engines import aio, uring
 from ringplane.engines.aio import Aio
 from ringplane.engines.choose import AUTO, WORKER_ENGINES, make_engine
-from ringplane.engines.dispatch import wait
+from ringplane.engines.dispatch import has_news, wait
 from ringplane.engines.uring import Uring
 
 from .rig import need_engine
@@ -29,7 +31,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Aio | Uring]:
 
 
 def tokens(engine: Aio | Uring, timeout_ms: int = 0) -> list[int]:
-    count = wait(engine._engine[0], timeout_ms)
+    count = wait(engine._engine[0], timeout_ms * 1_000_000, 1)
     return [int(token) for token in engine._tokens[:count]]
 
 
@@ -43,6 +45,49 @@ def test_a_watched_eventfd_is_told_for_each_write_and_never_read(engine: Aio | U
         assert tokens(engine) == []
     assert os.eventfd_read(fd) == 3
     os.close(fd)
+
+
+def test_a_flag_that_the_kernel_left_behind_is_no_news() -> None:
+    """IORING_SQ_TASKRUN without work: a worker that took it for news would never sleep again."""
+    engine = make_engine(need_engine("io_uring"), 8)
+    assert isinstance(engine, Uring)
+    engine.attach_thread()
+    record = engine._engine[0]
+    tokens(engine)
+    flags = ctypes.c_uint32.from_address(int(record["sq_flags"]))
+    flags.value |= uring.IORING_SQ_TASKRUN
+    assert has_news(record)
+    assert tokens(engine) == []
+    assert not has_news(record)
+    # What really comes then is not lost, and told by the flag again after that.
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    engine.watch(fd, TOKEN)
+    tokens(engine)
+    os.eventfd_write(fd, 1)
+    assert tokens(engine, 1000) == [TOKEN]
+    os.eventfd_write(fd, 1)
+    assert has_news(record)
+    assert tokens(engine) == [TOKEN]
+    engine.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("has_epoll_pwait2", [True, False])
+def test_aio_sleeps_for_as_long_as_it_is_told_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, has_epoll_pwait2: bool
+) -> None:
+    """Without epoll_pwait2(2) there are only milliseconds."""
+    if not has_epoll_pwait2:
+        monkeypatch.setattr(aio, "_has_epoll_pwait2", lambda: False)
+    engine = Aio(8)
+    assert engine.naps == has_epoll_pwait2
+    begin = time.monotonic_ns()
+    assert wait(engine._engine[0], 50_000, 1) == 0
+    slept = time.monotonic_ns() - begin
+    assert wait(engine._engine[0], 2_000_000, 1) == 0
+    assert time.monotonic_ns() - begin - slept >= 2_000_000
+    assert slept >= (50_000 if has_epoll_pwait2 else 0)
+    engine.close()
 
 
 def test_what_was_written_before_it_was_watched_is_told(engine: Aio | Uring) -> None:

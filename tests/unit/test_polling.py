@@ -16,6 +16,7 @@ import pytest
 
 from ringplane.dataplane.loop import LOOK_TURNS
 from ringplane.dataplane.queue import Queue, RingLayout
+from ringplane.dataplane.state import NAP, NEVER, POLL, SLEEP
 from ringplane.dataplane.worker import Worker
 from ringplane.driver.ring import (
     QUEUE,
@@ -260,7 +261,7 @@ class Drive:
             self.close()
 
     def state(self) -> dict[str, int]:
-        names = ("running", "ready", "quiet", "in_flight", "last_avail", "next_used", "published_used")
+        names = ("running", "ready", "quiet", "in_flight", "last_avail", "next_used", "signalled_used")
         return {name: int(self.queue.record[name]) for name in names} | {
             "avail": int(self.ring.state["next_avail"]),
             "taken": int(self.ring.state["last_used"]),
@@ -286,12 +287,33 @@ def _compile_the_driver(tmp_path_factory: pytest.TempPathFactory) -> None:
     drive(int(nothing.ctypes.data))
 
 
-@pytest.mark.parametrize("poll_us", [0, 50, None])
+def give_only(worker: Worker, habit: int) -> None:
+    """Let the worker have one habit."""
+
+    def change() -> None:
+        worker._state["habit"], worker._state["habits"], worker._state["spell_end"] = habit, 1 << habit, NEVER
+
+    worker.call(change).result(PATIENCE)
+
+
+# Each habit by itself, what the worker makes of them, and never sleeping.
+HABITS_AND_TIMES = pytest.mark.parametrize(
+    ("habit", "poll_us"),
+    [(SLEEP, 50), (NAP, 50), (POLL, 50), (None, 50), (None, 0), (None, None)],
+    ids=["sleep", "nap", "poll", "tuned", "tuned-without-polling", "always"],
+)
+
+
+@HABITS_AND_TIMES
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
-def test_no_kick_and_no_call_is_lost(make_rig: RigFactory, engine: str, event_idx: bool, poll_us: int | None) -> None:
+def test_no_kick_and_no_call_is_lost(
+    make_rig: RigFactory, engine: str, event_idx: bool, habit: int | None, poll_us: int | None
+) -> None:
     """Three queues with six slots: one driver sleeps until it is called, one looks at its ring, one does not pause."""
     rig = make_rig(engine, poll_us=poll_us, slots=6)
+    if habit is not None:
+        give_only(rig.workers[0], habit)
     seed = time.monotonic_ns() % 1_000_000
     drives = [
         Drive(rig, rig.workers[0], seed, event_idx=event_idx, sleeps=True),
@@ -304,12 +326,16 @@ def test_no_kick_and_no_call_is_lost(make_rig: RigFactory, engine: str, event_id
         each.finish()
 
 
-@pytest.mark.parametrize("poll_us", [0, 50, None])
+@HABITS_AND_TIMES
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
-def test_a_lonely_request_is_not_lost(make_rig: RigFactory, engine: str, event_idx: bool, poll_us: int | None) -> None:
+def test_a_lonely_request_is_not_lost(
+    make_rig: RigFactory, engine: str, event_idx: bool, habit: int | None, poll_us: int | None
+) -> None:
     """One queue and one request at a time, at any moment of falling asleep: nothing else would wake the worker."""
     rig = make_rig(engine, poll_us=poll_us, slots=2)
+    if habit is not None:
+        give_only(rig.workers[0], habit)
     seed = time.monotonic_ns() % 1_000_000
     alone = Drive(rig, rig.workers[0], seed, event_idx=event_idx, sleeps=True, depth=1)
     alone.start(HUNT_SECONDS / 2)
@@ -368,13 +394,45 @@ def test_polling_begins_where_it_pays_and_ends_where_it_does_not(make_rig: RigFa
     rig = make_rig(engine, poll_us=200)
     state = rig.workers[0]._state
     busy = Drive(rig, rig.workers[0], 3, event_idx=True, sleeps=False, pause_us=50, depth=1)
-    busy.start(0.5)
-    assert eventually(lambda: int(state["poll_ns"][0]) > 0)
+    busy.start(1.0)
+    assert eventually(lambda: int(state["habit"][0]) == POLL and int(state["resting"][0]) > 0)
     busy.finish()
-    rare = Drive(rig, rig.workers[0], 4, event_idx=True, sleeps=False, pause_us=20_000, depth=1)
-    rare.start(0.5)
-    assert eventually(lambda: int(state["poll_ns"][0]) == 0)
+    rare = Drive(rig, rig.workers[0], 4, event_idx=True, sleeps=False, pause_us=80_000, depth=1)
+    rare.start(1.0)
+    assert eventually(lambda: int(state["habit"][0]) == SLEEP)
     rare.finish()
+
+
+def calls_per_request(rig: Rig, habit: int) -> float:
+    """Of a driver that always wants to be called, although it looks at the ring all the time."""
+    worker = rig.workers[0]
+    give_only(worker, habit)
+    busy = Drive(rig, worker, 7, event_idx=False, sleeps=False, pause_us=0, depth=1)
+    busy.start(0.3)
+    busy.thread.join()
+    calls, requests = os.eventfd_read(busy.call_fd), int(busy.record["requests"])
+    busy.finish()
+    return calls / requests
+
+
+def test_a_napping_worker_calls_once_for_many(make_rig: RigFactory) -> None:
+    rig = make_rig("memory")
+    assert calls_per_request(rig, SLEEP) > 0.9
+    assert calls_per_request(rig, NAP) < 0.7
+
+
+def test_a_held_call_is_made_before_the_worker_does_what_the_control_plane_wants(make_rig: RigFactory) -> None:
+    """So that a call fd may be changed, or a queue stopped, at any time."""
+    rig = make_rig("aio")
+    worker = rig.workers[0]
+    give_only(worker, NAP)
+    line = rig.line().start()
+    for _ in range(30):
+        line.put(IN, room=512)
+        line.kick()
+        assert eventually(lambda: line.ring.device_used_idx() == line.ring.avail_idx)
+        assert worker.call(lambda: int(worker._state["uncalled"][0])).result(PATIENCE) == 0
+        assert os.eventfd_read(line.call_fd) == 1
 
 
 def put_silently(line: Line) -> None:
@@ -470,9 +528,9 @@ def test_a_long_poll_keeps_nobody_waiting(make_rig: RigFactory, engine: str, wha
             rig.guest.free = free
 
     thread = threading.Thread(target=now_and_then)
+    give_only(worker, POLL)
     thread.start()
     try:
-        assert eventually(lambda: int(worker._state["poll_ns"][0]) > 0)
         time.sleep(0.2)
         assert not line.queue.record["quiet"]
         begin = time.monotonic()

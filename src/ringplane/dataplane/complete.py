@@ -10,6 +10,7 @@ from ringplane.dataplane.state import (
     COUNTER_SIZE,
     DEVICE,
     KIND_FLUSH,
+    NAP,
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
@@ -24,7 +25,10 @@ from ringplane.native.access import address_of, store8, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, monotonic_ns, write
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
-from ringplane.virtio.split import publish_used, put_used
+from ringplane.virtio.split import publish_used, put_used, wants_call
+
+# In nanoseconds: how long calls are held after the last completion, and after the first one that was not told yet.
+HOLD_NS, HOLD_MAX_NS = 50_000, 400_000
 
 
 @compiled
@@ -119,6 +123,7 @@ def release(worker, queue, request):
     worker.free = request.slot
     queue.in_flight -= 1
     worker.in_flight -= 1
+    worker.answered += 1
     if request.retired_memory or (queue.draining and queue.in_flight == 0):
         request.retired_memory = 0
         worker.attention = 1
@@ -132,13 +137,37 @@ def mark_unpublished(worker, queue):
         worker.unpublished = address_of(queue)
 
 
+# Calls: in a guest each is an interrupt, which costs it more than a request does, and a guest that is busy submitting
+# gains nothing by it. So in the habit NAP a call is held until nothing has completed for a while, then made for all.
+
+
 @compiled
 def publish_all(worker):
-    """Publish the used elements of this turn, one notification a queue at most."""
+    """Publish the used elements of this turn, and call the drivers unless their calls are held."""
+    if worker.unpublished and worker.habit == NAP:
+        if not worker.uncalled:
+            worker.call_limit = worker.now + HOLD_MAX_NS
+        worker.call_at = min(worker.now + HOLD_NS, worker.call_limit)
     while worker.unpublished:
         queue = view(worker.unpublished, QUEUE)
         worker.unpublished = queue.next_unpublished
         queue.unpublished = 0
-        if publish_used(queue) and queue.call_fd >= 0:
+        publish_used(queue)
+        if not queue.uncalled:
+            queue.uncalled = 1
+            queue.next_uncalled = worker.uncalled
+            worker.uncalled = address_of(queue)
+    if worker.habit != NAP or worker.now >= worker.call_at:
+        call_all(worker)
+
+
+@compiled
+def call_all(worker):
+    """Call the drivers that want it for what was published, once each."""
+    while worker.uncalled:
+        queue = view(worker.uncalled, QUEUE)
+        worker.uncalled = queue.next_uncalled
+        queue.uncalled = 0
+        if wants_call(queue) and queue.call_fd >= 0:
             # The result is of no use: a full eventfd or pipe has a notification in it already.
             write(queue.call_fd, address_of(worker) + WORKER_ONE, 8)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ringplane.dataplane import rules
-from ringplane.dataplane.complete import complete_all, finish, publish_all
+from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all
 from ringplane.dataplane.execute import PENDING, do_copies, execute
 from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.state import (
     ALWAYS,
+    POLL,
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
@@ -16,6 +17,7 @@ from ringplane.dataplane.state import (
     WORKER,
 )
 from ringplane.dataplane.trace import trace
+from ringplane.dataplane.tune import end_spell, note_sleep
 from ringplane.engines.common import ENGINE
 from ringplane.engines.dispatch import has_news, submit, wait
 from ringplane.native.access import address_of, load64, relax, view
@@ -23,7 +25,10 @@ from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.split import available, disable_kicks, enable_kicks, take_head
 
-RETRY_MS = 1
+RETRY_NS = 1_000_000
+
+# More than can happen while a worker naps: storage does not wake it.
+MANY = 1 << 10
 
 # How many chains of a queue are fetched before what was fetched is submitted, completed and published: few at first, so
 # that a sleeping driver is called early and wakes up while we work, then more and more.
@@ -32,9 +37,6 @@ FIRST_TURN, TURN = 2, 16
 # A worker that does not sleep asks the engine in each so many turns, even where nothing tells that there is news.
 LOOK_TURNS = 16
 POLL_SLICE_NS = 100_000
-
-# After so many sleeps in a row that polling did not save it pauses, at most for so many short sleeps.
-POLL_FAILURES, POLL_PAUSE_MAX = 3, 1000
 
 
 @compiled
@@ -57,20 +59,26 @@ def run(address):
             submit(engine)
         complete_all(worker)
         publish_all(worker)
+        if worker.now >= worker.spell_end:
+            end_spell(worker)
+    call_all(worker)
     worker.attention = 0
 
 
 @compiled
 def find_patience(worker, engine):
-    """How many milliseconds the engine may sleep: 0 if there is something to do, -1 until something happens.
+    """How many nanoseconds the engine may sleep: 0 if there is something to do, -1 until something happens.
 
     Without a free slot nothing can be fetched before something completes, so queues that wait for one do not count.
     """
     if can_fetch(worker) or worker.copy_first >= 0:
         return 0
+    if engine.stuck:
+        call_all(worker)
+        return RETRY_NS
+    if worker.uncalled:
+        return nap(worker)
     if engine.prepared > 0:
-        if engine.stuck:
-            return RETRY_MS
         if not engine.submits_in_wait or is_polling(worker):
             return 0
     elif is_polling(worker) and poll(worker, engine):
@@ -87,11 +95,12 @@ def can_fetch(worker):
 @compiled
 def wait_for_events(worker, engine, patience):
     """Let the engine sleep, and note who was kicked. A completion needs no mark: the engine is reaped in each turn."""
-    may_tune = patience < 0 and 0 < worker.poll_max_ns < ALWAYS and worker.in_flight == 0
-    asleep = monotonic_ns() if may_tune else 0
-    count = wait(engine, patience)
-    if may_tune:
-        tune_polling(worker, monotonic_ns() - asleep)
+    sleeps = patience < 0 and worker.in_flight == 0
+    asleep = monotonic_ns() if sleeps else 0
+    count = wait(engine, patience, MANY if patience > 0 else 1)
+    if sleeps:
+        worker.now = monotonic_ns()
+        note_sleep(worker, worker.now - asleep)
     for index in range(count):
         token = load64(engine.tokens + 8 * index)
         if token == TOKEN_CONTROL:
@@ -107,7 +116,7 @@ def wait_for_events(worker, engine, patience):
 
 @compiled
 def is_polling(worker):
-    return worker.poll_max_ns == ALWAYS or (worker.poll_ns > 0 and worker.in_flight == 0)
+    return worker.poll_ns == ALWAYS or (worker.habit == POLL and worker.in_flight == 0)
 
 
 @compiled
@@ -121,14 +130,9 @@ def poll(worker, engine):
         worker.poll_end = now + worker.poll_ns
     pause = now + POLL_SLICE_NS
     while True:
-        address = worker.quiet
-        while address:
-            queue = view(address, QUEUE)
-            if queue.running and available(queue):
-                mark_ready(worker, queue)
-            address = queue.next_quiet
+        look_at_quiet(worker)
         if worker.ready or has_news(engine):
-            worker.poll_failures = worker.poll_end = 0
+            worker.poll_end = 0
             return True
         now = monotonic_ns()
         if now >= worker.poll_end:
@@ -141,21 +145,26 @@ def poll(worker, engine):
 
 
 @compiled
-def tune_polling(worker, slept):
-    """After a sleep of so many nanoseconds: go on polling, stop because it was in vain too often, or begin again.
+def look_at_quiet(worker):
+    """See whether there is something in the rings whose kicks are off."""
+    address = worker.quiet
+    while address:
+        queue = view(address, QUEUE)
+        if queue.running and available(queue):
+            mark_ready(worker, queue)
+        address = queue.next_quiet
 
-    How long the driver let us wait is less than what we slept: waking up takes a while, half of it may be that. Each
-    time that polling has to be given up again the pause before the next attempt is longer.
-    """
-    if worker.poll_ns > 0:
-        worker.poll_failures += 1
-        if worker.poll_failures % POLL_FAILURES == 0:
-            worker.poll_ns = 0
-            worker.poll_pause = min(POLL_PAUSE_MAX, worker.poll_failures * worker.poll_failures)
-    elif slept < 2 * worker.poll_max_ns:
-        worker.poll_pause -= 1
-        if worker.poll_pause <= 0:
-            worker.poll_ns = worker.poll_max_ns
+
+@compiled
+def nap(worker):
+    """For how many nanoseconds to sleep with kicks off, as calls are held anyway; 0: there is something to do."""
+    look_at_quiet(worker)
+    if can_fetch(worker):
+        return 0
+    left = worker.call_at - monotonic_ns()
+    if left <= 0:
+        call_all(worker)
+    return max(left, 0)
 
 
 @compiled

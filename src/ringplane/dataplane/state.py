@@ -45,7 +45,7 @@ QUEUE = _struct(
     "size",
     "last_avail",
     "next_used",
-    "published_used",
+    "signalled_used",
     "event_idx",
     "indirect",
     # Guest memory: REGION structs
@@ -69,6 +69,8 @@ QUEUE = _struct(
     "next_quiet",
     "unpublished",
     "next_unpublished",
+    "uncalled",  # the driver may want a call for what was published
+    "next_uncalled",
     "counters",  # COUNTER structs, one for each kind of request
 )
 
@@ -126,6 +128,11 @@ REQUEST_BOUNCE_IOV: int = REQUEST.fields["bounce_iov_base"][1]  # type: ignore[i
 # Odd in cache lines (1028 * 16 / 64 = 257), so that the first iovecs of all slots do not compete for one cache set.
 MAX_IOVECS = 1028
 
+# What a worker does before it sleeps, and when it calls drivers, the dearest habit last (tune.py): call and sleep at
+# once; hold calls back and take naps meanwhile; look at the rings for a while before sleeping.
+SLEEP, NAP, POLL = range(3)
+HABITS = 3
+
 WORKER = _struct(
     "engine",  # ENGINE
     "requests",  # REQUEST structs
@@ -134,6 +141,9 @@ WORKER = _struct(
     "ready_last",
     "quiet",  # list of queues whose kicks are off: QUEUE, or 0
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
+    "uncalled",  # list of queues whose calls are held: QUEUE, or 0
+    "call_at",  # nanoseconds, CLOCK_MONOTONIC, when the held calls are due
+    "call_limit",  # and when they are due at the latest, whatever completes meanwhile
     "copy_first",  # requests to be copied in this turn, oldest first; -1: none
     "copy_last",
     "waiting_first",  # requests that wait for a bounce buffer, oldest first; -1: none
@@ -142,21 +152,37 @@ WORKER = _struct(
     "attention",  # not 0: `run` is to return to Python
     "in_flight",  # requests fetched and not yet answered, over all queues
     "turns",  # of the loop since the engine was last asked for events
-    "poll_max_ns",  # how long to look at the rings before sleeping; 0: never, ALWAYS: instead of sleeping
-    "poll_ns",  # `poll_max_ns` while that pays, else 0
+    "poll_ns",  # how long to look at the rings before sleeping, in the habit POLL; ALWAYS: instead of sleeping
     "poll_end",  # nanoseconds, CLOCK_MONOTONIC, when the present look at the rings began and is not over, else 0
-    "poll_failures",  # how often in a row it did not
-    "poll_pause",  # how many short sleeps to wait before it is tried again
+    # Self-tuning, see tune.py
+    "answered",  # requests
+    "habit",
+    "habits",  # those that it may have, a bit for each
+    "best",  # the habit that the last trial found best
+    "rate",  # and how many requests a second it answered then
+    "spell_start",  # nanoseconds, CLOCK_MONOTONIC
+    "spell_end",
+    "spell_answered",  # `answered` when it began
+    "rounds",  # of the present trial, so far
+    "trying",  # which habits take part in it, a bit for each
+    "resting",  # nanoseconds until the next trial; 0: there is one now
+    "rest_ns",  # how long the present rest was to be
+    "gaps",  # in a row
+    *(f"tally_{number}" for number in range(2 * HABITS)),  # for each habit: requests answered, nanoseconds
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far
     "one",  # the number 1, for eventfds
 )
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
+WORKER_TALLIES: int = WORKER.fields["tally_0"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
 
-# A `poll_max_ns` that means: never sleep.
+# A `poll_ns` that means: never sleep.
 ALWAYS = 1 << 62
+
+# A moment that the clock does not reach.
+NEVER = 1 << 62
 
 # What the engine reports of a watched fd: this, or the address of a QUEUE that was kicked.
 TOKEN_CONTROL = 1

@@ -29,7 +29,11 @@ from ringplane.dataplane.state import (
     BOUNCE_ALIGNMENT,
     BOUNCE_SIZE,
     MAX_IOVECS,
+    NAP,
+    NEVER,
+    POLL,
     REQUEST,
+    SLEEP,
     TOKEN_CONTROL,
     TRACE_START,
     TRACE_STOP,
@@ -38,6 +42,7 @@ from ringplane.dataplane.state import (
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
 from ringplane.memory import BadMemory, MemoryTable
+from ringplane.native import libc
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.split import (
     AVAIL_ALIGNMENT,
@@ -58,6 +63,8 @@ SLOTS = 512
 # us awake; measured in docs/performance.md.
 POLL_US = 50
 BOUNCE_BUFFERS = 16
+# A nap lasts some 50 us: what the kernel adds to it by default is as long.
+TIMER_SLACK_NS = 1000
 
 
 class WorkerEnded(RuntimeError):
@@ -97,7 +104,7 @@ class Worker:
             os.close(self._control_fd)
             raise
         self._make_state(slots)
-        self._state["poll_ns"], self._state["poll_max_ns"] = polling_ns(poll_us)
+        self._set_habits(poll_us)
         self.engine.watch(self._control_fd, TOKEN_CONTROL)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
@@ -115,6 +122,17 @@ class Worker:
         self._state["engine"] = self.engine.address
         self._state["requests"] = self._requests.ctypes.data
         self._make_bounce_buffers()
+
+    def _set_habits(self, poll_us: int | None) -> None:
+        """What the worker may do before it sleeps; which of it pays it finds out."""
+        state = self._state
+        if poll_us is None:
+            state["habit"], state["poll_ns"], state["spell_end"] = POLL, ALWAYS, NEVER
+        else:
+            state["poll_ns"] = 1000 * poll_us
+            state["habits"] = 1 << SLEEP | self.engine.naps << NAP | (poll_us > 0) << POLL
+            # At rest until the first requests come.
+            state["resting"] = 1
 
     def _make_bounce_buffers(self) -> None:
         self._bounce = np.zeros(BOUNCE_BUFFERS * BOUNCE_SIZE + BOUNCE_ALIGNMENT, np.uint8)
@@ -186,6 +204,7 @@ class Worker:
     def _main(self) -> None:
         try:
             self.engine.attach_thread()
+            libc.set_timer_slack(TIMER_SLACK_NS)
             while not self._stopping:
                 self._turn()
         except BaseException:
@@ -221,7 +240,7 @@ class Worker:
         record["write_through"] = layout.write_through
         record["last_avail"] = layout.base
         # Nothing is in flight, so what the used ring says is where it goes on.
-        record["next_used"] = record["published_used"] = _load_u16(int(record["used"]) + USED_IDX)
+        record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
         record["broken"] = record["draining"] = 0
         record["turn"] = FIRST_TURN
         queue.told_broken = queue.suspended = False
@@ -379,11 +398,6 @@ def _check_eventfd(fd: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
             raise OSError(errno.EINVAL, "the kick fd is not an eventfd")
-
-
-def polling_ns(poll_us: int | None) -> tuple[int, int]:
-    """The worker's `poll_ns` to start with and its `poll_max_ns`."""
-    return (ALWAYS, ALWAYS) if poll_us is None else (0, 1000 * poll_us)
 
 
 def _perform(future: Future[Any], function: Callable[[], Any]) -> None:

@@ -24,7 +24,18 @@ from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS,
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import EAGAIN, EINTR, EPOLL_EVENT, IOV_MAX, IOVEC, epoll_wait, io_submit
+from ringplane.native.syscalls import (
+    EAGAIN,
+    EINTR,
+    ENOSYS,
+    EPOLL_EVENT,
+    IOV_MAX,
+    IOVEC,
+    TIMESPEC,
+    epoll_pwait2,
+    epoll_wait,
+    io_submit,
+)
 
 EPOLL_EVENT_SIZE = EPOLL_EVENT.itemsize
 
@@ -67,6 +78,7 @@ AIO_ENGINE = np.dtype(
         ("batch", "<i8"),  # addresses of the prepared control blocks
         ("epoll_fd", "<i8"),
         ("events", "<i8"),  # EPOLL_EVENT structs
+        ("limit", "<i8"),  # a TIMESPEC, 0 where the kernel has no epoll_pwait2(2)
     ]
 )
 
@@ -75,13 +87,20 @@ TOKEN_COMPLETIONS = 0
 
 
 @compiled
-def wait(engine, timeout_ms):
-    """Sleep in epoll_wait(2) until something happens; returns how many tokens it put at `engine.tokens`.
+def wait(engine, timeout_ns):
+    """Sleep in epoll_wait(2) until something happens or the time is over (-1: never).
 
+    Returns how many tokens it put at `engine.tokens`.
     Fds are watched edge-triggered, so they need not be read: each write to an eventfd is a new edge, whether it was
     read before or not. An eventfd that nobody reads overflows after 2^64 writes.
     """
-    count = epoll_wait(engine.epoll_fd, engine.events, MAX_TOKENS, timeout_ms)
+    if timeout_ns > 0 and engine.limit:
+        limit = view(engine.limit, TIMESPEC)
+        limit.tv_sec, limit.tv_nsec = timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000
+        count = epoll_pwait2(engine.epoll_fd, engine.events, MAX_TOKENS, engine.limit)
+    else:
+        # Rounded down: -1 stays -1.
+        count = epoll_wait(engine.epoll_fd, engine.events, MAX_TOKENS, timeout_ns // 1_000_000)
     tokens = 0
     for index in range(count):
         token = view(engine.events + index * EPOLL_EVENT_SIZE, EPOLL_EVENT).data
@@ -194,6 +213,8 @@ class Aio:
         self._completions = np.zeros(capacity, COMPLETION)
         self._tokens = np.zeros(MAX_TOKENS, np.int64)
         self._events = np.zeros(MAX_TOKENS, EPOLL_EVENT)
+        self._limit = np.zeros(1, TIMESPEC)
+        self.naps = _has_epoll_pwait2()
         self._engine: npt.NDArray[np.void] = np.zeros(1, AIO_ENGINE)
         self.address = int(self._engine.ctypes.data)
         for name, value in {
@@ -207,6 +228,7 @@ class Aio:
             "batch": self._batch.ctypes.data,
             "epoll_fd": self._epoll.fileno(),
             "events": self._events.ctypes.data,
+            "limit": self._limit.ctypes.data if self.naps else 0,
         }.items():
             self._engine[name] = value
         self.watch(self.event_fd, TOKEN_COMPLETIONS)
@@ -237,6 +259,11 @@ class Aio:
             os.close(self.event_fd)
             self._epoll.close()
             self._context = 0
+
+
+def _has_epoll_pwait2() -> bool:
+    """Linux 5.11; sandboxes may forbid it."""
+    return bool(epoll_pwait2(-1, 0, 1, 0) != -ENOSYS)
 
 
 def _io_setup(capacity: int) -> int:

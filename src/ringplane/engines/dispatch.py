@@ -36,10 +36,10 @@ def submit(engine):
 
 
 @compiled
-def wait(engine, timeout_ms):
+def wait(engine, timeout_ns, wanted):
     if engine.kind == IO_URING:
-        return uring.wait(view(address_of(engine), URING_ENGINE), timeout_ms)
-    return aio.wait(view(address_of(engine), AIO_ENGINE), timeout_ms)
+        return uring.wait(view(address_of(engine), URING_ENGINE), timeout_ns, wanted)
+    return aio.wait(view(address_of(engine), AIO_ENGINE), timeout_ns)
 
 
 @compiled

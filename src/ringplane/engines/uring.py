@@ -4,6 +4,8 @@ Facts that this file depends on:
 - With SINGLE_ISSUER and DEFER_TASKRUN (Linux 6.1) completions are made only inside io_uring_enter(2) with GETEVENTS,
   on the thread that enabled the ring: no interrupts of that thread, no other thread may submit. TASKRUN_FLAG tells in
   shared memory that there is something to be made, so that a loop that does not sleep needs no system call to look.
+  The kernel sets that flag a moment after it has queued the work: if we have done the work by then, the flag stays set
+  with nothing behind it until there is work again (seen with Linux 6.18; whoever trusts it spins for ever).
 - A registered file saves taking and dropping a reference for each I/O. The ring keeps such a file open.
 - A multishot poll posts a completion for each wake-up of the fd, edge-triggered: an eventfd need not be read. When its
   completion lacks IORING_CQE_F_MORE (an overflow of the completion queue, say) the poll has ended and is made again.
@@ -107,6 +109,7 @@ URING_ENGINE = np.dtype(
         ("sqes", "<i8"),
         ("sq_tail", "<i8"),  # address of the tail that the kernel reads
         ("sq_flags", "<i8"),  # address of what the kernel tells of the ring
+        ("stale", "<i8"),  # IORING_SQ_TASKRUN is set with nothing behind it
         ("sq_mask", "<i8"),
         ("next_sqe", "<i8"),  # free running; what the tail will be
         ("cqes", "<i8"),
@@ -194,21 +197,27 @@ def prepare_unwatch(engine, number):
 
 
 @compiled
-def wait(engine, timeout_ms):
-    """Submit what is prepared, and sleep until something completes; returns how many tokens it put at `tokens`."""
+def wait(engine, timeout_ns, wanted):
+    """Submit what is prepared, and sleep until so many things have happened or the time is over (-1: never).
+
+    Returns how many tokens it put at `tokens`.
+    """
     store32_release(engine.sq_tail, engine.next_sqe)
     flags, argument, size = IORING_ENTER_GETEVENTS, 0, 0
-    if timeout_ms > 0:
+    if timeout_ns > 0:
         limit = view(engine.argument, GETEVENTS_ARG)
-        limit.tv_nsec = timeout_ms * 1_000_000
+        limit.tv_nsec = timeout_ns
         flags, argument, size = flags | IORING_ENTER_EXT_ARG, engine.argument, GETEVENTS_ARG_SIZE
-    taken = io_uring_enter(engine.ring_fd, engine.prepared, 0 if timeout_ms == 0 else 1, flags, argument, size)
+    taken = io_uring_enter(engine.ring_fd, engine.prepared, 0 if timeout_ns == 0 else wanted, flags, argument, size)
     # An error concerns submission or wait as a whole (EAGAIN: no memory, EBUSY: completions first, EINTR, ETIME): what
     # was not taken stays queued, and the next turn tries again.
     if taken > 0:
         engine.prepared -= taken
     engine.stuck = 1 if engine.prepared > 0 else 0
-    return _collect(engine)
+    tokens = _collect(engine)
+    nothing = tokens == 0 and engine.completed == 0
+    engine.stale = IORING_SQ_TASKRUN if nothing and load32(engine.sq_flags) & IORING_SQ_TASKRUN else 0
+    return tokens
 
 
 @compiled
@@ -238,8 +247,8 @@ def _collect(engine):
 
 @compiled
 def has_news(engine):
-    """Whether `wait` would find something without sleeping."""
-    flags = load32(engine.sq_flags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
+    """Whether `wait` would find something without sleeping; work behind a stale flag is not seen."""
+    flags = load32(engine.sq_flags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW) & ~engine.stale
     return flags != 0 or load32(engine.cq_head) != load32_acquire(engine.cq_tail)
 
 
@@ -255,6 +264,7 @@ class Uring:
     """Owns an io_uring; `address` is that of the URING_ENGINE struct."""
 
     name = "io_uring"
+    naps = True
 
     def __init__(self, capacity: int) -> None:
         """Raises OSError where the kernel is older than 6.1 or io_uring is forbidden."""

@@ -64,6 +64,14 @@ def io_destroy(context: int) -> None:
         raise _error()
 
 
+PR_SET_TIMERSLACK = 29
+
+
+def set_timer_slack(nanoseconds: int) -> None:
+    """prctl(2), PR_SET_TIMERSLACK: how late the kernel may wake up the calling thread; 50 us where nothing is said."""
+    _libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
+
+
 EPOLL_CTL_ADD = 1
 
 

@@ -33,7 +33,7 @@ if MACHINE not in NUMBERS["write"]:
     raise ImportError(f"ringplane runs on x86_64 and aarch64 Linux, not on {MACHINE}")
 
 # Calls since Linux 5.0 have the same number everywhere.
-SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
+SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER, SYS_EPOLL_PWAIT2 = 425, 426, 427, 441
 
 SYS_WRITE = NUMBERS["write"][MACHINE]
 SYS_MMAP = NUMBERS["mmap"][MACHINE]
@@ -44,12 +44,15 @@ SYS_IO_SETUP = NUMBERS["io_setup"][MACHINE]
 SYS_IO_DESTROY = NUMBERS["io_destroy"][MACHINE]
 SYS_IO_SUBMIT = NUMBERS["io_submit"][MACHINE]
 
-EINTR, EAGAIN = 4, 11
+EINTR, EAGAIN, ENOSYS = 4, 11, 38
 PROT_READ, PROT_WRITE = 1, 2
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 
 # epoll_ctl(2): packed on x86-64 alone.
 EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
+
+# struct __kernel_timespec
+TIMESPEC = np.dtype([("tv_sec", "<i8"), ("tv_nsec", "<i8")])
 
 # readv(2), and how many of them one call takes at most
 IOVEC = np.dtype([("base", "<i8"), ("len", "<i8")])
@@ -119,6 +122,12 @@ def mmap_anonymous_page(address, size):
 def epoll_wait(epoll_fd, events, max_events, timeout_ms):
     """epoll_wait(2): `events` is the address of EPOLL_EVENT structs."""
     return _syscall(SYS_EPOLL_PWAIT, epoll_fd, events, max_events, timeout_ms, 0, 0)
+
+
+@compiled
+def epoll_pwait2(epoll_fd, events, max_events, timeout):
+    """epoll_pwait2(2): as `epoll_wait`, with the address of a TIMESPEC."""
+    return _syscall(SYS_EPOLL_PWAIT2, epoll_fd, events, max_events, timeout, 0, 0)
 
 
 @compiled

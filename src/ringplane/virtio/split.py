@@ -2,7 +2,8 @@
 
 The functions of the device's end take a queue: any struct with the int64 fields `desc`, `avail`, `used` (addresses),
 `size`, `last_avail` (next index to take from the available ring), `next_used` (next index to fill in the used ring),
-`published_used` (the used index that the driver was last told of) and `event_idx` (whether VIRTIO_F_EVENT_IDX was
+`signalled_used` (the used index when we last
+looked whether the driver wants a call) and `event_idx` (whether VIRTIO_F_EVENT_IDX was
 negotiated). Indices run freely modulo 2^16.
 """
 
@@ -128,15 +129,20 @@ def put_used(queue, head, length):
 
 @compiled
 def publish_used(queue):
-    """Make all filled used elements visible; returns whether the driver wants to be called."""
+    """Make all filled used elements visible."""
     # Release: used elements, data and status bytes are visible before the index. Pairs with the driver's barrier
     # after its load of used.idx (section 2.7.14).
     store16_release(queue.used + USED_IDX, queue.next_used)
+
+
+@compiled
+def wants_call(queue):
+    """Whether the driver wants to be called for what was published since this was last asked."""
     # The index is visible before we look whether the driver wants a call; the driver stores its wish, fences, then
     # looks at used.idx (section 2.7.7.2). So one of us sees the other.
     fence()
-    old = queue.published_used
-    queue.published_used = queue.next_used
+    old = queue.signalled_used
+    queue.signalled_used = queue.next_used
     if queue.event_idx:
         used_event = load16(queue.avail + AVAIL_RING + 2 * queue.size)
         return need_event(used_event, queue.next_used, old)
