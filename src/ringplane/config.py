@@ -284,6 +284,7 @@ IO_THREAD_KEYS: dict[str, Check] = {
     "cpus": _cpus,
     "engine": _one_of(AUTO, *WORKER_ENGINES),
     "poll-us": _poll_us,
+    "pin-memory": _flag,
 }
 
 DISK_KEYS: dict[str, Check] = {

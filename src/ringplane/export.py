@@ -268,6 +268,7 @@ def serve(
     cpus: Sequence[Collection[int]] = (),
     engine: str = AUTO,
     poll_us: int | None = POLL_US,
+    pin_memory: bool = False,
     block_size: int = 512,
     serial: str | None = None,
 ) -> Export:
@@ -277,13 +278,14 @@ def serve(
     bytes first. `num_queues` defaults to one per CPU up to 4. `cpus` are the CPUs of each I/O thread, or those of all
     if there is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
-    it never sleeps. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
+    it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
+    io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
     export's `disk.image.direct` tells. When this returns, front ends can connect.
 
     Raises ImageError, ListenError, ValueError for arguments that make no sense, or OSError when the kernel lacks what
     the data plane needs; nothing is left behind.
     """
-    threads = _io_threads(io_threads, cpus, engine, poll_us)
+    threads = _io_threads(io_threads, cpus, engine, poll_us, pin_memory)
     config = DiskConfig(
         image=Path(image_path),
         io_threads=[thread.name for thread in threads],
@@ -337,7 +339,9 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> tuple[Image, Listen
     return opened, listener
 
 
-def _io_threads(count: int, cpus: Sequence[Collection[int]], engine: str, poll_us: int | None) -> list[IoThread]:
+def _io_threads(
+    count: int, cpus: Sequence[Collection[int]], engine: str, poll_us: int | None, pin_memory: bool
+) -> list[IoThread]:
     """Raises ValueError."""
     if engine not in ENGINES:
         raise ValueError(f"there is no engine {engine!r}; there is {', '.join(ENGINES)}")
@@ -345,7 +349,10 @@ def _io_threads(count: int, cpus: Sequence[Collection[int]], engine: str, poll_u
         raise ValueError(f"CPUs are given {len(cpus)} times; give them once, or once for each of {count} I/O threads")
     sets: Sequence[frozenset[int] | None] = [frozenset(each) for each in cpus] or [None]
     mine = engine if engine in WORKER_ENGINES else AUTO
-    return [IoThread(f"ringplane-io-{number}", mine, sets[number % len(sets)], poll_us) for number in range(count)]
+    return [
+        IoThread(f"ringplane-io-{number}", mine, sets[number % len(sets)], poll_us, pin_memory)
+        for number in range(count)
+    ]
 
 
 def default_num_queues() -> int:

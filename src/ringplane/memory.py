@@ -46,7 +46,7 @@ class Mapping:
         start = libc.mmap_shared(fd, length, offset - lead)
         # Not at the interpreter's exit, where a worker's thread may still be running.
         weakref.finalize(self, libc.munmap, start, length).atexit = False
-        self.address = start + lead
+        self.address, self.size = start + lead, size
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class IoThread:
     """An I/O thread to be started. It runs on `cpus` alone, or wherever this process may.
 
     `poll_us`: for how many microseconds at most it looks at the rings before it sleeps, None: it never sleeps.
+    `pin_memory`: it keeps the memory of its guests pinned, where its engine is io_uring.
 
     Raises ValueError for CPUs that this process may not use.
     """
@@ -35,6 +36,7 @@ class IoThread:
     engine: str = AUTO
     cpus: frozenset[int] | None = None
     poll_us: int | None = POLL_US
+    pin_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.cpus is not None:
@@ -63,7 +65,7 @@ class Server:
     def _start_workers(self, io_threads: Sequence[IoThread]) -> None:
         for io_thread in io_threads:
             worker = self.workers[io_thread.name] = Worker(
-                io_thread.name, engine=io_thread.engine, poll_us=io_thread.poll_us
+                io_thread.name, engine=io_thread.engine, poll_us=io_thread.poll_us, pin_memory=io_thread.pin_memory
             )
             worker.start()
         # The first call of each returns when it has loaded the data plane.

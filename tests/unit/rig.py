@@ -422,6 +422,7 @@ def make(
     guest_size: int = 64 << 20,
     serial: str = "serial-0123456789",
     poll_us: int | None = POLL_US,
+    pin_memory: bool = False,
 ) -> Rig:
     """A rig over a new image of this content, or over the image that is there where that is None."""
     if content is not None:
@@ -437,7 +438,7 @@ def make(
         serial=serial,
         storage=IN_MEMORY if engine == MEMORY else THROUGH_WORKER,
     )
-    made = [Worker(f"io-{number}", slots, engine, poll_us) for number in range(workers)]
+    made = [Worker(f"io-{number}", slots, engine, poll_us, pin_memory) for number in range(workers)]
     rig = Rig(path, image, device, Guest(guest_size), made)
     for worker in rig.workers:
         worker.start()

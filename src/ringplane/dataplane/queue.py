@@ -37,6 +37,7 @@ class Device:
         self.fd = fd
         self.name = name
         self.told_lost = False
+        self.through_worker = storage == THROUGH_WORKER
         self.mapped = MappedImage(fd, size, read_only=read_only) if storage == IN_MEMORY else None
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
         self.address = int(self._record.ctypes.data)

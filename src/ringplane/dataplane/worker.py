@@ -82,12 +82,21 @@ class _Retired:
 class Worker:
     """A thread that serves any number of queues with one engine."""
 
-    def __init__(self, name: str, slots: int = SLOTS, engine: str = AUTO, poll_us: int | None = POLL_US) -> None:
+    def __init__(
+        self,
+        name: str,
+        slots: int = SLOTS,
+        engine: str = AUTO,
+        poll_us: int | None = POLL_US,
+        pin_memory: bool = False,
+    ) -> None:
         """`slots`: how many requests can be in flight at a time. Raises OSError when the engine cannot be set up.
 
         `poll_us`: for how many microseconds at most to look at the rings before sleeping; None: never sleep.
+        `pin_memory`: keep the guests' memory registered with the kernel, where the engine can.
         """
         self.name = name
+        self._pin_memory = pin_memory
         self._queues: dict[int, Queue] = {}
         self._draining: dict[int, list[Future[None]]] = {}
         self._retired: list[_Retired] = []
@@ -247,6 +256,7 @@ class Worker:
         self._watch_kicks(queue, kick_fd)
         record["file"] = self.engine.add_file(queue.device.fd)
         self._queues[queue.address] = queue
+        self._pin()
         record["running"] = 1
         # Start-up kick: requests may have been in the ring before we watched.
         self._look_at_all_queues()
@@ -320,6 +330,7 @@ class Worker:
         self.engine.remove_file(int(queue.record["file"]))
         queue.record["draining"] = 0
         queue.memory = MemoryTable()
+        self._pin()
         self._trace_queue(TRACE_STOP, queue)
 
     def _set_memory(self, queue: Queue, memory: MemoryTable) -> None:
@@ -337,6 +348,7 @@ class Worker:
                 self._signal_error(queue)
             return
         self._retire(queue, old)
+        self._pin()
         if queue.suspended:
             log.info("%s: goes on, its ring is in the shared memory again", queue.name)
             queue.suspended = False
@@ -354,7 +366,24 @@ class Worker:
     def _drop_retired_memory(self) -> None:
         if self._retired:
             needed = set(self._requests["retired_memory"].tolist())
-            self._retired = [retired for retired in self._retired if retired.number in needed]
+            kept = [retired for retired in self._retired if retired.number in needed]
+            if len(kept) < len(self._retired):
+                self._retired = kept
+                self._pin()
+
+    def _pin(self) -> None:
+        """Keep registered with the kernel what requests may be about; a guest whose memory cannot be is served too."""
+        if not self._pin_memory:
+            return
+        tables = [queue.memory for queue in self._queues.values() if queue.device.through_worker]
+        tables += [retired.table for retired in self._retired]
+        try:
+            self.engine.pin({region.mapping for table in tables for region in table.regions})
+        except OSError as error:
+            log.warning("%s: cannot pin the guests' memory, and goes on without: %s", self.name, error)
+            self._pin_memory = False
+            with contextlib.suppress(OSError):
+                self.engine.pin(())
 
     def _report_broken_rings(self) -> None:
         for queue in self._queues.values():

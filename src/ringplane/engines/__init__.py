@@ -17,5 +17,6 @@ An engine is a struct with the int64 fields of `common.ENGINE_FIELDS` at its sta
 `slot` is a number below the engine's capacity that comes back with the completion; each is used once at a time.
 `dispatch` calls those of the engine that a worker has. The Python objects that own the structs are used on the worker's
 thread: `attach_thread()`, `add_file(fd)` (the `file` of the functions above), `remove_file(file)`, `watch(fd, token)`,
-`unwatch(fd)`, and `close()` when the thread has ended; `naps` tells whether `wait` can sleep for microseconds.
+`unwatch(fd)`, `pin(mappings)`, and `close()` when the thread has ended; `naps` tells whether `wait` can sleep for
+microseconds.
 """

@@ -16,11 +16,13 @@ import ctypes
 import errno
 import os
 import select
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, complete
+from ringplane.memory import Mapping
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
 from ringplane.native.jit import compiled
@@ -242,6 +244,10 @@ class Aio:
 
     def remove_file(self, handle: int) -> None:
         """Nothing refers to the file any more; AIO has kept nothing of it."""
+
+    def pin(self, mappings: Collection[Mapping]) -> None:
+        """Linux AIO knows no registered memory; raises OSError."""
+        raise OSError(errno.EOPNOTSUPP, "Linux AIO cannot do that")
 
     def watch(self, fd: int, token: int) -> None:
         """Report `token` (not 0) when there is something new to read from `fd`; OSError if it can't be polled."""

@@ -7,6 +7,8 @@ Facts that this file depends on:
   The kernel sets that flag a moment after it has queued the work: if we have done the work by then, the flag stays set
   with nothing behind it until there is work again (seen with Linux 6.18; whoever trusts it spins for ever).
 - A registered file saves taking and dropping a reference for each I/O. The ring keeps such a file open.
+- A registered buffer saves looking up and pinning the pages of a request, and keeps them pinned: they are allocated and
+  stay, whatever the guest gives back, and count as locked memory (RLIMIT_MEMLOCK). One buffer has 1 GiB at most.
 - A multishot poll posts a completion for each wake-up of the fd, edge-triggered: an eventfd need not be read. When its
   completion lacks IORING_CQE_F_MORE (an overflow of the completion queue, say) the poll has ended and is made again.
 - Without SQPOLL the kernel reads submissions only inside io_uring_enter(2), so the submission queue needs no barriers
@@ -22,15 +24,17 @@ import os
 import resource
 import select
 import struct
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, complete
+from ringplane.memory import Mapping
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import IOV_MAX, IOVEC, io_uring_enter
+from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, io_uring_enter
 
 # include/uapi/linux/io_uring.h
 SQE = np.dtype(
@@ -56,6 +60,7 @@ CQE = np.dtype([("user_data", "<i8"), ("res", "<i4"), ("flags", "<u4")])
 CQE_SIZE = CQE.itemsize
 
 IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC = 1, 2, 3
+IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED = 4, 5
 IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, IORING_OP_READ, IORING_OP_WRITE = 6, 14, 22, 23
 IOSQE_FIXED_FILE = 1
 IORING_FSYNC_DATASYNC = 1
@@ -68,6 +73,8 @@ IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
 IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN = 2, 4
 IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP, IORING_FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
 IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_ENABLE_RINGS = 2, 6, 12
+IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE = 15, 16
+IORING_RSRC_REGISTER_SPARSE = 1
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
 
 # struct io_uring_params, with the offsets into the ring that this file uses
@@ -80,6 +87,7 @@ RWF_DSYNC = 2
 MAX_LENGTH = 0x7FFF_F000
 MAX_WATCHES = 4096
 MAX_FILES = 1024
+MAX_BUFFERS, MAX_BUFFER_SIZE = 4096, 1 << 30
 
 # A file handle is an fd, or with this bit a number in the table of registered files.
 FIXED_FILE = IOSQE_FIXED_FILE << 32
@@ -95,6 +103,22 @@ WATCH_SIZE = WATCH.itemsize
 # struct io_uring_files_update, and the one fd that it points at
 FILES_UPDATE = np.dtype([("offset", "<u4"), ("resv", "<u4"), ("fds", "<i8"), ("fd", "<i4"), ("pad", "<i4")])
 FILES_UPDATE_FD = 16
+
+# struct io_uring_rsrc_register; struct io_uring_rsrc_update2 and the one struct iovec that it points at
+RSRC_REGISTER = np.dtype([("nr", "<u4"), ("flags", "<u4"), ("resv2", "<i8"), ("data", "<i8"), ("tags", "<i8")])
+RSRC_UPDATE_SIZE = 32
+RSRC_UPDATE = np.dtype(
+    [
+        ("offset", "<u4"),
+        ("resv", "<u4"),
+        ("data", "<i8"),
+        ("tags", "<i8"),
+        ("nr", "<u4"),
+        ("resv2", "<u4"),
+        ("base", "<i8"),
+        ("len", "<i8"),
+    ]
+)
 
 # struct io_uring_getevents_arg and the struct __kernel_timespec that it points at
 GETEVENTS_ARG = np.dtype(
@@ -118,6 +142,9 @@ URING_ENGINE = np.dtype(
         ("cq_mask", "<i8"),
         ("watches", "<i8"),  # WATCH structs
         ("argument", "<i8"),  # GETEVENTS_ARG, for a wait with a limit
+        ("buffers", "<i8"),  # what is registered: IOVEC structs, of length 0 where there is nothing
+        ("buffer_count", "<i8"),  # the last of them and all behind it are not in use
+        ("last_buffer", "<i8"),  # where the last address was found
     ]
 )
 
@@ -139,6 +166,18 @@ def _next_sqe(engine):
 
 
 @compiled
+def _find_buffer(engine, base, length):
+    """The number of the registered buffer that holds these bytes, -1 if there is none."""
+    for attempt in range(engine.buffer_count + 1 if engine.buffer_count else 0):
+        number = attempt - 1 if attempt else engine.last_buffer
+        buffer = view(engine.buffers + number * IOVEC_SIZE, IOVEC)
+        if buffer.base <= base and base - buffer.base <= buffer.len - length:
+            engine.last_buffer = number
+            return number
+    return -1
+
+
+@compiled
 def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
     """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: a write that ends when stable."""
     sqe = _next_sqe(engine)
@@ -149,9 +188,14 @@ def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
     sqe.op_flags = RWF_DSYNC if dsync else 0
     if iov_count == 1:
         single = view(iov, IOVEC)
-        sqe.opcode = IORING_OP_READ if operation == READ else IORING_OP_WRITE
         sqe.addr = single.base
         sqe.len = min(single.len, MAX_LENGTH)
+        buffer = _find_buffer(engine, single.base, single.len)
+        if buffer < 0:
+            sqe.opcode = IORING_OP_READ if operation == READ else IORING_OP_WRITE
+        else:
+            sqe.opcode = IORING_OP_READ_FIXED if operation == READ else IORING_OP_WRITE_FIXED
+            sqe.buf_index = buffer
     else:
         sqe.opcode = IORING_OP_READV if operation == READ else IORING_OP_WRITEV
         sqe.addr = iov
@@ -300,6 +344,8 @@ class Uring:
         self._watches = np.zeros(MAX_WATCHES, WATCH)
         self._watches["fd"] = -1
         self._files = np.full(min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0]), -1, np.int32)
+        self._buffers: npt.NDArray[np.void] = np.zeros(0, IOVEC)
+        self._pinned: dict[Mapping, list[int]] = {}
         self._argument = np.zeros(1, GETEVENTS_ARG)
         self._argument["ts"] = self._argument.ctypes.data + GETEVENTS_ARG_SIZE
         self._engine: npt.NDArray[np.void] = np.zeros(1, URING_ENGINE)
@@ -347,6 +393,50 @@ class Uring:
         update["offset"], update["fd"], update["fds"] = number, fd, update.ctypes.data + FILES_UPDATE_FD
         libc.io_uring_register(self._fd, IORING_REGISTER_FILES_UPDATE, int(update.ctypes.data), 1)
         self._files[number] = fd
+
+    def pin(self, mappings: Collection[Mapping]) -> None:
+        """Register the memory of these mappings and no other, so that I/O needs not pin it each time.
+
+        A mapping that is registered is kept: its address cannot become that of other memory. Raises OSError where the
+        kernel refuses; what was registered until then stays so.
+        """
+        if not self._buffers.size:
+            self._make_buffer_table()
+        for gone in [mapping for mapping in self._pinned if mapping not in mappings]:
+            for number in self._pinned[gone]:
+                self._set_buffer(number, 0, 0)
+            del self._pinned[gone]
+        for new in [mapping for mapping in mappings if mapping not in self._pinned]:
+            self._pinned[new] = []
+            for start in range(0, new.size, MAX_BUFFER_SIZE):
+                self._pinned[new].append(self._free_buffer())
+                size = min(MAX_BUFFER_SIZE, new.size - start)
+                self._set_buffer(self._pinned[new][-1], new.address + start, size)
+        in_use = np.flatnonzero(self._buffers["len"])
+        self._engine["last_buffer"] = 0
+        self._engine["buffer_count"] = in_use[-1] + 1 if in_use.size else 0
+
+    def _make_buffer_table(self) -> None:
+        table = np.zeros(1, RSRC_REGISTER)
+        table["nr"], table["flags"] = MAX_BUFFERS, IORING_RSRC_REGISTER_SPARSE
+        libc.io_uring_register(self._fd, IORING_REGISTER_BUFFERS2, int(table.ctypes.data), table.itemsize)
+        self._buffers = np.zeros(MAX_BUFFERS, IOVEC)
+        self._engine["buffers"] = self._buffers.ctypes.data
+
+    def _free_buffer(self) -> int:
+        free = np.flatnonzero(self._buffers["len"] == 0)
+        if not free.size:
+            raise OSError(errno.ENOSPC, f"an I/O thread pins {MAX_BUFFERS} pieces of 1 GiB at most")
+        return int(free[0])
+
+    def _set_buffer(self, number: int, address: int, size: int) -> None:
+        update = np.zeros(1, RSRC_UPDATE)
+        update["offset"], update["nr"], update["data"] = number, 1, update.ctypes.data + RSRC_UPDATE_SIZE
+        update["base"], update["len"] = address, size
+        # Not to be found by `prepare_io` from before it is gone, or until it is there.
+        self._buffers[number] = (0, 0)
+        libc.io_uring_register(self._fd, IORING_REGISTER_BUFFERS_UPDATE, int(update.ctypes.data), RSRC_UPDATE_SIZE)
+        self._buffers[number] = (address, size)
 
     def watch(self, fd: int, token: int) -> None:
         """Report `token` when there is something new to read from `fd`; raises OSError if it can't be polled."""
