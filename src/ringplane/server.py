@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ringplane.dataplane.trace import TraceEvent
+from ringplane.dataplane.warm import release_compiler
 from ringplane.dataplane.worker import POLL_US, Worker
 from ringplane.engines.choose import AUTO
 from ringplane.tracing import tell_trace
@@ -71,6 +72,7 @@ class Server:
         # The first call of each returns when it has loaded the data plane.
         for ready in [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in io_threads]:
             ready.result()
+        release_compiler()
 
     def start(self, exports: Sequence[Export]) -> None:
         """Start the control thread, which serves these disks until each has been stopped."""

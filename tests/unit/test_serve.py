@@ -507,6 +507,21 @@ def test_engine_memory_of_a_file_is_not_for_every_image(config: Path) -> None:
     assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
 
 
+def test_the_compiler_is_not_kept_in_memory(serve: Callable[..., Served]) -> None:
+    """LLVM's code, some 50 MB, is needed for loading the data plane and no more."""
+    served = serve("--num-queues", "1")
+    resident, mappings, code = 0, 0, False
+    for line in Path(f"/proc/{served.process.pid}/smaps").read_text().splitlines():
+        if line.split()[0].endswith(":"):
+            resident += int(line.split()[1]) if code and line.startswith("Rss:") else 0
+        else:
+            code = line.endswith("libllvmlite.so") and " r-xp " in line
+            mappings += code
+    assert mappings
+    assert resident < 5 << 10
+    assert served.end()[0] == 0
+
+
 @pytest.mark.parametrize(
     ("poll_us", "engine"), [("0", "auto"), ("1000000", "aio"), ("always", "aio"), ("always", "auto")]
 )
