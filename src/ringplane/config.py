@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
-from ringplane.cli.sizes import Size
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.export import DiskConfig, default_num_queues
 from ringplane.image import BLOCK_SIZES
 from ringplane.server import IoThread
-from ringplane.values import check_cpus, check_serial, parse_cpus, parse_poll_us
+from ringplane.values import check_cpus, check_serial, parse_cpus, parse_poll_us, parse_size
 
 MAX_QUEUES = 64
 MAX_THREADS = 64
@@ -240,15 +237,13 @@ def _one_of(*choices: int | str) -> Check:
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int and not isinstance(value, str):
+    if isinstance(value, str):
+        return parse_size(value)
+    if type(value) is not int:
         raise ValueError(f'{_shown(value)} is no size; examples: "512M", "10G", 4096')
-    try:
-        size = Size().convert(value, None, None)
-    except click.BadParameter as error:
-        raise ValueError(error.message) from None
-    if size <= 0:
+    if value <= 0:
         raise ValueError(f"{value} is not a positive size")
-    return size
+    return value
 
 
 def _serial(value: Any) -> Any:

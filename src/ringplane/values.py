@@ -1,4 +1,4 @@
-"""Values that people write, in options and in configuration files alike: lists of CPUs, times, serial numbers."""
+"""Values that people write, in options and in configuration files alike: sizes, CPUs, times, serial numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ MAX_SERIAL = 20
 MAX_POLL_US = 1_000_000
 
 CPU_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
+
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, with a suffix K, M, G or T for powers of 1024: `10G`, `1.5M`, `4096`. Raises ValueError."""
+    short = text.strip().upper().removesuffix("IB").removesuffix("B")
+    number, unit = (short[:-1], short[-1]) if short[-1:] and short[-1:] in UNITS else (short, "")
+    try:
+        size = int(float(number) * UNITS[unit]) if "." in number else int(number) * UNITS[unit]
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is no size; examples: 512M, 10G, 4096") from None
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a positive size")
+    return size
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringplane.cli.serve import Cpus
-from ringplane.cli.sizes import Size
+from ringplane.cli.types import CPUS, SIZE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,9 +49,9 @@ WIDTH = 140
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Of each measurement.")
 @click.option("--warm-up", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds before each.")
-@click.option("--size", type=Size(), default="1G", show_default=True, help="Of each image.")
-@click.option("--pin-back-end", type=Cpus(), metavar="CPUS", help="Where back ends (and fio) run.")
-@click.option("--pin-driver", type=Cpus(), metavar="CPUS", help="Where the driver runs.")
+@click.option("--size", type=SIZE, default="1G", show_default=True, help="Of each image.")
+@click.option("--pin-back-end", type=CPUS, metavar="CPUS", help="Where back ends (and fio) run.")
+@click.option("--pin-driver", type=CPUS, metavar="CPUS", help="Where the driver runs.")
 @click.option(
     "--destroy-data", is_flag=True,
     help="Allow writing to what exists: the disk behind SOCKET, or a PLACE that is an image or block device. "

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ringplane.cli.sizes import Size
+from ringplane.cli.types import SIZE
 
 if TYPE_CHECKING:
     from ringplane.driver.load import Load, Model, Result
@@ -29,7 +29,7 @@ READY = "listening on"
 
 @click.command()
 @click.option("--image", type=Path, help="Where to make the image [default: a temporary folder]; removed afterwards.")
-@click.option("--size", type=Size(), default="256M", show_default=True, help="Of the image.")
+@click.option("--size", type=SIZE, default="256M", show_default=True, help="Of the image.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Of each measurement.")
 def demo(image: Path | None, size: int, seconds: float) -> None:
     """Try ringplane without a guest: start a disk, write and verify every block, then measure it.

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.sizes import Size
-from ringplane.values import check_cpus, check_serial, parse_cpus, parse_poll_us
+from ringplane.cli.types import CPUS, POLL_TIME, SIZE
+from ringplane.values import check_serial
 
 if TYPE_CHECKING:
     from ringplane.dataplane.trace import TraceEvent
@@ -39,32 +39,6 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
         context.exit()
 
 
-class Cpus(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
-    """A list of CPUs that this process may use."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int]:
-        try:
-            cpus = parse_cpus(str(value))
-            check_cpus(cpus)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return cpus
-
-
-class PollTime(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
-    """A number of microseconds, or `always`."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        try:
-            return parse_poll_us(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config", type=Path, metavar="FILE", help="Serve the disks that this TOML file describes (docs/config.md)."
@@ -73,12 +47,12 @@ class PollTime(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 @click.option("--socket-path", type=Path, help="UNIX socket to listen at.")
 @click.option("--fd", type=int, help="Inherited socket (its file descriptor) instead of --socket-path.")
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
-@click.option("--create", type=Size(), metavar="SIZE", help="Create a sparse image first; never over an existing file.")
+@click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image first; never over an existing file.")
 @click.option("--num-queues", type=click.IntRange(1, 64), help="Virtqueues [default: one per CPU up to 4].")
 @click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads that serve them.")
 @click.option(
     "--cpus",
-    type=Cpus(),
+    type=CPUS,
     multiple=True,
     metavar="LIST",
     help="CPUs that the I/O threads run on, as 2-3 or 0,2; given again, of the next I/O thread [default: all].",
@@ -92,7 +66,7 @@ class PollTime(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 )
 @click.option(
     "--poll-us",
-    type=PollTime(),
+    type=POLL_TIME,
     default="50",
     show_default=True,
     metavar="N|always",

@@ -27,7 +27,7 @@ from ringplane.virtio.split import available, disable_kicks, enable_kicks, take_
 
 RETRY_NS = 1_000_000
 
-# More than can happen while a worker naps: storage does not wake it.
+# More than can happen while a worker naps, so that storage does not wake it.
 MANY = 1 << 10
 
 # How many chains of a queue are fetched before what was fetched is submitted, completed and published: few at first, so
@@ -97,7 +97,7 @@ def wait_for_events(worker, engine, patience):
     """Let the engine sleep, and note who was kicked. A completion needs no mark: the engine is reaped in each turn."""
     sleeps = patience < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
-    count = wait(engine, patience, MANY if patience > 0 else 1)
+    count = wait(engine, patience, MANY if worker.uncalled else 1)
     if sleeps:
         worker.now = monotonic_ns()
         note_sleep(worker, worker.now - asleep)

@@ -1,0 +1,35 @@
+"""What the options' values are, read by the parsers of `ringplane.values`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ringplane.values import check_cpus, parse_cpus, parse_poll_us, parse_size
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
+    """A value that a parser makes of a text; its ValueError says what is wrong with it."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _usable_cpus(text: str) -> frozenset[int]:
+    cpus = parse_cpus(text)
+    check_cpus(cpus)
+    return cpus
+
+
+SIZE = Parsed("size", parse_size)
+CPUS = Parsed("list", _usable_cpus)
+POLL_TIME = Parsed("time", parse_poll_us)
