@@ -18,6 +18,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import click
 import numba
@@ -81,14 +82,22 @@ def look_often(count):
     return end - begin
 
 
-def measure(image: Path, size: int, engine: str, block_size: int, depth: int, seconds: float) -> dict[str, float]:
-    """Nanoseconds a request in each stage, and in all."""
+def fill(image: IO[bytes], size: int) -> str:
+    """Write an image without holes; returns its path."""
+    for _ in range(size // MIB):
+        image.write(bytes(MIB))
+    image.flush()
+    return image.name
+
+
+def measure(place: Path, size: int, engine: str, block_size: int, depth: int, seconds: float) -> dict[str, float]:
+    """Nanoseconds a request in each stage, and in all; the image, of `size` bytes, lies in the folder `place`."""
     laps: npt.NDArray[np.int64] = np.zeros(2 * MAX_STAGES, np.int64)
     worker_module.run, names = timed_loop(int(laps.ctypes.data))
-    image.write_bytes(bytes(MIB) * (size // MIB))
     with (
         tempfile.TemporaryDirectory(prefix="ringplane-") as folder,
-        ringplane.serve(image, Path(folder, "socket"), engine=engine, num_queues=1) as export,
+        tempfile.NamedTemporaryFile(prefix="ringplane-", dir=place) as image,
+        ringplane.serve(fill(image, size), Path(folder, "socket"), engine=engine, num_queues=1) as export,
         Driver(Path(folder, "socket")) as disk,
     ):
         load = Load(depth=depth, block_size=block_size, seconds=seconds, busy_poll=True)
@@ -96,7 +105,6 @@ def measure(image: Path, size: int, engine: str, block_size: int, depth: int, se
         before, requests = laps.copy(), export.counters["read"].requests
         run_load(disk, load)
         spent, requests = laps - before, export.counters["read"].requests - requests
-    image.unlink()
     clock = look_often(CLOCK_LOOKS) / CLOCK_LOOKS
     found: dict[str, float] = defaultdict(float)
     for number, name in enumerate(names):
@@ -116,12 +124,11 @@ def measure(image: Path, size: int, engine: str, block_size: int, depth: int, se
 def main(
     place: Path, engines: Sequence[str], size_mib: int, depth: int, block_size: int, rounds: int, seconds: float
 ) -> None:
-    """Measure random reads, interleaved, and print the medians as a table of markdown."""
+    """Measure random reads, interleaved, and print the medians."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(rounds):
         for engine in engines if number % 2 == 0 else engines[::-1]:
-            image = place / "ringplane-stages.img"
-            found[engine].append(measure(image, size_mib * MIB, engine, block_size, depth, seconds))
+            found[engine].append(measure(place, size_mib * MIB, engine, block_size, depth, seconds))
     click.echo(machine.sentence(machine.describe()))
     shown = Table(box=None)
     shown.add_column("stage")
