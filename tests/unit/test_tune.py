@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringplane.dataplane import tune
-from ringplane.dataplane.state import HABITS, NAP, POLL, SLEEP, WORKER
+from ringplane.dataplane.state import HABITS, NAP, POLL, SLEEP, TALLY, WORKER
 from ringplane.dataplane.tune import (
     CHANGE,
     GAP_NS,
@@ -33,6 +33,8 @@ class Simulation:
         self._array: npt.NDArray[np.void] = np.zeros(1, WORKER)
         self.worker = self._array[0]
         self.worker["habits"] = self.worker["trying"] = habits
+        self._tallies: npt.NDArray[np.void] = np.zeros(HABITS, TALLY)
+        self.worker["tallies"] = self._tallies.ctypes.data
         self.worker["now"], self.worker["resting"] = 1_000_000_000, 1
         self.rates, self._rest = rates, 0.0
         self.time_in = [0] * HABITS

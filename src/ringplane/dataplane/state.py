@@ -133,6 +133,10 @@ MAX_IOVECS = 1028
 SLEEP, NAP, POLL = range(3)
 HABITS = 3
 
+# What a trial has found of a habit: requests answered in so many nanoseconds.
+TALLY = _struct("answered", "lasted")
+TALLY_SIZE = TALLY.itemsize
+
 WORKER = _struct(
     "engine",  # ENGINE
     "requests",  # REQUEST structs
@@ -168,14 +172,13 @@ WORKER = _struct(
     "resting",  # nanoseconds until the next trial; 0: there is one now
     "rest_ns",  # how long the present rest was to be
     "gaps",  # in a row
-    *(f"tally_{number}" for number in range(2 * HABITS)),  # for each habit: requests answered, nanoseconds
+    "tallies",  # TALLY structs, one for each habit
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far
     "one",  # the number 1, for eventfds
 )
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
-WORKER_TALLIES: int = WORKER.fields["tally_0"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
 
 # A `poll_ns` that means: never sleep.

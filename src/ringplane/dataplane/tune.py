@@ -9,8 +9,8 @@ to be better by a margin: what makes no difference shall cost nothing.
 
 from __future__ import annotations
 
-from ringplane.dataplane.state import HABITS, SLEEP, WORKER_TALLIES
-from ringplane.native.access import address_of, load64, store64
+from ringplane.dataplane.state import HABITS, SLEEP, TALLY, TALLY_SIZE
+from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
 # A spell lasts so long, and longer if fewer requests were answered: they would not tell much.
@@ -92,9 +92,10 @@ def begin_trial(worker, memory):
     """Begin to try each habit; what earlier trials found counts `memory` times."""
     worker.resting = worker.rounds = 0
     worker.trying = worker.habits
-    for number in range(2 * HABITS):
-        place = tally(worker, 0) + 8 * number
-        store64(place, int(memory * load64(place)))
+    for habit in range(HABITS):
+        before = tally(worker, habit)
+        before.answered = int(memory * before.answered)
+        before.lasted = int(memory * before.lasted)
     worker.habit = next_habit(worker, SLEEP)
     begin_spell(worker, SPELL_NS)
 
@@ -102,9 +103,9 @@ def begin_trial(worker, memory):
 @compiled
 def go_on_with_trial(worker, answered, lasted):
     """Every habit in turn, the hopeless ones less often than the others."""
-    place = tally(worker, worker.habit)
-    store64(place, load64(place) + answered)
-    store64(place + 8, load64(place + 8) + lasted)
+    found = tally(worker, worker.habit)
+    found.answered += answered
+    found.lasted += lasted
     following = next_habit(worker, worker.habit + 1)
     if following == HABITS:
         worker.rounds += 1
@@ -148,14 +149,14 @@ def drop_hopeless(worker, best):
 
 @compiled
 def tally(worker, habit):
-    """The address of two numbers: requests answered and nanoseconds."""
-    return address_of(worker) + WORKER_TALLIES + 16 * habit
+    return view(worker.tallies + habit * TALLY_SIZE, TALLY)
 
 
 @compiled
 def rate_of(worker, habit):
     """As the trial has found so far."""
-    return rate(load64(tally(worker, habit)), load64(tally(worker, habit) + 8))
+    found = tally(worker, habit)
+    return rate(found.answered, found.lasted)
 
 
 @compiled

@@ -28,12 +28,14 @@ from ringplane.dataplane.state import (
     ALWAYS,
     BOUNCE_ALIGNMENT,
     BOUNCE_SIZE,
+    HABITS,
     MAX_IOVECS,
     NAP,
     NEVER,
     POLL,
     REQUEST,
     SLEEP,
+    TALLY,
     TOKEN_CONTROL,
     TRACE_START,
     TRACE_STOP,
@@ -135,6 +137,8 @@ class Worker:
     def _set_habits(self, poll_us: int | None) -> None:
         """What the worker may do before it sleeps; which of it pays it finds out."""
         state = self._state
+        self._tallies = np.zeros(HABITS, TALLY)
+        state["tallies"] = self._tallies.ctypes.data
         if poll_us is None:
             state["habit"], state["poll_ns"], state["spell_end"] = POLL, ALWAYS, NEVER
         else:
