@@ -106,7 +106,8 @@ class Driver:
 
     `queues` rings of `queue_size` descriptors; `event_idx` and `indirect` are wishes: `features` says what was agreed
     on. `feature_bits` is all that the driver accepts of what is offered. `timeout` is how long, in seconds, a request
-    may take; `memory_size` bytes of (sparse) shared memory hold rings and buffers.
+    may take; `memory_size` bytes of (sparse) shared memory hold rings and buffers, or `memory`, which the caller keeps:
+    drivers that take turns may share it, so that the same pages hold the data of all.
 
     Opening and `reconnect` raise what `FrontEnd` raises, and ValueError when the back end has fewer queues. Requests
     raise TimeoutError, RingBroken when the back end gave up the ring, ConnectionError when it is gone, and BadUsed.
@@ -123,6 +124,7 @@ class Driver:
         feature_bits: int = FEATURES,
         timeout: float = 30.0,
         memory_size: int = 1 << 30,
+        memory: SharedMemory | None = None,
     ) -> None:
         if queues < 1:
             raise ValueError("a disk has at least one queue")
@@ -134,17 +136,20 @@ class Driver:
             feature_bits | (VIRTIO_F_EVENT_IDX if event_idx else 0) | (VIRTIO_F_INDIRECT_DESC if indirect else 0)
         )
         self._token = count(1 << 32)
-        self.memory = SharedMemory(memory_size)
+        self.memory = memory or SharedMemory(memory_size)
+        self._own_memory = memory is None
         try:
             self._open([0] * queues)
         except BaseException:
-            self.memory.close()
+            self._free_memory()
+            if self._own_memory:
+                self.memory.close()
             raise
 
     # Start and stop
 
     def _open(self, bases: Sequence[int]) -> None:
-        self.memory.forget()
+        self._ring_blocks: list[int] = []
         self.queues: list[Vring] = []
         self._tickets: dict[int, Ticket] = {}
         self.front_end = FrontEnd(self.path)
@@ -168,6 +173,7 @@ class Driver:
         self.event_idx = bool(self.features & VIRTIO_F_EVENT_IDX)
         for index in range(self._wanted_queues):
             start = self.memory.allocate(Ring.bytes_needed(self.queue_size))
+            self._ring_blocks.append(start)
             ring = Ring(self.memory.address, start, self.queue_size, self.event_idx)
             self.queues.append(Vring(index, ring, front_end.sock))
 
@@ -192,6 +198,7 @@ class Driver:
     def reconnect(self, bases: Sequence[int] | None = None) -> None:
         """Close the connection, whatever state it is in, and begin anew on another; what was in flight is forgotten."""
         self._close_connection()
+        self._free_memory()
         self._open(bases or [0] * self._wanted_queues)
 
     def _close_connection(self) -> None:
@@ -204,7 +211,16 @@ class Driver:
         with suppress(Exception):
             self.stop()
         self._close_connection()
-        self.memory.close()
+        self._free_memory()
+        if self._own_memory:
+            self.memory.close()
+
+    def _free_memory(self) -> None:
+        """All of it, whatever a back end that is gone had in flight; of another's memory our rings."""
+        while self._ring_blocks:
+            self.memory.free(self._ring_blocks.pop())
+        if self._own_memory:
+            self.memory.forget()
 
     def __enter__(self) -> Self:
         return self
