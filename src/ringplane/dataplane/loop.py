@@ -31,8 +31,10 @@ RETRY_NS = 1_000_000
 MANY = 1 << 10
 
 # How many chains of a queue are fetched before what was fetched is submitted, completed and published: few at first, so
-# that a sleeping driver is called early and wakes up while we work, then more and more.
-FIRST_TURN, TURN = 2, 16
+# that a sleeping driver is called early and wakes up while we work, then more and more. With 16 at most instead of 64
+# a disk had 10 to 25 % less of deep sequential writes, and files on tmpfs 15 % less with the kernel's engines: the kernel
+# merges and batches what it is given at once.
+FIRST_TURN, TURN = 2, 64
 
 # A worker that does not sleep asks the engine in each so many turns, even where nothing tells that there is news.
 LOOK_TURNS = 16
