@@ -42,7 +42,25 @@ def complete_all(worker):
     for index in range(completions):
         completion = view(engine.completions + index * COMPLETION_SIZE, COMPLETION)
         request = view(worker.requests + completion.slot * REQUEST_SIZE, REQUEST)
-        progress(worker, request, completion.result)
+        if request.joined < 0:
+            progress(worker, request, completion.result)
+        else:
+            progress_each(worker, request, completion.result)
+
+
+@compiled
+def progress_each(worker, request, result):
+    """An I/O of several requests ended: if it was not done whole, for whatever reason, each begins again alone."""
+    whole = result == request.whole_length
+    slot = request.slot
+    while slot >= 0:
+        request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
+        slot = request.joined
+        request.joined = -1
+        if whole:
+            progress(worker, request, request.length)
+        else:
+            transfer(worker, request)
 
 
 @compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ringplane.dataplane.fetch import copy_from_front, copy_to_front
+from ringplane.dataplane.merge import hold, offset_in_image, queue_io
 from ringplane.dataplane.state import (
     BOUNCE_SIZE,
     DEVICE,
@@ -18,7 +19,7 @@ from ringplane.dataplane.state import (
 )
 from ringplane.engines import memory
 from ringplane.engines.common import ENGINE, IN_MEMORY, NOWHERE, READ, THROUGH_WORKER, WRITE, complete
-from ringplane.engines.dispatch import prepare_flush, prepare_io
+from ringplane.engines.dispatch import prepare_flush
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.native.jit import compiled
@@ -79,7 +80,10 @@ def execute_io(worker, queue, request):
         return VIRTIO_BLK_S_IOERR
     if request.length == 0:
         return VIRTIO_BLK_S_OK
-    transfer(worker, request)
+    if device.storage == THROUGH_WORKER and is_aligned(device, request.iov, request.iov_count):
+        hold(worker, request)
+    else:
+        transfer(worker, request)
     return PENDING
 
 
@@ -117,10 +121,9 @@ def execute_get_id(queue, request):
 @compiled
 def transfer(worker, request):
     """Do or queue the I/O of what is left of a read or write."""
-    queue = view(request.queue, QUEUE)
-    device = view(queue.device, DEVICE)
+    device = view(view(request.queue, QUEUE).device, DEVICE)
     if device.storage == THROUGH_WORKER:
-        transfer_through_worker(worker, queue, device, request)
+        transfer_through_worker(worker, device, request)
     elif device.storage == IN_MEMORY:
         queue_copy(worker, request)
     else:
@@ -168,13 +171,7 @@ def image_of(request):
 
 
 @compiled
-def offset_in_image(request):
-    """Where what is still to be transferred begins, in bytes."""
-    return request.sector * SECTOR + request.done
-
-
-@compiled
-def transfer_through_worker(worker, queue, device, request):
+def transfer_through_worker(worker, device, request):
     """Queue the I/O with the worker's engine, through a bounce buffer where O_DIRECT needs one."""
     iov, iov_count = request.iov, request.iov_count
     request.bounce_iov_len = 0
@@ -186,9 +183,7 @@ def transfer_through_worker(worker, queue, device, request):
             take_bounce(worker, request)
         fill_bounce(request)
         iov, iov_count = address_of(request) + REQUEST_BOUNCE_IOV, 1
-    dsync = request.operation == WRITE and queue.write_through
-    offset = offset_in_image(request)
-    prepare_io(view(worker.engine, ENGINE), request.slot, request.operation, queue.file, iov, iov_count, offset, dsync)
+    queue_io(worker, request, iov, iov_count)
 
 
 @compiled

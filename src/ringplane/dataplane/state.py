@@ -114,6 +114,9 @@ REQUEST = _struct(
     "iov",  # what is still to be transferred
     "iov_count",
     "done",  # bytes transferred
+    "joined",  # the request whose I/O is done together with this one's, after it: its slot, or -1 (merge.py)
+    "whole_length",  # bytes, and IOVEC structs, of the I/O that begins with this request
+    "whole_iov_count",
     "bounce",  # address of the bounce buffer in use, or 0
     "bounce_iov_base",  # one IOVEC that describes it
     "bounce_iov_len",
@@ -148,6 +151,8 @@ WORKER = _struct(
     "uncalled",  # list of queues whose calls are held: QUEUE, or 0
     "call_at",  # nanoseconds, CLOCK_MONOTONIC, when the held calls are due
     "call_limit",  # and when they are due at the latest, whatever completes meanwhile
+    "held",  # the request that begins an I/O which more may join; -1: none (merge.py)
+    "held_last",  # the last one that has joined
     "copy_first",  # requests to be copied in this turn, oldest first; -1: none
     "copy_last",
     "waiting_first",  # requests that wait for a bounce buffer, oldest first; -1: none

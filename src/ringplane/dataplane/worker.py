@@ -128,7 +128,8 @@ class Worker:
         self._requests["next"] = np.arange(1, slots + 1)
         self._requests["next"][-1] = -1
         self._requests["iovecs"] = self._iovecs.ctypes.data + np.arange(slots) * self._iovecs.strides[0]
-        self._state["waiting_first"] = self._state["copy_first"] = -1
+        self._requests["joined"] = -1
+        self._state["waiting_first"] = self._state["copy_first"] = self._state["held"] = -1
         self._state["one"] = 1
         self._state["engine"] = self.engine.address
         self._state["requests"] = self._requests.ctypes.data

@@ -222,6 +222,7 @@ class Aio:
         for name, value in {
             "kind": AIO,
             "capacity": capacity,
+            "merges": 1,
             "completions": self._completions.ctypes.data,
             "tokens": self._tokens.ctypes.data,
             "context": self._context,

@@ -20,9 +20,9 @@ MAX_TOKENS = 64
 
 # kind: one of the above; capacity: how many slots there are; prepared: operations queued and not yet taken by the
 # kernel; stuck: the kernel did not take all of them, so that a new attempt makes sense only after a completion or some
-# time; submits_in_wait: `wait` submits what is prepared with the system call that it makes anyway; completed: how many
-# operations have ended and were not yet reaped; completions, tokens: addresses of COMPLETION structs, the first
-# `completed` of them filled, and of MAX_TOKENS int64.
+# time; submits_in_wait: `wait` submits what is prepared with the system call that it makes anyway; merges: a large I/O
+# of many buffers costs less than several small ones; completed: how many operations have ended and were not yet reaped;
+# completions, tokens: addresses of COMPLETION structs, the first `completed` of them filled, and of MAX_TOKENS int64.
 ENGINE_FIELDS = [
     (name, "<i8")
     for name in (
@@ -31,6 +31,7 @@ ENGINE_FIELDS = [
         "prepared",
         "stuck",
         "submits_in_wait",
+        "merges",
         "completed",
         "completions",
         "tokens",

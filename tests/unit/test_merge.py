@@ -1,0 +1,193 @@
+"""Adjacent requests that become one I/O: when, and that each is answered as if it had been alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringplane.dataplane.merge import MERGE_BYTES, MERGE_IOVECS
+
+from .rig import IN, IOERR, OK, OUT, PATIENCE, Answer, Line, Pending, Rig, fetch_only, held, make, need_engine, pattern
+
+SIZE = 4 << 20
+DISK = pattern(SIZE)
+
+# A request: kind, sector, bytes.
+Wanted = tuple[int, int, int]
+
+RigFactory = Callable[..., Rig]
+
+
+@pytest.fixture(params=["aio", "io_uring"])
+def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
+    """Makes rigs over an image of the content DISK and closes them."""
+    made: list[Rig] = []
+
+    def factory(**options: object) -> Rig:
+        path = tmp_path / f"disk-{len(made)}.img"
+        made.append(make(path, DISK, engine=need_engine(request.param), **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield factory
+    for rig in made:
+        rig.close()
+
+
+def at_once(lines: Sequence[Line], wanted: Sequence[tuple[Line, Wanted]]) -> tuple[list[Pending], int]:
+    """Have all that is wanted fetched in one turn a line; the requests, answered, and how many I/Os they became."""
+    worker = lines[0].worker
+    engine = worker.engine._engine[0]
+    with held(worker):
+        before = worker.call(lambda: int(engine["prepared"]))
+        requests = [
+            line.put(kind, sector, pattern(size, sector), 0) if kind == OUT else line.put(kind, sector, room=size)
+            for line, (kind, sector, size) in wanted
+        ]
+        for line in lines:
+            line.queue.record["turn"] = 64
+            line.kick()
+        fetch_only(worker)
+        after = worker.call(lambda: int(engine["prepared"]))
+    for line in lines:
+        line.wait()
+    return requests, after.result(PATIENCE) - before.result(PATIENCE)
+
+
+def on_one(line: Line, *wanted: Wanted) -> tuple[list[Answer], int]:
+    requests, count = at_once([line], [(line, one) for one in wanted])
+    return [line.answer(request) for request in requests], count
+
+
+def expected(kind: int, sector: int, size: int) -> Answer:
+    """The answer to a request alone."""
+    return Answer(OK, 1, b"") if kind == OUT else Answer(OK, size + 1, DISK[sector * 512 : sector * 512 + size])
+
+
+def stream(kind: int, *sizes: int, start: int = 0) -> list[Wanted]:
+    """Requests of these sizes in bytes, one after the other, from a sector on."""
+    places = itertools.accumulate(sizes, lambda sector, size: sector + size // 512, initial=start)
+    return [(kind, place, size) for place, size in zip(places, sizes, strict=False)]
+
+
+@pytest.mark.parametrize("kind", [IN, OUT])
+@pytest.mark.parametrize("sizes", [(512, 512), (4096, 8192, 512), (65536,) * 4])
+def test_a_stream_becomes_one_io(make_rig: RigFactory, kind: int, sizes: tuple[int, ...]) -> None:
+    rig = make_rig()
+    wanted = stream(kind, *sizes, start=8)
+    answers, count = on_one(rig.line().start(), *wanted)
+    assert answers == [expected(*one) for one in wanted]
+    assert count == 1
+    if kind == OUT:
+        written = b"".join(pattern(size, sector) for _, sector, size in wanted)
+        assert rig.content() == DISK[:4096] + written + DISK[4096 + len(written) :]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        pytest.param([(IN, 0, 512), (OUT, 1, 512)], 2, id="kinds"),
+        pytest.param([(IN, 0, 512), (IN, 2, 512)], 2, id="gap"),
+        pytest.param([(IN, 1, 512), (IN, 0, 512)], 2, id="backwards"),
+        pytest.param([(IN, 0, 512), (IN, 0, 512)], 2, id="twice"),
+        pytest.param([(IN, 0, 512), (IN, 4, 512), (IN, 1, 512)], 3, id="another between"),
+        pytest.param(stream(IN, MERGE_BYTES, 512), 2, id="large"),
+        pytest.param(stream(IN, *[MERGE_BYTES // 4] * 10), 3, id="three of the largest"),
+    ],
+)
+def test_what_does_not_adjoin_or_fit_is_an_io_of_its_own(
+    make_rig: RigFactory, wanted: list[Wanted], count: int
+) -> None:
+    answers, ios = on_one(make_rig().line().start(), *wanted)
+    assert [answer.status for answer in answers] == [OK] * len(wanted)
+    assert ios == count
+
+
+def test_queues_are_not_mixed(make_rig: RigFactory) -> None:
+    rig = make_rig()
+    lines = [rig.line().start(), rig.line().start()]
+    requests, count = at_once(lines, [(lines[0], (IN, 0, 512)), (lines[1], (IN, 1, 512))])
+    assert [line.answer(request).status for line, request in zip(lines, requests, strict=True)] == [OK, OK]
+    assert count == 2
+
+
+def test_a_list_of_buffers_has_an_end(make_rig: RigFactory) -> None:
+    line = make_rig(guest_size=128 << 20).line().start(size=1024, indirect=True)
+    pieces = MERGE_IOVECS // 2
+    with held(line.worker):
+        requests = [line.put(IN, 2 * n * pieces, room=1024 * pieces, writable=[1024] * pieces + [1]) for n in range(3)]
+        line.queue.record["turn"] = 64
+        line.kick()
+        fetch_only(line.worker)
+        joined = line.worker.call(lambda: [int(joined) for joined in line.worker._requests["joined"] if joined >= 0])
+    line.wait()
+    for number, request in enumerate(requests):
+        start = 1024 * number * pieces
+        assert line.answer(request) == Answer(OK, 1024 * pieces + 1, DISK[start : start + 1024 * pieces])
+    assert len(joined.result(PATIENCE)) == (1 if pieces * 1024 * 2 <= MERGE_BYTES else 0)
+
+
+def test_a_bad_end_fails_those_that_have_it(make_rig: RigFactory) -> None:
+    """The merged read is short: the first requests have their data, the others the error."""
+    rig = make_rig()
+    line = rig.line().start()
+    os.truncate(rig.path, 10240)
+    answers, count = on_one(line, *stream(IN, 4096, 4096, 4096, 4096))
+    assert count == 1
+    assert [answer.status for answer in answers] == [OK, OK, IOERR, IOERR]
+    assert [answer.data for answer in answers[:2]] == [DISK[:4096], DISK[4096:8192]]
+    assert answers[2].used_length == 2048
+
+
+def test_a_failed_write_is_tried_again_in_its_parts(make_rig: RigFactory) -> None:
+    """Each by itself: here all, as the file was opened for reading."""
+    rig = make_rig()
+    line = rig.line()
+    fd = os.open(rig.path, os.O_RDONLY)
+    line.queue.device.fd = fd
+    line.start()
+    answers, count = on_one(line, *stream(OUT, 512, 512, 512))
+    line.stop()
+    os.close(fd)
+    assert (count, [answer.status for answer in answers]) == (1, [IOERR] * 3)
+    assert rig.content() == DISK
+
+
+def test_pinned_memory_is_not_merged(tmp_path: Path) -> None:
+    """Registered buffers save more, and are for I/Os of one buffer."""
+    rig = make(tmp_path / "disk.img", DISK, engine=need_engine("io_uring"), pin_memory=True)
+    try:
+        answers, count = on_one(rig.line().start(), *stream(IN, 4096, 4096, 4096))
+    finally:
+        rig.close()
+    assert answers == [expected(*one) for one in stream(IN, 4096, 4096, 4096)]
+    assert count == 3
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), count=st.integers(2, 60))
+def test_any_mixture_is_served_as_if_each_were_alone(make_rig: RigFactory, seed: int, count: int) -> None:
+    """Disjoint reads and writes in nearly ascending order: statuses, data and image are those of a model."""
+    randomness = random.Random(seed)
+    rig = make_rig()
+    sizes = [512 * randomness.choice([1, 1, 2, 8, 64, 130]) for _ in range(count)]
+    wanted = [(randomness.choice([IN, IN, OUT]), sector, size) for _, sector, size in stream(IN, *sizes)]
+    if randomness.random() < 0.5:
+        kind = randomness.choice([IN, OUT])
+        wanted = [(kind, sector, size) for _, sector, size in wanted]
+    for _ in range(randomness.choice([0, 1, 5])):
+        one = randomness.randrange(count - 1)
+        wanted[one], wanted[one + 1] = wanted[one + 1], wanted[one]
+    answers, _ = on_one(rig.line().start(size=256), *wanted)
+    assert answers == [expected(*one) for one in wanted]
+    content = bytearray(DISK)
+    for kind, sector, size in wanted:
+        if kind == OUT:
+            content[sector * 512 : sector * 512 + size] = pattern(size, sector)
+    assert rig.content() == content
