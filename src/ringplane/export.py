@@ -24,7 +24,7 @@ from ringplane.dataplane.warm import warm_up
 from ringplane.dataplane.worker import POLL_US, WorkerEnded
 from ringplane.disk import Disk
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
-from ringplane.image import Image
+from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
 from ringplane.listener import Listener
 from ringplane.server import IoThread, Server
@@ -142,6 +142,10 @@ class Export:
         while not drained.wait(DRAIN_LOOK) and not self._finished.is_set():
             pass
 
+    def look_again(self) -> None:
+        """Have the size of the image looked at again, as it grew or shrank; the front end is told if it did."""
+        self.server.start_task(self._look_again)
+
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
         """Call `receive` with each trace event from now on, or a sentence about lost ones, on the control thread."""
         if self.state == "stopped":
@@ -162,10 +166,6 @@ class Export:
         if not self._stopping:
             self._stopping = True
             self.server.soon(self._close_sockets)
-
-    def stop_when_readable(self, fd: int) -> None:
-        """Begin to stop as soon as there is something to read from `fd` (a signal's wakeup fd, say)."""
-        self.server.call_when_readable(fd, self.request_stop)
 
     def stop(self) -> None:
         """Fetch nothing more, answer what is in flight, let go of front end, socket and image. May be called again.
@@ -246,6 +246,18 @@ class Export:
             log.warning("%s: cannot be drained: %s", self.disk.image.path.name, error)
         finally:
             drained.set()
+
+    async def _look_again(self) -> None:
+        name = self.disk.image.path.name
+        try:
+            if not await self.disk.look_again():
+                log.info("%s: has %d bytes, as before", name, self.disk.image.size)
+                return
+            log.info("%s: has %d bytes now", name, self.disk.image.size)
+            if self._session:
+                self._session.tell_config_changed()
+        except (ImageError, OSError, WorkerEnded) as error:
+            log.warning("%s: its new size cannot be served: %s", name, error)
 
     def _close_sockets(self) -> None:
         if self._transport:

@@ -80,6 +80,7 @@ class Image:
         """
         self.path = path
         self.read_only = read_only
+        self._block_size = block_size
         self.fd, self.direct = _open(path, read_only, direct)
         try:
             self.size = _size(self.fd, path)
@@ -91,6 +92,12 @@ class Image:
         except BaseException:
             os.close(self.fd)
             raise
+
+    def look_again(self) -> bool:
+        """Take note of the size that the image has now, in whole blocks; whether it is another. Raises ImageError."""
+        size = _size(self.fd, self.path) // self._block_size * self._block_size
+        changed, self.size = size != self.size, size
+        return changed
 
     def close(self) -> None:
         """Close, which gives up the locks; a second call does nothing."""

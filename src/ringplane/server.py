@@ -93,14 +93,15 @@ class Server:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def look_again(self) -> None:
+        """Have the sizes of all images looked at again; may be called from a signal handler."""
+        for export in self.exports:
+            export.look_again()
+
     def request_stop(self) -> None:
         """Begin to stop all disks and return at once; may be called from a signal handler."""
         for export in self.exports:
             export.request_stop()
-
-    def stop_when_readable(self, fd: int) -> None:
-        """Begin to stop as soon as there is something to read from `fd` (a signal's wakeup fd, say)."""
-        self.call_when_readable(fd, self.request_stop)
 
     def stop(self) -> None:
         """Stop all disks, then the threads. May be called again."""

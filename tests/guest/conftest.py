@@ -13,7 +13,17 @@ from .workloads import Workload
 
 IMAGE_SIZE = 512 << 20
 
-PACKAGES = {"fio": "fio", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "split": "coreutils"}
+PACKAGES = {
+    "fio": "fio",
+    "mkfs.ext4": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "split": "coreutils",
+    "blkdiscard": "util-linux",
+    "fstrim": "util-linux",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "btrfs": "btrfs-progs",
+}
 
 InitramfsFor = Callable[[kernels.Kernel, Sequence[str], Workload], bytes]
 
@@ -57,11 +67,11 @@ def initramfs_for(tmp_path_factory: pytest.TempPathFactory) -> InitramfsFor:
     folder = tmp_path_factory.mktemp("initramfs")
 
     def build(kernel: kernels.Kernel, modules: Sequence[str], workload: Workload) -> bytes:
-        built = folder / "-".join([kernel.image.name, *sorted(workload.programs)])
+        built = folder / "-".join([kernel.image.name, *sorted(workload.programs), *workload.modules])
         if not built.exists():
             busybox = kernels.program("busybox", "busybox-static")
             programs = [kernels.program(name, PACKAGES[name]) for name in workload.programs]
-            built.write_bytes(initramfs.build(busybox, programs, kernel.modules, modules))
+            built.write_bytes(initramfs.build(busybox, programs, kernel.modules, (*modules, *workload.modules)))
         return built.read_bytes()
 
     return build

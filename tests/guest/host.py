@@ -29,7 +29,8 @@ def check_files(image: Path, folder: Path) -> None:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted, f"{name} differs in the image"
 
 
-def sha256(image: Path, size: int | None = None) -> str:
-    """The checksum of an image, or of its start, as sha256sum in a guest prints it for its standard input."""
+def sha256(image: Path, size: int | None = None, start: int = 0) -> str:
+    """The checksum of an image, or of a part, as sha256sum in a guest prints it for its standard input."""
     with image.open("rb") as file:
+        file.seek(start)
         return hashlib.sha256(file.read(-1 if size is None else size)).hexdigest() + "  -"

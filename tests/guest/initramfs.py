@@ -86,7 +86,10 @@ def libraries(program: Path) -> list[Path]:
     told = subprocess.run(["ldd", str(program)], capture_output=True, text=True)
     if "not found" in told.stdout:
         raise FileNotFoundError(f"a library of {program} is missing:\n{told.stdout}")
-    return [Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", told.stdout, re.MULTILINE)]
+    found = [Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", told.stdout, re.MULTILINE)]
+    # The C library loads this one when a thread is cancelled, which its dependencies do not tell.
+    unwinders = [path.with_name("libgcc_s.so.1") for path in found if path.name == "libc.so.6"]
+    return found + [path for path in unwinders if path.exists()]
 
 
 def program_entries(programs: Iterable[Path]) -> list[Entry]:

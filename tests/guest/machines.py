@@ -115,24 +115,32 @@ class Guest:
         return result
 
 
+@dataclass
 class QemuGuest(Guest):
     """A PC without KVM: its kernel drives the disk through virtio-pci, after SeaBIOS has."""
 
     cpus = 2
 
+    # Without a source of random numbers the guest's first use of them takes seconds.
+    kernel_options: ClassVar[str] = "console=ttyS0 panic=-1 quiet random.trust_cpu=on"
+    # More properties of each disk's device, as "packed=on"
+    properties: str = ""
+    # The disk has the kernel on it; SeaBIOS and the boot loader that they find there read it.
+    boots_from_disk: bool = False
+
     def command(self, sockets: Sequence[Path], initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
-        # Without a source of random numbers the guest's first use of them takes seconds.
-        kernel_options = "console=ttyS0 panic=-1 quiet random.trust_cpu=on"
+        more = f",{self.properties}" if self.properties else ""
+        kernel = ["-kernel", str(self.kernel), "-initrd", str(initrd), "-append", self.kernel_options]
         disks: list[str] = []
         for number, socket in enumerate(sockets):
             disks += ["-chardev", f"socket,id=disk{number},path={socket}"]
-            disks += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={num_queues}"]
+            disks += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={num_queues}{more}"]
         return [
             *("qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),
             *("-cpu", "qemu64,+rdrand", "-smp", str(self.cpus)),
             *("-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on", "-m", str(memory_mib)),
             *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
-            *("-kernel", str(self.kernel), "-initrd", str(initrd), "-append", kernel_options),
+            *([] if self.boots_from_disk else kernel),
             *disks,
         ]
 

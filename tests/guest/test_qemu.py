@@ -1,9 +1,15 @@
 """A PC in QEMU, emulated without KVM, with a ringplane disk: SeaBIOS and then Linux drive it through virtio-pci."""
 
+import os
 import random
+import signal
+import threading
+import time
 from pathlib import Path
 
-from . import host, workloads
+import pytest
+
+from . import boot, host, initramfs, workloads
 from .backends import STAND_IN, BackendFactory
 from .machines import QemuGuest
 
@@ -33,6 +39,48 @@ def test_fio_verify(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) 
     disk = backend(disk_image, num_queues=2)
     qemu.run(disk, workloads.fio_verify(num_queues=2, cpus=2))
     disk.stop()
+
+
+def test_ranges(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> None:
+    disk = backend(disk_image, num_queues=2)
+    seen = qemu.run(disk, workloads.ranges(), memory_mib=1024)
+    assert int(seen.value("discard_granularity")) == disk_image.stat().st_blksize
+    disk.stop()
+    # Of the file systems of 60 MB and their metadata is left, not what was written before or removed.
+    assert disk_image.stat().st_blocks * 512 < 130 << 20
+
+
+def test_live_resize(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path) -> None:
+    """The guest sees that its disk has grown, and then that it has shrunk, while it is in use."""
+    disk, console = backend(disk_image, num_queues=2), tmp_path / "console-1.txt"
+    larger, smaller = 600 << 20, 300 << 20
+
+    def resize() -> None:
+        for text, size in (("RESIZE-ME", larger), ("RESIZE-AGAIN", smaller)):
+            while not console.exists() or text not in console.read_text(errors="replace"):
+                time.sleep(0.1)
+            os.truncate(disk_image, size)
+            disk.process.send_signal(signal.SIGHUP)
+
+    threading.Thread(target=resize, daemon=True).start()
+    qemu.run(disk, workloads.resized(larger, smaller))
+    disk.stop()
+
+
+@pytest.mark.parametrize("transport", ["modern", "legacy"])
+def test_boots_from_our_disk(
+    backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, transport: str
+) -> None:
+    """SeaBIOS and SYSLINUX read it through the BIOS, then the kernel that they loaded; as legacy drivers too."""
+    workload = workloads.write_pattern(mib=4, start=256)
+    initrd = initramfs.with_script(qemu.initramfs(workload), workload.script)
+    boot.make(disk_image, qemu.kernel, initrd, qemu.kernel_options, tmp_path)
+    disk = backend(disk_image, num_queues=2)
+    qemu.boots_from_disk = True
+    qemu.properties = "disable-modern=on,disable-legacy=off" if transport == "legacy" else ""
+    written = qemu.run(disk, workload).value("sha256")
+    disk.stop()
+    assert host.sha256(disk_image, 4 << 20, 256 << 20) == written
 
 
 def test_next_front_end_is_served(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> None:

@@ -12,7 +12,8 @@ give_up() { say "FAILED: $*"; dmesg | tail -n 20; exit 1; }
 
 # A driver retries and a file system may go on after a failed request; the kernel's log does not forget it.
 CLEAN_LOG = """\
-if dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|blk_update_request|vda.*error|BUG:|Call Trace'; then
+bad='I/O error|EXT4-fs (error|warning)|XFS.*(rror|orrupt)|BTRFS (error|warning|critical)|blk_update_request'
+if dmesg | grep -E "$bad|vda.*error|BUG:|Call Trace"; then
     give_up "the kernel's log tells of errors"
 fi
 say "done"
@@ -21,10 +22,11 @@ say "done"
 
 @dataclass(frozen=True)
 class Workload:
-    """A script, and the programs beside busybox that its guest must have."""
+    """A script, and the programs beside busybox and the kernel modules that its guest must have."""
 
     script: str
     programs: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 def script(body: str) -> str:
@@ -81,11 +83,98 @@ e2fsck -fn /dev/vda
     return Workload(script(body + CLEAN_LOG), ("mkfs.ext4", "e2fsck", "split"))
 
 
-def fio_verify(num_queues: int, cpus: int, scale: int = 1) -> Workload:
-    """Data written at many block sizes and depths, read back and checked by fio, in two areas at a time."""
+def ranges() -> Workload:
+    """Discarded and zeroed ranges of the disk, and what trimming leaves of two file systems and a checksummed third."""
+    body = """\
+host() { # a program of the host's, where busybox has a smaller one of the same name
+    for folder in /usr/sbin /sbin /usr/bin; do
+        [ -x "$folder/$1" ] && program=$folder/$1 && break
+    done
+    shift
+    "$program" "$@"
+}
+limit() { cat "/sys/block/vda/queue/$1"; }
+[ "$(limit discard_max_bytes)" -gt 0 ] || give_up "the disk cannot be discarded"
+[ "$(limit write_zeroes_max_bytes)" -gt 0 ] || give_up "the disk cannot write zeroes"
+echo "discard_granularity=$(limit discard_granularity)"
+zeros() { cmp -n $((64 << 20)) /dev/vda /dev/zero || give_up "$1: the disk is not full of zeros"; }
+fill() { dd if=/dev/urandom of=/dev/vda bs=1M count=64 conv=fsync 2> /tmp/dd.txt; }
+say "blkdiscard"
+fill
+host blkdiscard /dev/vda
+zeros blkdiscard
+say "blkdiscard -z"
+fill
+host blkdiscard -z -l $((64 << 20)) /dev/vda
+zeros "blkdiscard -z"
+say "blkdiscard of a part"
+fill
+dd if=/dev/vda of=/tmp/before bs=1M count=64 iflag=direct 2> /tmp/dd.txt
+host blkdiscard -o 1048576 -l 2097152 /dev/vda
+dd if=/dev/zero of=/tmp/before bs=1M seek=1 count=2 conv=notrunc 2> /tmp/dd.txt
+dd if=/dev/vda of=/tmp/after bs=1M count=64 iflag=direct 2> /tmp/dd.txt
+cmp /tmp/before /tmp/after || give_up "the rest of the disk has changed"
+rm /tmp/before /tmp/after
+trim() { # file system, its mkfs with options
+    say "$*"
+    system=$1
+    shift
+    "$@" /dev/vda > /tmp/mkfs.txt 2>&1 || { cat /tmp/mkfs.txt; give_up "$*"; }
+    mount -t "$system" /dev/vda /mnt
+    head -c 60000000 /dev/urandom > /mnt/kept
+    head -c 60000000 /dev/urandom > /mnt/removed
+    kept=$(sha256sum < /mnt/kept)
+    sync
+    rm /mnt/removed
+    sync
+    host fstrim -v /mnt
+    echo 3 > /proc/sys/vm/drop_caches
+    [ "$(sha256sum < /mnt/kept)" = "$kept" ] || give_up "$system: the file that was kept has changed"
+    if [ "$system" = btrfs ]; then
+        btrfs scrub start -B /mnt | tee /tmp/scrub.txt
+        grep -q 'no errors found' /tmp/scrub.txt || give_up "scrub found errors"
+    fi
+    umount /mnt
+}
+trim ext4 mkfs.ext4 -q -F
+trim xfs mkfs.xfs -q -f
+trim btrfs mkfs.btrfs -q -f
+"""
+    programs = ("blkdiscard", "fstrim", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "btrfs")
+    return Workload(script(body + CLEAN_LOG), programs, ("xfs", "btrfs"))
+
+
+def resized(first: int, second: int) -> Workload:
+    """A disk whose size in bytes changes under a guest that has it in use; what lies beyond a new end is an error."""
+    body = f"""\
+size() {{ echo $(($(cat /sys/block/vda/size) * 512)); }}
+wait_for() {{
+    tries=0
+    while [ "$(size)" != "$1" ] && [ $tries -lt 300 ]; do usleep 100000; tries=$((tries + 1)); done
+    [ "$(size)" = "$1" ] || give_up "the disk has $(size) bytes, not $1"
+}}
+say "has $(size) bytes"
+echo "RESIZE-ME"
+wait_for {first}
+dd if=/dev/urandom of=/dev/vda bs=1M seek=$(({first} / 1048576 - 1)) count=1 oflag=direct || give_up "the new end"
+echo "RESIZE-AGAIN"
+wait_for {second}
+dd if=/dev/vda of=/dev/null bs=1M skip=$(({second} / 1048576 - 1)) count=1 iflag=direct || give_up "the end"
+"""
+    return Workload(script(body + CLEAN_LOG))
+
+
+def fio_verify(num_queues: int, cpus: int, scale: int = 1, ring: str = "split") -> Workload:
+    """Data written at many block sizes and depths, read back and checked by fio, in two areas at a time.
+
+    `ring` is the format of the rings, which must be in use.
+    """
+    # The bits of the features that were agreed on, from 0 on; 34 is VIRTIO_F_RING_PACKED.
+    packed = "1" if ring == "packed" else "0"
     pinned = f"--cpus_allowed=0-{cpus - 1} --cpus_allowed_policy=split" if cpus > 1 else ""
     body = f"""\
 [ "$(ls /sys/block/vda/mq | wc -l)" = {num_queues} ] || give_up "the disk does not have {num_queues} queues"
+[ "$(cut -c 35 /sys/block/vda/device/features)" = {packed} ] || give_up "the rings are not {ring}"
 verify() {{ # name, MiB for each job, options
     name=$1
     size=$(($2 * {scale}))
@@ -138,13 +227,13 @@ echo "serial=$(cat /sys/block/vda/serial)"
     return Workload(script(body + CLEAN_LOG))
 
 
-def write_pattern(mib: int) -> Workload:
-    """Random data over the start of the disk; its checksum is told before it goes to the disk."""
+def write_pattern(mib: int, start: int = 0) -> Workload:
+    """Random data from the MiB `start` of the disk on; its checksum is told before it goes to the disk."""
     body = f"""\
 dd if=/dev/urandom of=/tmp/data bs=1M count={mib}
 sum=$(sha256sum < /tmp/data)
 echo "sha256=$sum"
-dd if=/tmp/data of=/dev/vda bs=64k conv=fsync
+dd if=/tmp/data of=/dev/vda bs=64k seek={start * 16} conv=fsync
 """
     return Workload(script(body + CLEAN_LOG))
 

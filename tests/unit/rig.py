@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numba
@@ -26,6 +26,7 @@ from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.image import Image
 from ringplane.memory import MemoryTable, Region
 from ringplane.native.access import fence, store16
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 
 IN, OUT, FLUSH, SCSI_CMD, SCSI_CMD_OUT, GET_ID = 0, 1, 4, 2, 3, 8
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -144,15 +145,14 @@ class Ring:
         guest.write(self.avail, struct.pack("<HH", 0, start))
         guest.write(self.used, struct.pack("<HH", 0, start))
 
-    def layout(self, *, indirect: bool = True, write_through: bool = False) -> RingLayout:
+    def layout(self, *, indirect: bool = True, write_through: bool = False, features: int = 0) -> RingLayout:
         return RingLayout(
             size=self.size,
             desc=USER_BASE + self.desc,
             avail=USER_BASE + self.avail,
             used=USER_BASE + self.used,
             base=self.avail_idx,
-            event_idx=self.event_idx,
-            indirect=indirect,
+            features=features | self.event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC,
             write_through=write_through,
         )
 
@@ -280,10 +280,11 @@ class Line:
         indirect: bool = True,
         write_through: bool = False,
         table: MemoryTable | None = None,
+        features: int = 0,
     ) -> Line:
         """Make a new ring and have it served."""
         self.ring = Ring(self.rig.guest, size, event_idx=event_idx, start=base)
-        self.resume(indirect=indirect, write_through=write_through, table=table)
+        self.resume(indirect=indirect, write_through=write_through, table=table, features=features)
         return self
 
     def resume(
@@ -293,13 +294,12 @@ class Line:
         write_through: bool = False,
         table: MemoryTable | None = None,
         base: int | None = None,
+        features: int = 0,
     ) -> None:
         """Have the ring served that is there, from `base` on or from where its driver is."""
-        layout = self.ring.layout(indirect=indirect, write_through=write_through)
+        layout = self.ring.layout(indirect=indirect, write_through=write_through, features=features)
         if base is not None:
-            layout = RingLayout(
-                layout.size, layout.desc, layout.avail, layout.used, base, layout.event_idx, indirect, write_through
-            )
+            layout = replace(layout, base=base)
         self.worker.set_call_fd(self.queue, self.call_fd).result(PATIENCE)
         self.worker.start_queue(self.queue, layout, table or self.rig.guest.table(), self.kick_fd).result(PATIENCE)
 

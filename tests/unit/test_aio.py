@@ -36,8 +36,8 @@ def test_what_the_kernel_has_no_room_for_is_queued_and_tried_again(rig: Rig) -> 
     line = rig.line().start(size=512)
     engine = line.worker.engine._engine[0]
     with held(line.worker):
-        # Aligned, so that none of them waits for a bounce buffer.
-        reads = [line.put(IN, number, room=512, direct=0, alignment=512) for number in range(REQUESTS)]
+        # Aligned, so that none of them waits for a bounce buffer; apart, so that none is merged with another.
+        reads = [line.put(IN, 2 * number, room=512, direct=0, alignment=512) for number in range(REQUESTS)]
         line.kick()
         fetch_only(line.worker)
         asked = line.worker.call(lambda: (submit(engine), int(engine["prepared"]), bool(engine["stuck"])))
@@ -45,7 +45,7 @@ def test_what_the_kernel_has_no_room_for_is_queued_and_tried_again(rig: Rig) -> 
     assert stuck
     assert 0 < left < REQUESTS
     line.wait()
-    expected = [Answer(OK, 513, DISK[n * 512 : n * 512 + 512]) for n in range(REQUESTS)]
+    expected = [Answer(OK, 513, DISK[2 * n * 512 : 2 * n * 512 + 512]) for n in range(REQUESTS)]
     assert [line.answer(read) for read in reads] == expected
     assert int(engine["prepared"]) == 0
 

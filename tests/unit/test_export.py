@@ -30,7 +30,7 @@ IMAGE_SIZE = 32 << 20
 MEMORY_SIZE = 16 << 20
 SOON = 10.0
 CYCLES = 200
-KINDS = {"read", "write", "flush", "other"}
+KINDS = {"read", "write", "flush", "discard", "write_zeroes", "other"}
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_counters(export: ringplane.Export) -> None:
         assert driver.request(VIRTIO_BLK_T_OUT, beyond, bytes(512)).status == VIRTIO_BLK_S_IOERR
     wait_until(lambda: export.state == "listening")
     counters = export.counters
-    assert {kind: (c.requests, c.errors) for kind, c in counters.items()} == {
+    assert {kind: (c.requests, c.errors) for kind, c in counters.items()} == dict.fromkeys(KINDS, (0, 0)) | {
         "read": (5, 1),
         "write": (3, 1),
         "flush": (1, 0),
@@ -448,8 +448,8 @@ def named(name: str) -> threading.Thread:
 
 @pytest.mark.parametrize("attached", [True, False], ids=["attached", "listening"])
 def test_idle_export_does_not_wake_up(export: ringplane.Export, attached: bool) -> None:
-    """Neither the I/O thread nor the control thread wakes up at all while the front end does nothing."""
-    threads = [named("ringplane-io"), named("ringplane-control")]
+    """Neither the I/O thread nor its helpers nor the control thread wake up while the front end does nothing."""
+    threads = [named(name) for name in ("ringplane-io-0", "ringplane-control", "helper-0 of ringplane-io-0")]
     driver = attach(export)
     driver.read(0, 512)
     if not attached:

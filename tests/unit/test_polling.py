@@ -33,6 +33,7 @@ from ringplane.driver.ring import (
 from ringplane.native.access import load8, relax, store8, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EPOLL_EVENT, epoll_wait, monotonic_ns, write
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 
 from .rig import (
     GUEST_BASE,
@@ -237,8 +238,7 @@ class Drive:
             size,
             *(place - guest.address + USER_BASE for place in (self.ring.desc, self.ring.avail, self.ring.used)),
             base,
-            event_idx,
-            True,
+            event_idx * VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC,
             False,
         )
         worker.set_call_fd(self.queue, self.call_fd).result(PATIENCE)

@@ -127,6 +127,26 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # Starting and ending
 
 
+def test_sighup_looks_at_the_size_again(serve: Callable[..., Served], path: Path) -> None:
+    served = serve("--num-queues", "1")
+    image = path.with_name("image")
+    with attach(path) as driver:
+        before = driver.capacity
+        for size in (2 * before, before // 2):
+            os.truncate(image, size)
+            served.process.send_signal(signal.SIGHUP)
+
+            def seen(size: int = size) -> bool:
+                driver.read_config()
+                return driver.capacity == size
+
+            wait_until(seen)
+        assert driver.read(before // 2 - 512, 512)
+    status, _, err = served.end(signal.SIGTERM)
+    assert status == 0
+    assert f"image: has {2 * before} bytes now" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number: int) -> None:
     served = serve("--num-queues", "2")

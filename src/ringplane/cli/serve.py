@@ -91,7 +91,7 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 def serve(context: click.Context, /, config: Path | None, log_level: str, trace: bool, **options: Any) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
-    One disk by the options, or those of a configuration file.
+    One disk by the options, or those of a configuration file. SIGHUP: images that grew or shrank get their new size.
     """
     logging.basicConfig(level=logging.WARNING, format="ringplane: %(levelname)s: %(message)s", stream=sys.stderr)
     # Ours alone: Numba and asyncio have debug messages of their own.
@@ -172,7 +172,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     servers: list[Server] = []
 
     def on_signal(number: int, frame: object) -> None:
-        if not servers:
+        if not servers and number != signal.SIGHUP:
             # Still compiling, or opening the image: what was made is undone on the way out.
             raise SystemExit(0)
 
@@ -180,7 +180,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     # thread happens to wake up, which a lock wait does not always do.
     signalled, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
     try:
         servers.append(start())
@@ -194,8 +194,21 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
         if len(server.exports) == 1:
             announce_hint(server.exports[0])
         sys.stdout.flush()
-        server.stop_when_readable(signalled)
+        obey(server, signalled)
         server.wait()
+
+
+def obey(server: Server, signalled: int) -> None:
+    """Stop when a signal comes through the fd `signalled`; after SIGHUP look at the images' sizes and go on."""
+
+    def obey_one() -> None:
+        if set(os.read(signalled, 64)) <= {signal.SIGHUP}:
+            server.look_again()
+            server.call_when_readable(signalled, obey_one)
+        else:
+            server.request_stop()
+
+    server.call_when_readable(signalled, obey_one)
 
 
 def trace_printer(server: Server) -> Callable[[TraceEvent | str], None]:

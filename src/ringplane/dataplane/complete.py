@@ -67,9 +67,10 @@ def progress_each(worker, request, result):
 def progress(worker, request, result):
     """An I/O of this request ended with `result` bytes or -errno: a short one goes on, all others finish it."""
     queue = view(request.queue, QUEUE)
-    if request.kind == KIND_FLUSH:
-        if result < 0:
+    if request.kind >= KIND_FLUSH:
+        if result < 0 and request.kind == KIND_FLUSH:
             note_failed_flush(queue)
+        request.done = request.length if result >= 0 else 0
         finish(worker, queue, request, VIRTIO_BLK_S_OK if result >= 0 else VIRTIO_BLK_S_IOERR)
         return
     if result == -EINTR:

@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 from ringplane.dataplane.fetch import copy_from_front, copy_to_front
+from ringplane.dataplane.helpers import send_to_helpers
 from ringplane.dataplane.merge import hold, offset_in_image, queue_io
 from ringplane.dataplane.state import (
     BOUNCE_SIZE,
     DEVICE,
+    DEVICE_LIFETIME,
     DEVICE_SERIAL,
+    KIND_DISCARD,
     KIND_FLUSH,
     KIND_OTHER,
     KIND_READ,
     KIND_WRITE,
+    KIND_ZERO,
+    MAX_RANGE_SECTORS,
+    MAX_RANGES,
     QUEUE,
     REQUEST,
     REQUEST_BOUNCE_IOV,
     REQUEST_SIZE,
 )
 from ringplane.engines import memory
-from ringplane.engines.common import ENGINE, IN_MEMORY, NOWHERE, READ, THROUGH_WORKER, WRITE, complete
+from ringplane.engines.common import (
+    DISCARD,
+    ENGINE,
+    IN_MEMORY,
+    NOWHERE,
+    READ,
+    SECURE_ERASE,
+    THROUGH_WORKER,
+    WRITE,
+    ZERO,
+    complete,
+)
 from ringplane.engines.dispatch import prepare_flush
 from ringplane.engines.memory import MAPPED_IMAGE
+from ringplane.engines.ranges import RANGE, RANGE_SIZE
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
 from ringplane.virtio.blk import (
+    LIFETIME_SIZE,
     SECTOR,
+    SEGMENT,
+    SEGMENT_F_UNMAP,
+    SEGMENT_SIZE,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_LIFETIME,
+    VIRTIO_BLK_F_SECURE_ERASE,
+    VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_BARRIER,
+    VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_GET_LIFETIME,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_SECURE_ERASE,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 )
 
 TYPE_MASK = 0xFFFF_FFFF ^ VIRTIO_BLK_T_BARRIER
@@ -65,9 +95,20 @@ def execute(worker, queue, request):
     if request.type == VIRTIO_BLK_T_FLUSH:
         request.kind = KIND_FLUSH
         return execute_flush(worker, queue, request)
+    if request.type == VIRTIO_BLK_T_DISCARD:
+        request.kind, request.operation = KIND_DISCARD, DISCARD
+        return execute_ranges(worker, queue, request, VIRTIO_BLK_F_DISCARD)
+    if request.type == VIRTIO_BLK_T_WRITE_ZEROES:
+        request.kind, request.operation = KIND_ZERO, ZERO
+        return execute_ranges(worker, queue, request, VIRTIO_BLK_F_WRITE_ZEROES)
     request.kind = KIND_OTHER
+    if request.type == VIRTIO_BLK_T_SECURE_ERASE:
+        request.operation = SECURE_ERASE
+        return execute_ranges(worker, queue, request, VIRTIO_BLK_F_SECURE_ERASE)
     if request.type == VIRTIO_BLK_T_GET_ID:
-        return execute_get_id(queue, request)
+        return answer(request, queue.device + DEVICE_SERIAL, VIRTIO_BLK_ID_BYTES)
+    if request.type == VIRTIO_BLK_T_GET_LIFETIME and queue.features & VIRTIO_BLK_F_LIFETIME:
+        return answer(request, queue.device + DEVICE_LIFETIME, LIFETIME_SIZE)
     return VIRTIO_BLK_S_UNSUPP
 
 
@@ -110,11 +151,52 @@ def execute_flush(worker, queue, request):
 
 
 @compiled
-def execute_get_id(queue, request):
+def answer(request, source, size):
+    """Answer with `size` bytes, or as many as there is room for."""
     request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
     request.iov_count = request.writable_count
-    request.length = request.done = min(request.writable_bytes, VIRTIO_BLK_ID_BYTES)
-    copy_to_front(request, queue.device + DEVICE_SERIAL, request.length)
+    request.length = request.done = min(request.writable_bytes, size)
+    copy_to_front(request, source, request.length)
+    return VIRTIO_BLK_S_OK
+
+
+@compiled
+def execute_ranges(worker, queue, request, feature):
+    """Discard, write zeroes, secure erase (section 5.2.6): all segments are looked at before the first is acted on."""
+    if not queue.features & feature:
+        return VIRTIO_BLK_S_UNSUPP
+    size = request.readable_bytes
+    if size == 0 or size % SEGMENT_SIZE:
+        return VIRTIO_BLK_S_IOERR
+    request.range_count = size // SEGMENT_SIZE
+    if request.range_count > MAX_RANGES:
+        return VIRTIO_BLK_S_UNSUPP
+    copy_from_front(request, request.ranges, size)
+    device = view(queue.device, DEVICE)
+    # From the last to the first: each RANGE is larger than the segment that it comes from, and takes its place.
+    for index in range(request.range_count - 1, -1, -1):
+        status = take_segment(device, request, index)
+        if status != VIRTIO_BLK_S_OK:
+            return status
+    request.sector = view(request.ranges, RANGE).start // SECTOR
+    if device.storage == NOWHERE:
+        return VIRTIO_BLK_S_OK
+    send_to_helpers(worker, request)
+    return PENDING
+
+
+@compiled
+def take_segment(device, request, index):
+    """Check one of the segments that were copied to `ranges`, and put the RANGE that it means there."""
+    segment = view(request.ranges + index * SEGMENT_SIZE, SEGMENT)
+    sector, count, flags = segment.sector, segment.num_sectors, segment.flags
+    if flags & ~SEGMENT_F_UNMAP or (flags and request.operation != ZERO):
+        return VIRTIO_BLK_S_UNSUPP
+    if count > MAX_RANGE_SECTORS or not is_in_range(device, sector, count * SECTOR):
+        return VIRTIO_BLK_S_IOERR
+    piece = view(request.ranges + index * RANGE_SIZE, RANGE)
+    piece.start, piece.length, piece.unmap = sector * SECTOR, count * SECTOR, flags
+    request.length += piece.length
     return VIRTIO_BLK_S_OK
 
 

@@ -6,6 +6,7 @@ from ringplane.dataplane import rules
 from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all
 from ringplane.dataplane.execute import PENDING, do_copies, execute
 from ringplane.dataplane.fetch import gather
+from ringplane.dataplane.helpers import take_from_helpers
 from ringplane.dataplane.merge import send_held
 from ringplane.dataplane.state import (
     ALWAYS,
@@ -14,6 +15,7 @@ from ringplane.dataplane.state import (
     REQUEST,
     REQUEST_SIZE,
     TOKEN_CONTROL,
+    TOKEN_HELPED,
     TRACE_FETCH,
     WORKER,
 )
@@ -108,6 +110,8 @@ def wait_for_events(worker, engine, patience):
         token = load64(engine.tokens + 8 * index)
         if token == TOKEN_CONTROL:
             worker.attention = 1
+        elif token == TOKEN_HELPED:
+            take_from_helpers(worker)
         else:
             mark_ready(worker, view(token, QUEUE))
 

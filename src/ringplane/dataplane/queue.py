@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import mmap
+import os
+import stat
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +14,16 @@ import numpy.typing as npt
 from ringplane.dataplane.state import COUNTER, DEVICE, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
+from ringplane.engines.ranges import ZEROS_SIZE
 from ringplane.memory import MemoryTable
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
+
+
+@functools.cache
+def _zeros() -> npt.NDArray[np.uint8]:
+    return np.frombuffer(
+        mmap.mmap(-1, ZEROS_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ), np.uint8
+    )
 
 
 class Device:
@@ -28,11 +40,12 @@ class Device:
         serial: str,
         name: str = "disk",
         storage: int = THROUGH_WORKER,
+        lifetime: bytes = b"",
     ) -> None:
         """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1 where any will do.
 
-        `name` is what log lines call it, `storage` one of engines.common. Raises OSError when an image IN_MEMORY cannot
-        be mapped.
+        `name` is what log lines call it, `storage` one of engines.common, `lifetime` what GET_LIFETIME is answered, if
+        it is. Raises OSError when an image IN_MEMORY cannot be mapped.
         """
         self.fd = fd
         self.name = name
@@ -46,7 +59,10 @@ class Device:
         record["capacity"], record["read_only"] = size // SECTOR, read_only
         record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
         record["buffered"] = alignment == (1, 1)
-        record["storage"], record["image"] = storage, self.mapped.address if self.mapped else 0
+        record["storage"], record["fd"], record["block_device"] = storage, fd, stat.S_ISBLK(os.fstat(fd).st_mode)
+        record["image"], record["zeros"] = self.mapped.address if self.mapped else 0, int(_zeros().ctypes.data)
+        record["lifetime"] = len(lifetime)
+        record["lifetime_data"][: len(lifetime)] = np.frombuffer(lifetime, np.uint8)
         encoded = serial.encode()[:VIRTIO_BLK_ID_BYTES]
         record["serial"][: len(encoded)] = np.frombuffer(encoded, np.uint8)
 
@@ -54,6 +70,20 @@ class Device:
         """Unmap what is mapped; no queue may be running. A second call does nothing."""
         if self.mapped is not None:
             self.mapped.close()
+
+    def map(self, size: int) -> None:
+        """Prepare for an image of another size, where it is mapped: to be done before `capacity` says so."""
+        if self.mapped is not None:
+            self.mapped.map(size)
+
+    def set_capacity(self, size: int) -> None:
+        """So many bytes can be read and written from now on."""
+        self._record["capacity"] = size // SECTOR
+
+    @property
+    def flush_failed(self) -> bool:
+        """Whether the page cache may have lost what was written."""
+        return bool(self._record["flush_failed"][0])
 
     @property
     def lost_mapping(self) -> bool:
@@ -65,7 +95,8 @@ class Device:
 class RingLayout:
     """Where the driver has put a split ring, and how the two of them use it.
 
-    Addresses are the front end's user addresses; `base` is the available index to start from.
+    Addresses are the front end's user addresses; `base` is the available index to start from, `features` are the bits
+    that were agreed on.
     """
 
     size: int
@@ -73,8 +104,7 @@ class RingLayout:
     avail: int
     used: int
     base: int
-    event_idx: bool
-    indirect: bool
+    features: int
     write_through: bool
 
 

@@ -1,6 +1,6 @@
 """The structs that the data plane works on and the control plane reads: workers, queues, devices, requests.
 
-All fields are int64, but for a device's serial. Addresses point at other structs; the Python objects that own the
+All fields are int64, but for some of a device's. Addresses point at other structs; the Python objects that own the
 arrays keep them alive. Unless a field says otherwise it is written by the worker's thread alone.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ringplane.engines.ranges import BACKING
 from ringplane.histogram import BUCKETS
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
 
@@ -16,7 +17,7 @@ def _struct(*fields: str) -> np.dtype[np.void]:
     return np.dtype([(field, "<i8") for field in fields])
 
 
-# A disk. Written by the control plane, but for `flush_failed`.
+# A disk. Written by the control plane, but for `flush_failed`. The last fields are a BACKING (engines/ranges.py).
 DEVICE = np.dtype(
     [
         ("capacity", "<i8"),  # in sectors of 512 bytes
@@ -29,9 +30,14 @@ DEVICE = np.dtype(
         ("buffered", "<i8"),  # through the page cache
         ("flush_failed", "<i8"),  # set by any worker, never cleared: what the page cache holds may be lost
         ("storage", "<i8"),  # engines.common: THROUGH_WORKER, IN_MEMORY or NOWHERE
-        ("image", "<i8"),  # in memory: its MAPPED_IMAGE
+        ("lifetime", "<i8"),  # bytes of LIFETIME that the storage tells of its wear; 0: it does not
+        ("lifetime_data", "u1", (8,)),
+        *((name, "<i8") for name in BACKING.names or ()),
     ]
 )
+# Where its BACKING begins: what the helper threads need to know of it.
+DEVICE_BACKING: int = DEVICE.fields["fd"][1]  # type: ignore[index]
+DEVICE_LIFETIME: int = DEVICE.fields["lifetime_data"][1]  # type: ignore[index]
 DEVICE_SERIAL: int = DEVICE.fields["serial"][1]  # type: ignore[index]
 
 # A virtqueue of a device, served by one worker.
@@ -58,7 +64,8 @@ QUEUE = _struct(
     "broken",  # the number of the rule that the driver broke, see rules.py
     "broken_head",
     "in_flight",
-    "write_through",  # the driver cannot flush, so writes end when they are stable
+    "features",  # what driver and device have agreed on
+    "write_through",  # the driver does not flush, so writes end when they are stable
     "file",  # the device's fd as the worker's engine wants it
     "call_fd",  # or -1
     # Membership in the worker's lists
@@ -75,8 +82,8 @@ QUEUE = _struct(
 )
 
 # Kinds of requests that are counted apart.
-KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_OTHER = range(4)
-KINDS = ("read", "write", "flush", "other")
+KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_DISCARD, KIND_ZERO, KIND_OTHER = range(6)
+KINDS = ("read", "write", "flush", "discard", "write_zeroes", "other")
 
 COUNTER = np.dtype(
     [
@@ -110,7 +117,7 @@ REQUEST = _struct(
     "length",  # of the data, in bytes
     "status_address",
     # Progress
-    "operation",  # engines.common: READ or WRITE
+    "operation",  # engines.common
     "iov",  # what is still to be transferred
     "iov_count",
     "done",  # bytes transferred
@@ -120,16 +127,24 @@ REQUEST = _struct(
     "bounce",  # address of the bounce buffer in use, or 0
     "bounce_iov_base",  # one IOVEC that describes it
     "bounce_iov_len",
+    "ranges",  # this slot's own room for MAX_RANGES RANGE structs: what to discard, or fill with zeros
+    "range_count",
+    "zeros_iov_base",  # one IOVEC for zeros that are written
+    "zeros_iov_len",
     "started",  # nanoseconds, CLOCK_MONOTONIC
     "retired_memory",  # not 0: the memory table that this request was translated with has been replaced
 )
 REQUEST_SIZE = REQUEST.itemsize
 REQUEST_HEADER: int = REQUEST.fields["header_type"][1]  # type: ignore[index]
+REQUEST_ZEROS_IOV: int = REQUEST.fields["zeros_iov_base"][1]  # type: ignore[index]
 REQUEST_BOUNCE_IOV: int = REQUEST.fields["bounce_iov_base"][1]  # type: ignore[index]
 
 # Room for a chain: the most segments that any driver is known to send is 515; QEMU's own limit is 1024 in all.
 # Odd in cache lines (1028 * 16 / 64 = 257), so that the first iovecs of all slots do not compete for one cache set.
 MAX_IOVECS = 1028
+
+# The most segments of one request, and sectors of a segment (1 GiB), of discard, write zeroes and secure erase.
+MAX_RANGES, MAX_RANGE_SECTORS = 256, 1 << 21
 
 # What a worker does before it sleeps, and when it calls drivers, the dearest habit last (tune.py): call and sleep at
 # once; hold calls back and take naps meanwhile; look at the rings for a while before sleeping.
@@ -182,7 +197,12 @@ WORKER = _struct(
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far
     "one",  # the number 1, for eventfds
+    "jobs_fd",  # the pipes to and from the helper threads (helpers.py)
+    "done_fd",
+    "helped_slot",  # room for a COMPLETION
+    "helped_result",
 )
+WORKER_HELPED: int = WORKER.fields["helped_slot"][1]  # type: ignore[index]
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
 
@@ -192,8 +212,8 @@ ALWAYS = 1 << 62
 # A moment that the clock does not reach.
 NEVER = 1 << 62
 
-# What the engine reports of a watched fd: this, or the address of a QUEUE that was kicked.
-TOKEN_CONTROL = 1
+# What the engine reports of a watched fd: one of these, or the address of a QUEUE that was kicked.
+TOKEN_CONTROL, TOKEN_HELPED = 1, 2
 
 BOUNCE_SIZE = 256 * 1024
 BOUNCE_ALIGNMENT = 4096

@@ -23,7 +23,16 @@ from ringplane.native.access import address_of, store64_release, view
 from ringplane.native.jit import compiled
 
 EVENT_NAMES = {TRACE_FETCH: "fetch", TRACE_COMPLETE: "complete", TRACE_START: "start", TRACE_STOP: "stop"}
-TYPE_NAMES = {0: "read", 1: "write", 4: "flush", 8: "get-id"}
+TYPE_NAMES = {
+    0: "read",
+    1: "write",
+    4: "flush",
+    8: "get-id",
+    10: "get-lifetime",
+    11: "discard",
+    13: "write-zeroes",
+    14: "secure-erase",
+}
 STATUS_NAMES = {0: "ok", 1: "ioerr", 2: "unsupp"}
 
 

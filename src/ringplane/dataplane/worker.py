@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane import rules
+from ringplane.dataplane.helpers import Helpers
 from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.state import (
@@ -30,6 +31,7 @@ from ringplane.dataplane.state import (
     BOUNCE_SIZE,
     HABITS,
     MAX_IOVECS,
+    MAX_RANGES,
     NAP,
     NEVER,
     POLL,
@@ -37,15 +39,18 @@ from ringplane.dataplane.state import (
     SLEEP,
     TALLY,
     TOKEN_CONTROL,
+    TOKEN_HELPED,
     TRACE_START,
     TRACE_STOP,
     WORKER,
 )
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
+from ringplane.engines.ranges import RANGE
 from ringplane.memory import BadMemory, MemoryTable
 from ringplane.native import libc
 from ringplane.native.syscalls import IOVEC
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.split import (
     AVAIL_ALIGNMENT,
     DESC_ALIGNMENT,
@@ -115,6 +120,14 @@ class Worker:
             os.close(self._control_fd)
             raise
         self._make_state(slots)
+        try:
+            self._helpers = Helpers(name, self._requests.ctypes.data, slots)
+        except BaseException:
+            self.engine.close()
+            os.close(self._control_fd)
+            raise
+        self._state["jobs_fd"], self._state["done_fd"] = self._helpers.jobs_fd, self._helpers.done_fd
+        self.engine.watch(self._helpers.done_fd, TOKEN_HELPED)
         self._set_habits(poll_us)
         self.engine.watch(self._control_fd, TOKEN_CONTROL)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -129,6 +142,9 @@ class Worker:
         self._requests["next"][-1] = -1
         self._requests["iovecs"] = self._iovecs.ctypes.data + np.arange(slots) * self._iovecs.strides[0]
         self._requests["joined"] = -1
+        # Untouched, so without memory, until somebody discards.
+        self._ranges = np.zeros((slots, MAX_RANGES), RANGE)
+        self._requests["ranges"] = self._ranges.ctypes.data + np.arange(slots) * self._ranges.strides[0]
         self._state["waiting_first"] = self._state["copy_first"] = self._state["held"] = -1
         self._state["one"] = 1
         self._state["engine"] = self.engine.address
@@ -162,8 +178,9 @@ class Worker:
     # From any thread.
 
     def start(self) -> None:
-        """Start the thread; the data plane is compiled or loaded by its first run."""
+        """Start the threads; the data plane is compiled or loaded by its first run."""
         self._thread.start()
+        self._helpers.start()
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Have `function` called on the worker's thread, between two runs; its result or exception is the future's.
@@ -210,6 +227,7 @@ class Worker:
             self._thread.join()
         with self._lock:
             self._ended = True
+        self._helpers.close()
         self.engine.close()
         os.close(self._control_fd)
 
@@ -250,7 +268,9 @@ class Worker:
         record = queue.record
         record["size"] = layout.size
         self._place_ring(queue, layout, memory)
-        record["event_idx"], record["indirect"] = layout.event_idx, layout.indirect
+        record["features"] = layout.features
+        record["event_idx"] = bool(layout.features & VIRTIO_F_EVENT_IDX)
+        record["indirect"] = bool(layout.features & VIRTIO_F_INDIRECT_DESC)
         record["write_through"] = layout.write_through
         record["last_avail"] = layout.base
         # Nothing is in flight, so what the used ring says is where it goes on.

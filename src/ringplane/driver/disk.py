@@ -23,21 +23,31 @@ from ringplane.virtio.blk import (
     HEADER,
     HEADER_SIZE,
     SECTOR,
+    SEGMENT,
+    SEGMENT_F_UNMAP,
     VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_CONFIG_WCE,
+    VIRTIO_BLK_F_DISCARD,
     VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_GEOMETRY,
+    VIRTIO_BLK_F_LIFETIME,
     VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SECURE_ERASE,
     VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 )
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1
 from ringplane.virtio.split import DESC_SIZE
@@ -51,6 +61,12 @@ FEATURES = (
     | VIRTIO_BLK_F_FLUSH
     | VIRTIO_BLK_F_TOPOLOGY
     | VIRTIO_BLK_F_MQ
+    | VIRTIO_BLK_F_GEOMETRY
+    | VIRTIO_BLK_F_CONFIG_WCE
+    | VIRTIO_BLK_F_DISCARD
+    | VIRTIO_BLK_F_WRITE_ZEROES
+    | VIRTIO_BLK_F_SECURE_ERASE
+    | VIRTIO_BLK_F_LIFETIME
 )
 
 # What every back end has of the configuration space: all up to secure erase. The rest reads as zeros.
@@ -65,6 +81,11 @@ NO_STATUS = 0xFF
 
 # A piece of a request: our address, bytes, whether the device writes to it.
 Segment = tuple[int, int, bool]
+
+
+def segments(*ranges: tuple[int, int, int]) -> bytes:
+    """The data of a discard, write zeroes or secure erase: (sector, number of sectors, flags) of each range."""
+    return np.array(list(ranges), SEGMENT).tobytes()
 
 
 class Unsupported(Exception):
@@ -294,6 +315,32 @@ class Driver:
     def flush(self, queue: int = 0) -> None:
         """Make every finished write stable. Raises as `read`."""
         _check_status(self.request(VIRTIO_BLK_T_FLUSH, 0, queue=queue).status, "flush")
+
+    def discard(self, offset: int, length: int, queue: int = 0) -> None:
+        """Tell the device that nobody needs these bytes: afterwards anything may be read there. Raises as `read`."""
+        self._do_ranges(VIRTIO_BLK_T_DISCARD, "discard", offset, length, 0, queue)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False, queue: int = 0) -> None:
+        """Have zeros written; with `unmap` storage may be given back instead. Raises as `read`."""
+        flags = SEGMENT_F_UNMAP if unmap else 0
+        self._do_ranges(VIRTIO_BLK_T_WRITE_ZEROES, "write_zeroes", offset, length, flags, queue)
+
+    def _do_ranges(self, kind: int, name: str, offset: int, length: int, flags: int, queue: int) -> None:
+        """One request for each range of the largest size that the device takes."""
+        self._check_range(offset, length)
+        most = int(self.config[f"max_{name}_sectors"]) * SECTOR or length
+        for start in range(offset, offset + length, max(1, most)):
+            size = min(most, offset + length - start)
+            answer = self.request(kind, 0, segments((start // SECTOR, size // SECTOR, flags)), queue=queue)
+            _check_status(answer.status, f"{name} of {size} bytes at {start}")
+
+    def set_write_back(self, write_back: bool) -> None:
+        """Say whether this driver flushes (True), or relies on writes that are stable when they are answered.
+
+        Raises Refused where CONFIG_WCE was not negotiated.
+        """
+        self.front_end.set_config(CONFIG.fields["writeback"][1], bytes([write_back]))  # type: ignore[index]
+        self.read_config()
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset % self.block_size or length % self.block_size:

@@ -7,7 +7,8 @@ import numpy as np
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
-READ, WRITE = 0, 1
+# What a request asks of storage; from DISCARD on by a helper thread (engines/ranges.py).
+READ, WRITE, DISCARD, ZERO, SECURE_ERASE = range(5)
 
 # Which engine a struct belongs to.
 AIO, IO_URING = 0, 1

@@ -29,8 +29,9 @@ PAGE_BITS = 12
 PAGE = 1 << PAGE_BITS
 
 # fd; base: where it is mapped; present: one byte a page, not 0 where the page has memory; lost: a page of it has gone,
-# set by the handler of SIGBUS on any thread; told: the control plane has been called for that.
-MAPPED_IMAGE = np.dtype([(name, "<i8") for name in ("fd", "base", "present", "lost", "told")])
+# set by the handler of SIGBUS on any thread; told: the control plane has been called for that; holes: pages may be
+# without memory (not so with huge pages, where enough is reserved for all).
+MAPPED_IMAGE = np.dtype([(name, "<i8") for name in ("fd", "base", "present", "lost", "told", "holes")])
 LOST: int = MAPPED_IMAGE.fields["lost"][1]  # type: ignore[index]
 
 
@@ -73,6 +74,14 @@ def mark_present(image, offset, size):
 
 
 @compiled
+def mark_absent(image, offset, size):
+    """The pages that lie wholly in this range have been given back; the others have kept their memory."""
+    if image.holes:
+        for page in range((offset + PAGE - 1) >> PAGE_BITS, (offset + size) >> PAGE_BITS):
+            store8(image.present + page, 0)
+
+
+@compiled
 def copy_all(operation, iov, iov_count, place):
     """Copy between the buffers and the image, which is at address `place`."""
     for index in range(iov_count):
@@ -89,27 +98,40 @@ class MappedImage:
 
     def __init__(self, fd: int, size: int, *, read_only: bool) -> None:
         """Map `size` bytes of `fd`; raises OSError where there are not enough huge pages."""
-        page = os.fstat(fd).st_blksize
-        huge = libc.file_system_type(fd) == libc.HUGETLBFS_MAGIC
-        length = -(-size // page) * page if huge else size
-        self._present = np.ones(-(-size // PAGE), np.uint8) if huge else pages_with_memory(fd, size)
-        base = libc.mmap_shared(fd, length, 0, writable=not read_only, reserve=huge)
+        self._fd, self._read_only = fd, read_only
+        self._unmaps: list[weakref.finalize[[int, int, int], MappedImage]] = []
+        self._present: list[npt.NDArray[np.uint8]] = []
         self._record: npt.NDArray[np.void] = np.zeros(1, MAPPED_IMAGE)
         self.address = int(self._record.ctypes.data)
-        self._record["fd"], self._record["base"] = fd, base
-        self._record["present"] = self._present.ctypes.data
+        self._record["fd"] = fd
+        self.map(size)
+
+    def map(self, size: int) -> None:
+        """Map `size` bytes, as the image has another size; raises OSError.
+
+        What was mapped before stays so until `close`: copies may be going on in it.
+        """
+        page = os.fstat(self._fd).st_blksize
+        huge = libc.file_system_type(self._fd) == libc.HUGETLBFS_MAGIC
+        length = max(page, -(-size // page) * page if huge else size)
+        present = np.ones(-(-size // PAGE), np.uint8) if huge else pages_with_memory(self._fd, size)
+        base = libc.mmap_shared(self._fd, length, 0, writable=not self._read_only, reserve=huge)
         try:
             guard = sigbus.guard(base, length, page if huge else mmap.PAGESIZE, self.address + LOST)
         except BaseException:
             libc.munmap(base, length)
             raise
+        self._present.append(present)
         # Not at the interpreter's exit, where a worker's thread may still be running.
-        self._unmap = weakref.finalize(self, _unmap, guard, base, length)
-        self._unmap.atexit = False
+        self._unmaps.append(weakref.finalize(self, _unmap, guard, base, length))
+        self._unmaps[-1].atexit = False
+        self._record["present"], self._record["holes"] = present.ctypes.data, not huge
+        self._record["base"] = base
 
     def close(self) -> None:
         """Unmap; a second call does nothing."""
-        self._unmap()
+        for unmap in self._unmaps:
+            unmap()
 
     @property
     def lost(self) -> bool:

@@ -51,6 +51,12 @@ def munmap(address: int, size: int) -> None:
         raise _error()
 
 
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); raises OSError."""
+    if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        raise _error()
+
+
 MADV_DONTNEED = 4
 
 

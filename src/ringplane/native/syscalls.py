@@ -19,8 +19,12 @@ MACHINE = platform.machine()
 NUMBERS = {
     name: dict(zip(("x86_64", "aarch64"), numbers, strict=True))
     for name, numbers in {
+        "read": (0, 63),
         "write": (1, 64),
         "mmap": (9, 222),
+        "ioctl": (16, 29),
+        "fdatasync": (75, 83),
+        "fallocate": (285, 47),
         "epoll_pwait": (281, 22),
         "preadv": (295, 69),
         "pwritev": (296, 70),
@@ -35,8 +39,12 @@ if MACHINE not in NUMBERS["write"]:
 # Calls since Linux 5.0 have the same number everywhere.
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER, SYS_EPOLL_PWAIT2 = 425, 426, 427, 441
 
+SYS_READ = NUMBERS["read"][MACHINE]
 SYS_WRITE = NUMBERS["write"][MACHINE]
 SYS_MMAP = NUMBERS["mmap"][MACHINE]
+SYS_IOCTL = NUMBERS["ioctl"][MACHINE]
+SYS_FDATASYNC = NUMBERS["fdatasync"][MACHINE]
+SYS_FALLOCATE = NUMBERS["fallocate"][MACHINE]
 SYS_PREADV = NUMBERS["preadv"][MACHINE]
 SYS_PWRITEV = NUMBERS["pwritev"][MACHINE]
 SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"][MACHINE]
@@ -44,7 +52,7 @@ SYS_IO_SETUP = NUMBERS["io_setup"][MACHINE]
 SYS_IO_DESTROY = NUMBERS["io_destroy"][MACHINE]
 SYS_IO_SUBMIT = NUMBERS["io_submit"][MACHINE]
 
-EINTR, EAGAIN, ENOSYS = 4, 11, 38
+EINTR, EIO, EAGAIN, ENOSYS, EOPNOTSUPP = 4, 5, 11, 38, 95
 PROT_READ, PROT_WRITE = 1, 2
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 
@@ -91,6 +99,30 @@ def monotonic_ns(typingctx: Any) -> Any:
         return builder.add(builder.mul(seconds, ir.Constant(INT64, 1_000_000_000)), nanoseconds)
 
     return types.int64(), codegen
+
+
+@compiled
+def read(fd, buffer, size):
+    """read(2)"""
+    return _syscall(SYS_READ, fd, buffer, size, 0, 0, 0)
+
+
+@compiled
+def ioctl(fd, request, argument):
+    """ioctl(2) whose argument is an address"""
+    return _syscall(SYS_IOCTL, fd, request, argument, 0, 0, 0)
+
+
+@compiled
+def fdatasync(fd):
+    """fdatasync(2)"""
+    return _syscall(SYS_FDATASYNC, fd, 0, 0, 0, 0, 0)
+
+
+@compiled
+def fallocate(fd, mode, offset, length):
+    """fallocate(2)"""
+    return _syscall(SYS_FALLOCATE, fd, mode, offset, length, 0, 0)
 
 
 @compiled

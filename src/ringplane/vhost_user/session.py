@@ -19,11 +19,12 @@ from ringplane.dataplane.worker import Worker, WorkerEnded
 from ringplane.disk import Disk
 from ringplane.memory import BadMemory, MemoryTable, Region
 from ringplane.vhost_user import messages
-from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
+from ringplane.vhost_user.connection import Message, UnknownRequest, encode_request, rule_of
 from ringplane.vhost_user.messages import (
     MAX_CONFIG_SIZE,
     U64,
     VHOST_USER_F_PROTOCOL_FEATURES,
+    BackendRequest,
     Config,
     MemoryRegion,
     Payload,
@@ -36,8 +37,7 @@ from ringplane.vhost_user.messages import (
     VringState,
 )
 from ringplane.vhost_user.transport import AsyncTransport
-from ringplane.virtio.blk import VIRTIO_BLK_F_FLUSH
-from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
+from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 from ringplane.virtio.split import MAX_QUEUE_SIZE
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ PROTOCOL_FEATURES = (
 
 # As many as KVM gives a guest (KVM_USER_MEM_SLOTS of x86), so as many as any front end asks for.
 MAX_MEMORY_SLOTS = 509
+
+# Where the driver writes whether it flushes
+WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
 
 # Seconds after which a drain that takes long is spoken of.
 TELL_AFTER = 2.0
@@ -91,6 +94,7 @@ class Session:
         self._memory = MemoryTable()
         self._backend_fd = -1
         self._vrings = [Vring(queue, worker) for queue, worker in zip(disk.queues, disk.workers, strict=True)]
+        self._write_back = True
         self._busy = asyncio.Lock()
 
     async def run(self) -> None:
@@ -115,6 +119,16 @@ class Session:
                     await self._start_or_stop(vring)
                 except (BadMemory, OSError) as error:
                     log.warning("%s: cannot go on after a drain: %s", vring.queue.name, error)
+
+    def tell_config_changed(self) -> None:
+        """Tell the front end, if it can hear it, that the configuration space is to be read again."""
+        if self._backend_fd < 0 or ProtocolFeature.CONFIG not in self._protocol_features:
+            log.info("the front end cannot be told; the driver sees the new size when it starts anew")
+            return
+        try:
+            os.write(self._backend_fd, encode_request(BackendRequest.CONFIG_CHANGE_MSG))
+        except OSError as error:
+            log.warning("the front end could not be told of the new size: %s", error)
 
     async def _close(self) -> None:
         self._transport.close()
@@ -217,10 +231,12 @@ class Session:
 
     async def _on_reset_device(self, message: Message) -> None:
         await asyncio.gather(*(self._forget(vring) for vring in self._vrings))
+        self._write_back = True
 
     async def _on_set_backend_req_fd(self, message: Message) -> None:
-        """Nothing is sent on it yet; user-mode Linux insists on having it."""
+        """What is sent there asks for no reply, so nothing is read; user-mode Linux insists on having it."""
         (fd,) = message.take_fds()
+        os.set_blocking(fd, False)
         self._backend_fd = _replace_fd(self._backend_fd, fd)
 
     # Configuration space.
@@ -229,11 +245,32 @@ class Session:
         asked = _expect(message, Config)
         if asked.offset + asked.size > MAX_CONFIG_SIZE:
             raise Refused(f"{asked.size} bytes at offset {asked.offset} are beyond the configuration space")
-        space = self._disk.config_space().ljust(MAX_CONFIG_SIZE, b"\0")
-        return Config(asked.offset, asked.size, 0, space[asked.offset : asked.offset + asked.size])
+        space = bytearray(self._disk.config_space().ljust(MAX_CONFIG_SIZE, b"\0"))
+        space[WRITEBACK] = self._write_back
+        return Config(asked.offset, asked.size, 0, bytes(space[asked.offset : asked.offset + asked.size]))
 
     async def _on_set_config(self, message: Message) -> None:
-        raise Refused("no field of the configuration space can be written with the features offered")
+        """One field can be written, whether the driver flushes (section 5.2.5.2)."""
+        asked = _expect(message, Config)
+        if (asked.offset, asked.size) != (WRITEBACK, 1) or asked.payload not in (b"\0", b"\1"):
+            raise Refused(f"of the configuration space only `writeback` can be written, the byte at {WRITEBACK}")
+        if not self._features & VIRTIO_BLK_F_CONFIG_WCE:
+            raise Refused("`writeback` is written although the driver did not accept CONFIG_WCE")
+        await self._set_write_back(asked.payload == b"\1")
+
+    async def _set_write_back(self, write_back: bool) -> None:
+        """Without it nothing that is answered from now on may be lost, nor what was answered before."""
+        if write_back == self._write_back:
+            return
+        running = [vring for vring in self._vrings if vring.running]
+        await asyncio.gather(*(self._stop(vring) for vring in running))
+        try:
+            if not write_back:
+                await asyncio.to_thread(self._disk.sync)
+            self._write_back = write_back
+        finally:
+            for vring in running:
+                await self._start_or_stop(vring)
 
     # Memory.
 
@@ -364,11 +401,16 @@ class Session:
             avail=address.available,
             used=address.used,
             base=base,
-            event_idx=bool(self._features & VIRTIO_F_EVENT_IDX),
-            indirect=bool(self._features & VIRTIO_F_INDIRECT_DESC),
-            # A driver that cannot flush relies on each write being stable when it is answered (section 5.2.6.2).
-            write_through=not self._features & VIRTIO_BLK_F_FLUSH,
+            features=self._features,
+            write_through=self._write_through,
         )
+
+    @property
+    def _write_through(self) -> bool:
+        """Whether writes must be stable when they are answered: the driver cannot flush, or says that it will not."""
+        # Sections 5.2.5.2 and 5.2.6.2
+        chosen = bool(self._features & VIRTIO_BLK_F_CONFIG_WCE) and not self._write_back
+        return chosen or not self._features & VIRTIO_BLK_F_FLUSH
 
     async def _stop(self, vring: Vring) -> None:
         """Stop fetching and wait until all that was fetched is answered."""

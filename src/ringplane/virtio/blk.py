@@ -9,17 +9,27 @@ SECTOR = 512
 # Feature bits, section 5.2.3
 VIRTIO_BLK_F_SIZE_MAX = 1 << 1
 VIRTIO_BLK_F_SEG_MAX = 1 << 2
+VIRTIO_BLK_F_GEOMETRY = 1 << 4
 VIRTIO_BLK_F_RO = 1 << 5
 VIRTIO_BLK_F_BLK_SIZE = 1 << 6
 VIRTIO_BLK_F_FLUSH = 1 << 9
 VIRTIO_BLK_F_TOPOLOGY = 1 << 10
+VIRTIO_BLK_F_CONFIG_WCE = 1 << 11
 VIRTIO_BLK_F_MQ = 1 << 12
+VIRTIO_BLK_F_DISCARD = 1 << 13
+VIRTIO_BLK_F_WRITE_ZEROES = 1 << 14
+VIRTIO_BLK_F_LIFETIME = 1 << 15
+VIRTIO_BLK_F_SECURE_ERASE = 1 << 16
 
 # Request types, section 5.2.6
 VIRTIO_BLK_T_IN = 0
 VIRTIO_BLK_T_OUT = 1
 VIRTIO_BLK_T_FLUSH = 4
 VIRTIO_BLK_T_GET_ID = 8
+VIRTIO_BLK_T_GET_LIFETIME = 10
+VIRTIO_BLK_T_DISCARD = 11
+VIRTIO_BLK_T_WRITE_ZEROES = 13
+VIRTIO_BLK_T_SECURE_ERASE = 14
 # Set by drivers of the time before flush; to be ignored (legacy interface, section 5.2.6.3).
 VIRTIO_BLK_T_BARRIER = 0x8000_0000
 
@@ -34,6 +44,18 @@ VIRTIO_BLK_ID_BYTES = 20
 # struct virtio_blk_req up to its data. Read through loads at these offsets: the driver may change it under us.
 HEADER = np.dtype([("type", "<u4"), ("reserved", "<u4"), ("sector", "<u8")])
 HEADER_SIZE = HEADER.itemsize
+
+# struct virtio_blk_discard_write_zeroes, section 5.2.6: what discard, write zeroes and secure erase have as data, once
+# or several times.
+SEGMENT = np.dtype([("sector", "<i8"), ("num_sectors", "<u4"), ("flags", "<u4")])
+SEGMENT_SIZE = SEGMENT.itemsize
+SEGMENT_F_UNMAP = 1
+
+# struct virtio_blk_lifetime, section 5.2.6
+LIFETIME = np.dtype(
+    [("pre_eol_info", "<u2"), ("device_lifetime_est_typ_a", "<u2"), ("device_lifetime_est_typ_b", "<u2")]
+)
+LIFETIME_SIZE = LIFETIME.itemsize
 
 # struct virtio_blk_config, section 5.2.4
 CONFIG = np.dtype(

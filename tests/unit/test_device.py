@@ -1,0 +1,226 @@
+"""The device as a driver finds it over the socket: ranges, its write cache, and an image that changes its size."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import ringplane
+from ringplane.driver import Driver
+from ringplane.driver.frontend import Refused
+from ringplane.vhost_user.messages import HEADER, VERSION, BackendRequest, ProtocolFeature, Request
+from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
+
+from .rig import PATIENCE, pattern
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
+
+
+@pytest.fixture(params=["/dev/shm", "/var/tmp"], ids=["memory", "kernel"])
+def image(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An image that the engine `memory` serves, and one that io_uring or aio does."""
+    with tempfile.TemporaryDirectory(dir=request.param) as folder:
+        path = Path(folder) / "disk.img"
+        path.write_bytes(pattern(SIZE))
+        yield path
+
+
+@pytest.fixture
+def export(image: Path, tmp_path: Path) -> Iterator[ringplane.Export]:
+    with ringplane.serve(image, tmp_path / "socket", num_queues=2, io_threads=2) as running:
+        yield running
+
+
+def attach(export: ringplane.Export, **options: object) -> Driver:
+    assert export.socket_path is not None
+    return Driver(export.socket_path, queues=2, memory_size=64 * MIB, timeout=PATIENCE, **options)  # type: ignore[arg-type]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_ranges(export: ringplane.Export, image: Path) -> None:
+    with attach(export) as driver:
+        driver.write_zeroes(4096, 8192)
+        driver.discard(MIB, MIB)
+        driver.write_zeroes(3 * MIB, MIB, unmap=True)
+        zeros = {1: 1, 3: 1}
+        expected = bytearray(pattern(SIZE))
+        expected[4096:12288] = bytes(8192)
+        for start, count in zeros.items():
+            expected[start * MIB : (start + count) * MIB] = bytes(count * MIB)
+        assert driver.read(0, SIZE) == expected
+    assert image.read_bytes() == expected
+    assert image.stat().st_blocks * 512 <= 2 * MIB
+
+
+def test_the_limits_are_those_of_the_storage(export: ringplane.Export, image: Path) -> None:
+    with attach(export) as driver:
+        config = driver.config
+        assert config["discard_sector_alignment"] * 512 == image.stat().st_blksize
+        assert config["max_discard_seg"] > 1
+        assert config["physical_block_exp"] == 3
+
+
+# The write cache
+
+
+def layouts(export: ringplane.Export) -> list[bool]:
+    """Whether each queue's writes are stable when they are answered."""
+    return [bool(queue.record["write_through"]) for queue in export.disk.queues]
+
+
+def test_the_driver_may_choose_its_write_cache(export: ringplane.Export) -> None:
+    with attach(export) as driver:
+        assert (driver.config["writeback"], layouts(export)) == (1, [False, False])
+        driver.write(0, bytes(4096))
+        driver.set_write_back(False)
+        assert (driver.config["writeback"], layouts(export)) == (0, [True, True])
+        driver.write(4096, bytes(4096), queue=1)
+        driver.set_write_back(True)
+        assert (driver.config["writeback"], layouts(export)) == (1, [False, False])
+        assert driver.read(0, 8192) == bytes(8192)
+
+
+def test_the_next_driver_has_a_write_cache_again(export: ringplane.Export) -> None:
+    with attach(export) as driver:
+        driver.set_write_back(False)
+    wait_until(lambda: export.state == "listening")
+    with attach(export) as driver:
+        assert driver.config["writeback"] == 1
+
+
+def test_what_was_answered_before_is_stable_after_the_switch(
+    export: ringplane.Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), real(fd)))
+    with attach(export) as driver:
+        driver.set_write_back(True)
+        assert synced == []
+        driver.set_write_back(False)
+        assert synced == [export.disk.image.fd]
+
+
+def test_a_switch_that_cannot_be_made_stable_is_refused(
+    export: ringplane.Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with attach(export) as driver:
+        monkeypatch.setattr(os, "fdatasync", fail)
+        with pytest.raises(Refused):
+            driver.set_write_back(False)
+        driver.read_config()
+        assert (driver.config["writeback"], layouts(export)) == (1, [False, False])
+        driver.write(0, bytes(512))
+
+
+def test_without_flush_there_is_no_write_cache(export: ringplane.Export) -> None:
+    from ringplane.driver.disk import FEATURES
+
+    with attach(export, feature_bits=FEATURES & ~VIRTIO_BLK_F_FLUSH):
+        assert layouts(export) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("offset", "data"), [(WRITEBACK, b"\2"), (WRITEBACK, b"\0\0"), (0, b"\0" * 8), (WRITEBACK - 1, b"\0")]
+)
+def test_nothing_else_can_be_written(export: ringplane.Export, offset: int, data: bytes) -> None:
+    with attach(export) as driver:
+        before = driver.front_end.get_config(0, 60)
+        with pytest.raises(Refused):
+            driver.front_end.set_config(offset, data)
+        assert driver.front_end.get_config(0, 60) == before
+
+
+def test_the_switch_is_for_drivers_that_accepted_it(export: ringplane.Export) -> None:
+    from ringplane.driver.disk import FEATURES
+
+    with attach(export, feature_bits=FEATURES & ~VIRTIO_BLK_F_CONFIG_WCE) as driver:
+        with pytest.raises(Refused):
+            driver.set_write_back(False)
+        assert layouts(export) == [False, False]
+
+
+# An image that changes its size
+
+
+def capacity(driver: Driver) -> int:
+    driver.read_config()
+    return driver.capacity
+
+
+def test_an_image_that_grew(export: ringplane.Export, image: Path) -> None:
+    with attach(export) as driver:
+        os.truncate(image, 2 * SIZE)
+        assert capacity(driver) == SIZE
+        export.look_again()
+        wait_until(lambda: capacity(driver) == 2 * SIZE)
+        driver.write(2 * SIZE - MIB, pattern(MIB, 3))
+        assert driver.read(SIZE - MIB, 2 * MIB) == pattern(SIZE)[-MIB:] + bytes(MIB)
+        driver.discard(2 * SIZE - MIB, 4096)
+        assert driver.read(2 * SIZE - MIB, MIB) == bytes(4096) + pattern(MIB, 3)[4096:]
+    assert image.read_bytes()[-MIB + 4096 :] == pattern(MIB, 3)[4096:]
+
+
+def test_an_image_that_shrank(export: ringplane.Export, image: Path) -> None:
+    with attach(export) as driver:
+        os.truncate(image, SIZE // 2)
+        export.look_again()
+        wait_until(lambda: capacity(driver) == SIZE // 2)
+        assert driver.request(0, SIZE // 2 // 512, read=512).status == 1
+        assert driver.request(0, SIZE // 2 // 512 - 1, read=1024).status == 1
+        assert driver.read(0, SIZE // 2) == pattern(SIZE)[: SIZE // 2]
+        os.truncate(image, SIZE)
+        export.look_again()
+        wait_until(lambda: capacity(driver) == SIZE)
+        assert driver.read(0, SIZE) == pattern(SIZE)[: SIZE // 2] + bytes(SIZE // 2)
+        driver.write(SIZE - 4096, pattern(4096, 9))
+    assert image.read_bytes()[-4096:] == pattern(4096, 9)
+
+
+def test_a_part_of_a_block_does_not_count(export: ringplane.Export, image: Path) -> None:
+    with attach(export) as driver:
+        os.truncate(image, SIZE + 700)
+        export.look_again()
+        wait_until(lambda: capacity(driver) == SIZE + 512)
+
+
+def test_without_a_front_end_the_next_one_sees_it(export: ringplane.Export, image: Path) -> None:
+    os.truncate(image, 2 * SIZE)
+    export.look_again()
+    wait_until(lambda: export.disk.image.size == 2 * SIZE)
+    with attach(export) as driver:
+        assert driver.capacity == 2 * SIZE
+
+
+def test_the_front_end_is_told(export: ringplane.Export, image: Path) -> None:
+    """A configuration change message comes through the back end's channel, once for each change."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with attach(export) as driver, ours:
+        front_end = driver.front_end
+        front_end.set_protocol_features(front_end.protocol_features | ProtocolFeature.BACKEND_REQ)
+        front_end.transport.call(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()], need_reply=True)
+        theirs.close()
+        ours.settimeout(PATIENCE)
+        export.look_again()
+        os.truncate(image, 2 * SIZE)
+        export.look_again()
+        message = ours.recv(100)
+        assert HEADER.unpack(message) == (BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
+        assert capacity(driver) == 2 * SIZE

@@ -1,0 +1,139 @@
+"""What the storage behind an image can do: of real files, and of block devices as sysfs describes them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringplane import limits as module
+from ringplane.dataplane.worker import Worker
+from ringplane.disk import Disk
+from ringplane.image import Image
+from ringplane.limits import Limits, limits
+from ringplane.virtio import blk
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm", None])
+def test_a_file_system_with_holes(folder: str | None) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(5000))
+        file.flush()
+        size = os.fstat(file.fileno()).st_blksize
+        found = limits(file.fileno(), read_only=False)
+        assert found == Limits(physical_block=size, minimum_io=size, discard=size, punches=True)
+        assert os.fstat(file.fileno()).st_size == 5000, "asking has changed the file"
+
+
+def test_nothing_of_a_read_only_image_is_discarded() -> None:
+    with tempfile.TemporaryFile() as file:
+        found = limits(file.fileno(), read_only=True)
+        assert (found.discard, found.secure_erase, found.punches) == (0, 0, False)
+
+
+def test_a_file_system_without_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(module.libc, "fallocate", refuse)
+    with tempfile.TemporaryFile() as file:
+        found = limits(file.fileno(), read_only=False)
+        assert (found.discard, found.punches) == (0, False)
+
+
+def device(folder: Path, **values: object) -> Path:
+    """A block device's folder in sysfs."""
+    for name, value in values.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n")
+    return folder
+
+
+@pytest.fixture
+def block_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of the block device 7:3 in a sysfs of our own; every file is that device."""
+    real = os.fstat
+
+    def fstat(fd: int) -> os.stat_result:
+        values = list(real(fd))
+        values[0] = stat.S_IFBLK | 0o660
+        return os.stat_result(values, {"st_rdev": os.makedev(7, 3)})
+
+    monkeypatch.setattr(module.os, "fstat", fstat)
+    return tmp_path / "7:3"
+
+
+def limits_of_device(folder: Path, *, read_only: bool = False) -> Limits:
+    with tempfile.TemporaryFile() as file:
+        return limits(file.fileno(), read_only=read_only, sysfs=folder.parent)
+
+
+def test_a_block_device(block_device: Path) -> None:
+    device(
+        block_device,
+        queue__physical_block_size=4096,
+        queue__minimum_io_size=16384,
+        queue__optimal_io_size=1 << 20,
+        queue__discard_granularity=8192,
+        queue__discard_max_bytes=1 << 30,
+    )
+    found = limits_of_device(block_device)
+    assert found == Limits(4096, 16384, 1 << 20, discard=8192, punches=True)
+    assert limits_of_device(block_device, read_only=True).discard == 0
+
+
+def test_a_block_device_that_cannot_discard(block_device: Path) -> None:
+    device(block_device, queue__physical_block_size=512, queue__discard_granularity=512, queue__discard_max_bytes=0)
+    assert limits_of_device(block_device).discard == 0
+
+
+def test_a_block_device_of_which_nothing_is_told(block_device: Path) -> None:
+    assert limits_of_device(block_device) == Limits(512, 512, 0, punches=True)
+
+
+def test_a_partition_is_like_its_disk(block_device: Path, tmp_path: Path) -> None:
+    disk = device(tmp_path / "sda", queue__physical_block_size=4096, queue__discard_granularity=4096)
+    device(disk / "sda1", partition=1)
+    block_device.symlink_to(disk / "sda1")
+    assert limits_of_device(block_device).physical_block == 4096
+
+
+def test_wear_as_flash_memory_tells_it(block_device: Path) -> None:
+    device(block_device, device__life_time="0x02 0x0b", device__pre_eol_info="0x03")
+    assert limits_of_device(block_device).lifetime == (3, 2, 11)
+
+
+def test_wear_that_makes_no_sense_is_not_told(block_device: Path) -> None:
+    device(block_device, device__life_time="much", device__pre_eol_info="0x03")
+    assert limits_of_device(block_device).lifetime is None
+
+
+@pytest.mark.parametrize("block_size", [512, 4096])
+def test_the_configuration_space_says_so(tmp_path: Path, block_size: int) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    image = Image(path, block_size=block_size)
+    worker = Worker("io", slots=1)
+    disk = Disk(image, [worker], num_queues=1, block_size=block_size)
+    try:
+        disk.limits = Limits(4096, 8192, 1 << 20, discard=65536, secure_erase=4096, punches=True, lifetime=(1, 2, 3))
+        config = np.frombuffer(disk.config_space(), blk.CONFIG)[0]
+        assert config["physical_block_exp"] == (3 if block_size == 512 else 0)
+        assert (config["min_io_size"], config["opt_io_size"]) == (8192 // block_size, (1 << 20) // block_size)
+        assert (config["discard_sector_alignment"], config["secure_erase_sector_alignment"]) == (128, 8)
+        for name in ("discard", "write_zeroes", "secure_erase"):
+            assert config[f"max_{name}_sectors"] > 0
+            assert config[f"max_{name}_seg"] > 0
+        assert config["write_zeroes_may_unmap"] == 1
+        assert config["writeback"] == 1
+        assert config["cylinders"] * config["heads"] * config["sectors"] > 0
+        offered = blk.VIRTIO_BLK_F_DISCARD | blk.VIRTIO_BLK_F_SECURE_ERASE | blk.VIRTIO_BLK_F_LIFETIME
+        assert disk.features & offered == offered
+    finally:
+        disk.close()
+        worker.stop()
