@@ -94,10 +94,12 @@ class Disk:
         """Serve the size that the image has now; whether it is another. Raises ImageError, OSError and WorkerEnded."""
         if not self.image.look_again():
             return False
+        # What is beyond a nearer end is an error at once.
+        self._device.size = min(self._device.size, self.image.size)
         self._device.map(self.image.size)
-        # Whoever sees the new capacity must not use an older mapping: each worker passes here in between.
+        # Whoever sees the new size must not use an older mapping: each worker passes here in between.
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
-        self._device.set_capacity(self.image.size)
+        self._device.size = self.image.size
         return True
 
     def sync(self) -> None:
@@ -117,6 +119,7 @@ class Disk:
     def features(self) -> int:
         """The device and ring feature bits that are offered."""
         offered = features.VIRTIO_F_VERSION_1 | features.VIRTIO_F_INDIRECT_DESC | features.VIRTIO_F_EVENT_IDX
+        offered |= features.VIRTIO_F_RING_PACKED | features.VIRTIO_F_ORDER_PLATFORM
         offered |= blk.VIRTIO_BLK_F_SIZE_MAX | blk.VIRTIO_BLK_F_SEG_MAX | blk.VIRTIO_BLK_F_GEOMETRY
         offered |= blk.VIRTIO_BLK_F_BLK_SIZE | blk.VIRTIO_BLK_F_TOPOLOGY
         offered |= blk.VIRTIO_BLK_F_FLUSH | blk.VIRTIO_BLK_F_CONFIG_WCE
@@ -134,7 +137,7 @@ class Disk:
     def config_space(self) -> bytes:
         """struct virtio_blk_config; but for `num_queues`, fields of features that are not offered are zero."""
         config = np.zeros(1, blk.CONFIG)[0]
-        capacity = self.image.size // blk.SECTOR
+        capacity = self._device.size // blk.SECTOR
         config["capacity"] = capacity
         config["size_max"], config["seg_max"] = SIZE_MAX, SEG_MAX
         config["cylinders"] = max(1, min(capacity // (HEADS * SECTORS_PER_TRACK), MAX_CYLINDERS))

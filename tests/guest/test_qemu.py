@@ -83,6 +83,14 @@ def test_boots_from_our_disk(
     assert host.sha256(disk_image, 4 << 20, 256 << 20) == written
 
 
+def test_packed_ring(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> None:
+    disk = backend(disk_image, num_queues=2)
+    qemu.properties = "packed=on"
+    workload = workloads.fio_verify(num_queues=2, cpus=2, ring="packed")
+    qemu.run(disk, workload)
+    disk.stop()
+
+
 def test_next_front_end_is_served(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> None:
     """One back end process, one machine after another: the second finds what the first wrote."""
     disk = backend(disk_image, num_queues=2)

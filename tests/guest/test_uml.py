@@ -30,7 +30,7 @@ def test_filesystem(backend: BackendFactory, uml: UmlGuest, disk_image: Path, tm
 
 def test_fio_verify(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
     disk = backend(disk_image, num_queues=1)
-    uml.run(disk, workloads.fio_verify(num_queues=1, cpus=1))
+    uml.run(disk, workloads.fio_verify(num_queues=1, cpus=1, ring="packed"))
     disk.stop()
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
@@ -265,6 +266,9 @@ def fetch_only(worker: Worker) -> None:
 class Line:
     """A queue of the device with its driver's ring and eventfds."""
 
+    # What `start` makes: a Ring, or what is like one.
+    ring_class: type[Any] = Ring
+
     def __init__(self, rig: Rig, number: int, worker: Worker) -> None:
         self.rig, self.worker = rig, worker
         self.queue = Queue(rig.device, number, f"disk queue {number}")
@@ -283,7 +287,7 @@ class Line:
         features: int = 0,
     ) -> Line:
         """Make a new ring and have it served."""
-        self.ring = Ring(self.rig.guest, size, event_idx=event_idx, start=base)
+        self.ring = self.ring_class(self.rig.guest, size, event_idx=event_idx, start=base)
         self.resume(indirect=indirect, write_through=write_through, table=table, features=features)
         return self
 
@@ -306,7 +310,7 @@ class Line:
     def stop(self) -> int:
         """Drain; returns the index to go on from."""
         self.worker.stop_queue(self.queue).result(PATIENCE)
-        return int(self.queue.record["last_avail"])
+        return self.queue.base
 
     def put(
         self,

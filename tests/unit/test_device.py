@@ -194,6 +194,22 @@ def test_an_image_that_shrank(export: ringplane.Export, image: Path) -> None:
     assert image.read_bytes()[-4096:] == pattern(4096, 9)
 
 
+def test_a_shrunk_image_fails_what_is_beyond_its_end_before_anybody_looks(
+    export: ringplane.Export, image: Path
+) -> None:
+    with attach(export) as driver:
+        os.truncate(image, SIZE // 2)
+        assert driver.request(0, SIZE // 2 // 512 + 8, read=512).status == 1
+        assert driver.read(0, SIZE // 2) == pattern(SIZE)[: SIZE // 2]
+        export.look_again()
+        wait_until(lambda: capacity(driver) == SIZE // 2)
+        os.truncate(image, 3 * SIZE)
+        export.look_again()
+        wait_until(lambda: capacity(driver) == 3 * SIZE)
+        driver.write(3 * SIZE - 4096, pattern(4096, 9))
+        assert driver.read(SIZE, 2 * SIZE) == bytes(2 * SIZE - 4096) + pattern(4096, 9)
+
+
 def test_a_part_of_a_block_does_not_count(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, SIZE + 700)

@@ -30,7 +30,7 @@ class Ring:
         self.queue = self._array[0]
         self.queue["size"], self.queue["event_idx"] = size, event_idx
         self.queue["avail"], self.queue["used"] = self.avail.ctypes.data, self.used.ctypes.data
-        for index in ("last_avail", "next_used", "signalled_used"):
+        for index in ("last_avail", "seen_avail", "next_used", "signalled_used"):
             self.queue[index] = start
         self.avail_idx = self.used_idx = start
         struct.pack_into("<H", self.avail, 2, start)

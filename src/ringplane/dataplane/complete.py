@@ -25,7 +25,7 @@ from ringplane.native.access import address_of, store8, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, monotonic_ns, write
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
-from ringplane.virtio.split import publish_used, put_used, wants_call
+from ringplane.virtio.ring import publish_used, put_used, wants_call
 
 # In nanoseconds: how long calls are held after the last completion, and after the first one that was not told yet.
 HOLD_NS, HOLD_MAX_NS = 50_000, 400_000
@@ -105,7 +105,7 @@ def note_failed_flush(queue):
 def finish(worker, queue, request, status):
     """Write the status byte, fill a used element, count, and free the slot."""
     store8(request.status_address, status)
-    put_used(queue, request.head, used_length(request))
+    put_used(queue, request.head, request.descriptors, used_length(request))
     mark_unpublished(worker, queue)
     account(worker, queue, request, status)
     if worker.trace:

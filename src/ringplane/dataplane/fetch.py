@@ -12,6 +12,7 @@ from ringplane.memory import REGION, REGION_SIZE, find_region
 from ringplane.native.access import address_of, copy, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
+from ringplane.virtio import packed
 from ringplane.virtio.blk import HEADER_SIZE
 from ringplane.virtio.split import (
     DESC_SIZE,
@@ -57,6 +58,48 @@ def gather(queue, request):
             return rules.NEXT_RANGE
         index = following
     return split_off_header_and_status(request)
+
+
+@compiled
+def gather_packed(queue, request):
+    """Fill `request` with the buffers of the chain at the next place of a packed ring, and go on behind it."""
+    request.readable_count = request.readable_bytes = 0
+    request.writable_count = request.writable_bytes = 0
+    index = queue.last_avail
+    for seen in range(1, queue.size + 1):
+        addr, length, identifier, flags = packed.read_desc(queue.desc, index)
+        if flags & VIRTQ_DESC_F_INDIRECT:
+            rule = check_indirect(queue, False, length, flags)
+            if rule == rules.OK:
+                rule = add_table(queue, request, addr, length)
+        else:
+            rule = add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
+        if rule != rules.OK:
+            return rule
+        if not flags & VIRTQ_DESC_F_NEXT:
+            if identifier >= queue.size:
+                return rules.HEAD_RANGE
+            request.head, request.descriptors = identifier, seen
+            packed.take(queue, seen)
+            return split_off_header_and_status(request)
+        index = index + 1 if index + 1 < queue.size else 0
+    return rules.LOOP
+
+
+@compiled
+def add_table(queue, request, addr, length):
+    """The buffers of an indirect table of a packed ring: one after the other, without NEXT (section 2.8.7)."""
+    table = translate_table(queue, addr, length)
+    if table == 0:
+        return rules.INDIRECT_ADDRESS
+    for index in range(length // DESC_SIZE):
+        addr, length, _, flags = packed.read_desc(table, index)
+        if flags & VIRTQ_DESC_F_INDIRECT:
+            return rules.INDIRECT_NESTED
+        rule = add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
+        if rule != rules.OK:
+            return rule
+    return rules.OK
 
 
 @compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringplane.dataplane import rules
 from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all
 from ringplane.dataplane.execute import PENDING, do_copies, execute
-from ringplane.dataplane.fetch import gather
+from ringplane.dataplane.fetch import gather, gather_packed
 from ringplane.dataplane.helpers import take_from_helpers
 from ringplane.dataplane.merge import send_held
 from ringplane.dataplane.state import (
@@ -26,7 +26,8 @@ from ringplane.engines.dispatch import has_news, submit, wait
 from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
-from ringplane.virtio.split import available, disable_kicks, enable_kicks, take_head
+from ringplane.virtio.ring import available, disable_kicks, enable_kicks
+from ringplane.virtio.split import take_head
 
 RETRY_NS = 1_000_000
 
@@ -236,11 +237,13 @@ def fetch_available(worker, queue):
     worker sleeps, or, when slots run out, until a completion has freed one and all has been fetched.
     """
     keep_quiet(worker, queue)
-    waiting = available(queue)
-    if waiting > queue.size:
-        break_ring(worker, queue, rules.AVAIL_INDEX, -1)
-        return False
-    for _ in range(min(waiting, queue.turn)):
+    for _ in range(queue.turn):
+        waiting = available(queue)
+        if waiting == 0:
+            return False
+        if waiting > queue.size:
+            break_ring(worker, queue, rules.AVAIL_INDEX, -1)
+            return False
         if worker.free < 0:
             return True
         if not fetch_one(worker, queue):
@@ -262,8 +265,7 @@ def keep_quiet(worker, queue):
 def fetch_one(worker, queue):
     """Take one chain and start its request; False when it breaks the ring."""
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
-    request.head = take_head(queue)
-    rule = rules.TOO_MANY_IN_FLIGHT if queue.in_flight >= queue.size else gather(queue, request)
+    rule = take_chain(queue, request)
     if rule != rules.OK:
         break_ring(worker, queue, rule, request.head)
         return False
@@ -278,6 +280,17 @@ def fetch_one(worker, queue):
     if status != PENDING:
         finish(worker, queue, request, status)
     return True
+
+
+@compiled
+def take_chain(queue, request):
+    """Take the next chain: its number and its buffers; returns the rule that it breaks, if it does."""
+    full = queue.in_flight >= queue.size
+    if queue.packed:
+        request.head = -1
+        return rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request)
+    request.head = take_head(queue)
+    return rules.TOO_MANY_IN_FLIGHT if full else gather(queue, request)
 
 
 @compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import os
@@ -15,8 +16,10 @@ from ringplane.dataplane.state import COUNTER, DEVICE, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
 from ringplane.engines.ranges import ZEROS_SIZE
-from ringplane.memory import MemoryTable
+from ringplane.memory import BadMemory, MemoryTable
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
+from ringplane.virtio.features import VIRTIO_F_RING_PACKED
+from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
 
 
 @functools.cache
@@ -72,12 +75,17 @@ class Device:
             self.mapped.close()
 
     def map(self, size: int) -> None:
-        """Prepare for an image of another size, where it is mapped: to be done before `capacity` says so."""
+        """Prepare for an image of another size, where it is mapped; raises OSError."""
         if self.mapped is not None:
-            self.mapped.map(size)
+            self.mapped.resize(size)
 
-    def set_capacity(self, size: int) -> None:
-        """So many bytes can be read and written from now on."""
+    @property
+    def size(self) -> int:
+        """How many bytes can be read and written; a larger image must have been mapped before."""
+        return int(self._record["capacity"][0]) * SECTOR
+
+    @size.setter
+    def size(self, size: int) -> None:
         self._record["capacity"] = size // SECTOR
 
     @property
@@ -93,10 +101,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """Where the driver has put a split ring, and how the two of them use it.
+    """Where the driver has put a ring, and how the two of them use it.
 
-    Addresses are the front end's user addresses; `base` is the available index to start from, `features` are the bits
-    that were agreed on.
+    Addresses are the front end's user addresses: of descriptors, driver area and device area. `base` is where to start,
+    as `Queue.base` tells it; `features` are the bits that were agreed on.
     """
 
     size: int
@@ -106,6 +114,19 @@ class RingLayout:
     base: int
     features: int
     write_through: bool
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.features & VIRTIO_F_RING_PACKED)
+
+
+# The base of a packed ring in which nothing has happened yet.
+NEW_RING = 0x8000_8000
+
+
+def _was_used(ring: int) -> bool:
+    """Whether a packed ring at this address has been through a lap: its first descriptor has been used then."""
+    return bool(ctypes.c_uint16.from_address(ring + DESC_FLAGS).value & VIRTQ_DESC_F_USED)
 
 
 class Queue:
@@ -131,6 +152,31 @@ class Queue:
         # The ring was broken and the log says so; it waits for memory that was removed to be added again.
         self.told_broken = self.suspended = False
         self.err_fd = -1
+
+    @property
+    def base(self) -> int:
+        """Where the ring goes on: of a split ring the next available index.
+
+        Of a packed one, from the lowest bit on, the places of the next descriptor to take and to write over, 15 bits
+        and a wrap counter each (vhost-user, "Vring descriptor indices for packed virtqueues").
+        """
+        record = self.record
+        if not record["packed"]:
+            return int(record["last_avail"])
+        taken = int(record["last_avail"]) | int(record["avail_wrap"]) << 15
+        return taken | int(record["next_used"]) << 16 | int(record["used_wrap"]) << 31
+
+    def set_packed_base(self, base: int) -> None:
+        """Begin a packed ring there; raises BadMemory for a place outside of it."""
+        record = self.record
+        if base == 0 and not _was_used(int(record["desc"])):
+            # user-mode Linux says 0 for a ring that is new, whose wrap counters are 1 (section 2.8.1).
+            base = NEW_RING
+        record["last_avail"], record["avail_wrap"] = base & 0x7FFF, base >> 15 & 1
+        record["next_used"], record["used_wrap"] = base >> 16 & 0x7FFF, base >> 31 & 1
+        record["batch"] = record["uncounted"] = 0
+        if max(record["last_avail"], record["next_used"]) >= record["size"]:
+            raise BadMemory(f"the base {base:#x} is outside of a ring of {record['size']} descriptors")
 
     @property
     def in_flight(self) -> int:

@@ -50,9 +50,16 @@ QUEUE = _struct(
     "used",
     "size",
     "last_avail",
+    "seen_avail",
     "next_used",
     "signalled_used",
     "event_idx",
+    "packed",  # which format the ring has; what follows is for packed rings alone
+    "avail_wrap",
+    "used_wrap",
+    "batch",
+    "batch_flags",
+    "uncounted",
     "indirect",
     # Guest memory: REGION structs
     "regions",
@@ -101,7 +108,8 @@ REQUEST = _struct(
     "slot",
     "next",  # the next free slot, or the next request waiting for a bounce buffer; -1 ends the list
     "queue",  # QUEUE
-    "head",
+    "head",  # which chain it is, as the driver calls it
+    "descriptors",  # how many of a packed ring's the chain takes
     "iovecs",  # this slot's own room for MAX_IOVECS IOVEC structs
     # From the chain, filled by fetch: the driver's buffers as IOVEC structs, readable ones before writable ones
     "readable_count",

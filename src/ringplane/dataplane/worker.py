@@ -51,6 +51,7 @@ from ringplane.memory import BadMemory, MemoryTable
 from ringplane.native import libc
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
+from ringplane.virtio.packed import EVENT_SIZE
 from ringplane.virtio.split import (
     AVAIL_ALIGNMENT,
     DESC_ALIGNMENT,
@@ -272,9 +273,13 @@ class Worker:
         record["event_idx"] = bool(layout.features & VIRTIO_F_EVENT_IDX)
         record["indirect"] = bool(layout.features & VIRTIO_F_INDIRECT_DESC)
         record["write_through"] = layout.write_through
-        record["last_avail"] = layout.base
-        # Nothing is in flight, so what the used ring says is where it goes on.
-        record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
+        record["packed"] = layout.packed
+        if layout.packed:
+            queue.set_packed_base(layout.base)
+        else:
+            record["last_avail"] = record["seen_avail"] = layout.base
+            # Nothing is in flight, so what the used ring says is where it goes on.
+            record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
         record["broken"] = record["draining"] = 0
         record["turn"] = FIRST_TURN
         queue.told_broken = queue.suspended = False
@@ -289,8 +294,10 @@ class Worker:
 
     def _place_ring(self, queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
         desc = memory.user_to_host(layout.desc, desc_bytes(layout.size))
-        avail = memory.user_to_host(layout.avail, avail_bytes(layout.size))
-        used = memory.user_to_host(layout.used, used_bytes(layout.size))
+        avail = memory.user_to_host(layout.avail, EVENT_SIZE if layout.packed else avail_bytes(layout.size))
+        used = memory.user_to_host(layout.used, EVENT_SIZE if layout.packed else used_bytes(layout.size))
+        if not layout.packed and layout.size & (layout.size - 1):
+            raise BadMemory(f"a split ring has a power of two of descriptors, not {layout.size}")
         if desc % DESC_ALIGNMENT or avail % AVAIL_ALIGNMENT or used % USED_ALIGNMENT:
             # A region may be mapped at any address; the loads and stores of the ring may not go anywhere.
             raise BadMemory("the ring is not aligned in memory")

@@ -101,16 +101,26 @@ class MappedImage:
         self._fd, self._read_only = fd, read_only
         self._unmaps: list[weakref.finalize[[int, int, int], MappedImage]] = []
         self._present: list[npt.NDArray[np.uint8]] = []
+        self._mapped = 0
         self._record: npt.NDArray[np.void] = np.zeros(1, MAPPED_IMAGE)
         self.address = int(self._record.ctypes.data)
         self._record["fd"] = fd
         self.map(size)
 
-    def map(self, size: int) -> None:
-        """Map `size` bytes, as the image has another size; raises OSError.
+    def resize(self, size: int) -> None:
+        """The image has so many bytes now. Raises OSError where they cannot be mapped.
 
-        What was mapped before stays so until `close`: copies may be going on in it.
+        A mapping never goes before `close`: copies may be going on in it. What of it is beyond a nearer end raises
+        SIGBUS, which is caught.
         """
+        if size > self._mapped:
+            self.map(size)
+        elif self._record["holes"]:
+            present = pages_with_memory(self._fd, size)
+            self._present[-1][: len(present)] = present
+
+    def map(self, size: int) -> None:
+        """Map `size` bytes from now on; raises OSError."""
         page = os.fstat(self._fd).st_blksize
         huge = libc.file_system_type(self._fd) == libc.HUGETLBFS_MAGIC
         length = max(page, -(-size // page) * page if huge else size)
@@ -125,8 +135,10 @@ class MappedImage:
         # Not at the interpreter's exit, where a worker's thread may still be running.
         self._unmaps.append(weakref.finalize(self, _unmap, guard, base, length))
         self._unmaps[-1].atexit = False
+        # Each of the two may be used with the other's predecessor, for what lies within the smaller size.
         self._record["present"], self._record["holes"] = present.ctypes.data, not huge
         self._record["base"] = base
+        self._mapped = size
 
     def close(self) -> None:
         """Unmap; a second call does nothing."""

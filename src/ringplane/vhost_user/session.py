@@ -38,6 +38,7 @@ from ringplane.vhost_user.messages import (
 )
 from ringplane.vhost_user.transport import AsyncTransport
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
+from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.split import MAX_QUEUE_SIZE
 
 log = logging.getLogger(__name__)
@@ -303,8 +304,10 @@ class Session:
         state = _expect(message, VringState)
         vring = self._vring(state.index)
         size = state.num
-        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
-            raise Refused(f"ring size {size} is no power of two up to {MAX_QUEUE_SIZE}")
+        if not 0 < size <= MAX_QUEUE_SIZE:
+            raise Refused(f"ring size {size} is not from 1 to {MAX_QUEUE_SIZE}")
+        if size & (size - 1) and not self._packed:
+            raise Refused(f"ring size {size} is no power of two")
         if vring.running and size != vring.size:
             raise Refused("the ring is running")
         vring.size = size
@@ -330,7 +333,7 @@ class Session:
         vring = self._vring(state.index)
         if vring.running:
             raise Refused("the ring is running")
-        vring.base = state.num & 0xFFFF
+        vring.base = state.num if self._packed else state.num & 0xFFFF
 
     async def _on_get_vring_base(self, message: Message) -> Payload:
         vring = self._vring(_expect(message, VringState).index)
@@ -406,6 +409,10 @@ class Session:
         )
 
     @property
+    def _packed(self) -> bool:
+        return bool(self._features & VIRTIO_F_RING_PACKED)
+
+    @property
     def _write_through(self) -> bool:
         """Whether writes must be stable when they are answered: the driver cannot flush, or says that it will not."""
         # Sections 5.2.5.2 and 5.2.6.2
@@ -422,7 +429,7 @@ class Session:
                 log.warning("%s: waiting for %d requests in flight", vring.queue.name, vring.queue.in_flight)
                 await _done(drained)
             vring.running = False
-            vring.base = int(vring.queue.record["last_avail"])
+            vring.base = vring.queue.base
 
     async def _reset(self, vring: Vring) -> None:
         """Stop the ring; what broke it, if anything, is forgotten."""

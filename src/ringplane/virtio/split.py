@@ -1,10 +1,9 @@
 """The split virtqueue (virtio 1.2, section 2.7): layouts, and what both ends do to a ring, compiled.
 
 The functions of the device's end take a queue: any struct with the int64 fields `desc`, `avail`, `used` (addresses),
-`size`, `last_avail` (next index to take from the available ring), `next_used` (next index to fill in the used ring),
-`signalled_used` (the used index when we last
-looked whether the driver wants a call) and `event_idx` (whether VIRTIO_F_EVENT_IDX was
-negotiated). Indices run freely modulo 2^16.
+`size`, `last_avail` (next index to take from the available ring), `seen_avail` (the driver's index when we last
+looked), `next_used` (next index to fill in the used ring), `signalled_used` (the used index when we last looked whether
+the driver wants a call) and `event_idx` (whether VIRTIO_F_EVENT_IDX was negotiated). Indices run freely modulo 2^16.
 """
 
 from __future__ import annotations
@@ -81,10 +80,15 @@ def need_event(event, new, old):
 
 @compiled
 def available(queue):
-    """How many chains wait in the available ring; more than the ring's size means that its index is corrupt."""
-    # Acquire: ring entries and descriptors are read after the index. Pairs with the driver's barrier before its
-    # store to avail.idx (section 2.7.13.3).
-    return (load16_acquire(queue.avail + AVAIL_IDX) - queue.last_avail) & INDEX_MASK
+    """How many chains are known to wait; more than the ring's size means that the driver's index is corrupt.
+
+    The index is looked at when all that it told of before has been taken.
+    """
+    if queue.seen_avail == queue.last_avail:
+        # Acquire: ring entries and descriptors are read after the index. Pairs with the driver's barrier before its
+        # store to avail.idx (section 2.7.13.3).
+        queue.seen_avail = load16_acquire(queue.avail + AVAIL_IDX)
+    return (queue.seen_avail - queue.last_avail) & INDEX_MASK
 
 
 @compiled
