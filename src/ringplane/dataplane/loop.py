@@ -26,7 +26,7 @@ from ringplane.engines.dispatch import has_news, submit, wait
 from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
-from ringplane.virtio.ring import available, disable_kicks, enable_kicks
+from ringplane.virtio.ring import available, disable_kicks, enable_kicks, known
 from ringplane.virtio.split import take_head
 
 RETRY_NS = 1_000_000
@@ -237,13 +237,12 @@ def fetch_available(worker, queue):
     worker sleeps, or, when slots run out, until a completion has freed one and all has been fetched.
     """
     keep_quiet(worker, queue)
+    if available(queue) > queue.size:
+        break_ring(worker, queue, rules.AVAIL_INDEX, -1)
+        return False
     for _ in range(queue.turn):
-        waiting = available(queue)
-        if waiting == 0:
-            return False
-        if waiting > queue.size:
-            break_ring(worker, queue, rules.AVAIL_INDEX, -1)
-            return False
+        if not known(queue):
+            break
         if worker.free < 0:
             return True
         if not fetch_one(worker, queue):

@@ -13,6 +13,12 @@ def available(queue):
 
 
 @compiled
+def known(queue):
+    """As `available`, but what a split ring's driver has added since that was last called does not count."""
+    return packed.available(queue) if queue.packed else split.known(queue)
+
+
+@compiled
 def enable_kicks(queue):
     """See split.py and packed.py for this and all others."""
     if queue.packed:

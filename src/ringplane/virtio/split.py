@@ -88,6 +88,12 @@ def available(queue):
         # Acquire: ring entries and descriptors are read after the index. Pairs with the driver's barrier before its
         # store to avail.idx (section 2.7.13.3).
         queue.seen_avail = load16_acquire(queue.avail + AVAIL_IDX)
+    return known(queue)
+
+
+@compiled
+def known(queue):
+    """How many chains wait of those that the driver's index told of when it was last looked at."""
     return (queue.seen_avail - queue.last_avail) & INDEX_MASK
 
 
