@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -240,3 +242,40 @@ def test_the_front_end_is_told(export: ringplane.Export, image: Path) -> None:
         message = ours.recv(100)
         assert HEADER.unpack(message) == (BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
         assert capacity(driver) == 2 * SIZE
+
+
+# A block device
+
+
+@pytest.fixture
+def loop_device() -> Iterator[tuple[Path, Path]]:
+    """A loop device, and the file behind it; skipped where there can be none."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        file = Path(folder) / "disk.img"
+        file.write_bytes(pattern(SIZE))
+        made = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True, check=False)
+        if made.returncode != 0:
+            pytest.skip(f"a loop device cannot be had (root may make them): {made.stderr.strip()}")
+        try:
+            yield Path(made.stdout.strip()), file
+        finally:
+            subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+def test_ranges_of_a_block_device(loop_device: tuple[Path, Path], tmp_path: Path) -> None:
+    """BLKDISCARD and zeros reach the storage: the file behind gives its space back, or keeps it, as was asked for."""
+    device, file = loop_device
+    space = [file.stat().st_blocks]
+    with ringplane.serve(device, tmp_path / "socket", num_queues=2) as export, attach(export) as driver:
+        assert driver.config["discard_sector_alignment"] > 0
+        driver.discard(0, MIB)
+        driver.flush()
+        space.append(file.stat().st_blocks)
+        driver.write_zeroes(MIB, MIB)
+        driver.flush()
+        space.append(file.stat().st_blocks)
+        driver.write_zeroes(2 * MIB, MIB, unmap=True)
+        driver.flush()
+        space.append(file.stat().st_blocks)
+        assert driver.read(0, SIZE) == bytes(3 * MIB) + pattern(SIZE)[3 * MIB :]
+    assert [before - after for before, after in itertools.pairwise(space)] == [2048, 0, 2048]
