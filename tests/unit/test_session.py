@@ -141,8 +141,8 @@ def _nothing_leaks(export: ringplane.Export, caplog: pytest.LogCaptureFixture) -
     gc.collect(0)
     if shared_mappings() > mappings or open_fds() != fds:
         gc.collect()
-    assert open_fds() == fds
     # Fewer after a test that failed, whose frames were kept.
+    assert open_fds().items() <= fds.items()
     assert shared_mappings() <= mappings
     assert export.in_flight == 0
     with front_end(export) as following:

@@ -104,6 +104,9 @@ class Helpers:
         return ends
 
     def start(self) -> None:
+        """Load the compiled code, then start the threads."""
+        # Of no pipe at all, so it ends at once: what loads it on the threads would do so at any time later.
+        help_out(0, -1, -1, int(self._messages.ctypes.data))
         for thread in self._threads:
             thread.start()
 

@@ -180,8 +180,8 @@ class Worker:
 
     def start(self) -> None:
         """Start the threads; the data plane is compiled or loaded by its first run."""
-        self._thread.start()
         self._helpers.start()
+        self._thread.start()
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Have `function` called on the worker's thread, between two runs; its result or exception is the future's.
