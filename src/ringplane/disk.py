@@ -51,6 +51,7 @@ class Disk:
         self.image = image
         self.block_size = block_size
         self.serial = serial if serial is not None else default_serial(image)
+        self._resizing = asyncio.Lock()
         name = image.path.name
         try:
             self.storage = choose_storage(engine, image.fd)
@@ -92,7 +93,13 @@ class Disk:
 
     async def look_again(self) -> bool:
         """Serve the size that the image has now; whether it is another. Raises ImageError, OSError and WorkerEnded."""
-        if not self.image.look_again():
+        async with self._resizing:
+            return await self._take_size()
+
+    async def _take_size(self) -> bool:
+        self.image.look_again()
+        # Not with what was seen last time: that may not have been mapped.
+        if self.image.size == self._device.size:
             return False
         # What is beyond a nearer end is an error at once.
         self._device.size = min(self._device.size, self.image.size)

@@ -93,11 +93,9 @@ class Image:
             os.close(self.fd)
             raise
 
-    def look_again(self) -> bool:
-        """Take note of the size that the image has now, in whole blocks; whether it is another. Raises ImageError."""
-        size = _size(self.fd, self.path) // self._block_size * self._block_size
-        changed, self.size = size != self.size, size
-        return changed
+    def look_again(self) -> None:
+        """Take note of the size that the image has now, in whole blocks. Raises ImageError."""
+        self.size = _size(self.fd, self.path) // self._block_size * self._block_size
 
     def close(self) -> None:
         """Close, which gives up the locks; a second call does nothing."""
