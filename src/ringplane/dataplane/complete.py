@@ -103,15 +103,51 @@ def note_failed_flush(queue):
 
 @compiled
 def finish(worker, queue, request, status):
-    """Write the status byte, fill a used element, count, and free the slot."""
+    """Write the status byte, count, and give the chain back, when it is its turn."""
     store8(request.status_address, status)
-    put_used(queue, request.head, request.descriptors, used_length(request))
-    mark_unpublished(worker, queue)
     account(worker, queue, request, status)
     if worker.trace:
         trace(worker, TRACE_COMPLETE, queue, request, status, worker.now - request.started)
     give_bounce(worker, request)
+    if queue.in_order:
+        request.ended = 1
+        use_in_order(worker, queue)
+    else:
+        use(worker, queue, request)
+
+
+@compiled
+def use(worker, queue, request):
+    """Give the chain back to the driver."""
+    put_used(queue, request.head, request.descriptors, used_length(request))
+    mark_unpublished(worker, queue)
     release(worker, queue, request)
+
+
+# VIRTIO_F_IN_ORDER (section 2.7.9): chains are used in the order in which they came, whatever ends first.
+
+
+@compiled
+def queue_up(worker, queue, request):
+    """Put the request behind all that were fetched before it."""
+    request.following = -1
+    request.ended = 0
+    if queue.oldest < 0:
+        queue.oldest = request.slot
+    else:
+        view(worker.requests + queue.newest * REQUEST_SIZE, REQUEST).following = request.slot
+    queue.newest = request.slot
+
+
+@compiled
+def use_in_order(worker, queue):
+    """Give back the chains at the front whose requests have ended."""
+    while queue.oldest >= 0:
+        request = view(worker.requests + queue.oldest * REQUEST_SIZE, REQUEST)
+        if not request.ended:
+            return
+        queue.oldest = request.following
+        use(worker, queue, request)
 
 
 @compiled

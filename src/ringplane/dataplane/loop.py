@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringplane.dataplane import rules
-from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all
+from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all, queue_up
 from ringplane.dataplane.execute import PENDING, do_copies, execute
 from ringplane.dataplane.fetch import gather, gather_packed
 from ringplane.dataplane.helpers import take_from_helpers
@@ -273,6 +273,8 @@ def fetch_one(worker, queue):
     request.started = worker.now
     queue.in_flight += 1
     worker.in_flight += 1
+    if queue.in_order:
+        queue_up(worker, queue, request)
     status = execute(worker, queue, request)
     if worker.trace:
         trace(worker, TRACE_FETCH, queue, request, 0, 0)

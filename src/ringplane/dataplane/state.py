@@ -72,6 +72,9 @@ QUEUE = _struct(
     "broken_head",
     "in_flight",
     "features",  # what driver and device have agreed on
+    "in_order",  # requests are answered in the order of their chains (complete.py)
+    "oldest",  # of the requests that were not answered yet, then: its slot, or -1
+    "newest",
     "write_through",  # the driver does not flush, so writes end when they are stable
     "file",  # the device's fd as the worker's engine wants it
     "call_fd",  # or -1
@@ -140,6 +143,8 @@ REQUEST = _struct(
     "zeros_iov_base",  # one IOVEC for zeros that are written
     "zeros_iov_len",
     "started",  # nanoseconds, CLOCK_MONOTONIC
+    "following",  # the request that came after it on a queue whose answers are in order: its slot, or -1
+    "ended",  # its status is written, but on such a queue an older request is not answered yet
     "retired_memory",  # not 0: the memory table that this request was translated with has been replaced
 )
 REQUEST_SIZE = REQUEST.itemsize

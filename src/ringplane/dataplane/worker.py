@@ -50,7 +50,7 @@ from ringplane.engines.ranges import RANGE
 from ringplane.memory import BadMemory, MemoryTable
 from ringplane.native import libc
 from ringplane.native.syscalls import IOVEC
-from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
 from ringplane.virtio.split import (
     AVAIL_ALIGNMENT,
@@ -272,6 +272,8 @@ class Worker:
         record["features"] = layout.features
         record["event_idx"] = bool(layout.features & VIRTIO_F_EVENT_IDX)
         record["indirect"] = bool(layout.features & VIRTIO_F_INDIRECT_DESC)
+        record["in_order"] = bool(layout.features & VIRTIO_F_IN_ORDER)
+        record["oldest"] = -1
         record["write_through"] = layout.write_through
         record["packed"] = layout.packed
         if layout.packed:
