@@ -18,7 +18,7 @@ from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.export import DiskConfig, default_num_queues
 from ringplane.image import BLOCK_SIZES
 from ringplane.server import IoThread
-from ringplane.values import check_cpus, check_serial, parse_cpus, parse_poll_us, parse_size
+from ringplane.values import check_cpus, check_feature, check_serial, parse_cpus, parse_poll_us, parse_size
 
 MAX_QUEUES = 64
 MAX_THREADS = 64
@@ -257,6 +257,16 @@ def _names(value: Any) -> Any:
     return [_text(name) for name in value]
 
 
+def _features(value: Any) -> dict[str, bool]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{_shown(value)} is no table of features; an example: {{ packed = false }}")
+    for name, on in value.items():
+        check_feature(name)
+        if not isinstance(on, bool):
+            raise ValueError(f"{name}: {_shown(on)} is neither true nor false")
+    return value
+
+
 def _cpus(value: Any) -> frozenset[int]:
     if isinstance(value, str):
         cpus = parse_cpus(value)
@@ -294,4 +304,5 @@ DISK_KEYS: dict[str, Check] = {
     "num-queues": _whole(1, MAX_QUEUES),
     "block-size": _one_of(*BLOCK_SIZES),
     "serial": _serial,
+    "features": _features,
 }

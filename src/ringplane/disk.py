@@ -6,7 +6,7 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ringplane.engines.choose import AUTO, choose_storage
 from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
 from ringplane.image import Image, ImageError
 from ringplane.limits import Limits, limits
+from ringplane.values import OFF_BY_DEFAULT, check_feature
 from ringplane.virtio import blk, features
 
 # Ours takes any size that a chain may have; the kernel transfers so many bytes at a time (read(2)).
@@ -28,6 +29,28 @@ HEADS, SECTORS_PER_TRACK, MAX_CYLINDERS = 16, 63, 16383
 # What a driver without indirect descriptors can fit into a ring of 128, the smallest that front ends use by default:
 # Linux never gets a longer request through such a ring. Chains that are longer are served all the same.
 SEG_MAX = 126
+
+
+# The bits of the features that people can switch; the others are the protocol's.
+BITS = {
+    "indirect-desc": features.VIRTIO_F_INDIRECT_DESC,
+    "event-idx": features.VIRTIO_F_EVENT_IDX,
+    "packed": features.VIRTIO_F_RING_PACKED,
+    "in-order": features.VIRTIO_F_IN_ORDER,
+    "order-platform": features.VIRTIO_F_ORDER_PLATFORM,
+    "notification-data": features.VIRTIO_F_NOTIFICATION_DATA,
+    "ring-reset": features.VIRTIO_F_RING_RESET,
+    "size-max": blk.VIRTIO_BLK_F_SIZE_MAX,
+    "seg-max": blk.VIRTIO_BLK_F_SEG_MAX,
+    "geometry": blk.VIRTIO_BLK_F_GEOMETRY,
+    "topology": blk.VIRTIO_BLK_F_TOPOLOGY,
+    "flush": blk.VIRTIO_BLK_F_FLUSH,
+    "config-wce": blk.VIRTIO_BLK_F_CONFIG_WCE,
+    "discard": blk.VIRTIO_BLK_F_DISCARD,
+    "write-zeroes": blk.VIRTIO_BLK_F_WRITE_ZEROES,
+    "secure-erase": blk.VIRTIO_BLK_F_SECURE_ERASE,
+    "lifetime": blk.VIRTIO_BLK_F_LIFETIME,
+}
 
 
 class Disk:
@@ -42,11 +65,13 @@ class Disk:
         block_size: int,
         serial: str | None = None,
         engine: str = AUTO,
+        switches: Mapping[str, bool] | None = None,
     ) -> None:
         """`serial` is at most 20 bytes; without one it is derived from the image's path.
 
-        `engine` is one of ENGINES; of those that a worker has, the workers' own is used. Raises ImageError where the
-        image cannot be served with it.
+        `engine` is one of ENGINES; of those that a worker has, the workers' own is used. `switches` says of features by
+        their names whether to offer them. Raises ImageError where the image cannot be served so, ValueError for a
+        feature that cannot be switched.
         """
         self.image = image
         self.block_size = block_size
@@ -75,6 +100,8 @@ class Disk:
             raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
         self.queues = [Queue(self._device, number, f"{name} queue {number}") for number in range(num_queues)]
         self.workers = [workers[number % len(workers)] for number in range(num_queues)]
+        self._switches = dict(switches or {})
+        self._check_switches()
 
     @property
     def through_page_cache(self) -> bool:
@@ -125,21 +152,35 @@ class Disk:
     @property
     def features(self) -> int:
         """The device and ring feature bits that are offered."""
-        offered = features.VIRTIO_F_VERSION_1 | features.VIRTIO_F_INDIRECT_DESC | features.VIRTIO_F_EVENT_IDX
-        offered |= features.VIRTIO_F_RING_PACKED | features.VIRTIO_F_ORDER_PLATFORM
-        offered |= blk.VIRTIO_BLK_F_SIZE_MAX | blk.VIRTIO_BLK_F_SEG_MAX | blk.VIRTIO_BLK_F_GEOMETRY
-        offered |= blk.VIRTIO_BLK_F_BLK_SIZE | blk.VIRTIO_BLK_F_TOPOLOGY
-        offered |= blk.VIRTIO_BLK_F_FLUSH | blk.VIRTIO_BLK_F_CONFIG_WCE
-        for bit, offer in (
-            (blk.VIRTIO_BLK_F_MQ, len(self.queues) > 1),
-            (blk.VIRTIO_BLK_F_RO, self.image.read_only),
-            (blk.VIRTIO_BLK_F_DISCARD, self.limits.discard),
-            (blk.VIRTIO_BLK_F_WRITE_ZEROES, not self.image.read_only),
-            (blk.VIRTIO_BLK_F_SECURE_ERASE, self.limits.secure_erase),
-            (blk.VIRTIO_BLK_F_LIFETIME, self.limits.lifetime),
-        ):
-            offered |= bit if offer else 0
+        offered = features.VIRTIO_F_VERSION_1 | blk.VIRTIO_BLK_F_BLK_SIZE
+        offered |= blk.VIRTIO_BLK_F_MQ if len(self.queues) > 1 else 0
+        offered |= blk.VIRTIO_BLK_F_RO if self.image.read_only else 0
+        for name, bit in BITS.items():
+            offered |= bit if self._can(name) and self.offers(name) else 0
+        if not offered & blk.VIRTIO_BLK_F_FLUSH:
+            # Section 5.2.5.2: who offers the switch of the cache must offer to flush it.
+            offered &= ~blk.VIRTIO_BLK_F_CONFIG_WCE
         return offered
+
+    def offers(self, name: str) -> bool:
+        """Whether the feature of this name is to be offered, as far as people have a say in it."""
+        return self._switches.get(name, name not in OFF_BY_DEFAULT)
+
+    def _can(self, name: str) -> bool:
+        """Whether the storage has what this feature offers."""
+        limits = self.limits
+        return {
+            "discard": limits.discard > 0,
+            "write-zeroes": not self.image.read_only,
+            "secure-erase": limits.secure_erase > 0,
+            "lifetime": limits.lifetime is not None,
+        }.get(name, True)
+
+    def _check_switches(self) -> None:
+        for name, on in self._switches.items():
+            check_feature(name)
+            if on and not self._can(name):
+                raise ImageError(f"{self.image.path}: {name} cannot be offered, as its storage cannot do it")
 
     def config_space(self) -> bytes:
         """struct virtio_blk_config; but for `num_queues`, fields of features that are not offered are zero."""
@@ -153,6 +194,10 @@ class Disk:
         self._describe_topology(config)
         config["num_queues"] = len(self.queues)
         self._describe_ranges(config)
+        offered = self.features
+        for bit, names in blk.CONFIG_FIELDS.items():
+            for name in () if offered & bit else names:
+                config[name] = 0
         return bytes(config.tobytes())
 
     def _describe_topology(self, config: np.void) -> None:
@@ -165,22 +210,11 @@ class Disk:
 
     def _describe_ranges(self, config: np.void) -> None:
         """Discard, write zeroes and secure erase."""
-        limits = self.limits
-        for granularity, sectors, segments, alignment in (
-            (limits.discard, "max_discard_sectors", "max_discard_seg", "discard_sector_alignment"),
-            (
-                limits.secure_erase,
-                "max_secure_erase_sectors",
-                "max_secure_erase_seg",
-                "secure_erase_sector_alignment",
-            ),
-        ):
-            if granularity:
-                config[sectors], config[segments] = MAX_RANGE_SECTORS, MAX_RANGES
-                config[alignment] = max(granularity, self.block_size) // blk.SECTOR
-        if not self.image.read_only:
-            config["max_write_zeroes_sectors"], config["max_write_zeroes_seg"] = MAX_RANGE_SECTORS, MAX_RANGES
-            config["write_zeroes_may_unmap"] = limits.punches
+        for name in ("discard", "write_zeroes", "secure_erase"):
+            config[f"max_{name}_sectors"], config[f"max_{name}_seg"] = MAX_RANGE_SECTORS, MAX_RANGES
+        config["discard_sector_alignment"] = max(self.limits.discard, self.block_size) // blk.SECTOR
+        config["secure_erase_sector_alignment"] = max(self.limits.secure_erase, self.block_size) // blk.SECTOR
+        config["write_zeroes_may_unmap"] = self.limits.punches
 
 
 def _nothing() -> None:

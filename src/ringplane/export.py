@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -57,6 +57,7 @@ class DiskConfig:
     engine: str = AUTO
     block_size: int = 512
     serial: str | None = None
+    features: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
@@ -95,6 +96,7 @@ class Export:
             block_size=config.block_size,
             serial=config.serial,
             engine=config.engine,
+            switches=config.features,
         )
         self._listener = listener
         self._accepting: asyncio.Future[tuple[socket.socket, object]] | None = None
@@ -255,7 +257,7 @@ class Export:
                 return
             log.info("%s: has %d bytes now", name, self.disk.image.size)
             if self._session:
-                self._session.tell_config_changed()
+                await self._session.tell_config_changed()
         except (ImageError, OSError, WorkerEnded) as error:
             log.warning("%s: its new size cannot be served: %s", name, error)
 
@@ -283,6 +285,7 @@ def serve(
     pin_memory: bool = False,
     block_size: int = 512,
     serial: str | None = None,
+    features: Mapping[str, bool] | None = None,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
@@ -292,7 +295,8 @@ def serve(
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
-    export's `disk.image.direct` tells. When this returns, front ends can connect.
+    export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off. When this
+    returns, front ends can connect.
 
     Raises ImageError, ListenError, ValueError for arguments that make no sense, or OSError when the kernel lacks what
     the data plane needs; nothing is left behind.
@@ -311,6 +315,7 @@ def serve(
         engine=engine,
         block_size=block_size,
         serial=serial,
+        features=features or {},
     )
     return serve_all([config], threads).exports[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -10,6 +11,16 @@ from collections.abc import Collection, Iterable
 MAX_SERIAL = 20
 
 MAX_POLL_US = 1_000_000
+
+# Features that people can switch (disk.py says which bit each is), and those that are off unless switched on, as the
+# drivers that take them pay for them.
+FEATURES = (
+    *("indirect-desc", "event-idx", "packed", "in-order", "order-platform", "notification-data", "ring-reset"),
+    *("size-max", "seg-max", "geometry", "topology", "flush", "config-wce"),
+    *("discard", "write-zeroes", "secure-erase", "lifetime"),
+    *("status", "inband-notifications"),
+)
+OFF_BY_DEFAULT = ("in-order", "inband-notifications")
 
 CPU_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
 
@@ -72,6 +83,23 @@ def parse_poll_us(text: str) -> int | None:
     if not text.isascii() or not text.isdigit() or int(text) > MAX_POLL_US:
         raise ValueError(f"{text!r} is neither a number of microseconds from 0 to {MAX_POLL_US} nor always")
     return int(text)
+
+
+def parse_feature(text: str) -> tuple[str, bool]:
+    """A feature's name, and whether to offer it: `packed=off`. Raises ValueError."""
+    name, _, state = text.partition("=")
+    if state not in ("on", "off"):
+        raise ValueError(f"{text!r} is neither {name}=on nor {name}=off")
+    check_feature(name)
+    return name, state == "on"
+
+
+def check_feature(name: str) -> None:
+    """Raises ValueError where no feature that can be switched has this name."""
+    if name not in FEATURES:
+        near = difflib.get_close_matches(name, FEATURES, n=1)
+        hint = f"is {near[0]} meant?" if near else f"there is {', '.join(FEATURES)}"
+        raise ValueError(f"no feature {name!r} can be switched; {hint}")
 
 
 def check_serial(serial: str) -> None:

@@ -34,6 +34,15 @@ def test_fio_verify(backend: BackendFactory, uml: UmlGuest, disk_image: Path) ->
     disk.stop()
 
 
+def test_in_band(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
+    """Kicks and calls are messages: this guest takes that when it is offered."""
+    disk = backend(disk_image, num_queues=1, extra=["--feature", "inband-notifications=on", "--log-level", "debug"])
+    uml.run(disk, workloads.fio_verify(num_queues=1, cpus=1, ring="packed"))
+    disk.stop()
+    assert "VRING_KICK" in disk.told()
+    assert "SET_VRING_CALL" not in disk.told()
+
+
 def test_next_front_end_is_served(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
     """User-mode Linux never asks for the state of its ring (GET_VRING_BASE): it closes the connection and is gone."""
     disk = backend(disk_image, num_queues=1)

@@ -76,6 +76,7 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
         num-queues = 3
         block-size = 4096
         serial = "ABC"
+        features = {{ packed = false, in-order = true }}
         engine = "null"
         """,
     )
@@ -93,6 +94,7 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
             num_queues=3,
             block_size=4096,
             serial="ABC",
+            features={"packed": False, "in-order": True},
             engine="null",
         )
     ]
@@ -210,6 +212,9 @@ def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
         ("create = 1.5", "create: 1.5 is no size"),
         ('serial = "123456789012345678901"', "has 21 bytes; the device has room for 20"),
         ('serial = "a\\tb"', "serial: "),
+        ("features = { pack = true }", "features: no feature 'pack' can be switched; is packed meant?"),
+        ("features = { packed = 1 }", "features: packed: 1 is neither true nor false"),
+        ('features = ["packed"]', "is no table of features"),
         ("serial = 7", "serial: 7 is no text"),
         ('io-threads = "io0"', 'io-threads: "io0" is no list of names'),
         ("io-threads = []", "io-threads: [] is no list of names"),

@@ -28,6 +28,7 @@ from ringplane.driver.process import peer_pid
 from ringplane.engines.choose import ENGINES
 from ringplane.engines.memory import is_memory
 from ringplane.values import format_cpus
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
 from .rig import need_engine
 
@@ -593,6 +594,25 @@ def test_serial_that_is_no_text(image: Path, path: Path) -> None:
 )
 def test_option_out_of_its_range(image: Path, path: Path, wrong: list[str]) -> None:
     refused("--blk-file", image, "--socket-path", path, *wrong)
+
+
+def test_features_are_switched(serve: Callable[..., Served], path: Path) -> None:
+    served = serve("--feature", "event-idx=off", "--feature", "in-order=on")
+    with attach(path) as driver:
+        offered = driver.front_end.get_features()
+        assert not offered & VIRTIO_F_EVENT_IDX
+        assert offered & VIRTIO_F_IN_ORDER
+    served.end()
+
+
+@pytest.mark.parametrize("wrong", ["packed", "packed=maybe", "pack=on", ""])
+def test_feature_that_cannot_be_switched(image: Path, path: Path, wrong: str) -> None:
+    assert "--feature" in refused("--blk-file", image, "--socket-path", path, "--feature", wrong)
+
+
+def test_feature_that_the_storage_lacks(image: Path, path: Path) -> None:
+    line = refused("--blk-file", image, "--socket-path", path, "--feature", "secure-erase=on")
+    assert line.endswith("secure-erase cannot be offered, as its storage cannot do it\n")
 
 
 def test_trace_prints_each_request_up_to_the_last(serve: Callable[..., Served], path: Path) -> None:

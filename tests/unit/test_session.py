@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import gc
 import logging
@@ -51,7 +52,12 @@ from ringplane.vhost_user.messages import (
 )
 from ringplane.virtio.blk import CONFIG, HEADER_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN
 from ringplane.virtio.blk import HEADER as BLK_HEADER
-from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1
+from ringplane.virtio.features import (
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
+)
 from ringplane.virtio.split import AVAIL_IDX, USED_IDX
 
 IMAGE_SIZE = 64 << 20
@@ -70,6 +76,7 @@ OFFERED_PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
 )
 DRIVER_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_BLK_F_FLUSH
 OTHER_FEATURES = DRIVER_FEATURES | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC
@@ -98,9 +105,18 @@ HANDLED = {
     Request.GET_MAX_MEM_SLOTS,
     Request.ADD_MEM_REG,
     Request.REM_MEM_REG,
+    Request.SET_STATUS,
+    Request.GET_STATUS,
 }
+# What does not apply, and has an answer that says so: a failure, and no fd.
+ANSWERED_NO: dict[Request, Payload] = {
+    Request.GET_SHARED_OBJECT: Opaque(),
+    Request.SET_DEVICE_STATE_FD: U64(1 | VringFd.NO_FD),
+    Request.CHECK_DEVICE_STATE: U64(1),
+}
+OTHERS = set(RULES) - HANDLED - set(ANSWERED_NO)
 # Those of the others whose answer is no mere acknowledgement: there is no way to say no but to end the connection.
-ANSWERED_OTHERWISE = {request for request, rule in RULES.items() if rule.reply is not None} - HANDLED
+ANSWERED_OTHERWISE = {request for request in OTHERS if RULES[request].reply is not None}
 NEED_A_FEATURE = {request for request in HANDLED if RULES[request].feature is not None}
 
 # Sector s of the image holds the number s, 64 times.
@@ -322,6 +338,8 @@ def example(request: Request, memory: SharedMemory) -> tuple[Payload, int]:
 def fd_for(request: Request, memory: SharedMemory) -> int:
     if RULES[request].payload in (MemoryTable, SingleMemoryRegion):
         return os.dup(memory.fd)
+    if request is Request.SET_BACKEND_REQ_FD:
+        return socket.socket(socket.AF_UNIX).detach()
     return os.eventfd(0, os.EFD_CLOEXEC)
 
 
@@ -371,7 +389,7 @@ def test_handled_request_that_asks_for_nothing_gets_nothing(
         assert peer.get_features()
 
 
-@pytest.mark.parametrize("request_", sorted(set(RULES) - HANDLED - ANSWERED_OTHERWISE), ids=by_name)
+@pytest.mark.parametrize("request_", sorted(OTHERS - ANSWERED_OTHERWISE), ids=by_name)
 def test_other_request_is_refused_where_the_front_end_can_hear_it(
     export: ringplane.Export, request_: Request, send_example: Callable[..., Payload | None]
 ) -> None:
@@ -382,7 +400,7 @@ def test_other_request_is_refused_where_the_front_end_can_hear_it(
         assert peer.get_features()
 
 
-@pytest.mark.parametrize("request_", sorted(set(RULES) - HANDLED - ANSWERED_OTHERWISE), ids=by_name)
+@pytest.mark.parametrize("request_", sorted(OTHERS - ANSWERED_OTHERWISE), ids=by_name)
 def test_other_request_without_reply_ends_the_connection(
     export: ringplane.Export,
     request_: Request,
@@ -409,6 +427,20 @@ def test_other_request_that_needs_an_answer_ends_the_connection(
         send_example(peer, request_, need_reply=need_reply)
     (line,) = dropped()
     assert request_.name in line
+
+
+@pytest.mark.parametrize("request_", sorted(ANSWERED_NO), ids=by_name)
+def test_what_does_not_apply_is_answered_so(
+    export: ringplane.Export, request_: Request, send_example: Callable[..., Payload | None]
+) -> None:
+    with negotiated(export) as peer:
+        assert send_example(peer, request_, need_reply=False) == ANSWERED_NO[request_]
+        assert peer.get_features()
+
+
+def test_a_channel_that_is_no_socket_is_refused(export: ringplane.Export, memory: SharedMemory) -> None:
+    with negotiated(export) as peer, pytest.raises(Refused):
+        peer.tell(Request.SET_BACKEND_REQ_FD, fds=[memory.fd])
 
 
 @pytest.mark.parametrize("request_", sorted(NEED_A_FEATURE), ids=by_name)
@@ -452,7 +484,7 @@ def test_request_that_no_specification_has_is_refused_or_ends_the_connection(
 # Features and configuration space
 
 
-@pytest.mark.parametrize("bit", [0, 7, 15, 16, 17, 24, 26, 40, 63])
+@pytest.mark.parametrize("bit", [0, 7, 15, 16, 17, 24, 26, 35, 41, 63])
 def test_feature_that_was_not_offered_is_refused(export: ringplane.Export, bit: int) -> None:
     with negotiated(export) as peer:
         assert not peer.get_features() & 1 << bit
@@ -461,7 +493,7 @@ def test_feature_that_was_not_offered_is_refused(export: ringplane.Export, bit: 
         peer.set_features(VHOST_USER_F_PROTOCOL_FEATURES)
 
 
-@pytest.mark.parametrize("bit", [1, 20, 21, 63])
+@pytest.mark.parametrize("bit", [1, 14, 20, 21, 63])
 def test_protocol_feature_that_was_not_offered_is_refused(export: ringplane.Export, bit: int) -> None:
     with negotiated(export) as peer:
         assert peer.get_protocol_features() == OFFERED_PROTOCOL_FEATURES
@@ -709,6 +741,100 @@ def test_fd_that_is_good_for_nothing_is_refused_and_closed(
             with pytest.raises(Refused):
                 guest.peer.tell(request_, VringFd(0), [fd])
     os.close(fd)
+
+
+# VIRTIO_F_RING_RESET, as front ends do it
+
+
+def test_one_ring_is_reset_while_the_other_runs(export: ringplane.Export) -> None:
+    """Stopped, placed elsewhere with another size, and started: the other ring notices nothing."""
+    with machine(export) as guest:
+        guest.peer.set_features(DRIVER_FEATURES | VIRTIO_F_RING_RESET | VHOST_USER_F_PROTOCOL_FEATURES)
+        other = copy.copy(guest)
+        del other.vring
+        other.index = 1
+        other.place_ring()
+        other.start()
+        guest.start()
+        for size in (16, 128, 64):
+            other.offer_read(7)
+            guest.offer_read(8)
+            guest.ring.publish()
+            guest.vring.kick()
+            assert guest.peer.get_vring_base(0) == 1
+            guest.reap()
+            other.ring.publish()
+            other.vring.kick()
+            other.reap()
+            guest.place_ring(size)
+            guest.start()
+            assert other.read(9) == sector(9)
+        other.vring.close()
+
+
+# Device status
+
+
+def test_the_status_is_what_was_set(export: ringplane.Export) -> None:
+    with negotiated(export) as peer:
+        assert peer.get_status() == 0
+        for status in (1, 3, 11, 15):
+            peer.set_status(status)
+            assert peer.get_status() == status
+        with pytest.raises(Refused):
+            peer.set_status(0x100)
+        assert peer.get_status() == 15
+
+
+def test_features_that_were_refused_are_not_ok(export: ringplane.Export) -> None:
+    with negotiated(export) as peer:
+        with pytest.raises(Refused):
+            peer.set_features(1 << 63)
+        peer.set_status(11)
+        assert peer.get_status() == 3
+        peer.set_features(VHOST_USER_F_PROTOCOL_FEATURES)
+        peer.set_status(11)
+        assert peer.get_status() == 11
+
+
+def test_a_broken_ring_needs_a_reset_which_status_0_is(export: ringplane.Export) -> None:
+    """What QEMU does when the guest stops and goes on: status 0, then the rings are described anew."""
+    with machine(export) as guest:
+        peer = guest.peer
+        guest.start()
+        peer.set_status(15)
+        assert guest.read() == sector(3)
+        poke(guest.ring.avail + AVAIL_IDX, struct.pack("<H", 1000))
+        guest.vring.kick()
+        wait_until(lambda: peer.get_status() == 15 | 64)
+        peer.set_status(0)
+        assert peer.get_status() == 0
+        guest.place_ring()
+        guest.start()
+        assert guest.read(5) == sector(5)
+
+
+def test_status_0_stops_all_rings_and_keeps_what_belongs_to_the_connection(export: ringplane.Export) -> None:
+    with machine(export) as guest:
+        peer = guest.peer
+        guest.start()
+        peer.set_status(15)
+        assert guest.read() == sector(3)
+        peer.set_status(0)
+        guest.offer_read(4)
+        guest.ring.publish()
+        guest.vring.kick()
+        assert export.in_flight == 0
+        # Neither memory nor the call fd are told again.
+        guest.place_ring()
+        ring = guest.ring
+        peer.set_vring_num(0, ring.size)
+        peer.set_vring_base(0, 0)
+        ring.reset(0)
+        guest.set_addresses()
+        peer.set_vring_kick(0, guest.vring.kick_fd)
+        peer.set_vring_enable(0, True)
+        assert guest.read(5) == sector(5)
 
 
 # The orders of messages that front ends use

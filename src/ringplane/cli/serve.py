@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.types import CPUS, POLL_TIME, SIZE
+from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE
 from ringplane.values import check_serial
 
 if TYPE_CHECKING:
@@ -81,6 +81,14 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 @click.option("--share-rw", is_flag=True, help="Let others that say --share-rw write to the image (a migration).")
 @click.option("--serial", help="Serial number that the guest sees, up to 20 bytes [default: from the image's path].")
 @click.option("--block-size", type=click.Choice(["512", "4096"]), default="512", show_default=True)
+@click.option(
+    "--feature",
+    "features",
+    type=FEATURE,
+    multiple=True,
+    metavar="NAME=on|off",
+    help="Offer a feature, or not: packed=off, in-order=on; docs/features.md has their names.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
 @click.option(
@@ -102,6 +110,7 @@ def serve(context: click.Context, /, config: Path | None, log_level: str, trace:
     else:
         check_options(**options)
         options["block_size"] = int(options["block_size"])
+        options["features"] = dict(options["features"])
         serve_until_signal(lambda: start_disk(**options), trace)
 
 

@@ -215,6 +215,16 @@ class FrontEnd:
     def set_config(self, offset: int, data: bytes) -> None:
         self.tell(Request.SET_CONFIG, Config(offset, len(data), Config.WRITABLE, data))
 
+    # Device status
+
+    def get_status(self) -> int:
+        """The device status of virtio 1.2, section 2.1, as the back end knows it."""
+        return self.ask(Request.GET_STATUS, U64).value
+
+    def set_status(self, status: int) -> None:
+        """0 is a reset."""
+        self.tell(Request.SET_STATUS, U64(status))
+
     # Memory
 
     def set_mem_table(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:

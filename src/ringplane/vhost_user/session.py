@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ringplane.dataplane.queue import Queue, RingLayout
@@ -19,7 +19,8 @@ from ringplane.dataplane.worker import Worker, WorkerEnded
 from ringplane.disk import Disk
 from ringplane.memory import BadMemory, MemoryTable, Region
 from ringplane.vhost_user import messages
-from ringplane.vhost_user.connection import Message, UnknownRequest, encode_request, rule_of
+from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
+from ringplane.vhost_user.inband import BackendChannel, InbandSignal
 from ringplane.vhost_user.messages import (
     MAX_CONFIG_SIZE,
     U64,
@@ -52,7 +53,22 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
 )
+
+# What in-band notifications need beside themselves (section "In-band notifications").
+INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
+
+# The device status, of virtio 1.2 section 2.1.
+FEATURES_OK, DEVICE_NEEDS_RESET, STATUS_MASK = 8, 64, 0xFF
+
+# How requests that are always answered are answered with a no: failed, with no fd.
+NOES: dict[int, Payload] = {
+    Request.GET_CONFIG: messages.Empty(),
+    Request.GET_SHARED_OBJECT: messages.Opaque(),
+    Request.SET_DEVICE_STATE_FD: U64(1 | VringFd.NO_FD),
+    Request.CHECK_DEVICE_STATE: U64(1),
+}
 
 # As many as KVM gives a guest (KVM_USER_MEM_SLOTS of x86), so as many as any front end asks for.
 MAX_MEMORY_SLOTS = 509
@@ -79,8 +95,12 @@ class Vring:
     address: VringAddr | None = None
     kick_fd: int = -1
     call_fd: int = -1
+    err_fd: int = -1
     enabled: bool = False
     running: bool = False
+    # By what the front end is told of them in band; `call_told`: it has said how it wants to be called.
+    signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
+    call_told: bool = False
 
 
 class Session:
@@ -93,7 +113,9 @@ class Session:
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
         self._memory = MemoryTable()
-        self._backend_fd = -1
+        self._channel: BackendChannel | None = None
+        self._status = 0
+        self._features_refused = False
         self._vrings = [Vring(queue, worker) for queue, worker in zip(disk.queues, disk.workers, strict=True)]
         self._write_back = True
         self._busy = asyncio.Lock()
@@ -121,15 +143,15 @@ class Session:
                 except (BadMemory, OSError) as error:
                     log.warning("%s: cannot go on after a drain: %s", vring.queue.name, error)
 
-    def tell_config_changed(self) -> None:
+    async def tell_config_changed(self) -> None:
         """Tell the front end, if it can hear it, that the configuration space is to be read again."""
-        if self._backend_fd < 0 or ProtocolFeature.CONFIG not in self._protocol_features:
+        if self._channel is None or ProtocolFeature.CONFIG not in self._protocol_features:
             log.info("the front end cannot be told; the driver sees the new size when it starts anew")
             return
         try:
-            os.write(self._backend_fd, encode_request(BackendRequest.CONFIG_CHANGE_MSG))
+            await self._channel.tell(BackendRequest.CONFIG_CHANGE_MSG)
         except OSError as error:
-            log.warning("the front end could not be told of the new size: %s", error)
+            log.warning("the front end could not be told of the new size: %s", error or "it does not read")
 
     async def _close(self) -> None:
         self._transport.close()
@@ -140,7 +162,7 @@ class Session:
                 if error is not None:
                     log.error("a queue could not be stopped: %s", error)
             self._memory = MemoryTable()
-            self._backend_fd = _replace_fd(self._backend_fd, -1)
+            self._close_channel()
 
     async def _serve_one_message(self) -> bool:
         try:
@@ -174,9 +196,9 @@ class Session:
 
     def _refuse(self, message: Message, why: Refused) -> Payload:
         """Say no where the front end can hear it, else end the connection, as its idea of us would be wrong."""
-        if isinstance(message.payload, Config) and message.request == Request.GET_CONFIG:
+        if message.request in NOES:
             log.warning("%s", why)
-            return messages.Empty()
+            return NOES[message.request]
         if self._wants_ack(message) and rule_of(message.request).reply is None:
             log.warning("%s", why)
             return U64(1)
@@ -200,8 +222,10 @@ class Session:
 
     async def _on_set_features(self, message: Message) -> None:
         wanted = _u64(message)
+        self._features_refused = True
         if wanted & ~self._offered:
             raise Refused(f"feature bits {wanted & ~self._offered:#x} were not offered")
+        self._features_refused = False
         self._features = wanted
         for vring in self._vrings:
             # Without protocol features there is no SET_VRING_ENABLE: rings are enabled from the start.
@@ -211,14 +235,27 @@ class Session:
             await self._start_or_stop(vring)
 
     async def _on_get_protocol_features(self, message: Message) -> Payload:
-        return U64(int(PROTOCOL_FEATURES))
+        return U64(int(self._offered_protocol_features))
 
     async def _on_set_protocol_features(self, message: Message) -> None:
         # With integers: the complement of an IntFlag loses the bits that have no name.
         wanted = _u64(message)
-        if wanted & ~int(PROTOCOL_FEATURES):
-            raise Refused(f"protocol feature bits {wanted & ~int(PROTOCOL_FEATURES):#x} were not offered")
-        self._protocol_features = ProtocolFeature(wanted)
+        unknown = wanted & ~int(self._offered_protocol_features)
+        if unknown:
+            raise Refused(f"protocol feature bits {unknown:#x} were not offered")
+        accepted = ProtocolFeature(wanted)
+        if ProtocolFeature.INBAND_NOTIFICATIONS in accepted and INBAND_NEEDS not in accepted:
+            raise Refused("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK too")
+        self._protocol_features = accepted
+
+    @property
+    def _offered_protocol_features(self) -> ProtocolFeature:
+        offered = PROTOCOL_FEATURES
+        if not self._disk.offers("status"):
+            offered &= ~ProtocolFeature.STATUS
+        if self._disk.offers("inband-notifications"):
+            offered |= ProtocolFeature.INBAND_NOTIFICATIONS
+        return offered
 
     async def _on_get_queue_num(self, message: Message) -> Payload:
         return U64(len(self._vrings))
@@ -235,10 +272,36 @@ class Session:
         self._write_back = True
 
     async def _on_set_backend_req_fd(self, message: Message) -> None:
-        """What is sent there asks for no reply, so nothing is read; user-mode Linux insists on having it."""
+        """User-mode Linux insists on telling us, even where nothing is ever sent there."""
         (fd,) = message.take_fds()
-        os.set_blocking(fd, False)
-        self._backend_fd = _replace_fd(self._backend_fd, fd)
+        self._close_channel()
+        self._channel = BackendChannel(fd)
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    # Device status (virtio 1.2, section 2.1).
+
+    async def _on_set_status(self, message: Message) -> None:
+        """0 is a reset: QEMU sends it whenever it stops the device, also when the guest is only paused.
+
+        So what it does not say anew stays: memory, notifiers, and whether the driver flushes.
+        """
+        status = _u64(message)
+        if status & ~STATUS_MASK:
+            raise Refused(f"{status:#x} is no device status, which has 8 bits")
+        if status == 0:
+            for vring in self._vrings:
+                vring.enabled = False
+            await asyncio.gather(*(self._end_ring(vring) for vring in self._vrings))
+        # Section 3.1.1: a driver that reads it back without FEATURES_OK knows that its features were refused.
+        self._status = status & ~(FEATURES_OK if self._features_refused else 0)
+
+    async def _on_get_status(self, message: Message) -> Payload:
+        broken = any(vring.queue.broken for vring in self._vrings)
+        return U64(self._status | (DEVICE_NEEDS_RESET if broken else 0))
 
     # Configuration space.
 
@@ -337,11 +400,14 @@ class Session:
 
     async def _on_get_vring_base(self, message: Message) -> Payload:
         vring = self._vring(_expect(message, VringState).index)
+        await self._end_ring(vring)
+        return VringState(vring.queue.number, vring.base)
+
+    async def _end_ring(self, vring: Vring) -> None:
+        """Stop it, not to go on: a ring that is started again is described again, by whatever driver comes next."""
         await self._reset(vring)
-        # A ring that is started again is described again: nothing of this driver's serves the next.
         vring.address = None
         vring.kick_fd = _replace_fd(vring.kick_fd, -1)
-        return VringState(vring.queue.number, vring.base)
 
     async def _on_set_vring_enable(self, message: Message) -> None:
         state = _expect(message, VringState)
@@ -352,27 +418,68 @@ class Session:
     async def _on_set_vring_kick(self, message: Message) -> None:
         described = _expect(message, VringFd)
         vring = self._vring(described.index)
-        if described.no_fd:
+        if described.no_fd and not self._in_band:
             raise Refused("rings without a kick fd, to be polled, are not supported")
         await self._stop(vring)
+        if described.no_fd:
+            vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+            return
         (fd,) = message.take_fds()
         vring.kick_fd = _replace_fd(vring.kick_fd, fd)
         await self._start_or_stop(vring)
 
+    async def _on_vring_kick(self, message: Message) -> None:
+        """In band: the first one starts the ring. The data plane is kicked through an eventfd all the same."""
+        vring = self._vring(_expect(message, VringState).index)
+        if vring.kick_fd < 0:
+            vring.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        await self._start_or_stop(vring)
+        _signal(vring.kick_fd)
+
     async def _on_set_vring_call(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
         old, vring.call_fd = vring.call_fd, _only_fd(message)
+        vring.call_told = True
         await _done(vring.worker.set_call_fd(vring.queue, vring.call_fd))
         _replace_fd(old, -1)
+        self._end_signal(vring, BackendRequest.VRING_CALL)
         # What completed before this fd was known is announced now; QEMU's own tests rely on it.
         _signal(vring.call_fd)
 
     async def _on_set_vring_err(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
-        old = vring.queue.err_fd
-        fd = _only_fd(message)
-        await _done(vring.worker.call(lambda: setattr(vring.queue, "err_fd", fd)))
+        old, vring.err_fd = vring.err_fd, _only_fd(message)
+        await _set_err_fd(vring, vring.err_fd)
         _replace_fd(old, -1)
+        self._end_signal(vring, BackendRequest.VRING_ERR)
+
+    @property
+    def _in_band(self) -> bool:
+        return ProtocolFeature.INBAND_NOTIFICATIONS in self._protocol_features
+
+    async def _signal_in_band(self, vring: Vring) -> None:
+        """Have the front end told by messages what it has given us no fd for."""
+        if not self._in_band:
+            return
+        if not vring.call_told and BackendRequest.VRING_CALL not in vring.signals:
+            await _done(vring.worker.set_call_fd(vring.queue, self._begin_signal(vring, BackendRequest.VRING_CALL)))
+        if vring.err_fd < 0 and BackendRequest.VRING_ERR not in vring.signals:
+            await _set_err_fd(vring, self._begin_signal(vring, BackendRequest.VRING_ERR))
+
+    def _begin_signal(self, vring: Vring, request: BackendRequest) -> int:
+        signal = vring.signals[request] = InbandSignal(self._ask_front_end, request, vring.queue.number)
+        return signal.fd
+
+    async def _ask_front_end(self, request: BackendRequest, payload: Payload) -> None:
+        if self._channel is None:
+            raise ConnectionError("there was no SET_BACKEND_REQ_FD")
+        await self._channel.ask(request, payload)
+
+    def _end_signal(self, vring: Vring, request: BackendRequest) -> None:
+        """The worker does not use its fd any more."""
+        signal = vring.signals.pop(request, None)
+        if signal is not None:
+            signal.close()
 
     def _vring(self, index: int) -> Vring:
         if index >= len(self._vrings):
@@ -387,6 +494,7 @@ class Session:
             return
         elif vring.kick_fd >= 0 and vring.size and vring.address is not None:
             layout = self._layout(vring.size, vring.base, vring.address)
+            await self._signal_in_band(vring)
             await _done(vring.worker.start_queue(vring.queue, layout, self._memory, vring.kick_fd))
             vring.running = True
 
@@ -450,13 +558,21 @@ class Session:
             # Also where the worker has ended: nobody uses them any more.
             vring.kick_fd = _replace_fd(vring.kick_fd, -1)
             vring.call_fd = _replace_fd(vring.call_fd, -1)
-            vring.queue.err_fd = _replace_fd(vring.queue.err_fd, -1)
+            vring.err_fd = _replace_fd(vring.err_fd, -1)
+            vring.queue.err_fd = -1
+            for request in list(vring.signals):
+                self._end_signal(vring, request)
+            vring.call_told = False
             vring.size, vring.base, vring.address, vring.enabled = 0, 0, None, False
 
 
 async def _done(future: Future[Result]) -> Result:
     """Wait for a worker. Not to be cancelled half way: the ring's state would be unknown."""
     return await asyncio.shield(asyncio.wrap_future(future))
+
+
+async def _set_err_fd(vring: Vring, fd: int) -> None:
+    await _done(vring.worker.call(lambda: setattr(vring.queue, "err_fd", fd)))
 
 
 def _expect(message: Message, kind: type[Result]) -> Result:

@@ -86,3 +86,19 @@ CONFIG = np.dtype(
         ("secure_erase_sector_alignment", "<u4"),
     ]
 )
+
+# The fields of the configuration space that mean something only with a feature; `num_queues` is read without it too.
+CONFIG_FIELDS = {
+    VIRTIO_BLK_F_SIZE_MAX: ("size_max",),
+    VIRTIO_BLK_F_SEG_MAX: ("seg_max",),
+    VIRTIO_BLK_F_GEOMETRY: ("cylinders", "heads", "sectors"),
+    VIRTIO_BLK_F_BLK_SIZE: ("blk_size",),
+    VIRTIO_BLK_F_TOPOLOGY: ("physical_block_exp", "alignment_offset", "min_io_size", "opt_io_size"),
+    VIRTIO_BLK_F_CONFIG_WCE: ("writeback",),
+    VIRTIO_BLK_F_DISCARD: ("max_discard_sectors", "max_discard_seg", "discard_sector_alignment"),
+    VIRTIO_BLK_F_WRITE_ZEROES: ("max_write_zeroes_sectors", "max_write_zeroes_seg", "write_zeroes_may_unmap"),
+    VIRTIO_BLK_F_SECURE_ERASE: (
+        *("max_secure_erase_sectors", "max_secure_erase_seg"),
+        "secure_erase_sector_alignment",
+    ),
+}

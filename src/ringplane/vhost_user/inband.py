@@ -1,0 +1,93 @@
+"""The channel to the front end, and notifications that go through it as messages instead of through eventfds.
+
+Source: QEMU's docs/interop/vhost-user.rst, sections "Back-end communication" and "In-band notifications".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+from ringplane.vhost_user.connection import Connection, Role
+from ringplane.vhost_user.messages import BackendRequest, Empty, Payload, ProtocolError, VringState
+from ringplane.vhost_user.transport import AsyncTransport
+
+log = logging.getLogger(__name__)
+
+# Seconds that a front end may take to read what we tell it, where nobody waits for its answer.
+PATIENCE = 2.0
+
+
+# Sends a request to the front end and waits until it has acted on it.
+Ask = Callable[[BackendRequest, Payload], Awaitable[None]]
+
+
+class BackendChannel:
+    """Our requests to the front end, on the socket that SET_BACKEND_REQ_FD has brought."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over the fd; raises OSError, with the fd closed, where it is no socket."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            raise
+        self._transport = AsyncTransport(sock, Connection(Role.BACK_END, backend_channel=True))
+        self._asking = asyncio.Lock()
+
+    async def tell(self, request: BackendRequest, payload: Payload | None = None) -> None:
+        """Send what needs no answer; raises OSError, TimeoutError of it, when the front end does not take it."""
+        async with self._asking, asyncio.timeout(PATIENCE):
+            await self._transport.send(self._transport.connection.send(request, payload or Empty()))
+
+    async def ask(self, request: BackendRequest, payload: Payload) -> None:
+        """Send it and wait until the front end says that it has acted on it; raises OSError and ProtocolError."""
+        async with self._asking:
+            await self._transport.send(self._transport.connection.send(request, payload, need_reply=True))
+            answer = await self._transport.receive()
+            if answer is None:
+                raise ConnectionResetError("the front end closed its end of the channel")
+            answer.close()
+
+    def close(self) -> None:
+        """May be called again."""
+        self._transport.close()
+
+
+class InbandSignal:
+    """An eventfd whose signals become messages about a ring; the data plane knows the eventfd alone."""
+
+    def __init__(self, ask: Ask, request: BackendRequest, ring: int) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._task = asyncio.create_task(self._forward(ask, request, ring))
+
+    async def _forward(self, ask: Ask, request: BackendRequest, ring: int) -> None:
+        """Signals that come while the front end is told of one are told of together."""
+        try:
+            while True:
+                await _readable(self.fd)
+                os.eventfd_read(self.fd)
+                await ask(request, VringState(ring, 0))
+        except (OSError, ProtocolError) as error:
+            log.warning("%s of ring %d cannot be sent any more: %s", request.name, ring, error)
+
+    def close(self) -> None:
+        """Nobody may use the fd any more. May be called again."""
+        self._task.cancel()
+        if self.fd >= 0:
+            asyncio.get_running_loop().remove_reader(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    signalled = asyncio.Event()
+    loop.add_reader(fd, signalled.set)
+    try:
+        await signalled.wait()
+    finally:
+        loop.remove_reader(fd)

@@ -1,0 +1,168 @@
+"""Notifications in band: rings without eventfds, whose kicks, calls and errors are messages."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ringplane
+from ringplane.driver.frontend import Refused
+from ringplane.driver.ring import poke
+from ringplane.vhost_user.connection import Connection, Role
+from ringplane.vhost_user.messages import (
+    U64,
+    BackendRequest,
+    ProtocolFeature,
+    Request,
+    VringFd,
+    VringState,
+)
+from ringplane.vhost_user.transport import BlockingTransport
+from ringplane.virtio.split import AVAIL_IDX
+
+from .test_session import CONTENT, OFFERED_PROTOCOL_FEATURES, QUEUES, SOON, Machine, negotiated, sector
+
+INBAND = OFFERED_PROTOCOL_FEATURES | ProtocolFeature.INBAND_NOTIFICATIONS
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Iterator[ringplane.Export]:
+    image = tmp_path / "image"
+    image.write_bytes(CONTENT)
+    features = {"inband-notifications": True}
+    with ringplane.serve(image, tmp_path / "socket", num_queues=QUEUES, features=features) as export:
+        yield export
+
+
+class FrontEnd(Machine):
+    """A guest whose ring has no eventfds; it hears of used chains and errors through its channel."""
+
+    def __init__(self, export: ringplane.Export) -> None:
+        super().__init__(negotiated(export, INBAND))
+        self.share_memory()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.peer.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        self.channel = BlockingTransport(ours, SOON, Connection(Role.FRONT_END, backend_channel=True))
+
+    def close(self) -> None:
+        self.channel.close()
+        super().close()
+
+    def place(self) -> None:
+        """Describe and enable the ring, without any fd."""
+        self.ring.reset(0)
+        self.peer.set_vring_num(0, self.ring.size)
+        self.peer.set_vring_base(0, 0)
+        self.set_addresses()
+        self.peer.set_vring_enable(0, True)
+
+    def kick(self) -> None:
+        self.peer.tell(Request.VRING_KICK, VringState(0, 0))
+
+    def hear(self) -> tuple[object, object]:
+        """The next request of the back end, which wants to know that it was acted on."""
+        message = self.channel.receive()
+        assert message is not None
+        assert message.need_reply
+        self.channel.send(self.channel.connection.reply(message, U64(0)))
+        return message.request, message.payload
+
+
+def test_kicks_and_calls_are_messages(export: ringplane.Export) -> None:
+    with FrontEnd(export) as guest:
+        guest.place()
+        for number in range(50):
+            guest.offer_read(number)
+            guest.ring.publish()
+            guest.kick()
+            assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+            guest.reap()
+
+
+def test_a_fault_of_the_ring_is_a_message(export: ringplane.Export) -> None:
+    with FrontEnd(export) as guest:
+        guest.place()
+        poke(guest.ring.avail + AVAIL_IDX, struct.pack("<H", 1000))
+        guest.kick()
+        assert guest.hear() == (BackendRequest.VRING_ERR, VringState(0, 0))
+
+
+def test_eventfds_are_preferred_where_there_are_some(export: ringplane.Export) -> None:
+    with FrontEnd(export) as guest:
+        guest.start()
+        assert guest.read(7) == sector(7)
+        guest.channel._sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            guest.hear()
+
+
+def test_a_kick_that_comes_before_the_ring_is_described_starts_it_later(export: ringplane.Export) -> None:
+    with FrontEnd(export) as guest:
+        guest.ring.reset(0)
+        guest.offer_read(1)
+        guest.ring.publish()
+        guest.kick()
+        guest.peer.set_vring_num(0, guest.ring.size)
+        guest.set_addresses()
+        guest.peer.set_vring_enable(0, True)
+        assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+        guest.reap()
+
+
+def test_a_front_end_that_does_not_listen_holds_up_nobody(export: ringplane.Export) -> None:
+    """No call is answered, yet all requests are; and the next front end is served."""
+    with FrontEnd(export) as guest:
+        guest.place()
+        for number in range(200):
+            guest.offer_read(number)
+            guest.ring.publish()
+            guest.kick()
+            guest.reap()
+    with FrontEnd(export) as guest:
+        guest.place()
+        guest.offer_read(1)
+        guest.ring.publish()
+        guest.kick()
+        assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+
+
+def test_a_ring_stops_and_starts_again(export: ringplane.Export) -> None:
+    with FrontEnd(export) as guest:
+        for _ in range(3):
+            guest.place()
+            guest.offer_read(1)
+            guest.ring.publish()
+            guest.kick()
+            assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+            guest.reap()
+            assert guest.peer.get_vring_base(0) == 1
+
+
+def test_no_fd_is_as_good_as_no_message(export: ringplane.Export) -> None:
+    with FrontEnd(export) as guest:
+        guest.peer.tell(Request.SET_VRING_KICK, VringFd(0, no_fd=True))
+        guest.place()
+        guest.offer_read(1)
+        guest.ring.publish()
+        guest.kick()
+        guest.reap()
+
+
+@pytest.mark.parametrize("missing", [ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK])
+def test_it_needs_a_channel_and_replies(export: ringplane.Export, missing: ProtocolFeature) -> None:
+    with negotiated(export) as peer, pytest.raises(Refused):
+        peer.tell(Request.SET_PROTOCOL_FEATURES, U64(int(INBAND & ~missing)))
+
+
+def test_nothing_is_left_behind(export: ringplane.Export) -> None:
+    threads = threading.active_count()
+    with FrontEnd(export) as guest:
+        guest.place()
+        guest.kick()
+    assert threading.active_count() == threads
