@@ -18,7 +18,7 @@ from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.export import DiskConfig, default_num_queues
 from ringplane.image import BLOCK_SIZES
 from ringplane.server import IoThread
-from ringplane.values import check_cpus, check_feature, check_serial, parse_cpus, parse_poll_us, parse_size
+from ringplane.values import check_cpus, check_feature, check_serial, parse_cpus, parse_poll_us, parse_size, parse_zones
 
 MAX_QUEUES = 64
 MAX_THREADS = 64
@@ -116,7 +116,10 @@ class _Reader:
                 f"{table.place}io-threads: names {len(chosen)} threads for {queues} queues; name no more than that"
             )
         values["io_threads"] = tuple(chosen) or self._spread(queues, threads)
-        return DiskConfig(**values)
+        try:
+            return DiskConfig(**values)
+        except ValueError as error:
+            raise ValueError(f"{table.place}{error}") from None
 
     def _spread(self, queues: int, threads: list[str]) -> tuple[str, ...]:
         """The next threads in turn, so that many disks of one queue do not end up on the same one."""
@@ -267,6 +270,10 @@ def _features(value: Any) -> dict[str, bool]:
     return value
 
 
+def _zones(value: Any) -> Any:
+    return parse_zones(_text(value))
+
+
 def _cpus(value: Any) -> frozenset[int]:
     if isinstance(value, str):
         cpus = parse_cpus(value)
@@ -305,4 +312,5 @@ DISK_KEYS: dict[str, Check] = {
     "block-size": _one_of(*BLOCK_SIZES),
     "serial": _serial,
     "features": _features,
+    "zoned": _zones,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,10 @@ from ringplane.image import Image, ImageError
 from ringplane.limits import Limits, limits
 from ringplane.values import OFF_BY_DEFAULT, check_feature
 from ringplane.virtio import blk, features
+from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
+from ringplane.zonefile import ZoneFile
+
+log = logging.getLogger(__name__)
 
 # Ours takes any size that a chain may have; the kernel transfers so many bytes at a time (read(2)).
 SIZE_MAX = 0x7FFFF000
@@ -66,16 +71,19 @@ class Disk:
         serial: str | None = None,
         engine: str = AUTO,
         switches: Mapping[str, bool] | None = None,
+        zones: ZoneFile | None = None,
     ) -> None:
         """`serial` is at most 20 bytes; without one it is derived from the image's path.
 
         `engine` is one of ENGINES; of those that a worker has, the workers' own is used. `switches` says of features by
-        their names whether to offer them. Raises ImageError where the image cannot be served so, ValueError for a
+        their names whether to offer them. A disk with `zones` is host-managed, and served by the first worker alone,
+        as they are not guarded against others. Raises ImageError where the image cannot be served so, ValueError for a
         feature that cannot be switched.
         """
         self.image = image
         self.block_size = block_size
         self.serial = serial if serial is not None else default_serial(image)
+        self.zones = zones
         self._resizing = asyncio.Lock()
         name = image.path.name
         try:
@@ -95,11 +103,12 @@ class Disk:
                 name=name,
                 storage=self.storage,
                 lifetime=_lifetime(self.limits),
+                zones=zones.address if zones else 0,
             )
         except OSError as error:
             raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
         self.queues = [Queue(self._device, number, f"{name} queue {number}") for number in range(num_queues)]
-        self.workers = [workers[number % len(workers)] for number in range(num_queues)]
+        self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
         self._switches = dict(switches or {})
         self._check_switches()
 
@@ -120,6 +129,8 @@ class Disk:
 
     async def look_again(self) -> bool:
         """Serve the size that the image has now; whether it is another. Raises ImageError, OSError and WorkerEnded."""
+        if self.zones:
+            raise ImageError(f"{self.image.path}: a zoned disk cannot get another size")
         async with self._resizing:
             return await self._take_size()
 
@@ -142,11 +153,19 @@ class Disk:
             return
         if self._device.flush_failed:
             raise OSError(errno.EIO, "a flush failed before")
-        os.fdatasync(self.image.fd)
+        if self.zones:
+            self.zones.sync()
+        else:
+            os.fdatasync(self.image.fd)
 
     def close(self) -> None:
         """Let go of the image; no queue may be running. A second call does nothing."""
         self._device.close()
+        if self.zones:
+            try:
+                self.zones.close()
+            except OSError as error:
+                log.error("%s: %s", self.zones.path, error)
         self.image.close()
 
     @property
@@ -155,12 +174,18 @@ class Disk:
         offered = features.VIRTIO_F_VERSION_1 | blk.VIRTIO_BLK_F_BLK_SIZE
         offered |= blk.VIRTIO_BLK_F_MQ if len(self.queues) > 1 else 0
         offered |= blk.VIRTIO_BLK_F_RO if self.image.read_only else 0
+        offered |= self.needed_features
         for name, bit in BITS.items():
             offered |= bit if self._can(name) and self.offers(name) else 0
         if not offered & blk.VIRTIO_BLK_F_FLUSH:
             # Section 5.2.5.2: who offers the switch of the cache must offer to flush it.
             offered &= ~blk.VIRTIO_BLK_F_CONFIG_WCE
         return offered
+
+    @property
+    def needed_features(self) -> int:
+        """Without which no driver can be served: sequential zones are not for those that do not know them."""
+        return blk.VIRTIO_BLK_F_ZONED if self.zones else 0
 
     def offers(self, name: str) -> bool:
         """Whether the feature of this name is to be offered, as far as people have a say in it."""
@@ -170,9 +195,9 @@ class Disk:
         """Whether the storage has what this feature offers."""
         limits = self.limits
         return {
-            "discard": limits.discard > 0,
-            "write-zeroes": not self.image.read_only,
-            "secure-erase": limits.secure_erase > 0,
+            "discard": limits.discard > 0 and not self.zones,
+            "write-zeroes": not self.image.read_only and not self.zones,
+            "secure-erase": limits.secure_erase > 0 and not self.zones,
             "lifetime": limits.lifetime is not None,
         }.get(name, True)
 
@@ -194,6 +219,7 @@ class Disk:
         self._describe_topology(config)
         config["num_queues"] = len(self.queues)
         self._describe_ranges(config)
+        self._describe_zones(config)
         offered = self.features
         for bit, names in blk.CONFIG_FIELDS.items():
             for name in () if offered & bit else names:
@@ -215,6 +241,16 @@ class Disk:
         config["discard_sector_alignment"] = max(self.limits.discard, self.block_size) // blk.SECTOR
         config["secure_erase_sector_alignment"] = max(self.limits.secure_erase, self.block_size) // blk.SECTOR
         config["write_zeroes_may_unmap"] = self.limits.punches
+
+    def _describe_zones(self, config: np.void) -> None:
+        if self.zones:
+            model = self.zones.model
+            config["zone_sectors"], config["max_append_sectors"] = (
+                model.size // blk.SECTOR,
+                self.zones.max_append_sectors,
+            )
+            config["max_open_zones"], config["max_active_zones"] = model.max_open, model.max_active
+            config["write_granularity"], config["model"] = self.block_size, VIRTIO_BLK_Z_HM
 
 
 def _nothing() -> None:

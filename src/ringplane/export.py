@@ -28,8 +28,10 @@ from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
 from ringplane.listener import Listener
 from ringplane.server import IoThread, Server
+from ringplane.values import ZoneModel
 from ringplane.vhost_user.session import Session
 from ringplane.vhost_user.transport import AsyncTransport
+from ringplane.zonefile import ZoneFile, check_not_zoned
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +60,13 @@ class DiskConfig:
     block_size: int = 512
     serial: str | None = None
     features: Mapping[str, bool] = field(default_factory=dict)
+    zoned: ZoneModel | None = None
 
     def __post_init__(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
             raise ValueError("give either a socket path or an fd")
+        if self.zoned and self.share_rw:
+            raise ValueError("a zoned disk cannot be shared, as each process would have write pointers of its own")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +87,33 @@ class Counter:
         return histogram.percentile(self.histogram, percent) / 1000
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a disk is made of."""
+
+    image: Image
+    zones: ZoneFile | None
+    listener: Listener
+
+
 class Export:
     """A disk served on a socket by threads of this process. Made by `serve` and `serve_all`."""
 
-    def __init__(self, config: DiskConfig, image: Image, listener: Listener, server: Server) -> None:
+    def __init__(self, config: DiskConfig, opened: _Opened, server: Server) -> None:
         self.config = config
-        self.socket_path = listener.path
+        self.socket_path = opened.listener.path
         self.server = server
         self.disk = Disk(
-            image,
+            opened.image,
             [server.workers[name] for name in config.io_threads],
             num_queues=config.num_queues,
             block_size=config.block_size,
             serial=config.serial,
             engine=config.engine,
             switches=config.features,
+            zones=opened.zones,
         )
-        self._listener = listener
+        self._listener = opened.listener
         self._accepting: asyncio.Future[tuple[socket.socket, object]] | None = None
         self._session: Session | None = None
         self._transport: AsyncTransport | None = None
@@ -286,6 +301,7 @@ def serve(
     block_size: int = 512,
     serial: str | None = None,
     features: Mapping[str, bool] | None = None,
+    zoned: ZoneModel | None = None,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
@@ -295,8 +311,9 @@ def serve(
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
-    export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off. When this
-    returns, front ends can connect.
+    export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
+    `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
+    connect.
 
     Raises ImageError, ListenError, ValueError for arguments that make no sense, or OSError when the kernel lacks what
     the data plane needs; nothing is left behind.
@@ -316,6 +333,7 @@ def serve(
         block_size=block_size,
         serial=serial,
         features=features or {},
+        zoned=zoned,
     )
     return serve_all([config], threads).exports[0]
 
@@ -333,12 +351,12 @@ def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> Se
         warm_up()
         server = Server(io_threads)
         undo.callback(server.stop)
-        server.start([Export(config, *both, server) for config, both in zip(disks, opened, strict=True)])
+        server.start([Export(config, parts, server) for config, parts in zip(disks, opened, strict=True)])
         undo.pop_all()
     return server
 
 
-def _open(config: DiskConfig, undo: contextlib.ExitStack) -> tuple[Image, Listener]:
+def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     """Whatever is made or opened here, `undo` takes back."""
     if config.create is not None:
         create_image(config.image, config.create)
@@ -351,9 +369,16 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> tuple[Image, Listen
         block_size=config.block_size,
     )
     undo.callback(opened.close)
+    zones = None
+    if config.zoned:
+        zones = ZoneFile(opened, config.zoned, block_size=config.block_size)
+        undo.callback(zones.unlink)
+        undo.callback(zones.close)
+    else:
+        check_not_zoned(config.image)
     listener = Listener.at(config.socket_path) if config.socket_path else Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
-    return opened, listener
+    return _Opened(opened, zones, listener)
 
 
 def _io_threads(

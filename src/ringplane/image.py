@@ -9,6 +9,7 @@ import mmap
 import os
 import stat
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ PERMISSION_READ, PERMISSION_WRITE, PERMISSION_RESIZE = 0, 1, 3
 
 # fcntl(2): struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 FLOCK = struct.Struct("hhqqi4x")
+
+
+# Seconds
+LOCK_PATIENCE = 0.5
 
 
 class ImageError(Exception):
@@ -92,6 +97,11 @@ class Image:
         except BaseException:
             os.close(self.fd)
             raise
+
+    @property
+    def is_file(self) -> bool:
+        """A regular file, and no block device."""
+        return stat.S_ISREG(os.fstat(self.fd).st_mode)
 
     def look_again(self) -> None:
         """Take note of the size that the image has now, in whole blocks. Raises ImageError."""
@@ -161,8 +171,20 @@ def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
     """Say what we do with the image and what others may not do, then look whether others said so before us.
 
     Locks are of open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
-    process is killed, and two opens in one process exclude each other too.
+    process is killed, and two opens in one process exclude each other too. What the kernel still does for a process
+    that was killed may hold a copy for some milliseconds: so the lock is tried for a while.
     """
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while not _try_lock(fd, path, read_only=read_only, share_rw=share_rw):
+        if time.monotonic() > deadline:
+            raise ImageError(
+                f"{path}: is in use already; it can be shared if all open it --read-only, "
+                "or if all say --share-rw (a migration)"
+            )
+        time.sleep(LOCK_PATIENCE / 50)
+
+
+def _try_lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> bool:
     uses = {PERMISSION_READ} if read_only else {PERMISSION_READ, PERMISSION_WRITE}
     denies = set() if share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
     try:
@@ -172,13 +194,11 @@ def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
             # A test for a write lock finds the read locks of all others.
             answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
             if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-                raise ImageError(
-                    f"{path}: is in use already; it can be shared if all open it --read-only, "
-                    "or if all say --share-rw (a migration)"
-                )
+                return False
     except OSError as error:
         # Some network file systems have no locks.
         raise ImageError(f"{path}: cannot be locked: {error.strerror}") from None
+    return True
 
 
 def _alignment(fd: int, path: Path) -> Alignment:

@@ -6,11 +6,14 @@ import difflib
 import os
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 # VIRTIO_BLK_ID_BYTES, without importing NumPy: `ringplane --help` shall be quick.
 MAX_SERIAL = 20
 
 MAX_POLL_US = 1_000_000
+
+MIN_ZONE, MAX_ZONE = 64 << 10, 1 << 40
 
 # Features that people can switch (disk.py says which bit each is), and those that are off unless switched on, as the
 # drivers that take them pay for them.
@@ -100,6 +103,49 @@ def check_feature(name: str) -> None:
         near = difflib.get_close_matches(name, FEATURES, n=1)
         hint = f"is {near[0]} meant?" if near else f"there is {', '.join(FEATURES)}"
         raise ValueError(f"no feature {name!r} can be switched; {hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneModel:
+    """A zoned disk that people ask for; sizes in bytes.
+
+    All zones have `size`, of which `capacity` can be written. The first `conventional` ones are like a disk without
+    zones. At most `max_open` can be open, and `max_active` open or closed, at a time; 0: as many as there are.
+    """
+
+    size: int
+    capacity: int
+    conventional: int = 0
+    max_open: int = 0
+    max_active: int = 0
+
+
+def parse_zones(text: str) -> ZoneModel:
+    """`64M`, or `64M,capacity=48M,conventional=4,max-open=8,max-active=12`. Raises ValueError."""
+    first, *rest = text.split(",")
+    sizes = {"capacity": first}
+    numbers = {"conventional": 0, "max-open": 0, "max-active": 0}
+    for part in rest:
+        name, _, value = part.strip().partition("=")
+        if name in sizes:
+            sizes[name] = value
+        elif name in numbers and value.isascii() and value.isdigit():
+            numbers[name] = int(value)
+        else:
+            raise ValueError(f"{part!r} is not one of capacity=SIZE, conventional=N, max-open=N, max-active=N")
+    model = ZoneModel(parse_size(first), parse_size(sizes["capacity"]), *numbers.values())
+    _check_zones(model)
+    return model
+
+
+def _check_zones(model: ZoneModel) -> None:
+    """Raises ValueError."""
+    if not MIN_ZONE <= model.size <= MAX_ZONE or model.size & (model.size - 1):
+        raise ValueError(f"zones of {model.size} bytes: it must be a power of two from 64K to 1T")
+    if model.capacity > model.size or model.capacity % 4096:
+        raise ValueError(f"a capacity of {model.capacity} bytes: it is a multiple of 4096 and no larger than the zone")
+    if 0 < model.max_active < model.max_open:
+        raise ValueError("max-open is more than max-active, and each open zone is active")
 
 
 def check_serial(serial: str) -> None:

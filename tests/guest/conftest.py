@@ -23,6 +23,7 @@ PACKAGES = {
     "mkfs.xfs": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "btrfs": "btrfs-progs",
+    "blkzone": "util-linux",
 }
 
 InitramfsFor = Callable[[kernels.Kernel, Sequence[str], Workload], bytes]
@@ -88,6 +89,13 @@ def qemu(tmp_path: Path, initramfs_for: InitramfsFor) -> QemuGuest:
 def uml(tmp_path: Path, initramfs_for: InitramfsFor) -> UmlGuest:
     kernel = kernels.uml_kernel()
     return UmlGuest(tmp_path, lambda workload: initramfs_for(kernel, initramfs.UML_MODULES, workload), kernel.image)
+
+
+@pytest.fixture
+def zoned_uml(tmp_path: Path, initramfs_for: InitramfsFor) -> UmlGuest:
+    """User-mode Linux 6.12 with zoned disks."""
+    kernel = kernels.zoned_uml_kernel()
+    return UmlGuest(tmp_path, lambda workload: initramfs_for(kernel, (), workload), kernel.image)
 
 
 @pytest.fixture

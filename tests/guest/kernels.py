@@ -59,6 +59,14 @@ def qemu_kernel() -> Kernel:
     return need(cloud_kernel(Path(os.environ.get("RINGPLANE_GUEST_KERNEL", "/"))), CLOUD_KERNEL)
 
 
+def zoned_uml_kernel() -> Kernel:
+    """A user-mode Linux that knows zoned disks; Debian has none, so it was built from its package of the source."""
+    folder = Path(os.environ.get("RINGPLANE_ZONED_KERNEL", "/nonexistent"))
+    wanted = "a kernel for zoned disks is wanted: tests/guest/build-zoned-uml FOLDER makes one; name the folder in "
+    image = need(folder / "linux" if (folder / "linux").exists() else None, wanted + "RINGPLANE_ZONED_KERNEL")
+    return Kernel(image, folder / "modules")
+
+
 def uml_kernel() -> Kernel:
     image = program("linux.uml", "user-mode-linux")
     version = subprocess.run([image, "--version"], capture_output=True, text=True, check=True).stdout.strip()

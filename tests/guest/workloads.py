@@ -214,6 +214,80 @@ done
 """
 
 
+def no_disk() -> Workload:
+    """A guest that comes up without the disk."""
+    return Workload("[ ! -b /dev/vda ] || exit 1\n")
+
+
+def zones(zone_mib: int, count: int, conventional: int) -> Workload:
+    """Zones as the guest sees them, reset, written with fio in its zoned mode and verified, and resources that run out.
+
+    A write that is not at the pointer is refused, and no file system is made for that.
+    """
+    body = f"""\
+[ "$(cat /sys/block/vda/queue/zoned)" = host-managed ] || give_up "the disk is not zoned"
+[ "$(cat /sys/block/vda/queue/chunk_sectors)" = {zone_mib * 2048} ] || give_up "wrong size of zones"
+[ "$(cat /sys/block/vda/queue/nr_zones)" = {count} ] || give_up "wrong number of zones"
+blkzone report /dev/vda > /tmp/zones.txt || give_up "blkzone report"
+[ "$(grep -c CONVENTIONAL /tmp/zones.txt)" = {conventional} ] || give_up "wrong number of conventional zones"
+[ "$(grep -c 'zcond: 1(em)' /tmp/zones.txt)" = {count - conventional} ] || give_up "not all zones are empty"
+first={conventional * zone_mib * 2048}
+dd if=/dev/urandom of=/tmp/data bs=64k count=4
+dd if=/tmp/data of=/dev/vda bs=64k oflag=direct seek=$((first / 128)) || give_up "a write at the pointer"
+blkzone report -o $first -c 1 /dev/vda | tee /tmp/zone.txt
+grep -q 'wptr 0x000200.*zcond: 2(oi)' /tmp/zone.txt || give_up "the pointer did not move"
+if dd if=/tmp/data of=/dev/vda bs=64k count=1 oflag=direct seek=$((first / 128)) 2> /tmp/dd.txt; then
+    give_up "a write behind the pointer succeeded"
+fi
+dd if=/dev/vda bs=64k count=4 iflag=direct skip=$((first / 128)) | cmp - /tmp/data || give_up "other data"
+for action in open close finish reset; do
+    blkzone $action -o $first -c 1 /dev/vda || give_up "blkzone $action"
+    blkzone report -o $first -c 1 /dev/vda
+done > /tmp/states.txt
+echo "states=$(sed 's/.*zcond: *//; s/(.*//' /tmp/states.txt | tr '\n' ' ')"
+dmesg -c > /dev/null
+verify() {{ # name, options
+    name=$1
+    shift
+    say "fio $name"
+    fio --name="$name" --filename=/dev/vda --direct=1 --zonemode=zbd --offset=$((first * 512)) --thread \\
+        --verify=crc32c --verify_fatal=1 "$@" > /tmp/fio.txt 2>&1 || {{ cat /tmp/fio.txt; give_up "fio $name"; }}
+    grep -E 'err=|IOPS=' /tmp/fio.txt
+    grep -q 'err= 0' /tmp/fio.txt || give_up "fio $name told of an error"
+    grep -q 'read: IOPS' /tmp/fio.txt || give_up "fio $name verified nothing"
+    blkzone reset -o $first /dev/vda || give_up "reset"
+}}
+verify 4k-write --rw=write --bs=4k --size=32M --ioengine=psync
+verify 64k-randwrite --rw=randwrite --bs=64k --size=64M --io_size=96M --max_open_zones=4 --ioengine=libaio --iodepth=8
+verify 1M-write --rw=write --bs=1M --size=96M --ioengine=libaio --iodepth=8
+blkzone report /dev/vda | grep -v CONVENTIONAL | grep -vc 'zcond: 1(em)' && give_up "a zone was not reset"
+"""
+    return Workload(script(body + CLEAN_LOG), ("fio", "blkzone"))
+
+
+def zoned_filesystem() -> Workload:
+    """btrfs in its zoned mode, which writes by zone append: files, a scrub, and the files again after a remount."""
+    body = """\
+mkfs.btrfs -q -f -O zoned -d single -m single /dev/vda || give_up "mkfs.btrfs"
+mount -t btrfs /dev/vda /mnt || give_up "mount"
+for round in 1 2 3; do
+    mkdir /mnt/$round
+    head -c 24000000 /dev/urandom | (cd /mnt/$round && split -a 4 -b 100007 - file-)
+    sync
+done
+rm -r /mnt/2
+(cd /mnt && find . -type f | sort | xargs sha256sum) > /tmp/sums
+btrfs scrub start -B /mnt > /tmp/scrub.txt || { cat /tmp/scrub.txt; give_up "scrub"; }
+grep -q 'no errors found' /tmp/scrub.txt || { cat /tmp/scrub.txt; give_up "scrub found errors"; }
+umount /mnt
+mount -t btrfs /dev/vda /mnt || give_up "mount again"
+(cd /mnt && sha256sum -c -s /tmp/sums) || give_up "a file is another one now"
+echo "files=$(wc -l < /tmp/sums)"
+umount /mnt
+"""
+    return Workload(script(body + CLEAN_LOG), ("mkfs.btrfs", "btrfs", "split"))
+
+
 def probe() -> Workload:
     """What the guest sees of its disk."""
     body = """\

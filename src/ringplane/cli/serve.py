@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE
+from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, ZONES
 from ringplane.values import check_serial
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     metavar="NAME=on|off",
     help="Offer a feature, or not: packed=off, in-order=on; docs/features.md has their names.",
 )
+@click.option(
+    "--zoned",
+    type=ZONES,
+    metavar="SIZE[,...]",
+    help="A zoned disk of such zones, on a new image: 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
 @click.option(
@@ -133,6 +139,8 @@ def check_options(
     io_threads: int,
     cpus: tuple[frozenset[int], ...],
     serial: str | None,
+    zoned: object,
+    share_rw: bool,
     **_: Any,
 ) -> None:
     """What click cannot see by one option alone; raises UsageError."""
@@ -144,6 +152,8 @@ def check_options(
         raise click.UsageError(
             f"--cpus is given {len(cpus)} times; give it once, or once for each of {io_threads} I/O threads"
         )
+    if zoned and share_rw:
+        raise click.UsageError("--zoned and --share-rw exclude each other: each process has write pointers of its own")
     if serial is not None:
         try:
             check_serial(serial)

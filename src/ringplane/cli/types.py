@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ringplane.values import check_cpus, parse_cpus, parse_feature, parse_poll_us, parse_size
+from ringplane.values import check_cpus, parse_cpus, parse_feature, parse_poll_us, parse_size, parse_zones
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
@@ -33,4 +33,5 @@ def _usable_cpus(text: str) -> frozenset[int]:
 SIZE = Parsed("size", parse_size)
 CPUS = Parsed("list", _usable_cpus)
 FEATURE = Parsed("feature", parse_feature)
+ZONES = Parsed("zones", parse_zones)
 POLL_TIME = Parsed("time", parse_poll_us)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ringplane.dataplane.execute import give_bounce, transfer
 from ringplane.dataplane.fetch import consume, copy_to_front
+from ringplane.dataplane.helpers import send_to_helpers
 from ringplane.dataplane.state import (
     COUNTER,
     COUNTER_HISTOGRAM,
@@ -18,7 +19,8 @@ from ringplane.dataplane.state import (
     WORKER_ONE,
 )
 from ringplane.dataplane.trace import trace
-from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE, READ
+from ringplane.dataplane.zones import end_reset, end_write, note_reached
+from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE, READ, RESET_ZONES, SYNC_ZONES
 from ringplane.engines.dispatch import reap
 from ringplane.histogram import count
 from ringplane.native.access import address_of, store8, view
@@ -26,6 +28,7 @@ from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, monotonic_ns, write
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_call
+from ringplane.virtio.zoned import APPEND_SECTOR_SIZE, VIRTIO_BLK_T_ZONE_APPEND
 
 # In nanoseconds: how long calls are held after the last completion, and after the first one that was not told yet.
 HOLD_NS, HOLD_MAX_NS = 50_000, 400_000
@@ -67,11 +70,8 @@ def progress_each(worker, request, result):
 def progress(worker, request, result):
     """An I/O of this request ended with `result` bytes or -errno: a short one goes on, all others finish it."""
     queue = view(request.queue, QUEUE)
-    if request.kind >= KIND_FLUSH:
-        if result < 0 and request.kind == KIND_FLUSH:
-            note_failed_flush(queue)
-        request.done = request.length if result >= 0 else 0
-        finish(worker, queue, request, VIRTIO_BLK_S_OK if result >= 0 else VIRTIO_BLK_S_IOERR)
+    if request.kind >= KIND_FLUSH or request.operation == SYNC_ZONES:
+        end_whole(worker, queue, request, result)
         return
     if result == -EINTR:
         transfer(worker, request)
@@ -83,11 +83,35 @@ def progress(worker, request, result):
     if request.bounce_iov_len > 0 and request.operation == READ:
         copy_to_front(request, request.bounce, result)
     request.done += result
-    if request.done == request.length:
+    if request.done < request.length:
+        consume(request, result)
+        transfer(worker, request)
+    elif request.zone:
+        end_zone_data(worker, queue, request)
+    else:
         finish(worker, queue, request, VIRTIO_BLK_S_OK)
-        return
-    consume(request, result)
-    transfer(worker, request)
+
+
+@compiled
+def end_whole(worker, queue, request, result):
+    """What is done whole or not at all has ended: a flush, or what a helper did."""
+    if request.operation == RESET_ZONES:
+        end_reset(queue, request)
+    if result < 0 and (request.kind == KIND_FLUSH or request.operation == SYNC_ZONES):
+        note_failed_flush(queue)
+    request.done = request.length if result >= 0 else 0
+    finish(worker, queue, request, VIRTIO_BLK_S_OK if result >= 0 else VIRTIO_BLK_S_IOERR)
+
+
+@compiled
+def end_zone_data(worker, queue, request):
+    """A zone's pointer has to be stable too, where writes are when they are answered."""
+    note_reached(queue, request)
+    if queue.write_through:
+        request.operation = SYNC_ZONES
+        send_to_helpers(worker, request)
+    else:
+        finish(worker, queue, request, VIRTIO_BLK_S_OK)
 
 
 @compiled
@@ -106,6 +130,8 @@ def finish(worker, queue, request, status):
     """Write the status byte, count, and give the chain back, when it is its turn."""
     store8(request.status_address, status)
     account(worker, queue, request, status)
+    if request.zone:
+        end_write(queue, request, status)
     if worker.trace:
         trace(worker, TRACE_COMPLETE, queue, request, status, worker.now - request.started)
     give_bounce(worker, request)
@@ -156,8 +182,15 @@ def used_length(request):
 
     The status is the last writable byte: it counts only if all before it was written too.
     """
-    written = request.done if request.operation == READ else 0
+    written = request.done if request.operation == READ else told_of_append(request)
     return written + 1 if written == request.writable_bytes else written
+
+
+@compiled
+def told_of_append(request):
+    """The driver is told where its data is only if all of it is there."""
+    appended = request.type == VIRTIO_BLK_T_ZONE_APPEND and request.done > 0 and request.done == request.length
+    return APPEND_SECTOR_SIZE if appended else 0
 
 
 @compiled

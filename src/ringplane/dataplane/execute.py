@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ringplane.dataplane import zones
 from ringplane.dataplane.fetch import copy_from_front, copy_to_front
 from ringplane.dataplane.helpers import send_to_helpers
 from ringplane.dataplane.merge import hold, offset_in_image, queue_io
@@ -18,6 +19,7 @@ from ringplane.dataplane.state import (
     KIND_ZERO,
     MAX_RANGE_SECTORS,
     MAX_RANGES,
+    PENDING,
     QUEUE,
     REQUEST,
     REQUEST_BOUNCE_IOV,
@@ -31,6 +33,7 @@ from ringplane.engines.common import (
     NOWHERE,
     READ,
     SECURE_ERASE,
+    SYNC_ZONES,
     THROUGH_WORKER,
     WRITE,
     ZERO,
@@ -39,6 +42,7 @@ from ringplane.engines.common import (
 from ringplane.engines.dispatch import prepare_flush
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.engines.ranges import RANGE, RANGE_SIZE
+from ringplane.engines.zones import ZONES
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
@@ -66,11 +70,14 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_SECURE_ERASE,
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
+from ringplane.virtio.zoned import (
+    VIRTIO_BLK_S_ZONE_UNALIGNED_WP,
+    VIRTIO_BLK_T_ZONE_APPEND,
+    VIRTIO_BLK_T_ZONE_REPORT,
+    VIRTIO_BLK_T_ZONE_RESET_ALL,
+)
 
 TYPE_MASK = 0xFFFF_FFFF ^ VIRTIO_BLK_T_BARRIER
-
-# Not a status: the request goes on in the engine.
-PENDING = -1
 
 
 @compiled
@@ -80,6 +87,7 @@ def execute(worker, queue, request):
     request.sector = request.header_sector
     request.done = 0
     request.operation = READ
+    request.zone = 0
     if request.type == VIRTIO_BLK_T_IN:
         request.kind = KIND_READ
         request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
@@ -91,6 +99,10 @@ def execute(worker, queue, request):
         request.operation = WRITE
         request.length = request.readable_bytes
         return execute_io(worker, queue, request)
+    if request.type == VIRTIO_BLK_T_ZONE_APPEND:
+        request.kind, request.operation = KIND_WRITE, WRITE
+        request.length = request.readable_bytes
+        return execute_append(worker, queue, request)
     request.length = 0
     if request.type == VIRTIO_BLK_T_FLUSH:
         request.kind = KIND_FLUSH
@@ -109,6 +121,8 @@ def execute(worker, queue, request):
         return answer(request, queue.device + DEVICE_SERIAL, VIRTIO_BLK_ID_BYTES)
     if request.type == VIRTIO_BLK_T_GET_LIFETIME and queue.features & VIRTIO_BLK_F_LIFETIME:
         return answer(request, queue.device + DEVICE_LIFETIME, LIFETIME_SIZE)
+    if VIRTIO_BLK_T_ZONE_REPORT <= request.type <= VIRTIO_BLK_T_ZONE_RESET_ALL and request.type % 2 == 0:
+        return zones.execute_zones(worker, queue, request)
     return VIRTIO_BLK_S_UNSUPP
 
 
@@ -118,9 +132,28 @@ def execute_io(worker, queue, request):
     if request.operation == WRITE and device.read_only:
         return VIRTIO_BLK_S_IOERR
     if not is_in_range(device, request.sector, request.length):
-        return VIRTIO_BLK_S_IOERR
+        misaligned = device.zones and zones.is_misaligned_write(device, request)
+        return VIRTIO_BLK_S_ZONE_UNALIGNED_WP if misaligned else VIRTIO_BLK_S_IOERR
     if request.length == 0:
         return VIRTIO_BLK_S_OK
+    if device.zones:
+        status = zones.start_io(view(device.zones, ZONES), request)
+        if status != PENDING:
+            return status
+    return start_io(worker, device, request)
+
+
+@compiled
+def execute_append(worker, queue, request):
+    device = view(queue.device, DEVICE)
+    if device.read_only:
+        return VIRTIO_BLK_S_IOERR
+    status = zones.start_append(queue, device, request)
+    return start_io(worker, device, request) if status == PENDING else status
+
+
+@compiled
+def start_io(worker, device, request):
     if device.storage == THROUGH_WORKER and is_aligned(device, request.iov, request.iov_count):
         hold(worker, request)
     else:
@@ -146,6 +179,10 @@ def execute_flush(worker, queue, request):
         return VIRTIO_BLK_S_IOERR
     if device.storage == NOWHERE:
         return VIRTIO_BLK_S_OK
+    if device.zones:
+        request.operation = SYNC_ZONES
+        send_to_helpers(worker, request)
+        return PENDING
     prepare_flush(view(worker.engine, ENGINE), request.slot, queue.file)
     return PENDING
 

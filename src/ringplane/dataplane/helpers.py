@@ -21,8 +21,10 @@ from ringplane.dataplane.state import (
     REQUEST_ZEROS_IOV,
     WORKER_HELPED,
 )
-from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, complete
+from ringplane.engines import zones
+from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, RESET_ZONES, SYNC_ZONES, complete
 from ringplane.engines.ranges import BACKING, apply
+from ringplane.engines.zones import ZONES
 from ringplane.native.access import address_of, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, read, write
@@ -66,8 +68,13 @@ def help_out(requests, jobs_fd, done_fd, message):
 @compiled
 def perform(request):
     queue = view(request.queue, QUEUE)
-    backing = view(address_of(view(queue.device, DEVICE)) + DEVICE_BACKING, BACKING)
+    device = view(queue.device, DEVICE)
+    backing = view(address_of(device) + DEVICE_BACKING, BACKING)
     vector = address_of(request) + REQUEST_ZEROS_IOV
+    if request.operation == SYNC_ZONES:
+        return zones.sync(view(device.zones, ZONES), device.fd)
+    if request.operation == RESET_ZONES:
+        return zones.reset(view(device.zones, ZONES), backing, request.slot + 1, request.ranges, vector)
     return apply(backing, request.operation, request.ranges, request.range_count, queue.write_through, vector)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ringplane.dataplane import rules
 from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all, queue_up
-from ringplane.dataplane.execute import PENDING, do_copies, execute
+from ringplane.dataplane.execute import do_copies, execute
 from ringplane.dataplane.fetch import gather, gather_packed
 from ringplane.dataplane.helpers import take_from_helpers
 from ringplane.dataplane.merge import send_held
 from ringplane.dataplane.state import (
     ALWAYS,
+    PENDING,
     POLL,
     QUEUE,
     REQUEST,

@@ -8,7 +8,7 @@ itself; if it ended in any other way than whole, each is sent off again alone, s
 from __future__ import annotations
 
 from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_SIZE
-from ringplane.engines.common import ENGINE, WRITE
+from ringplane.engines.common import ENGINE, READ, WRITE
 from ringplane.engines.dispatch import prepare_io
 from ringplane.native.access import copy, view
 from ringplane.native.jit import compiled
@@ -38,13 +38,17 @@ def hold(worker, request):
 
 @compiled
 def adjoins(first, request):
-    """Whether the request goes on where the I/O that `first` begins ends, and fits."""
+    """Whether the request goes on where the I/O that `first` begins ends, and fits.
+
+    The list of a write's buffers has no room behind it where the device is to write something (a zone append).
+    """
     return (
         request.sector == first.sector + first.whole_length // SECTOR
         and request.operation == first.operation
         and request.queue == first.queue
         and first.whole_length + request.length <= MERGE_BYTES
         and first.whole_iov_count + request.iov_count <= MERGE_IOVECS
+        and (first.operation == READ or first.writable_count == 0)
     )
 
 

@@ -44,11 +44,13 @@ class Device:
         name: str = "disk",
         storage: int = THROUGH_WORKER,
         lifetime: bytes = b"",
+        zones: int = 0,
     ) -> None:
         """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1 where any will do.
 
         `name` is what log lines call it, `storage` one of engines.common, `lifetime` what GET_LIFETIME is answered, if
-        it is. Raises OSError when an image IN_MEMORY cannot be mapped.
+        it is, `zones` the address of a ZONES struct where there are zones. Raises OSError when an image IN_MEMORY
+        cannot be mapped.
         """
         self.fd = fd
         self.name = name
@@ -64,6 +66,7 @@ class Device:
         record["buffered"] = alignment == (1, 1)
         record["storage"], record["fd"], record["block_device"] = storage, fd, stat.S_ISBLK(os.fstat(fd).st_mode)
         record["image"], record["zeros"] = self.mapped.address if self.mapped else 0, int(_zeros().ctypes.data)
+        record["zones"] = zones
         record["lifetime"] = len(lifetime)
         record["lifetime_data"][: len(lifetime)] = np.frombuffer(lifetime, np.uint8)
         encoded = serial.encode()[:VIRTIO_BLK_ID_BYTES]

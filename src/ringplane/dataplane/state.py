@@ -30,6 +30,7 @@ DEVICE = np.dtype(
         ("buffered", "<i8"),  # through the page cache
         ("flush_failed", "<i8"),  # set by any worker, never cleared: what the page cache holds may be lost
         ("storage", "<i8"),  # engines.common: THROUGH_WORKER, IN_MEMORY or NOWHERE
+        ("zones", "<i8"),  # ZONES (engines/zones.py), or 0
         ("lifetime", "<i8"),  # bytes of LIFETIME that the storage tells of its wear; 0: it does not
         ("lifetime_data", "u1", (8,)),
         *((name, "<i8") for name in BACKING.names or ()),
@@ -129,6 +130,7 @@ REQUEST = _struct(
     "status_address",
     # Progress
     "operation",  # engines.common
+    "zone",  # ZONE that a write goes to, or 0 (zones.py)
     "iov",  # what is still to be transferred
     "iov_count",
     "done",  # bytes transferred
@@ -149,6 +151,7 @@ REQUEST = _struct(
 )
 REQUEST_SIZE = REQUEST.itemsize
 REQUEST_HEADER: int = REQUEST.fields["header_type"][1]  # type: ignore[index]
+REQUEST_SECTOR: int = REQUEST.fields["sector"][1]  # type: ignore[index]
 REQUEST_ZEROS_IOV: int = REQUEST.fields["zeros_iov_base"][1]  # type: ignore[index]
 REQUEST_BOUNCE_IOV: int = REQUEST.fields["bounce_iov_base"][1]  # type: ignore[index]
 
@@ -218,6 +221,9 @@ WORKER = _struct(
 WORKER_HELPED: int = WORKER.fields["helped_slot"][1]  # type: ignore[index]
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
+
+# Not a status: the request goes on.
+PENDING = -1
 
 # A `poll_ns` that means: never sleep.
 ALWAYS = 1 << 62

@@ -38,6 +38,7 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_ZONED,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
@@ -67,6 +68,7 @@ FEATURES = (
     | VIRTIO_BLK_F_WRITE_ZEROES
     | VIRTIO_BLK_F_SECURE_ERASE
     | VIRTIO_BLK_F_LIFETIME
+    | VIRTIO_BLK_F_ZONED
 )
 
 # What every back end has of the configuration space: all up to secure erase. The rest reads as zeros.
@@ -255,7 +257,8 @@ class Driver:
 
     def read_config(self) -> None:
         """Read `config` (a CONFIG struct, fields by name) again."""
-        data = self.front_end.get_config(0, CONFIG_SIZE).ljust(CONFIG.itemsize, b"\0")
+        size = CONFIG.itemsize if self.features & VIRTIO_BLK_F_ZONED else CONFIG_SIZE
+        data = self.front_end.get_config(0, size).ljust(CONFIG.itemsize, b"\0")
         self.config = np.frombuffer(data, CONFIG)[0]
 
     @property

@@ -7,8 +7,8 @@ import numpy as np
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
-# What a request asks of storage; from DISCARD on by a helper thread (engines/ranges.py).
-READ, WRITE, DISCARD, ZERO, SECURE_ERASE = range(5)
+# What a request asks of storage; from DISCARD on by a helper thread (engines/ranges.py, engines/zones.py).
+READ, WRITE, DISCARD, ZERO, SECURE_ERASE, SYNC_ZONES, RESET_ZONES = range(7)
 
 # Which engine a struct belongs to.
 AIO, IO_URING = 0, 1

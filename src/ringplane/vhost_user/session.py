@@ -225,6 +225,9 @@ class Session:
         self._features_refused = True
         if wanted & ~self._offered:
             raise Refused(f"feature bits {wanted & ~self._offered:#x} were not offered")
+        missing = self._disk.needed_features & ~wanted
+        if missing:
+            raise Refused(f"the driver did not take the feature bits {missing:#x}, so it does not know zoned disks")
         self._features_refused = False
         self._features = wanted
         for vring in self._vrings:

@@ -20,6 +20,7 @@ VIRTIO_BLK_F_DISCARD = 1 << 13
 VIRTIO_BLK_F_WRITE_ZEROES = 1 << 14
 VIRTIO_BLK_F_LIFETIME = 1 << 15
 VIRTIO_BLK_F_SECURE_ERASE = 1 << 16
+VIRTIO_BLK_F_ZONED = 1 << 17
 
 # Request types, section 5.2.6
 VIRTIO_BLK_T_IN = 0
@@ -84,6 +85,13 @@ CONFIG = np.dtype(
         ("max_secure_erase_sectors", "<u4"),
         ("max_secure_erase_seg", "<u4"),
         ("secure_erase_sector_alignment", "<u4"),
+        ("zone_sectors", "<u4"),
+        ("max_open_zones", "<u4"),
+        ("max_active_zones", "<u4"),
+        ("max_append_sectors", "<u4"),
+        ("write_granularity", "<u4"),
+        ("model", "u1"),
+        ("unused2", "u1", (3,)),
     ]
 )
 
@@ -100,5 +108,9 @@ CONFIG_FIELDS = {
     VIRTIO_BLK_F_SECURE_ERASE: (
         *("max_secure_erase_sectors", "max_secure_erase_seg"),
         "secure_erase_sector_alignment",
+    ),
+    VIRTIO_BLK_F_ZONED: (
+        *("zone_sectors", "max_open_zones", "max_active_zones"),
+        *("max_append_sectors", "write_granularity", "model"),
     ),
 }
