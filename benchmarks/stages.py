@@ -33,6 +33,7 @@ from ringplane.dataplane import loop
 from ringplane.dataplane import worker as worker_module
 from ringplane.driver import Driver, Load, run_load
 from ringplane.native.access import load64, store64
+from ringplane.native.parts import whole
 from ringplane.native.syscalls import monotonic_ns
 
 ENGINES = ("null", "memory", "io_uring", "aio")
@@ -49,7 +50,7 @@ def stage_name(statement: ast.stmt) -> str:
 
 def timed_loop(laps: int) -> tuple[Callable[[int], None], list[str]]:
     """`run` with the time of each statement of its loop added up at address `laps`; and the statements' names."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(loop.run.py_func)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(loop.run)))
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
     function.decorator_list = []
@@ -71,7 +72,7 @@ def timed_loop(laps: int) -> tuple[Callable[[int], None], list[str]]:
 
     space = {**vars(loop), "look": look}
     exec(compile(ast.unparse(tree), "timed loop", "exec"), space)
-    return numba.njit(nogil=True, error_model="numpy")(space["run"]), names
+    return whole(space["run"], cache=False), names
 
 
 @numba.njit(nogil=True)

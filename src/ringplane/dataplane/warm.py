@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
 import sys
 
+from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
+from ringplane.engines.common import IN_MEMORY
+from ringplane.memory import MemoryTable, Region
 from ringplane.native.jit import cache_directory, forget_old_versions, is_cached
 from ringplane.native.libc import drop_code
+from ringplane.virtio.blk import SECTOR
 
 log = logging.getLogger(__name__)
+
+# Of the disk and of the guest's memory that are used for warming up.
+SIZE = 4096
 
 
 def warm_up() -> None:
@@ -36,13 +44,25 @@ def release_compiler() -> None:
 
 
 def load() -> None:
-    """Compile or load all that a worker needs, by running one."""
+    """Compile or load all that a worker needs, by having one serve a disk in memory that nobody uses."""
+    kick_fd = os.eventfd(0)
+    fd = os.memfd_create("warm-up")
+    os.ftruncate(fd, SIZE)
+    device = Device(
+        fd, SIZE, read_only=False, block_size=SECTOR, alignment=(1, 1), serial="", name="warm-up", storage=IN_MEMORY
+    )
+    queue = Queue(device, 0, "warm-up")
+    layout = RingLayout(size=1, desc=0, avail=64, used=128, base=0, features=0, write_through=False)
     worker = Worker("warm-up", slots=1)
     worker.start()
-    worker.call(lambda: None).result()
+    worker.start_queue(queue, layout, MemoryTable([Region.map(0, 0, SIZE, 0, fd)]), kick_fd).result()
+    worker.stop_queue(queue).result()
     worker.stop()
+    device.close()
     forget_old_versions()
 
 
 if __name__ == "__main__":
+    # Compiling leaves next to no garbage that has cycles; looking for it takes 0.3 s of 6, and the process ends soon.
+    gc.disable()
     load()

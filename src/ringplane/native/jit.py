@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+
+from ringplane.native.parts import PartType, part, whole
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -82,13 +86,35 @@ def numba_cache_directory() -> Iterator[None]:
         numba.config.CACHE_DIR = before
 
 
+class _Compiled:
+    """A compiled function: a part of each compiled function that calls it, a whole of its own for Python."""
+
+    # Workers begin at the same time, and Numba's setting is the whole process's.
+    _making = threading.Lock()
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._part = part(function)
+        self._numba_type_ = PartType(self._part)
+        self._whole: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return (self._whole or self._make_whole())(*args)
+
+    def _make_whole(self) -> Callable[..., Any]:
+        """Few functions are called from Python, and for each of them Numba looks for its cache on disk."""
+        with self._making, numba_cache_directory():
+            if self._whole is None:
+                self._whole = whole(self.__wrapped__, cache=True)  # type: ignore[attr-defined]
+            return self._whole
+
+
 def compiled(function: Function) -> Function:
     """Compile `function` on its first call, or load it from the cache; it runs without the GIL and never raises.
 
     Division by zero gives NumPy's result instead of an exception, so no path out of compiled code needs the GIL.
     """
-    with numba_cache_directory():
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return _Compiled(function)  # type: ignore[return-value]
 
 
 def is_cached() -> bool:
