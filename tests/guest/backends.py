@@ -29,6 +29,13 @@ class Backend:
     log: Path
     stopped: bool = field(default=False, init=False)
 
+    def crash(self) -> None:
+        """Kill it, in the middle of whatever it does, and start it anew at once."""
+        self.check_alive()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = start(self.process.args, self.log)  # type: ignore[arg-type]
+
     def stop(self) -> None:
         """Ends the back end as a service manager does, and demands that it was alive until then and ends well."""
         self.stopped = True
@@ -105,9 +112,11 @@ def launch(folder: Path, log: Path, image: Path, num_queues: int, extra: Sequenc
     """Starts a back end whose socket lies in a folder; it may not listen yet."""
     socket = folder / f"{log.stem}.sock"
     make = stand_in if STAND_IN else ringplane
-    command = [*make(image, socket, num_queues, read_only), *extra]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    return Backend(start([*make(image, socket, num_queues, read_only), *extra], log), socket, log)
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
-    return Backend(process, socket, log)

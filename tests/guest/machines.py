@@ -125,6 +125,8 @@ class QemuGuest(Guest):
     kernel_options: ClassVar[str] = "console=ttyS0 panic=-1 quiet random.trust_cpu=on"
     # More properties of each disk's device, as "packed=on"
     properties: str = ""
+    # More options of each disk's character device, as "reconnect=1"
+    chardev: str = ""
     # The disk has the kernel on it; SeaBIOS and the boot loader that they find there read it.
     boots_from_disk: bool = False
 
@@ -133,7 +135,7 @@ class QemuGuest(Guest):
         kernel = ["-kernel", str(self.kernel), "-initrd", str(initrd), "-append", self.kernel_options]
         disks: list[str] = []
         for number, socket in enumerate(sockets):
-            disks += ["-chardev", f"socket,id=disk{number},path={socket}"]
+            disks += ["-chardev", f"socket,id=disk{number},path={socket}{self.chardev and ','}{self.chardev}"]
             disks += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={num_queues}{more}"]
         return [
             *("qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),

@@ -203,6 +203,23 @@ verify mixed-write 64 --rw=write --bsrange=512-1M
     return Workload(script(body + used + CLEAN_LOG), ("fio",))
 
 
+def fio_verify_for(seconds: int, ring: str) -> Workload:
+    """Random writes that are read back and verified, over and over, for so many seconds."""
+    packed = "1" if ring == "packed" else "0"
+    body = f"""\
+[ "$(cut -c 35 /sys/block/vda/device/features)" = {packed} ] || give_up "the rings are not {ring}"
+say "fio begins"
+fio --name=verify --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=32 --numjobs=2 --thread --rw=randrw \\
+    --bssplit=4k/50:16k/30:64k/20 --size=32M --offset_increment=200M --verify=crc32c --verify_fatal=1 \\
+    --verify_backlog=64 --time_based --runtime={seconds} --fsync=32 > /tmp/fio.txt 2>&1 ||
+    {{ cat /tmp/fio.txt; give_up "fio"; }}
+grep -E 'err=|IOPS=' /tmp/fio.txt
+[ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio told of an error"; }}
+echo "verified_kib=$(awk '{{ print int($3 / 2) }}' /sys/block/vda/stat)"
+"""
+    return Workload(script(body + CLEAN_LOG), ("fio",))
+
+
 def each_queue_interrupts(num_queues: int) -> str:
     """Shell lines that fail unless every queue has completed requests, as /proc/interrupts of a PC tells."""
     return f"""\

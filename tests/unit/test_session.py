@@ -24,6 +24,7 @@ from ringplane.driver.disk import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused, SharedMemory, Vring
 from ringplane.driver.load import Load, Result, run_load
 from ringplane.driver.ring import Ring, peek, poke
+from ringplane.memory import Mapping
 from ringplane.vhost_user.connection import encode_request
 from ringplane.vhost_user.messages import (
     HEADER,
@@ -77,6 +78,7 @@ OFFERED_PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 DRIVER_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_BLK_F_FLUSH
 OTHER_FEATURES = DRIVER_FEATURES | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC
@@ -107,6 +109,8 @@ HANDLED = {
     Request.REM_MEM_REG,
     Request.SET_STATUS,
     Request.GET_STATUS,
+    Request.GET_INFLIGHT_FD,
+    Request.SET_INFLIGHT_FD,
 }
 # What does not apply, and has an answer that says so: a failure, and no fd.
 ANSWERED_NO: dict[Request, Payload] = {
@@ -336,7 +340,7 @@ def example(request: Request, memory: SharedMemory) -> tuple[Payload, int]:
 
 
 def fd_for(request: Request, memory: SharedMemory) -> int:
-    if RULES[request].payload in (MemoryTable, SingleMemoryRegion):
+    if RULES[request].payload in (MemoryTable, SingleMemoryRegion, Inflight):
         return os.dup(memory.fd)
     if request is Request.SET_BACKEND_REQ_FD:
         return socket.socket(socket.AF_UNIX).detach()
@@ -451,6 +455,8 @@ def test_request_whose_protocol_feature_was_not_negotiated_is_refused(
         peer.set_protocol_features(ProtocolFeature.REPLY_ACK)
         if request_ is Request.GET_CONFIG:
             assert send_example(peer, request_, need_reply=False) == Empty()
+        elif request_ is Request.GET_INFLIGHT_FD:
+            assert send_example(peer, request_, need_reply=False) == Inflight(0, 0, 0, 0)
         elif RULES[request_].reply:
             with pytest.raises(ProtocolError):
                 send_example(peer, request_, need_reply=False)
@@ -770,6 +776,94 @@ def test_one_ring_is_reset_while_the_other_runs(export: ringplane.Export) -> Non
             guest.start()
             assert other.read(9) == sector(9)
         other.vring.close()
+
+
+# In-flight areas
+
+
+def test_an_area_is_made_and_used(export: ringplane.Export) -> None:
+    with machine(export) as guest:
+        described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
+        guest.peer.set_inflight_fd(described, fd)
+        guest.start()
+        assert guest.read(5) == sector(5)
+        region = Mapping(fd, described.mmap_size, described.mmap_offset)
+        assert (described.num_queues, described.queue_size) == (QUEUES, RING_SIZE)
+        # Of the first ring: version 1, 64 descriptors, one chain used.
+        assert struct.unpack("<HH2xH", peek(region.address + 8, 8)) == (1, RING_SIZE, 1)
+        assert guest.peer.get_vring_base(0) == 1
+        assert struct.unpack("<H", peek(region.address + 8, 2)) == (0,)
+        os.close(fd)
+
+
+def test_what_a_dead_process_had_in_flight_is_done_again(export: ringplane.Export) -> None:
+    """The region says that heads 3 and 1 were fetched, in this order, when the used ring had got nothing yet."""
+    with machine(export) as guest:
+        described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
+        region = Mapping(fd, described.mmap_size, described.mmap_offset)
+        answers = [guest.offer_read(number) for number in range(4)]
+        guest.ring.publish()
+        poke(region.address, struct.pack("<QHHHH", 0, 1, RING_SIZE, 0, 0))
+        heads = struct.unpack("<4H", peek(guest.ring.avail + 4, 8))
+        for counter, place in enumerate((0, 1)):
+            poke(region.address + 16 * (1 + heads[place]), struct.pack("<B5xHQ", 1, 0, counter))
+        guest.peer.set_inflight_fd(described, fd)
+        # As QEMU says it after a crash: from the used index on. So the two must not be fetched as well.
+        peer = guest.peer
+        peer.set_vring_num(0, RING_SIZE)
+        peer.set_vring_base(0, 0)
+        guest.set_addresses()
+        peer.set_vring_kick(0, guest.vring.kick_fd)
+        peer.set_vring_enable(0, True)
+        wait_until(lambda: guest.used_idx == 4)
+        assert [peek(data, SECTOR) for data, _ in answers] == [sector(number) for number in range(4)]
+        assert peer.get_vring_base(0) == 4
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        Inflight(0, 0, 1, 64),
+        Inflight(1 << 63, 0, 1, 64),
+        Inflight(4096, (1 << 64) - 4096, 1, 64),
+        Inflight(4096, 1 << 20, 1, 64),
+        Inflight(1 << 20, 0, 1, 64),
+        Inflight(4096, 0, 0, 64),
+        Inflight(4096, 0, 1, 0),
+        Inflight(4096, 0, 1, 65535),
+    ],
+    ids=str,
+)
+def test_an_area_that_cannot_be_is_refused(export: ringplane.Export, described: Inflight) -> None:
+    """CVE-2021-3839: sizes that are not checked against the mapping."""
+    fd = os.memfd_create("area")
+    os.ftruncate(fd, 8192)
+    with machine(export) as guest:
+        with pytest.raises(Refused):
+            guest.peer.set_inflight_fd(described, fd)
+        guest.start()
+        assert guest.read() == sector(3)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("described", [Inflight(4096, 0, 64, 64), Inflight(256, 0, 1, 64), Inflight(8188, 4, 1, 64)])
+def test_an_area_without_room_for_the_ring_does_not_start_it(export: ringplane.Export, described: Inflight) -> None:
+    fd = os.memfd_create("area")
+    os.ftruncate(fd, 8192)
+    with machine(export) as guest:
+        guest.peer.set_inflight_fd(described, fd)
+        with pytest.raises(Refused):
+            guest.start()
+    os.close(fd)
+
+
+@pytest.mark.parametrize(("queues", "size"), [(0, 64), (2, 0), (1, 32769), (65535, 65535)])
+def test_an_area_that_is_asked_for_in_vain(export: ringplane.Export, queues: int, size: int) -> None:
+    with machine(export) as guest:
+        assert guest.peer.ask(Request.GET_INFLIGHT_FD, Inflight, Inflight(0, 0, queues, size)).mmap_size == 0
+        guest.start()
+        assert guest.read() == sector(3)
 
 
 # Device status

@@ -26,6 +26,7 @@ from ringplane.histogram import count
 from ringplane.native.access import address_of, store8, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, monotonic_ns, write
+from ringplane.virtio import inflight
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_call
 from ringplane.virtio.zoned import APPEND_SECTOR_SIZE, VIRTIO_BLK_T_ZONE_APPEND
@@ -145,7 +146,12 @@ def finish(worker, queue, request, status):
 @compiled
 def use(worker, queue, request):
     """Give the chain back to the driver."""
-    put_used(queue, request.head, request.descriptors, used_length(request))
+    length = used_length(request)
+    if queue.inflight:
+        entry = request.entry if queue.packed else request.head
+        inflight.use(queue, entry, request.head, request.descriptors, length)
+    else:
+        put_used(queue, request.head, request.descriptors, length)
     mark_unpublished(worker, queue)
     release(worker, queue, request)
 
@@ -240,7 +246,10 @@ def publish_all(worker):
         queue = view(worker.unpublished, QUEUE)
         worker.unpublished = queue.next_unpublished
         queue.unpublished = 0
-        publish_used(queue)
+        if queue.inflight:
+            inflight.publish(queue)
+        else:
+            publish_used(queue)
         if not queue.uncalled:
             queue.uncalled = 1
             queue.next_uncalled = worker.uncalled

@@ -9,10 +9,10 @@ from __future__ import annotations
 from ringplane.dataplane import rules
 from ringplane.dataplane.state import MAX_IOVECS, REQUEST_HEADER
 from ringplane.memory import REGION, REGION_SIZE, find_region
-from ringplane.native.access import address_of, copy, view
+from ringplane.native.access import address_of, copy, load64, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
-from ringplane.virtio import packed
+from ringplane.virtio import inflight, packed
 from ringplane.virtio.blk import HEADER_SIZE
 from ringplane.virtio.split import (
     DESC_SIZE,
@@ -66,16 +66,16 @@ def gather_packed(queue, request):
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
     index = queue.last_avail
+    entry = queue.free_head
     for seen in range(1, queue.size + 1):
         addr, length, identifier, flags = packed.read_desc(queue.desc, index)
-        if flags & VIRTQ_DESC_F_INDIRECT:
-            rule = check_indirect(queue, False, length, flags)
-            if rule == rules.OK:
-                rule = add_table(queue, request, addr, length)
-        else:
-            rule = add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
+        rule = add_descriptor(queue, request, addr, length, flags)
         if rule != rules.OK:
             return rule
+        if queue.inflight:
+            if entry == queue.size:
+                return rules.TOO_MANY_IN_FLIGHT
+            entry = inflight.copy_descriptor(queue, entry, addr, length, identifier, flags)
         if not flags & VIRTQ_DESC_F_NEXT:
             if identifier >= queue.size:
                 return rules.HEAD_RANGE
@@ -84,6 +84,33 @@ def gather_packed(queue, request):
             return split_off_header_and_status(request)
         index = index + 1 if index + 1 < queue.size else 0
     return rules.LOOP
+
+
+@compiled
+def gather_copy(queue, request):
+    """As `gather_packed`, of a chain whose descriptors were copied when it was first fetched (virtio/inflight.py)."""
+    request.readable_count = request.readable_bytes = 0
+    request.writable_count = request.writable_bytes = 0
+    entry, count = request.entry, load64(queue.counts + 8 * request.entry)
+    for _ in range(count):
+        addr, length, request.head, flags = inflight.read_copy(queue, entry)
+        rule = add_descriptor(queue, request, addr, length, flags)
+        if rule != rules.OK:
+            return rule
+        entry = inflight.next_free(queue, entry)
+    if request.head >= queue.size:
+        return rules.HEAD_RANGE
+    request.descriptors = count
+    return split_off_header_and_status(request)
+
+
+@compiled
+def add_descriptor(queue, request, addr, length, flags):
+    """One descriptor of a packed ring: a buffer, or a table of them."""
+    if not flags & VIRTQ_DESC_F_INDIRECT:
+        return add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
+    rule = check_indirect(queue, False, length, flags)
+    return add_table(queue, request, addr, length) if rule == rules.OK else rule
 
 
 @compiled

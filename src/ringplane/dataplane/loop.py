@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringplane.dataplane import rules
 from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all, queue_up
 from ringplane.dataplane.execute import do_copies, execute
-from ringplane.dataplane.fetch import gather, gather_packed
+from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
 from ringplane.dataplane.helpers import take_from_helpers
 from ringplane.dataplane.merge import send_held
 from ringplane.dataplane.state import (
@@ -27,6 +27,7 @@ from ringplane.engines.dispatch import has_news, submit, wait
 from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
+from ringplane.virtio import inflight
 from ringplane.virtio.ring import available, disable_kicks, enable_kicks, known
 from ringplane.virtio.split import take_head
 
@@ -238,6 +239,8 @@ def fetch_available(worker, queue):
     worker sleeps, or, when slots run out, until a completion has freed one and all has been fetched.
     """
     keep_quiet(worker, queue)
+    if queue.resubmits and not resubmit(worker, queue):
+        return queue.running != 0
     if available(queue) > queue.size:
         break_ring(worker, queue, rules.AVAIL_INDEX, -1)
         return False
@@ -266,6 +269,22 @@ def fetch_one(worker, queue):
     """Take one chain and start its request; False when it breaks the ring."""
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
     rule = take_chain(queue, request)
+    if rule == rules.OK and queue.inflight:
+        note_fetched(queue, request)
+    return start(worker, queue, request, rule)
+
+
+@compiled
+def note_fetched(queue, request):
+    if queue.packed:
+        request.entry = inflight.fetch_packed(queue, request.descriptors)
+    else:
+        inflight.fetch_split(queue, request.head)
+
+
+@compiled
+def start(worker, queue, request, rule):
+    """Start the request whose chain was gathered; False when that breaks the ring."""
     if rule != rules.OK:
         break_ring(worker, queue, rule, request.head)
         return False
@@ -289,6 +308,7 @@ def take_chain(queue, request):
     """Take the next chain: its number and its buffers; returns the rule that it breaks, if it does."""
     full = queue.in_flight >= queue.size
     if queue.packed:
+        # Not known before the chain's last descriptor.
         request.head = -1
         return rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request)
     request.head = take_head(queue)
@@ -296,9 +316,33 @@ def take_chain(queue, request):
 
 
 @compiled
+def resubmit(worker, queue):
+    """Start again what the last process had in flight, in its order; False if some is left, or the ring stops."""
+    while queue.resubmits:
+        if worker.free < 0:
+            return False
+        request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
+        entry = load64(queue.resubmit)
+        queue.resubmit += 8
+        queue.resubmits -= 1
+        if queue.packed:
+            request.head, request.entry = -1, entry
+            rule = gather_copy(queue, request)
+        else:
+            request.head = entry
+            rule = gather(queue, request)
+        if not start(worker, queue, request, rule):
+            return False
+    if queue.draining:
+        queue.running = 0
+        worker.attention = 1
+    return queue.running != 0
+
+
+@compiled
 def break_ring(worker, queue, rule, head):
     """Stop serving this queue until the driver has reset it; Python logs why and signals the error eventfd."""
-    queue.running = 0
+    queue.running = queue.resubmits = 0
     queue.broken = rule
     queue.broken_head = head
     worker.attention = 1

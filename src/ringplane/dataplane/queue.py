@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.dataplane.recover import PackedTracking, Place, SplitTracking
 from ringplane.dataplane.state import COUNTER, DEVICE, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
 from ringplane.engines.ranges import ZEROS_SIZE
-from ringplane.memory import BadMemory, MemoryTable
+from ringplane.memory import BadMemory, Mapping, MemoryTable
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
+from ringplane.virtio.split import INDEX_MASK
 
 
 @functools.cache
@@ -103,6 +105,14 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class InflightRegion:
+    """Where to tell what is in flight on a ring (virtio/inflight.py): our address, in a mapping that it keeps."""
+
+    address: int
+    mapping: Mapping
+
+
+@dataclass(frozen=True, slots=True)
 class RingLayout:
     """Where the driver has put a ring, and how the two of them use it.
 
@@ -117,6 +127,7 @@ class RingLayout:
     base: int
     features: int
     write_through: bool
+    inflight: InflightRegion | None = None
 
     @property
     def packed(self) -> bool:
@@ -180,6 +191,48 @@ class Queue:
         record["batch"] = record["uncounted"] = 0
         if max(record["last_avail"], record["next_used"]) >= record["size"]:
             raise BadMemory(f"the base {base:#x} is outside of a ring of {record['size']} descriptors")
+
+    def track(self, region: InflightRegion | None) -> None:
+        """Tell in this in-flight region what the ring does, and go on from what is in it; without one nobody is told.
+
+        The ring has been placed and its base set. Raises BadMemory.
+        """
+        record, size = self.record, int(self.record["size"])
+        record["inflight"] = record["resubmits"] = record["batched"] = 0
+        if region is None:
+            return
+        track = self._track_packed if record["packed"] else self._track_split
+        tracking = track(region.address, size)
+        self._resubmit = tracking.entries.astype(np.int64)
+        # A driver that breaks the rules can have more chains used in one turn than the ring is long.
+        self._batch = np.zeros(2 * size, np.int64)
+        record["counter"], record["batch_list"] = tracking.counter, self._batch.ctypes.data
+        record["resubmit"], record["resubmits"] = self._resubmit.ctypes.data, len(self._resubmit)
+        record["inflight"] = region.address
+
+    def _track_split(self, region: int, size: int) -> SplitTracking:
+        record = self.record
+        tracking = SplitTracking(region, size, int(record["next_used"]))
+        record["last_batch_head"] = tracking.last_batch_head
+        if not tracking.is_new:
+            # All up to there have been fetched, and those of them that are not used are in flight.
+            record["last_avail"] = (int(record["next_used"]) + len(tracking.entries)) & INDEX_MASK
+            record["seen_avail"] = record["last_avail"]
+        return tracking
+
+    def _track_packed(self, region: int, size: int) -> PackedTracking:
+        record = self.record
+        used = Place(int(record["next_used"]), int(record["used_wrap"]))
+        avail = Place(int(record["last_avail"]), int(record["avail_wrap"]))
+        tracking = PackedTracking(region, size, int(record["desc"]), used)
+        self._lists = np.stack([tracking.links, tracking.lasts, tracking.counts])
+        record["links"], record["lasts"], record["counts"] = (row.ctypes.data for row in self._lists)
+        record["free_head"], record["places"] = tracking.free_head, tracking.places
+        if not tracking.is_new:
+            avail = tracking.avail
+        record["last_avail"], record["avail_wrap"] = avail.index, avail.wrap
+        record["next_used"], record["used_wrap"] = tracking.used.index, tracking.used.wrap
+        return tracking
 
     @property
     def in_flight(self) -> int:

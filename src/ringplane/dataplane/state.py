@@ -62,6 +62,19 @@ QUEUE = _struct(
     "batch_flags",
     "uncounted",
     "indirect",
+    # What is in flight, in memory that outlives this process, as virtio/inflight.py wants it
+    "inflight",  # or 0: nobody is told
+    "counter",
+    "batch_list",
+    "batched",
+    "last_batch_head",
+    "free_head",
+    "places",
+    "links",
+    "lasts",
+    "counts",
+    "resubmit",  # address of the entries, int64 each, of chains that the last process had fetched
+    "resubmits",  # how many of them are still to be submitted again, before anything else is fetched
     # Guest memory: REGION structs
     "regions",
     "region_count",
@@ -114,6 +127,7 @@ REQUEST = _struct(
     "queue",  # QUEUE
     "head",  # which chain it is, as the driver calls it
     "descriptors",  # how many of a packed ring's the chain takes
+    "entry",  # of the chain, where a packed ring's chains are tracked (virtio/inflight.py)
     "iovecs",  # this slot's own room for MAX_IOVECS IOVEC structs
     # From the chain, filled by fetch: the driver's buffers as IOVEC structs, readable ones before writable ones
     "readable_count",

@@ -282,6 +282,7 @@ class Worker:
             record["last_avail"] = record["seen_avail"] = layout.base
             # Nothing is in flight, so what the used ring says is where it goes on.
             record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
+        queue.track(layout.inflight)
         record["broken"] = record["draining"] = 0
         record["turn"] = FIRST_TURN
         queue.told_broken = queue.suspended = False
@@ -318,7 +319,8 @@ class Worker:
 
     def _stop_queue(self, queue: Queue, drained: Future[None]) -> None:
         record = queue.record
-        record["running"] = 0
+        # What the last process had in flight has to be answered before the ring can stop.
+        record["running"] = record["running"] and record["resubmits"] > 0
         record["ready"] = record["quiet"] = 0
         record["draining"] = 1
         if self._queues.get(queue.address) is queue:
@@ -350,7 +352,7 @@ class Worker:
     def _finish_drains(self) -> None:
         for address, waiting in list(self._draining.items()):
             queue = self._queues.get(address)
-            if queue is not None and queue.in_flight:
+            if queue is not None and (queue.in_flight or queue.running):
                 continue
             del self._draining[address]
             if queue is not None:
@@ -363,7 +365,7 @@ class Worker:
         del self._queues[queue.address]
         self.engine.remove_file(int(queue.record["file"]))
         queue.record["draining"] = 0
-        queue.memory = MemoryTable()
+        queue.memory, queue.layout = MemoryTable(), None
         self._pin()
         self._trace_queue(TRACE_STOP, queue)
 

@@ -20,6 +20,7 @@ from ringplane.vhost_user.messages import (
     VHOST_USER_F_PROTOCOL_FEATURES,
     Config,
     Empty,
+    Inflight,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -214,6 +215,19 @@ class FrontEnd:
 
     def set_config(self, offset: int, data: bytes) -> None:
         self.tell(Request.SET_CONFIG, Config(offset, len(data), Config.WRITABLE, data))
+
+    # In-flight area
+
+    def get_inflight_fd(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+        """An area that the back end makes, and its fd, which is the caller's."""
+        asked = Inflight(0, 0, num_queues, queue_size)
+        message = self.transport.call(Request.GET_INFLIGHT_FD, asked)
+        if message is None or not isinstance(message.payload, Inflight) or len(message.fds) != 1:
+            raise ProtocolError("GET_INFLIGHT_FD: the back end could not do it")
+        return message.payload, message.take_fds()[0]
+
+    def set_inflight_fd(self, described: Inflight, fd: int) -> None:
+        self.tell(Request.SET_INFLIGHT_FD, described, [fd])
 
     # Device status
 

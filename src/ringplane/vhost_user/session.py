@@ -18,15 +18,17 @@ from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.worker import Worker, WorkerEnded
 from ringplane.disk import Disk
 from ringplane.memory import BadMemory, MemoryTable, Region
-from ringplane.vhost_user import messages
+from ringplane.vhost_user import inflight, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.inband import BackendChannel, InbandSignal
+from ringplane.vhost_user.inflight import InflightArea
 from ringplane.vhost_user.messages import (
     MAX_CONFIG_SIZE,
     U64,
     VHOST_USER_F_PROTOCOL_FEATURES,
     BackendRequest,
     Config,
+    Inflight,
     MemoryRegion,
     Payload,
     ProtocolError,
@@ -54,6 +56,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 
 # What in-band notifications need beside themselves (section "In-band notifications").
@@ -66,6 +69,7 @@ FEATURES_OK, DEVICE_NEEDS_RESET, STATUS_MASK = 8, 64, 0xFF
 NOES: dict[int, Payload] = {
     Request.GET_CONFIG: messages.Empty(),
     Request.GET_SHARED_OBJECT: messages.Opaque(),
+    Request.GET_INFLIGHT_FD: Inflight(0, 0, 0, 0),
     Request.SET_DEVICE_STATE_FD: U64(1 | VringFd.NO_FD),
     Request.CHECK_DEVICE_STATE: U64(1),
 }
@@ -114,8 +118,10 @@ class Session:
         self._protocol_features = ProtocolFeature(0)
         self._memory = MemoryTable()
         self._channel: BackendChannel | None = None
+        self._inflight: InflightArea | None = None
         self._status = 0
         self._features_refused = False
+        self._reply_fds: list[int] = []
         self._vrings = [Vring(queue, worker) for queue, worker in zip(disk.queues, disk.workers, strict=True)]
         self._write_back = True
         self._busy = asyncio.Lock()
@@ -161,7 +167,7 @@ class Session:
             for error in results:
                 if error is not None:
                     log.error("a queue could not be stopped: %s", error)
-            self._memory = MemoryTable()
+            self._memory, self._inflight = MemoryTable(), None
             self._close_channel()
 
     async def _serve_one_message(self) -> bool:
@@ -192,7 +198,12 @@ class Session:
         return message.need_reply and ProtocolFeature.REPLY_ACK in self._protocol_features
 
     async def _reply(self, message: Message, payload: Payload) -> None:
-        await self._transport.send(self._transport.connection.reply(message, payload))
+        fds, self._reply_fds = self._reply_fds, []
+        try:
+            await self._transport.send(self._transport.connection.reply(message, payload, fds), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def _refuse(self, message: Message, why: Refused) -> Payload:
         """Say no where the front end can hear it, else end the connection, as its idea of us would be wrong."""
@@ -364,6 +375,18 @@ class Session:
         running = [vring for vring in self._vrings if vring.running]
         await asyncio.gather(*(_done(vring.worker.set_memory(vring.queue, memory)) for vring in running))
 
+    # In-flight I/O: what a crash of ours must not lose.
+
+    async def _on_get_inflight_fd(self, message: Message) -> Payload:
+        asked = _expect(message, Inflight)
+        described, fd = inflight.create(asked.num_queues, asked.queue_size)
+        self._reply_fds = [fd]
+        return described
+
+    async def _on_set_inflight_fd(self, message: Message) -> None:
+        """Of a ring that is running it counts from its next start on."""
+        self._inflight = InflightArea(_expect(message, Inflight), message.fds[0])
+
     # Rings.
 
     async def _on_set_vring_num(self, message: Message) -> None:
@@ -409,6 +432,8 @@ class Session:
     async def _end_ring(self, vring: Vring) -> None:
         """Stop it, not to go on: a ring that is started again is described again, by whatever driver comes next."""
         await self._reset(vring)
+        if self._inflight is not None:
+            self._inflight.forget(vring.queue.number)
         vring.address = None
         vring.kick_fd = _replace_fd(vring.kick_fd, -1)
 
@@ -496,7 +521,7 @@ class Session:
         elif vring.running or vring.queue.broken:
             return
         elif vring.kick_fd >= 0 and vring.size and vring.address is not None:
-            layout = self._layout(vring.size, vring.base, vring.address)
+            layout = self._layout(vring.queue.number, vring.size, vring.base, vring.address)
             await self._signal_in_band(vring)
             await _done(vring.worker.start_queue(vring.queue, layout, self._memory, vring.kick_fd))
             vring.running = True
@@ -506,9 +531,10 @@ class Session:
         layout = vring.queue.layout
         if layout is None or vring.address is None:
             return False
-        return self._layout(layout.size, layout.base, vring.address) != layout
+        return self._layout(vring.queue.number, layout.size, layout.base, vring.address) != layout
 
-    def _layout(self, size: int, base: int, address: VringAddr) -> RingLayout:
+    def _layout(self, number: int, size: int, base: int, address: VringAddr) -> RingLayout:
+        area = self._inflight
         return RingLayout(
             size=size,
             desc=address.descriptor,
@@ -517,6 +543,7 @@ class Session:
             base=base,
             features=self._features,
             write_through=self._write_through,
+            inflight=area.region(number, size, packed=self._packed) if area is not None else None,
         )
 
     @property

@@ -1,0 +1,64 @@
+"""The in-flight area: memory that the front end keeps for us, so that it outlives this process; a region a ring.
+
+Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking". virtio/inflight.py has what is in a region.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+
+from ringplane.dataplane.queue import InflightRegion
+from ringplane.memory import BadMemory, Mapping
+from ringplane.vhost_user.messages import Inflight
+from ringplane.virtio.inflight import ALIGNMENT, REGION_SPLIT, region_bytes
+from ringplane.virtio.split import MAX_QUEUE_SIZE
+
+VERSION_OFFSET: int = REGION_SPLIT.fields["version"][1]  # type: ignore[index]
+
+
+class InflightArea:
+    """The area that an Inflight message describes, mapped."""
+
+    def __init__(self, described: Inflight, fd: int) -> None:
+        """The fd stays the caller's. Raises BadMemory for sizes that cannot be, OSError when it cannot be mapped."""
+        size, offset, queues = described.mmap_size, described.mmap_offset, described.num_queues
+        if size == 0 or size + offset >= 1 << 62 or not 0 < described.queue_size <= MAX_QUEUE_SIZE or queues == 0:
+            raise BadMemory(
+                f"no in-flight area: {size} bytes at {offset} for {queues} queues of {described.queue_size} descriptors"
+            )
+        self._mapping = Mapping(fd, size, offset)
+        self._queues = queues
+        # Whoever made it, they are equal.
+        self._stride = size // queues // ALIGNMENT * ALIGNMENT
+
+    def region(self, index: int, size: int, *, packed: bool) -> InflightRegion:
+        """That of ring `index` with `size` descriptors; raises BadMemory where there is no room for it."""
+        if index >= self._queues or region_bytes(size, packed=packed) > self._stride:
+            raise BadMemory(f"the in-flight area has no room for ring {index} of {size} descriptors")
+        address = self._mapping.address + index * self._stride
+        if address % 8:
+            raise BadMemory("the in-flight area is not aligned to 8 bytes")
+        return InflightRegion(address, self._mapping)
+
+    def forget(self, index: int) -> None:
+        """The ring has been drained and ends: the next one there begins anew, wherever the front end says."""
+        if index < self._queues and self._stride >= REGION_SPLIT.itemsize:
+            ctypes.c_uint16.from_address(self._mapping.address + index * self._stride + VERSION_OFFSET).value = 0
+
+
+def create(num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+    """A new area and its fd, which is the caller's; large enough for either format. Raises OSError and BadMemory."""
+    if not 0 < queue_size <= MAX_QUEUE_SIZE or num_queues == 0:
+        raise BadMemory(f"an in-flight area for {num_queues} queues of {queue_size} descriptors is asked for")
+    size = num_queues * region_bytes(queue_size, packed=True)
+    fd = os.memfd_create("ringplane-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        # Nobody can shrink it under us.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Inflight(size, 0, num_queues, queue_size), fd

@@ -1,0 +1,378 @@
+"""In-flight tracking: the process ends between any two stores, and no chain is lost or used twice."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringplane.dataplane.queue import Device, InflightRegion, Queue
+from ringplane.memory import BadMemory, Mapping
+from ringplane.native import access
+from ringplane.virtio import inflight, packed, ring, split
+
+from .packed import PackedRing
+from .rig import Guest, Piece, Ring
+
+MODULES = (inflight, packed, ring, split)
+WIDTHS = {"8": ctypes.c_uint8, "16": ctypes.c_uint16, "32": ctypes.c_uint32, "64": ctypes.c_int64}
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+class Stores:
+    """Counts what is stored, and ends the process before the store that is one too many."""
+
+    left: int | None = None
+
+    def count(self) -> None:
+        if self.left is not None:
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+
+
+@pytest.fixture
+def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
+    """Has the functions of the rings and of the tracking run as Python, each store of them counted."""
+    stores = Stores()
+
+    def load(kind: Any) -> Callable[[int], int]:
+        return lambda address: int(kind.from_address(int(address)).value)
+
+    def store(kind: Any) -> Callable[[int, int], None]:
+        def store_one(address: int, value: int) -> None:
+            stores.count()
+            kind.from_address(int(address)).value = int(value)
+
+        return store_one
+
+    plain: dict[str, object] = {"fence": lambda: None}
+    for width, kind in WIDTHS.items():
+        plain |= {f"load{width}": load(kind), f"load{width}_acquire": load(kind)}
+        plain |= {f"store{width}": store(kind), f"store{width}_release": store(kind)}
+    for module in MODULES:
+        for name, value in list(vars(module).items()):
+            if name in plain and value is getattr(access, name, None):
+                monkeypatch.setattr(module, name, plain[name])
+            elif hasattr(value, "__wrapped__"):
+                monkeypatch.setattr(module, name, value.__wrapped__)
+    return stores
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Device]:
+    fd = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 512)
+    device = Device(fd, 512, read_only=False, block_size=512, alignment=(1, 1), serial="")
+    yield device
+    device.close()
+    os.close(fd)
+
+
+class Memory:
+    """A guest with one ring, and the region that outlives the processes which serve it."""
+
+    def __init__(self, ring_class: Any, size: int) -> None:
+        self.guest = Guest(4 << 20)
+        self.size, self.packed = size, ring_class is PackedRing
+        self.ring = ring_class(self.guest, size)
+        length = inflight.region_bytes(size, packed=self.packed)
+        self.fd = os.memfd_create("region")
+        os.ftruncate(self.fd, length)
+        mapping = Mapping(self.fd, length, 0)
+        self.region = InflightRegion(mapping.address, mapping)
+        self.numbers: dict[int, int] = {}
+        self.offered = 0
+        self.order: list[int] = []
+
+    def offer(self, descriptors: int) -> None:
+        """Make a chain available, if there is room; chains are numbered in their order."""
+        if self.ring.has_room(descriptors):
+            pending = self.ring.add([Piece(4096, 1, False)] * descriptors)
+            self.ring.put_available(pending.head)
+            self.ring.publish()
+            self.numbers[pending.head] = self.offered
+            self.offered += 1
+
+    def collect(self) -> None:
+        """Take back what is used; a chain that is used twice, or was never offered, is a KeyError."""
+        for pending in self.ring.collect():
+            del self.numbers[pending.head]
+
+    def close(self) -> None:
+        self.guest.close()
+        os.close(self.fd)
+
+
+class Fields:
+    """The fields of a struct as attributes, for compiled functions that run as Python."""
+
+    def __init__(self, record: np.void) -> None:
+        object.__setattr__(self, "record", record)
+
+    def __getattr__(self, name: str) -> int:
+        return int(self.record[name])
+
+    def __setattr__(self, name: str, value: int) -> None:
+        self.record[name] = value
+
+
+class Process:
+    """One life of the device: it knows nothing but what is in the memory."""
+
+    def __init__(self, memory: Memory, device: Device) -> None:
+        self.memory = memory
+        self.queue = Queue(device, 0, "queue")
+        record, start = self.queue.record, memory.guest.address
+        record["size"], record["packed"] = memory.size, memory.packed
+        for name in ("desc", "avail", "used"):
+            record[name] = start + getattr(memory.ring, name)
+        if memory.packed:
+            # What a front end says that does not know better: where a ring begins.
+            self.queue.set_packed_base(0x8000_8000)
+        else:
+            used_idx = ctypes.c_uint16.from_address(int(record["used"]) + split.USED_IDX).value
+            record["next_used"] = record["last_avail"] = record["seen_avail"] = used_idx
+        self.queue.track(memory.region)
+        self.state: Any = Fields(self.queue.record)
+        self.in_flight: list[tuple[int, int, int]] = []  # what the driver calls the chain, entry, descriptors
+
+    def recovered(self) -> list[int]:
+        """The numbers of the chains that the last process had in flight, in the order in which they are done again."""
+        entries = ctypes.cast(int(self.state.resubmit or 1), ctypes.POINTER(ctypes.c_int64))
+        numbers = []
+        for index in range(int(self.state.resubmits)):
+            entry = entries[index]
+            name, count = (entry, 1) if not self.memory.packed else self._copied(entry)
+            self.in_flight.append((name, entry, count))
+            numbers.append(self.memory.numbers[name])
+        self.state.resubmits = 0
+        return numbers
+
+    def _copied(self, entry: int) -> tuple[int, int]:
+        """The id of a chain by its copied descriptors, and how many there are."""
+        count = ctypes.c_int64.from_address(int(self.state.counts) + 8 * entry).value
+        for _ in range(count):
+            _, _, name, _ = inflight.read_copy(self.state, entry)
+            entry = inflight.next_free(self.state, entry)
+        return name, count
+
+    def fetch(self) -> bool:
+        """Take the next chain as dataplane/fetch.py and loop.py do; whether there was one."""
+        state = self.state
+        if not ring.available(state):
+            return False
+        if not self.memory.packed:
+            head = split.take_head(state)
+            inflight.fetch_split(state, head)
+            self.in_flight.append((head, head, 1))
+            self.memory.order.append(self.memory.numbers[head])
+            return True
+        index, entry, count, flags = int(state.last_avail), int(state.free_head), 0, split.VIRTQ_DESC_F_NEXT
+        while flags & split.VIRTQ_DESC_F_NEXT:
+            addr, length, name, flags = packed.read_desc(int(state.desc), index)
+            entry = inflight.copy_descriptor(state, entry, addr, length, name, flags)
+            index, count = (index + 1) % self.memory.size, count + 1
+        packed.take(state, count)
+        entry = inflight.fetch_packed(state, count)
+        self.in_flight.append((name, entry, count))
+        self.memory.order.append(self.memory.numbers[name])
+        return True
+
+    def complete(self, which: int) -> None:
+        if self.in_flight:
+            name, entry, count = self.in_flight.pop(which % len(self.in_flight))
+            inflight.use(self.state, entry, name, count, 0)
+
+    def publish(self) -> None:
+        inflight.publish(self.state)
+
+
+def check_recovery(memory: Memory, process: Process) -> None:
+    """What was fetched and is not used is in flight, oldest first, and nothing else; the rest can still be fetched."""
+    recovered = process.recovered()
+    assert recovered == sorted(recovered)
+    assert set(recovered) <= set(memory.numbers.values())
+    fetched = [number for number in memory.order if number in memory.numbers.values()]
+    # The process may have ended before the one that it was fetching counted.
+    missing = set(fetched) - set(recovered)
+    assert all(number > max(recovered, default=-1) for number in missing)
+
+
+def live(memory: Memory, process: Process, draw: random.Random, steps: int) -> None:
+    """Random work of driver and device, in turns as the loop has them."""
+    for _ in range(steps):
+        for _ in range(draw.randrange(4)):
+            memory.offer(draw.choice([1, 1, 2, 3]) if memory.packed else 1)
+        for _ in range(draw.randrange(4)):
+            process.fetch()
+        for _ in range(draw.randrange(4)):
+            process.complete(draw.randrange(100))
+        process.publish()
+        memory.collect()
+
+
+def finish(memory: Memory, device: Device) -> None:
+    """A last process does all that is left: then nothing was lost."""
+    process = Process(memory, device)
+    check_recovery(memory, process)
+    while process.fetch() or process.in_flight:
+        process.complete(0)
+        process.publish()
+        memory.collect()
+    assert memory.numbers == {}
+    assert memory.ring.pending == {}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), size=st.sampled_from([4, 8, 16]), ring_class=st.sampled_from([Ring, PackedRing]))
+def test_killed_at_any_moment(stores: Stores, device: Device, seed: int, size: int, ring_class: Any) -> None:
+    draw, memory = random.Random(seed), Memory(ring_class, size)
+    for _ in range(20):
+        process = Process(memory, device)
+        check_recovery(memory, process)
+        stores.left = draw.randrange(120)
+        try:
+            live(memory, process, draw, 40)
+        except Killed:
+            memory.collect()
+        stores.left = None
+    finish(memory, device)
+    memory.close()
+
+
+@pytest.mark.parametrize("ring_class", [Ring, PackedRing])
+def test_killed_at_each_store(stores: Stores, device: Device, ring_class: Any) -> None:
+    """The same work each time, ended before its first store, before its second, and so on to its end."""
+    at = 0
+    while True:
+        memory = Memory(ring_class, 8)
+        process = Process(memory, device)
+        stores.left = at
+        try:
+            live(memory, process, random.Random(7), 12)
+            ended = True
+        except Killed:
+            ended = False
+            memory.collect()
+        stores.left = None
+        finish(memory, device)
+        memory.close()
+        if ended:
+            break
+        at += 1
+    assert at > 100
+
+
+def test_a_region_is_told_of_what_is_in_flight_before_the_first_completion(stores: Stores, device: Device) -> None:
+    for ring_class in (Ring, PackedRing):
+        memory = Memory(ring_class, 8)
+        process = Process(memory, device)
+        for _ in range(3):
+            memory.offer(1)
+            assert process.fetch()
+        assert Process(memory, device).recovered() == [0, 1, 2]
+        memory.close()
+
+
+# Regions that are not what they should be
+
+
+def broken_region(memory: Memory, device: Device, harm: Callable[[Any, Any], None]) -> None:
+    """A region with two chains in flight, then what a front end writes into it, then the next process."""
+    process = Process(memory, device)
+    for _ in range(4):
+        memory.offer(1)
+        process.fetch()
+    process.complete(0)
+    process.complete(0)
+    process.publish()
+    kinds = (
+        (inflight.REGION_PACKED, inflight.STATE_PACKED)
+        if memory.packed
+        else (inflight.REGION_SPLIT, inflight.STATE_SPLIT)
+    )
+    content = (ctypes.c_uint8 * memory.region.mapping.size).from_address(memory.region.address)
+    head = np.frombuffer(memoryview(content).cast("B"), kinds[0], 1)
+    states = np.frombuffer(memoryview(content).cast("B"), kinds[1], memory.size, kinds[0].itemsize)
+    harm(head[0], states)
+    Process(memory, device)
+
+
+def setting(field: str, value: int) -> Callable[[Any, Any], None]:
+    return lambda head, states: head.__setitem__(field, value)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (setting("version", 2), "of version 2 for 8 descriptors, not of version 1 for 8"),
+        (setting("desc_num", 9), "of version 1 for 9 descriptors"),
+        (lambda head, states: (head.__setitem__("used_idx", 0), head.__setitem__("last_batch_head", 8)), "leads to"),
+    ],
+)
+def test_a_split_region_that_makes_no_sense(
+    stores: Stores, device: Device, harm: Callable[[Any, Any], None], sentence: str
+) -> None:
+    memory = Memory(Ring, 8)
+    with pytest.raises(BadMemory, match=sentence):
+        broken_region(memory, device, harm)
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (setting("version", 2), "of version 2 for 8 descriptors"),
+        (setting("old_used_idx", 8), "has descriptor 8"),
+        (setting("old_used_wrap_counter", 2), "wrap counter 2"),
+        (setting("old_free_head", 9), "has no end"),
+        (lambda head, states: states["next"].__setitem__(slice(None), 0), "has no end"),
+        (lambda head, states: states["num"].__setitem__(slice(None), 0), "is not whole"),
+        (lambda head, states: states["num"].__setitem__(slice(None), 9), "is not whole"),
+        (lambda head, states: states["inflight"].__setitem__(slice(None), 0), "neither free nor in flight"),
+    ],
+)
+def test_a_packed_region_that_makes_no_sense(
+    stores: Stores, device: Device, harm: Callable[[Any, Any], None], sentence: str
+) -> None:
+    memory = Memory(PackedRing, 8)
+    with pytest.raises(BadMemory, match=sentence):
+        broken_region(memory, device, harm)
+    memory.close()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), ring_class=st.sampled_from([Ring, PackedRing]))
+def test_random_bytes_in_a_region_are_taken_or_refused(
+    stores: Stores, device: Device, seed: int, ring_class: Any
+) -> None:
+    draw, memory = random.Random(seed), Memory(ring_class, 8)
+
+    def harm(head: Any, states: Any) -> None:
+        for _ in range(draw.randrange(1, 5)):
+            place = memory.region.address + draw.randrange(memory.region.mapping.size)
+            ctypes.c_uint8.from_address(place).value = draw.choice([0, 1, 7, 8, 255, draw.randrange(256)])
+
+    with suppress(BadMemory):
+        broken_region(memory, device, harm)
+    memory.close()
+
+
+def test_layouts() -> None:
+    """As the specification's C structs are, which a region of another back end has."""
+    assert (inflight.SPLIT_SIZE, inflight.SPLIT_STATE_SIZE) == (16, 16)
+    assert (inflight.PACKED_SIZE, inflight.PACKED_STATE_SIZE) == (32, 32)
+    assert inflight.region_bytes(128, packed=False) == 2112
