@@ -74,8 +74,8 @@ class SplitTracking:
 class PackedTracking:
     """The region of a packed ring: `entries` are the first ones of the chains in flight, oldest first.
 
-    `places` is what PLACES of virtio/inflight.py holds, `used` where the next used descriptor goes and `avail` where the
-    next chain is; `links`, `lasts` and `counts` are what virtio/inflight.py wants them to be.
+    `used` is where the next used descriptor goes and `avail` where the next chain is; `places` (what PLACES holds),
+    `links`, `lasts` and `counts` are what virtio/inflight.py wants them to be.
     """
 
     def __init__(self, region: int, size: int, ring: int, used: Place) -> None:
