@@ -151,6 +151,16 @@ def test_a_new_ring_that_begins_at_0(make_rig: RigFactory) -> None:
     assert line.stop() == 1 << 15 | 1 << 31
 
 
+def test_a_used_ring_at_0_whose_first_descriptor_was_not_used(make_rig: RigFactory) -> None:
+    """The third lap began in the middle of a chain; it looks new, if one looks at its first descriptor alone."""
+    line = make_rig().line().start(size=4)
+    for _ in range(4):
+        assert line.do(IN, room=512).status == OK
+    assert line.stop() == 0
+    line.resume(base=0)
+    assert line.do(IN, room=512).status == OK
+
+
 @pytest.mark.parametrize("base", [16 | 1 << 15, 16 << 16 | 1 << 31, 0x7FFF])
 def test_a_base_outside_of_the_ring_is_refused(make_rig: RigFactory, base: int) -> None:
     line = make_rig().line()
