@@ -40,14 +40,18 @@ def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFact
         rig.close()
 
 
-def at_once(lines: Sequence[Line], wanted: Sequence[tuple[Line, Wanted]]) -> tuple[list[Pending], int]:
+def at_once(
+    lines: Sequence[Line], wanted: Sequence[tuple[Line, Wanted]], alignment: int = 16
+) -> tuple[list[Pending], int]:
     """Have all that is wanted fetched in one turn a line; the requests, answered, and how many I/Os they became."""
     worker = lines[0].worker
     engine = worker.engine._engine[0]
     with held(worker):
         before = worker.call(lambda: int(engine["prepared"]))
         requests = [
-            line.put(kind, sector, pattern(size, sector), 0) if kind == OUT else line.put(kind, sector, room=size)
+            line.put(kind, sector, pattern(size, sector), alignment=alignment)
+            if kind == OUT
+            else line.put(kind, sector, room=size, alignment=alignment)
             for line, (kind, sector, size) in wanted
         ]
         for line in lines:
@@ -60,8 +64,8 @@ def at_once(lines: Sequence[Line], wanted: Sequence[tuple[Line, Wanted]]) -> tup
     return requests, after.result(PATIENCE) - before.result(PATIENCE)
 
 
-def on_one(line: Line, *wanted: Wanted) -> tuple[list[Answer], int]:
-    requests, count = at_once([line], [(line, one) for one in wanted])
+def on_one(line: Line, *wanted: Wanted, alignment: int = 16) -> tuple[list[Answer], int]:
+    requests, count = at_once([line], [(line, one) for one in wanted], alignment)
     return [line.answer(request) for request in requests], count
 
 
@@ -157,6 +161,16 @@ def test_a_failed_write_is_tried_again_in_its_parts(make_rig: RigFactory) -> Non
     os.close(fd)
     assert (count, [answer.status for answer in answers]) == (1, [IOERR] * 3)
     assert rig.content() == DISK
+
+
+def test_slots_that_had_bounce_buffers(make_rig: RigFactory) -> None:
+    """What is left there of unaligned requests is not the business of those that are joined."""
+    rig = make_rig(direct=True, slots=2)
+    if not rig.image.direct:
+        pytest.skip(f"the file system of {rig.path} refuses O_DIRECT")
+    line, wanted = rig.line().start(), stream(IN, 4096, 4096)
+    for alignment, count in ((1, 2), (4096, 1)):
+        assert on_one(line, *wanted, alignment=alignment) == ([expected(*one) for one in wanted], count)
 
 
 def test_pinned_memory_is_not_merged(tmp_path: Path) -> None:
