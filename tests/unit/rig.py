@@ -357,6 +357,8 @@ def held(worker: Worker) -> Iterator[None]:
     finally:
         release.set()
         assert holding.result(PATIENCE)
+        # What was asked of it has happened when we go on.
+        worker.call(lambda: None).result(PATIENCE)
 
 
 def fetch_only(worker: Worker) -> None:
