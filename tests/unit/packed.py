@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from ringplane.dataplane.queue import RingLayout
-from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED
+from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 
-from .rig import GUEST_BASE, INDIRECT, NEXT, USER_BASE, WRITE, Guest, Pending, Piece, barrier
+from .rig import NEXT, WRITE, Descriptor, DriverRing, Guest, Pending, Piece, barrier
 
 AVAIL, USED = 1 << 7, 1 << 15
 ENABLE, DISABLE, DESC = 0, 1, 2
-
-Descriptor = tuple[int, int, int]  # address, length, flags
+NEW_RING = 0x8000_8000
 
 
 def place(index: int, wrap: int) -> int:
@@ -21,58 +21,72 @@ def place(index: int, wrap: int) -> int:
     return index | wrap << 15
 
 
-class PackedRing:
-    """Descriptors that are made available, and used ones that are taken back, lap after lap."""
+class PackedRing(DriverRing):
+    """Descriptors that are made available, and used ones that are taken back, lap after lap.
 
-    def __init__(self, guest: Guest, size: int, *, event_idx: bool = False, start: int = 0) -> None:
-        """`start` is a base as the device tells it; 0: a new ring."""
-        self.guest, self.size, self.event_idx = guest, size, event_idx
-        start = start or 0x8000_8000
-        self.desc = guest.allocate(16 * size, 16)
-        self.avail, self.used = guest.allocate(4, 4), guest.allocate(4, 4)
-        self.next, self.wrap = start & 0x7FFF, start >> 15 & 1
-        self.used_next, self.used_wrap = start >> 16 & 0x7FFF, start >> 31
-        # As the lap before has left them.
-        stale = 0 if self.wrap else AVAIL | USED
-        guest.write(self.desc, struct.pack("<QIHH", 0, 0, 0, stale) * size)
-        guest.write(self.avail, struct.pack("<HH", 0, ENABLE))
+    Places are counted here through two laps, after which they come back; in the first of them the wrap counter is 1.
+    """
+
+    def __init__(self, guest: Guest, size: int, *, start: int = 0, **negotiated: Any) -> None:
+        """`start`: a base as the device tells it; 0: a new ring."""
+        super().__init__(guest, size, **negotiated)
+        self.features |= VIRTIO_F_RING_PACKED
+        self.allocate(16 * size, 4, 4)
+        start = start or NEW_RING
+        self.next, self.used_next = self._count(start & 0xFFFF), self._count(start >> 16)
+        for index in range(size):
+            # As this lap has left them so far, and the lap before.
+            used = (self.next < size) == (index < self.next % size)
+            guest.write(self.desc + 16 * index + 14, struct.pack("<H", AVAIL | USED if used else 0))
         self._ids = list(range(size))
         self._room = size
+        # What `publish` writes: the flags that make the first descriptor since the last time the device's.
         self._held: tuple[int, int] | None = None
-        self._chains: dict[int, list[Descriptor]] = {}
-        self.pending: dict[int, Pending] = {}
+        self._published = self.next
+        self._chains: dict[int, Sequence[Descriptor]] = {}
 
-    def layout(self, *, indirect: bool = True, write_through: bool = False, features: int = 0) -> RingLayout:
-        features |= self.event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC | VIRTIO_F_RING_PACKED
-        base = place(self.next, self.wrap) | place(self.used_next, self.used_wrap) << 16
-        areas = (USER_BASE + area for area in (self.desc, self.avail, self.used))
-        return RingLayout(self.size, *areas, base, features, write_through)
+    @staticmethod
+    def any_base(size: int, randomness: random.Random) -> int:
+        """Where a ring may be when nothing is in it."""
+        here = place(randomness.randrange(size), randomness.randrange(2))
+        return here | here << 16
+
+    @property
+    def base(self) -> int:
+        """Where the device would go on that has taken all that is in the ring."""
+        return self._place(self.next) | self._place(self.used_next) << 16
+
+    def _count(self, told: int) -> int:
+        return (told & 0x7FFF) + (0 if told >> 15 else self.size)
+
+    def _place(self, count: int) -> int:
+        return place(count % self.size, int(count < self.size))
+
+    def _after(self, count: int, steps: int) -> int:
+        return (count + steps) % (2 * self.size)
 
     def has_room(self, count: int) -> bool:
         return self._room >= count
 
-    def add(self, pieces: Sequence[Piece], direct: int | None = None) -> Pending:
-        """Plan a chain: all but `direct` of its descriptors in an indirect table, all direct if None."""
-        chain = [descriptor(piece) for piece in (pieces if direct is None else pieces[:direct])]
-        rest = [] if direct is None else [descriptor(piece) for piece in pieces[direct:]]
-        if rest:
-            table = b"".join(struct.pack("<QIHH", address, length, 0, flags) for address, length, flags in rest)
-            offset = self.guest.allocate(len(table), 16)
-            self.guest.write(offset, table)
-            chain.append((GUEST_BASE + offset, len(table), INDIRECT))
+    def table(self, chain: Sequence[Descriptor]) -> bytes:
+        """An indirect table (section 2.8.7): its descriptors follow each other as they are."""
+        return b"".join(struct.pack("<QIHH", address, length, 0, flags) for address, length, flags in chain)
+
+    def add_chain(self, chain: Sequence[Descriptor], pieces: Sequence[Piece] = ()) -> Pending:
+        """Plan a chain; its last descriptor may have the flag NEXT too."""
         identifier = self._ids.pop()
         self._room -= len(chain)
         self._chains[identifier] = chain
-        self.pending[identifier] = pending = Pending(identifier, list(pieces), [identifier] * len(chain))
+        pending = self.pending[identifier] = Pending(identifier, list(pieces), [identifier] * len(chain))
         return pending
 
     def put_available(self, identifier: int) -> None:
         """Write the chain; what comes from the first one since the last `publish` on is not the device's yet."""
-        chain = self._chains.pop(identifier)
+        chain = self._chains[identifier]
         for number, (address, length, flags) in enumerate(chain):
-            flags |= NEXT if number + 1 < len(chain) else 0
-            flags |= AVAIL if self.wrap else USED
-            start = self.desc + 16 * self.next
+            flags |= NEXT * (number + 1 < len(chain))
+            flags |= AVAIL if self.next < self.size else USED
+            start = self.desc + 16 * (self.next % self.size)
             # Only the last descriptor's id counts.
             number_of = identifier if number + 1 == len(chain) else 0xFFFF
             if self._held is None:
@@ -80,47 +94,69 @@ class PackedRing:
                 self.guest.write(start, struct.pack("<QIH", address, length, number_of))
             else:
                 self.guest.write(start, struct.pack("<QIHH", address, length, number_of, flags))
-            self.next += 1
-            if self.next == self.size:
-                self.next, self.wrap = 0, self.wrap ^ 1
+            self.next = self._after(self.next, 1)
 
-    def publish(self) -> None:
-        if self._held is not None:
-            self.guest.store16(*self._held)
-            self._held = None
+    def put_bad_head(self) -> None:
+        """Make a chain available whose id the ring does not have."""
+        self._chains[self.size] = [Piece(0, 16, False).descriptor, Piece(16, 1, True).descriptor]
+        self.put_available(self.size)
 
-    @property
-    def used_idx(self) -> int:
-        """The place of the next used descriptor."""
-        return place(self.used_next, self.used_wrap)
+    def publish(self) -> bool:
+        """Make visible what was put; returns whether the device asks for a kick for it (section 2.8.14)."""
+        if self._held is None:
+            return False
+        self.guest.store16(*self._held)
+        count = (self.next - self._published) % (2 * self.size)
+        old, self._held, self._published = self._published, None, self.next
+        asked, flags = self._device_event()
+        if flags == DESC:
+            return (self._count(asked) - old) % (2 * self.size) < count
+        return flags == ENABLE
+
+    def asks_for_kick(self) -> bool:
+        """Whether the device asks for a kick with the next chain."""
+        barrier()
+        asked, flags = self._device_event()
+        return asked == self._place(self.next) if flags == DESC else flags == ENABLE
+
+    def _device_event(self) -> tuple[int, int]:
+        """The device's event suppression struct: a place, and what it means."""
+        return struct.unpack_from("<HH", self.guest.memory, self.used)
+
+    def enable_calls(self) -> None:
+        """Ask for a call with the next answer."""
+        if self.event_idx:
+            self.set_used_event(self._place(self.used_next))
+        else:
+            self.guest.store16(self.avail + 2, ENABLE)
+
+    def disable_calls(self) -> None:
+        self.guest.store16(self.avail + 2, DISABLE)
 
     def set_used_event(self, wanted: int) -> None:
         """Ask for a call when the descriptor at this place is used."""
         self.guest.store16(self.avail, wanted)
         self.guest.store16(self.avail + 2, DESC)
 
-    def collect(self) -> list[Pending]:
-        """What has been answered since the last call."""
-        done = []
+    def place_behind(self, chains: Sequence[int]) -> int:
+        """Where the answer behind those to the next chains, of so many descriptors each, will be."""
+        return self._place(self._after(self.used_next, sum(chains)))
+
+    def take_used(self) -> Iterator[tuple[int, int]]:
+        """Ids and used lengths of what has been answered since the last call."""
         while True:
-            used = self.desc + 16 * self.used_next
+            used, wrap = self.desc + 16 * (self.used_next % self.size), self.used_next < self.size
             (flags,) = struct.unpack_from("<H", self.guest.memory, used + 14)
-            if bool(flags & USED) != bool(self.used_wrap) or bool(flags & AVAIL) != bool(self.used_wrap):
-                return done
+            if bool(flags & USED) != wrap or bool(flags & AVAIL) != wrap:
+                return
             # What the flags make ours is read after them.
             barrier()
             length, identifier = struct.unpack_from("<IH", self.guest.memory, used + 8)
-            pending = self.pending.pop(identifier)
-            pending.used_length = length
             # The device says that it wrote something exactly if it did.
             assert bool(flags & WRITE) == (length > 0)
-            self._ids.append(identifier)
-            self._room += len(pending.descriptors)
-            self.used_next += len(pending.descriptors)
-            if self.used_next >= self.size:
-                self.used_next, self.used_wrap = self.used_next - self.size, self.used_wrap ^ 1
-            done.append(pending)
+            self.used_next = self._after(self.used_next, len(self._chains[identifier]))
+            yield identifier, length
 
-
-def descriptor(piece: Piece) -> Descriptor:
-    return GUEST_BASE + piece.offset, piece.size, WRITE if piece.writable else 0
+    def give_back(self, pending: Pending) -> None:
+        self._ids.append(pending.head)
+        self._room += len(pending.descriptors)

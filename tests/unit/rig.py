@@ -27,13 +27,19 @@ from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.image import Image
 from ringplane.memory import MemoryTable, Region
 from ringplane.native.access import fence, store16
-from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
+from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
+
+from . import model
 
 IN, OUT, FLUSH, SCSI_CMD, SCSI_CMD_OUT, GET_ID = 0, 1, 4, 2, 3, 8
+DISCARD, WRITE_ZEROES, SECURE_ERASE = 11, 13, 14
 OK, IOERR, UNSUPP = 0, 1, 2
 NO_ANSWER = 0xEE
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
+NO_INTERRUPT = NO_NOTIFY = 1
+
+SERIAL = "serial-0123456789"
 
 # A test that waits for this long has found a hang.
 PATIENCE = 20.0
@@ -96,6 +102,10 @@ class Guest:
         os.close(self.fd)
 
 
+# Address in the guest, length, flags.
+Descriptor = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Piece:
     """The buffer of one descriptor: where in guest memory, and for whom."""
@@ -104,9 +114,9 @@ class Piece:
     size: int
     writable: bool
 
-    def pack(self, flags: int, following: int) -> bytes:
-        flags |= WRITE if self.writable else 0
-        return struct.pack("<QIHH", GUEST_BASE + self.offset, self.size, flags, following)
+    @property
+    def descriptor(self) -> Descriptor:
+        return GUEST_BASE + self.offset, self.size, WRITE if self.writable else 0
 
 
 @dataclass
@@ -115,6 +125,7 @@ class Pending:
 
     head: int
     pieces: list[Piece]
+    # Whichever of the ring's it has.
     descriptors: list[int]
     used_length: int | None = None
 
@@ -132,87 +143,175 @@ class Answer:
     data: bytes
 
 
-class Ring:
+class DriverRing:
+    """What the driver's ends of both formats have in common: what was negotiated, and who waits for an answer."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        size: int,
+        *,
+        event_idx: bool = False,
+        indirect: bool = True,
+        in_order: bool = False,
+        features: int = 0,
+        write_through: bool = False,
+    ) -> None:
+        """`features`: bits beside the three that have an argument of their own."""
+        self.guest, self.size, self.event_idx, self.indirect, self.in_order = guest, size, event_idx, indirect, in_order
+        self.features = features | event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC
+        self.features |= in_order * VIRTIO_F_IN_ORDER
+        self.write_through = write_through
+        # In the order in which they came.
+        self.pending: dict[int, Pending] = {}
+
+    def allocate(self, desc: int, avail: int, used: int) -> None:
+        """Get cleared memory for the three areas, of these sizes."""
+        self.desc, self.avail, self.used = (
+            self.guest.allocate(size, alignment) for size, alignment in ((desc, 16), (avail, 4), (used, 4))
+        )
+        for area, size in ((self.desc, desc), (self.avail, avail), (self.used, used)):
+            self.guest.write(area, bytes(size))
+
+    def layout(self) -> RingLayout:
+        areas = (USER_BASE + area for area in (self.desc, self.avail, self.used))
+        return RingLayout(self.size, *areas, self.base, self.features, self.write_through)
+
+    def add(self, pieces: Sequence[Piece], direct: int | None = None) -> Pending:
+        """A new chain of these buffers; all but `direct` of them in an indirect table, all direct if None."""
+        chain = [piece.descriptor for piece in pieces]
+        if direct is not None and direct < len(chain):
+            table = self.table(chain[direct:])
+            offset = self.guest.allocate(len(table), 16)
+            self.guest.write(offset, table)
+            chain[direct:] = [(GUEST_BASE + offset, len(table), INDIRECT)]
+        return self.add_chain(chain, pieces)
+
+    def collect(self) -> list[Pending]:
+        """What has been answered since the last call, in the order of the answers."""
+        done = []
+        for head, used_length in self.take_used():
+            if self.in_order:
+                assert head == next(iter(self.pending)), "an answer before its turn"
+            pending = self.pending.pop(head)
+            pending.used_length = used_length
+            self.give_back(pending)
+            done.append(pending)
+        return done
+
+
+class Ring(DriverRing):
     """The driver's end of a split virtqueue in guest memory (virtio 1.2, section 2.7)."""
 
-    def __init__(self, guest: Guest, size: int, *, event_idx: bool = False, start: int = 0) -> None:
-        self.guest, self.size, self.event_idx = guest, size, event_idx
-        self.desc = guest.allocate(16 * size, 16)
-        self.avail = guest.allocate(6 + 2 * size, 2)
-        self.used = guest.allocate(6 + 8 * size, 4)
-        self.avail_idx = self.used_idx = start
+    def __init__(self, guest: Guest, size: int, *, start: int = 0, **negotiated: Any) -> None:
+        """`start`: a base as the device tells it."""
+        super().__init__(guest, size, **negotiated)
+        self.allocate(16 * size, 6 + 2 * size, 6 + 8 * size)
+        self.avail_idx = self.used_idx = self._published = start
         self._free = list(range(size))
-        self.pending: dict[int, Pending] = {}
         guest.write(self.avail, struct.pack("<HH", 0, start))
         guest.write(self.used, struct.pack("<HH", 0, start))
 
-    def layout(self, *, indirect: bool = True, write_through: bool = False, features: int = 0) -> RingLayout:
-        return RingLayout(
-            size=self.size,
-            desc=USER_BASE + self.desc,
-            avail=USER_BASE + self.avail,
-            used=USER_BASE + self.used,
-            base=self.avail_idx,
-            features=features | self.event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC,
-            write_through=write_through,
-        )
+    @staticmethod
+    def any_base(size: int, randomness: random.Random) -> int:
+        """Where a ring may be when nothing is in it; the counters wrap around soon, half of the time."""
+        return randomness.choice([randomness.randrange(65536), 65536 - randomness.randrange(1, size + 1)])
+
+    @property
+    def base(self) -> int:
+        """Where the device would go on that has taken all that is in the ring."""
+        return self.avail_idx
 
     def has_room(self, count: int) -> bool:
         return len(self._free) >= count
 
-    def add(self, pieces: Sequence[Piece], direct: int | None = None) -> Pending:
-        """Write the descriptors of a chain; all but `direct` of them in an indirect table, all direct if None."""
-        first = list(pieces if direct is None else pieces[:direct])
-        rest = [] if direct is None else list(pieces[direct:])
-        places = [self._free.pop() for _ in range(len(first) + bool(rest))]
-        for number, piece in enumerate(first):
-            last = number + 1 == len(places)
-            self._write_descriptor(places[number], piece.pack(0 if last else NEXT, 0 if last else places[number + 1]))
-        if rest:
-            table = b"".join(piece.pack(NEXT, number + 1) for number, piece in enumerate(rest[:-1])) + rest[-1].pack(
-                0, 0
-            )
-            offset = self.guest.allocate(len(table), 16)
-            self.guest.write(offset, table)
-            self._write_descriptor(places[-1], struct.pack("<QIHH", GUEST_BASE + offset, len(table), INDIRECT, 0))
-        pending = Pending(places[0], list(pieces), places)
-        self.pending[pending.head] = pending
-        return pending
+    def table(self, chain: Sequence[Descriptor]) -> bytes:
+        """An indirect table (section 2.7.5.3): its descriptors follow each other by `next`."""
+        last = len(chain) - 1
+        return b"".join(
+            struct.pack("<QIHH", address, length, flags | NEXT * (number < last), number + 1 if number < last else 0)
+            for number, (address, length, flags) in enumerate(chain)
+        )
 
-    def _write_descriptor(self, index: int, content: bytes) -> None:
-        self.guest.write(self.desc + 16 * index, content)
+    def add_chain(self, chain: Sequence[Descriptor], pieces: Sequence[Piece] = ()) -> Pending:
+        """Write a chain's descriptors; if the last has the flag NEXT too, it leads back to the first.
+
+        With IN_ORDER they are those that follow in the table (section 2.7.9): the first free one is the oldest.
+        """
+        places = [self._free.pop(0 if self.in_order else -1) for _ in chain]
+        for number, (address, length, flags) in enumerate(chain):
+            flags |= NEXT * (number + 1 < len(chain))
+            following = places[(number + 1) % len(places)] if flags & NEXT else 0
+            self.guest.write(self.desc + 16 * places[number], struct.pack("<QIHH", address, length, flags, following))
+        pending = self.pending[places[0]] = Pending(places[0], list(pieces), places)
+        return pending
 
     def put_available(self, head: int) -> None:
         """Fill the next entry of the available ring; `publish` makes it visible."""
         self.guest.write(self.avail + 4 + 2 * (self.avail_idx % self.size), struct.pack("<H", head))
         self.avail_idx = (self.avail_idx + 1) % 65536
 
-    def publish(self) -> None:
+    def put_bad_head(self) -> None:
+        """Make a chain available whose head the ring does not have."""
+        self.put_available(self.size)
+
+    def publish(self) -> bool:
+        """Make visible what was put; returns whether the device asks for a kick for it (section 2.7.10)."""
+        old, self._published = self._published, self.avail_idx
         self.set_avail_idx(self.avail_idx)
+        if self.event_idx:
+            return model.need_event(self._avail_event(), self.avail_idx, old)
+        return not self._used_flags() & NO_NOTIFY
 
     def set_avail_idx(self, index: int) -> None:
         self.guest.store16(self.avail + 2, index)
 
+    def asks_for_kick(self) -> bool:
+        """Whether the device asks for a kick with the next chain."""
+        barrier()
+        return self._avail_event() == self.avail_idx if self.event_idx else not self._used_flags() & NO_NOTIFY
+
+    def _used_flags(self) -> int:
+        return int(struct.unpack_from("<H", self.guest.memory, self.used)[0])
+
+    def _avail_event(self) -> int:
+        return int(struct.unpack_from("<H", self.guest.memory, self.used + 4 + 8 * self.size)[0])
+
+    def enable_calls(self) -> None:
+        """Ask for a call with the next answer."""
+        if self.event_idx:
+            self.set_used_event(self.used_idx)
+        else:
+            self.guest.store16(self.avail, 0)
+
+    def disable_calls(self) -> None:
+        """Want no calls: by flag, or with EVENT_IDX by asking for the one that was there last."""
+        if self.event_idx:
+            self.set_used_event((self.used_idx - 1) % 65536)
+        else:
+            self.guest.store16(self.avail, NO_INTERRUPT)
+
     def set_used_event(self, index: int) -> None:
         self.guest.store16(self.avail + 4 + 2 * self.size, index)
+
+    def place_behind(self, chains: Sequence[int]) -> int:
+        """The used_event that asks for the answer behind those to the next chains, of so many descriptors each."""
+        return (self.used_idx + len(chains)) % 65536
 
     def device_used_idx(self) -> int:
         barrier()
         return int(struct.unpack_from("<H", self.guest.memory, self.used + 2)[0])
 
-    def collect(self) -> list[Pending]:
-        """What has been answered since the last call, in the order of the used ring."""
-        done = []
+    def take_used(self) -> Iterator[tuple[int, int]]:
+        """Heads and used lengths of what has been answered since the last call."""
         end = self.device_used_idx()
         while self.used_idx != end:
             element = self.used + 4 + 8 * (self.used_idx % self.size)
-            head, length = struct.unpack_from("<II", self.guest.memory, element)
-            pending = self.pending.pop(head)
-            pending.used_length = length
-            self._free += pending.descriptors
-            done.append(pending)
             self.used_idx = (self.used_idx + 1) % 65536
-        return done
+            yield struct.unpack_from("<II", self.guest.memory, element)
+
+    def give_back(self, pending: Pending) -> None:
+        self._free += pending.descriptors
 
 
 def header(kind: int, sector: int) -> bytes:
@@ -231,10 +330,15 @@ def wait_for_event(fd: int, what: str) -> None:
     os.eventfd_read(fd)
 
 
-def has_event(fd: int) -> bool:
+def take_events(fd: int) -> int:
+    """How often an eventfd was written since it was last read."""
     with contextlib.suppress(BlockingIOError):
-        return os.eventfd_read(fd) > 0
-    return False
+        return os.eventfd_read(fd)
+    return 0
+
+
+def has_event(fd: int) -> bool:
+    return take_events(fd) > 0
 
 
 @contextlib.contextmanager
@@ -253,6 +357,8 @@ def held(worker: Worker) -> Iterator[None]:
     finally:
         release.set()
         assert holding.result(PATIENCE)
+        # What was asked of it has happened when we go on.
+        worker.call(lambda: None).result(PATIENCE)
 
 
 def fetch_only(worker: Worker) -> None:
@@ -266,42 +372,29 @@ def fetch_only(worker: Worker) -> None:
 class Line:
     """A queue of the device with its driver's ring and eventfds."""
 
-    # What `start` makes: a Ring, or what is like one.
-    ring_class: type[Any] = Ring
-
     def __init__(self, rig: Rig, number: int, worker: Worker) -> None:
         self.rig, self.worker = rig, worker
         self.queue = Queue(rig.device, number, f"disk queue {number}")
         self.kick_fd, self.call_fd, self.queue.err_fd = new_eventfd(), new_eventfd(), new_eventfd()
-        self.ring: Ring
+        self.ring: Any
 
     def start(
         self,
         *,
+        ring_class: type[Any] = Ring,
         size: int = 128,
-        event_idx: bool = False,
         base: int = 0,
-        indirect: bool = True,
-        write_through: bool = False,
         table: MemoryTable | None = None,
-        features: int = 0,
+        **negotiated: Any,
     ) -> Line:
-        """Make a new ring and have it served."""
-        self.ring = self.ring_class(self.rig.guest, size, event_idx=event_idx, start=base)
-        self.resume(indirect=indirect, write_through=write_through, table=table, features=features)
+        """Make a new ring and have it served; `negotiated` is what a DriverRing wants to know."""
+        self.ring = ring_class(self.rig.guest, size, start=base, **negotiated)
+        self.resume(table=table)
         return self
 
-    def resume(
-        self,
-        *,
-        indirect: bool = True,
-        write_through: bool = False,
-        table: MemoryTable | None = None,
-        base: int | None = None,
-        features: int = 0,
-    ) -> None:
+    def resume(self, *, table: MemoryTable | None = None, base: int | None = None) -> None:
         """Have the ring served that is there, from `base` on or from where its driver is."""
-        layout = self.ring.layout(indirect=indirect, write_through=write_through, features=features)
+        layout = self.ring.layout()
         if base is not None:
             layout = replace(layout, base=base)
         self.worker.set_call_fd(self.queue, self.call_fd).result(PATIENCE)
@@ -352,12 +445,16 @@ class Line:
         self.ring.publish()
         os.eventfd_write(self.kick_fd, 1)
 
+    def notify(self) -> None:
+        """Kick where the device asks for it, and not otherwise."""
+        if self.ring.publish():
+            os.eventfd_write(self.kick_fd, 1)
+
     def wait(self) -> list[Pending]:
         """Wait, as a driver does that sleeps until it is called, for all that is in the ring to be answered."""
         done: list[Pending] = []
         while True:
-            if self.ring.event_idx:
-                self.ring.set_used_event(self.ring.used_idx)
+            self.ring.enable_calls()
             answered = self.ring.collect()
             done += answered
             if not self.ring.pending:
@@ -366,6 +463,22 @@ class Line:
                 # They may have passed the event that was asked for; another one, and another look.
                 continue
             wait_for_event(self.call_fd, f"the call of {self.queue.name}")
+
+    def finish_without_a_call(self) -> list[Pending]:
+        """Wait by looking at the ring for all that is in it, and for the end of the worker's turn."""
+        done: list[Pending] = []
+
+        def is_done() -> bool:
+            done.extend(self.ring.collect())
+            return not self.ring.pending
+
+        assert eventually(is_done)
+        self.turn_is_over()
+        return done
+
+    def turn_is_over(self) -> None:
+        """Return when the worker has finished all that came with the last answer."""
+        self.worker.call(lambda: None).result(PATIENCE)
 
     def answer(self, pending: Pending) -> Answer:
         assert pending.used_length is not None, "not answered yet"
@@ -415,7 +528,7 @@ class Rig:
 
 def make(
     path: Path,
-    content: bytes | None,
+    content: bytes | int | None,
     *,
     direct: bool = False,
     read_only: bool = False,
@@ -424,12 +537,15 @@ def make(
     engine: str = "aio",
     workers: int = 1,
     guest_size: int = 64 << 20,
-    serial: str = "serial-0123456789",
+    serial: str = SERIAL,
     poll_us: int | None = POLL_US,
     pin_memory: bool = False,
 ) -> Rig:
-    """A rig over a new image of this content, or over the image that is there where that is None."""
-    if content is not None:
+    """A rig over a new image of this content, or a sparse one of so many bytes, or the image that is there (None)."""
+    if isinstance(content, int):
+        path.touch()
+        os.truncate(path, content)
+    elif content is not None:
         path.write_bytes(content)
     image = Image(path, read_only=read_only, direct=direct, block_size=block_size)
     alignment = (image.alignment.memory, image.alignment.block)
@@ -446,6 +562,34 @@ def make(
     rig = Rig(path, image, device, Guest(guest_size), made)
     for worker in rig.workers:
         worker.start()
+        # The first one compiles the data plane, however long that takes.
+        worker.call(lambda: None).result()
+    return rig
+
+
+RigFactory = Callable[..., Rig]
+
+
+@contextlib.contextmanager
+def rig_factory(folder: Path, content: bytes | int | None = None, **defaults: Any) -> Iterator[RigFactory]:
+    """Makes rigs over new images in `folder`, and closes them at the end; `defaults` are options of `make`."""
+    made: list[Rig] = []
+
+    def factory(content: bytes | int | None = content, path: Path | None = None, **options: Any) -> Rig:
+        options = {"engine": "aio"} | defaults | options
+        need_engine(options["engine"])
+        made.append(make(path or folder / f"disk-{len(made)}.img", content, **options))
+        return made[-1]
+
+    yield factory
+    for rig in made:
+        rig.close()
+
+
+def direct_rig(make_rig: RigFactory, **options: Any) -> Rig:
+    rig = make_rig(direct=True, **options)
+    if not rig.image.direct:
+        pytest.skip(f"the file system of {rig.path} refuses O_DIRECT")
     return rig
 
 

@@ -15,7 +15,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +36,11 @@ from .rig import (
     PATIENCE,
     Answer,
     Line,
-    Rig,
+    RigFactory,
     cuts,
     is_mapped,
-    make,
     pattern,
+    rig_factory,
 )
 
 SIZE = 1 << 20
@@ -48,8 +48,6 @@ PAGE = 4096
 SECTORS = PAGE // 512
 MEMORY_SIZE = 64 << 20
 TRUNCATED = "parts of the image have gone"
-
-RigFactory = Callable[..., Rig]
 
 
 def is_of_type(path: Path, magic: int) -> bool:
@@ -110,20 +108,9 @@ def hugetlbfs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def make_rig(tmpfs: Path) -> Iterator[RigFactory]:
-    """Makes rigs over images on tmpfs: with content, or sparse of so many bytes; closes them."""
-    made: list[Rig] = []
-
-    def factory(content: bytes | int, path: Path | None = None, **options: object) -> Rig:
-        path = path or tmpfs / f"disk-{len(made)}.img"
-        if isinstance(content, int):
-            path.touch()
-            os.truncate(path, content)
-        made.append(make(path, None if isinstance(content, int) else content, engine="memory", **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield factory
-    for rig in made:
-        rig.close()
+    """Makes rigs over images on tmpfs: with content, or sparse of so many bytes."""
+    with rig_factory(tmpfs, engine="memory") as factory:
+        yield factory
 
 
 def allocated(path: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,33 +14,31 @@ from ringplane.engines import uring
 from ringplane.engines.uring import Uring
 from ringplane.native import libc
 
-from .rig import IN, OK, OUT, PATIENCE, Line, Rig, eventually, is_mapped, make, need_engine, pattern
+from .rig import (
+    IN,
+    OK,
+    OUT,
+    PATIENCE,
+    Line,
+    Rig,
+    RigFactory,
+    eventually,
+    is_mapped,
+    pattern,
+    rig_factory,
+)
 
 SIZE = 1 << 20
 GUEST_SIZE = 8 << 20
 # No multiple of the half of the guest's memory that is a region.
 PIECE = 3 << 19
 
-RigFactory = Callable[..., Rig]
-
 
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
-    made: list[Rig] = []
-
-    def factory(engine: str = "io_uring", **options: object) -> Rig:
-        options = {
-            "direct": True,
-            "pin_memory": True,
-            "guest_size": GUEST_SIZE,
-            "engine": need_engine(engine),
-        } | options
-        made.append(make(tmp_path / f"disk-{len(made)}.img", pattern(SIZE), **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield factory
-    for rig in made:
-        rig.close()
+    options = {"engine": "io_uring", "direct": True, "pin_memory": True, "guest_size": GUEST_SIZE}
+    with rig_factory(tmp_path, pattern(SIZE), **options) as factory:
+        yield factory
 
 
 def engine_of(rig: Rig) -> Uring:

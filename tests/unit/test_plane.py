@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import random
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,8 +15,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringplane.dataplane import rules
-from ringplane.dataplane.loop import FIRST_TURN
 from ringplane.dataplane.queue import Device
 from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_FETCH
 from ringplane.dataplane.worker import BOUNCE_BUFFERS
@@ -43,17 +40,17 @@ from .rig import (
     Line,
     Pending,
     Rig,
+    RigFactory,
     Ring,
-    barrier,
-    cuts,
+    direct_rig,
     eventually,
     fetch_only,
     has_event,
     held,
     is_mapped,
     make,
-    need_engine,
     pattern,
+    rig_factory,
     wait_for_event,
 )
 
@@ -61,32 +58,19 @@ SIZE = 1 << 20
 CAPACITY = SIZE // 512
 DISK = pattern(SIZE)
 
-RigFactory = Callable[..., Rig]
-
 
 @pytest.fixture(params=["aio", "io_uring", "memory"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
-    """Makes rigs over an image of the content DISK and closes them."""
-    yield from rig_factory(request.param, tmp_path)
+    """Makes rigs over images of the content DISK."""
+    with rig_factory(tmp_path, DISK, engine=request.param) as factory:
+        yield factory
 
 
 @pytest.fixture(params=["aio", "io_uring"])
 def make_kernel_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
     """The same with the engines that ask the kernel."""
-    yield from rig_factory(request.param, tmp_path)
-
-
-def rig_factory(engine: str, tmp_path: Path) -> Iterator[RigFactory]:
-    made: list[Rig] = []
-
-    def factory(content: bytes = DISK, **options: object) -> Rig:
-        options.setdefault("engine", need_engine(engine))
-        made.append(make(tmp_path / f"disk-{len(made)}.img", content, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield factory
-    for rig in made:
-        rig.close()
+    with rig_factory(tmp_path, DISK, engine=request.param) as factory:
+        yield factory
 
 
 @pytest.fixture
@@ -97,18 +81,6 @@ def rig(make_rig: RigFactory) -> Rig:
 @pytest.fixture
 def line(rig: Rig) -> Line:
     return rig.line().start()
-
-
-def direct_rig(make_rig: RigFactory, **options: object) -> Rig:
-    rig = make_rig(direct=True, **options)
-    if not rig.image.direct:
-        pytest.skip(f"the file system of {rig.path} refuses O_DIRECT")
-    return rig
-
-
-def turn_is_over(line: Line) -> None:
-    """Return when the worker has finished all that came with the last answer."""
-    line.worker.call(lambda: None).result(PATIENCE)
 
 
 # Kinds of requests.
@@ -336,9 +308,10 @@ def test_requests_larger_than_a_bounce_buffer(make_rig: RigFactory, size: int) -
     assert rig.content() == data + DISK[size:]
 
 
-def test_more_requests_than_bounce_buffers(make_rig: RigFactory) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_more_requests_than_bounce_buffers(make_rig: RigFactory, in_order: bool) -> None:
     rig = direct_rig(make_rig)
-    line = rig.line().start(size=256)
+    line = rig.line().start(size=256, in_order=in_order)
     count, size = 3 * BOUNCE_BUFFERS, BOUNCE_SIZE + 512
     with held(line.worker):
         reads = [line.put(IN, number, room=size, alignment=1) for number in range(count)]
@@ -353,9 +326,10 @@ def test_more_requests_than_bounce_buffers(make_rig: RigFactory) -> None:
     assert line.do(IN, room=SIZE, alignment=1).data == DISK
 
 
-def test_draining_while_requests_wait_for_bounce_buffers(make_rig: RigFactory) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_draining_while_requests_wait_for_bounce_buffers(make_rig: RigFactory, in_order: bool) -> None:
     rig = direct_rig(make_rig)
-    line = rig.line().start(size=256)
+    line = rig.line().start(size=256, in_order=in_order)
     with held(line.worker):
         reads = [line.put(IN, number, room=4096, alignment=1) for number in range(3 * BOUNCE_BUFFERS)]
         line.kick()
@@ -389,71 +363,7 @@ def test_many_small_segments_with_direct_io(make_rig: RigFactory) -> None:
     assert answer == Answer(OK, 512 * 64 + 1, DISK[: 512 * 64])
 
 
-@pytest.mark.parametrize("event_idx", [False, True])
-def test_more_requests_than_slots(make_rig: RigFactory, event_idx: bool) -> None:
-    rig = make_rig(slots=4)
-    line = rig.line().start(size=256, event_idx=event_idx)
-    reads = [line.put(IN, number, room=512) for number in range(64)]
-    line.kick()
-    line.wait()
-    assert [line.answer(read).data for read in reads] == [DISK[n * 512 : n * 512 + 512] for n in range(64)]
-
-
-def test_two_queues_share_four_slots(make_rig: RigFactory) -> None:
-    rig = make_rig(slots=4)
-    lines = [rig.line().start(), rig.line().start()]
-    reads = [[line.put(IN, number, room=512) for number in range(40)] for line in lines]
-    for line in lines:
-        line.kick()
-    for line, requests in zip(lines, reads, strict=True):
-        line.wait()
-        assert [line.answer(read).data for read in requests] == [DISK[n * 512 : n * 512 + 512] for n in range(40)]
-
-
 # Starting, stopping, indices.
-
-
-def test_start_up_kick(rig: Rig) -> None:
-    """What is in the ring before it is served needs no kick."""
-    line = rig.line().start()
-    line.stop()
-    read = line.put(IN, room=512)
-    line.ring.publish()
-    line.resume(base=0)
-    line.wait()
-    assert line.answer(read).data == DISK[:512]
-
-
-def test_stop_waits_for_all_that_is_in_flight(rig: Rig) -> None:
-    line = rig.line().start(base=65530)
-    with held(line.worker):
-        reads = [line.put(IN, number, room=512) for number in range(10)]
-        line.kick()
-        fetch_only(line.worker)
-        in_flight = line.worker.call(lambda: line.queue.in_flight)
-        drained = line.worker.stop_queue(line.queue)
-        early = line.worker.call(drained.done)
-    drained.result(PATIENCE)
-    assert in_flight.result() == 10
-    assert not early.result()
-    assert line.ring.device_used_idx() == (65530 + 10) % 65536
-    assert line.queue.record["last_avail"] == (65530 + 10) % 65536
-    assert line.queue.in_flight == 0
-    assert len(line.ring.collect()) == 10
-    assert {line.answer(read).status for read in reads} == {OK}
-
-
-def test_a_stopped_queue_fetches_nothing(rig: Rig) -> None:
-    line = rig.line().start()
-    line.do(IN, room=512)
-    assert line.stop() == 1
-    line.put(IN, room=512)
-    line.kick()
-    other = rig.line().start()
-    other.do(IN, room=512)
-    assert line.ring.device_used_idx() == 1
-    line.resume(base=1)
-    line.wait()
 
 
 def test_stopping_takes_the_kicks_that_nobody_needs_any_more(rig: Rig) -> None:
@@ -478,25 +388,6 @@ def test_stopping_what_never_ran(rig: Rig) -> None:
     line.worker.stop_queue(line.queue).result(PATIENCE)
     line.start()
     assert line.do(IN, room=512).status == OK
-
-
-@pytest.mark.parametrize("event_idx", [False, True])
-@pytest.mark.parametrize("size", [2, 64])
-def test_indices_wrap_around(rig: Rig, event_idx: bool, size: int) -> None:
-    line = rig.line().start(size=size, event_idx=event_idx, base=65530)
-    for number in range(12):
-        assert line.do(IN, number, room=512, direct=0).data == DISK[number * 512 : number * 512 + 512]
-    assert line.stop() == (65530 + 12) % 65536
-
-
-@pytest.mark.parametrize("event_idx", [False, True])
-def test_stopping_and_going_on_at_the_wrap_around(rig: Rig, event_idx: bool) -> None:
-    line = rig.line().start(size=16, event_idx=event_idx, base=65533)
-    for number in range(6):
-        assert line.do(IN, number, room=512).data == DISK[number * 512 : number * 512 + 512]
-        base = line.stop()
-        assert base == (65534 + number) % 65536
-        line.resume(base=base)
 
 
 def test_a_ring_outside_the_memory_is_refused(rig: Rig) -> None:
@@ -524,76 +415,14 @@ def test_a_kick_fd_that_cannot_be_watched_is_refused_and_nothing_runs(rig: Rig) 
     assert line.start().do(IN, room=512).status == OK
 
 
-# Notifications.
-
-
-def wants_a_kick(line: Line) -> bool:
-    """Whether the device asks for a kick with the next chain."""
-    if line.ring.event_idx:
-        event = struct.unpack_from("<H", line.rig.guest.memory, line.ring.used + 4 + 8 * line.ring.size)[0]
-        return bool(event == line.ring.avail_idx)
-    return bool(struct.unpack_from("<H", line.rig.guest.memory, line.ring.used)[0] == 0)
-
-
-@pytest.mark.parametrize("event_idx", [False, True])
-def test_an_idle_queue_wants_a_kick_and_the_next_chain_only(rig: Rig, event_idx: bool) -> None:
-    line = rig.line().start(size=16, event_idx=event_idx, base=65535)
-    for _ in range(3):
-        line.do(IN, room=512)
-        # As soon as the worker sleeps: it may be polling still.
-        assert eventually(lambda: wants_a_kick(line))
-
-
-def finish_without_a_call(line: Line) -> None:
-    """Wait by looking at the ring for all that is in it."""
-
-    def done() -> bool:
-        line.ring.collect()
-        return not line.ring.pending
-
-    assert eventually(done)
-    turn_is_over(line)
-
-
-def test_no_call_where_the_driver_wants_none(line: Line) -> None:
-    struct.pack_into("<H", line.rig.guest.memory, line.ring.avail, 1)
-    barrier()
-    line.put(IN, room=512)
-    line.kick()
-    finish_without_a_call(line)
-    assert not has_event(line.call_fd)
-    struct.pack_into("<H", line.rig.guest.memory, line.ring.avail, 0)
-    barrier()
-    line.do(IN, room=512)
-
-
-def test_with_event_idx_the_call_comes_with_the_entry_that_was_asked_for(rig: Rig) -> None:
-    line = rig.line().start(event_idx=True, base=65534)
-    line.ring.set_used_event(1)
-    calls = []
-    for _ in range(5):
-        line.put(IN, room=512)
-        line.kick()
-        finish_without_a_call(line)
-        calls.append(has_event(line.call_fd))
-    # Entries 65534, 65535, 0, 1 and 2.
-    assert calls == [False, False, False, True, False]
-
-
-def test_a_batch_is_announced_once(line: Line) -> None:
-    with held(line.worker):
-        for _ in range(FIRST_TURN):
-            line.put(SCSI_CMD)
-        line.kick()
-    finish_without_a_call(line)
-    assert os.eventfd_read(line.call_fd) == 1
+# Calls.
 
 
 def test_without_a_call_fd_requests_are_served(line: Line) -> None:
     line.worker.set_call_fd(line.queue, -1).result(PATIENCE)
     line.put(IN, room=512)
     line.kick()
-    finish_without_a_call(line)
+    line.finish_without_a_call()
     assert not has_event(line.call_fd)
 
 
@@ -603,7 +432,7 @@ def test_a_call_fd_may_be_a_pipe_that_nobody_reads(line: Line) -> None:
     for _ in range(20):
         line.put(SCSI_CMD)
         line.kick()
-        finish_without_a_call(line)
+        line.finish_without_a_call()
     line.worker.set_call_fd(line.queue, -1).result(PATIENCE)
     assert os.read(reading, 4096) == struct.pack("<Q", 1) * 20
     os.close(reading)
@@ -738,106 +567,6 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
     assert all({0, 1, 2} <= set(fetched[start : start + 24]) for start in range(0, 3 * 64 - 24, 24))
 
 
-# Rings that drivers break.
-
-
-def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
-    """Kick, wait for the ring to break, and return what the log says."""
-    caplog.set_level(logging.WARNING)
-    line.kick()
-    wait_for_event(line.queue.err_fd, "the error event")
-    assert not line.queue.running
-    return caplog.text
-
-
-def test_a_malformed_chain_breaks_its_ring_and_no_other(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    line, other = rig.line().start(), rig.line().start()
-    good, bad = line.put(IN, room=512), line.put(IN, room=512)
-    struct.pack_into("<Q", rig.guest.memory, line.ring.desc + 16 * bad.head, 0xDEAD_0000_0000)
-    line.put(IN, room=512)
-    text = broken(line, caplog)
-    assert f"disk queue 0: ring broken by the driver: {rules.SENTENCES[rules.ADDRESS]} (chain {bad.head})" in text
-    assert other.do(IN, room=512).status == OK
-    # The one before it was served, the one behind it was not looked at.
-    assert eventually(lambda: line.ring.device_used_idx() == 1)
-    (served,) = line.ring.collect()
-    assert served is good
-    assert line.answer(good) == Answer(OK, 513, DISK[:512])
-    line.kick()
-    other.do(IN, room=512)
-    assert line.ring.device_used_idx() == 1
-    assert not has_event(line.queue.err_fd)
-
-
-@pytest.mark.parametrize("jump", [17, 1000, 32768, 65535])
-def test_an_available_index_that_jumps(rig: Rig, caplog: pytest.LogCaptureFixture, jump: int) -> None:
-    line = rig.line().start(size=16, base=65530)
-    line.ring.avail_idx = (65530 + jump) % 65536
-    assert rules.SENTENCES[rules.AVAIL_INDEX] in broken(line, caplog)
-    assert line.ring.device_used_idx() == 65530
-
-
-def test_a_whole_ring_is_no_jump(rig: Rig) -> None:
-    line = rig.line().start(size=16)
-    for number in range(16):
-        line.put(IN, number, room=512, direct=0)
-    line.kick()
-    assert len(line.wait()) == 16
-
-
-def test_more_chains_in_flight_than_descriptors(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """The same heads once more while they are in flight."""
-    line = rig.line().start(size=2)
-    with held(line.worker):
-        requests = [line.put(IN, number, room=512, direct=0) for number in range(2)]
-        line.ring.publish()
-        fetch_only(line.worker)
-        line.ring.put_available(requests[0].head)
-        # Published when the first two have been fetched.
-        line.worker.call(line.ring.publish)
-        fetch_only(line.worker)
-    line.ring.publish()
-    wait_for_event(line.queue.err_fd, "the error event")
-    assert rules.SENTENCES[rules.TOO_MANY_IN_FLIGHT] in caplog.text
-    line.stop()
-    assert line.ring.device_used_idx() == 2
-
-
-def test_the_same_head_twice_in_flight_is_answered_twice(rig: Rig) -> None:
-    line = rig.line().start(size=16)
-    with held(line.worker):
-        read = line.put(IN, 3, room=512)
-        line.ring.put_available(read.head)
-        line.kick()
-        fetch_only(line.worker)
-        in_flight = line.worker.call(lambda: line.queue.in_flight)
-    line.stop()
-    assert in_flight.result() == 2
-    assert line.ring.device_used_idx() == 2
-    assert line.rig.guest.read(read.writable[0].offset, 512) == DISK[1536:2048]
-
-
-def test_a_broken_ring_drains_and_starts_again(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    line = rig.line().start(size=16)
-    line.ring.put_available(999)
-    assert f"{rules.SENTENCES[rules.HEAD_RANGE]} (chain 999)" in broken(line, caplog)
-    line.stop()
-    assert line.start(size=16).do(IN, room=512).status == OK
-    assert not has_event(line.queue.err_fd)
-
-
-def test_a_bad_head_is_not_parsed_again_after_a_restart(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    line = rig.line().start(size=16)
-    line.ring.put_available(999)
-    broken(line, caplog)
-    base = line.stop()
-    caplog.clear()
-    line.resume(base=base)
-    assert line.do(IN, room=512, direct=0).status == OK
-    assert not has_event(line.queue.err_fd)
-    assert not caplog.records
-
-
 # What the control plane learns.
 
 
@@ -916,100 +645,13 @@ def test_an_idle_worker_sleeps(make_rig: RigFactory, slots: int) -> None:
     """A worker that looked again and again for work would be running whenever somebody looks at it."""
     line = make_rig(slots=slots).line().start()
     line.do(IN, room=512)
-    turn_is_over(line)
+    line.turn_is_over()
 
     def sleeps() -> bool:
         stat = Path(f"/proc/self/task/{line.worker._thread.native_id}/stat").read_text()
         return stat.rpartition(")")[2].split()[0] == "S"
 
     assert eventually(sleeps)
-
-
-# Everything together, at random, against a bytearray.
-
-
-class Workload:
-    """Batches of random requests over several queues; disk and guest memory are compared with a model of them."""
-
-    def __init__(self, rig: Rig, lines: list[Line], seed: int) -> None:
-        self.rig, self.lines = rig, lines
-        self.random = random.Random(seed)
-        self.disk = bytearray(DISK)
-        self.start = rig.guest.free
-
-    def batch(self) -> None:
-        """Requests that do not touch each other's sectors, so that their order does not matter."""
-        guest = self.rig.guest
-        guest.free = self.start
-        slices = self.random.sample(range(32), 24)
-        issued: list[tuple[Line, Pending, Answer]] = []
-        for number in slices:
-            issued.append(self.put(self.random.choice(self.lines), number * 64))
-        expected = bytearray(guest.memory[self.start : guest.free])
-        for _, pending, answer in issued:
-            content = answer.data + bytes([answer.status])
-            for piece in pending.writable:
-                place = piece.offset - self.start
-                expected[place : place + piece.size], content = content[: piece.size], content[piece.size :]
-        for line in self.lines:
-            line.kick()
-        for line in self.lines:
-            line.wait()
-        for line, pending, answer in issued:
-            assert line.answer(pending) == answer
-        assert guest.memory[self.start : guest.free] == expected, "guest memory beside the buffers was written"
-        assert self.rig.content() == self.disk
-
-    def put(self, line: Line, first: int) -> tuple[Line, Pending, Answer]:
-        """One request for sectors `first` to `first` + 63; the model does it at once."""
-        choice = self.random.random()
-        sector = first + self.random.randrange(32)
-        size = 512 * self.random.randrange(1, 32)
-        kind = {"direct": self.random.choice([None, 0, 1]), "alignment": self.random.choice([1, 8, 512, 4096])}
-        if choice < 0.4:
-            data = bytes(self.disk[sector * 512 : sector * 512 + size])
-            writable = self.cut(size + 1)
-            return line, line.put(IN, sector, room=size, writable=writable, **kind), Answer(OK, size + 1, data)  # type: ignore[arg-type]
-        if choice < 0.8:
-            data = self.random.randbytes(size)
-            self.disk[sector * 512 : sector * 512 + size] = data
-            return line, line.put(OUT, sector, data, readable=self.cut(size + 16), **kind), Answer(OK, 1, b"")  # type: ignore[arg-type]
-        if choice < 0.9:
-            return line, line.put(FLUSH, readable=self.cut(16)), Answer(OK, 1, b"")
-        nothing = bytes([NO_ANSWER] * size)
-        return (
-            line,
-            line.put(IN, CAPACITY - 1 + 2 * first, room=size + 512),
-            Answer(IOERR, 0, nothing + bytes([NO_ANSWER] * 512)),
-        )
-
-    def cut(self, total: int) -> list[int]:
-        return cuts(total, self.random)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    ("direct", "event_idx", "workers", "slots"),
-    [
-        pytest.param(False, False, 1, 64, id="buffered"),
-        pytest.param(True, True, 1, 64, id="direct-event-idx"),
-        pytest.param(True, False, 2, 64, id="direct-two-workers"),
-        pytest.param(False, True, 2, 5, id="buffered-event-idx-two-workers-few-slots"),
-    ],
-)
-def test_random_workload(
-    make_rig: RigFactory, seed: int, direct: bool, event_idx: bool, workers: int, slots: int
-) -> None:
-    rig = direct_rig(make_rig, workers=workers, slots=slots) if direct else make_rig(workers=workers, slots=slots)
-    # Three queues, started shortly before their indices wrap around.
-    lines = [rig.line(number % workers).start(size=256, event_idx=event_idx, base=65500) for number in range(3)]
-    workload = Workload(rig, lines, seed)
-    for number in range(40):
-        workload.batch()
-        if number % 10 == 9:
-            # Stop and go on in between.
-            line = lines[number // 10 % 3]
-            line.resume(base=line.stop())
 
 
 # Flushes that fail.

@@ -7,7 +7,7 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,10 @@ from .rig import (
     USER_BASE,
     Line,
     Rig,
+    RigFactory,
     eventually,
-    make,
-    need_engine,
     new_eventfd,
+    rig_factory,
 )
 
 SIZE = 1 << 20
@@ -55,21 +55,11 @@ HUNT_SECONDS = float(os.environ.get("RINGPLANE_HUNT_SECONDS", "0.3"))
 # In nanoseconds, of the compiled driver.
 HANG = 5_000_000_000
 
-RigFactory = Callable[..., Rig]
-
 
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
-    made: list[Rig] = []
-
-    def factory(engine: str, **options: object) -> Rig:
-        path = tmp_path / f"disk-{len(made)}.img"
-        made.append(make(path, bytes(SIZE), engine=need_engine(engine), **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield factory
-    for rig in made:
-        rig.close()
+    with rig_factory(tmp_path, bytes(SIZE)) as factory:
+        yield lambda engine, **options: factory(engine=engine, **options)
 
 
 KERNEL_ENGINES = pytest.mark.parametrize("engine", ["aio", "io_uring"])

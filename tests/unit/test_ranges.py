@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,32 +14,37 @@ from hypothesis import strategies as st
 from ringplane.dataplane.state import KINDS, MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_SECURE_ERASE, VIRTIO_BLK_F_WRITE_ZEROES
 
-from .rig import IOERR, OK, OUT, UNSUPP, Answer, Line, Rig, fetch_only, held, make, need_engine, pattern
+from .rig import (
+    DISCARD,
+    IOERR,
+    OK,
+    OUT,
+    SECURE_ERASE,
+    UNSUPP,
+    WRITE_ZEROES,
+    Answer,
+    Line,
+    Rig,
+    RigFactory,
+    fetch_only,
+    held,
+    pattern,
+    rig_factory,
+)
 
-DISCARD, WRITE_ZEROES, SECURE_ERASE = 11, 13, 14
 UNMAP = 1
 FEATURES = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
 PAGE = 4096
 SIZE = 64 * PAGE
 DISK = pattern(SIZE)
 
-RigFactory = Callable[..., Rig]
-
 
 @pytest.fixture(params=["aio", "io_uring", "memory"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path, memory_path: Path) -> Iterator[RigFactory]:
-    """Makes rigs over an image of the content DISK, on tmpfs for engine memory, and closes them."""
-    made: list[Rig] = []
+    """Makes rigs over images of the content DISK, on tmpfs for engine memory."""
     folder = memory_path if request.param == "memory" else tmp_path
-
-    def factory(content: bytes = DISK, **options: object) -> Rig:
-        engine = need_engine(request.param)
-        made.append(make(folder / f"disk-{len(made)}.img", content, engine=engine, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield factory
-    for rig in made:
-        rig.close()
+    with rig_factory(folder, DISK, engine=request.param) as factory:
+        yield factory
 
 
 @pytest.fixture

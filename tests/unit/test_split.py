@@ -1,17 +1,26 @@
-"""The split ring's indices, entries and notifications, over real memory, against the specification's words."""
+"""The split ring's indices, entries and notifications, over real memory, against the specification's words.
+
+And what the data plane makes of indices that no driver has; what rings of both formats have in common: test_rings.py.
+"""
 
 from __future__ import annotations
 
+import logging
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringplane.dataplane import rules
 from ringplane.dataplane.state import QUEUE
 from ringplane.virtio import split
 
 from . import model
+from .rig import IN, OK, Line, RigFactory, has_event, rig_factory, wait_for_event
 
 u16 = st.integers(0, 65535)
 ring_sizes = st.integers(0, 10).map(lambda bits: 1 << bits)
@@ -202,3 +211,41 @@ def test_sizes_of_the_three_parts_are_those_of_the_specification() -> None:
     # The table of section 2.7: 16 * size, 6 + 2 * size, 6 + 8 * size.
     sizes = (split.desc_bytes(256), split.avail_bytes(256), split.used_bytes(256))
     assert sizes == (16 * 256, 6 + 2 * 256, 6 + 8 * 256)
+
+
+# Rings that drivers break, served by a worker.
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
+    with rig_factory(tmp_path, bytes(4096)) as factory:
+        yield factory
+
+
+def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
+    """Kick, wait for the ring to break, and return what the log says."""
+    caplog.set_level(logging.WARNING)
+    line.kick()
+    wait_for_event(line.queue.err_fd, "the error event")
+    assert not line.queue.running
+    return caplog.text
+
+
+@pytest.mark.parametrize("jump", [17, 1000, 32768, 65535])
+def test_an_available_index_that_jumps(make_rig: RigFactory, caplog: pytest.LogCaptureFixture, jump: int) -> None:
+    line = make_rig().line().start(size=16, base=65530)
+    line.ring.avail_idx = (65530 + jump) % 65536
+    assert rules.SENTENCES[rules.AVAIL_INDEX] in broken(line, caplog)
+    assert line.ring.device_used_idx() == 65530
+
+
+def test_a_bad_head_is_not_parsed_again_after_a_restart(make_rig: RigFactory, caplog: pytest.LogCaptureFixture) -> None:
+    line = make_rig().line().start(size=16)
+    line.ring.put_available(999)
+    broken(line, caplog)
+    base = line.stop()
+    caplog.clear()
+    line.resume(base=base)
+    assert line.do(IN, room=512, direct=0).status == OK
+    assert not has_event(line.queue.err_fd)
+    assert not caplog.records

@@ -24,13 +24,14 @@ MERGE_BYTES, MERGE_IOVECS = 256 * 1024, 256
 @compiled
 def hold(worker, request):
     """Queue the I/O of a request that has just been fetched and needs no bounce buffer."""
+    # Its slot's last request may have had one.
+    request.bounce_iov_len = 0
     if worker.held >= 0:
         first = view(worker.requests + worker.held * REQUEST_SIZE, REQUEST)
         if view(worker.engine, ENGINE).merges and adjoins(first, request):
             join(worker, first, request)
             return
         send_held(worker)
-    request.bounce_iov_len = 0
     request.whole_length = request.length
     request.whole_iov_count = request.iov_count
     worker.held = worker.held_last = request.slot

@@ -21,7 +21,7 @@ from ringplane.memory import BadMemory, Mapping, MemoryTable
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
-from ringplane.virtio.split import INDEX_MASK
+from ringplane.virtio.split import DESC_SIZE, INDEX_MASK
 
 
 @functools.cache
@@ -138,9 +138,13 @@ class RingLayout:
 NEW_RING = 0x8000_8000
 
 
-def _was_used(ring: int) -> bool:
-    """Whether a packed ring at this address has been through a lap: its first descriptor has been used then."""
-    return bool(ctypes.c_uint16.from_address(ring + DESC_FLAGS).value & VIRTQ_DESC_F_USED)
+def _was_used(ring: int, size: int) -> bool:
+    """Whether a packed ring at this address has been through a lap: a descriptor of it was used then.
+
+    Not always the first one: what a chain covers that began at the end of the lap before stays as the driver wrote it.
+    """
+    flags = (ctypes.c_uint16.from_address(ring + index * DESC_SIZE + DESC_FLAGS).value for index in range(size))
+    return any(flag & VIRTQ_DESC_F_USED for flag in flags)
 
 
 class Queue:
@@ -183,7 +187,7 @@ class Queue:
     def set_packed_base(self, base: int) -> None:
         """Begin a packed ring there; raises BadMemory for a place outside of it."""
         record = self.record
-        if base == 0 and not _was_used(int(record["desc"])):
+        if base == 0 and not _was_used(int(record["desc"]), int(record["size"])):
             # user-mode Linux says 0 for a ring that is new, whose wrap counters are 1 (section 2.8.1).
             base = NEW_RING
         record["last_avail"], record["avail_wrap"] = base & 0x7FFF, base >> 15 & 1

@@ -1,0 +1,629 @@
+"""One set over every combination of ring format and feature: requests, laps, order, notifications, broken rings."""
+
+from __future__ import annotations
+
+import logging
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringplane.dataplane import rules
+from ringplane.dataplane.loop import FIRST_TURN
+from ringplane.dataplane.state import BOUNCE_SIZE
+from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES
+
+from .combinations import COMBINATIONS, INDIFFERENT, WITH_INDIRECT, WITHOUT_INDIRECT, Combination
+from .rig import (
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    GUEST_BASE,
+    IN,
+    INDIRECT,
+    IOERR,
+    NEXT,
+    NO_ANSWER,
+    OK,
+    OUT,
+    PATIENCE,
+    SCSI_CMD,
+    SERIAL,
+    UNSUPP,
+    WRITE,
+    WRITE_ZEROES,
+    Answer,
+    Line,
+    Pending,
+    Piece,
+    RigFactory,
+    Ring,
+    direct_rig,
+    eventually,
+    fetch_only,
+    has_event,
+    held,
+    pattern,
+    rig_factory,
+    take_events,
+    wait_for_event,
+)
+from .workload import CAPACITY, Workload
+
+SIZE = CAPACITY * 512
+DISK = pattern(SIZE)
+RANGES = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
+
+ENGINES = pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
+    """Makes rigs over images of the content DISK; with Linux AIO unless a test says otherwise."""
+    with rig_factory(tmp_path, DISK) as factory:
+        yield factory
+
+
+@pytest.fixture(params=COMBINATIONS)
+def combination(request: pytest.FixtureRequest) -> Combination:
+    return dict(request.param)
+
+
+@pytest.fixture
+def line(make_rig: RigFactory, combination: Combination) -> Line:
+    return make_rig().line().start(size=16, **combination)
+
+
+def sectors(first: int, count: int = 1) -> bytes:
+    return DISK[first * 512 : (first + count) * 512]
+
+
+def framings(ring_size: int, indirect: bool, randomness: random.Random) -> dict[str, object]:
+    """A read of one sector as a chain of some length: how it is cut, and what of it is in an indirect table."""
+    pieces = randomness.randrange(1, min(8, ring_size // 2) + 1)
+    writable = [512 // pieces] * (pieces - 1)
+    direct = randomness.choice([None, 0, 1]) if indirect else None
+    return {"writable": [*writable, 513 - sum(writable)], "direct": direct}
+
+
+def read(line: Line, sector: int, randomness: random.Random) -> Pending:
+    """Put a read of one sector into the ring, in some framing."""
+    return line.put(IN, sector, room=512, **framings(line.ring.size, line.ring.indirect, randomness))  # type: ignore[arg-type]
+
+
+def assert_read(line: Line, pending: Pending, sector: int) -> None:
+    assert line.answer(pending) == Answer(OK, 513, sectors(sector))
+
+
+# Requests.
+
+
+@pytest.mark.parametrize("indifferent", [0, sum(INDIFFERENT)], ids=["", "and-more"])
+@ENGINES
+def test_requests_of_each_kind(make_rig: RigFactory, combination: Combination, engine: str, indifferent: int) -> None:
+    """In each framing: all direct, all in an indirect table, the header before one."""
+    rig = make_rig(engine=engine)
+    line = rig.line().start(size=8, features=RANGES | indifferent, **combination)
+    nothing = bytes([NO_ANSWER])
+    disk = bytearray(DISK)
+    for number, direct in enumerate([None, 0, 1] if combination["indirect"] else [None]):
+        sector, data = 16 * number, pattern(4096, number)
+        segment = struct.pack("<QII", sector + 8, 8, 0)
+        assert line.do(IN, sector, room=4096, direct=direct) == Answer(OK, 4097, sectors(sector, 8))
+        assert line.do(OUT, sector, data, direct=direct) == Answer(OK, 1, b"")
+        assert line.do(IN, sector, room=4096, direct=direct) == Answer(OK, 4097, data)
+        assert line.do(FLUSH, direct=direct) == Answer(OK, 1, b"")
+        assert line.do(GET_ID, room=20, direct=direct) == Answer(OK, 21, SERIAL.encode().ljust(20, b"\0"))
+        assert line.do(DISCARD, data=segment, direct=direct) == Answer(OK, 1, b"")
+        assert line.do(IN, sector + 8, room=4096, direct=direct) == Answer(OK, 4097, bytes(4096))
+        assert line.do(WRITE_ZEROES, data=segment, direct=direct) == Answer(OK, 1, b"")
+        assert line.do(SCSI_CMD, room=512, direct=direct) == Answer(UNSUPP, 0, nothing * 512)
+        assert line.do(IN, CAPACITY, room=512, direct=direct) == Answer(IOERR, 0, nothing * 512)
+        disk[sector * 512 : sector * 512 + 8192] = data + bytes(4096)
+    assert rig.content() == disk
+
+
+def test_many_laps(make_rig: RigFactory, combination: Combination) -> None:
+    """Chains of all lengths over the ring's end, one at a time and several, from some place of some lap on."""
+    randomness = random.Random(1)
+    line = make_rig().line()
+    for size in (2, 4, 8, 64) if combination["ring_class"] is Ring else (2, 3, 4, 7, 33):
+        line.rig.guest.free = 0
+        line.start(size=size, base=combination["ring_class"].any_base(size, randomness), **combination)
+        for _ in range(6 * size):
+            places = randomness.sample(range(CAPACITY), max(1, size // 18))
+            requests = [read(line, sector, randomness) for sector in places]
+            line.kick()
+            line.wait()
+            for request, sector in zip(requests, places, strict=True):
+                assert_read(line, request, sector)
+        assert line.stop() == line.ring.base
+
+
+@pytest.mark.parametrize("slots", [4, 64])
+def test_a_full_ring(make_rig: RigFactory, combination: Combination, slots: int) -> None:
+    """As many chains as there is room for, which is more than there are slots for."""
+    line = make_rig(slots=slots).line().start(size=32, **combination)
+    randomness, requests = random.Random(2), []
+    for _ in range(3):
+        while line.ring.has_room(9):
+            requests.append(read(line, len(requests) % 64, randomness))
+        while line.ring.has_room(2):
+            requests.append(line.put(IN, len(requests) % 64, room=512, writable=[513]))
+        line.kick()
+        line.wait()
+    for number, request in enumerate(requests):
+        assert_read(line, request, number % 64)
+
+
+def test_queues_share_four_slots(make_rig: RigFactory, combination: Combination) -> None:
+    """Those that have ended and are not answered yet, on a ring in order, have their slots meanwhile."""
+    rig = make_rig(slots=4)
+    lines = [rig.line().start(size=128, **combination) for _ in range(2)]
+    reads = [[line.put(FLUSH if n % 5 == 0 else IN, n, room=512) for n in range(1, 41)] for line in lines]
+    for line in lines:
+        line.kick()
+    for line, requests in zip(lines, reads, strict=True):
+        line.wait()
+        for number, request in enumerate(requests, 1):
+            if number % 5:
+                assert_read(line, request, number)
+            else:
+                assert line.answer(request).status == OK
+
+
+# Any load is like the model.
+
+
+@pytest.mark.parametrize(
+    ("engine", "direct", "slots"),
+    [
+        pytest.param("aio", False, 64, id="aio"),
+        pytest.param("aio", True, 5, id="aio-direct-few-slots"),
+        pytest.param("io_uring", False, 5, id="io_uring-few-slots"),
+        pytest.param("io_uring", True, 64, id="io_uring-direct"),
+        pytest.param("memory", False, 64, id="memory"),
+    ],
+)
+def test_any_load_is_like_the_model(
+    make_rig: RigFactory, combination: Combination, engine: str, direct: bool, slots: int
+) -> None:
+    """Three queues on two workers; a kick or a call too few is a hang."""
+    options = {"engine": engine, "slots": slots, "workers": 2, "guest_size": 16 << 20}
+    rig = direct_rig(make_rig, **options) if direct else make_rig(**options)
+    lines = [rig.line(number % 2) for number in range(3)]
+
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(seed=st.integers(0, 2**32))
+    def run(seed: int) -> None:
+        Workload(rig, lines, combination, seed).run()
+
+    run()
+
+
+# Order.
+
+
+def slow_first(line: Line, first: str) -> tuple[Pending, Answer]:
+    """Put a request that does not end while it is fetched."""
+    if first == "flush":
+        return line.put(FLUSH), Answer(OK, 1, b"")
+    if first == "discard":
+        return line.put(DISCARD, data=struct.pack("<QII", CAPACITY - 8, 8, 0)), Answer(OK, 1, b"")
+    # Unaligned: with O_DIRECT it goes through a bounce buffer, several times.
+    size = 3 * BOUNCE_SIZE - 512
+    return line.put(IN, 0, room=size, alignment=1), Answer(OK, size + 1, DISK[:size])
+
+
+def quick_ones(line: Line) -> list[tuple[Pending, Answer]]:
+    """Put requests that end while they are fetched."""
+    nothing = bytes([NO_ANSWER])
+    return [
+        (line.put(SCSI_CMD), Answer(UNSUPP, 1, b"")),
+        (line.put(IN, CAPACITY, room=512), Answer(IOERR, 0, nothing * 512)),
+        (line.put(GET_ID, room=20), Answer(OK, 21, SERIAL.encode().ljust(20, b"\0"))),
+    ]
+
+
+SLOW = ("flush", "discard", "large")
+
+
+def put_slow_and_quick(line: Line, first: str) -> list[tuple[Pending, Answer]]:
+    """Have them fetched and no more; the worker is held. (A few times in a row: over the ring's end too.)"""
+    requests = [slow_first(line, first), *quick_ones(line)]
+    line.kick()
+    fetch_only(line.worker)
+    return requests
+
+
+@ENGINES
+def test_answers_come_in_order_where_that_was_negotiated(
+    make_rig: RigFactory, combination: Combination, engine: str
+) -> None:
+    """And as they end where it was not: what has ended does not wait for what has not."""
+    line = make_rig(engine=engine, direct=True).line().start(size=16, features=RANGES, **combination)
+    for first in SLOW * 2:
+        with held(line.worker):
+            slow, *quick = put_slow_and_quick(line, first)
+            in_flight = line.worker.call(lambda: line.queue.in_flight)
+        answered = line.wait()
+        assert in_flight.result() == (4 if combination["in_order"] else 1)
+        expected = [slow, *quick] if combination["in_order"] else [*quick, slow]
+        assert answered == [pending for pending, _ in expected]
+        assert [line.answer(pending) for pending, _ in expected] == [answer for _, answer in expected]
+
+
+@ENGINES
+def test_a_drain_answers_what_has_ended_behind_a_slow_request(
+    make_rig: RigFactory, combination: Combination, engine: str
+) -> None:
+    line = make_rig(engine=engine, direct=True).line().start(size=16, features=RANGES, **combination)
+    for first in SLOW * 2:
+        with held(line.worker):
+            requests = put_slow_and_quick(line, first)
+            drained = line.worker.stop_queue(line.queue)
+            early = line.worker.call(drained.done)
+        drained.result(PATIENCE)
+        assert not early.result()
+        assert line.queue.in_flight == 0
+        assert len(line.ring.collect()) == len(requests)
+        assert [line.answer(pending) for pending, _ in requests] == [answer for _, answer in requests]
+        assert line.queue.base == line.ring.base
+        line.resume(base=line.queue.base)
+        assert line.do(IN, 3, room=512) == Answer(OK, 513, sectors(3))
+
+
+def test_a_broken_ring_answers_what_came_before(make_rig: RigFactory, combination: Combination) -> None:
+    line = make_rig().line().start(size=16, **combination)
+    with held(line.worker):
+        requests = put_slow_and_quick(line, "flush")
+        line.ring.put_bad_head()
+        line.ring.publish()
+        fetch_only(line.worker)
+    wait_for_event(line.queue.err_fd, "the error")
+    line.stop()
+    assert len(line.ring.collect()) == len(requests)
+    assert [line.answer(pending) for pending, _ in requests] == [answer for _, answer in requests]
+
+
+def test_memory_is_replaced_under_answers_that_wait_for_their_turn(make_rig: RigFactory) -> None:
+    line = make_rig().line().start(size=16, in_order=True)
+    with held(line.worker):
+        requests = put_slow_and_quick(line, "flush")
+        line.worker.set_memory(line.queue, line.rig.guest.table())
+        retired = line.worker.call(lambda: len(line.worker._retired))
+    line.wait()
+    assert retired.result() == 1
+    assert [line.answer(pending) for pending, _ in requests] == [answer for _, answer in requests]
+    assert eventually(lambda: not line.worker._retired)
+
+
+# Stopping and going on.
+
+
+def test_stopping_and_going_on_at_every_place(make_rig: RigFactory, combination: Combination) -> None:
+    randomness = random.Random(3)
+    line = make_rig().line()
+    for size in (4, 8) if combination["ring_class"] is Ring else (4, 5):
+        line.start(size=size, base=combination["ring_class"].any_base(size, randomness), **combination)
+        for number in range(4 * size):
+            request = read(line, number, randomness)
+            line.kick()
+            line.wait()
+            assert_read(line, request, number)
+            base = line.stop()
+            assert base == line.ring.base
+            line.resume(base=base)
+        line.stop()
+
+
+def test_stop_waits_for_all_that_is_in_flight(line: Line) -> None:
+    with held(line.worker):
+        reads = [line.put(IN, number, room=512, writable=[513]) for number in range(8)]
+        line.kick()
+        fetch_only(line.worker)
+        in_flight = line.worker.call(lambda: line.queue.in_flight)
+        drained = line.worker.stop_queue(line.queue)
+        early = line.worker.call(drained.done)
+    drained.result(PATIENCE)
+    assert in_flight.result() == 8
+    assert not early.result()
+    assert line.queue.in_flight == 0
+    assert len(line.ring.collect()) == 8
+    assert line.queue.base == line.ring.base
+    for number, request in enumerate(reads):
+        assert_read(line, request, number)
+
+
+def test_what_was_not_fetched_is_served_when_the_ring_goes_on(make_rig: RigFactory, combination: Combination) -> None:
+    """A stop in the middle of what the driver has put: the base is where the device has come to."""
+    line = make_rig(slots=3).line().start(size=16, **combination)
+    for number in range(6):
+        line.do(IN, number, room=512)
+    with held(line.worker):
+        reads = [line.put(IN, number, room=512, writable=[513]) for number in range(8)]
+        line.kick()
+        fetch_only(line.worker)
+        drained = line.worker.stop_queue(line.queue)
+    drained.result(PATIENCE)
+    assert len(line.ring.collect()) == 3
+    line.resume(base=line.queue.base)
+    line.wait()
+    for number, request in enumerate(reads):
+        assert_read(line, request, number)
+    assert line.stop() == line.ring.base
+
+
+def test_a_stopped_ring_is_left_alone_and_goes_on_without_a_kick(line: Line) -> None:
+    line.do(IN, room=512)
+    base = line.stop()
+    request = line.put(IN, 5, room=512)
+    line.kick()
+    line.rig.line().start().do(IN, room=512)
+    assert not line.ring.collect()
+    # Start-up kick: requests may be in the ring before it is served.
+    assert take_events(line.kick_fd) == 1
+    line.resume(base=base)
+    line.wait()
+    assert_read(line, request, 5)
+
+
+# Calls.
+
+
+def test_no_call_where_the_driver_wants_none(line: Line) -> None:
+    line.ring.disable_calls()
+    for number in range(5):
+        line.put(IN, number, room=512)
+        line.kick()
+        line.finish_without_a_call()
+        assert not has_event(line.call_fd)
+    # But now, by the driver that waits for it.
+    assert line.do(IN, room=512).status == OK
+
+
+@pytest.mark.parametrize("several", [1, FIRST_TURN], ids=["one", "a turn"])
+def test_a_driver_that_wants_calls_is_called_once_a_turn(line: Line, several: int) -> None:
+    for _ in range(20):
+        line.ring.enable_calls()
+        with held(line.worker):
+            for _ in range(several):
+                line.put(SCSI_CMD)
+            line.kick()
+        line.finish_without_a_call()
+        assert take_events(line.call_fd) == 1
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one-by-one", "at-once"])
+def test_with_event_idx_the_call_comes_with_the_answer_that_was_asked_for(
+    make_rig: RigFactory, combination: Combination, at_once: bool
+) -> None:
+    """And with no other, over many laps; the driver that has not negotiated it is called with each."""
+    randomness = random.Random(4)
+    line = make_rig().line()
+    for size in (16, 32) if combination["ring_class"] is Ring else (30, 33):
+        line.start(size=size, base=combination["ring_class"].any_base(size, randomness), **combination)
+        for _ in range(40):
+            wanted = randomness.randrange(6)
+            requests = [framings(6, combination["indirect"], randomness) for _ in range(randomness.randrange(1, 5))]
+            lengths = [chain_length(**framing) for framing in requests]  # type: ignore[arg-type]
+            if combination["event_idx"]:
+                line.ring.set_used_event(line.ring.place_behind(lengths[:wanted] + [1] * (wanted - len(requests))))
+            else:
+                line.ring.enable_calls()
+            calls = [calls_for(line, batch) for batch in ([requests] if at_once else [[one] for one in requests])]
+            if not combination["event_idx"]:
+                assert all(calls)
+            elif at_once:
+                assert calls == [wanted < len(requests)]
+            else:
+                assert calls == [number == wanted for number in range(len(requests))]
+        line.stop()
+
+
+def chain_length(writable: list[int], direct: int | None) -> int:
+    """Descriptors of the ring."""
+    return 1 + len(writable) if direct is None else direct + 1
+
+
+def calls_for(line: Line, framings: Sequence[dict[str, object]]) -> int:
+    """How often the driver is called for these reads, which are put at once."""
+    with held(line.worker):
+        for framing in framings:
+            line.put(IN, room=512, **framing)  # type: ignore[arg-type]
+        line.kick()
+    line.finish_without_a_call()
+    return take_events(line.call_fd)
+
+
+# Kicks.
+
+
+def test_kicks_are_off_while_the_worker_is_awake_and_on_before_it_sleeps(line: Line) -> None:
+    for number in range(20):
+        assert eventually(line.ring.asks_for_kick)
+        with held(line.worker):
+            requests = [line.put(IN, number, room=512)]
+            line.kick()
+            fetch_only(line.worker)
+            asked = line.worker.call(line.ring.asks_for_kick)
+            # It comes while the worker is awake, and needs no kick.
+            line.worker.call(lambda number=number, requests=requests: requests.append(line.put(IN, number, room=512)))
+            kick = line.worker.call(line.ring.publish)
+        assert not asked.result()
+        assert not kick.result()
+        line.wait()
+        for request in requests:
+            assert_read(line, request, number)
+
+
+def test_a_worker_that_never_sleeps_needs_no_kick(make_rig: RigFactory, combination: Combination) -> None:
+    line = make_rig(poll_us=None).line().start(size=16, **combination)
+    assert line.do(IN, room=512).status == OK
+    for number in range(20):
+        request = line.put(IN, number, room=512)
+        assert not line.ring.publish()
+        line.wait()
+        assert_read(line, request, number)
+
+
+@pytest.mark.parametrize("poll_us", [0, 50])
+def test_a_driver_that_kicks_when_it_is_asked_to_is_served(
+    make_rig: RigFactory, combination: Combination, poll_us: int
+) -> None:
+    """At once, when the worker is about to sleep, and when it sleeps."""
+    line = make_rig(poll_us=poll_us).line().start(size=16, **combination)
+    randomness = random.Random(5)
+    for number in range(60):
+        requests = [read(line, number, randomness)]
+        line.notify()
+        if line.ring.has_room(9):
+            requests.append(read(line, number, randomness))
+            line.notify()
+        line.wait()
+        for request in requests:
+            assert_read(line, request, number)
+        if number % 3 == 0:
+            assert eventually(line.ring.asks_for_kick)
+
+
+# Rings that drivers break.
+
+NOWHERE = 0xDEAD_0000_0000
+HEADER, STATUS = Piece(0x1000, 16, False).descriptor, Piece(0x2000, 1, True).descriptor
+TABLE = GUEST_BASE + 0x3000
+
+# Descriptors of a chain (address, length, flags; NEXT is where there is one more), and the rule that it breaks.
+CHAINS = [
+    # All of the ring's, and from the last one to the first.
+    ([HEADER] * 15 + [(HEADER[0], 16, NEXT)], rules.LOOP),
+    ([(NOWHERE, 16, 0), STATUS], rules.ADDRESS),
+    ([HEADER, (NOWHERE, 1, WRITE)], rules.ADDRESS),
+    ([HEADER, (TABLE, 0, 0), STATUS], rules.ZERO_LENGTH),
+    ([HEADER, STATUS, HEADER], rules.ORDER),
+    ([(TABLE, 15, 0), STATUS], rules.NO_HEADER),
+    ([HEADER], rules.NO_STATUS),
+]
+TABLES = [
+    ([(TABLE, 0, INDIRECT)], rules.INDIRECT_LENGTH),
+    ([(TABLE, 17, INDIRECT)], rules.INDIRECT_LENGTH),
+    ([(TABLE, 16, INDIRECT), STATUS], rules.INDIRECT_NEXT),
+    ([(NOWHERE, 16, INDIRECT)], rules.INDIRECT_ADDRESS),
+    # What it holds is another table.
+    ([HEADER, (TABLE, 16, INDIRECT)], rules.INDIRECT_NESTED),
+]
+
+
+def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The ring is given up for this, driver and log are told, another queue is served, and a reset mends it all."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        line.kick()
+        wait_for_event(line.queue.err_fd, "the error")
+    assert not line.queue.running
+    assert int(line.queue.record["broken"]) == rule
+    assert f"{line.queue.name}: ring broken by the driver: {rules.SENTENCES[rule]}" in caplog.text
+    if line.ring.has_room(3):
+        # Whatever the driver does with it now.
+        line.put(IN, room=512)
+        line.kick()
+    assert other.do(IN, 3, room=512) == Answer(OK, 513, sectors(3))
+    assert not list(line.ring.take_used())
+    line.stop()
+    options = {name: getattr(line.ring, name) for name in ("event_idx", "indirect", "in_order")}
+    line.start(ring_class=type(line.ring), size=16, **options)
+    assert line.do(IN, 4, room=512) == Answer(OK, 513, sectors(4))
+    assert not has_event(line.queue.err_fd)
+
+
+def two_lines(make_rig: RigFactory, combination: Combination) -> list[Line]:
+    """Of one worker, both in use. At TABLE is an indirect table of one descriptor, another one's, in both formats."""
+    rig = make_rig()
+    rig.guest.free = 0x4000
+    rig.guest.write(TABLE - GUEST_BASE, struct.pack("<QIHH", TABLE, 16, INDIRECT, INDIRECT))
+    lines = [rig.line().start(size=16, **combination) for _ in range(2)]
+    for line in lines:
+        assert line.do(IN, room=512).status == OK
+    return lines
+
+
+def test_a_bad_chain_breaks_its_ring_and_no_other(
+    make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
+) -> None:
+    line, other = two_lines(make_rig, combination)
+    for chain, rule in CHAINS + (TABLES if combination["indirect"] else []):
+        line.ring.put_available(line.ring.add_chain(chain).head)
+        assert_breaks(line, other, rule, caplog)
+
+
+@pytest.mark.parametrize("combination", WITHOUT_INDIRECT)
+@pytest.mark.parametrize("direct", [0, 1])
+def test_an_indirect_table_that_was_not_negotiated(
+    make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture, direct: int
+) -> None:
+    line, other = two_lines(make_rig, combination)
+    line.put(IN, room=512, direct=direct)
+    assert_breaks(line, other, rules.INDIRECT_NOT_NEGOTIATED, caplog)
+
+
+def test_a_head_that_the_ring_does_not_have(
+    make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
+) -> None:
+    line, other = two_lines(make_rig, combination)
+    line.ring.put_bad_head()
+    assert_breaks(line, other, rules.HEAD_RANGE, caplog)
+    assert "(chain 16)" in caplog.text or line.ring.layout().packed
+
+
+def test_what_came_before_a_bad_chain_is_served_and_what_came_after_is_not(
+    make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
+) -> None:
+    line, other = two_lines(make_rig, combination)
+    good = line.put(IN, 5, room=512)
+    line.ring.put_available(line.ring.add_chain([(NOWHERE, 16, 0), STATUS]).head)
+    line.put(IN, 6, room=512)
+    line.kick()
+    wait_for_event(line.queue.err_fd, "the error")
+    assert other.do(IN, 3, room=512) == Answer(OK, 513, sectors(3))
+    line.turn_is_over()
+    line.stop()
+    assert line.ring.collect() == [good]
+    assert_read(line, good, 5)
+
+
+@pytest.mark.parametrize("combination", WITH_INDIRECT)
+def test_more_chains_in_flight_than_descriptors(
+    make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of a full ring's is made available once more while it is in flight."""
+    line = make_rig().line().start(size=2, **combination)
+    with held(line.worker):
+        requests = [line.put(IN, number, room=512, direct=0) for number in range(2)]
+        line.ring.publish()
+        fetch_only(line.worker)
+        line.ring.put_available(requests[0].head)
+        # Published when the first two have been fetched.
+        line.worker.call(line.ring.publish)
+        fetch_only(line.worker)
+    line.kick()
+    wait_for_event(line.queue.err_fd, "the error")
+    assert rules.SENTENCES[rules.TOO_MANY_IN_FLIGHT] in caplog.text
+    line.stop()
+    assert len(line.ring.collect()) == 2
+
+
+def test_the_same_chain_twice_in_flight_is_answered_twice(line: Line) -> None:
+    with held(line.worker):
+        request = line.put(IN, 3, room=512)
+        line.ring.put_available(request.head)
+        line.kick()
+        fetch_only(line.worker)
+        in_flight = line.worker.call(lambda: line.queue.in_flight)
+    line.stop()
+    assert in_flight.result() == 2
+    assert list(line.ring.take_used()) == [(request.head, 513)] * 2
+    assert line.rig.guest.read(request.writable[0].offset, 512) == sectors(3)
