@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.native import libc
+from ringplane.native import libc, sigbus
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
@@ -27,14 +27,25 @@ class BadMemory(ValueError):
     """The front end described memory that cannot be: the text says what is wrong with it."""
 
 
+class Alarm:
+    """An eventfd that is signalled when memory which was shared with us has gone; closed with the last reference."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class Mapping:
     """A shared mapping of `size` bytes of `fd` from `offset`; unmapped when the last table that uses it is gone.
 
     Reference counting is the point: a table that was replaced is kept by the worker as long as requests that were
-    translated with it are in flight, and with it the mapping.
+    translated with it are in flight, and with it the mapping. Where the file is truncated under it, pages of zeros take
+    the place of those that are touched, and `alarm` is signalled (native/sigbus.py).
     """
 
-    def __init__(self, fd: int, size: int, offset: int) -> None:
+    def __init__(self, fd: int, size: int, offset: int, alarm: Alarm | None = None) -> None:
         """Map; raises BadMemory when the file is too short, OSError when the kernel refuses."""
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and offset + size > status.st_size:
@@ -44,9 +55,23 @@ class Mapping:
         lead = offset % page
         length = -(-(size + lead) // page) * page
         start = libc.mmap_shared(fd, length, offset - lead)
+        # Kept until the guard has been released: its eventfd, and the word where it notes the loss, of which nobody
+        # needs to know more.
+        kept = (alarm, np.zeros(1, np.int64))
+        try:
+            alarm_fd = alarm.fd if alarm is not None else -1
+            guard = sigbus.guard(start, length, page, int(kept[1].ctypes.data), alarm_fd)
+        except BaseException:
+            libc.munmap(start, length)
+            raise
         # Not at the interpreter's exit, where a worker's thread may still be running.
-        weakref.finalize(self, libc.munmap, start, length).atexit = False
+        weakref.finalize(self, _unmap, guard, start, length, kept).atexit = False
         self.address, self.size = start + lead, size
+
+
+def _unmap(guard: int, start: int, length: int, kept: object) -> None:
+    sigbus.release(guard)
+    libc.munmap(start, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +84,16 @@ class Region:
     mapping: Mapping
 
     @classmethod
-    def map(cls, guest_address: int, user_address: int, size: int, mmap_offset: int, fd: int) -> Region:
+    def map(
+        cls, guest_address: int, user_address: int, size: int, mmap_offset: int, fd: int, alarm: Alarm | None = None
+    ) -> Region:
         """Check what the front end says and map it; raises BadMemory or OSError. The fd stays the caller's."""
         if size == 0:
             raise BadMemory("a region of zero bytes")
         for name, value in (("guest address", guest_address), ("user address", user_address), ("offset", mmap_offset)):
             if value + size > MAX_ADDRESS:
                 raise BadMemory(f"{name} {value:#x} + size {size:#x} is not below 2^63")
-        return cls(guest_address, user_address, size, Mapping(fd, size, mmap_offset))
+        return cls(guest_address, user_address, size, Mapping(fd, size, mmap_offset, alarm))
 
     def overlaps(self, other: Region) -> bool:
         return (

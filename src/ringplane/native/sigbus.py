@@ -1,14 +1,16 @@
 """SIGBUS: what a copy raises when the page under it has gone, because somebody truncated the file that is mapped there.
 
-A handler of our own puts an anonymous page of zeros at the place and stores 1 at an address that was given for the
-mapping, so that the copy ends and whoever copied learns that it was in vain. A SIGBUS anywhere else goes to the handler
-that was there before. The handler is compiled, as a Python one would run only after the copy: which would never end.
+A handler of our own puts an anonymous page of zeros at the place, stores 1 at an address that was given for the
+mapping, and signals an eventfd if there is one: so the copy ends, and whoever copied, or waits for the eventfd, learns
+that it was in vain. A SIGBUS anywhere else goes to the handler that was there before. The handler is compiled, as a
+Python one would run only after the copy: which would never end.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import heapq
 import signal
 import threading
 from typing import Any
@@ -22,17 +24,18 @@ from numba.extending import intrinsic
 
 from ringplane.native.access import INT64, external, load32, load64, store64, view
 from ringplane.native.jit import numba_cache_directory
-from ringplane.native.syscalls import mmap_anonymous_page
+from ringplane.native.syscalls import mmap_anonymous_page, write
 
-MAX_GUARDS = 4096
+# As many as 64 devices of 509 memory regions need.
+MAX_GUARDS = 1 << 15
 SA_SIGINFO, SA_NODEFER = 4, 0x4000_0000
 SIGINFO_CODE, SIGINFO_ADDRESS = 8, 16
 SIG_IGN = 1
 # The sign of si_code: SI_USER is 0, the other senders are negative, faults positive.
 SENT_BY_PROCESS = 1 << 31
 
-# A guarded mapping: [start, end), its page size, and where to store 1. All zero where not in use.
-GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost")])
+# A guarded mapping: [start, end), its page size, where to store 1, and an eventfd or -1. `end` is 0 where not in use.
+GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost", "alarm_fd")])
 GUARD_SIZE = GUARD.itemsize
 
 # struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
@@ -40,9 +43,10 @@ SIGACTION = np.dtype(
     [("handler", "<i8"), ("mask", "u1", (128,)), ("flags", "<i4"), ("pad", "<i4"), ("restorer", "<i8")]
 )
 
-# previous: the action to go back to; guards: GUARD structs
-TABLE = np.dtype([("previous", SIGACTION), ("guards", GUARD, (MAX_GUARDS,))])
-TABLE_GUARDS: int = TABLE.fields["guards"][1]  # type: ignore[index]
+# previous: the action to go back to; used: how many guards have ever been in use at a time; one: for eventfds; guards:
+# GUARD structs
+TABLE = np.dtype([("previous", SIGACTION), ("used", "<i8"), ("one", "<i8"), ("guards", GUARD, (MAX_GUARDS,))])
+TABLE_USED, TABLE_ONE, TABLE_GUARDS = (TABLE.fields[name][1] for name in ("used", "one", "guards"))  # type: ignore[index]
 
 
 @intrinsic
@@ -105,12 +109,14 @@ def _on_sigbus(number: Any, info: Any, context: Any) -> None:
         return
     table = load64(_table_variable())
     address = load64(info + SIGINFO_ADDRESS)
-    for index in range(MAX_GUARDS):
+    for index in range(load64(table + TABLE_USED)):
         guard = view(table + TABLE_GUARDS + index * GUARD_SIZE, GUARD)
         if guard.start <= address < guard.end:
             # Before the page: a copy of another thread that finds the new page shall find this too.
             store64(guard.lost, 1)
             mmap_anonymous_page(address // guard.page * guard.page, guard.page)
+            if guard.alarm_fd >= 0:
+                write(guard.alarm_fd, table + TABLE_ONE, 8)
             return
     previous = load64(table)
     if previous > SIG_IGN:
@@ -130,6 +136,9 @@ class _Guards:
             signature = types.void(types.int64, types.int64, types.int64)
             self._handler = numba.cfunc(signature, nopython=True, cache=True)(_on_sigbus)
         self._table: npt.NDArray[np.void] = np.zeros(1, TABLE)
+        self._table["one"] = 1
+        # Numbers below `used` that are free: the lowest first, as the handler looks at all up to there.
+        self._free: list[int] = []
         self._handler.ctypes(0, int(self._table.ctypes.data), 0)
         libc = ctypes.CDLL(None)
         action = np.zeros(1, SIGACTION)
@@ -137,32 +146,37 @@ class _Guards:
         new, old = (ctypes.c_void_p(array.ctypes.data) for array in (action, self._table))
         libc.sigaction(int(signal.SIGBUS), new, old)
 
-    def add(self, start: int, size: int, page: int, lost: int) -> int:
-        guards = self._table["guards"][0]
-        free = np.flatnonzero(guards["end"] == 0)
-        if not free.size:
-            raise OSError(errno.ENOMEM, f"{MAX_GUARDS} images are mapped already")
-        number = int(free[0])
-        guards[number]["start"], guards[number]["page"], guards[number]["lost"] = start, page, lost
+    def add(self, start: int, size: int, page: int, lost: int, alarm_fd: int) -> int:
+        used = int(self._table["used"][0])
+        if not self._free and used == MAX_GUARDS:
+            raise OSError(errno.ENOMEM, f"{MAX_GUARDS} images and memory regions are mapped already")
+        number = heapq.heappop(self._free) if self._free else used
+        guard = self._table["guards"][0][number]
+        guard["start"], guard["page"], guard["lost"], guard["alarm_fd"] = start, page, lost, alarm_fd
         # Last: the handler may look at any time.
-        guards[number]["end"] = start + size
+        guard["end"] = start + size
+        self._table["used"] = max(used, number + 1)
         return number
 
     def remove(self, number: int) -> None:
         self._table["guards"][0][number]["end"] = 0
+        heapq.heappush(self._free, number)
 
 
 _lock = threading.Lock()
 _guards: _Guards | None = None
 
 
-def guard(start: int, size: int, page: int, lost: int) -> int:
-    """Guard a mapping with pages of `page` bytes: 1 is stored at address `lost` when one of them has gone."""
+def guard(start: int, size: int, page: int, lost: int, alarm_fd: int = -1) -> int:
+    """Guard a mapping with pages of `page` bytes: 1 is stored at address `lost` when one of them has gone.
+
+    The eventfd `alarm_fd` is signalled then; it must be non-blocking, and open until `release`. Raises OSError.
+    """
     global _guards
     with _lock:
         if _guards is None:
             _guards = _Guards()
-        return _guards.add(start, size, page, lost)
+        return _guards.add(start, size, page, lost, alarm_fd)
 
 
 def release(number: int) -> None:

@@ -10,7 +10,7 @@ import fcntl
 import os
 
 from ringplane.dataplane.queue import InflightRegion
-from ringplane.memory import BadMemory, Mapping
+from ringplane.memory import Alarm, BadMemory, Mapping
 from ringplane.vhost_user.messages import Inflight
 from ringplane.virtio.inflight import ALIGNMENT, REGION_SPLIT, region_bytes
 from ringplane.virtio.split import MAX_QUEUE_SIZE
@@ -21,14 +21,17 @@ VERSION_OFFSET: int = REGION_SPLIT.fields["version"][1]  # type: ignore[index]
 class InflightArea:
     """The area that an Inflight message describes, mapped."""
 
-    def __init__(self, described: Inflight, fd: int) -> None:
-        """The fd stays the caller's. Raises BadMemory for sizes that cannot be, OSError when it cannot be mapped."""
+    def __init__(self, described: Inflight, fd: int, alarm: Alarm) -> None:
+        """The fd stays the caller's; `alarm` tells when the memory goes.
+
+        Raises BadMemory for sizes that cannot be, OSError when it cannot be mapped.
+        """
         size, offset, queues = described.mmap_size, described.mmap_offset, described.num_queues
         if size == 0 or size + offset >= 1 << 62 or not 0 < described.queue_size <= MAX_QUEUE_SIZE or queues == 0:
             raise BadMemory(
                 f"no in-flight area: {size} bytes at {offset} for {queues} queues of {described.queue_size} descriptors"
             )
-        self._mapping = Mapping(fd, size, offset)
+        self._mapping = Mapping(fd, size, offset, alarm)
         self._queues = queues
         # Whoever made it, they are equal.
         self._stride = size // queues // ALIGNMENT * ALIGNMENT

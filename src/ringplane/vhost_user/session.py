@@ -17,7 +17,7 @@ from typing import TypeVar
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.worker import Worker, WorkerEnded
 from ringplane.disk import Disk
-from ringplane.memory import BadMemory, MemoryTable, Region
+from ringplane.memory import Alarm, BadMemory, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.inband import BackendChannel, InbandSignal
@@ -117,6 +117,7 @@ class Session:
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
         self._memory = MemoryTable()
+        self._alarm = Alarm()
         self._channel: BackendChannel | None = None
         self._inflight: InflightArea | None = None
         self._status = 0
@@ -128,6 +129,8 @@ class Session:
 
     async def run(self) -> None:
         """Serve the front end until it goes away or breaks the protocol; then nothing of it is left."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._alarm.fd, self._end_without_memory)
         try:
             while await self._serve_one_message():
                 pass
@@ -136,7 +139,14 @@ class Session:
         except OSError as error:
             log.info("front end lost: %s", error)
         finally:
+            loop.remove_reader(self._alarm.fd)
             await self._close()
+
+    def _end_without_memory(self) -> None:
+        """Requests may have been done with zeros in the place of their data: this device cannot go on."""
+        asyncio.get_running_loop().remove_reader(self._alarm.fd)
+        log.warning("front end dropped: it has taken away memory that it shares with this disk (ftruncate(2))")
+        self._transport.close()
 
     async def drain(self) -> None:
         """Answer all that has been fetched while nothing more is fetched, then go on."""
@@ -354,7 +364,7 @@ class Session:
 
     async def _on_set_mem_table(self, message: Message) -> None:
         described = _expect(message, messages.MemoryTable).regions
-        regions = [_map(region, fd) for region, fd in zip(described, message.fds, strict=True)]
+        regions = [self._map(region, fd) for region, fd in zip(described, message.fds, strict=True)]
         await self._set_memory(MemoryTable(regions))
 
     async def _on_get_max_mem_slots(self, message: Message) -> Payload:
@@ -363,12 +373,16 @@ class Session:
     async def _on_add_mem_reg(self, message: Message) -> None:
         if len(self._memory.regions) >= MAX_MEMORY_SLOTS:
             raise Refused(f"all {MAX_MEMORY_SLOTS} memory slots are in use")
-        region = _map(_expect(message, SingleMemoryRegion).region, message.fds[0])
+        region = self._map(_expect(message, SingleMemoryRegion).region, message.fds[0])
         await self._set_memory(self._memory.adding(region))
 
     async def _on_rem_mem_reg(self, message: Message) -> None:
         region = _expect(message, SingleMemoryRegion).region
         await self._set_memory(self._memory.removing(region.guest_address, region.user_address, region.size))
+
+    def _map(self, region: MemoryRegion, fd: int) -> Region:
+        where = (region.guest_address, region.user_address, region.size, region.mmap_offset)
+        return Region.map(*where, fd, self._alarm)
 
     async def _set_memory(self, memory: MemoryTable) -> None:
         self._memory = memory
@@ -385,7 +399,7 @@ class Session:
 
     async def _on_set_inflight_fd(self, message: Message) -> None:
         """Of a ring that is running it counts from its next start on."""
-        self._inflight = InflightArea(_expect(message, Inflight), message.fds[0])
+        self._inflight = InflightArea(_expect(message, Inflight), message.fds[0], self._alarm)
 
     # Rings.
 
@@ -634,10 +648,6 @@ def _signal(fd: int) -> None:
     if fd >= 0:
         with contextlib.suppress(OSError):
             os.write(fd, (1).to_bytes(8, "little"))
-
-
-def _map(region: MemoryRegion, fd: int) -> Region:
-    return Region.map(region.guest_address, region.user_address, region.size, region.mmap_offset, fd)
 
 
 def _same_places(a: VringAddr, b: VringAddr) -> bool:

@@ -1,0 +1,61 @@
+"""Shared memory that is shrunk under the device: SIGBUS (hostile.md)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+
+import pytest
+
+from ringplane.driver import Driver, Load, run_load
+from ringplane.driver.frontend import Refused
+from ringplane.vhost_user.messages import ProtocolError
+
+from .conftest import PATIENCE, Victim, wait_until
+
+LOAD = Load(block_size=65536, pattern="random", read_percent=50, depth=32, queues=2, seconds=5)
+
+
+@pytest.mark.parametrize("left", [0, 1 << 20], ids=["all", "most"])
+def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
+    """The front end truncates its memory while requests run: it loses its disk, and nobody else anything."""
+    before = victim.resources()
+    for _ in range(3):
+        driver = Driver(victim.socket, queues=2, memory_size=16 << 20, timeout=PATIENCE)
+        failures: list[BaseException] = []
+
+        def work(driver: Driver = driver, failures: list[BaseException] = failures) -> None:
+            try:
+                run_load(driver, LOAD)
+            except Exception as error:
+                failures.append(error)
+
+        load = threading.Thread(target=work)
+        load.start()
+        wait_until(lambda: (victim.folder / "bad.img").stat().st_blocks > 100, "the load did not begin")
+        # Our own mapping is guarded too: what is read there from now on is zeros.
+        os.ftruncate(driver.memory.fd, left)
+        load.join(PATIENCE)
+        assert not load.is_alive()
+        driver.close()
+        assert failures, "the load noticed nothing"
+    victim.check()
+    assert victim.told().count("it has taken away memory that it shares with this disk") == 3
+    wait_until(lambda: victim.resources() == before, f"{before} before, {victim.resources()} after")
+
+
+def test_memory_is_taken_away_before_a_ring_starts(victim: Victim) -> None:
+    """The control plane reads the used ring's index when a ring starts."""
+    before = victim.resources()
+    driver = Driver(victim.socket, queues=2, memory_size=16 << 20, timeout=PATIENCE)
+    front_end = driver.front_end
+    base = front_end.get_vring_base(0)
+    os.ftruncate(driver.memory.fd, 0)
+    # However far it gets before the connection ends.
+    with suppress(OSError, ProtocolError, Refused):
+        front_end.start_vring(driver.queues[0], base)
+        front_end.get_features()
+    driver.close()
+    victim.check()
+    wait_until(lambda: victim.resources() == before, f"{before} before, {victim.resources()} after")
