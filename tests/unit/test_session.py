@@ -6,6 +6,7 @@ import copy
 import fcntl
 import gc
 import logging
+import mmap
 import os
 import select
 import socket
@@ -32,6 +33,7 @@ from ringplane.vhost_user.messages import (
     RULES,
     U64,
     VERSION,
+    VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
     Config,
     DeviceState,
@@ -79,6 +81,7 @@ OFFERED_PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.LOG_SHMFD
 )
 DRIVER_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_BLK_F_FLUSH
 OTHER_FEATURES = DRIVER_FEATURES | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC
@@ -111,6 +114,8 @@ HANDLED = {
     Request.GET_STATUS,
     Request.GET_INFLIGHT_FD,
     Request.SET_INFLIGHT_FD,
+    Request.SET_LOG_BASE,
+    Request.SET_LOG_FD,
 }
 # What does not apply, and has an answer that says so: a failure, and no fd.
 ANSWERED_NO: dict[Request, Payload] = {
@@ -340,7 +345,7 @@ def example(request: Request, memory: SharedMemory) -> tuple[Payload, int]:
 
 
 def fd_for(request: Request, memory: SharedMemory) -> int:
-    if RULES[request].payload in (MemoryTable, SingleMemoryRegion, Inflight):
+    if RULES[request].payload in (MemoryTable, SingleMemoryRegion, Inflight, LogRegion):
         return os.dup(memory.fd)
     if request is Request.SET_BACKEND_REQ_FD:
         return socket.socket(socket.AF_UNIX).detach()
@@ -455,6 +460,8 @@ def test_request_whose_protocol_feature_was_not_negotiated_is_refused(
         peer.set_protocol_features(ProtocolFeature.REPLY_ACK)
         if request_ is Request.GET_CONFIG:
             assert send_example(peer, request_, need_reply=False) == Empty()
+        elif request_ is Request.SET_LOG_BASE:
+            assert send_example(peer, request_, need_reply=False) == U64(1)
         elif request_ is Request.GET_INFLIGHT_FD:
             assert send_example(peer, request_, need_reply=False) == Inflight(0, 0, 0, 0)
         elif RULES[request_].reply:
@@ -490,7 +497,7 @@ def test_request_that_no_specification_has_is_refused_or_ends_the_connection(
 # Features and configuration space
 
 
-@pytest.mark.parametrize("bit", [0, 7, 15, 16, 17, 24, 26, 35, 41, 63])
+@pytest.mark.parametrize("bit", [0, 7, 15, 16, 17, 24, 27, 35, 41, 63])
 def test_feature_that_was_not_offered_is_refused(export: ringplane.Export, bit: int) -> None:
     with negotiated(export) as peer:
         assert not peer.get_features() & 1 << bit
@@ -499,7 +506,7 @@ def test_feature_that_was_not_offered_is_refused(export: ringplane.Export, bit: 
         peer.set_features(VHOST_USER_F_PROTOCOL_FEATURES)
 
 
-@pytest.mark.parametrize("bit", [1, 14, 20, 21, 63])
+@pytest.mark.parametrize("bit", [2, 14, 20, 21, 63])
 def test_protocol_feature_that_was_not_offered_is_refused(export: ringplane.Export, bit: int) -> None:
     with negotiated(export) as peer:
         assert peer.get_protocol_features() == OFFERED_PROTOCOL_FEATURES
@@ -776,6 +783,73 @@ def test_one_ring_is_reset_while_the_other_runs(export: ringplane.Export) -> Non
             guest.start()
             assert other.read(9) == sector(9)
         other.vring.close()
+
+
+# Migration: what is written is marked
+
+
+def marked(log: mmap.mmap) -> set[int]:
+    """The pages whose bits are set, by their numbers; the bits are cleared, as a front end does that has seen them."""
+    bits = np.unpackbits(np.frombuffer(log[:], np.uint8), bitorder="little")
+    log[:] = bytes(len(log))
+    return set(np.flatnonzero(bits).tolist())
+
+
+@pytest.fixture
+def log() -> Iterator[tuple[mmap.mmap, int]]:
+    """A dirty log for the whole memory of a Machine, and its fd."""
+    fd = os.memfd_create("log")
+    size = MEMORY_SIZE // 4096 // 8
+    os.ftruncate(fd, size)
+    with mmap.mmap(fd, size) as mapping:
+        yield mapping, fd
+    os.close(fd)
+
+
+def pages(guest: Machine, *places: tuple[int, int]) -> set[int]:
+    """Those of these addresses and sizes."""
+    found: set[int] = set()
+    for address, size in places:
+        start = guest.memory.guest(address)
+        found |= set(range(start >> 12, (start + size - 1 >> 12) + 1))
+    return found
+
+
+def test_what_a_request_writes_is_marked(export: ringplane.Export, log: tuple[mmap.mmap, int]) -> None:
+    """As QEMU does it: the log, the features and the addresses come while the ring runs."""
+    mapping, fd = log
+    with machine(export) as guest:
+        guest.start()
+        guest.read()
+        assert marked(mapping) == set()
+        guest.peer.set_log_base(len(mapping), 0, fd)
+        guest.peer.set_features(guest.peer.features | VHOST_F_LOG_ALL)
+        guest.set_addresses(flags=1, log=guest.memory.guest(guest.ring.used))
+        data, status = guest.offer_read(9, 3 * 4096)
+        guest.ring.publish()
+        guest.vring.kick()
+        guest.reap()
+        ring = (guest.ring.used, 6 + 8 * RING_SIZE)
+        assert marked(mapping) == pages(guest, (data, 3 * 4096), (status, 1), ring)
+        # A log of more than the first page of memory would need another; what is beyond its end is not marked.
+        guest.peer.set_log_base(1, 0, fd)
+        guest.read()
+        assert all(page < 8 for page in marked(mapping))
+        guest.peer.set_features(guest.peer.features & ~VHOST_F_LOG_ALL)
+        guest.read()
+        assert marked(mapping) == set()
+
+
+@pytest.mark.parametrize(("size", "offset"), [(0, 0), (1 << 63, 0), (4096, 1 << 63), (1 << 20, 0), (256, 1 << 20)])
+def test_a_log_that_cannot_be_is_refused(
+    export: ringplane.Export, log: tuple[mmap.mmap, int], size: int, offset: int
+) -> None:
+    """CVE-2020-10722, CVE-2019-14835: sizes and offsets that are not checked against the mapping."""
+    with machine(export) as guest:
+        with pytest.raises(Refused):
+            guest.peer.set_log_base(size, offset, log[1])
+        guest.start()
+        assert guest.read() == sector(3)
 
 
 # In-flight areas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ringplane.dataplane import dirty
 from ringplane.dataplane.execute import give_bounce, transfer
 from ringplane.dataplane.fetch import consume, copy_to_front
 from ringplane.dataplane.helpers import send_to_helpers
@@ -133,6 +134,8 @@ def finish(worker, queue, request, status):
     account(worker, queue, request, status)
     if request.zone:
         end_write(queue, request, status)
+    if queue.log:
+        dirty.mark_request(queue, request)
     if worker.trace:
         trace(worker, TRACE_COMPLETE, queue, request, status, worker.now - request.started)
     give_bounce(worker, request)
@@ -250,6 +253,8 @@ def publish_all(worker):
             inflight.publish(queue)
         else:
             publish_used(queue)
+        if queue.log:
+            dirty.mark_ring(queue)
         if not queue.uncalled:
             queue.uncalled = 1
             queue.next_uncalled = worker.uncalled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import dirty, rules
 from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all, queue_up
 from ringplane.dataplane.execute import do_copies, execute
 from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
@@ -293,6 +293,8 @@ def start(worker, queue, request, rule):
     request.started = worker.now
     queue.in_flight += 1
     worker.in_flight += 1
+    if queue.log:
+        dirty.note(queue, request)
     if queue.in_order:
         queue_up(worker, queue, request)
     status = execute(worker, queue, request)

@@ -113,6 +113,13 @@ class InflightRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class DirtyLog:
+    """The bitmap in which a migration is told what was written (dirty.py), `mapping.size` bytes of it."""
+
+    mapping: Mapping
+
+
+@dataclass(frozen=True, slots=True)
 class RingLayout:
     """Where the driver has put a ring, and how the two of them use it.
 
@@ -128,6 +135,7 @@ class RingLayout:
     features: int
     write_through: bool
     inflight: InflightRegion | None = None
+    log: DirtyLog | None = None
 
     @property
     def packed(self) -> bool:
@@ -195,6 +203,11 @@ class Queue:
         record["batch"] = record["uncounted"] = 0
         if max(record["last_avail"], record["next_used"]) >= record["size"]:
             raise BadMemory(f"the base {base:#x} is outside of a ring of {record['size']} descriptors")
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        """Mark what is written there from now on; None: nowhere. Nothing may be in flight."""
+        self._log = log
+        self.record["log"], self.record["log_size"] = (log.mapping.address, log.mapping.size) if log else (0, 0)
 
     def track(self, region: InflightRegion | None) -> None:
         """Tell in this in-flight region what the ring does, and go on from what is in it; without one nobody is told.

@@ -75,6 +75,9 @@ QUEUE = _struct(
     "counts",
     "resubmit",  # address of the entries, int64 each, of chains that the last process had fetched
     "resubmits",  # how many of them are still to be submitted again, before anything else is fetched
+    # Migration: the dirty log (dirty.py), and its size in bytes
+    "log",  # or 0
+    "log_size",
     # Guest memory: REGION structs
     "regions",
     "region_count",
@@ -156,6 +159,9 @@ REQUEST = _struct(
     "bounce_iov_len",
     "ranges",  # this slot's own room for MAX_RANGES RANGE structs: what to discard, or fill with zeros
     "range_count",
+    "noted",  # this slot's own room for MAX_IOVECS IOVEC structs: what it writes, in guest addresses (dirty.py)
+    "noted_count",
+    "noted_status",
     "zeros_iov_base",  # one IOVEC for zeros that are written
     "zeros_iov_len",
     "started",  # nanoseconds, CLOCK_MONOTONIC

@@ -146,6 +146,9 @@ class Worker:
         # Untouched, so without memory, until somebody discards.
         self._ranges = np.zeros((slots, MAX_RANGES), RANGE)
         self._requests["ranges"] = self._ranges.ctypes.data + np.arange(slots) * self._ranges.strides[0]
+        # The same, until a guest is migrated.
+        self._noted = np.zeros((slots, MAX_IOVECS), IOVEC)
+        self._requests["noted"] = self._noted.ctypes.data + np.arange(slots) * self._noted.strides[0]
         self._state["waiting_first"] = self._state["copy_first"] = self._state["held"] = -1
         self._state["one"] = 1
         self._state["engine"] = self.engine.address
@@ -283,6 +286,7 @@ class Worker:
             # Nothing is in flight, so what the used ring says is where it goes on.
             record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
         queue.track(layout.inflight)
+        queue.set_log(layout.log)
         record["broken"] = record["draining"] = 0
         record["turn"] = FIRST_TURN
         queue.told_broken = queue.suspended = False

@@ -21,6 +21,7 @@ from ringplane.vhost_user.messages import (
     Config,
     Empty,
     Inflight,
+    LogRegion,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -215,6 +216,14 @@ class FrontEnd:
 
     def set_config(self, offset: int, data: bytes) -> None:
         self.tell(Request.SET_CONFIG, Config(offset, len(data), Config.WRITABLE, data))
+
+    # Migration
+
+    def set_log_base(self, size: int, offset: int, fd: int) -> None:
+        """Where the back end is to mark what it writes; raises Refused."""
+        message = self.transport.call(Request.SET_LOG_BASE, LogRegion(size, offset), [fd])
+        if message is not None and isinstance(message.payload, U64) and message.payload.value != 0:
+            raise Refused("the back end refused SET_LOG_BASE")
 
     # In-flight area
 

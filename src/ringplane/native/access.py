@@ -166,6 +166,18 @@ def address_of(typingctx: Any, record: Any) -> Any:
     return types.int64(record), codegen
 
 
+@intrinsic
+def atomic_or8(typingctx: Any, address: Any, bits: Any) -> Any:
+    """Set bits of a byte that others change too, at once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.trunc(args[1], ir.IntType(8))
+        builder.atomic_rmw("or", _pointer(builder, args[0], 8), bits, "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 def external(name: str, builder: Any, result: Any, parameters: list[Any], var_arg: bool = False) -> Any:
     """A C library function by symbol, so that compiled code can be cached."""
     from numba.core import cgutils

@@ -24,6 +24,8 @@ NEED_REPLY = 0x8
 
 # Bits of the feature mask that belong to vhost-user rather than to the device (sections "Communication", "Migration").
 VHOST_USER_F_PROTOCOL_FEATURES = 1 << 30
+# The device marks what it writes in the dirty log (section "Migration").
+VHOST_F_LOG_ALL = 1 << 26
 # Bit of VringAddr.flags: writes to the used ring are logged (section "Migration").
 VHOST_VRING_F_LOG = 1 << 0
 

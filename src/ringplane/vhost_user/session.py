@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ringplane.dataplane.queue import Queue, RingLayout
+from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
 from ringplane.dataplane.worker import Worker, WorkerEnded
 from ringplane.disk import Disk
-from ringplane.memory import Alarm, BadMemory, MemoryTable, Region
+from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.inband import BackendChannel, InbandSignal
@@ -25,10 +25,12 @@ from ringplane.vhost_user.inflight import InflightArea
 from ringplane.vhost_user.messages import (
     MAX_CONFIG_SIZE,
     U64,
+    VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
     BackendRequest,
     Config,
     Inflight,
+    LogRegion,
     MemoryRegion,
     Payload,
     ProtocolError,
@@ -57,6 +59,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.LOG_SHMFD
 )
 
 # What in-band notifications need beside themselves (section "In-band notifications").
@@ -69,6 +72,7 @@ FEATURES_OK, DEVICE_NEEDS_RESET, STATUS_MASK = 8, 64, 0xFF
 NOES: dict[int, Payload] = {
     Request.GET_CONFIG: messages.Empty(),
     Request.GET_SHARED_OBJECT: messages.Opaque(),
+    Request.SET_LOG_BASE: U64(1),
     Request.GET_INFLIGHT_FD: Inflight(0, 0, 0, 0),
     Request.SET_DEVICE_STATE_FD: U64(1 | VringFd.NO_FD),
     Request.CHECK_DEVICE_STATE: U64(1),
@@ -113,12 +117,13 @@ class Session:
     def __init__(self, transport: AsyncTransport, disk: Disk) -> None:
         self._transport = transport
         self._disk = disk
-        self._offered = disk.features | VHOST_USER_F_PROTOCOL_FEATURES
+        self._offered = disk.features | VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
         self._memory = MemoryTable()
         self._alarm = Alarm()
         self._channel: BackendChannel | None = None
+        self._log: DirtyLog | None = None
         self._inflight: InflightArea | None = None
         self._status = 0
         self._features_refused = False
@@ -177,7 +182,7 @@ class Session:
             for error in results:
                 if error is not None:
                     log.error("a queue could not be stopped: %s", error)
-            self._memory, self._inflight = MemoryTable(), None
+            self._memory, self._inflight, self._log = MemoryTable(), None, None
             self._close_channel()
 
     async def _serve_one_message(self) -> bool:
@@ -389,6 +394,27 @@ class Session:
         running = [vring for vring in self._vrings if vring.running]
         await asyncio.gather(*(_done(vring.worker.set_memory(vring.queue, memory)) for vring in running))
 
+    # Migration.
+
+    async def _on_set_log_base(self, message: Message) -> Payload:
+        """That it is to be used SET_FEATURES tells; later a larger one may take its place while rings run."""
+        described = _expect(message, LogRegion)
+        if described.size == 0 or described.size + described.offset >= 1 << 62:
+            raise Refused(f"a dirty log of {described.size} bytes at {described.offset}")
+        self._log = DirtyLog(Mapping(message.fds[0], described.size, described.offset, self._alarm))
+        for vring in self._vrings:
+            if vring.running and self._uses_changed(vring):
+                await self._stop(vring)
+                await self._start_or_stop(vring)
+        return U64(0)
+
+    async def _on_set_log_fd(self, message: Message) -> None:
+        """An eventfd for a log that the front end cannot look at by itself; ours can all be."""
+
+    @property
+    def _logs(self) -> bool:
+        return bool(self._features & VHOST_F_LOG_ALL)
+
     # In-flight I/O: what a crash of ours must not lose.
 
     async def _on_get_inflight_fd(self, message: Message) -> Payload:
@@ -557,6 +583,7 @@ class Session:
             base=base,
             features=self._features,
             write_through=self._write_through,
+            log=self._log if self._logs else None,
             inflight=area.region(number, size, packed=self._packed) if area is not None else None,
         )
 

@@ -1,0 +1,67 @@
+"""The dirty log of a live migration: a bit for each page of guest memory that the device has written.
+
+Source: QEMU's docs/interop/vhost-user.rst, section "Migration". A page is marked after it was written: marked before,
+it could be copied in between, and what was written then would be missing at the destination. What a request writes is
+noted in guest addresses when it is fetched, as the memory table may be another one when it ends.
+"""
+
+from __future__ import annotations
+
+from ringplane.memory import REGION, REGION_SIZE
+from ringplane.native.access import atomic_or8, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
+from ringplane.virtio.split import DESC_SIZE, USED_ELEM_SIZE, USED_RING
+
+# VHOST_LOG_PAGE
+PAGE_BITS = 12
+
+
+@compiled
+def note(queue, request):
+    """Note the buffers that the device may write, and the status byte, before the request begins."""
+    for index in range(request.writable_count):
+        iovec = view(request.iovecs + (request.readable_count + index) * IOVEC_SIZE, IOVEC)
+        noted = view(request.noted + index * IOVEC_SIZE, IOVEC)
+        noted.base = guest_address(queue, iovec.base)
+        noted.len = iovec.len
+    request.noted_count = request.writable_count
+    request.noted_status = guest_address(queue, request.status_address)
+
+
+@compiled
+def guest_address(queue, host):
+    """What the guest calls our address `host`, which was translated with this table."""
+    for index in range(queue.region_count):
+        region = view(queue.regions + index * REGION_SIZE, REGION)
+        if region.host <= host < region.host + region.size:
+            return region.guest + host - region.host
+    return -1
+
+
+@compiled
+def mark_request(queue, request):
+    """All that the request may have written."""
+    for index in range(request.noted_count):
+        noted = view(request.noted + index * IOVEC_SIZE, IOVEC)
+        mark(queue, noted.base, noted.len)
+    mark(queue, request.noted_status, 1)
+
+
+@compiled
+def mark_ring(queue):
+    """What was just published, and all around it: a ring has few pages."""
+    if queue.packed:
+        mark(queue, guest_address(queue, queue.desc), queue.size * DESC_SIZE)
+    else:
+        mark(queue, guest_address(queue, queue.used), USED_RING + queue.size * USED_ELEM_SIZE + 2)
+
+
+@compiled
+def mark(queue, guest, size):
+    """Set the bits of the pages that these bytes are in; the front end, and other queues, change others meanwhile."""
+    if guest < 0:
+        return
+    for page in range(guest >> PAGE_BITS, ((guest + size - 1) >> PAGE_BITS) + 1):
+        if page >> 3 < queue.log_size:
+            atomic_or8(queue.log + (page >> 3), 1 << (page & 7))

@@ -1,0 +1,76 @@
+"""A guest moves between two QEMUs over two ringplane processes, under a verified load, and notices nothing."""
+
+import contextlib
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from . import workloads
+from .backends import STAND_IN, BackendFactory
+from .initramfs import with_script
+from .machines import QemuGuest, end_group, read
+from .qmp import Qmp
+
+# Seconds of load before the guest moves.
+HEAD_START = 5.0
+
+
+@dataclass
+class Move:
+    """The migration as seen from the source; `check` is called every 50 ms while the destination runs."""
+
+    source: Qmp
+    console: Path
+    to: str
+    begun: float = 0.0
+    states: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        if not self.begun:
+            self.begun = time.monotonic() if "fio begins" in read(self.console) else 0.0
+        elif not self.states and time.monotonic() > self.begun + HEAD_START:
+            # A guest under load writes faster than an emulated machine is copied by default.
+            self.source.do("migrate-set-parameters", **{"max-bandwidth": 1 << 33, "downtime-limit": 3000})
+            self.source.do("migrate", uri=self.to)
+            self.states.append("setup")
+        elif self.states and self.states[-1] not in ("completed", "failed"):
+            self.states.append(self.source.do("query-migrate")["status"])
+            assert self.states[-1] != "failed", self.states
+            if self.states[-1] == "completed":
+                self.source.do("quit")
+
+
+@pytest.mark.skipif(STAND_IN, reason="QEMU's own back end cannot share an image")
+@pytest.mark.parametrize("ring", ["split", "packed"])
+def test_live_migration(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, ring: str) -> None:
+    qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
+    disks = [backend(disk_image, extra=["--share-rw"]) for _ in range(2)]
+    workload = workloads.fio_verify_for(seconds=30, ring=ring)
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(with_script(qemu.initramfs(workload), workload.script))
+    with tempfile.TemporaryDirectory(prefix="move-") as folder, contextlib.ExitStack() as undo:
+        commands = [
+            [*qemu.command([disk.socket], initrd, 512, 2), "-qmp", f"unix:{folder}/{number},server=on,wait=off"]
+            for number, disk in enumerate(disks)
+        ]
+        console = tmp_path / "console-source.txt"
+        with console.open("wb") as output:
+            source = subprocess.Popen(
+                commands[0], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        undo.callback(end_group, source)
+        qmp = Qmp(Path(folder) / "0")
+        undo.callback(qmp.close)
+        move = Move(qmp, console, f"unix:{folder}/moving")
+        there = [*commands[1], "-incoming", f"unix:{folder}/moving"]
+        result = qemu.run_command(there, tmp_path / "console-there.txt", 240.0, move.check)
+    assert result.status == 0, result.console
+    assert move.states[-1] == "completed"
+    assert int(result.value("verified_kib")) > 0
+    for disk in disks:
+        disk.stop()
+        assert "WARNING" not in disk.told()
