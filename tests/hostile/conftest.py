@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -63,6 +64,17 @@ class Victim:
             driver.write(0, data)
             assert driver.read(0, len(data)) == data
 
+    def wait_for_resources(self, before: tuple[int, int, int]) -> None:
+        """There is no more of anything than before; what is being given back may take a moment."""
+
+        def no_more() -> bool:
+            return all(now <= then for now, then in zip(self.resources(), before, strict=True))
+
+        end = time.monotonic() + PATIENCE
+        while not no_more():
+            assert time.monotonic() < end, f"{before} before, {self.resources()} after"
+            time.sleep(0.01)
+
     def resources(self) -> tuple[int, int, int]:
         """How many fds, threads (but for the kernel's own helpers of io_uring) and shared mappings the process has."""
         proc = Path(f"/proc/{self.process.pid}")
@@ -78,11 +90,12 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(params=["io_uring", "aio"])
-def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
+@contextlib.contextmanager
+def running(engine: str) -> Iterator[Victim]:
+    """The process, which must end well when it is asked to."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = Path(name)
-        (folder / "disks.toml").write_text(CONFIG.format(engine=request.param))
+        (folder / "disks.toml").write_text(CONFIG.format(engine=engine))
         with (folder / "log").open("w") as log:
             command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -98,3 +111,9 @@ def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+@pytest.fixture(params=["io_uring", "aio"])
+def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
+    with running(request.param) as victim:
+        yield victim

@@ -42,7 +42,7 @@ def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
         assert failures, "the load noticed nothing"
     victim.check()
     assert victim.told().count("it has taken away memory that it shares with this disk") == 3
-    wait_until(lambda: victim.resources() == before, f"{before} before, {victim.resources()} after")
+    victim.wait_for_resources(before)
 
 
 def test_memory_is_taken_away_before_a_ring_starts(victim: Victim) -> None:
@@ -58,4 +58,4 @@ def test_memory_is_taken_away_before_a_ring_starts(victim: Victim) -> None:
         front_end.get_features()
     driver.close()
     victim.check()
-    wait_until(lambda: victim.resources() == before, f"{before} before, {victim.resources()} after")
+    victim.wait_for_resources(before)

@@ -20,5 +20,4 @@ def test_the_stages_are_those_of_the_loop(tmp_path: Path, monkeypatch: pytest.Mo
     found = stages.measure(tmp_path, 1 << 20, engine, 4096, 8, 0.1)
     assert {"wait_for_events", "serve_ready", "do_copies", "submit", "complete_all", "publish_all"} <= found.keys()
     assert found["serve_ready"] > 0
-    assert (found["submit"] > found["do_copies"]) == (engine == "aio")
     assert found["all"] == pytest.approx(sum(found.values()) - found["all"])

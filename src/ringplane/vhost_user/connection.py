@@ -202,9 +202,9 @@ class Connection:
         if not self._buffer and self._incoming is None:
             return
         where = _name(self._incoming.request) if self._incoming else "a header"
-        error = ProtocolError(f"the peer closed the connection inside {where}")
-        self._refuse(str(error))
-        raise error
+        problem = f"the peer closed the connection inside {where}"
+        self._refuse(problem)
+        raise ProtocolError(problem)
 
     def close(self) -> None:
         """Close the fds of a half-received message and take no more. May be called again."""

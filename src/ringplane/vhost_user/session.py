@@ -228,7 +228,12 @@ class Session:
         if self._wants_ack(message) and rule_of(message.request).reply is None:
             log.warning("%s", why)
             return U64(1)
-        raise why
+        try:
+            raise why
+        finally:
+            # An exception that a frame of its own traceback holds, and with it this front end's memory, stays until
+            # somebody looks for garbage.
+            del why
 
     async def _handle(self, message: Message) -> Payload | None:
         handler: Callable[..., Awaitable[Payload | None]] | None = None
