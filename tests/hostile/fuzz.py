@@ -1,6 +1,6 @@
 """A fuzzer that knows what requests, rings and messages look like: mostly valid, with something broken in each case.
 
-    python -m tests.hostile.fuzz --seconds 3600
+    cd tests && python -m hostile.fuzz --seconds 3600
 
 A case is made of its seed alone, so that a seed that found something finds it again (`--seed N --cases 1`), and can be
 kept in seeds.txt, which is where each run begins. After each case an honest ring of the same front end is served with
@@ -35,9 +35,8 @@ from ringplane.virtio.features import (
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_VERSION_1,
 )
-
-from ..unit.packed import PackedRing
-from ..unit.rig import (
+from unit.packed import PackedRing
+from unit.rig import (
     FLUSH,
     GET_ID,
     GUEST_BASE,
@@ -52,6 +51,7 @@ from ..unit.rig import (
     header,
     new_eventfd,
 )
+
 from .conftest import SIZE, Victim, running
 
 SEEDS = Path(__file__).with_name("seeds.txt")
