@@ -870,6 +870,30 @@ def test_an_area_is_made_and_used(export: ringplane.Export) -> None:
         os.close(fd)
 
 
+def test_a_reset_of_the_device_forgets_what_the_area_tells(export: ringplane.Export) -> None:
+    """Where the next driver's rings begin the front end says, not what was left of the last one's."""
+    with machine(export) as guest:
+        described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
+        guest.peer.set_inflight_fd(described, fd)
+        guest.start()
+        assert guest.read(5) == sector(5)
+        region = Mapping(fd, described.mmap_size, described.mmap_offset)
+        assert struct.unpack("<H", peek(region.address + 8, 2)) == (1,)
+        guest.peer.tell(Request.RESET_DEVICE)
+        assert struct.unpack("<H", peek(region.address + 8, 2)) == (0,)
+        os.close(fd)
+
+
+def test_a_damaged_area_starts_no_ring_and_leaves_no_mapping(export: ringplane.Export) -> None:
+    with machine(export) as guest:
+        described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
+        os.pwrite(fd, struct.pack("<HH", 2, RING_SIZE), 8)
+        guest.peer.set_inflight_fd(described, fd)
+        with pytest.raises(Refused):
+            guest.start()
+        os.close(fd)
+
+
 def test_what_a_dead_process_had_in_flight_is_done_again(export: ringplane.Export) -> None:
     """The region says that heads 3 and 1 were fetched, in this order, when the used ring had got nothing yet."""
     with machine(export) as guest:

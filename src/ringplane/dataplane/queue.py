@@ -205,8 +205,7 @@ class Queue:
             raise BadMemory(f"the base {base:#x} is outside of a ring of {record['size']} descriptors")
 
     def set_log(self, log: DirtyLog | None) -> None:
-        """Mark what is written there from now on; None: nowhere. Nothing may be in flight."""
-        self._log = log
+        """Mark what is written there from now on; None: nowhere. Nothing may be in flight, and the layout keeps it."""
         self.record["log"], self.record["log_size"] = (log.mapping.address, log.mapping.size) if log else (0, 0)
 
     def track(self, region: InflightRegion | None) -> None:
@@ -239,16 +238,14 @@ class Queue:
 
     def _track_packed(self, region: int, size: int) -> PackedTracking:
         record = self.record
-        used = Place(int(record["next_used"]), int(record["used_wrap"]))
-        avail = Place(int(record["last_avail"]), int(record["avail_wrap"]))
-        tracking = PackedTracking(region, size, int(record["desc"]), used)
+        begin = Place(int(record["next_used"]), int(record["used_wrap"]))
+        tracking = PackedTracking(region, size, int(record["desc"]), begin)
         self._lists = np.stack([tracking.links, tracking.lasts, tracking.counts])
         record["links"], record["lasts"], record["counts"] = (row.ctypes.data for row in self._lists)
         record["free_head"], record["places"] = tracking.free_head, tracking.places
         if not tracking.is_new:
-            avail = tracking.avail
-        record["last_avail"], record["avail_wrap"] = avail.index, avail.wrap
-        record["next_used"], record["used_wrap"] = tracking.used.index, tracking.used.wrap
+            record["last_avail"], record["avail_wrap"] = tracking.avail.index, tracking.avail.wrap
+            record["next_used"], record["used_wrap"] = tracking.used.index, tracking.used.wrap
         return tracking
 
     @property

@@ -56,8 +56,7 @@ class SplitTracking:
         else:
             self._end_last_batch(used_idx, size)
         in_flight = np.flatnonzero(self._states["inflight"] == 1)
-        self.entries = in_flight[np.argsort(self._states["counter"][in_flight], kind="stable")]
-        self.counter = _next_counter(self._states["counter"][in_flight])
+        self.entries, self.counter = _oldest_first(in_flight, self._states)
         self.last_batch_head = int(self._head["last_batch_head"])
 
     def _end_last_batch(self, used_idx: int, size: int) -> None:
@@ -93,9 +92,7 @@ class PackedTracking:
         self.links = self._states["next"].astype(np.int64)
         self.lasts, self.counts = np.zeros(size, np.int64), np.zeros(size, np.int64)
         in_flight = self._chains_in_flight()
-        counters = self._states["counter"][in_flight]
-        self.entries = in_flight[np.argsort(counters, kind="stable")]
-        self.counter = _next_counter(counters)
+        self.entries, self.counter = _oldest_first(in_flight, self._states)
         self.used = self._places("used")
         self.avail = self.used.after(int(self.counts[in_flight].sum()), size)
 
@@ -177,9 +174,12 @@ def _is_new(head: np.void, size: int) -> bool:
     return False
 
 
-def _next_counter(counters: npt.NDArray[np.uint64]) -> int:
+def _oldest_first(in_flight: npt.NDArray[np.intp], states: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.intp], int]:
+    """These entries in the order in which their chains were fetched, and the counter of the next one."""
+    counters = states["counter"][in_flight]
     # The front end may have written anything there, and ours is signed.
-    return (int(counters.max()) + 1) & ((1 << 62) - 1) if len(counters) else 0
+    following = (int(counters.max()) + 1) & ((1 << 62) - 1) if len(counters) else 0
+    return in_flight[np.argsort(counters, kind="stable")], following
 
 
 def _view(address: int, layout: np.dtype[Any], count: int) -> npt.NDArray[Any]:

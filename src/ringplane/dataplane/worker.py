@@ -269,6 +269,22 @@ class Worker:
                 future.set_exception(WorkerEnded(f"{self.name} has ended"))
 
     def _start_queue(self, queue: Queue, layout: RingLayout, memory: MemoryTable, kick_fd: int) -> None:
+        try:
+            self._prepare_queue(queue, layout, memory)
+            self._watch_kicks(queue, kick_fd)
+        except BaseException:
+            # Of a ring that does not start no mapping is kept.
+            queue.memory, queue.layout = MemoryTable(), None
+            raise
+        queue.record["file"] = self.engine.add_file(queue.device.fd)
+        self._queues[queue.address] = queue
+        self._pin()
+        queue.record["running"] = 1
+        # Start-up kick: requests may have been in the ring before we watched.
+        self._look_at_all_queues()
+        self._trace_queue(TRACE_START, queue)
+
+    def _prepare_queue(self, queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
         record = queue.record
         record["size"] = layout.size
         self._place_ring(queue, layout, memory)
@@ -283,21 +299,13 @@ class Worker:
             queue.set_packed_base(layout.base)
         else:
             record["last_avail"] = record["seen_avail"] = layout.base
-            # Nothing is in flight, so what the used ring says is where it goes on.
+            # What is in flight, if anything, is not used yet: what the used ring says is where it goes on.
             record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
         queue.track(layout.inflight)
         queue.set_log(layout.log)
         record["broken"] = record["draining"] = 0
         record["turn"] = FIRST_TURN
         queue.told_broken = queue.suspended = False
-        self._watch_kicks(queue, kick_fd)
-        record["file"] = self.engine.add_file(queue.device.fd)
-        self._queues[queue.address] = queue
-        self._pin()
-        record["running"] = 1
-        # Start-up kick: requests may have been in the ring before we watched.
-        self._look_at_all_queues()
-        self._trace_queue(TRACE_START, queue)
 
     def _place_ring(self, queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
         desc = memory.user_to_host(layout.desc, desc_bytes(layout.size))
@@ -335,13 +343,9 @@ class Worker:
             log.debug("%s: draining %d requests", queue.name, queue.in_flight)
 
     def _watch_kicks(self, queue: Queue, kick_fd: int) -> None:
-        try:
-            _check_eventfd(kick_fd)
-            os.set_blocking(kick_fd, False)
-            self.engine.watch(kick_fd, queue.address)
-        except OSError:
-            queue.memory = MemoryTable()
-            raise
+        _check_eventfd(kick_fd)
+        os.set_blocking(kick_fd, False)
+        self.engine.watch(kick_fd, queue.address)
         queue.kick_fd = kick_fd
 
     def _unwatch_kicks(self, queue: Queue) -> None:

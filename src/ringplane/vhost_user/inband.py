@@ -62,14 +62,20 @@ class InbandSignal:
 
     def __init__(self, ask: Ask, request: BackendRequest, ring: int) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._signalled = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self.fd, self._note)
         self._task = asyncio.create_task(self._forward(ask, request, ring))
+
+    def _note(self) -> None:
+        os.eventfd_read(self.fd)
+        self._signalled.set()
 
     async def _forward(self, ask: Ask, request: BackendRequest, ring: int) -> None:
         """Signals that come while the front end is told of one are told of together."""
         try:
             while True:
-                await _readable(self.fd)
-                os.eventfd_read(self.fd)
+                await self._signalled.wait()
+                self._signalled.clear()
                 await ask(request, VringState(ring, 0))
         except (OSError, ProtocolError) as error:
             log.warning("%s of ring %d cannot be sent any more: %s", request.name, ring, error)
@@ -81,13 +87,3 @@ class InbandSignal:
             asyncio.get_running_loop().remove_reader(self.fd)
             os.close(self.fd)
             self.fd = -1
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    signalled = asyncio.Event()
-    loop.add_reader(fd, signalled.set)
-    try:
-        await signalled.wait()
-    finally:
-        loop.remove_reader(fd)

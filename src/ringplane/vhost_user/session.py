@@ -302,6 +302,8 @@ class Session:
         await self._disable_all()
 
     async def _on_reset_device(self, message: Message) -> None:
+        # As after GET_VRING_BASE: nothing of the rings that were is left, in the in-flight area neither.
+        await asyncio.gather(*(self._end_ring(vring) for vring in self._vrings))
         await asyncio.gather(*(self._forget(vring) for vring in self._vrings))
         self._write_back = True
 
