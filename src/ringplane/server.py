@@ -54,6 +54,8 @@ class Server:
         """
         self.workers: dict[str, Worker] = {}
         self.exports: Sequence[Export] = ()
+        # What is to be closed with the threads.
+        self.at_end = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
@@ -167,6 +169,7 @@ class Server:
         self._loop.close()
         for worker in self.workers.values():
             worker.stop()
+        self.at_end.close()
 
 
 def _run_on(cpus: Collection[int] | None) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-BESIDE_CONFIG = ("config", "log_level", "trace", "print_capabilities")
+BESIDE_CONFIG = ("config", "upgrade", "log_level", "trace", "print_capabilities")
 
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -95,6 +95,11 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     metavar="SIZE[,...]",
     help="A zoned disk of such zones, on a new image: 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
 )
+@click.option(
+    "--upgrade",
+    is_flag=True,
+    help="Take over from the running ringplane that serves these disks, with its guests, who notice nothing.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
 @click.option(
@@ -102,7 +107,9 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     help="Print what this back end can do, as JSON, and exit.",
 )  # fmt: skip
 @click.pass_context
-def serve(context: click.Context, /, config: Path | None, log_level: str, trace: bool, **options: Any) -> None:
+def serve(
+    context: click.Context, /, config: Path | None, upgrade: bool, log_level: str, trace: bool, **options: Any
+) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
     One disk by the options, or those of a configuration file. SIGHUP: images that grew or shrank get their new size.
@@ -112,12 +119,12 @@ def serve(context: click.Context, /, config: Path | None, log_level: str, trace:
     logging.getLogger("ringplane").setLevel(log_level.upper())
     if config is not None:
         refuse_other_options(context)
-        serve_until_signal(lambda: start_config(config), trace)
+        serve_until_signal(lambda: start_config(config, upgrade), trace)
     else:
-        check_options(**options)
+        check_options(**options, upgrade=upgrade)
         options["block_size"] = int(options["block_size"])
         options["features"] = dict(options["features"])
-        serve_until_signal(lambda: start_disk(**options), trace)
+        serve_until_signal(lambda: start_disk(**options, upgrade=upgrade), trace)
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -141,6 +148,7 @@ def check_options(
     serial: str | None,
     zoned: object,
     share_rw: bool,
+    upgrade: bool,
     **_: Any,
 ) -> None:
     """What click cannot see by one option alone; raises UsageError."""
@@ -148,6 +156,8 @@ def check_options(
         raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
     if (socket_path is None) == (fd is None):
         raise click.UsageError("give either --socket-path PATH or --fd N")
+    if upgrade and socket_path is None:
+        raise click.UsageError("--upgrade needs --socket-path, by which the running process is found")
     if len(cpus) not in (0, 1, io_threads):
         raise click.UsageError(
             f"--cpus is given {len(cpus)} times; give it once, or once for each of {io_threads} I/O threads"
@@ -165,10 +175,11 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
     """Serve the one disk that the options are about."""
     from ringplane.export import serve
 
-    return serve(blk_file, socket_path, **options).server
+    raise_fd_limit()
+    return serve(blk_file, socket_path, **options, upgradable=True).server
 
 
-def start_config(path: Path) -> Server:
+def start_config(path: Path, upgrade: bool) -> Server:
     """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
     from ringplane.config import ConfigError, read_config
     from ringplane.export import serve_all
@@ -177,14 +188,19 @@ def start_config(path: Path) -> Server:
         config = read_config(path)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
-    # Each attached disk has some fds for itself and three for each queue.
+    raise_fd_limit()
+    return serve_all(config.disks, config.io_threads, upgradable=True, upgrade=upgrade)
+
+
+def raise_fd_limit() -> None:
+    """Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return serve_all(config.disks, config.io_threads)
 
 
 def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
+    from ringplane.handover import HandoverError
     from ringplane.image import ImageError
     from ringplane.listener import ListenError
 
@@ -203,7 +219,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
         signal.signal(number, on_signal)
     try:
         servers.append(start())
-    except (ImageError, ListenError, OSError, RuntimeError) as error:
+    except (ImageError, ListenError, HandoverError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     with servers[0] as server:
         if trace:
