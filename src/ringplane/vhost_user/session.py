@@ -11,11 +11,11 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from typing import TypeVar
 
-from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
-from ringplane.dataplane.worker import Worker, WorkerEnded
+from ringplane.dataplane.queue import DirtyLog, RingLayout
+from ringplane.dataplane.worker import WorkerEnded
 from ringplane.disk import Disk
 from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
@@ -41,8 +41,9 @@ from ringplane.vhost_user.messages import (
     VringFd,
     VringState,
 )
-from ringplane.vhost_user.snapshot import Fd, SessionSnapshot, SharedMemory, SharedRegion, VringSnapshot
+from ringplane.vhost_user.snapshot import Fd, SessionSnapshot, SharedMemory, SharedRegion
 from ringplane.vhost_user.transport import AsyncTransport, Interrupted
+from ringplane.vhost_user.vring import Vring, replace_fd
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.split import MAX_QUEUE_SIZE
@@ -94,48 +95,6 @@ FREEZE_PATIENCE = 1.0
 
 class Refused(Exception):
     """A request that cannot be carried out; the text says why. The front end is told where it asked for a reply."""
-
-
-@dataclass(slots=True)
-class Vring:
-    """What the front end has said about one ring so far."""
-
-    queue: Queue
-    worker: Worker
-    size: int = 0
-    base: int = 0
-    address: VringAddr | None = None
-    kick_fd: int = -1
-    call_fd: int = -1
-    err_fd: int = -1
-    enabled: bool = False
-    running: bool = False
-    # By what the front end is told of them in band; `call_told`: it has said how it wants to be called.
-    signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
-    call_told: bool = False
-
-    def snapshot(self) -> VringSnapshot:
-        return VringSnapshot(
-            size=self.size,
-            base=self.base,
-            address=list(astuple(self.address)) if self.address is not None else None,
-            kick=Fd.of(self.kick_fd),
-            call=Fd.of(self.call_fd),
-            err=Fd.of(self.err_fd),
-            enabled=self.enabled,
-            call_told=self.call_told,
-            broken=int(self.queue.record["broken"]),
-        )
-
-    def go_on_from(self, told: VringSnapshot) -> None:
-        """Raises OSError when there are too many fds."""
-        self.size, self.base = told.size, told.base
-        self.address = VringAddr(*told.address) if told.address is not None else None
-        self.kick_fd, self.call_fd, self.err_fd = (_duplicate(fd) for fd in (told.kick, told.call, told.err))
-        self.enabled, self.call_told = told.enabled, told.call_told
-        # No worker uses the queue yet.
-        self.queue.record["call_fd"], self.queue.err_fd = self.call_fd, self.err_fd
-        self.queue.record["broken"], self.queue.told_broken = told.broken, bool(told.broken)
 
 
 class Session:
@@ -623,7 +582,7 @@ class Session:
         if self._inflight is not None:
             self._inflight.forget(vring.queue.number)
         vring.address = None
-        vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+        vring.kick_fd = replace_fd(vring.kick_fd, -1)
 
     async def _on_set_vring_enable(self, message: Message) -> None:
         state = _expect(message, VringState)
@@ -638,10 +597,10 @@ class Session:
             raise Refused("rings without a kick fd, to be polled, are not supported")
         await self._stop(vring)
         if described.no_fd:
-            vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+            vring.kick_fd = replace_fd(vring.kick_fd, -1)
             return
         (fd,) = message.take_fds()
-        vring.kick_fd = _replace_fd(vring.kick_fd, fd)
+        vring.kick_fd = replace_fd(vring.kick_fd, fd)
         await self._start_or_stop(vring)
 
     async def _on_vring_kick(self, message: Message) -> None:
@@ -657,7 +616,7 @@ class Session:
         old, vring.call_fd = vring.call_fd, _only_fd(message)
         vring.call_told = True
         await _done(vring.worker.set_call_fd(vring.queue, vring.call_fd))
-        _replace_fd(old, -1)
+        replace_fd(old, -1)
         self._end_signal(vring, BackendRequest.VRING_CALL)
         # What completed before this fd was known is announced now; QEMU's own tests rely on it.
         _signal(vring.call_fd)
@@ -666,7 +625,7 @@ class Session:
         vring = self._vring(_expect(message, VringFd).index)
         old, vring.err_fd = vring.err_fd, _only_fd(message)
         await _set_err_fd(vring, vring.err_fd)
-        _replace_fd(old, -1)
+        replace_fd(old, -1)
         self._end_signal(vring, BackendRequest.VRING_ERR)
 
     @property
@@ -775,9 +734,9 @@ class Session:
             await _done(vring.worker.set_call_fd(vring.queue, -1))
         finally:
             # Also where the worker has ended: nobody uses them any more.
-            vring.kick_fd = _replace_fd(vring.kick_fd, -1)
-            vring.call_fd = _replace_fd(vring.call_fd, -1)
-            vring.err_fd = _replace_fd(vring.err_fd, -1)
+            vring.kick_fd = replace_fd(vring.kick_fd, -1)
+            vring.call_fd = replace_fd(vring.call_fd, -1)
+            vring.err_fd = replace_fd(vring.err_fd, -1)
             vring.queue.err_fd = -1
             for request in list(vring.signals):
                 self._end_signal(vring, request)
@@ -811,14 +770,6 @@ def _only_fd(message: Message) -> int:
     return next(iter(message.take_fds()), -1)
 
 
-def _replace_fd(old: int, new: int) -> int:
-    if old >= 0:
-        # An error from close() (of a file that could not be written, say) is the front end's.
-        with contextlib.suppress(OSError):
-            os.close(old)
-    return new
-
-
 @contextlib.contextmanager
 def _refusing(why: str) -> Iterator[None]:
     """Where time runs out inside."""
@@ -826,10 +777,6 @@ def _refusing(why: str) -> Iterator[None]:
         yield
     except TimeoutError:
         raise Refused(why) from None
-
-
-def _duplicate(fd: Fd | None) -> int:
-    return os.dup(fd.number) if fd is not None else -1
 
 
 def _shared(mapping: Mapping) -> SharedMemory:
