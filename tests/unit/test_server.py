@@ -355,7 +355,9 @@ def test_front_ends_that_misbehave_disturb_nobody_else(start: Start) -> None:
         while True:
             peer.sock.sendall(bytes([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]) * 1000)
 
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool, contextlib.ExitStack() as stack:
+        # Also when something fails: the pool waits for its threads.
+        stack.callback(stop.set)
         for how in (
             lambda peer: peer.sock.sendall(os.urandom(4096)),
             lambda peer: peer.sock.sendall(b"\1"),
@@ -365,7 +367,6 @@ def test_front_ends_that_misbehave_disturb_nobody_else(start: Start) -> None:
         drivers = [stack.enter_context(attach(export)) for export in server.exports[1:]]
         for result in pool.map(run_verified, drivers, range(3)):
             assert (result.errors, result.mismatches) == (0, 0)
-        stop.set()
     wait_until(lambda: victim.state == "listening")
     assert works(victim)
 

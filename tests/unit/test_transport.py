@@ -41,6 +41,7 @@ def open_fds() -> int:
 
 @pytest.fixture(autouse=True)
 def no_leak() -> Iterator[None]:
+    gc.collect()
     before = open_fds()
     yield
     gc.collect()

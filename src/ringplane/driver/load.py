@@ -400,7 +400,8 @@ def _watch(
         if now >= deadline:
             clock.stop()
         if now >= next_progress:
-            next_progress += TURN_NS
+            # Not one after the other: on a busy machine several turns may have gone by.
+            next_progress = now + TURN_NS
             if progress:
                 progress(_progress(workers, now))
         if any(worker.failure is not None for worker in workers):
