@@ -35,6 +35,9 @@ from ringplane.zonefile import ZoneFile, check_not_zoned
 
 log = logging.getLogger(__name__)
 
+# See `serve_all`.
+GiveUp = Callable[[Collection[Path]], None]
+
 ACCEPT_AGAIN = 0.1
 DRAIN_LOOK = 0.1
 
@@ -302,6 +305,7 @@ def serve(
     serial: str | None = None,
     features: Mapping[str, bool] | None = None,
     zoned: ZoneModel | None = None,
+    give_up: GiveUp | None = None,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
@@ -312,8 +316,8 @@ def serve(
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
     export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
-    `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
-    connect.
+    `zoned` makes a host-managed zoned disk of a new image, or goes on with one. `give_up`: see `serve_all`. When this
+    returns, front ends can connect.
 
     Raises ImageError, ListenError, ValueError for arguments that make no sense, or OSError when the kernel lacks what
     the data plane needs; nothing is left behind.
@@ -335,11 +339,15 @@ def serve(
         features=features or {},
         zoned=zoned,
     )
-    return serve_all([config], threads).exports[0]
+    return serve_all([config], threads, give_up).exports[0]
 
 
-def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> Server:
-    """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order."""
+def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], give_up: GiveUp | None = None) -> Server:
+    """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
+
+    `give_up` is called when everything has been opened and loaded and no thread has begun yet, with the folders in
+    which sockets are removed at the end: a program that is there for nothing else gives up its rights then.
+    """
     names = [thread.name for thread in io_threads]
     if len(set(names)) < len(names):
         raise ValueError(f"the I/O threads {names} are not named differently")
@@ -351,7 +359,10 @@ def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> Se
         warm_up()
         server = Server(io_threads)
         undo.callback(server.stop)
-        server.start([Export(config, parts, server) for config, parts in zip(disks, opened, strict=True)])
+        exports = [Export(config, parts, server) for config, parts in zip(disks, opened, strict=True)]
+        if give_up is not None:
+            give_up({config.socket_path.parent for config in disks if config.socket_path})
+        server.start(exports)
         undo.pop_all()
     return server
 
@@ -360,7 +371,7 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     """Whatever is made or opened here, `undo` takes back."""
     if config.create is not None:
         create_image(config.image, config.create)
-        undo.callback(config.image.unlink)
+        undo.callback(_remove, config.image)
     opened = Image(
         config.image,
         read_only=config.read_only,
@@ -372,13 +383,19 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     zones = None
     if config.zoned:
         zones = ZoneFile(opened, config.zoned, block_size=config.block_size)
-        undo.callback(zones.unlink)
+        undo.callback(_remove, zones)
         undo.callback(zones.close)
     else:
         check_not_zoned(config.image)
     listener = Listener.at(config.socket_path) if config.socket_path else Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
     return _Opened(opened, zones, listener)
+
+
+def _remove(made: Path | ZoneFile) -> None:
+    """Undo that it was made; who has given up the right to do so leaves it there, and tells the error that led here."""
+    with contextlib.suppress(OSError):
+        made.unlink()
 
 
 def _io_threads(

@@ -8,25 +8,25 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, ZONES
-from ringplane.values import check_serial
+from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.values import User, check_serial
 
 if TYPE_CHECKING:
     from ringplane.dataplane.trace import TraceEvent
-    from ringplane.export import Export
+    from ringplane.export import Export, GiveUp
     from ringplane.server import Server
 
 # Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-BESIDE_CONFIG = ("config", "log_level", "trace", "print_capabilities")
+BESIDE_CONFIG = ("config", "sandbox", "user", "log_level", "trace", "print_capabilities")
 
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -95,6 +95,12 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     metavar="SIZE[,...]",
     help="A zoned disk of such zones, on a new image: 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
 )
+@click.option(
+    "--sandbox/--no-sandbox",
+    default=None,
+    help="Give up files, network, programs, new code: all that serving does not need [default: as far as possible].",
+)
+@click.option("--user", type=USER, metavar="NAME[:GROUP]", help="Become this user when everything has been opened.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
 @click.option(
@@ -102,7 +108,16 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     help="Print what this back end can do, as JSON, and exit.",
 )  # fmt: skip
 @click.pass_context
-def serve(context: click.Context, /, config: Path | None, log_level: str, trace: bool, **options: Any) -> None:
+def serve(
+    context: click.Context,
+    /,
+    config: Path | None,
+    sandbox: bool | None,
+    user: User | None,
+    log_level: str,
+    trace: bool,
+    **options: Any,
+) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
     One disk by the options, or those of a configuration file. SIGHUP: images that grew or shrank get their new size.
@@ -112,12 +127,12 @@ def serve(context: click.Context, /, config: Path | None, log_level: str, trace:
     logging.getLogger("ringplane").setLevel(log_level.upper())
     if config is not None:
         refuse_other_options(context)
-        serve_until_signal(lambda: start_config(config), trace)
+        serve_until_signal(lambda: start_config(config, rights(sandbox, user)), trace)
     else:
         check_options(**options)
         options["block_size"] = int(options["block_size"])
         options["features"] = dict(options["features"])
-        serve_until_signal(lambda: start_disk(**options), trace)
+        serve_until_signal(lambda: start_disk(give_up=rights(sandbox, user), **options), trace)
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -168,7 +183,28 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
     return serve(blk_file, socket_path, **options).server
 
 
-def start_config(path: Path) -> Server:
+def rights(sandbox: bool | None, user: User | None) -> GiveUp:
+    """What gives up the rights that these options are about; raises SandboxError where not all can be that must."""
+    from ringplane import sandbox as box
+
+    missing = box.missing() if sandbox is not False else []
+    if sandbox and missing:
+        raise box.SandboxError(f"there is no {' and no '.join(missing)} here, which --sandbox asks for")
+    if missing:
+        logging.getLogger(__name__).warning(
+            "the sandbox goes without %s, which cannot be had here", " and ".join(missing)
+        )
+
+    def give_up(folders: Collection[Path]) -> None:
+        if user is not None:
+            box.change_user(user)
+        if sandbox is not False:
+            box.confine(folders)
+
+    return give_up
+
+
+def start_config(path: Path, give_up: GiveUp) -> Server:
     """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
     from ringplane.config import ConfigError, read_config
     from ringplane.export import serve_all
@@ -180,11 +216,13 @@ def start_config(path: Path) -> Server:
     # Each attached disk has some fds for itself and three for each queue.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return serve_all(config.disks, config.io_threads)
+    return serve_all(config.disks, config.io_threads, give_up)
 
 
 def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
+    # Threads that nobody here needs: NumPy starts one per CPU when it is imported, and they would not be confined.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ringplane.image import ImageError
     from ringplane.listener import ListenError
 
