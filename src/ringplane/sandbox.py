@@ -35,19 +35,18 @@ ALLOWED = (
     # The helper threads, flushes and resizes.
     *("fdatasync", "fallocate", "lseek", "ftruncate", "fsync", "pread64", "pwrite64", "fstatfs"),
     # The control thread and its front ends.
-    *("epoll_wait", "epoll_ctl", "epoll_create1", "accept4", "recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown"),
     *(
+        "epoll_wait",
+        "epoll_ctl",
+        "epoll_create1",
+        "poll",
+        "ppoll",
+        "accept4",
         "getsockname",
         "getpeername",
         "getsockopt",
-        "eventfd2",
-        "memfd_create",
-        "dup",
-        "close",
-        "preadv2",
-        "poll",
-        "ppoll",
     ),
+    *("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "eventfd2", "memfd_create", "dup", "close", "preadv2"),
     # What a file is, and the end of a socket's.
     *("fstat", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat", "unlink", "unlinkat"),
     # The life of threads, signals, time, chance.
@@ -103,8 +102,8 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc.forbid_writable_code()
     libc.forbid_new_rights()
+    _warn_of_other_threads()
     if "Landlock" not in absent:
-        _warn_of_other_threads()
         landlock.give_up_files(removing_in)
     libc.drop_capabilities()
     if "seccomp filters" not in absent:
@@ -115,7 +114,7 @@ def _warn_of_other_threads() -> None:
     """Numerical libraries like to start some when they are loaded."""
     others = len(os.listdir("/proc/self/task")) - 1
     if others:
-        log.warning("%d threads had been started before: Landlock does not hold for them", others)
+        log.warning("threads that had been started before (%d) keep their capabilities and access to files", others)
 
 
 def limited() -> dict[str, Only]:

@@ -331,6 +331,28 @@ def test_deadly_calls_end_the_process(call: str) -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGSYS, "confined\n"), done.stderr
 
 
+LATE = """
+import json, logging, threading, time
+from ringplane.sandbox import confine
+logging.basicConfig()
+threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
+confine([])
+try:
+    json.loads("no JSON")
+except ValueError:
+    logging.exception("told without the lines of the source, which cannot be read")
+"""
+
+
+def test_what_it_is_too_late_for_is_told() -> None:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, timeout=SOON)
+    assert done.returncode == 0
+    assert "threads that had been started before (1) keep their capabilities and access to files" in done.stderr
+    assert "json.decoder.JSONDecodeError: Expecting value" in done.stderr
+    assert "decoder.py" in done.stderr
+
+
 @pytest.mark.parametrize("operation", [0, 18, 19, 45])
 def test_ring_does_nothing_but_io(operation: int) -> None:
     """io_uring's NOP, OPENAT, CLOSE, SOCKET; what a ring can do is limited whether or not there is a sandbox."""

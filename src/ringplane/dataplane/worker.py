@@ -50,6 +50,7 @@ from ringplane.engines.choose import AUTO, make_engine
 from ringplane.engines.ranges import RANGE
 from ringplane.memory import BadMemory, MemoryTable
 from ringplane.native import libc, sigbus
+from ringplane.native.jit import load
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
@@ -185,8 +186,8 @@ class Worker:
     def load(self) -> None:
         """Compile or load all that the threads will call, so that from their start on they need no file for it."""
         self._helpers.load()
-        run.load(int(self._state.ctypes.data))  # type: ignore[attr-defined]
-        mark_ready.load(self._state[0], np.zeros(1, QUEUE)[0])  # type: ignore[attr-defined]
+        load(run, int(self._state.ctypes.data))
+        load(mark_ready, self._state[0], np.zeros(1, QUEUE)[0])
         sigbus.install()
 
     def start(self) -> None:

@@ -35,7 +35,7 @@ from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TO
 from ringplane.memory import Mapping
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
-from ringplane.native.jit import compiled
+from ringplane.native.jit import compiled, load
 from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, io_uring_enter
 
 # include/uapi/linux/io_uring.h
@@ -342,8 +342,8 @@ class Uring:
         self._restrict()
         self._map(fields)
         self._make_state(capacity, fields)
-        # Loaded now: when something is unwatched for the first time, the process may have given up loading code.
-        prepare_unwatch.load(self._engine[0], 0)  # type: ignore[attr-defined]
+        # When something is unwatched for the first time, the process may have given up loading code.
+        load(prepare_unwatch, self._engine[0], 0)
 
     def _restrict(self) -> None:
         rules = [(IORING_RESTRICTION_SQE_OP, operation) for operation in OPERATIONS]

@@ -110,7 +110,6 @@ class _Compiled:
         return (self._whole or self._make_whole())(*args)
 
     def load(self, *args: Any) -> None:
-        """Compile, or load from the cache, what a call with such arguments will run, and do not call it."""
         (self._whole or self._make_whole()).compile(tuple(map(numba.typeof, args)))  # type: ignore[attr-defined]
 
     def _make_whole(self) -> Callable[..., Any]:
@@ -127,6 +126,12 @@ def compiled(function: Function) -> Function:
     Division by zero gives NumPy's result instead of an exception, so no path out of compiled code needs the GIL.
     """
     return _Compiled(function)  # type: ignore[return-value]
+
+
+def load(function: Callable[..., Any], *args: Any) -> None:
+    """Compile, or load from the cache, what a call of a compiled function with such arguments will run."""
+    assert isinstance(function, _Compiled)
+    function.load(*args)
 
 
 def is_cached() -> bool:
