@@ -147,11 +147,20 @@ class Disk:
         self._device.size = self.image.size
         return True
 
+    @property
+    def flush_failed(self) -> bool:
+        """Whether a flush has failed, so that none can be promised any more (fsync(2))."""
+        return self._device.flush_failed
+
+    @flush_failed.setter
+    def flush_failed(self, failed: bool) -> None:
+        self._device.flush_failed = failed
+
     def sync(self) -> None:
         """fdatasync(2): what was answered is stable afterwards. Raises OSError, also where an earlier flush failed."""
         if self.storage == NOWHERE or self.image.read_only:
             return
-        if self._device.flush_failed:
+        if self.flush_failed:
             raise OSError(errno.EIO, "a flush failed before")
         if self.zones:
             self.zones.sync()

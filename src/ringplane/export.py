@@ -24,12 +24,14 @@ from ringplane.dataplane.warm import warm_up
 from ringplane.dataplane.worker import POLL_US, WorkerEnded
 from ringplane.disk import Disk
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
+from ringplane.handover import Predecessor, offer_successors, socket_beside
 from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
 from ringplane.listener import Listener
 from ringplane.server import IoThread, Server
 from ringplane.values import ZoneModel
 from ringplane.vhost_user.session import Session
+from ringplane.vhost_user.snapshot import SessionSnapshot
 from ringplane.vhost_user.transport import AsyncTransport
 from ringplane.zonefile import ZoneFile, check_not_zoned
 
@@ -117,7 +119,10 @@ class Export:
             zones=opened.zones,
         )
         self._listener = opened.listener
-        self._accepting: asyncio.Future[tuple[socket.socket, object]] | None = None
+        self._accepting: asyncio.Future[None] | None = None
+        # Cleared while nobody is to be accepted, as another process may take over.
+        self._go = asyncio.Event()
+        self._go.set()
         self._session: Session | None = None
         self._transport: AsyncTransport | None = None
         self._stopping = False
@@ -223,6 +228,9 @@ class Export:
             if listener.connected:
                 await self._serve_front_end(listener.sock)
                 return
+            if self._session is not None:
+                log.info("%s: goes on with a front end of the process before", self.disk.image.path.name)
+                await self._run_session(self._session)
             listener.sock.setblocking(False)
             while not self._stopping:
                 sock = await self._accept(listener.sock)
@@ -232,10 +240,12 @@ class Export:
             listener.close()
 
     async def _accept(self, listening: socket.socket) -> socket.socket | None:
-        self._accepting = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listening))
         try:
-            return (await self._accepting)[0]
-        except asyncio.CancelledError:
+            await self._wait_for_one(listening)
+            # Nothing else runs between this and the session, so that none is accepted after `freeze`.
+            return None if self._stopping else listening.accept()[0]
+        except BlockingIOError:
+            # It went away again.
             pass
         except OSError as error:
             # Too many open files, say: the front end waits in the queue until that has passed.
@@ -243,20 +253,77 @@ class Export:
             await asyncio.sleep(ACCEPT_AGAIN)
         return None
 
+    async def _wait_for_one(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._accepting = loop.create_future()
+        loop.add_reader(listening, _wake, self._accepting)
+        try:
+            await self._accepting
+        finally:
+            loop.remove_reader(listening)
+        while not self._go.is_set():
+            await self._go.wait()
+
     async def _serve_front_end(self, sock: socket.socket) -> None:
-        name = self.disk.image.path.name
         self._transport = AsyncTransport(sock)
         self._session = Session(self._transport, self.disk)
-        log.info("%s: front end attached", name)
+        log.info("%s: front end attached", self.disk.image.path.name)
+        await self._run_session(self._session)
+
+    async def _run_session(self, session: Session) -> None:
+        name = self.disk.image.path.name
         try:
             if not self._stopping:
-                await self._session.run()
+                await session.run()
         except Exception:
             log.exception("%s: front end dropped, by a fault of ringplane's own; please report it", name)
         finally:
-            self._transport.close()
+            if self._transport:
+                self._transport.close()
             self._session = self._transport = None
             log.info("%s: front end detached", name)
+
+    # For handover.py.
+
+    @property
+    def listener(self) -> Listener:
+        return self._listener
+
+    @property
+    def session(self) -> Session | None:
+        return self._session
+
+    async def freeze(self) -> None:
+        """Have nothing happen until `thaw`: nobody is accepted, and `Session.freeze`; raises what that does."""
+        self._go.clear()
+        try:
+            if self._session:
+                await self._session.freeze()
+        except BaseException:
+            self._go.set()
+            raise
+
+    async def thaw(self) -> None:
+        """Go on after `freeze`."""
+        if self._session:
+            await self._session.thaw()
+        self._go.set()
+
+    async def abandon(self) -> None:
+        """After `freeze`: stop, and leave all as it is to the process that goes on with it."""
+        self._listener.owned = False
+        if self.disk.zones:
+            self.disk.zones.abandon()
+        if self._session:
+            await self._session.abandon()
+        self.request_stop()
+        self._go.set()
+
+    def go_on_from(self, told: SessionSnapshot) -> None:
+        """Serve a front end that another process hands over, from the start on; raises what Session's does."""
+        self._transport = AsyncTransport(socket.socket(fileno=os.dup(told.socket.number)))
+        self._session = Session(self._transport, self.disk)
+        self._session.go_on_from(told)
 
     async def _drain(self, drained: threading.Event) -> None:
         try:
@@ -283,7 +350,12 @@ class Export:
         if self._transport:
             self._transport.close()
         elif self._accepting:
-            self._accepting.cancel()
+            _wake(self._accepting)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def serve(
@@ -305,6 +377,8 @@ def serve(
     serial: str | None = None,
     features: Mapping[str, bool] | None = None,
     zoned: ZoneModel | None = None,
+    upgradable: bool = False,
+    upgrade: bool = False,
     give_up: GiveUp | None = None,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
@@ -316,11 +390,12 @@ def serve(
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
     export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
-    `zoned` makes a host-managed zoned disk of a new image, or goes on with one. `give_up`: see `serve_all`. When this
-    returns, front ends can connect.
+    `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
+    connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
+    `give_up`: see `serve_all`.
 
-    Raises ImageError, ListenError, ValueError for arguments that make no sense, or OSError when the kernel lacks what
-    the data plane needs; nothing is left behind.
+    Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
+    kernel lacks what the data plane needs; nothing is left behind.
     """
     threads = _io_threads(io_threads, cpus, engine, poll_us, pin_memory)
     config = DiskConfig(
@@ -339,10 +414,17 @@ def serve(
         features=features or {},
         zoned=zoned,
     )
-    return serve_all([config], threads, give_up).exports[0]
+    return serve_all([config], threads, upgradable=upgradable, upgrade=upgrade, give_up=give_up).exports[0]
 
 
-def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], give_up: GiveUp | None = None) -> Server:
+def serve_all(
+    disks: Sequence[DiskConfig],
+    io_threads: Sequence[IoThread],
+    *,
+    upgradable: bool = False,
+    upgrade: bool = False,
+    give_up: GiveUp | None = None,
+) -> Server:
     """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
 
     `give_up` is called when everything has been opened and loaded and no thread has begun yet, with the folders in
@@ -354,17 +436,53 @@ def serve_all(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], give_
     for config in disks:
         if not config.io_threads or not set(config.io_threads) <= set(names):
             raise ValueError(f"{config.image}: {list(config.io_threads)} are not among the I/O threads {names}")
-    with contextlib.ExitStack() as undo:
-        opened = [_open(config, undo) for config in disks]
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
+        predecessor = at_last.enter_context(Predecessor(disks)) if upgrade else None
+        if predecessor:
+            opened = [_take_over(config, predecessor, index, undo) for index, config in enumerate(disks)]
+        else:
+            opened = [_open(config, undo) for config in disks]
         warm_up()
         server = Server(io_threads)
         undo.callback(server.stop)
         exports = [Export(config, parts, server) for config, parts in zip(disks, opened, strict=True)]
+        successors = _listen_for_successors(disks, undo) if upgradable and not predecessor else None
         if give_up is not None:
             give_up({config.socket_path.parent for config in disks if config.socket_path})
+        server.start_io_threads()
+        if predecessor:
+            successors = predecessor.take(exports)
         server.start(exports)
         undo.pop_all()
+    if successors:
+        server.at_end.callback(successors.close)
+        server.start_task(lambda: offer_successors(server, successors))
     return server
+
+
+def _listen_for_successors(disks: Sequence[DiskConfig], undo: contextlib.ExitStack) -> Listener | None:
+    """Beside the first disk's socket, if it has one."""
+    path = disks[0].socket_path
+    if path is None:
+        return None
+    listener = Listener.at(socket_beside(path), mode=0o600)
+    undo.callback(listener.close)
+    return listener
+
+
+def _take_over(config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack) -> _Opened:
+    """As `_open`, from the process that serves it now."""
+    fd, size = predecessor.image(index)
+    image = Image(config.image, read_only=config.read_only, block_size=config.block_size, fd=fd)
+    undo.callback(image.close)
+    image.size = size
+    zones = None
+    if config.zoned:
+        zones = ZoneFile(image, config.zoned, block_size=config.block_size, shared=True)
+        undo.callback(zones.abandon)
+    listener = predecessor.listener(index)
+    undo.callback(listener.close)
+    return _Opened(image, zones, listener)
 
 
 def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:

@@ -78,20 +78,26 @@ class Image:
         direct: bool = True,
         share_rw: bool = False,
         block_size: int = 512,
+        fd: int | None = None,
     ) -> None:
         """Open and lock; raises ImageError.
 
-        `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards.
+        `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards. With
+        `fd` it is open and locked already, by the process that we take over from, and ours from now on.
         """
         self.path = path
         self.read_only = read_only
         self._block_size = block_size
-        self.fd, self.direct = _open(path, read_only, direct)
+        if fd is None:
+            self.fd, self.direct = _open(path, read_only, direct)
+        else:
+            self.fd, self.direct = fd, bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         try:
             self.size = _size(self.fd, path)
             if not read_only:
                 _check_writable(self.fd, path)
-            _lock(self.fd, path, read_only=read_only, share_rw=share_rw)
+            if fd is None:
+                _lock(self.fd, path, read_only=read_only, share_rw=share_rw)
             self.alignment = _alignment(self.fd, path) if self.direct else UNALIGNED
             _check_block_size(self, block_size)
         except BaseException:

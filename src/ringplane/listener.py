@@ -22,15 +22,20 @@ class Listener:
         self.sock = sock
         self.path = path
         self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        # Whether its file is ours to remove: not while another process serves it (handover.py).
+        self.owned = True
         self._identity = _identity(path) if path else None
 
     @classmethod
-    def at(cls, path: Path) -> Listener:
-        """Listen at `path`; raises ListenError."""
+    def at(cls, path: Path, mode: int | None = None) -> Listener:
+        """Listen at `path`, a file of this mode [default: as umask(2) leaves it]; raises ListenError."""
         _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.bind(str(path))
+            if mode is not None:
+                # Nobody can connect before this.
+                os.chmod(path, mode)
             sock.listen()
         except OSError as error:
             sock.close()
@@ -53,7 +58,7 @@ class Listener:
     def close(self) -> None:
         """Close the socket and remove its file, if it is still the one that we made."""
         self.sock.close()
-        if self.path and self._identity and _identity(self.path) == self._identity:
+        if self.owned and self.path and self._identity and _identity(self.path) == self._identity:
             try:
                 self.path.unlink()
             except OSError as error:

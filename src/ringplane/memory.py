@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import weakref
@@ -42,7 +43,8 @@ class Mapping:
 
     Reference counting is the point: a table that was replaced is kept by the worker as long as requests that were
     translated with it are in flight, and with it the mapping. Where the file is truncated under it, pages of zeros take
-    the place of those that are touched, and `alarm` is signalled (native/sigbus.py).
+    the place of those that are touched, and `alarm` is signalled (native/sigbus.py). `fd` is a duplicate of its own, by
+    which another process can map the same (handover.py).
     """
 
     def __init__(self, fd: int, size: int, offset: int, alarm: Alarm | None = None) -> None:
@@ -54,24 +56,26 @@ class Mapping:
         page = max(os.sysconf("SC_PAGE_SIZE"), status.st_blksize)
         lead = offset % page
         length = -(-(size + lead) // page) * page
-        start = libc.mmap_shared(fd, length, offset - lead)
-        # Kept until the guard has been released: its eventfd, and the word where it notes the loss, of which nobody
-        # needs to know more.
-        kept = (alarm, np.zeros(1, np.int64))
-        try:
+        with contextlib.ExitStack() as undo:
+            start = libc.mmap_shared(fd, length, offset - lead)
+            undo.callback(libc.munmap, start, length)
+            self.fd = os.dup(fd)
+            undo.callback(os.close, self.fd)
+            # Kept until the guard has been released: its eventfd, and the word where it notes the loss, of which
+            # nobody needs to know more.
+            kept = (alarm, np.zeros(1, np.int64))
             alarm_fd = alarm.fd if alarm is not None else -1
             guard = sigbus.guard(start, length, page, int(kept[1].ctypes.data), alarm_fd)
-        except BaseException:
-            libc.munmap(start, length)
-            raise
+            undo.pop_all()
         # Not at the interpreter's exit, where a worker's thread may still be running.
-        weakref.finalize(self, _unmap, guard, start, length, kept).atexit = False
-        self.address, self.size = start + lead, size
+        weakref.finalize(self, _unmap, guard, start, length, self.fd, kept).atexit = False
+        self.address, self.size, self.offset = start + lead, size, offset
 
 
-def _unmap(guard: int, start: int, length: int, kept: object) -> None:
+def _unmap(guard: int, start: int, length: int, fd: int, kept: object) -> None:
     sigbus.release(guard)
     libc.munmap(start, length)
+    os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,8 @@ class Server:
         self._io_threads = io_threads
         self.workers: dict[str, Worker] = {}
         self.exports: Sequence[Export] = ()
+        # What is to be closed with the threads.
+        self.at_end = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         # Left to itself asyncio makes it when it is first needed, and reads files for that (sandbox.py).
@@ -78,16 +80,19 @@ class Server:
             worker.load()
         release_compiler()
 
-    def start(self, exports: Sequence[Export]) -> None:
-        """Start the I/O threads, and the control thread, which serves these disks until each has been stopped.
+    def start_io_threads(self) -> None:
+        """Returns when all of them run.
 
         Raises OSError when an affinity cannot be had, WorkerEnded when a thread fails; `stop` undoes it.
         """
-        self.exports = exports
         for worker in self.workers.values():
             worker.start()
         for ready in [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self._io_threads]:
             ready.result()
+
+    def start(self, exports: Sequence[Export]) -> None:
+        """Start the control thread, which serves these disks until each has been stopped."""
+        self.exports = exports
         self._thread.start()
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
@@ -178,6 +183,7 @@ class Server:
         self._loop.close()
         for worker in self.workers.values():
             worker.stop()
+        self.at_end.close()
 
 
 def _run_on(cpus: Collection[int] | None) -> None:

@@ -39,6 +39,8 @@ HEADER = np.dtype(
     ]
 )
 
+OPEN = (zoned.VIRTIO_BLK_ZS_IOPEN, zoned.VIRTIO_BLK_ZS_EOPEN)
+
 # Appends are whole or not at all, so not too large.
 MAX_APPEND_SECTORS = 2048
 
@@ -46,11 +48,12 @@ MAX_APPEND_SECTORS = 2048
 class ZoneFile:
     """The zones of an image; `address` is that of their ZONES struct."""
 
-    def __init__(self, image: Image, model: ZoneModel, *, block_size: int) -> None:
+    def __init__(self, image: Image, model: ZoneModel, *, block_size: int, shared: bool = False) -> None:
         """Open the file, or make it for an image without data; raises ImageError and OSError.
 
         What the last process has told of its writes counts, or, after a crash of the machine, what it had on stable
-        storage. What is in the image beyond that is forgotten.
+        storage. What is in the image beyond that is forgotten. `shared`: another process still writes, and hands over
+        its zones (`go_on_from`) when it has ended to.
         """
         self.model, self.image = model, image
         self.path = path_beside(image.path)
@@ -62,7 +65,7 @@ class ZoneFile:
         self._fd = os.open(self.path, os.O_CLOEXEC | (os.O_RDONLY if image.read_only else os.O_RDWR))
         try:
             self._map()
-            self._load()
+            self._load(shared)
         except BaseException:
             os.close(self._fd)
             if self.created:
@@ -79,7 +82,7 @@ class ZoneFile:
         self._reached = np.frombuffer(self._memory, np.int64, self.count, PAGE)
         self._stable = np.frombuffer(self._memory, np.int64, self.count, PAGE + _array_size(self.count))
 
-    def _load(self) -> None:
+    def _load(self, shared: bool) -> None:
         header = self._header[0]
         if bytes(header["magic"]) != MAGIC:
             raise ImageError(f"{self.path}: is no file of zones")
@@ -96,7 +99,7 @@ class ZoneFile:
         if not ((pointers >= 0) & (pointers <= model.capacity // SECTOR)).all():
             raise ImageError(f"{self.path}: is damaged, a write pointer is outside of its zone")
         self._make_structs(pointers)
-        if self.image.read_only:
+        if self.image.read_only or shared:
             return
         if header["in_use"]:
             self._forget_unwritten(pointers)
@@ -148,6 +151,24 @@ class ZoneFile:
         os.fdatasync(self.image.fd)
         self._stable[:] = self._reached
         os.fdatasync(self._fd)
+
+    def snapshot(self) -> bytes:
+        """The zones, while no request is in flight: for each its state and pointer, two int64."""
+        return np.stack([self._table["state"], self._table["pointer"]], axis=1).tobytes()
+
+    def go_on_from(self, told: bytes) -> None:
+        """With the zones of a process that has stopped to write. Raises ImageError for those of another disk."""
+        if len(told) != 16 * self.count:
+            raise ImageError(f"{self.path}: other zones are handed over")
+        state, pointer = np.frombuffer(told, np.int64).reshape(-1, 2).T
+        self._table["state"], self._table["pointer"] = state, pointer
+        self._zones["open"] = np.isin(state, OPEN).sum()
+        self._zones["active"] = np.isin(state, (*OPEN, zoned.VIRTIO_BLK_ZS_CLOSED)).sum()
+
+    def abandon(self) -> None:
+        """Let go of the file, as another process goes on with it."""
+        os.close(self._fd)
+        self._fd = -1
 
     def close(self) -> None:
         """Write down that nothing is unknown, and let go of the file; no queue may be running.

@@ -36,6 +36,13 @@ class Backend:
         self.process.wait()
         self.process = start(self.process.args, self.log)  # type: ignore[arg-type]
 
+    def upgrade(self) -> None:
+        """Have a new process take over from it, which must end well."""
+        self.check_alive()
+        old, arguments = self.process, list(self.process.args)  # type: ignore[arg-type]
+        self.process = start([*arguments, *([] if "--upgrade" in arguments else ["--upgrade"])], self.log)
+        assert old.wait(STOP_DEADLINE) == 0, self.told()
+
     def stop(self) -> None:
         """Ends the back end as a service manager does, and demands that it was alive until then and ends well."""
         self.stopped = True

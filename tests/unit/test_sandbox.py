@@ -60,12 +60,16 @@ class Served:
 
     def __init__(self, folder: Path, command: list[str], *arguments: str, image: Path | None = None) -> None:
         self.socket, self.image = folder / "socket", image or folder / "image"
-        where = ["--blk-file", str(self.image), "--socket-path", str(self.socket)]
-        with (folder / "errors").open("w") as errors:
+        where = ["--blk-file", str(self.image), "--socket-path", self.socket.name]
+        with tempfile.NamedTemporaryFile("w", prefix="errors-", dir=folder, delete=False) as errors:
             self.process = subprocess.Popen(
-                [sys.executable, *command, *where, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True
+                [sys.executable, *command, *where, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=folder,
             )
-        self._errors = folder / "errors"
+        self._errors = Path(errors.name)
         assert self.process.stdout is not None
         while not (line := self.process.stdout.readline()).startswith("listening on "):
             assert line, self._errors.read_text()
@@ -517,6 +521,24 @@ def test_nothing_forbidden_is_called_for_zones(serve: Callable[..., Served], tmp
     assert (tmp_path / "image.zones").exists()
 
 
+@needs_all
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+def test_nothing_forbidden_is_called_for_a_successor(serve: Callable[..., Served], engine: str) -> None:
+    """Each takes over from the one before, and all are confined."""
+    served = serve("--engine", engine, strict=True)
+    with served.attach() as driver:
+        driver.write(0, b"x" * 4096)
+        for _ in range(2):
+            before, served = served, serve("--engine", engine, "--upgrade", strict=True)
+            assert before.process.wait(SOON) == 0
+            assert driver.read(0, 4096) == b"x" * 4096
+            driver.flush()
+    exercise(served)
+    assert "takes over" not in served.end()
+    assert not served.socket.exists()
+    assert not served.socket.with_name("socket.upgrade").exists()
+
+
 # Where parts of it are missing
 
 BARE = """
@@ -608,7 +630,7 @@ def test_another_user(folder_of_nobody: Path, options: list[str]) -> None:
         errors = served.end()
         assert "cannot pin" not in errors
         # The folder is root's.
-        assert f"{served.socket}: the socket's file is left there: Permission denied" in errors
+        assert "socket: the socket's file is left there: Permission denied" in errors
     finally:
         served.close()
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-BESIDE_CONFIG = ("config", "sandbox", "user", "log_level", "trace", "print_capabilities")
+BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "trace", "print_capabilities")
 
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -101,6 +101,11 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     help="Give up files, network, programs, new code: all that serving does not need [default: as far as possible].",
 )
 @click.option("--user", type=USER, metavar="NAME[:GROUP]", help="Become this user when everything has been opened.")
+@click.option(
+    "--upgrade",
+    is_flag=True,
+    help="Take over from the running ringplane that serves these disks, with its guests, who notice nothing.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
 @click.option(
@@ -112,6 +117,7 @@ def serve(
     context: click.Context,
     /,
     config: Path | None,
+    upgrade: bool,
     sandbox: bool | None,
     user: User | None,
     log_level: str,
@@ -127,12 +133,12 @@ def serve(
     logging.getLogger("ringplane").setLevel(log_level.upper())
     if config is not None:
         refuse_other_options(context)
-        serve_until_signal(lambda: start_config(config, rights(sandbox, user)), trace)
+        serve_until_signal(lambda: start_config(config, upgrade, rights(sandbox, user)), trace)
     else:
-        check_options(**options)
+        check_options(**options, upgrade=upgrade)
         options["block_size"] = int(options["block_size"])
         options["features"] = dict(options["features"])
-        serve_until_signal(lambda: start_disk(give_up=rights(sandbox, user), **options), trace)
+        serve_until_signal(lambda: start_disk(**options, upgrade=upgrade, give_up=rights(sandbox, user)), trace)
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -156,6 +162,7 @@ def check_options(
     serial: str | None,
     zoned: object,
     share_rw: bool,
+    upgrade: bool,
     **_: Any,
 ) -> None:
     """What click cannot see by one option alone; raises UsageError."""
@@ -163,6 +170,8 @@ def check_options(
         raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
     if (socket_path is None) == (fd is None):
         raise click.UsageError("give either --socket-path PATH or --fd N")
+    if upgrade and socket_path is None:
+        raise click.UsageError("--upgrade needs --socket-path, by which the running process is found")
     if len(cpus) not in (0, 1, io_threads):
         raise click.UsageError(
             f"--cpus is given {len(cpus)} times; give it once, or once for each of {io_threads} I/O threads"
@@ -180,7 +189,8 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
     """Serve the one disk that the options are about."""
     from ringplane.export import serve
 
-    return serve(blk_file, socket_path, **options).server
+    raise_fd_limit()
+    return serve(blk_file, socket_path, **options, upgradable=True).server
 
 
 def rights(sandbox: bool | None, user: User | None) -> GiveUp:
@@ -204,7 +214,7 @@ def rights(sandbox: bool | None, user: User | None) -> GiveUp:
     return give_up
 
 
-def start_config(path: Path, give_up: GiveUp) -> Server:
+def start_config(path: Path, upgrade: bool, give_up: GiveUp) -> Server:
     """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
     from ringplane.config import ConfigError, read_config
     from ringplane.export import serve_all
@@ -213,16 +223,21 @@ def start_config(path: Path, give_up: GiveUp) -> Server:
         config = read_config(path)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
-    # Each attached disk has some fds for itself and three for each queue.
+    raise_fd_limit()
+    return serve_all(config.disks, config.io_threads, upgradable=True, upgrade=upgrade, give_up=give_up)
+
+
+def raise_fd_limit() -> None:
+    """Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return serve_all(config.disks, config.io_threads, give_up)
 
 
 def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
     # Threads that nobody here needs: NumPy starts one per CPU when it is imported, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from ringplane.handover import HandoverError
     from ringplane.image import ImageError
     from ringplane.listener import ListenError
 
@@ -241,7 +256,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
         signal.signal(number, on_signal)
     try:
         servers.append(start())
-    except (ImageError, ListenError, OSError, RuntimeError) as error:
+    except (ImageError, ListenError, HandoverError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     with servers[0] as server:
         if trace:

@@ -98,6 +98,10 @@ class Device:
         """Whether the page cache may have lost what was written."""
         return bool(self._record["flush_failed"][0])
 
+    @flush_failed.setter
+    def flush_failed(self, failed: bool) -> None:
+        self._record["flush_failed"] = failed
+
     @property
     def lost_mapping(self) -> bool:
         """Whether pages of an image in memory have gone, so that it is served by system calls from now on."""

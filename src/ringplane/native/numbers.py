@@ -45,6 +45,8 @@ TABLE = {
     "fsync": (74, 82),
     "ftruncate": (77, 46),
     "futex": (202, 98),
+    "getcwd": (79, 17),
+    "geteuid": (107, 175),
     "getpeername": (52, 205),
     "getpid": (39, 172),
     "getrandom": (318, 278),

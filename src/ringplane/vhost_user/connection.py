@@ -196,6 +196,19 @@ class Connection:
             self._close_fds()
             raise
 
+    @property
+    def unfinished(self) -> tuple[bytes, tuple[int, ...]]:
+        """What has been received of the next message: its bytes, and its fds, which stay the connection's."""
+        coming = self._incoming
+        header = b"" if coming is None else HEADER.pack(coming.request, coming.flags, coming.size)
+        return header + self._buffer, tuple(self._fds)
+
+    def receive_again(self, data: bytes, fds: Sequence[int]) -> None:
+        """Take what was `unfinished` in another connection; raises as `receive` does."""
+        self.receive(data[:HEADER_SIZE], fds)
+        if len(data) > HEADER_SIZE:
+            self.receive(data[HEADER_SIZE:])
+
     def receive_eof(self) -> None:
         """Take note that the peer closed its end. Raises ProtocolError if that was inside a message."""
         self._check_open()

@@ -6,6 +6,7 @@ Source: QEMU's docs/interop/vhost-user.rst, sections "Back-end communication" an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -36,21 +37,26 @@ class BackendChannel:
             os.close(fd)
             raise
         self._transport = AsyncTransport(sock, Connection(Role.BACK_END, backend_channel=True))
-        self._asking = asyncio.Lock()
+        # Held by whom nothing may be under way for: no request is sent, and no answer awaited.
+        self.quiet = asyncio.Lock()
 
     async def tell(self, request: BackendRequest, payload: Payload | None = None) -> None:
         """Send what needs no answer; raises OSError, TimeoutError of it, when the front end does not take it."""
-        async with self._asking, asyncio.timeout(PATIENCE):
+        async with self.quiet, asyncio.timeout(PATIENCE):
             await self._transport.send(self._transport.connection.send(request, payload or Empty()))
 
     async def ask(self, request: BackendRequest, payload: Payload) -> None:
         """Send it and wait until the front end says that it has acted on it; raises OSError and ProtocolError."""
-        async with self._asking:
+        async with self.quiet:
             await self._transport.send(self._transport.connection.send(request, payload, need_reply=True))
             answer = await self._transport.receive()
             if answer is None:
                 raise ConnectionResetError("the front end closed its end of the channel")
             answer.close()
+
+    def fileno(self) -> int:
+        """Of its socket."""
+        return self._transport.fileno()
 
     def close(self) -> None:
         """May be called again."""
@@ -62,13 +68,21 @@ class InbandSignal:
 
     def __init__(self, ask: Ask, request: BackendRequest, ring: int) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._signalled = asyncio.Event()
+        self._signalled, self._idle = asyncio.Event(), asyncio.Event()
+        self._idle.set()
         asyncio.get_running_loop().add_reader(self.fd, self._note)
         self._task = asyncio.create_task(self._forward(ask, request, ring))
 
     def _note(self) -> None:
         os.eventfd_read(self.fd)
+        self._idle.clear()
         self._signalled.set()
+
+    async def forwarded(self) -> None:
+        """Return when the front end has been told of all that was signalled."""
+        with contextlib.suppress(BlockingIOError):
+            self._note()
+        await self._idle.wait()
 
     async def _forward(self, ask: Ask, request: BackendRequest, ring: int) -> None:
         """Signals that come while the front end is told of one are told of together."""
@@ -77,8 +91,11 @@ class InbandSignal:
                 await self._signalled.wait()
                 self._signalled.clear()
                 await ask(request, VringState(ring, 0))
+                if not self._signalled.is_set():
+                    self._idle.set()
         except (OSError, ProtocolError) as error:
             log.warning("%s of ring %d cannot be sent any more: %s", request.name, ring, error)
+            self._idle.set()
 
     def close(self) -> None:
         """Nobody may use the fd any more. May be called again."""

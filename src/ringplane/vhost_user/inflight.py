@@ -31,10 +31,16 @@ class InflightArea:
             raise BadMemory(
                 f"no in-flight area: {size} bytes at {offset} for {queues} queues of {described.queue_size} descriptors"
             )
+        self.described = described
         self._mapping = Mapping(fd, size, offset, alarm)
         self._queues = queues
         # Whoever made it, they are equal.
         self._stride = size // queues // ALIGNMENT * ALIGNMENT
+
+    @property
+    def fd(self) -> int:
+        """By which another process can map it."""
+        return self._mapping.fd
 
     def region(self, index: int, size: int, *, packed: bool) -> InflightRegion:
         """That of ring `index` with `size` descriptors; raises BadMemory where there is no room for it."""

@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import astuple
 from typing import TypeVar
 
-from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
-from ringplane.dataplane.worker import Worker, WorkerEnded
+from ringplane.dataplane.queue import DirtyLog, RingLayout
+from ringplane.dataplane.worker import WorkerEnded
 from ringplane.disk import Disk
 from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
@@ -41,7 +41,9 @@ from ringplane.vhost_user.messages import (
     VringFd,
     VringState,
 )
-from ringplane.vhost_user.transport import AsyncTransport
+from ringplane.vhost_user.snapshot import Fd, SessionSnapshot, SharedMemory, SharedRegion
+from ringplane.vhost_user.transport import AsyncTransport, Interrupted
+from ringplane.vhost_user.vring import Vring, replace_fd
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.split import MAX_QUEUE_SIZE
@@ -87,28 +89,12 @@ WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
 # Seconds after which a drain that takes long is spoken of.
 TELL_AFTER = 2.0
 
+# Seconds in which a front end has to have taken what is being sent to it, when it is to be handed over.
+FREEZE_PATIENCE = 1.0
+
 
 class Refused(Exception):
     """A request that cannot be carried out; the text says why. The front end is told where it asked for a reply."""
-
-
-@dataclass(slots=True)
-class Vring:
-    """What the front end has said about one ring so far."""
-
-    queue: Queue
-    worker: Worker
-    size: int = 0
-    base: int = 0
-    address: VringAddr | None = None
-    kick_fd: int = -1
-    call_fd: int = -1
-    err_fd: int = -1
-    enabled: bool = False
-    running: bool = False
-    # By what the front end is told of them in band; `call_told`: it has said how it wants to be called.
-    signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
-    call_told: bool = False
 
 
 class Session:
@@ -131,12 +117,18 @@ class Session:
         self._vrings = [Vring(queue, worker) for queue, worker in zip(disk.queues, disk.workers, strict=True)]
         self._write_back = True
         self._busy = asyncio.Lock()
+        # For `freeze`: `_paused` while no message is taken, and none is wanted before `_go`.
+        self._paused, self._go = asyncio.Event(), asyncio.Event()
+        self._go.set()
+        self._held = contextlib.AsyncExitStack()
 
     async def run(self) -> None:
         """Serve the front end until it goes away or breaks the protocol; then nothing of it is left."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._alarm.fd, self._end_without_memory)
         try:
+            # Those of a front end that was taken over.
+            await self._start_again(self._vrings)
             while await self._serve_one_message():
                 pass
         except (ProtocolError, Refused) as error:
@@ -146,6 +138,7 @@ class Session:
         finally:
             loop.remove_reader(self._alarm.fd)
             await self._close()
+            self._paused.set()
 
     def _end_without_memory(self) -> None:
         """Requests may have been done with zeros in the place of their data: this device cannot go on."""
@@ -156,13 +149,118 @@ class Session:
     async def drain(self) -> None:
         """Answer all that has been fetched while nothing more is fetched, then go on."""
         async with self._busy:
-            stopped = [vring for vring in self._vrings if vring.running]
-            await asyncio.gather(*(self._stop(vring) for vring in stopped))
-            for vring in stopped:
-                try:
-                    await self._start_or_stop(vring)
-                except (BadMemory, OSError) as error:
-                    log.warning("%s: cannot go on after a drain: %s", vring.queue.name, error)
+            await self._start_again(await self._stop_all())
+
+    async def _stop_all(self) -> Sequence[Vring]:
+        """Returns the rings that were running."""
+        running = [vring for vring in self._vrings if vring.running]
+        await asyncio.gather(*(self._stop(vring) for vring in running))
+        return running
+
+    async def _start_again(self, vrings: Sequence[Vring]) -> None:
+        for vring in vrings:
+            try:
+                await self._start_or_stop(vring)
+            except (BadMemory, OSError) as error:
+                log.warning("%s: cannot go on: %s", vring.queue.name, error)
+
+    # Handing over to another process, and taking over from one.
+
+    async def freeze(self) -> None:
+        """Have nothing happen until `thaw`: no message is taken, no ring runs, and all that was fetched is answered.
+
+        Raises Refused where the front end is in the middle of something. This takes as long as the requests in flight.
+        """
+        async with contextlib.AsyncExitStack() as held:
+            self._go.clear()
+            held.callback(self._go.set)
+            self._transport.interrupt()
+            with _refusing("the front end does not read its replies"):
+                async with asyncio.timeout(FREEZE_PATIENCE):
+                    await self._paused.wait()
+                    await held.enter_async_context(self._busy)
+            if any(vring.queue.suspended for vring in self._vrings):
+                raise Refused("the front end has removed the memory of a ring, to add it again")
+            held.push_async_callback(self._start_again, await self._stop_all())
+            with _refusing("the front end does not read what it is told"):
+                async with asyncio.timeout(FREEZE_PATIENCE):
+                    await self._quieten(held)
+            self._held = held.pop_all()
+
+    async def _quieten(self, held: contextlib.AsyncExitStack) -> None:
+        """Have nothing under way on the channel to the front end."""
+        await asyncio.gather(*(signal.forwarded() for vring in self._vrings for signal in vring.signals.values()))
+        if self._channel is not None:
+            await held.enter_async_context(self._channel.quiet)
+
+    async def thaw(self) -> None:
+        """Go on after `freeze`."""
+        await self._held.aclose()
+
+    async def abandon(self) -> None:
+        """End, as somebody else goes on with this front end, after `freeze`: nobody is told, nothing is taken."""
+        self._transport.close()
+        for vring in self._vrings:
+            vring.enabled = False
+        await self._held.aclose()
+
+    async def _pause(self) -> None:
+        self._paused.set()
+        await self._go.wait()
+        self._paused.clear()
+
+    def snapshot(self) -> SessionSnapshot:
+        """All that another process has to know to go on; after `freeze`."""
+        unfinished, fds = self._transport.connection.unfinished
+        area = self._inflight
+        return SessionSnapshot(
+            socket=Fd(self._transport.fileno()),
+            unfinished=unfinished,
+            unfinished_fds=[Fd(fd) for fd in fds],
+            features=self._features,
+            features_refused=self._features_refused,
+            protocol_features=int(self._protocol_features),
+            status=self._status,
+            write_back=self._write_back,
+            regions=[
+                SharedRegion(region.guest_address, region.user_address, _shared(region.mapping))
+                for region in self._memory.regions
+            ],
+            log=_shared(self._log.mapping) if self._log is not None else None,
+            inflight=list(astuple(area.described)) if area is not None else None,
+            inflight_fd=Fd(area.fd) if area is not None else None,
+            channel=Fd.of(self._channel.fileno()) if self._channel is not None else None,
+            vrings=[vring.snapshot() for vring in self._vrings],
+        )
+
+    def go_on_from(self, told: SessionSnapshot) -> None:
+        """Take over a front end from another process, before `run`, which starts its rings.
+
+        Raises Refused, BadMemory, OSError and ProtocolError, where they do not fit together.
+        """
+        if told.features & ~self._offered or told.protocol_features & ~int(self._offered_protocol_features):
+            raise Refused("the front end uses features that this disk does not offer")
+        if len(told.vrings) != len(self._vrings):
+            raise Refused(f"the front end has {len(told.vrings)} rings and this disk {len(self._vrings)} queues")
+        self._transport.connection.receive_again(told.unfinished, [os.dup(fd.number) for fd in told.unfinished_fds])
+        self._features, self._features_refused = told.features, told.features_refused
+        self._protocol_features = ProtocolFeature(told.protocol_features)
+        self._status, self._write_back = told.status, told.write_back
+        self._memory = MemoryTable(
+            self._map(
+                MemoryRegion(each.guest_address, each.memory.size, each.user_address, each.memory.offset),
+                each.memory.fd.number,
+            )
+            for each in told.regions
+        )
+        if told.log is not None:
+            self._log = DirtyLog(Mapping(told.log.fd.number, told.log.size, told.log.offset, self._alarm))
+        if told.inflight is not None and told.inflight_fd is not None:
+            self._inflight = InflightArea(Inflight(*told.inflight), told.inflight_fd.number, self._alarm)
+        if told.channel is not None:
+            self._channel = BackendChannel(os.dup(told.channel.number))
+        for vring, each in zip(self._vrings, told.vrings, strict=True):
+            vring.go_on_from(each)
 
     async def tell_config_changed(self) -> None:
         """Tell the front end, if it can hear it, that the configuration space is to be read again."""
@@ -188,6 +286,9 @@ class Session:
     async def _serve_one_message(self) -> bool:
         try:
             message = await self._transport.receive()
+        except Interrupted:
+            await self._pause()
+            return True
         except UnknownRequest as unknown:
             await self._reply(unknown.message, self._refuse(unknown.message, Refused(str(unknown))))
             return True
@@ -362,8 +463,7 @@ class Session:
         """Without it nothing that is answered from now on may be lost, nor what was answered before."""
         if write_back == self._write_back:
             return
-        running = [vring for vring in self._vrings if vring.running]
-        await asyncio.gather(*(self._stop(vring) for vring in running))
+        running = await self._stop_all()
         try:
             if not write_back:
                 await asyncio.to_thread(self._disk.sync)
@@ -482,7 +582,7 @@ class Session:
         if self._inflight is not None:
             self._inflight.forget(vring.queue.number)
         vring.address = None
-        vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+        vring.kick_fd = replace_fd(vring.kick_fd, -1)
 
     async def _on_set_vring_enable(self, message: Message) -> None:
         state = _expect(message, VringState)
@@ -497,10 +597,10 @@ class Session:
             raise Refused("rings without a kick fd, to be polled, are not supported")
         await self._stop(vring)
         if described.no_fd:
-            vring.kick_fd = _replace_fd(vring.kick_fd, -1)
+            vring.kick_fd = replace_fd(vring.kick_fd, -1)
             return
         (fd,) = message.take_fds()
-        vring.kick_fd = _replace_fd(vring.kick_fd, fd)
+        vring.kick_fd = replace_fd(vring.kick_fd, fd)
         await self._start_or_stop(vring)
 
     async def _on_vring_kick(self, message: Message) -> None:
@@ -516,7 +616,7 @@ class Session:
         old, vring.call_fd = vring.call_fd, _only_fd(message)
         vring.call_told = True
         await _done(vring.worker.set_call_fd(vring.queue, vring.call_fd))
-        _replace_fd(old, -1)
+        replace_fd(old, -1)
         self._end_signal(vring, BackendRequest.VRING_CALL)
         # What completed before this fd was known is announced now; QEMU's own tests rely on it.
         _signal(vring.call_fd)
@@ -525,7 +625,7 @@ class Session:
         vring = self._vring(_expect(message, VringFd).index)
         old, vring.err_fd = vring.err_fd, _only_fd(message)
         await _set_err_fd(vring, vring.err_fd)
-        _replace_fd(old, -1)
+        replace_fd(old, -1)
         self._end_signal(vring, BackendRequest.VRING_ERR)
 
     @property
@@ -634,9 +734,9 @@ class Session:
             await _done(vring.worker.set_call_fd(vring.queue, -1))
         finally:
             # Also where the worker has ended: nobody uses them any more.
-            vring.kick_fd = _replace_fd(vring.kick_fd, -1)
-            vring.call_fd = _replace_fd(vring.call_fd, -1)
-            vring.err_fd = _replace_fd(vring.err_fd, -1)
+            vring.kick_fd = replace_fd(vring.kick_fd, -1)
+            vring.call_fd = replace_fd(vring.call_fd, -1)
+            vring.err_fd = replace_fd(vring.err_fd, -1)
             vring.queue.err_fd = -1
             for request in list(vring.signals):
                 self._end_signal(vring, request)
@@ -670,12 +770,17 @@ def _only_fd(message: Message) -> int:
     return next(iter(message.take_fds()), -1)
 
 
-def _replace_fd(old: int, new: int) -> int:
-    if old >= 0:
-        # An error from close() (of a file that could not be written, say) is the front end's.
-        with contextlib.suppress(OSError):
-            os.close(old)
-    return new
+@contextlib.contextmanager
+def _refusing(why: str) -> Iterator[None]:
+    """Where time runs out inside."""
+    try:
+        yield
+    except TimeoutError:
+        raise Refused(why) from None
+
+
+def _shared(mapping: Mapping) -> SharedMemory:
+    return SharedMemory(Fd(mapping.fd), mapping.offset, mapping.size)
 
 
 def _signal(fd: int) -> None:

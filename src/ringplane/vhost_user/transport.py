@@ -69,6 +69,10 @@ def _receive_some(sock: socket.socket, connection: Connection) -> tuple[Message 
     return connection.receive(data, fds), False
 
 
+class Interrupted(Exception):
+    """`AsyncTransport.interrupt` was called. Nothing is lost: the next call goes on where this one was."""
+
+
 class AsyncTransport:
     """A connected socket and its `Connection` (a back end's, unless given) in an asyncio loop.
 
@@ -80,7 +84,7 @@ class AsyncTransport:
         sock.setblocking(False)
         self.connection = connection or Connection(Role.BACK_END)
         self._sock = sock
-        self._receiving = False
+        self._receiving = self._interrupted = False
         self._sending = asyncio.Lock()
         # What each waiting future has registered with the loop, as a call that takes it back.
         self._waits: dict[asyncio.Future[None], Callable[[], object]] = {}
@@ -88,13 +92,13 @@ class AsyncTransport:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._sock.fileno() == -1
+        return self.fileno() == -1
 
     async def receive(self) -> Message | None:
         """The next message, or None after the peer closed its end or `close` was called.
 
         Raises what `Connection.receive` raises; ProtocolError if the stream ends inside a message or fds were lost;
-        UsageError if another task is receiving. A cancelled call loses nothing: the next one goes on.
+        UsageError if another task is receiving; Interrupted. A cancelled call loses nothing: the next one goes on.
         """
         if self._receiving:
             raise UsageError("another task is receiving on this transport")
@@ -109,6 +113,9 @@ class AsyncTransport:
     async def _receive(self) -> Message | None:
         message, ended = None, False
         while message is None and not ended and not self.closed:
+            if self._interrupted:
+                self._interrupted = False
+                raise Interrupted
             try:
                 message, ended = _receive_some(self._sock, self.connection)
             except BlockingIOError:
@@ -140,6 +147,17 @@ class AsyncTransport:
             loop = asyncio.get_running_loop()
             await self._wait(loop.add_writer, loop.remove_writer)
             return rest
+
+    def interrupt(self) -> None:
+        """Have the call of `receive` that is waiting, or the next one, raise Interrupted."""
+        self._interrupted = True
+        for future in self._waits:
+            # A sender looks and waits again.
+            _wake(future)
+
+    def fileno(self) -> int:
+        """Of the socket, -1 once it is closed."""
+        return self._sock.fileno()
 
     def close(self) -> None:
         """Close the socket and the fds of a half-received message; who waits is woken. May be called again."""

@@ -1,0 +1,388 @@
+"""A planned restart: a new process takes over the disks of a running one, and with them its front ends.
+
+The running process listens at a socket of its own beside that of its first disk. The new one connects there, is told
+of the disks and given their images and sockets, and gets everything ready. Only then is there a silence: the running
+one stops all rings, which answers what is in flight, and tells where each of them is; the new one goes on from there.
+If anything goes wrong until the new one has everything, the running one goes on as if nothing had been.
+
+    new                         running
+    hello            ->
+                     <-         offer: each disk's image, socket and options
+    ready            ->         freezes all disks
+                     <-         state: of each disk and its front end
+    taking           ->         lets go of all of them
+                     <-         yours, and exits
+
+What goes wrong is told as {"refused": why}. Between the last two lines no process serves: if the running one ends there
+without a word, it has let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from ringplane.listener import Listener
+from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
+from ringplane.virtio import blk
+
+if TYPE_CHECKING:
+    from ringplane.export import DiskConfig, Export
+    from ringplane.server import Server
+
+log = logging.getLogger(__name__)
+
+# Of a message: bytes of JSON, and fds, which come before it, so many at a time (the kernel's SCM_MAX_FD is 253).
+PREFIX = struct.Struct("<II")
+FDS_AT_A_TIME = 200
+MAX_MESSAGE = 64 << 20
+
+# Seconds. A new process may have to compile the data plane before it is ready; `TAKING` is a part of the silence.
+READY_PATIENCE, DRAIN_PATIENCE, TAKING_PATIENCE = 120.0, 2.0, 5.0
+
+# What of a disk's options a guest sees, or other processes rely on: a restart does not change them.
+FIXED = ("read_only", "direct", "share_rw", "num_queues", "block_size", "serial", "features", "zoned")
+
+# What json makes of DiskConfig's values.
+Options = dict[str, Any]
+
+
+class HandoverError(Exception):
+    """The disks are not handed over, and the running process goes on; the text is one line that says why."""
+
+
+def socket_beside(socket_path: Path) -> Path:
+    """Where the process listens for its successor whose first disk's socket this is."""
+    return socket_path.with_name(f"{socket_path.name}.upgrade")
+
+
+class Channel:
+    """Messages, which are JSON with fds (`Fd`) and bytes in it, over a connected UNIX socket; each call blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over the socket."""
+        self._sock = sock
+        self._received: list[int] = []
+
+    @property
+    def peer(self) -> tuple[int, int]:
+        """The process and its user (unix(7), SO_PEERCRED)."""
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("iii", credentials)
+        return pid, uid
+
+    def send(self, message: Mapping[str, Any], patience: float = TAKING_PATIENCE) -> None:
+        """The fds stay the caller's. Raises OSError, TimeoutError after so many seconds."""
+        fds: list[int] = []
+
+        def encode(value: object) -> object:
+            if isinstance(value, Fd):
+                fds.append(value.number)
+                return {"fd": len(fds) - 1}
+            if isinstance(value, bytes):
+                return {"hex": value.hex()}
+            assert dataclasses.is_dataclass(value)
+            return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+        text = json.dumps(message, default=encode).encode()
+        self._sock.settimeout(patience)
+        self._sock.sendall(PREFIX.pack(len(text), len(fds)))
+        for start in range(0, len(fds), FDS_AT_A_TIME):
+            socket.send_fds(self._sock, [b"f"], fds[start : start + FDS_AT_A_TIME])
+        self._sock.sendall(text)
+
+    def receive(self, patience: float) -> dict[str, Any]:
+        """The next message; its fds are closed with the channel.
+
+        Raises HandoverError when it is a refusal or makes no sense, EOFError at the end, OSError as `send`.
+        """
+        self._sock.settimeout(patience)
+        size, count = PREFIX.unpack(self._exactly(PREFIX.size))
+        if size > MAX_MESSAGE:
+            raise HandoverError(f"a message of {size} bytes came")
+        fds: list[int] = []
+        while len(fds) < count:
+            _, some, _, _ = socket.recv_fds(self._sock, 1, FDS_AT_A_TIME, socket.MSG_CMSG_CLOEXEC)
+            if not some:
+                raise HandoverError("file descriptors were lost; more may be open by: ulimit -n")
+            fds += some
+            self._received += some
+        try:
+            message = json.loads(self._exactly(size), object_hook=lambda value: _decode(value, fds))
+        except (ValueError, LookupError, TypeError) as error:
+            raise HandoverError(f"a message makes no sense: {error}") from None
+        if not isinstance(message, dict) or "refused" in message:
+            raise HandoverError(str(message["refused"]) if isinstance(message, dict) else "a message is no object")
+        return message
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = self._sock.recv(size - len(data))
+            if not part:
+                raise EOFError("the other process has ended")
+            data += part
+        return bytes(data)
+
+    def close(self) -> None:
+        """Also wakes whoever blocks in it. May be called again."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        fds, self._received = self._received, []
+        for fd in fds:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _decode(value: dict[str, Any], fds: Sequence[int]) -> object:
+    if value.keys() == {"fd"}:
+        return Fd(fds[value["fd"]])
+    if value.keys() == {"hex"}:
+        return bytes.fromhex(value["hex"])
+    return value
+
+
+# The running process.
+
+
+async def offer_successors(server: Server, listener: Listener) -> None:
+    """Hand over all disks of the server to whoever asks for them at this socket; returns when that was done."""
+    listener.sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    while listener.owned:
+        sock, _ = await loop.sock_accept(listener.sock)
+        with Channel(sock) as channel:
+            await _try_to_hand_over(server, listener, channel)
+
+
+async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel) -> None:
+    pid, uid = channel.peer
+    try:
+        if uid not in (0, os.geteuid()):
+            raise HandoverError(f"user {uid} may not take over the disks of user {os.geteuid()}")
+        await asyncio.to_thread(channel.receive, TAKING_PATIENCE)
+        await asyncio.to_thread(channel.send, _offer(server.exports, listener))
+        await asyncio.to_thread(channel.receive, READY_PATIENCE)
+        await _hand_over(server.exports, channel)
+    except (HandoverError, EOFError, OSError) as error:
+        why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
+        log.warning("process %d does not take over: %s", pid, why)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(channel.send, {"refused": why})
+        return
+    listener.owned = False
+    log.info("process %d takes over", pid)
+    for export in server.exports:
+        await export.abandon()
+    # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we have ended all the same.
+    with contextlib.suppress(OSError):
+        channel.send({"yours": True})
+
+
+def _offer(exports: Sequence[Export], listener: Listener) -> dict[str, Any]:
+    return {
+        "listener": Fd(listener.sock.fileno()),
+        "disks": [
+            {
+                "socket_path": os.path.realpath(export.config.socket_path or ""),
+                "options": options_of(export.config),
+                "config_space": export.disk.config_space(),
+                "image": Fd(export.disk.image.fd),
+                "listener": Fd(export.listener.sock.fileno()),
+                "size": export.disk.image.size,
+            }
+            for export in exports
+        ],
+    }
+
+
+async def _hand_over(exports: Sequence[Export], channel: Channel) -> None:
+    """Returns, with all frozen, when the other process has everything; raises what goes wrong, and all goes on."""
+    async with contextlib.AsyncExitStack() as undo:
+        await _freeze_all(exports, undo)
+        await asyncio.to_thread(channel.send, {"disks": [_state(export) for export in exports]})
+        await asyncio.to_thread(channel.receive, TAKING_PATIENCE)
+        undo.pop_all()
+
+
+async def _freeze_all(exports: Sequence[Export], undo: contextlib.AsyncExitStack) -> None:
+    """And have `undo` thaw them. Raises HandoverError, where requests take too long only when they have ended."""
+    freezing = [asyncio.create_task(export.freeze()) for export in exports]
+    _, late = await asyncio.wait(freezing, timeout=DRAIN_PATIENCE)
+    problem = f"requests in flight take longer than {DRAIN_PATIENCE:.0f} seconds" if late else ""
+    for export, result in zip(exports, await asyncio.gather(*freezing, return_exceptions=True), strict=True):
+        if result is None:
+            undo.push_async_callback(export.thaw)
+        else:
+            problem = f"{export.disk.image.path.name}: {result}"
+    if problem:
+        raise HandoverError(problem)
+
+
+def _state(export: Export) -> dict[str, Any]:
+    disk = export.disk
+    return {
+        "size": disk.image.size,
+        "flush_failed": disk.flush_failed,
+        "zones": disk.zones.snapshot() if disk.zones else None,
+        "front_end": export.session.snapshot() if export.session else None,
+    }
+
+
+def options_of(config: DiskConfig) -> Options:
+    """Those that are FIXED, as JSON has them."""
+    options = {name: getattr(config, name) for name in FIXED}
+    options["features"] = dict(config.features)
+    options["zoned"] = dataclasses.asdict(config.zoned) if config.zoned else None
+    return options
+
+
+# The new process.
+
+
+class Predecessor:
+    """The running process, as its successor sees it. Used in a `with`; leaving it before `take` changes nothing."""
+
+    def __init__(self, configs: Sequence[DiskConfig]) -> None:
+        """Find the process that serves these disks; raises HandoverError."""
+        self._configs = configs
+        self._path, sock = _connect([config.socket_path for config in configs if config.socket_path])
+        self._channel = Channel(sock)
+        try:
+            with _in_words():
+                self.pid = self._channel.peer[0]
+                self._channel.send({"hello": 1})
+                told = self._channel.receive(TAKING_PATIENCE)
+                self._listener: Fd = told["listener"]
+                self._disks = _in_order(told["disks"], configs)
+        except BaseException:
+            self._channel.close()
+            raise
+
+    def image(self, index: int) -> tuple[int, int]:
+        """Disk `index`'s image: a new fd, and how many bytes of it are served."""
+        return os.dup(self._disks[index]["image"].number), self._disks[index]["size"]
+
+    def listener(self, index: int) -> Listener:
+        """Disk `index`'s socket, not ours to remove before `take`."""
+        return _listener(self._disks[index]["listener"], self._configs[index].socket_path)
+
+    def take(self, exports: Sequence[Export]) -> Listener:
+        """Go on with all front ends from where they are; returns the socket for our own successor.
+
+        Raises HandoverError. The disks are served by nobody from now on until the exports are.
+        """
+        with _in_words():
+            for export, disk in zip(exports, self._disks, strict=True):
+                _check_config_space(export, disk["config_space"])
+            self._channel.send({"ready": True})
+            # The requests in flight may take long: that we are refused for it is told when they have ended.
+            state = self._channel.receive(READY_PATIENCE)
+            for export, disk in zip(exports, self._disks, strict=True):
+                _go_on_from(export, disk, state["disks"][disk["number"]])
+            self._channel.send({"taking": True})
+            with contextlib.suppress(EOFError):
+                self._channel.receive(READY_PATIENCE)
+        mine = _listener(self._listener, self._path)
+        for listener in [mine, *(export.listener for export in exports)]:
+            listener.owned = True
+        return mine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+
+def _connect(paths: Sequence[Path]) -> tuple[Path, socket.socket]:
+    """Beside which of the disks' sockets there is somebody does not matter."""
+    for path in map(socket_beside, paths):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(str(path))
+            return path, sock
+        except OSError:
+            sock.close()
+    raise HandoverError(
+        f"{paths[0] if paths else 'a disk without a socket path'}: no ringplane that could be taken over serves there; "
+        "start one without --upgrade"
+    )
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """Whatever goes wrong inside is a HandoverError."""
+    try:
+        yield
+    except HandoverError as error:
+        raise HandoverError(f"the running process goes on: {error}") from None
+    except TimeoutError:
+        raise HandoverError("the running process does not answer") from None
+    except (EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        raise HandoverError(f"the running process cannot be taken over: {error or type(error).__name__}") from None
+
+
+def _in_order(disks: Sequence[dict[str, Any]], configs: Sequence[DiskConfig]) -> list[dict[str, Any]]:
+    """What was offered of each of our disks; raises HandoverError where those are other ones."""
+    offered = {disk["socket_path"]: disk | {"number": number} for number, disk in enumerate(disks)}
+    wanted = {os.path.realpath(config.socket_path or ""): config for config in configs}
+    if offered.keys() != wanted.keys():
+        other = sorted(offered.keys() ^ wanted.keys())[0]
+        raise HandoverError(f"{other} is served by only one of the two; they have to serve the same disks")
+    for path, config in wanted.items():
+        _check_options(path, config, offered[path])
+    return [offered[path] for path in wanted]
+
+
+def _check_options(path: str, config: DiskConfig, disk: dict[str, Any]) -> None:
+    ours, its = options_of(config), disk["options"]
+    for name in FIXED:
+        if its.get(name) != ours[name]:
+            option = name.replace("_", "-")
+            raise HandoverError(f"{path}: {option} is {its.get(name)} there and {ours[name]} here; it has to stay")
+    if not os.path.samestat(os.stat(config.image), os.fstat(disk["image"].number)):
+        raise HandoverError(f"{path}: {config.image} is not the image that is served there")
+
+
+def _check_config_space(export: Export, there: bytes) -> None:
+    """A guest reads it once."""
+    here = export.disk.config_space()
+    fields = blk.CONFIG.names or ()
+    old, new = (np.frombuffer(space.ljust(blk.CONFIG.itemsize, b"\0"), blk.CONFIG, 1)[0] for space in (there, here))
+    changed = [name for name in fields if old[name].tobytes() != new[name].tobytes()]
+    if changed:
+        raise HandoverError(f"{export.disk.image.path.name}: the guest would see another {', '.join(changed)}")
+
+
+def _go_on_from(export: Export, offered: dict[str, Any], told: dict[str, Any]) -> None:
+    if told["size"] != offered["size"]:
+        raise HandoverError(f"{export.disk.image.path.name}: gets another size just now; try again")
+    export.disk.flush_failed = told["flush_failed"]
+    if export.disk.zones:
+        export.disk.zones.go_on_from(told["zones"])
+    if told["front_end"]:
+        export.go_on_from(SessionSnapshot.from_json(told["front_end"]))
+
+
+def _listener(fd: Fd, path: Path | None) -> Listener:
+    listener = Listener(socket.socket(fileno=os.dup(fd.number)), path)
+    listener.owned = False
+    return listener

@@ -1,0 +1,90 @@
+"""What a process tells the next one about a front end, so that it goes on with it as if nothing had been.
+
+All of it is plain values and fds (`Fd`), which handover.py sends. The fds stay their owner's: whoever goes on with a
+front end duplicates them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Fd:
+    """A file descriptor of this process, as something other than a number."""
+
+    number: int
+
+    @classmethod
+    def of(cls, number: int) -> Self | None:
+        """None for -1, which is none."""
+        return cls(number) if number >= 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """`size` bytes of a file from `offset`."""
+
+    fd: Fd
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRegion:
+    """Guest memory, where it is in the guest and in the front end."""
+
+    guest_address: int
+    user_address: int
+    memory: SharedMemory
+
+
+@dataclass(frozen=True, slots=True)
+class VringSnapshot:
+    """What the front end has said about a ring, which is stopped: it goes on at `base`.
+
+    `address` is the fields of a VringAddr; `broken` the rule that the driver broke, or 0.
+    """
+
+    size: int
+    base: int
+    address: list[int] | None
+    kick: Fd | None
+    call: Fd | None
+    err: Fd | None
+    enabled: bool
+    call_told: bool
+    broken: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSnapshot:
+    """A front end. `unfinished`, with its fds, is what has come of its next message; `inflight` the area's sizes."""
+
+    socket: Fd
+    unfinished: bytes
+    unfinished_fds: list[Fd]
+    features: int
+    features_refused: bool
+    protocol_features: int
+    status: int
+    write_back: bool
+    regions: list[SharedRegion]
+    log: SharedMemory | None
+    inflight: list[int] | None
+    inflight_fd: Fd | None
+    channel: Fd | None
+    vrings: list[VringSnapshot]
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Self:
+        """Of what JSON makes of one, `Fd`s and bytes already being themselves. Raises TypeError and KeyError."""
+        values = dict(told)
+        values["regions"] = [
+            SharedRegion(each["guest_address"], each["user_address"], SharedMemory(**each["memory"]))
+            for each in told["regions"]
+        ]
+        values["log"] = SharedMemory(**told["log"]) if told["log"] else None
+        values["vrings"] = [VringSnapshot(**each) for each in told["vrings"]]
+        return cls(**values)

@@ -1,0 +1,68 @@
+"""What a front end has said about one ring so far, before and while a worker serves it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import astuple, dataclass, field
+
+from ringplane.dataplane.queue import Queue
+from ringplane.dataplane.worker import Worker
+from ringplane.vhost_user.inband import InbandSignal
+from ringplane.vhost_user.messages import BackendRequest, VringAddr
+from ringplane.vhost_user.snapshot import Fd, VringSnapshot
+
+
+@dataclass(slots=True)
+class Vring:
+    """A ring; fds are -1 where there are none, and closed by whoever replaces them."""
+
+    queue: Queue
+    worker: Worker
+    size: int = 0
+    base: int = 0
+    address: VringAddr | None = None
+    kick_fd: int = -1
+    call_fd: int = -1
+    err_fd: int = -1
+    enabled: bool = False
+    running: bool = False
+    # By what the front end is told of them in band; `call_told`: it has said how it wants to be called.
+    signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
+    call_told: bool = False
+
+    def snapshot(self) -> VringSnapshot:
+        return VringSnapshot(
+            size=self.size,
+            base=self.base,
+            address=list(astuple(self.address)) if self.address is not None else None,
+            kick=Fd.of(self.kick_fd),
+            call=Fd.of(self.call_fd),
+            err=Fd.of(self.err_fd),
+            enabled=self.enabled,
+            call_told=self.call_told,
+            broken=int(self.queue.record["broken"]),
+        )
+
+    def go_on_from(self, told: VringSnapshot) -> None:
+        """Raises OSError when there are too many fds."""
+        self.size, self.base = told.size, told.base
+        self.address = VringAddr(*told.address) if told.address is not None else None
+        self.kick_fd, self.call_fd, self.err_fd = (_duplicate(fd) for fd in (told.kick, told.call, told.err))
+        self.enabled, self.call_told = told.enabled, told.call_told
+        # No worker uses the queue yet.
+        self.queue.record["call_fd"], self.queue.err_fd = self.call_fd, self.err_fd
+        self.queue.record["broken"], self.queue.told_broken = told.broken, bool(told.broken)
+
+
+def replace_fd(old: int, new: int) -> int:
+    """Close the old one, if there is one; returns the new one."""
+    if old >= 0:
+        # An error from close() (of a file that could not be written, say) is the front end's.
+        with contextlib.suppress(OSError):
+            os.close(old)
+    return new
+
+
+def _duplicate(fd: Fd | None) -> int:
+    return os.dup(fd.number) if fd is not None else -1

@@ -1,0 +1,503 @@
+"""A planned restart: what a front end sees of it, which is nothing, and what becomes of one that goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ringplane
+from ringplane import handover
+from ringplane.driver import Driver
+from ringplane.driver.disk import FEATURES
+from ringplane.driver.ring import poke
+from ringplane.handover import Channel, HandoverError, socket_beside
+from ringplane.values import ZoneModel
+from ringplane.vhost_user.messages import HEADER, BackendRequest, Request, VringState
+from ringplane.vhost_user.snapshot import Fd
+from ringplane.virtio.split import AVAIL_IDX
+from ringplane.virtio.zoned import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
+
+from .rig import OK, PATIENCE, eventually, need_engine, pattern
+from .test_inband import FrontEnd as InbandFrontEnd
+from .test_serve import Served, attach
+from .test_session import CONTENT, QUEUES, Machine, front_end, machine, negotiated, open_fds, sector, shared_mappings
+
+SIZE = 16 << 20
+BLOCK = 4096
+
+Serve = Callable[..., ringplane.Export]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of the socket."""
+    return tmp_path / "socket"
+
+
+@pytest.fixture
+def serve(image: Path, path: Path) -> Iterator[Serve]:
+    """Both in this process, where a test sees into them: `serve()` begins, `serve(upgrade=True)` takes over."""
+    with contextlib.ExitStack() as undo:
+
+        def start(**options: Any) -> ringplane.Export:
+            given: dict[str, Any] = {"num_queues": QUEUES, "upgradable": True} | options
+            export = ringplane.serve(image, path, **given)
+            undo.callback(export.stop)
+            return export
+
+        yield start
+
+
+def take_over(serve: Serve, running: ringplane.Export, **options: Any) -> ringplane.Export:
+    export = serve(upgrade=True, **options)
+    assert running.wait(PATIENCE)
+    return export
+
+
+# Processes.
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., Served]]:
+    started: list[Served] = []
+
+    def start(*arguments: object, **options: Any) -> Served:
+        started.append(Served([str(each) for each in arguments], **options))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.poll() is None:
+            served.process.kill()
+            served.process.wait()
+        assert served.process.stdout
+        served.process.stdout.close()
+        served.errors.close()
+
+
+def ended(served: Served) -> None:
+    """It has handed over: with status 0, and no complaint."""
+    status, _, errors = served.finish()
+    assert status == 0, errors
+    assert "WARNING" not in errors
+
+
+class Load(threading.Thread):
+    """Writes, reads back and compares, over and over, until it is told to stop."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.disk = attach(path)
+        self.blocks = 0
+        self.stopping = False
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        chance = random.Random(1)
+        written: dict[int, bytes] = {}
+        try:
+            while not self.stopping:
+                offset = chance.randrange(SIZE // BLOCK) * BLOCK
+                if offset in written:
+                    assert self.disk.read(offset, BLOCK) == written[offset], offset
+                written[offset] = chance.randbytes(BLOCK)
+                self.disk.write(offset, written[offset])
+                self.blocks += 1
+            for offset, data in written.items():
+                assert self.disk.read(offset, BLOCK) == data, offset
+        except BaseException as error:
+            self.error = error
+
+    def do_some(self) -> None:
+        before = self.blocks
+        assert eventually(lambda: self.blocks > before + 20 or self.error is not None)
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+def test_processes_follow_one_another_under_load(
+    processes: Callable[..., Served], image: Path, path: Path, engine: str
+) -> None:
+    need_engine(engine)
+    options = ("--image", image, "--socket-path", path, "--engine", engine, "--num-queues", 2)
+    running = processes(*options)
+    assert eventually(socket_beside(path).is_socket)
+    load = Load(path)
+    load.start()
+    for _ in range(5):
+        load.do_some()
+        following = processes(*options, "--upgrade", "--io-threads", 2)
+        ended(running)
+        running = following
+    load.do_some()
+    load.stopping = True
+    load.join()
+    assert load.error is None
+    load.disk.close()
+    with attach(path) as another:
+        another.read(0, BLOCK)
+    status, _, errors = running.end()
+    assert status == 0
+    assert "goes on with a front end" in errors
+    assert "WARNING" not in errors
+    assert not path.exists()
+    assert not socket_beside(path).exists()
+
+
+def test_all_disks_of_a_file_are_taken_over(processes: Callable[..., Served], tmp_path: Path) -> None:
+    """In whatever order the new file has them."""
+    tables = [
+        f'[[disk]]\nimage = "{name}"\nsocket-path = "{name}.sock"\ncreate = "1M"\nnum-queues = 1\n' for name in "abc"
+    ]
+    before, after = tmp_path / "before.toml", tmp_path / "after.toml"
+    before.write_text("".join(tables))
+    after.write_text("".join(reversed(tables)))
+    running = processes("--config", before)
+    assert eventually(socket_beside(tmp_path / "a.sock").is_socket)
+    disks = [attach(tmp_path / f"{name}.sock") for name in "ab"]
+    for number, disk in enumerate(disks):
+        disk.write(0, pattern(512, number))
+    following = processes("--config", after, "--upgrade")
+    ended(running)
+    for number, disk in enumerate(disks):
+        assert disk.read(0, 512) == pattern(512, number)
+        disk.close()
+    attach(tmp_path / "c.sock").close()
+    assert following.end()[0] == 0
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "after.toml", "b", "before.toml", "c"]
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a process says which takes nothing over."""
+    command = [sys.executable, "-m", "ringplane", "serve", *map(str, arguments), "--upgrade"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
+    assert done.returncode != 0
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_what_cannot_be_taken_over_goes_on(
+    processes: Callable[..., Served], image: Path, path: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(bytes(SIZE))
+    running = processes("--image", image, "--socket-path", path, "--num-queues", 2)
+    assert eventually(socket_beside(path).is_socket)
+    with attach(path) as disk:
+        for options, words in (
+            (("--image", image, "--socket-path", path, "--num-queues", 1), "num-queues is 2 there and 1 here"),
+            (("--image", image, "--socket-path", path, "--read-only"), "read-only is False there and True here"),
+            (("--image", other, "--socket-path", path, "--num-queues", 2), "is not the image that is served there"),
+            (("--image", image, "--socket-path", f"{path}2"), "no ringplane that could be taken over serves there"),
+            (("--image", image, "--fd", 0), "--upgrade needs --socket-path"),
+        ):
+            assert words in refused(*options)
+            assert disk.read(512, 512) == sector(1)
+    assert running.process.poll() is None
+    assert running.end()[0] == 0
+
+
+# What a front end has said.
+
+
+def test_message_that_has_come_half(serve: Serve) -> None:
+    running = serve()
+    with negotiated(running) as peer:
+        asked = HEADER.pack(Request.GET_QUEUE_NUM, 1, 0)
+        peer.sock.send(asked[:7])
+        running = take_over(serve, running)
+        peer.sock.send(asked[7:])
+        assert peer.sock.recv(100) == HEADER.pack(Request.GET_QUEUE_NUM, 5, 8) + struct.pack("<Q", QUEUES)
+        # And one whose header is there, with an fd.
+        asked = HEADER.pack(Request.SET_VRING_ERR, 9, 8) + struct.pack("<Q", 0)
+        fd = os.eventfd(0)
+        socket.send_fds(peer.sock, [asked[:15]], [fd])
+        os.close(fd)
+        running = take_over(serve, running)
+        peer.sock.send(asked[15:])
+        assert peer.sock.recv(100) == HEADER.pack(Request.SET_VRING_ERR, 5, 8) + bytes(8)
+
+
+def test_front_ends_that_wait_are_accepted(serve: Serve) -> None:
+    running = serve()
+    with front_end(running) as first, front_end(running) as second:
+        first.get_features()
+        running = take_over(serve, running)
+        first.get_features()
+        first.close()
+        second.get_features()
+
+
+def test_nobody_is_attached(serve: Serve) -> None:
+    running = serve()
+    running = take_over(serve, running)
+    with machine(running) as guest:
+        guest.start()
+        assert guest.read(3) == sector(3)
+
+
+def test_what_was_said_counts(serve: Serve) -> None:
+    """Memory, rings, in-flight area, dirty log, status: over two restarts."""
+    running = serve()
+    with machine(running) as guest:
+        described, fd = guest.peer.get_inflight_fd(QUEUES, guest.ring.size)
+        guest.peer.set_inflight_fd(described, fd)
+        guest.peer.set_log_base(4096, 0, fd)
+        os.close(fd)
+        guest.peer.set_status(15)
+        guest.start()
+        assert guest.read(7) == sector(7)
+        for number in (8, 9):
+            running = take_over(serve, running)
+            assert guest.read(number) == sector(number)
+            assert guest.peer.get_status() == 15
+        assert running.state == "attached"
+
+
+def test_a_ring_starts_later(serve: Serve) -> None:
+    running = serve()
+    with machine(running) as guest:
+        guest.ring.reset(0)
+        guest.peer.set_vring_num(0, guest.ring.size)
+        running = take_over(serve, running)
+        guest.start()
+        assert guest.read(7) == sector(7)
+
+
+def test_a_broken_ring_stays_broken(serve: Serve) -> None:
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        poke(guest.ring.avail + AVAIL_IDX, struct.pack("<H", 1000))
+        guest.vring.kick()
+        assert eventually(lambda: running.disk.queues[0].broken)
+        running = take_over(serve, running)
+        assert running.disk.queues[0].broken
+        assert not running.disk.queues[0].running
+
+
+def test_write_through_is_kept(serve: Serve, path: Path) -> None:
+    running = serve()
+    with Driver(path, feature_bits=FEATURES, memory_size=1 << 24) as disk:
+        disk.set_write_back(False)
+        running = take_over(serve, running)
+        # The ring goes on when the new process's control thread comes to it.
+        disk.read(0, 512)
+        assert running.disk.queues[0].layout is not None
+        assert running.disk.queues[0].layout.write_through
+        disk.read_config()
+        assert not disk.config["writeback"]
+
+
+def test_a_failed_flush_is_not_forgotten(serve: Serve) -> None:
+    running = serve()
+    running.disk.flush_failed = True
+    running = take_over(serve, running)
+    assert running.disk.flush_failed
+
+
+def test_notifications_in_band(serve: Serve) -> None:
+    switches = {"inband-notifications": True}
+    running = serve(features=switches)
+    with InbandFrontEnd(running) as guest:
+        guest.place()
+        for number in range(4):
+            guest.offer_read(number)
+            guest.ring.publish()
+            guest.kick()
+            assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+            guest.reap()
+            running = take_over(serve, running, features=switches)
+
+
+def test_a_call_in_band_that_nobody_hears_is_waited_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringplane.vhost_user.session.FREEZE_PATIENCE", 0.2)
+    switches = {"inband-notifications": True}
+    running = serve(features=switches)
+    with InbandFrontEnd(running) as guest:
+        guest.place()
+        guest.offer_read(1)
+        guest.ring.publish()
+        guest.kick()
+        guest.reap()
+        with pytest.raises(HandoverError, match="does not read what it is told"):
+            serve(upgrade=True, features=switches)
+        assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+        guest.offer_read(2)
+        guest.ring.publish()
+        guest.kick()
+        assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+        guest.reap()
+
+
+ZONE = 256 << 10
+MODEL = ZoneModel(ZONE, ZONE, 2, max_open=3, max_active=5)
+
+
+def test_zones_are_as_they_were(tmp_path: Path) -> None:
+    """Pointers, and which ones are open: only the process knows that."""
+    image, path = tmp_path / "zoned", tmp_path / "socket"
+    with (
+        ringplane.serve(image, path, create=16 * ZONE, zoned=MODEL, upgradable=True) as running,
+        Driver(path, feature_bits=FEATURES, memory_size=1 << 24) as disk,
+    ):
+
+        def report() -> bytes:
+            return disk.request(VIRTIO_BLK_T_ZONE_REPORT, 0, read=64 + 16 * 64).data
+
+        def append(number: int) -> int:
+            sector = 6 * ZONE // 512
+            answer = disk.request(VIRTIO_BLK_T_ZONE_APPEND, sector, pattern(512, number), read=8)
+            assert answer.status == OK
+            return int.from_bytes(answer.data, "little") - sector
+
+        disk.request(VIRTIO_BLK_T_ZONE_OPEN, 5 * ZONE // 512)
+        assert [append(number) for number in range(3)] == [0, 1, 2]
+        before = report()
+        with ringplane.serve(image, path, zoned=MODEL, upgradable=True, upgrade=True):
+            assert running.wait(PATIENCE)
+            assert report() == before
+            assert disk.read(6 * ZONE, 1536) == b"".join(pattern(512, number) for number in range(3))
+            assert append(3) == 3
+    # Closed in order: nothing is forgotten, and nothing kept that is not there.
+    with ringplane.serve(image, path, zoned=MODEL) as again, Driver(path, memory_size=1 << 24) as disk:
+        assert again.disk.zones is not None
+        assert disk.read(6 * ZONE, 512) == pattern(512, 0)
+
+
+# What goes wrong.
+
+
+def serves_on(guest: Machine, number: int) -> bool:
+    return guest.read(number) == sector(number)
+
+
+def connect(path: Path) -> Channel:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(str(socket_beside(path)))
+    return Channel(sock)
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_a_successor_that_ends_leaves_all_as_it_was(
+    serve: Serve, path: Path, stage: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it says anything, before the offer, before it is ready, with the state on its way, and having that."""
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        assert serves_on(guest, 1)
+        fds, mappings = open_fds(), shared_mappings()
+        with connect(path) as channel:
+            if stage > 0:
+                channel.send({"hello": 1})
+            if stage > 1:
+                channel.receive(PATIENCE)
+            if stage > 2:
+                channel.send({"ready": True})
+            if stage > 3:
+                state = channel.receive(PATIENCE)
+                assert state["disks"][0]["front_end"]["vrings"][0]["size"] == guest.ring.size
+        assert eventually(lambda: "does not take over" in caplog.text)
+        assert serves_on(guest, 2)
+        assert eventually(lambda: open_fds().keys() == fds.keys())
+        assert shared_mappings() == mappings
+        # And another one may.
+        take_over(serve, running)
+        assert serves_on(guest, 3)
+
+
+def test_a_successor_that_hangs_is_given_up(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "TAKING_PATIENCE", 0.2)
+    running = serve()
+    with machine(running) as guest, connect(path) as channel:
+        guest.start()
+        channel.send({"hello": 1})
+        channel.receive(PATIENCE)
+        channel.send({"ready": True})
+        channel.receive(PATIENCE)
+        with pytest.raises(HandoverError, match="does not answer"):
+            channel.receive(PATIENCE)
+        assert serves_on(guest, 1)
+
+
+def test_requests_that_take_long(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "DRAIN_PATIENCE", 0)
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        with pytest.raises(HandoverError, match="requests in flight take longer than"):
+            serve(upgrade=True)
+        assert serves_on(guest, 1)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"hello": {"fd": 3}}', b'{"hello": {"hex": "xy"}}', b"\xff"])
+def test_nonsense_is_no_successor(serve: Serve, path: Path, text: bytes) -> None:
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.connect(str(socket_beside(path)))
+            sock.send(handover.PREFIX.pack(len(text), 0) + text)
+            with sock.makefile("rb") as stream:
+                assert b"refused" in stream.read()
+        assert serves_on(guest, 1)
+
+
+def test_a_stop_while_somebody_asks(serve: Serve, path: Path) -> None:
+    running = serve()
+    with connect(path) as channel:
+        channel.send({"hello": 1})
+        channel.receive(PATIENCE)
+        running.stop()
+        with pytest.raises((EOFError, OSError, HandoverError)):
+            channel.receive(PATIENCE)
+    assert not socket_beside(path).exists()
+
+
+def test_channel_carries_fds_and_bytes() -> None:
+    ours, theirs = socket.socketpair()
+    with Channel(ours) as one, Channel(theirs) as other:
+        fds = [os.eventfd(number) for number in range(500)]
+        sending = threading.Thread(
+            target=lambda: one.send({"fds": [Fd(fd) for fd in fds], "bytes": b"\0\xff", "big": "x" * (1 << 20)})
+        )
+        sending.start()
+        got = other.receive(PATIENCE)
+        sending.join()
+        assert [os.eventfd_read(fd.number) for fd in got["fds"][1:]] == list(range(1, 500))
+        assert got["bytes"] == b"\0\xff"
+        assert len(got["big"]) == 1 << 20
+        for fd in fds:
+            os.close(fd)
+
+
+def test_only_its_user_may_ask(
+    serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve()
+    assert socket_beside(path).stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(Channel, "peer", (1, 12345))
+    with connect(path) as channel, pytest.raises(HandoverError, match="user 12345 may not"):
+        channel.receive(PATIENCE)
+    assert "user 12345 may not take over" in caplog.text
