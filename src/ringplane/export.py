@@ -37,6 +37,9 @@ from ringplane.zonefile import ZoneFile, check_not_zoned
 
 log = logging.getLogger(__name__)
 
+# See `serve_all`.
+GiveUp = Callable[[Collection[Path]], None]
+
 ACCEPT_AGAIN = 0.1
 DRAIN_LOOK = 0.1
 
@@ -376,6 +379,7 @@ def serve(
     zoned: ZoneModel | None = None,
     upgradable: bool = False,
     upgrade: bool = False,
+    give_up: GiveUp | None = None,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
@@ -388,6 +392,7 @@ def serve(
     export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
     `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
     connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
+    `give_up`: see `serve_all`.
 
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
@@ -409,13 +414,22 @@ def serve(
         features=features or {},
         zoned=zoned,
     )
-    return serve_all([config], threads, upgradable=upgradable, upgrade=upgrade).exports[0]
+    return serve_all([config], threads, upgradable=upgradable, upgrade=upgrade, give_up=give_up).exports[0]
 
 
 def serve_all(
-    disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], *, upgradable: bool = False, upgrade: bool = False
+    disks: Sequence[DiskConfig],
+    io_threads: Sequence[IoThread],
+    *,
+    upgradable: bool = False,
+    upgrade: bool = False,
+    give_up: GiveUp | None = None,
 ) -> Server:
-    """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order."""
+    """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
+
+    `give_up` is called when everything has been opened and loaded and no thread has begun yet, with the folders in
+    which sockets are removed at the end: a program that is there for nothing else gives up its rights then.
+    """
     names = [thread.name for thread in io_threads]
     if len(set(names)) < len(names):
         raise ValueError(f"the I/O threads {names} are not named differently")
@@ -432,11 +446,12 @@ def serve_all(
         server = Server(io_threads)
         undo.callback(server.stop)
         exports = [Export(config, parts, server) for config, parts in zip(disks, opened, strict=True)]
-        successors = None
+        successors = _listen_for_successors(disks, undo) if upgradable and not predecessor else None
+        if give_up is not None:
+            give_up({config.socket_path.parent for config in disks if config.socket_path})
+        server.start_io_threads()
         if predecessor:
             successors = predecessor.take(exports)
-        elif upgradable:
-            successors = _listen_for_successors(disks, undo)
         server.start(exports)
         undo.pop_all()
     if successors:
@@ -474,7 +489,7 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     """Whatever is made or opened here, `undo` takes back."""
     if config.create is not None:
         create_image(config.image, config.create)
-        undo.callback(config.image.unlink)
+        undo.callback(_remove, config.image)
     opened = Image(
         config.image,
         read_only=config.read_only,
@@ -486,13 +501,19 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     zones = None
     if config.zoned:
         zones = ZoneFile(opened, config.zoned, block_size=config.block_size)
-        undo.callback(zones.unlink)
+        undo.callback(_remove, zones)
         undo.callback(zones.close)
     else:
         check_not_zoned(config.image)
     listener = Listener.at(config.socket_path) if config.socket_path else Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
     return _Opened(opened, zones, listener)
+
+
+def _remove(made: Path | ZoneFile) -> None:
+    """Undo that it was made; who has given up the right to do so leaves it there, and tells the error that led here."""
+    with contextlib.suppress(OSError):
+        made.unlink()
 
 
 def _io_threads(

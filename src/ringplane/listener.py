@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import socket
 import stat
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class ListenError(Exception):
@@ -57,8 +59,11 @@ class Listener:
         """Close the socket and remove its file, if it is still the one that we made."""
         self.sock.close()
         if self.owned and self.path and self._identity and _identity(self.path) == self._identity:
-            with contextlib.suppress(OSError):
+            try:
                 self.path.unlink()
+            except OSError as error:
+                # The next one to listen there replaces it.
+                log.warning("%s: the socket's file is left there: %s", self.path, error.strerror)
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "an inherited socket"

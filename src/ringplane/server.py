@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -21,6 +22,9 @@ from ringplane.values import check_cpus
 
 if TYPE_CHECKING:
     from ringplane.export import Export
+
+# At most, for what would make the control thread wait; they are started when they are needed.
+SYNCING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +52,43 @@ class Server:
     """Any number of disks on one control thread and a shared set of I/O threads. It ends when its last disk has."""
 
     def __init__(self, io_threads: Sequence[IoThread]) -> None:
-        """Start the I/O threads; returns when the data plane has been loaded.
+        """Prepare the I/O threads and load the data plane; no thread is started.
 
-        Raises OSError when an engine or an affinity cannot be had, WorkerEnded when a thread fails; nothing is left.
+        Raises OSError when an engine cannot be had; nothing is left.
         """
+        self._io_threads = io_threads
         self.workers: dict[str, Worker] = {}
         self.exports: Sequence[Export] = ()
         # What is to be closed with the threads.
         self.at_end = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
+        # Left to itself asyncio makes it when it is first needed, and reads files for that (sandbox.py).
+        self._loop.set_default_executor(ThreadPoolExecutor(SYNCING_THREADS, "ringplane-sync"))
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
         try:
-            self._start_workers(io_threads)
+            self._make_workers()
         except BaseException:
             self._end()
             raise
 
-    def _start_workers(self, io_threads: Sequence[IoThread]) -> None:
-        for io_thread in io_threads:
-            worker = self.workers[io_thread.name] = Worker(
-                io_thread.name, engine=io_thread.engine, poll_us=io_thread.poll_us, pin_memory=io_thread.pin_memory
+    def _make_workers(self) -> None:
+        for each in self._io_threads:
+            worker = self.workers[each.name] = Worker(
+                each.name, engine=each.engine, poll_us=each.poll_us, pin_memory=each.pin_memory
             )
-            worker.start()
-        # The first call of each returns when it has loaded the data plane.
-        for ready in [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in io_threads]:
-            ready.result()
+            worker.load()
         release_compiler()
+
+    def start_io_threads(self) -> None:
+        """Returns when all of them run.
+
+        Raises OSError when an affinity cannot be had, WorkerEnded when a thread fails; `stop` undoes it.
+        """
+        for worker in self.workers.values():
+            worker.start()
+        for ready in [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self._io_threads]:
+            ready.result()
 
     def start(self, exports: Sequence[Export]) -> None:
         """Start the control thread, which serves these disks until each has been stopped."""

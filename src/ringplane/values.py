@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import grp
 import os
+import pwd
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
+
+# The highest user or group; the one above means none (chown(2)).
+MAX_ID = (1 << 32) - 2
 
 # VIRTIO_BLK_ID_BYTES, without importing NumPy: `ringplane --help` shall be quick.
 MAX_SERIAL = 20
@@ -155,3 +163,44 @@ def check_serial(serial: str) -> None:
         raise ValueError(f"{serial!r} has {size} bytes; the device has room for {MAX_SERIAL}")
     if not serial.isprintable():
         raise ValueError(f"{serial!r} is not text that can be printed")
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Whom a process becomes; `name` is what people have called them."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def parse_user(text: str) -> User:
+    """`nobody`, `nobody:kvm` or `1000:1000`: a user, and a group if it is not the user's own. Raises ValueError."""
+    name, _, group = text.partition(":")
+    entry = _find(name, pwd.getpwnam, pwd.getpwuid)
+    uid = entry.pw_uid if entry else _number(name, "user")
+    if group:
+        found = _find(group, grp.getgrnam, grp.getgrgid)
+        return User(text, uid, found.gr_gid if found else _number(group, "group"))
+    if entry is None:
+        raise ValueError(f"user {name} is in no list, so give a group too, as {name}:100")
+    return User(text, uid, entry.pw_gid)
+
+
+def _find(text: str, by_name: Callable[[str], Entry], by_number: Callable[[int], Entry]) -> Entry | None:
+    try:
+        return by_number(int(text)) if _is_number(text) else by_name(text)
+    except (KeyError, OverflowError):
+        return None
+
+
+def _number(text: str, what: str) -> int:
+    if not _is_number(text):
+        raise ValueError(f"there is no {what} {text!r}")
+    if int(text) > MAX_ID:
+        raise ValueError(f"{text} is no number of a {what}")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

@@ -504,10 +504,10 @@ def test_program_that_ends_without_a_stop_ends_well(tmp_path: Path) -> None:
 def test_worker_that_fails_says_so_and_hangs_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(address: int) -> None:
+    def fail(worker: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ringplane.dataplane.worker.run", fail)
+    monkeypatch.setattr("ringplane.dataplane.worker.Worker._turn", fail)
     with pytest.raises(RuntimeError, match="ringplane-io-0 has ended"):
         ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", create=1 << 20)
     assert "the I/O thread has failed" in caplog.text

@@ -301,6 +301,8 @@ def test_write_through_is_kept(serve: Serve, path: Path) -> None:
     with Driver(path, feature_bits=FEATURES, memory_size=1 << 24) as disk:
         disk.set_write_back(False)
         running = take_over(serve, running)
+        # The ring goes on when the new process's control thread comes to it.
+        disk.read(0, 512)
         assert running.disk.queues[0].layout is not None
         assert running.disk.queues[0].layout.write_through
         disk.read_config()

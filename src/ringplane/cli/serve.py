@@ -8,25 +8,25 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, ZONES
-from ringplane.values import check_serial
+from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.values import User, check_serial
 
 if TYPE_CHECKING:
     from ringplane.dataplane.trace import TraceEvent
-    from ringplane.export import Export
+    from ringplane.export import Export, GiveUp
     from ringplane.server import Server
 
 # Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-BESIDE_CONFIG = ("config", "upgrade", "log_level", "trace", "print_capabilities")
+BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "trace", "print_capabilities")
 
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -96,6 +96,12 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     help="A zoned disk of such zones, on a new image: 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
 )
 @click.option(
+    "--sandbox/--no-sandbox",
+    default=None,
+    help="Give up files, network, programs, new code: all that serving does not need [default: as far as possible].",
+)
+@click.option("--user", type=USER, metavar="NAME[:GROUP]", help="Become this user when everything has been opened.")
+@click.option(
     "--upgrade",
     is_flag=True,
     help="Take over from the running ringplane that serves these disks, with its guests, who notice nothing.",
@@ -108,7 +114,15 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 )  # fmt: skip
 @click.pass_context
 def serve(
-    context: click.Context, /, config: Path | None, upgrade: bool, log_level: str, trace: bool, **options: Any
+    context: click.Context,
+    /,
+    config: Path | None,
+    upgrade: bool,
+    sandbox: bool | None,
+    user: User | None,
+    log_level: str,
+    trace: bool,
+    **options: Any,
 ) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
@@ -119,12 +133,12 @@ def serve(
     logging.getLogger("ringplane").setLevel(log_level.upper())
     if config is not None:
         refuse_other_options(context)
-        serve_until_signal(lambda: start_config(config, upgrade), trace)
+        serve_until_signal(lambda: start_config(config, upgrade, rights(sandbox, user)), trace)
     else:
         check_options(**options, upgrade=upgrade)
         options["block_size"] = int(options["block_size"])
         options["features"] = dict(options["features"])
-        serve_until_signal(lambda: start_disk(**options, upgrade=upgrade), trace)
+        serve_until_signal(lambda: start_disk(**options, upgrade=upgrade, give_up=rights(sandbox, user)), trace)
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -179,7 +193,28 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
     return serve(blk_file, socket_path, **options, upgradable=True).server
 
 
-def start_config(path: Path, upgrade: bool) -> Server:
+def rights(sandbox: bool | None, user: User | None) -> GiveUp:
+    """What gives up the rights that these options are about; raises SandboxError where not all can be that must."""
+    from ringplane import sandbox as box
+
+    missing = box.missing() if sandbox is not False else []
+    if sandbox and missing:
+        raise box.SandboxError(f"there is no {' and no '.join(missing)} here, which --sandbox asks for")
+    if missing:
+        logging.getLogger(__name__).warning(
+            "the sandbox goes without %s, which cannot be had here", " and ".join(missing)
+        )
+
+    def give_up(folders: Collection[Path]) -> None:
+        if user is not None:
+            box.change_user(user)
+        if sandbox is not False:
+            box.confine(folders)
+
+    return give_up
+
+
+def start_config(path: Path, upgrade: bool, give_up: GiveUp) -> Server:
     """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
     from ringplane.config import ConfigError, read_config
     from ringplane.export import serve_all
@@ -189,7 +224,7 @@ def start_config(path: Path, upgrade: bool) -> Server:
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     raise_fd_limit()
-    return serve_all(config.disks, config.io_threads, upgradable=True, upgrade=upgrade)
+    return serve_all(config.disks, config.io_threads, upgradable=True, upgrade=upgrade, give_up=give_up)
 
 
 def raise_fd_limit() -> None:
@@ -200,6 +235,8 @@ def raise_fd_limit() -> None:
 
 def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
+    # Threads that nobody here needs: NumPy starts one per CPU when it is imported, and they would not be confined.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ringplane.handover import HandoverError
     from ringplane.image import ImageError
     from ringplane.listener import ListenError

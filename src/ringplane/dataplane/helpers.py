@@ -110,10 +110,13 @@ class Helpers:
             fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, room)
         return ends
 
-    def start(self) -> None:
-        """Load the compiled code, then start the threads."""
-        # Of no pipe at all, so it ends at once: what loads it on the threads would do so at any time later.
+    def load(self) -> None:
+        """Load the compiled code; the threads would do so at any time after their start."""
+        # Of no pipe at all, so it ends at once.
         help_out(0, -1, -1, int(self._messages.ctypes.data))
+
+    def start(self) -> None:
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 

@@ -35,6 +35,7 @@ from ringplane.dataplane.state import (
     NAP,
     NEVER,
     POLL,
+    QUEUE,
     REQUEST,
     SLEEP,
     TALLY,
@@ -48,7 +49,8 @@ from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
 from ringplane.engines.ranges import RANGE
 from ringplane.memory import BadMemory, MemoryTable
-from ringplane.native import libc
+from ringplane.native import libc, sigbus
+from ringplane.native.jit import load
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
@@ -181,8 +183,15 @@ class Worker:
 
     # From any thread.
 
+    def load(self) -> None:
+        """Compile or load all that the threads will call, so that from their start on they need no file for it."""
+        self._helpers.load()
+        load(run, int(self._state.ctypes.data))
+        load(mark_ready, self._state[0], np.zeros(1, QUEUE)[0])
+        sigbus.install()
+
     def start(self) -> None:
-        """Start the threads; the data plane is compiled or loaded by its first run."""
+        """Start the threads; what `load` was not called for they load themselves."""
         self._helpers.start()
         self._thread.start()
 

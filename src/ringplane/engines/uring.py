@@ -14,6 +14,8 @@ Facts that this file depends on:
 - Without SQPOLL the kernel reads submissions only inside io_uring_enter(2), so the submission queue needs no barriers
   of ours beyond a release of its tail.
 - Submissions are consumed in order, and all of them: an invalid one ends with a completion of its own.
+- A filter of system calls does not see what is asked for through a ring. So the ring itself is restricted, before it is
+  enabled, to what this file asks for (Linux 5.10): to open a file or a socket through it ends with EACCES.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TO
 from ringplane.memory import Mapping
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
-from ringplane.native.jit import compiled
+from ringplane.native.jit import compiled, load
 from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, io_uring_enter
 
 # include/uapi/linux/io_uring.h
@@ -72,10 +74,24 @@ IORING_SETUP_SUBMIT_ALL, IORING_SETUP_TASKRUN_FLAG = 1 << 7, 1 << 9
 IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
 IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN = 2, 4
 IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP, IORING_FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
-IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_ENABLE_RINGS = 2, 6, 12
+IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE = 2, 6
+IORING_REGISTER_RESTRICTIONS, IORING_REGISTER_ENABLE_RINGS = 11, 12
+IORING_RESTRICTION_REGISTER_OP, IORING_RESTRICTION_SQE_OP, IORING_RESTRICTION_SQE_FLAGS_ALLOWED = 0, 1, 2
 IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE = 15, 16
 IORING_RSRC_REGISTER_SPARSE = 1
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
+
+# What a ring can do once it is enabled, and what may be registered with it then; IOSQE_FIXED_FILE is the only flag.
+OPERATIONS = (
+    *(IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED),
+    *(IORING_OP_FSYNC, IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL),
+)
+REGISTRATIONS = (
+    *(IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE),
+)
+
+# struct io_uring_restriction; the second field is an operation of either kind, or flags
+RESTRICTION = struct.Struct("=HBx12x")
 
 # struct io_uring_params, with the offsets into the ring that this file uses
 PARAMS_SIZE = 120
@@ -323,8 +339,18 @@ class Uring:
         if fields[5] & wanted != wanted:
             os.close(self._fd)
             raise OSError(errno.ENOSYS, "this kernel's io_uring is too old")
+        self._restrict()
         self._map(fields)
         self._make_state(capacity, fields)
+        # When something is unwatched for the first time, the process may have given up loading code.
+        load(prepare_unwatch, self._engine[0], 0)
+
+    def _restrict(self) -> None:
+        rules = [(IORING_RESTRICTION_SQE_OP, operation) for operation in OPERATIONS]
+        rules += [(IORING_RESTRICTION_REGISTER_OP, registration) for registration in REGISTRATIONS]
+        rules.append((IORING_RESTRICTION_SQE_FLAGS_ALLOWED, IOSQE_FIXED_FILE))
+        table = ctypes.create_string_buffer(b"".join(RESTRICTION.pack(*rule) for rule in rules))
+        libc.io_uring_register(self._fd, IORING_REGISTER_RESTRICTIONS, ctypes.addressof(table), len(rules))
 
     def _map(self, fields: tuple[int, ...]) -> None:
         sq_entries, cq_entries = fields[0], fields[1]

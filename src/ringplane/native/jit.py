@@ -25,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 PACKAGE = Path(__file__).resolve().parent.parent
 KEPT_VERSIONS = 4
+TEMPORARY = "ringplane-cache-"
 FOLDER = re.compile(r"data-plane-[0-9a-f]{20}")
 
 
@@ -61,9 +62,16 @@ def cache_directory() -> Path:
         if not ours or not os.access(base, os.W_OK | os.X_OK):
             raise PermissionError(base)
     except OSError:
-        base = Path(tempfile.mkdtemp(prefix="ringplane-cache-"))
+        base = Path(tempfile.mkdtemp(prefix=TEMPORARY))
         atexit.register(shutil.rmtree, base, ignore_errors=True)
     return base / version_folder()
+
+
+def remove_temporary_cache() -> None:
+    """Do what else is done at the process's exit; everything that will be called has been loaded."""
+    base = cache_directory().parent
+    if base.name.startswith(TEMPORARY):
+        shutil.rmtree(base, ignore_errors=True)
 
 
 def forget_old_versions() -> None:
@@ -101,6 +109,9 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         return (self._whole or self._make_whole())(*args)
 
+    def load(self, *args: Any) -> None:
+        (self._whole or self._make_whole()).compile(tuple(map(numba.typeof, args)))  # type: ignore[attr-defined]
+
     def _make_whole(self) -> Callable[..., Any]:
         """Few functions are called from Python, and for each of them Numba looks for its cache on disk."""
         with self._making, numba_cache_directory():
@@ -115,6 +126,12 @@ def compiled(function: Function) -> Function:
     Division by zero gives NumPy's result instead of an exception, so no path out of compiled code needs the GIL.
     """
     return _Compiled(function)  # type: ignore[return-value]
+
+
+def load(function: Callable[..., Any], *args: Any) -> None:
+    """Compile, or load from the cache, what a call of a compiled function with such arguments will run."""
+    assert isinstance(function, _Compiled)
+    function.load(*args)
 
 
 def is_cached() -> bool:

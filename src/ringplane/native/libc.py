@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import os
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
+from ringplane.native.numbers import NUMBERS
 from ringplane.native.syscalls import (
     EPOLL_EVENT,
     SYS_IO_DESTROY,
@@ -19,12 +21,14 @@ from ringplane.native.syscalls import (
 
 PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
+MADV_DONTNEED, MADV_DONTDUMP = 4, 16
 MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -33,15 +37,25 @@ def _error() -> OSError:
     return OSError(code, os.strerror(code))
 
 
+def system_call(number: int, *arguments: int | bytes) -> int:
+    """syscall(2): what the kernel answers; raises OSError. Of bytes it gets the address."""
+    words = (each if isinstance(each, bytes) else ctypes.c_long(each) for each in arguments)
+    result = int(_libc.syscall(ctypes.c_long(number), *words))
+    if result < 0:
+        raise _error()
+    return result
+
+
 def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reserve: bool = False) -> int:
     """mmap(2): the address of `size` bytes of `fd` from `offset`, shared; raises OSError.
 
-    `reserve` sets huge pages aside for all of it at once.
+    `reserve` sets huge pages aside for all of it at once. Core dumps leave it out: it is a guest's memory, or its disk.
     """
     protection = PROT_READ | PROT_WRITE if writable else PROT_READ
     address = _libc.mmap(None, size, protection, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)
     if address == MAP_FAILED or address is None:
         raise _error()
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_DONTDUMP)
     return int(address)
 
 
@@ -57,7 +71,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise _error()
 
 
-MADV_DONTNEED = 4
+def _mappings() -> Iterator[tuple[int, int, str, str]]:
+    """What this process has mapped: start, end, rights and the file's path (proc(5)); nothing without /proc."""
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for fields in map(str.split, maps):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            yield start, end, fields[1], fields[-1]
 
 
 def drop_code(library: str) -> None:
@@ -65,11 +84,19 @@ def drop_code(library: str) -> None:
 
     Only what is mapped executable and was never written: all of it is in the file.
     """
-    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        for fields in map(str.split, maps):
-            if fields[1] == "r-xp" and os.path.basename(fields[-1]) == library:
-                start, end = (int(address, 16) for address in fields[0].split("-"))
-                _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+    for start, end, rights, path in _mappings():
+        if rights == "r-xp" and os.path.basename(path) == library:
+            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+def forbid_writable_code() -> None:
+    """mprotect(2): what can be written is executed no longer. Raises OSError.
+
+    That is where libffi has the entries of Python functions that C calls (ctypes(3)), if it has no better way.
+    """
+    for start, end, rights, _ in list(_mappings()):
+        if "wx" in rights and _libc.mprotect(ctypes.c_void_p(start), end - start, PROT_READ | PROT_WRITE) != 0:
+            raise _error()
 
 
 def io_setup(events: int) -> int:
@@ -86,12 +113,37 @@ def io_destroy(context: int) -> None:
         raise _error()
 
 
-PR_SET_TIMERSLACK = 29
+PR_SET_DUMPABLE, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 4, 29, 38
 
 
 def set_timer_slack(nanoseconds: int) -> None:
     """prctl(2), PR_SET_TIMERSLACK: how late the kernel may wake up the calling thread; 50 us where nothing is said."""
     _libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
+
+
+def forbid_core_dumps() -> None:
+    """prctl(2), PR_SET_DUMPABLE: no core, whoever collects them, and no debugger of the same user."""
+    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def forbid_new_rights() -> None:
+    """prctl(2), PR_SET_NO_NEW_PRIVS: no program that the calling thread executes gives it more rights."""
+    _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+# capset(2): struct __user_cap_header_struct, and the version whose three sets are twice 32 bits each
+CAPABILITY_HEADER, CAPABILITY_VERSION_3 = struct.Struct("=Ii"), 0x20080522
+CAPABILITY_SETS_SIZE = 6 * 4
+
+
+def drop_capabilities() -> None:
+    """capset(2): the calling thread has no capability from now on; raises OSError."""
+    header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(CAPABILITY_SETS_SIZE)
+    system_call(NUMBERS["capget"], header, ctypes.addressof(sets))
+    # Who has none may not even be allowed to say so: systemd counts the call among the privileged ones.
+    if any(sets.raw):
+        system_call(NUMBERS["capset"], header, bytes(CAPABILITY_SETS_SIZE))
 
 
 EPOLL_CTL_ADD = 1

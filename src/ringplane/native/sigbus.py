@@ -167,15 +167,22 @@ _lock = threading.Lock()
 _guards: _Guards | None = None
 
 
+def install() -> None:
+    """Load and install the handler now, instead of with the first guard."""
+    global _guards
+    with _lock:
+        if _guards is None:
+            _guards = _Guards()
+
+
 def guard(start: int, size: int, page: int, lost: int, alarm_fd: int = -1) -> int:
     """Guard a mapping with pages of `page` bytes: 1 is stored at address `lost` when one of them has gone.
 
     The eventfd `alarm_fd` is signalled then; it must be non-blocking, and open until `release`. Raises OSError.
     """
-    global _guards
+    install()
     with _lock:
-        if _guards is None:
-            _guards = _Guards()
+        assert _guards is not None
         return _guards.add(start, size, page, lost, alarm_fd)
 
 

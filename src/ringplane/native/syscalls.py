@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import numpy as np
@@ -12,45 +11,24 @@ from numba.extending import intrinsic
 
 from ringplane.native.access import INT64, external
 from ringplane.native.jit import compiled
+from ringplane.native.numbers import MACHINE, NUMBERS
 
-MACHINE = platform.machine()
-
-# From the kernel's system call tables: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
-NUMBERS = {
-    name: dict(zip(("x86_64", "aarch64"), numbers, strict=True))
-    for name, numbers in {
-        "read": (0, 63),
-        "write": (1, 64),
-        "mmap": (9, 222),
-        "ioctl": (16, 29),
-        "fdatasync": (75, 83),
-        "fallocate": (285, 47),
-        "epoll_pwait": (281, 22),
-        "preadv": (295, 69),
-        "pwritev": (296, 70),
-        "io_setup": (206, 0),
-        "io_destroy": (207, 1),
-        "io_submit": (209, 2),
-    }.items()
-}
-if MACHINE not in NUMBERS["write"]:
-    raise ImportError(f"ringplane runs on x86_64 and aarch64 Linux, not on {MACHINE}")
-
-# Calls since Linux 5.0 have the same number everywhere.
-SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER, SYS_EPOLL_PWAIT2 = 425, 426, 427, 441
-
-SYS_READ = NUMBERS["read"][MACHINE]
-SYS_WRITE = NUMBERS["write"][MACHINE]
-SYS_MMAP = NUMBERS["mmap"][MACHINE]
-SYS_IOCTL = NUMBERS["ioctl"][MACHINE]
-SYS_FDATASYNC = NUMBERS["fdatasync"][MACHINE]
-SYS_FALLOCATE = NUMBERS["fallocate"][MACHINE]
-SYS_PREADV = NUMBERS["preadv"][MACHINE]
-SYS_PWRITEV = NUMBERS["pwritev"][MACHINE]
-SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"][MACHINE]
-SYS_IO_SETUP = NUMBERS["io_setup"][MACHINE]
-SYS_IO_DESTROY = NUMBERS["io_destroy"][MACHINE]
-SYS_IO_SUBMIT = NUMBERS["io_submit"][MACHINE]
+SYS_READ = NUMBERS["read"]
+SYS_WRITE = NUMBERS["write"]
+SYS_MMAP = NUMBERS["mmap"]
+SYS_IOCTL = NUMBERS["ioctl"]
+SYS_FDATASYNC = NUMBERS["fdatasync"]
+SYS_FALLOCATE = NUMBERS["fallocate"]
+SYS_PREADV = NUMBERS["preadv"]
+SYS_PWRITEV = NUMBERS["pwritev"]
+SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"]
+SYS_EPOLL_PWAIT2 = NUMBERS["epoll_pwait2"]
+SYS_IO_SETUP = NUMBERS["io_setup"]
+SYS_IO_DESTROY = NUMBERS["io_destroy"]
+SYS_IO_SUBMIT = NUMBERS["io_submit"]
+SYS_IO_URING_SETUP = NUMBERS["io_uring_setup"]
+SYS_IO_URING_ENTER = NUMBERS["io_uring_enter"]
+SYS_IO_URING_REGISTER = NUMBERS["io_uring_register"]
 
 EINTR, EIO, EAGAIN, ENOSYS, EOPNOTSUPP = 4, 5, 11, 38, 95
 PROT_READ, PROT_WRITE = 1, 2

@@ -1,0 +1,65 @@
+"""landlock(7): the calling thread, and each that it starts, gives up to open and change files, and to reach others.
+
+What is open stays usable. Each version of the kernel's interface knows more than the one before; what a kernel does not
+know cannot be given up.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Collection
+from pathlib import Path
+
+from ringplane.native.libc import system_call
+from ringplane.native.numbers import NUMBERS
+
+# include/uapi/linux/landlock.h
+LANDLOCK_CREATE_RULESET_VERSION = 1
+LANDLOCK_RULE_PATH_BENEATH = 1
+LANDLOCK_ACCESS_FS_REMOVE_FILE = 1 << 5
+
+# The version of the interface that brought something, and that and all before it as bits: rights to files (executing to
+# making symbolic links; moving to another folder; truncating; ioctls of devices), TCP (bind, connect), and what is
+# beyond the own domain (abstract UNIX sockets, signals).
+FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+TCP_RIGHTS = {4: (1 << 2) - 1}
+SCOPES = {6: (1 << 2) - 1}
+
+RULESET_ATTR = struct.Struct("=QQQ")
+# Packed.
+PATH_BENEATH_ATTR = struct.Struct("=Qi")
+
+
+def version() -> int:
+    """That of the kernel's interface, 0 where there is no Landlock."""
+    try:
+        return system_call(NUMBERS["landlock_create_ruleset"], 0, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    except OSError:
+        return 0
+
+
+def give_up_files(but_removing_in: Collection[Path]) -> None:
+    """Keep nothing but the right to remove files in these folders. Raises OSError; needs `forbid_new_rights` before."""
+    known = version()
+    attr = RULESET_ATTR.pack(*(_of_version(rights, known) for rights in (FILE_RIGHTS, TCP_RIGHTS, SCOPES)))
+    ruleset = system_call(NUMBERS["landlock_create_ruleset"], attr, len(attr), 0)
+    try:
+        for folder in but_removing_in:
+            _allow_removing(ruleset, folder)
+        system_call(NUMBERS["landlock_restrict_self"], ruleset, 0)
+    finally:
+        os.close(ruleset)
+
+
+def _allow_removing(ruleset: int, folder: Path) -> None:
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        rule = PATH_BENEATH_ATTR.pack(LANDLOCK_ACCESS_FS_REMOVE_FILE, fd)
+        system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+    finally:
+        os.close(fd)
+
+
+def _of_version(rights: dict[int, int], known: int) -> int:
+    return max((bits for since, bits in rights.items() if since <= known), default=0)

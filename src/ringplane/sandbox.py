@@ -1,0 +1,136 @@
+"""What a process that serves disks gives up before it serves the first front end, so that who takes it over has little.
+
+Everything has been opened and loaded by then, and the I/O threads have not begun: Landlock and capabilities are a
+thread's own, which those that it starts inherit. docs/security.md says what is promised.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import resource
+import termios
+from collections.abc import Collection
+from pathlib import Path
+
+from ringplane.engines.ranges import BLKDISCARD, BLKSECDISCARD
+from ringplane.engines.uring import IORING_REGISTER_ENABLE_RINGS, REGISTRATIONS
+from ringplane.image import BLKGETSIZE64
+from ringplane.native import landlock, libc, seccomp
+from ringplane.native.jit import remove_temporary_cache
+from ringplane.native.seccomp import Only
+from ringplane.values import User
+
+log = logging.getLogger(__name__)
+
+# System calls that are allowed whatever their arguments. Those of each request come first, as kernels before 5.11 go
+# through the filter for each of them.
+ALLOWED = (
+    # The I/O threads: engines, kicks and calls, copies into holes.
+    *("io_uring_enter", "io_submit", "epoll_pwait", "epoll_pwait2", "read", "write", "preadv", "pwritev"),
+    # All threads: locks, and memory, but for what is below.
+    *("futex", "madvise", "munmap", "mremap", "brk"),
+    # The helper threads, flushes and resizes.
+    *("fdatasync", "fallocate", "lseek", "ftruncate", "fsync", "pread64", "pwrite64", "fstatfs"),
+    # The control thread and its front ends.
+    *(
+        "epoll_wait",
+        "epoll_ctl",
+        "epoll_create1",
+        "poll",
+        "ppoll",
+        "accept4",
+        "getsockname",
+        "getpeername",
+        "getsockopt",
+    ),
+    *("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "eventfd2", "memfd_create", "dup", "close", "preadv2"),
+    # Handing over to the next process.
+    *("geteuid", "getcwd"),
+    # What a file is, and the end of a socket's.
+    *("fstat", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat", "unlink", "unlinkat"),
+    # The life of threads, signals, time, chance.
+    *("set_robust_list", "rseq", "exit", "exit_group", "io_destroy", "getpid", "gettid", "sched_yield"),
+    *("rt_sigreturn", "rt_sigaction", "rt_sigprocmask", "sigaltstack", "restart_syscall", "sched_getaffinity"),
+    *("clock_gettime", "gettimeofday", "clock_nanosleep", "getrandom", "readv", "writev"),
+)
+
+# include/uapi/linux/sched.h; only threads of this process may be made, with nothing of their own.
+CLONE_VM, CLONE_SIGHAND, CLONE_THREAD = 0x100, 0x800, 0x1_0000
+CLONE_THREADS = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD
+
+# Sizes and ranges of block devices; sockets and eventfds that do not wait; isatty(3).
+IOCTLS = (BLKGETSIZE64, BLKDISCARD, BLKSECDISCARD, termios.FIONBIO, termios.TCGETS)
+FCNTLS = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_ADD_SEALS)
+
+# What nothing in here has a use for: who calls it is not us, and the process ends before anything comes of it.
+DEADLY = (
+    *("execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev"),
+    *("mount", "setns", "unshare", "bpf", "init_module", "finit_module"),
+)
+
+
+class SandboxError(RuntimeError):
+    """What was asked for cannot be given up; the text is one line for the person who asked."""
+
+
+def missing() -> list[str]:
+    """What this kernel, or whatever confines us already, does not let us use."""
+    parts = {"Landlock": landlock.version() > 0, "seccomp filters": seccomp.available()}
+    return [name for name, there in parts.items() if not there]
+
+
+def change_user(user: User) -> None:
+    """Become this user in all threads, without any other group. Raises SandboxError."""
+    try:
+        os.setgroups([])
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as error:
+        raise SandboxError(f"cannot become user {user.name}: {error.strerror}; it takes root to do so") from None
+
+
+def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> None:
+    """Give up, for ever, all that is given up; raises OSError.
+
+    Files can be removed in the folders `removing_in`, where the sockets are. `otherwise` is what becomes of a system
+    call that is neither allowed nor deadly. Parts that are `missing` are left out.
+    """
+    absent = missing()
+    remove_temporary_cache()
+    libc.forbid_core_dumps()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc.forbid_writable_code()
+    libc.forbid_new_rights()
+    _warn_of_other_threads()
+    if "Landlock" not in absent:
+        landlock.give_up_files(removing_in)
+    libc.drop_capabilities()
+    if "seccomp filters" not in absent:
+        seccomp.install(seccomp.program(ALLOWED, limited(), DEADLY, otherwise))
+
+
+def _warn_of_other_threads() -> None:
+    """Numerical libraries like to start some when they are loaded."""
+    others = len(os.listdir("/proc/self/task")) - 1
+    if others:
+        log.warning("threads that had been started before (%d) keep their capabilities and access to files", others)
+
+
+def limited() -> dict[str, Only]:
+    """System calls that are allowed for some purposes."""
+    no_code = Only(2, (0,), mask=mmap.PROT_EXEC)
+    return {
+        "mmap": no_code,
+        "mprotect": no_code,
+        "clone": Only(0, (CLONE_THREADS,), mask=CLONE_THREADS),
+        # raise(3) of a signal that was meant for somebody else's handler.
+        "tgkill": Only(0, (os.getpid(),)),
+        "sched_setaffinity": Only(0, (0,)),
+        "prctl": Only(0, (libc.PR_SET_TIMERSLACK,)),
+        "ioctl": Only(1, IOCTLS),
+        "fcntl": Only(1, FCNTLS),
+        "io_uring_register": Only(1, (IORING_REGISTER_ENABLE_RINGS, *REGISTRATIONS)),
+    }

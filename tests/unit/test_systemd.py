@@ -1,0 +1,80 @@
+"""The systemd unit that ships: systemd reads it, finds little exposed, and lets through what ringplane calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringplane import sandbox
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+UNIT = REPOSITORY / "share" / "systemd" / "ringplane@.service"
+
+# Tenths of what `systemd-analyze security` counts from 0 (nothing is exposed) to 10.
+EXPOSURE = 10
+
+# What ringplane calls before it has confined itself, beside what the sandbox allows; strace(1) tells.
+AT_THE_START = (
+    *("openat", "execve", "clone3", "wait4", "vfork", "socket", "bind", "listen", "connect", "mkdir", "getdents64"),
+    *("pipe2", "io_setup", "io_uring_setup", "prlimit64", "seccomp", "landlock_create_ruleset", "landlock_add_rule"),
+    *("landlock_restrict_self", "rename", "rmdir", "access", "getuid", "socketpair", "capget", "set_tid_address"),
+)
+
+
+def analyze(*arguments: str) -> str:
+    """Runs systemd-analyze, which must find nothing to complain of."""
+    if shutil.which("systemd-analyze") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("systemd-analyze is not installed")
+        pytest.skip("systemd-analyze is not installed")
+    done = subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def settings(name: str) -> list[str]:
+    lines = UNIT.read_text().splitlines()
+    return [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")]
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """As it would be installed, with the program where it is."""
+    path = tmp_path / "ringplane@test.service"
+    path.write_text(UNIT.read_text().replace("/usr/bin/ringplane", str(Path(sys.executable).with_name("ringplane"))))
+    return path
+
+
+def test_systemd_understands_it(unit: Path) -> None:
+    analyze("verify", "--man=no", str(unit))
+
+
+def test_little_is_exposed(unit: Path) -> None:
+    analyze("security", "--offline=true", f"--threshold={EXPOSURE}", str(unit))
+
+
+def calls(words: str) -> set[str]:
+    """The system calls that a list of names and @groups means."""
+    found: set[str] = set()
+    for word in words.split():
+        found |= group(word) if word.startswith("@") else {word}
+    return found
+
+
+def group(name: str) -> set[str]:
+    members = [line.strip() for line in analyze("syscall-filter", name).splitlines()[1:]]
+    return calls(" ".join(each for each in members if not each.startswith("#")))
+
+
+def test_its_filter_lets_through_what_is_called() -> None:
+    allowed: set[str] = set()
+    for words in settings("SystemCallFilter"):
+        allowed = allowed - calls(words[1:]) if words.startswith("~") else allowed | calls(words)
+    needed = {*sandbox.ALLOWED, *sandbox.limited(), *AT_THE_START}
+    assert needed - allowed == set()
+    assert not allowed & {"ptrace", "mount", "bpf", "init_module", "capset", "mlock", "add_key"}
