@@ -480,6 +480,10 @@ def _perform(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_result(function())
     except BaseException as error:
         future.set_exception(error)
+    finally:
+        # The exception's traceback holds this frame: with the future, which holds the exception, it would stay, and
+        # with it the memory that `function` is about, until somebody looks for garbage.
+        del future, function
 
 
 def _pass_on_exception(source: Future[None], target: Future[None]) -> None:

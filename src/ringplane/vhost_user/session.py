@@ -646,7 +646,11 @@ class Session:
 
 async def _done(future: Future[Result]) -> Result:
     """Wait for a worker. Not to be cancelled half way: the ring's state would be unknown."""
-    return await asyncio.shield(asyncio.wrap_future(future))
+    try:
+        return await asyncio.shield(asyncio.wrap_future(future))
+    finally:
+        # See `_perform` of worker.py.
+        del future
 
 
 async def _set_err_fd(vring: Vring, fd: int) -> None:
