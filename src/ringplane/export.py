@@ -243,7 +243,14 @@ class Export:
     async def _serve_front_end(self, sock: socket.socket) -> None:
         name = self.disk.image.path.name
         self._transport = AsyncTransport(sock)
-        self._session = Session(self._transport, self.disk)
+        try:
+            self._session = Session(self._transport, self.disk)
+        except OSError as error:
+            # Too many open files, say: the next one may have more luck.
+            log.warning("%s: cannot serve a front end: %s", name, error)
+            self._transport.close()
+            self._transport = None
+            return
         log.info("%s: front end attached", name)
         try:
             if not self._stopping:

@@ -74,25 +74,27 @@ class Attacker:
         features: int = BLOCK_FEATURES,
         protocol_features: ProtocolFeature = WANTED_PROTOCOL_FEATURES,
         guest_size: int = 1 << 20,
-        start: bool = True,
     ) -> None:
         """Negotiates, shares its memory and starts both rings; `features` are those of the block device."""
-        self.sizes, self.ring_class = sizes, ring_class
+        self.path, self.sizes, self.ring_class = path, sizes, ring_class
         self.negotiated = {"event_idx": event_idx, "indirect": indirect, "in_order": in_order}
+        self.features, self.protocol_features = VIRTIO_F_VERSION_1 | features, protocol_features
+        self.features |= event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC
+        self.features |= in_order * VIRTIO_F_IN_ORDER | VIRTIO_F_RING_PACKED * (ring_class is PackedRing)
         self.guest = Guest(guest_size)
         # What the page behind the hole is.
         self.guest.free = PAGE
-        self.front_end = FrontEnd(path, PATIENCE)
-        wanted = VIRTIO_F_VERSION_1 | features
-        wanted |= event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC | in_order * VIRTIO_F_IN_ORDER
-        wanted |= VIRTIO_F_RING_PACKED * (ring_class is PackedRing)
-        assert (
-            self.front_end.negotiate(wanted, protocol_features) & wanted & ~BLOCK_FEATURES == wanted & ~BLOCK_FEATURES
-        )
-        self.front_end.set_mem_table(self.regions(), [self.guest.fd] * 3)
+        self.connect()
         self.lines = [RemoteLine(self, number) for number in range(2)]
-        for line in self.lines if start else ():
+        for line in self.lines:
             self.new_ring(line)
+
+    def connect(self) -> None:
+        """Begin anew, also with another process; the rings are not started."""
+        self.front_end = FrontEnd(self.path, PATIENCE)
+        agreed = self.front_end.negotiate(self.features, self.protocol_features)
+        assert agreed & self.features & ~BLOCK_FEATURES == self.features & ~BLOCK_FEATURES
+        self.front_end.set_mem_table(self.regions(), [self.guest.fd] * 3)
 
     def regions(self) -> list[MemoryRegion]:
         half, size = self.guest.size // 2, self.guest.size
