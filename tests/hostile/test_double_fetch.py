@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import select
 import struct
@@ -164,6 +163,8 @@ class Arena:
             *[(data, data + BUFFER) for data in self.data],
             (self.status, self.status + len(self.chains)),
             (self.ring_at, self.ring_at + 4096),
+            # Short buffers may be there.
+            (self.attacker.guest.size - 100, self.attacker.guest.size),
             # The honest ring, and its buffers.
             (self.attacker.lines[1].ring.desc, self.headers),
         ]
@@ -189,9 +190,8 @@ def test_all_fields_change_all_the_time(target: Target, ring_class: Any, indirec
     before = arena.content()
     used, broken = arena.drive(SECONDS)
     assert used > 0 or broken > 0
-    assert arena.content() == before, "the device wrote where no request was to"
-    arena.line.ring.guest.free = arena.ring_at + 65536
-    take_events(arena.line.err_fd)
+    changed = [offset for offset, (old, new) in enumerate(zip(before, arena.content(), strict=True)) if old != new]
+    assert not changed, "the device wrote where no request was to"
+    attacker.guest.free = arena.ring_at + 65536
     attacker.new_ring(arena.line)
     attacker.check_honest_ring(DISK)
-    print(used, broken, os.getpid())
