@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import Any
 
@@ -16,10 +17,10 @@ from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Inflight, ProtocolError, ProtocolFeature
 from ringplane.virtio.inflight import region_bytes
 from unit.packed import NEW_RING, PackedRing
-from unit.rig import IN, OK, Answer, eventually
+from unit.rig import IN, OK, Answer, Pending, eventually, has_event
 
-from .attacker import Attacker
-from .conftest import DISK, Target, running, sector, serving
+from .attacker import Attacker, RemoteLine
+from .conftest import DISK, Target, Victim, running, sector, serving
 
 AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
 
@@ -213,13 +214,10 @@ def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> Non
             described, fd = front_end.get_inflight_fd(2, 16)
             front_end.set_inflight_fd(described, fd)
             line.reset()
-            slow = Target(victim, 0).put_slow(line)
-            reads = [line.put(IN, number, room=512, direct=0) for number in range(9)]
-            line.kick()
-            assert eventually(lambda: in_flight(fd, ring_class) == 10)
+            requests = stopped_in_flight(victim, line, lambda: in_flight(fd, ring_class))
             victim.process.kill()
             victim.process.wait()
-            assert in_flight(fd, ring_class) == 10, "it was too quick for this test"
+            assert in_flight(fd, ring_class) == len(requests)
             assert used_index(fd, ring_class) == 0
             assert not list(line.ring.take_used())
             front_end.close()
@@ -228,14 +226,33 @@ def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> Non
                 attacker.front_end.set_inflight_fd(described, fd)
                 attacker.lines[1].start(ring_class=ring_class, size=16, **attacker.negotiated)
                 line.resume(base=NEW_RING if ring_class is PackedRing else 0)
-                assert line.wait() == [slow, *reads]
-                for number, request in enumerate(reads):
+                assert line.wait() == requests
+                assert line.answer(requests[0]) == Answer(OK, 1, b"")
+                for number, request in enumerate(requests[1:]):
                     assert line.answer(request) == Answer(OK, 513, sector(number))
-                assert line.answer(slow) == Answer(OK, 1, b"")
                 attacker.check_honest_ring(DISK)
                 assert in_flight(fd, ring_class) == 0
                 attacker.front_end.close()
             os.close(fd)
+
+
+def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]) -> list[Pending]:
+    """Requests behind a slow one; the process has fetched them and not answered any, and stands still (SIGSTOP)."""
+    for _ in range(20):
+        requests = [
+            Target(victim, 0).put_slow(line),
+            *(line.put(IN, number, room=512, direct=0) for number in range(9)),
+        ]
+        line.kick()
+        assert eventually(lambda requests=requests: count() == len(requests) or has_event(line.call_fd))
+        victim.process.send_signal(signal.SIGSTOP)
+        os.waitpid(victim.process.pid, os.WUNTRACED)
+        if count() == len(requests):
+            return requests
+        victim.process.send_signal(signal.SIGCONT)
+        line.wait()
+        line.reset()
+    pytest.fail("the slow request was too quick")
 
 
 def in_flight(fd: int, ring_class: Any) -> int:
