@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
-from ringplane.dataplane.worker import Worker, WorkerEnded
+from ringplane.dataplane.worker import Worker, WorkerEnded, check_eventfd
 from ringplane.disk import Disk
 from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
@@ -184,6 +185,8 @@ class Session:
                     log.error("a queue could not be stopped: %s", error)
             self._memory, self._inflight, self._log = MemoryTable(), None, None
             self._close_channel()
+            # Tasks that were cancelled may hold this object until somebody looks for garbage, but no fd with it.
+            del self._alarm
 
     async def _serve_one_message(self) -> bool:
         try:
@@ -509,7 +512,7 @@ class Session:
         if vring.kick_fd < 0:
             vring.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         await self._start_or_stop(vring)
-        _signal(vring.kick_fd)
+        await _done(vring.worker.signal(vring.kick_fd))
 
     async def _on_set_vring_call(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
@@ -519,7 +522,8 @@ class Session:
         _replace_fd(old, -1)
         self._end_signal(vring, BackendRequest.VRING_CALL)
         # What completed before this fd was known is announced now; QEMU's own tests rely on it.
-        _signal(vring.call_fd)
+        if vring.call_fd >= 0:
+            await _done(vring.worker.signal(vring.call_fd))
 
     async def _on_set_vring_err(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
@@ -667,9 +671,16 @@ def _u64(message: Message) -> int:
 
 
 def _only_fd(message: Message) -> int:
-    """The fd that came with the message, non-blocking, or -1."""
+    """The fd that came with the message, non-blocking, or -1.
+
+    A front end must not be able to stop our thread with a full eventfd or pipe. O_NONBLOCK is the file's, so it could
+    take it away again: of a pipe we open a file of our own (user-mode Linux has pipes), for eventfds see caller.py.
+    """
     for fd in message.fds:
-        # A front end must not be able to stop our thread with a full eventfd or pipe.
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        check_eventfd(fd, "fd")
         os.set_blocking(fd, False)
     return next(iter(message.take_fds()), -1)
 
@@ -680,12 +691,6 @@ def _replace_fd(old: int, new: int) -> int:
         with contextlib.suppress(OSError):
             os.close(old)
     return new
-
-
-def _signal(fd: int) -> None:
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.write(fd, (1).to_bytes(8, "little"))
 
 
 def _same_places(a: VringAddr, b: VringAddr) -> bool:

@@ -1,0 +1,60 @@
+"""Signals to a front end's eventfd that cannot wait, for I/O threads that serve other front ends too.
+
+write(2) to a full eventfd waits unless the file has O_NONBLOCK, which whoever else has the file can take away at any
+time, and eventfds know no RWF_NOWAIT for writes. When the kernel itself signals one it never waits. So an AIO request
+is made that ends at once, a read of /dev/null, and that has the eventfd signalled (io_submit(2), IOCB_FLAG_RESFD). It
+takes some 0.7 us more than write(2).
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.engines.aio import IOCB, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, RING_HEAD, RING_TAIL
+from ringplane.native import libc
+from ringplane.native.access import load32, store32, view
+from ringplane.native.jit import compiled
+from ringplane.native.syscalls import EINVAL, io_submit, write
+
+# context: AIO's; iocb: address of the one IOCB; list: address of that address
+CALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list")])
+
+
+@compiled
+def signal(address, fd, one):
+    """Add 1, which is at address `one`, to this eventfd; by the CALLER at `address`, or by write(2) where that is 0."""
+    if address == 0:
+        write(fd, one, 8)
+        return
+    caller = view(address, CALLER)
+    view(caller.iocb, IOCB).resfd = fd
+    result = io_submit(caller.context, 1, caller.list)
+    # Of the completion nobody wants to know.
+    store32(caller.context + RING_HEAD, load32(caller.context + RING_TAIL))
+    if result == -EINVAL:
+        # No eventfd, but a pipe: one that nobody else can make wait (session.py).
+        write(fd, one, 8)
+
+
+class Caller:
+    """Owns a CALLER; `address` is the struct's."""
+
+    def __init__(self) -> None:
+        """Raises OSError where there is no AIO to be had."""
+        self._context = libc.io_setup(1)
+        self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._iocb: npt.NDArray[np.void] = np.zeros(1, IOCB)
+        self._list = np.array([self._iocb.ctypes.data], np.int64)
+        self._record: npt.NDArray[np.void] = np.zeros(1, CALLER)
+        self.address = int(self._record.ctypes.data)
+        iocb, record = self._iocb[0], self._record[0]
+        iocb["lio_opcode"], iocb["fildes"], iocb["flags"] = IOCB_CMD_PREAD, self._null, IOCB_FLAG_RESFD
+        record["context"], record["iocb"] = self._context, self._iocb.ctypes.data
+        record["list"] = self._list.ctypes.data
+
+    def close(self) -> None:
+        libc.io_destroy(self._context)
+        os.close(self._null)
