@@ -109,6 +109,8 @@ class Disk:
             raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
         self.queues = [Queue(self._device, number, f"{name} queue {number}") for number in range(num_queues)]
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
+        for worker in set(self.workers):
+            worker.add_disk()
         self._switches = dict(switches or {})
         self._check_switches()
 

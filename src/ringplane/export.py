@@ -266,8 +266,16 @@ class Export:
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
         self._transport = AsyncTransport(sock)
-        self._session = Session(self._transport, self.disk)
-        log.info("%s: front end attached", self.disk.image.path.name)
+        name = self.disk.image.path.name
+        try:
+            self._session = Session(self._transport, self.disk)
+        except OSError as error:
+            # Too many open files, say: the next one may have more luck.
+            log.warning("%s: cannot serve a front end: %s", name, error)
+            self._transport.close()
+            self._transport = None
+            return
+        log.info("%s: front end attached", name)
         await self._run_session(self._session)
 
     async def _run_session(self, session: Session) -> None:

@@ -31,11 +31,15 @@ class BadMemory(ValueError):
 class Alarm:
     """An eventfd that is signalled when memory which was shared with us has gone; closed with the last reference."""
 
+    fd = -1
+
     def __init__(self) -> None:
+        """Raises OSError where this process may not open more files."""
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class Mapping:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # through the filter for each of them.
 ALLOWED = (
     # The I/O threads: engines, kicks and calls, copies into holes.
-    *("io_uring_enter", "io_submit", "epoll_pwait", "epoll_pwait2", "read", "write", "preadv", "pwritev"),
+    *("io_uring_enter", "io_submit", "epoll_pwait", "epoll_pwait2", "read", "write", "preadv", "pwritev", "vmsplice"),
     # All threads: locks, and memory, but for what is below.
     *("futex", "madvise", "munmap", "mremap", "brk"),
     # The helper threads, flushes and resizes.

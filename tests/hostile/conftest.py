@@ -1,23 +1,51 @@
-"""A ringplane process with two disks on one I/O thread: one front end misbehaves, the other must not notice."""
+"""A ringplane process with disks on one I/O thread: a front end of one misbehaves, the others must not notice.
+
+The fixture `target` is for a test of a row of hostile.md: what is promised of the process is looked at when it ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import random
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ringplane.dataplane import rules
+from ringplane.dataplane.state import MAX_RANGES
 from ringplane.driver import Driver
+from unit.combinations import FORMATS
+from unit.rig import (
+    IN,
+    OK,
+    PATIENCE,
+    WRITE_ZEROES,
+    Answer,
+    Line,
+    Pending,
+    eventually,
+    need_engine,
+    take_events,
+    wait_for_event,
+)
+
+from .attacker import Attacker, RemoteLine
 
 SIZE = 8 << 20
-PATIENCE = 20.0
+
+# <linux/posix-timers.h>: with the complement of a pid above these three bits, the clock of all the CPU time it took.
+CPUCLOCK_SCHED = 2
 
 CONFIG = """\
 [[io-thread]]
@@ -29,13 +57,37 @@ image = "bad.img"
 socket-path = "bad.sock"
 create = "8M"
 num-queues = 2
+features = {{ in-order = true, inband-notifications = true }}
 
 [[disk]]
 image = "good.img"
 socket-path = "good.sock"
 create = "8M"
 num-queues = 1
+
+[[disk]]
+image = "read-only.img"
+socket-path = "read-only.sock"
+read-only = true
+num-queues = 2
 """
+
+# An image on tmpfs is served by the engine `memory`.
+FOLDERS = {"io_uring": "/var/tmp", "aio": "/var/tmp", "memory": "/dev/shm"}
+
+DISK = random.Random(1).randbytes(SIZE)
+
+# Where a request writes that is to last long.
+SLOW_RANGE = (1 << 20, 5 << 20)
+
+
+def worker_engine(engine: str) -> str:
+    """What an I/O thread of a process for this engine is told."""
+    return "auto" if engine == "memory" else engine
+
+
+def sector(number: int, count: int = 1) -> bytes:
+    return DISK[number * 512 : (number + count) * 512]
 
 
 @dataclass
@@ -45,10 +97,15 @@ class Victim:
     folder: Path
     process: subprocess.Popen[str]
     neighbour: Driver
+    at_rest: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def socket(self) -> Path:
         return self.folder / "bad.sock"
+
+    @property
+    def image(self) -> Path:
+        return self.folder / "bad.img"
 
     def told(self) -> str:
         return (self.folder / "log").read_text()
@@ -70,10 +127,7 @@ class Victim:
         def no_more() -> bool:
             return all(now <= then for now, then in zip(self.resources(), before, strict=True))
 
-        end = time.monotonic() + PATIENCE
-        while not no_more():
-            assert time.monotonic() < end, f"{before} before, {self.resources()} after"
-            time.sleep(0.01)
+        assert eventually(no_more), f"{before} before, {self.resources()} after"
 
     def resources(self) -> tuple[int, int, int]:
         """How many fds, threads (but for the kernel's own helpers of io_uring) and shared mappings the process has."""
@@ -82,38 +136,160 @@ class Victim:
         threads = [task for task in proc.glob("task/*/comm") if not task.read_text().startswith("iou-")]
         return len(os.listdir(proc / "fd")), len(threads), mappings
 
+    def is_idle(self) -> bool:
+        """Whether the process leaves the CPU alone for a moment; a loop that spins never does."""
+        clock = ~self.process.pid << 3 | CPUCLOCK_SCHED
+        before = time.clock_gettime(clock)
+        time.sleep(0.03)
+        return time.clock_gettime(clock) - before < 0.01
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that serves the disks of `folder`/disks.toml; it must end well when it is asked to, or be killed."""
+    disks = (folder / "disks.toml").read_text().count("[[disk]]")
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout is not None
+        for _ in range(2 * disks):
+            assert process.stdout.readline(), (folder / "log").read_text()
+        yield process
+        process.terminate()
+        assert process.wait(PATIENCE) in (0, -signal.SIGKILL), (folder / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @contextlib.contextmanager
 def running(engine: str) -> Iterator[Victim]:
-    """The process, which must end well when it is asked to."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+    """A process of its own for a test."""
+    need_engine(engine)
+    with tempfile.TemporaryDirectory(dir=FOLDERS[engine]) as name:
         folder = Path(name)
-        (folder / "disks.toml").write_text(CONFIG.format(engine=engine))
-        with (folder / "log").open("w") as log:
-            command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert process.stdout is not None
-            for _ in range(4):
-                assert process.stdout.readline(), (folder / "log").read_text()
-            with Driver(folder / "good.sock", memory_size=16 << 20, timeout=PATIENCE) as neighbour:
-                yield Victim(folder, process, neighbour)
-            process.terminate()
-            assert process.wait(PATIENCE) == 0, (folder / "log").read_text()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+        (folder / "disks.toml").write_text(CONFIG.format(engine=worker_engine(engine)))
+        (folder / "read-only.img").write_bytes(DISK)
+        with (
+            serving(folder) as process,
+            Driver(folder / "good.sock", memory_size=16 << 20, timeout=PATIENCE) as neighbour,
+        ):
+            yield Victim(folder, process, neighbour)
 
 
 @pytest.fixture(params=["io_uring", "aio"])
 def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
     with running(request.param) as victim:
         yield victim
+
+
+# Tests of single rows share a process of each engine.
+
+
+@pytest.fixture(scope="session")
+def victims() -> Iterator[Callable[[str], Victim]]:
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def get(engine: str) -> Victim:
+            victim = stack.enter_context(running(engine))
+            victim.check()
+            assert eventually(lambda: victim.told().count("detached") == 1)
+            victim.at_rest = victim.resources()
+            return victim
+
+        yield get
+
+
+@dataclass
+class Target:
+    """The process for one test; DISK is on the disk that it attacks."""
+
+    victim: Victim
+    begins: int
+    # What of the disk may change: (first byte, end).
+    allowed: list[tuple[int, int]] = field(default_factory=list)
+    attackers: list[Attacker] = field(default_factory=list)
+
+    def attacker(self, disk: str = "bad", **options: Any) -> Attacker:
+        self.attackers.append(Attacker(self.victim.folder / f"{disk}.sock", **options))
+        return self.attackers[-1]
+
+    def told(self) -> str:
+        """The log since the test began."""
+        return self.victim.told()[self.begins :]
+
+    def put_slow(self, line: Line) -> Pending:
+        """A request of one descriptor that is in flight for some milliseconds at least."""
+        start, end = SLOW_RANGE
+        self.allowed.append(SLOW_RANGE)
+        # What is zeros already is done at once, what is not on the disk yet has to be written before.
+        with self.victim.image.open("r+b") as file:
+            file.seek(start)
+            file.write(DISK[start:end])
+        segment = struct.pack("<QII", start // 512, (end - start) // 512, 0)
+        return line.put(WRITE_ZEROES, data=segment * MAX_RANGES, direct=0)
+
+    def assert_breaks(self, line: RemoteLine, rule: int) -> None:
+        """Kick: the ring is given up for this and nothing else changes; after a reset it works again."""
+        attacker, before = line.rig, len(self.victim.told())
+        memory = attacker.memory_beside_rings()
+        line.kick()
+        wait_for_event(line.err_fd, f"the error: {rules.SENTENCES[rule]}")
+        told = self.victim.told()[before:]
+        assert f"bad.img queue {line.number}: ring broken by the driver: {rules.SENTENCES[rule]}" in told, told
+        assert told.count("ring broken") == 1
+        assert attacker.memory_beside_rings() == memory
+        assert not list(line.ring.take_used())
+        attacker.check_honest_ring(DISK)
+        line.reset()
+        assert line.do(IN, 5, room=512) == Answer(OK, 513, DISK[5 * 512 : 6 * 512])
+        assert not take_events(line.err_fd)
+
+    def check(self) -> None:
+        """What is promised, after an attack."""
+        for attacker in self.attackers:
+            if attacker.guest.fd >= 0 and attacker.is_attached():
+                attacker.check_honest_ring(DISK)
+        assert eventually(self.victim.is_idle), "the process spins while the front end is attached"
+        for attacker in self.attackers:
+            attacker.close()
+        assert self.victim.process.poll() is None, self.told()
+        for name in ("bad.img", "read-only.img"):
+            content = bytearray((self.victim.folder / name).read_bytes())
+            for start, end in self.allowed if name == "bad.img" else ():
+                content[start:end] = DISK[start:end]
+            assert content == DISK, f"bytes of {name} changed that nobody was allowed to write"
+        self.victim.check()
+        self.victim.wait_for_resources(self.victim.at_rest)
+        assert eventually(self.victim.is_idle), "the process spins"
+        assert "please report it" not in self.told()
+        assert "Traceback" not in self.told()
+
+
+# Of rings and messages the engine `memory` knows as little as these; tests of requests have it too.
+EVERY_ENGINE = pytest.mark.parametrize("engine", FOLDERS, indirect=True)
+
+
+@pytest.fixture(params=["io_uring", "aio"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=FORMATS.values(), ids=FORMATS)
+def ring_class(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def target(victims: Callable[[str], Victim], engine: str) -> Iterator[Target]:
+    victim = victims(engine)
+    assert victim.process.poll() is None, "it has ended in an earlier test"
+    with victim.image.open("r+b") as file:
+        file.write(DISK)
+        os.fsync(file.fileno())
+    target = Target(victim, len(victim.told()))
+    yield target
+    target.check()

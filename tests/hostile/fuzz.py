@@ -2,6 +2,10 @@
 
     cd tests && python -m hostile.fuzz --seconds 3600
 
+Broken are fields of the rings, the chains in them and the requests, and of the in-flight area. While requests are in
+flight rings are stopped, memory comes and goes, a dirty log is switched on and off. Other connections send messages of
+any kind.
+
 A case is made of its seed alone, so that a seed that found something finds it again (`--seed N --cases 1`), and can be
 kept in seeds.txt, which is where each run begins. After each case an honest ring of the same front end is served with
 the right data, no byte of the image has changed that nobody was allowed to write, and now and then that a neighbour on
@@ -23,40 +27,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ringplane.driver.frontend import FrontEnd, Refused
-from ringplane.vhost_user.messages import HEADER, RULES, MemoryRegion, ProtocolError, Request
-from ringplane.virtio.features import (
-    VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_INDIRECT_DESC,
-    VIRTIO_F_RING_PACKED,
-    VIRTIO_F_VERSION_1,
+from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
+from ringplane.vhost_user.messages import (
+    HEADER,
+    RULES,
+    VHOST_F_LOG_ALL,
+    Inflight,
+    MemoryRegion,
+    ProtocolError,
+    ProtocolFeature,
+    Request,
 )
+from ringplane.virtio.inflight import region_bytes
+from unit.combinations import FEATURES
 from unit.packed import PackedRing
-from unit.rig import (
-    FLUSH,
-    GET_ID,
-    GUEST_BASE,
-    IN,
-    OUT,
-    USER_BASE,
-    DriverRing,
-    Guest,
-    Pending,
-    Piece,
-    Ring,
-    header,
-    new_eventfd,
-)
+from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OUT, Pending, Piece, Ring, header
 
+from .attacker import PAGE, Attacker
 from .conftest import SIZE, Victim, running
 
 SEEDS = Path(__file__).with_name("seeds.txt")
 DISCARD, WRITE_ZEROES = 11, 13
-BLOCK_FEATURES = 0x1_FFFF
+SIZES = (4, 8, 16, 64)
 
 # Nobody may write to the second half of the disk. Requests are for its first sectors, as one that was made longer is
 # still allowed to write as much as it asks for: some MiB, if all of the guest's memory is its data.
@@ -65,6 +60,9 @@ SECTORS = FENCE // 512
 FIRST_SECTORS = 1024
 
 GUEST_SIZE = 1 << 20
+# For two rings of any of these sizes, and a bit for each page up to where the guest's memory ends.
+AREA_SIZE = 2 * region_bytes(max(SIZES), packed=True)
+LOG_SIZE = (GUEST_BASE + 2 * GUEST_SIZE) >> 15
 SOON, LATE = 0.3, 20.0
 
 # What a field is broken with, beside random numbers.
@@ -92,52 +90,35 @@ class Tally:
         return f"{self.cases} cases, {self.requests} requests, {self.answered} answered; rules broken:\n{listed}"
 
 
-class Attacker:
-    """A front end with two rings: the first is fuzzed, the second is honest."""
+class FuzzedFrontEnd(Attacker):
+    """The first of its rings is fuzzed, and so is what it says while that is served; the second is honest."""
 
     def __init__(self, path: Path, draw: random.Random) -> None:
-        self.draw, self.guest = draw, Guest(GUEST_SIZE)
-        self.front_end = FrontEnd(path, LATE)
-        self.notifiers = [tuple(new_eventfd() for _ in range(3)) for _ in range(2)]
+        self.draw = draw
         self.tables: list[tuple[int, int]] = []
-        wanted = VIRTIO_F_VERSION_1 | BLOCK_FEATURES
-        for feature in (VIRTIO_F_RING_PACKED, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC):
-            wanted |= draw.choice([0, feature])
-        agreed = self.front_end.negotiate(wanted)
-        half = GUEST_SIZE // 2
-        regions = [MemoryRegion(GUEST_BASE + at, half, USER_BASE + at, at) for at in (0, half)]
-        self.front_end.set_mem_table(regions, [self.guest.fd] * 2)
-        self.packed = bool(agreed & VIRTIO_F_RING_PACKED)
-        kind: Any = PackedRing if self.packed else Ring
-        negotiated = {"event_idx": bool(agreed & VIRTIO_F_EVENT_IDX), "indirect": bool(agreed & VIRTIO_F_INDIRECT_DESC)}
-        self.rings: list[DriverRing] = [
-            kind(self.guest, draw.choice([4, 8, 16, 64]), features=agreed, **negotiated) for _ in range(2)
-        ]
-        for index in range(2):
-            self.start(index)
-
-    def start(self, index: int) -> None:
-        front_end, layout = self.front_end, self.rings[index].layout()
-        front_end.set_vring_num(index, layout.size)
-        front_end.set_vring_base(index, layout.base)
-        front_end.set_vring_addr(index, layout.desc, layout.avail, layout.used)
-        kick, call, error = self.notifiers[index]
-        front_end.set_vring_kick(index, kick)
-        front_end.set_vring_call(index, call)
-        front_end.set_vring_err(index, error)
-        front_end.set_vring_enable(index, True)
+        self.extra: MemoryRegion | None = None
+        super().__init__(
+            path,
+            ring_class=draw.choice([Ring, PackedRing]),
+            sizes=(draw.choice(SIZES), draw.choice(SIZES)),
+            **{name: draw.random() < 0.5 for name in FEATURES},
+            protocol_features=WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD,
+            guest_size=GUEST_SIZE,
+        )
+        self.area, self.log = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("in flight", "log"))
+        os.ftruncate(self.area, AREA_SIZE)
+        os.ftruncate(self.log, LOG_SIZE)
 
     def close(self) -> None:
-        self.front_end.close()
-        for fd in [fd for three in self.notifiers for fd in three]:
-            os.close(fd)
-        self.guest.close()
+        super().close()
+        os.close(self.area)
+        os.close(self.log)
 
     # Requests
 
     def offer(self, index: int, kind: int, sector: int, data: bytes, room: int) -> Pending | None:
         """Put a request into the ring, however it is framed, if there is room for it; no kick."""
-        ring, draw, guest = self.rings[index], self.draw, self.guest
+        ring, draw, guest = self.lines[index].ring, self.draw, self.guest
         content = header(kind, sector) + data
         pieces = [Piece(self.place(content[start:end]), end - start, False) for start, end in self.cuts(len(content))]
         answer = room + 1
@@ -175,21 +156,18 @@ class Attacker:
         data = draw.randbytes(512 * count) if writes else b""
         return self.offer(0, kind, sector, data, 512 * count if kind == IN else 20)
 
-    def kick(self, index: int) -> None:
-        self.rings[index].publish()
-        os.eventfd_write(self.notifiers[index][0], 1)
-
     def read_honestly(self, expected: bytes) -> None:
         """A read of the second half of the disk through the honest ring."""
         sector = SECTORS + self.draw.randrange(SECTORS - 1)
-        ring = self.rings[1]
+        line = self.lines[1]
+        ring = line.ring
         while ring.collect():
             pass
         pending = None
         while pending is None:
             # Some ways to frame it need more descriptors than a small ring has.
             pending = self.offer(1, IN, sector, b"", 512)
-        self.kick(1)
+        line.kick()
         end = time.monotonic() + LATE
         while not ring.collect():
             assert time.monotonic() < end, "the honest ring is not served"
@@ -212,8 +190,9 @@ class Attacker:
         self.guest.write(place, (self.value() & (1 << 8 * size) - 1).to_bytes(size, "little"))
 
     def break_something(self, pending: Pending | None) -> None:
-        draw, ring = self.draw, self.rings[0]
-        what = draw.choice(["descriptor", "descriptor", "table", "header", "avail", "used"])
+        draw, ring = self.draw, self.lines[0].ring
+        packed = isinstance(ring, PackedRing)
+        what = draw.choice(["descriptor", "descriptor", "table", "header", "avail", "used", "area"])
         if what == "descriptor":
             # addr, len, flags, next; of a packed ring addr, len, id, flags
             self.break_field(ring.desc + 16 * draw.randrange(ring.size), "QIHH")
@@ -224,31 +203,75 @@ class Attacker:
             # Not a sector that others could mean: what the fence keeps out is not to be asked for.
             offset = pending.pieces[0].offset
             self.guest.write(offset, struct.pack("<I", draw.choice([*range(30), draw.getrandbits(32)])))
+        elif what == "area":
+            os.pwrite(self.area, draw.randbytes(draw.choice([1, 2, 8, 64])), draw.randrange(AREA_SIZE - 64))
         elif what == "avail":
-            self.break_field(ring.avail, "HH" if self.packed else "HH" + "H" * ring.size)
+            self.break_field(ring.avail, "HH" if packed else "HH" + "H" * ring.size)
         else:
-            self.break_field(ring.used, "HH" if self.packed else "HHHHHH")
+            self.break_field(ring.used, "HH" if packed else "HHHHHH")
+
+    # What a front end may say while requests are in flight
+
+    def say_something(self) -> None:
+        front_end, draw = self.front_end, self.draw
+        what = draw.choice(["memory", "log", "area", "stop", "stop", "disable", "call", "status"])
+        with contextlib.suppress(Refused):
+            if what == "memory":
+                self.change_memory()
+            elif what == "log":
+                front_end.set_log_base(LOG_SIZE, 0, self.log)
+                front_end.set_features(front_end.features ^ VHOST_F_LOG_ALL)
+            elif what == "area":
+                front_end.set_inflight_fd(Inflight(AREA_SIZE, 0, 2, max(SIZES)), self.area)
+            elif what == "stop":
+                self.restart()
+            elif what == "disable":
+                front_end.set_vring_enable(0, False)
+                front_end.set_vring_enable(0, True)
+            elif what == "call":
+                front_end.set_vring_call(0, self.lines[0].call_fd)
+            else:
+                front_end.set_mem_table(self.regions(), [self.guest.fd] * 3)
+
+    def change_memory(self) -> None:
+        """More of it, or less, or that of a ring away and there again."""
+        if self.extra is not None:
+            self.front_end.rem_mem_reg(self.extra)
+            self.extra = None
+        elif self.draw.random() < 0.5:
+            self.extra = MemoryRegion(1 << 40, PAGE, 1 << 40, 0)
+            self.front_end.add_mem_reg(self.extra, self.guest.fd)
+        else:
+            region = self.draw.choice(self.regions())
+            self.front_end.rem_mem_reg(region)
+            self.front_end.add_mem_reg(region, self.guest.fd)
+
+    def restart(self) -> None:
+        """Stop the ring, which waits for what it has fetched, and go on with a new one."""
+        self.lines[0].stop()
+        self.new_ring(self.lines[0])
 
 
 def ring_case(victim: Victim, draw: random.Random, tally: Tally, expected: bytes) -> None:
     """Some requests with something broken among them, several times over, and stops and starts in between."""
-    attacker = Attacker(victim.socket, draw)
+    attacker = FuzzedFrontEnd(victim.socket, draw)
+    line = attacker.lines[0]
     try:
         for _ in range(draw.randrange(1, 6)):
             offered = [attacker.any_request() for _ in range(draw.randrange(1, 8))]
             if draw.random() < 0.8:
                 attacker.break_something(draw.choice(offered))
-            attacker.kick(0)
+            line.kick()
+            if draw.random() < 0.3:
+                attacker.say_something()
             tally.requests += sum(pending is not None for pending in offered)
-            select.select([attacker.notifiers[0][2]], [], [], draw.choice([0, 0.002, 0.02]))
+            select.select([line.err_fd], [], [], draw.choice([0, 0.002, 0.02]))
             # What the broken ring tells is not to be believed.
             with contextlib.suppress(Exception):
-                tally.answered += len(attacker.rings[0].collect())
+                tally.answered += len(line.ring.collect())
             attacker.read_honestly(expected)
             if draw.random() < 0.2:
-                attacker.front_end.get_vring_base(0)
-                attacker.rings[0].pending.clear()
-                attacker.start(0)
+                attacker.restart()
     finally:
         attacker.close()
 

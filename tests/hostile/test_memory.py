@@ -11,12 +11,14 @@ import pytest
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import ProtocolError
+from unit.rig import PATIENCE, eventually
 
-from .conftest import PATIENCE, Victim, wait_until
+from .conftest import Victim
 
 LOAD = Load(block_size=65536, pattern="random", read_percent=50, depth=32, queues=2, seconds=5)
 
 
+@pytest.mark.row("shared memory shrunk under the device")
 @pytest.mark.parametrize("left", [0, 1 << 20], ids=["all", "most"])
 def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
     """The front end truncates its memory while requests run: it loses its disk, and nobody else anything."""
@@ -33,7 +35,7 @@ def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
 
         load = threading.Thread(target=work)
         load.start()
-        wait_until(lambda: (victim.folder / "bad.img").stat().st_blocks > 100, "the load did not begin")
+        assert eventually(lambda: victim.image.stat().st_blocks > 100), "the load did not begin"
         # Our own mapping is guarded too: what is read there from now on is zeros.
         os.ftruncate(driver.memory.fd, left)
         load.join(PATIENCE)
@@ -45,6 +47,7 @@ def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
     victim.wait_for_resources(before)
 
 
+@pytest.mark.row("shared memory shrunk under the device")
 def test_memory_is_taken_away_before_a_ring_starts(victim: Victim) -> None:
     """The control plane reads the used ring's index when a ring starts."""
     before = victim.resources()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ringplane.dataplane import dirty
+from ringplane.dataplane.caller import signal
 from ringplane.dataplane.execute import give_bounce, transfer
 from ringplane.dataplane.fetch import consume, copy_to_front
 from ringplane.dataplane.helpers import send_to_helpers
@@ -26,7 +27,7 @@ from ringplane.engines.dispatch import reap
 from ringplane.histogram import count
 from ringplane.native.access import address_of, store8, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import EINTR, monotonic_ns, write
+from ringplane.native.syscalls import EINTR, monotonic_ns
 from ringplane.virtio import inflight
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_call
@@ -272,4 +273,4 @@ def call_all(worker):
         queue.uncalled = 0
         if wants_call(queue) and queue.call_fd >= 0:
             # The result is of no use: a full eventfd or pipe has a notification in it already.
-            write(queue.call_fd, address_of(worker) + WORKER_ONE, 8)
+            signal(worker.caller, queue.call_fd, address_of(worker) + WORKER_ONE)

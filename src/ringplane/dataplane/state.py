@@ -233,6 +233,7 @@ WORKER = _struct(
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far
     "one",  # the number 1, for eventfds
+    "caller",  # CALLER (caller.py) where the queues of several disks are served, else 0; set by the control plane
     "jobs_fd",  # the pipes to and from the helper threads (helpers.py)
     "done_fd",
     "helped_slot",  # room for a COMPLETION

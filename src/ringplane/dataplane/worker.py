@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane import rules
+from ringplane.dataplane.caller import Caller, signal
 from ringplane.dataplane.helpers import Helpers
 from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
 from ringplane.dataplane.queue import Queue, RingLayout
@@ -44,6 +45,7 @@ from ringplane.dataplane.state import (
     TRACE_START,
     TRACE_STOP,
     WORKER,
+    WORKER_ONE,
 )
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
@@ -111,6 +113,8 @@ class Worker:
         self._draining: dict[int, list[Future[None]]] = {}
         self._retired: list[_Retired] = []
         self._retirements = 0
+        self._disks = 0
+        self._caller: Caller | None = None
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         # Guards what follows, so that no call comes too late to be carried out or refused.
         self._lock = threading.Lock()
@@ -183,11 +187,23 @@ class Worker:
 
     # From any thread.
 
+    def add_disk(self) -> None:
+        """One more will have queues here; from the second on no front end may make this thread wait."""
+        self._disks += 1
+        if self._disks == 2:
+            try:
+                self._caller = Caller()
+            except OSError as error:
+                log.warning("%s: a front end can hold up the other disks of this thread: %s", self.name, error)
+                return
+            self._state["caller"] = self._caller.address
+
     def load(self) -> None:
         """Compile or load all that the threads will call, so that from their start on they need no file for it."""
         self._helpers.load()
         load(run, int(self._state.ctypes.data))
         load(mark_ready, self._state[0], np.zeros(1, QUEUE)[0])
+        load(signal, 0, 0, 0)
         sigbus.install()
 
     def start(self) -> None:
@@ -228,6 +244,10 @@ class Worker:
         """Notify the driver through `fd` from now on, -1 for not at all. The fd stays the caller's."""
         return self.call(lambda: queue.record.__setitem__("call_fd", fd))
 
+    def signal(self, fd: int) -> Future[None]:
+        """Signal a front end's eventfd, as the driver of a queue is called: the control plane must not wait for it."""
+        return self.call(lambda: self._signal(fd))
+
     def start_tracing(self) -> TraceReader:
         """Trace requests from now on."""
         return self.call(self._start_tracing).result()
@@ -242,6 +262,9 @@ class Worker:
             self._ended = True
         self._helpers.close()
         self.engine.close()
+        if self._caller is not None:
+            self._caller.close()
+            self._caller = None
         os.close(self._control_fd)
 
     # On the worker's thread.
@@ -352,7 +375,7 @@ class Worker:
             log.debug("%s: draining %d requests", queue.name, queue.in_flight)
 
     def _watch_kicks(self, queue: Queue, kick_fd: int) -> None:
-        _check_eventfd(kick_fd)
+        check_eventfd(kick_fd, "kick fd")
         os.set_blocking(kick_fd, False)
         self.engine.watch(kick_fd, queue.address)
         queue.kick_fd = kick_fd
@@ -460,8 +483,10 @@ class Worker:
 
     def _signal_error(self, queue: Queue) -> None:
         if queue.err_fd >= 0:
-            with contextlib.suppress(OSError):
-                os.write(queue.err_fd, b"\1\0\0\0\0\0\0\0")
+            self._signal(queue.err_fd)
+
+    def _signal(self, fd: int) -> None:
+        signal(int(self._state["caller"][0]), fd, int(self._state.ctypes.data) + WORKER_ONE)
 
     def _start_tracing(self) -> TraceReader:
         if self._trace is None:
@@ -475,11 +500,11 @@ class Worker:
             self._trace.add(event, queue.array)
 
 
-def _check_eventfd(fd: int) -> None:
-    """Kicks are not read, and any other kind of fd would fill up. (Without /proc there is no telling.)"""
+def check_eventfd(fd: int, name: str) -> None:
+    """Raise OSError for any other kind of fd, which can fill up or block. (Without /proc there is no telling.)"""
     with contextlib.suppress(FileNotFoundError):
         if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
-            raise OSError(errno.EINVAL, "the kick fd is not an eventfd")
+            raise OSError(errno.EINVAL, f"the {name} is not an eventfd")
 
 
 def _perform(future: Future[Any], function: Callable[[], Any]) -> None:
@@ -489,6 +514,10 @@ def _perform(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_result(function())
     except BaseException as error:
         future.set_exception(error)
+    finally:
+        # The exception's traceback holds this frame: with the future, which holds the exception, it would stay, and
+        # with it the memory that `function` is about, until somebody looks for garbage.
+        del future, function
 
 
 def _pass_on_exception(source: Future[None], target: Future[None]) -> None:

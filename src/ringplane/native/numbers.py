@@ -114,6 +114,7 @@ TABLE = {
     "unlinkat": (263, 35),
     "unshare": (272, 97),
     "vfork": (58, -1),
+    "vmsplice": (278, 75),
     "write": (1, 64),
     "writev": (20, 66),
 }

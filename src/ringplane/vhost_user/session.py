@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple
 from typing import TypeVar
 
 from ringplane.dataplane.queue import DirtyLog, RingLayout
-from ringplane.dataplane.worker import WorkerEnded
+from ringplane.dataplane.worker import WorkerEnded, check_eventfd
 from ringplane.disk import Disk
 from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
@@ -282,6 +283,8 @@ class Session:
                     log.error("a queue could not be stopped: %s", error)
             self._memory, self._inflight, self._log = MemoryTable(), None, None
             self._close_channel()
+            # Tasks that were cancelled may hold this object until somebody looks for garbage, but no fd with it.
+            del self._alarm
 
     async def _serve_one_message(self) -> bool:
         try:
@@ -609,7 +612,7 @@ class Session:
         if vring.kick_fd < 0:
             vring.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         await self._start_or_stop(vring)
-        _signal(vring.kick_fd)
+        await _done(vring.worker.signal(vring.kick_fd))
 
     async def _on_set_vring_call(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
@@ -619,7 +622,8 @@ class Session:
         replace_fd(old, -1)
         self._end_signal(vring, BackendRequest.VRING_CALL)
         # What completed before this fd was known is announced now; QEMU's own tests rely on it.
-        _signal(vring.call_fd)
+        if vring.call_fd >= 0:
+            await _done(vring.worker.signal(vring.call_fd))
 
     async def _on_set_vring_err(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
@@ -746,7 +750,11 @@ class Session:
 
 async def _done(future: Future[Result]) -> Result:
     """Wait for a worker. Not to be cancelled half way: the ring's state would be unknown."""
-    return await asyncio.shield(asyncio.wrap_future(future))
+    try:
+        return await asyncio.shield(asyncio.wrap_future(future))
+    finally:
+        # See `_perform` of worker.py.
+        del future
 
 
 async def _set_err_fd(vring: Vring, fd: int) -> None:
@@ -763,9 +771,14 @@ def _u64(message: Message) -> int:
 
 
 def _only_fd(message: Message) -> int:
-    """The fd that came with the message, non-blocking, or -1."""
+    """The fd that came with the message, non-blocking, or -1.
+
+    A front end must not be able to stop our thread with a full eventfd or pipe (user-mode Linux has pipes). O_NONBLOCK
+    is the file's, so it could take it away again: caller.py has what is done about that.
+    """
     for fd in message.fds:
-        # A front end must not be able to stop our thread with a full eventfd or pipe.
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            check_eventfd(fd, "fd")
         os.set_blocking(fd, False)
     return next(iter(message.take_fds()), -1)
 
@@ -781,12 +794,6 @@ def _refusing(why: str) -> Iterator[None]:
 
 def _shared(mapping: Mapping) -> SharedMemory:
     return SharedMemory(Fd(mapping.fd), mapping.offset, mapping.size)
-
-
-def _signal(fd: int) -> None:
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.write(fd, (1).to_bytes(8, "little"))
 
 
 def _same_places(a: VringAddr, b: VringAddr) -> bool:

@@ -21,14 +21,14 @@ _ANCILLARY_SPACE = socket.CMSG_SPACE((MAX_FDS + 1) * _INT_SIZE)
 _NO_PAYLOAD = Empty()
 
 
-def receive_part(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+def receive_part(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """Read at most `size` bytes and the fds that came with them, close-on-exec; no bytes at the end of the stream.
 
     Raises ProtocolError, with nothing left open, if the kernel had to drop fds: the peer sent more than there is room
     for, or this process may not open more. Raises what recvmsg raises, except that a reset connection is an end.
     """
     try:
-        data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC | flags)
     except ConnectionResetError:
         return b"", []
     fds = _fds_in(ancillary)
@@ -41,10 +41,10 @@ def receive_part(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
     return data, fds
 
 
-def send_part(sock: socket.socket, data: memoryview, fds: Sequence[int]) -> int:
+def send_part(sock: socket.socket, data: memoryview, fds: Sequence[int], flags: int = 0) -> int:
     """Send some of `data`, all of `fds` attached to its first byte; how many bytes went. Raises what sendmsg does."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-    return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+    return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL | flags)
 
 
 def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
@@ -56,10 +56,10 @@ def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return list(fds)
 
 
-def _receive_some(sock: socket.socket, connection: Connection) -> tuple[Message | None, bool]:
+def _receive_some(sock: socket.socket, connection: Connection, flags: int = 0) -> tuple[Message | None, bool]:
     """Read once; a message if that completed one, and whether the stream has ended."""
     try:
-        data, fds = receive_part(sock, connection.wanted)
+        data, fds = receive_part(sock, connection.wanted, flags)
     except ProtocolError:
         connection.close()
         raise
@@ -77,7 +77,8 @@ class AsyncTransport:
     """A connected socket and its `Connection` (a back end's, unless given) in an asyncio loop.
 
     The transport owns the socket. One task may receive at a time; any number may send, and their messages go out whole,
-    one after the other. A wait can be cancelled or have a time limit (`asyncio.timeout`).
+    one after the other. A wait can be cancelled or have a time limit (`asyncio.timeout`). Nothing relies on O_NONBLOCK:
+    of a socket that came from the front end (SET_BACKEND_REQ_FD), it could take that away again.
     """
 
     def __init__(self, sock: socket.socket, connection: Connection | None = None) -> None:
@@ -117,7 +118,7 @@ class AsyncTransport:
                 self._interrupted = False
                 raise Interrupted
             try:
-                message, ended = _receive_some(self._sock, self.connection)
+                message, ended = _receive_some(self._sock, self.connection, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
                 await self._wait(loop.add_reader, loop.remove_reader)
@@ -142,7 +143,7 @@ class AsyncTransport:
         if self.closed:
             raise ConnectionAbortedError("the transport was closed")
         try:
-            return rest[send_part(self._sock, rest, fds) :]
+            return rest[send_part(self._sock, rest, fds, socket.MSG_DONTWAIT) :]
         except BlockingIOError:
             loop = asyncio.get_running_loop()
             await self._wait(loop.add_writer, loop.remove_writer)

@@ -1,0 +1,266 @@
+"""Memory that a front end keeps for the back end: in-flight areas and dirty logs, with sizes that lie."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any
+
+import pytest
+
+from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
+from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Inflight, ProtocolError, ProtocolFeature
+from ringplane.virtio.inflight import region_bytes
+from unit.packed import NEW_RING, PackedRing
+from unit.rig import IN, OK, Answer, Pending, eventually, has_event
+
+from .attacker import Attacker, RemoteLine
+from .conftest import DISK, Target, Victim, running, sector, serving
+
+AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
+
+LARGE = (1 << 31, 1 << 32, 1 << 55, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
+# What files there are to be mapped: their sizes.
+FILE = 1 << 16
+
+
+@contextlib.contextmanager
+def memfd(size: int) -> Iterator[int]:
+    fd = os.memfd_create("area", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def is_served(attacker: Attacker) -> None:
+    assert attacker.lines[0].do(IN, 5, room=512) == Answer(OK, 513, sector(5))
+    attacker.guest.free = 1 << 16
+
+
+# Of mmap_size, mmap_offset, num_queues and queue_size one at a time, the others as they should be.
+GOOD = (2 * region_bytes(16, packed=True), 0, 2, 16)
+AREA_FAULTS = {
+    "mmap_size": [(value, *GOOD[1:]) for value in (0, FILE + 1, *LARGE)],
+    "mmap_offset": [(GOOD[0], value, *GOOD[2:]) for value in (FILE, FILE - GOOD[0] + 1, *LARGE)],
+    "both": [(1 << 63, 1 << 63, 2, 16), ((1 << 64) - 4096, 4096, 2, 16), (FILE, FILE, 2, 16)],
+    "num_queues": [(*GOOD[:2], 0, 16)],
+    "queue_size": [(*GOOD[:3], value) for value in (0, 32769, 65535)],
+}
+
+# These are an area, but none for a ring of 16 descriptors; the last one is not aligned.
+TOO_SMALL = [
+    (1, 0, 2, 16),
+    (64, 0, 1, 16),
+    (region_bytes(16, packed=False) - 64, 0, 1, 16),
+    (GOOD[0], 0, 65535, 16),
+    (GOOD[0], 4, 2, 16),
+]
+
+
+@pytest.mark.row("in-flight region sizes not checked against the mapping")
+@pytest.mark.parametrize("fault", AREA_FAULTS)
+def test_areas_that_cannot_be(target: Target, ring_class: Any, fault: str) -> None:
+    attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
+    with memfd(FILE) as fd:
+        for described in AREA_FAULTS[fault]:
+            with pytest.raises(Refused):
+                attacker.front_end.set_inflight_fd(Inflight(*described), fd)
+            assert "SET_INFLIGHT_FD" in target.told().splitlines()[-1]
+            is_served(attacker)
+        assert os.pread(fd, FILE, 0) == bytes(FILE)
+
+
+@pytest.mark.row("in-flight region sizes not checked against the mapping")
+def test_areas_without_room_for_a_ring(target: Target, ring_class: Any) -> None:
+    """The ring does not start then, and does with another area; not a byte behind the area's end was touched."""
+    attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
+    line, front_end = attacker.lines[0], attacker.front_end
+    for described in TOO_SMALL:
+        with memfd(FILE) as fd:
+            os.pwrite(fd, b"\xa5" * FILE, 0)
+            front_end.set_inflight_fd(Inflight(*described), fd)
+            line.stop()
+            with pytest.raises(Refused):
+                attacker.new_ring(line)
+            assert "in-flight" in target.told().splitlines()[-1]
+            attacker.check_honest_ring(DISK)
+            # Where a ring ends, its version is taken away.
+            assert os.pread(fd, FILE, 0).count(b"\xa5") >= FILE - 2
+        with memfd(FILE) as fd:
+            front_end.set_inflight_fd(Inflight(*GOOD), fd)
+            line.reset()
+            is_served(attacker)
+            assert os.pread(fd, FILE, 0)[GOOD[0] :] == bytes(FILE - GOOD[0])
+
+
+@pytest.mark.row("in-flight region sizes not checked against the mapping")
+def test_areas_of_what_cannot_be_mapped(target: Target) -> None:
+    attacker = target.attacker(protocol_features=AREAS)
+    reading, writing = os.pipe()
+    folder = os.open("/", os.O_RDONLY)
+    readonly = os.open("/proc/self/exe", os.O_RDONLY)
+    eventfd = os.eventfd(0)
+    try:
+        for fd in (reading, folder, readonly, eventfd):
+            with pytest.raises(Refused):
+                attacker.front_end.set_inflight_fd(Inflight(*GOOD), fd)
+            with pytest.raises(Refused):
+                attacker.front_end.set_log_base(4096, 0, fd)
+            is_served(attacker)
+    finally:
+        for fd in (reading, writing, folder, readonly, eventfd):
+            os.close(fd)
+
+
+@pytest.mark.row("in-flight region sizes not checked against the mapping")
+def test_areas_that_are_asked_for(target: Target) -> None:
+    """As large as can be asked for; and none, for none."""
+    attacker = target.attacker(protocol_features=AREAS)
+    for queues, size in [(0, 16), (2, 0), (2, 32769), (65535, 65535)]:
+        with pytest.raises(ProtocolError):
+            attacker.front_end.get_inflight_fd(queues, size)
+        assert "in-flight area" in target.told().splitlines()[-1]
+        is_served(attacker)
+    for queues, size in [(2, 16), (65535, 32768)]:
+        described, fd = attacker.front_end.get_inflight_fd(queues, size)
+        attacker.front_end.set_inflight_fd(described, fd)
+        os.close(fd)
+        attacker.lines[0].reset()
+        is_served(attacker)
+
+
+@pytest.mark.row("log base: offset + size overflow")
+def test_logs_that_cannot_be(target: Target, ring_class: Any) -> None:
+    attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
+    sums = (
+        [(value, (1 << 64) - value) for value in LARGE]
+        + [(value, 4096) for value in LARGE]
+        + [(4096, value) for value in LARGE]
+    )
+    with memfd(FILE) as fd:
+        for size, offset in [(0, 0), (0, 4096), (FILE + 1, 0), (FILE, 1), (1, FILE), (4096, FILE - 4095), *sums]:
+            with pytest.raises(Refused):
+                attacker.front_end.set_log_base(size, offset, fd)
+            assert "SET_LOG_BASE" in target.told().splitlines()[-1]
+            is_served(attacker)
+        attacker.front_end.set_features(attacker.front_end.features | VHOST_F_LOG_ALL)
+        is_served(attacker)
+        assert os.pread(fd, FILE, 0) == bytes(FILE)
+
+
+@pytest.mark.row("log base: offset + size overflow")
+@pytest.mark.parametrize(("size", "offset"), [(1, 4095), (8, 12), (4096, 4096)])
+def test_a_log_that_is_shorter_than_the_memory(target: Target, ring_class: Any, size: int, offset: int) -> None:
+    """Guest addresses begin at 4 GiB: bits of theirs are far behind its end, and stay so."""
+    attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
+    front_end = attacker.front_end
+    with memfd(FILE) as fd:
+        front_end.set_log_base(size, offset, fd)
+        front_end.set_features(front_end.features | VHOST_F_LOG_ALL)
+        layout = attacker.lines[0].ring.layout()
+        for log in (0, 1 << 63, (1 << 64) - 1):
+            front_end.set_vring_addr(0, layout.desc, layout.avail, layout.used, flags=1, log=log)
+            is_served(attacker)
+        assert os.pread(fd, FILE, 0) == bytes(FILE)
+
+
+# In-flight areas as a back end finds them that was started again.
+
+
+@pytest.mark.row("in-flight region sizes not checked against the mapping")
+def test_areas_full_of_nonsense(target: Target, ring_class: Any) -> None:
+    """Of the right version and size; else at random, or all in flight: served, refused, or a broken ring."""
+    attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS, sizes=(16, 16))
+    line, randomness, served = attacker.lines[0], random.Random(1), 0
+    target.allowed = [(0, len(DISK) - 512)]
+    for number in range(60):
+        with memfd(FILE) as fd:
+            content = bytearray(randomness.randbytes(GOOD[0]) if number else b"\1" * GOOD[0])
+            if number % 3 == 0:
+                # Indices that are inside, at least.
+                content[16:] = bytes(byte & 1 for byte in content[16:])
+            content[8:12] = struct.pack("<HH", 1, 16)
+            os.pwrite(fd, content, 0)
+            attacker.front_end.set_inflight_fd(Inflight(GOOD[0], 0, 1, 16), fd)
+            line.stop()
+            with suppress(Refused):
+                attacker.new_ring(line)
+                line.kick()
+                attacker.check_honest_ring(DISK)
+                served += 1
+            assert os.pread(fd, FILE, 0)[GOOD[0] :] == bytes(FILE - GOOD[0])
+            with memfd(FILE) as good:
+                attacker.front_end.set_inflight_fd(Inflight(*GOOD), good)
+                line.reset()
+                is_served(attacker)
+    assert served
+
+
+@pytest.mark.row("requests skipped when the in-flight area's last_io is still 0")
+def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> None:
+    """Nothing was ever used on this ring; what was in flight is, in its order, by the next process."""
+    with running(engine) as victim:
+        victim.image.write_bytes(DISK)
+        attacker = Attacker(victim.socket, ring_class=ring_class, in_order=True, protocol_features=AREAS)
+        with closing(attacker):
+            line, front_end = attacker.lines[0], attacker.front_end
+            described, fd = front_end.get_inflight_fd(2, 16)
+            front_end.set_inflight_fd(described, fd)
+            line.reset()
+            requests = stopped_in_flight(victim, line, lambda: in_flight(fd, ring_class))
+            victim.process.kill()
+            victim.process.wait()
+            assert in_flight(fd, ring_class) == len(requests)
+            assert used_index(fd, ring_class) == 0
+            assert not list(line.ring.take_used())
+            front_end.close()
+            with serving(victim.folder):
+                attacker.connect()
+                attacker.front_end.set_inflight_fd(described, fd)
+                attacker.lines[1].start(ring_class=ring_class, size=16, **attacker.negotiated)
+                line.resume(base=NEW_RING if ring_class is PackedRing else 0)
+                assert line.wait() == requests
+                assert line.answer(requests[0]) == Answer(OK, 1, b"")
+                for number, request in enumerate(requests[1:]):
+                    assert line.answer(request) == Answer(OK, 513, sector(number))
+                attacker.check_honest_ring(DISK)
+                assert in_flight(fd, ring_class) == 0
+                attacker.front_end.close()
+            os.close(fd)
+
+
+def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]) -> list[Pending]:
+    """Requests behind a slow one; the process has fetched them and not answered any, and stands still (SIGSTOP)."""
+    for _ in range(20):
+        requests = [
+            Target(victim, 0).put_slow(line),
+            *(line.put(IN, number, room=512, direct=0) for number in range(9)),
+        ]
+        line.kick()
+        assert eventually(lambda requests=requests: count() == len(requests) or has_event(line.call_fd))
+        victim.process.send_signal(signal.SIGSTOP)
+        os.waitpid(victim.process.pid, os.WUNTRACED)
+        if count() == len(requests):
+            return requests
+        victim.process.send_signal(signal.SIGCONT)
+        line.wait()
+        line.reset()
+    pytest.fail("the slow request was too quick")
+
+
+def in_flight(fd: int, ring_class: Any) -> int:
+    """How many chains are marked, in the region of a first ring of 16 descriptors."""
+    start, step = (32, 32) if ring_class is PackedRing else (16, 16)
+    return sum(os.pread(fd, start + 16 * step, 0)[start::step])
+
+
+def used_index(fd: int, ring_class: Any) -> int:
+    """`used_idx` of that region: of a packed ring with its old value behind it."""
+    return int.from_bytes(os.pread(fd, 4, 16) if ring_class is PackedRing else os.pread(fd, 2, 14), "little")

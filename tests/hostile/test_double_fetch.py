@@ -1,0 +1,197 @@
+"""Whatever a device reads may be another value the next time: it must have been read once, checked, then used."""
+
+from __future__ import annotations
+
+import random
+import select
+import struct
+import time
+from typing import Any
+
+import pytest
+
+from unit.packed import PackedRing
+from unit.rig import DISCARD, GUEST_BASE, IN, INDIRECT, NEXT, OUT, WRITE, WRITE_ZEROES, header, take_events
+
+from .attacker import Attacker, RemoteLine
+from .conftest import DISK, EVERY_ENGINE, Target
+from .flipper import Flipper
+
+pytestmark = EVERY_ENGINE
+
+SECONDS = 0.6
+CAPACITY = len(DISK) // 512
+
+# Each is the best for somebody who checks one value and uses another: nowhere, over the end, around 2^64.
+BAD_ADDRESSES = (0xDEAD_0000_0000, GUEST_BASE + (1 << 20) - 100, (1 << 64) - 100)
+BAD_LENGTHS = (0, 0xFFFF_FFFF, 1 << 20)
+BAD_SECTORS = (CAPACITY, 1 << 55, 1 << 63, (1 << 64) - 1)
+
+# What requests may write: these sectors of the disk, and the buffers in guest memory.
+SECTORS, BUFFER = (8, 40), 4096
+ALLOWED = (8 * 512, 40 * 512 + BUFFER)
+
+
+class Arena:
+    """Chains that are offered again and again, with all that they consist of at places that stay."""
+
+    def __init__(self, attacker: Attacker, line: RemoteLine, *, indirect: bool) -> None:
+        self.attacker, self.line, self.indirect = attacker, line, indirect
+        guest = attacker.guest
+        guest.write(0, random.Random(2).randbytes(guest.size))
+        attacker.new_ring(attacker.lines[1])
+        self.headers, self.segments, self.tables = (guest.allocate(size, 4096) for size in (4096, 4096, 4096))
+        # A and B are where data go, each with bytes around it that nobody may touch.
+        self.data = [guest.allocate(BUFFER + 4096, 4096) for _ in range(2)]
+        self.status = guest.allocate(4096, 4096)
+        self.ring_at = guest.allocate(0, 4096)
+        self.fields: list[tuple[int, int, tuple[int, ...]]] = []
+        self.chains = [self.chain(number, kind) for number, kind in enumerate([IN, OUT, IN, DISCARD, WRITE_ZEROES])]
+
+    def field(self, offset: int, size: int, *values: int) -> None:
+        self.fields.append((self.attacker.guest.address + offset, size, values))
+
+    def chain(self, number: int, kind: int) -> list[tuple[int, int, int]]:
+        """Its descriptors; the fields of header and segment become such as change."""
+        guest = self.attacker.guest
+        head = self.headers + 16 * number
+        guest.write(head, header(kind, SECTORS[0]))
+        if kind in (IN, OUT):
+            # A read may become a write and the other way round: both have data that both may touch.
+            self.field(head, 4, kind, IN, OUT, 8, 99)
+            self.field(head + 8, 8, *SECTORS, *BAD_SECTORS)
+            data = (GUEST_BASE + self.data[number % 2], 512, WRITE * (kind == IN))
+        else:
+            self.field(head, 4, kind, DISCARD, WRITE_ZEROES, 14)
+            segment = self.segments + 16 * number
+            guest.write(segment, struct.pack("<QII", SECTORS[0], 8, 0))
+            self.field(segment, 8, *SECTORS, *BAD_SECTORS)
+            self.field(segment + 8, 4, 8, 0, 1 << 23, 0xFFFF_FFFF, 1 << 20)
+            self.field(segment + 12, 4, 0, 0, 0, 0, 1, 0xFFFF_FFFF)
+            data = (GUEST_BASE + segment, 16, 0)
+        return [(GUEST_BASE + head, 16, 0), data, (GUEST_BASE + self.status + number, 1, WRITE)]
+
+    def place(self) -> None:
+        """A new ring, at the place of the last one, with all chains in it."""
+        guest, line = self.attacker.guest, self.line
+        guest.free = self.ring_at
+        self.attacker.new_ring(line)
+        take_events(line.err_fd)
+        self.heads = []
+        for number, chain in enumerate(self.chains):
+            if self.indirect:
+                table = line.ring.table(chain)
+                start = self.tables + 64 * number
+                guest.write(start, table)
+                chain = [(GUEST_BASE + start, len(table), INDIRECT)]
+            self.heads.append(line.ring.add_chain(chain).head)
+
+    def flipping(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """All fields, with those of the descriptors as they are now."""
+        self_fields, self.fields = self.fields, list(self.fields)
+        ring, packed = self.line.ring, isinstance(self.line.ring, PackedRing)
+        for number, chain in enumerate(self.chains):
+            for position, (address, length, flags) in enumerate(chain):
+                if self.indirect:
+                    place = self.tables + 64 * number + 16 * position
+                elif packed:
+                    # Where chains are in a packed ring changes: see below.
+                    continue
+                else:
+                    place = ring.desc + 16 * ring.pending[self.heads[number]].descriptors[position]
+                self.flip_descriptor(place, address, length, flags, packed)
+        if not self.indirect and packed:
+            for index in range(ring.size):
+                # Lengths and ids are what a used descriptor has too.
+                self.field(ring.desc + 16 * index, 8, GUEST_BASE + self.data[0], *BAD_ADDRESSES)
+                self.field(ring.desc + 16 * index + 8, 4, 512, 16, 1, *BAD_LENGTHS)
+        if not packed:
+            for index in range(ring.size):
+                self.field(ring.avail + 4 + 2 * index, 2, *self.heads, ring.size, 0xFFFF)
+        fields, self.fields = self.fields, self_fields
+        return fields
+
+    def flip_descriptor(self, place: int, address: int, length: int, flags: int, packed: bool) -> None:
+        a, b = (GUEST_BASE + data for data in self.data)
+        others = (a, b) if address in (a, b) else ()
+        self.field(place, 8, address, *others, *BAD_ADDRESSES)
+        self.field(place + 8, 4, length, *((512, 4096) if others else ()), *BAD_LENGTHS)
+        self.field(place + (14 if packed else 12), 2, flags | NEXT, flags | NEXT, flags, flags | INDIRECT)
+
+    def offer(self) -> None:
+        ring = self.line.ring
+        for head in self.heads:
+            ring.put_available(head)
+        self.line.kick()
+
+    def drive(self, seconds: float) -> tuple[int, int]:
+        """Offer chains until the time is over; how many batches were used, and how often the ring was broken."""
+        used = broken = 0
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.place()
+            with Flipper(self.flipping()) as flipper:
+                before = self.used()
+                while time.monotonic() < end:
+                    self.offer()
+                    # A driver that has lost count, as it may after its own flips, begins anew too.
+                    if select.select([self.line.err_fd], [], [], 0)[0] or not self.wait_for_more(before):
+                        broken += 1
+                        break
+                    before, used = self.used(), used + 1
+                assert flipper.record["count"] > 0
+            self.line.stop()
+        return used, broken
+
+    def used(self) -> bytes:
+        ring = self.line.ring
+        if isinstance(ring, PackedRing):
+            return self.attacker.guest.read(ring.desc, 16 * ring.size)
+        return self.attacker.guest.read(ring.used + 2, 2)
+
+    def wait_for_more(self, before: bytes) -> bool:
+        end = time.monotonic() + 0.02
+        while time.monotonic() < end:
+            if self.used() != before:
+                return True
+        return False
+
+    def writable(self) -> list[tuple[int, int]]:
+        """Offsets of what a device may have written to, and of what we write ourselves."""
+        return [
+            (self.headers, self.tables + 4096),
+            *[(data, data + BUFFER) for data in self.data],
+            (self.status, self.status + len(self.chains)),
+            (self.ring_at, self.ring_at + 4096),
+            # Short buffers may be there.
+            (self.attacker.guest.size - 100, self.attacker.guest.size),
+            # The honest ring, and its buffers.
+            (self.attacker.lines[1].ring.desc, self.headers),
+        ]
+
+    def content(self) -> bytes:
+        """Of the guest's memory, but for that."""
+        memory = bytearray(self.attacker.guest.memory)
+        for start, end in self.writable():
+            memory[start:end] = bytes(end - start)
+        return bytes(memory)
+
+
+@pytest.mark.row("double fetch")
+@pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
+def test_all_fields_change_all_the_time(target: Target, ring_class: Any, indirect: bool) -> None:
+    """Descriptors, tables, headers, segments and available entries, while the requests are being served."""
+    attacker = target.attacker(ring_class=ring_class, sizes=(64, 16))
+    target.allowed = [ALLOWED]
+    attacker.lines[0].stop()
+    attacker.lines[1].stop()
+    attacker.guest.free = 0
+    arena = Arena(attacker, attacker.lines[0], indirect=indirect)
+    before = arena.content()
+    used, broken = arena.drive(SECONDS)
+    assert used > 0 or broken > 0
+    changed = [offset for offset, (old, new) in enumerate(zip(before, arena.content(), strict=True)) if old != new]
+    assert not changed, "the device wrote where no request was to"
+    attacker.guest.free = arena.ring_at + 65536
+    attacker.new_ring(arena.line)
+    attacker.check_honest_ring(DISK)

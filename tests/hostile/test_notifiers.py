@@ -1,0 +1,132 @@
+"""Notifiers that would make their writer wait: their O_NONBLOCK is the file's, so the front end can take it away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
+from ringplane.vhost_user.messages import ProtocolFeature, Request, VringState
+from unit.rig import IN, eventually, take_events
+
+from .attacker import Attacker, RemoteLine
+from .conftest import DISK, Target, sector
+
+IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.RESET_DEVICE
+
+
+def fill(fd: int) -> None:
+    """Of an eventfd the counter, of a pipe or socket the buffer."""
+    os.set_blocking(fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, ((1 << 64) - 2).to_bytes(8, "little"))
+    os.set_blocking(fd, True)
+
+
+@contextlib.contextmanager
+def blocking(fd: int) -> Iterator[None]:
+    """Take O_NONBLOCK away again and again."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            os.set_blocking(fd, True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def assert_others_are_served(
+    target: Target, attacker: Attacker, line: RemoteLine, kick: Callable[[], object] | None = None
+) -> None:
+    """A neighbour on the same I/O thread, the control plane, and the front end's own requests."""
+    request = line.put(IN, 3, room=512)
+    line.ring.publish()
+    (kick or line.kick)()
+    assert eventually(lambda: attacker.guest.read(request.writable[0].offset, 512) == sector(3))
+    data = os.urandom(4096)
+    target.victim.neighbour.write(0, data)
+    assert target.victim.neighbour.read(0, 4096) == data
+    with contextlib.closing(target.attacker("read-only")) as other:
+        other.check_honest_ring(DISK)
+    attacker.check_honest_ring(DISK)
+
+
+@pytest.mark.parametrize("kind", ["eventfd", "pipe"])
+def test_a_call_fd_that_is_full_and_blocks(target: Target, ring_class: Any, kind: str) -> None:
+    attacker = target.attacker(ring_class=ring_class)
+    line = attacker.lines[0]
+    ends = os.pipe() if kind == "pipe" else (line.call_fd,)
+    try:
+        fill(ends[-1])
+        with blocking(ends[-1]):
+            # It is signalled when it is told, too.
+            attacker.front_end.set_vring_call(0, ends[-1])
+            assert_others_are_served(target, attacker, line)
+        attacker.front_end.set_vring_call(0, line.call_fd)
+    finally:
+        for fd in ends if kind == "pipe" else ():
+            os.close(fd)
+    line.reset()
+
+
+def test_an_error_fd_that_is_full_and_blocks(target: Target, ring_class: Any) -> None:
+    attacker = target.attacker(ring_class=ring_class)
+    line = attacker.lines[0]
+    fill(line.err_fd)
+    with blocking(line.err_fd):
+        line.ring.put_bad_head()
+        line.kick()
+        assert eventually(lambda: "ring broken by the driver" in target.told())
+        attacker.check_honest_ring(DISK)
+        line.stop()
+        take_events(line.err_fd)
+        attacker.new_ring(line)
+        assert_others_are_served(target, attacker, line)
+
+
+@pytest.mark.parametrize("tell", [Request.SET_VRING_CALL, Request.SET_VRING_ERR], ids=lambda each: each.name)
+def test_notifiers_that_are_no_eventfd(target: Target, tell: Request) -> None:
+    """A socket can be made to block as well, and not be opened anew as a pipe."""
+    attacker = target.attacker()
+    ends = socket.socketpair()
+    for fd in (ends[0].fileno(), attacker.guest.fd):
+        with pytest.raises(Refused):
+            attacker.front_end._set_vring_fd(tell, 0, fd)
+        assert "the fd is not an eventfd" in target.told()
+    for end in ends:
+        end.close()
+    attacker.check_honest_ring(DISK)
+
+
+def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
+    """Calls in band are messages on a socket that the front end has brought, and of which it has the other end too."""
+    attacker = target.attacker(protocol_features=WANTED_PROTOCOL_FEATURES | IN_BAND)
+    line, front_end = attacker.lines[0], attacker.front_end
+    ours, theirs = socket.socketpair()
+    with ours, theirs, blocking(theirs.fileno()):
+        front_end.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.send(bytes(4096), socket.MSG_DONTWAIT)
+        # No call fd is known any more.
+        front_end.tell(Request.RESET_DEVICE)
+        attacker.lines[1].resume()
+        layout = line.ring.layout()
+        front_end.set_vring_num(0, layout.size)
+        front_end.set_vring_base(0, layout.base)
+        front_end.set_vring_addr(0, layout.desc, layout.avail, layout.used)
+        front_end.set_vring_enable(0, True)
+        assert_others_are_served(target, attacker, line, lambda: front_end.tell(Request.VRING_KICK, VringState(0, 0)))
