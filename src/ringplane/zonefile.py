@@ -145,6 +145,8 @@ class ZoneFile:
         """As `engines.zones.sync`, while no request is in flight; raises OSError."""
         if self.image.read_only:
             return
+        if failed := int(self._zones[0]["failed"]):
+            raise OSError(-failed, f"{os.strerror(-failed)}, some time ago")
         os.fdatasync(self.image.fd)
         self._stable[:] = self._reached
         os.fdatasync(self._fd)
