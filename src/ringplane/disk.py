@@ -107,12 +107,24 @@ class Disk:
             )
         except OSError as error:
             raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
-        self.queues = [Queue(self._device, number, f"{name} queue {number}") for number in range(num_queues)]
+        self._queue_fds = self._open_for_queues(num_queues)
+        self.queues = [
+            Queue(self._device, number, f"{name} queue {number}", fd) for number, fd in enumerate(self._queue_fds)
+        ]
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
         for worker in set(self.workers):
             worker.add_disk()
         self._switches = dict(switches or {})
         self._check_switches()
+
+    def _open_for_queues(self, count: int) -> list[int]:
+        """An open file of its own for each queue where the kernel's page cache tells each once what it has lost.
+
+        The first has the image's. Raises ImageError.
+        """
+        if self.image.read_only or not self._device.uses_page_cache:
+            return [self.image.fd] * count
+        return [self.image.fd, *(self.image.open_again() for _ in range(count - 1))]
 
     @property
     def through_page_cache(self) -> bool:
@@ -154,9 +166,9 @@ class Disk:
         """Whether a flush has failed, so that none can be promised any more (fsync(2))."""
         return self._device.flush_failed
 
-    @flush_failed.setter
-    def flush_failed(self, failed: bool) -> None:
-        self._device.flush_failed = failed
+    def note_failed_flush(self) -> None:
+        """One has failed in the process before."""
+        self._device.note_failed_flush()
 
     def sync(self) -> None:
         """fdatasync(2): what was answered is stable afterwards. Raises OSError, also where an earlier flush failed."""
@@ -164,20 +176,29 @@ class Disk:
             return
         if self.flush_failed:
             raise OSError(errno.EIO, "a flush failed before")
-        if self.zones:
-            self.zones.sync()
-        else:
-            os.fdatasync(self.image.fd)
+        try:
+            if self.zones:
+                self.zones.sync()
+            else:
+                os.fdatasync(self.image.fd)
+        except OSError:
+            self._device.note_failed_flush()
+            raise
 
     def close(self) -> None:
         """Let go of the image; no queue may be running. A second call does nothing."""
         self._device.close()
+        self.tell_failures()
         if self.zones:
             try:
                 self.zones.close()
             except OSError as error:
                 log.error("%s: %s", self.zones.path, error)
         self.image.close()
+
+    def tell_failures(self) -> None:
+        """Have the log say how many of its requests storage has failed since it last said so."""
+        self._device.failures.tell_rest()
 
     @property
     def features(self) -> int:

@@ -289,6 +289,7 @@ class Export:
             if self._transport:
                 self._transport.close()
             self._session = self._transport = None
+            self.disk.tell_failures()
             log.info("%s: front end detached", name)
 
     # For handover.py.
@@ -344,6 +345,8 @@ class Export:
 
     async def _look_again(self) -> None:
         name = self.disk.image.path.name
+        if self.disk.image.is_replaced:
+            log.warning("%s: is another file now, or gone; the one that was opened is served until a restart", name)
         try:
             if not await self.disk.look_again():
                 log.info("%s: has %d bytes, as before", name, self.disk.image.size)

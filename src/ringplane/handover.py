@@ -375,7 +375,8 @@ def _check_config_space(export: Export, there: bytes) -> None:
 def _go_on_from(export: Export, offered: dict[str, Any], told: dict[str, Any]) -> None:
     if told["size"] != offered["size"]:
         raise HandoverError(f"{export.disk.image.path.name}: gets another size just now; try again")
-    export.disk.flush_failed = told["flush_failed"]
+    if told["flush_failed"]:
+        export.disk.note_failed_flush()
     if export.disk.zones:
         export.disk.zones.go_on_from(told["zones"])
     if told["front_end"]:

@@ -92,6 +92,7 @@ class Image:
             self.fd, self.direct = _open(path, read_only, direct)
         else:
             self.fd, self.direct = fd, bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        self._others: list[int] = []
         try:
             self.size = _size(self.fd, path)
             if not read_only:
@@ -109,12 +110,35 @@ class Image:
         """A regular file, and no block device."""
         return stat.S_ISREG(os.fstat(self.fd).st_mode)
 
+    def open_again(self) -> int:
+        """The fd of another open file of the same image, for reading and writing; closed with this one.
+
+        Raises ImageError.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        try:
+            # Not by its path, which may be another file's by now.
+            self._others.append(os.open(f"/proc/self/fd/{self.fd}", flags))
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be opened again for another queue: {error.strerror}") from None
+        return self._others[-1]
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether its path is not that of the file that was opened any more."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except OSError:
+            return True
+
     def look_again(self) -> None:
         """Take note of the size that the image has now, in whole blocks. Raises ImageError."""
         self.size = _size(self.fd, self.path) // self._block_size * self._block_size
 
     def close(self) -> None:
         """Close, which gives up the locks; a second call does nothing."""
+        while self._others:
+            os.close(self._others.pop())
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

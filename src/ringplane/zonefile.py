@@ -148,19 +148,24 @@ class ZoneFile:
         """As `engines.zones.sync`, while no request is in flight; raises OSError."""
         if self.image.read_only:
             return
+        if failed := int(self._zones[0]["failed"]):
+            raise OSError(-failed, f"{os.strerror(-failed)}, some time ago")
         os.fdatasync(self.image.fd)
         self._stable[:] = self._reached
         os.fdatasync(self._fd)
 
     def snapshot(self) -> bytes:
-        """The zones, while no request is in flight: for each its state and pointer, two int64."""
-        return np.stack([self._table["state"], self._table["pointer"]], axis=1).tobytes()
+        """While no request is in flight: what has failed, and of each zone its state and pointer; all int64."""
+        values = (self._zones["failed"], self._table["state"], self._table["pointer"])
+        return b"".join(each.tobytes() for each in values)
 
     def go_on_from(self, told: bytes) -> None:
         """With the zones of a process that has stopped to write. Raises ImageError for those of another disk."""
-        if len(told) != 16 * self.count:
+        if len(told) != 8 * (1 + 2 * self.count):
             raise ImageError(f"{self.path}: other zones are handed over")
-        state, pointer = np.frombuffer(told, np.int64).reshape(-1, 2).T
+        values = np.frombuffer(told, np.int64)
+        state, pointer = values[1:].reshape(2, self.count)
+        self._zones["failed"] = values[0]
         self._table["state"], self._table["pointer"] = state, pointer
         self._zones["open"] = np.isin(state, OPEN).sum()
         self._zones["active"] = np.isin(state, (*OPEN, zoned.VIRTIO_BLK_ZS_CLOSED)).sum()

@@ -127,12 +127,15 @@ class Arena:
     def drive(self, seconds: float) -> tuple[int, int]:
         """Offer chains until the time is over; how many batches were used, and how often the ring was broken."""
         used = broken = 0
+        draw = random.Random(3)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.place()
-            with Flipper(self.flipping()) as flipper:
+            # Few at a time: they change the quicker, and the more of the requests are good but for them.
+            with Flipper(draw.sample(self.flipping(), draw.randrange(1, 4))) as flipper:
                 before = self.used()
-                while time.monotonic() < end:
+                turn_over = time.monotonic() + 0.03
+                while time.monotonic() < turn_over:
                     self.offer()
                     # A driver that has lost count, as it may after its own flips, begins anew too.
                     if select.select([self.line.err_fd], [], [], 0)[0] or not self.wait_for_more(before):

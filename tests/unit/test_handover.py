@@ -311,7 +311,7 @@ def test_write_through_is_kept(serve: Serve, path: Path) -> None:
 
 def test_a_failed_flush_is_not_forgotten(serve: Serve) -> None:
     running = serve()
-    running.disk.flush_failed = True
+    running.disk.note_failed_flush()
     running = take_over(serve, running)
     assert running.disk.flush_failed
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from ringplane.dataplane import dirty
 from ringplane.dataplane.caller import signal
 from ringplane.dataplane.execute import give_bounce, transfer
+from ringplane.dataplane.failures import note_failure
 from ringplane.dataplane.fetch import consume, copy_to_front
+from ringplane.dataplane.flush import begin_flush, flush
 from ringplane.dataplane.helpers import send_to_helpers
 from ringplane.dataplane.state import (
     COUNTER,
     COUNTER_HISTOGRAM,
     COUNTER_SIZE,
     DEVICE,
-    KIND_FLUSH,
     NAP,
     QUEUE,
     REQUEST,
@@ -22,7 +23,17 @@ from ringplane.dataplane.state import (
 )
 from ringplane.dataplane.trace import trace
 from ringplane.dataplane.zones import end_reset, end_write, note_reached
-from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE, READ, RESET_ZONES, SYNC_ZONES
+from ringplane.engines.common import (
+    COMPLETION,
+    COMPLETION_SIZE,
+    ENGINE,
+    FLUSH,
+    READ,
+    RESET_ZONES,
+    SECURE_ERASE,
+    SYNC_ZONES,
+    WRITE,
+)
 from ringplane.engines.dispatch import reap
 from ringplane.histogram import count
 from ringplane.native.access import address_of, store8, view
@@ -73,14 +84,15 @@ def progress_each(worker, request, result):
 def progress(worker, request, result):
     """An I/O of this request ended with `result` bytes or -errno: a short one goes on, all others finish it."""
     queue = view(request.queue, QUEUE)
-    if request.kind >= KIND_FLUSH or request.operation == SYNC_ZONES:
+    if request.operation >= FLUSH:
         end_whole(worker, queue, request, result)
         return
     if result == -EINTR:
         transfer(worker, request)
         return
     if result <= 0:
-        # Nothing at all, although something was asked for: the image has become shorter, or its storage is full.
+        # 0 is nothing at all, although something was asked for: the image has become shorter.
+        note_failure(worker, queue, request, result)
         finish(worker, queue, request, VIRTIO_BLK_S_IOERR)
         return
     if request.bounce_iov_len > 0 and request.operation == READ:
@@ -91,6 +103,8 @@ def progress(worker, request, result):
         transfer(worker, request)
     elif request.zone:
         end_zone_data(worker, queue, request)
+    elif queue.flush_writes and request.operation == WRITE:
+        flush(worker, queue, request)
     else:
         finish(worker, queue, request, VIRTIO_BLK_S_OK)
 
@@ -98,12 +112,39 @@ def progress(worker, request, result):
 @compiled
 def end_whole(worker, queue, request, result):
     """What is done whole or not at all has ended: a flush, or what a helper did."""
+    if request.operation == FLUSH:
+        end_flush(worker, queue, result)
+        return
     if request.operation == RESET_ZONES:
         end_reset(queue, request)
-    if result < 0 and (request.kind == KIND_FLUSH or request.operation == SYNC_ZONES):
-        note_failed_flush(queue)
+    if result < 0:
+        note_failure(worker, queue, request, result)
+        if request.operation == SYNC_ZONES:
+            view(queue.device, DEVICE).flush_failed = 1
+    elif queue.write_through and request.operation <= SECURE_ERASE:
+        flush(worker, queue, request)
+        return
     request.done = request.length if result >= 0 else 0
     finish(worker, queue, request, VIRTIO_BLK_S_OK if result >= 0 else VIRTIO_BLK_S_IOERR)
+
+
+@compiled
+def end_flush(worker, queue, result):
+    """An fdatasync(2) has ended: answer all that it was for, and begin another one for those that came meanwhile."""
+    device = view(queue.device, DEVICE)
+    slot, queue.flushing = queue.flushing, -1
+    if result < 0:
+        device.flush_failed = 1
+    status = VIRTIO_BLK_S_IOERR if device.flush_failed else VIRTIO_BLK_S_OK
+    while slot >= 0:
+        request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
+        slot = request.next
+        request.done = request.length if status == VIRTIO_BLK_S_OK else 0
+        if result < 0:
+            note_failure(worker, queue, request, result)
+        finish(worker, queue, request, status)
+    if queue.flush_first >= 0:
+        begin_flush(worker, queue)
 
 
 @compiled
@@ -115,17 +156,6 @@ def end_zone_data(worker, queue, request):
         send_to_helpers(worker, request)
     else:
         finish(worker, queue, request, VIRTIO_BLK_S_OK)
-
-
-@compiled
-def note_failed_flush(queue):
-    """The kernel tells of pages that it could not write once, and forgets them: no later flush can promise anything.
-
-    With O_DIRECT there are no such pages. See fsync(2), and "fsyncgate".
-    """
-    device = view(queue.device, DEVICE)
-    if device.buffered:
-        device.flush_failed = 1
 
 
 @compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ringplane.dataplane import zones
 from ringplane.dataplane.fetch import copy_from_front, copy_to_front
+from ringplane.dataplane.flush import flush
 from ringplane.dataplane.helpers import send_to_helpers
 from ringplane.dataplane.merge import hold, offset_in_image, queue_io
 from ringplane.dataplane.state import (
@@ -28,7 +29,6 @@ from ringplane.dataplane.state import (
 from ringplane.engines import memory
 from ringplane.engines.common import (
     DISCARD,
-    ENGINE,
     IN_MEMORY,
     NOWHERE,
     READ,
@@ -39,7 +39,6 @@ from ringplane.engines.common import (
     ZERO,
     complete,
 )
-from ringplane.engines.dispatch import prepare_flush
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.engines.ranges import RANGE, RANGE_SIZE
 from ringplane.engines.zones import ZONES
@@ -182,8 +181,8 @@ def execute_flush(worker, queue, request):
     if device.zones:
         request.operation = SYNC_ZONES
         send_to_helpers(worker, request)
-        return PENDING
-    prepare_flush(view(worker.engine, ENGINE), request.slot, queue.file)
+    else:
+        flush(worker, queue, request)
     return PENDING
 
 

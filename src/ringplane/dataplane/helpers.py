@@ -75,7 +75,7 @@ def perform(request):
         return zones.sync(view(device.zones, ZONES), device.fd)
     if request.operation == RESET_ZONES:
         return zones.reset(view(device.zones, ZONES), backing, request.slot + 1, request.ranges, vector)
-    return apply(backing, request.operation, request.ranges, request.range_count, queue.write_through, vector)
+    return apply(backing, request.operation, request.ranges, request.range_count, vector)
 
 
 class Helpers:

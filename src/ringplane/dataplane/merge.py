@@ -78,7 +78,7 @@ def send_held(worker):
 def queue_io(worker, request, iov, iov_count):
     """Queue an I/O with the worker's engine that starts where what the request has still to transfer does."""
     queue = view(request.queue, QUEUE)
-    dsync = request.operation == WRITE and queue.write_through
+    dsync = request.operation == WRITE and queue.dsync
     engine, offset = view(worker.engine, ENGINE), offset_in_image(request)
     prepare_io(engine, request.slot, request.operation, queue.file, iov, iov_count, offset, dsync)
 

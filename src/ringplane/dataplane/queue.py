@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.dataplane.failures import Failures
 from ringplane.dataplane.recover import PackedTracking, Place, SplitTracking
-from ringplane.dataplane.state import COUNTER, DEVICE, KINDS, QUEUE
+from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
 from ringplane.engines.ranges import ZEROS_SIZE
@@ -57,7 +58,10 @@ class Device:
         self.fd = fd
         self.name = name
         self.told_lost = False
+        self.failures = Failures(name)
         self.through_worker = storage == THROUGH_WORKER
+        # What was written may be in the kernel's page cache until a flush.
+        self.uses_page_cache = self.through_worker and alignment == (1, 1)
         self.mapped = MappedImage(fd, size, read_only=read_only) if storage == IN_MEMORY else None
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
         self.address = int(self._record.ctypes.data)
@@ -65,7 +69,6 @@ class Device:
         record = self._record[0]
         record["capacity"], record["read_only"] = size // SECTOR, read_only
         record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
-        record["buffered"] = alignment == (1, 1)
         record["storage"], record["fd"], record["block_device"] = storage, fd, stat.S_ISBLK(os.fstat(fd).st_mode)
         record["image"], record["zeros"] = self.mapped.address if self.mapped else 0, int(_zeros().ctypes.data)
         record["zones"] = zones
@@ -95,12 +98,12 @@ class Device:
 
     @property
     def flush_failed(self) -> bool:
-        """Whether the page cache may have lost what was written."""
+        """Whether what was written may be lost, so that no flush can promise anything any more."""
         return bool(self._record["flush_failed"][0])
 
-    @flush_failed.setter
-    def flush_failed(self, failed: bool) -> None:
-        self._record["flush_failed"] = failed
+    def note_failed_flush(self) -> None:
+        """From now on that is so."""
+        self._record["flush_failed"] = 1
 
     @property
     def lost_mapping(self) -> bool:
@@ -162,11 +165,12 @@ def _was_used(ring: int, size: int) -> bool:
 class Queue:
     """A virtqueue. Its counters live as long as the disk; its ring as long as the driver has it configured."""
 
-    def __init__(self, device: Device, number: int, name: str) -> None:
-        """`name` is what log lines call it."""
+    def __init__(self, device: Device, number: int, name: str, fd: int = -1) -> None:
+        """`name` is what log lines call it; `fd` its own open file of the image, -1: the device's (flush.py)."""
         self.name = name
         self.number = number
         self.device = device
+        self.fd = fd if fd >= 0 else device.fd
         self.array: npt.NDArray[np.void] = np.zeros(1, QUEUE)
         self.address = int(self.array.ctypes.data)
         self.record = self.array[0]
@@ -174,7 +178,9 @@ class Queue:
         self.record["number"] = number
         self.record["device"] = device.address
         self.record["counters"] = self.counters.ctypes.data
-        self.record["call_fd"] = -1
+        self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
+        self.record["failures"] = self.failures.ctypes.data
+        self.record["call_fd"] = self.record["flushing"] = self.record["flush_first"] = -1
         # Kept for their mappings; which requests still need a table that was replaced is the worker's business.
         self.memory = MemoryTable()
         self.layout: RingLayout | None = None

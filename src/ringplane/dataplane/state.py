@@ -27,8 +27,7 @@ DEVICE = np.dtype(
         ("segment_mask", "<i8"),  # what the length of each buffer must respect for O_DIRECT; 0 when buffered
         ("serial", "u1", (VIRTIO_BLK_ID_BYTES,)),
         ("padding", "u1", (4,)),
-        ("buffered", "<i8"),  # through the page cache
-        ("flush_failed", "<i8"),  # set by any worker, never cleared: what the page cache holds may be lost
+        ("flush_failed", "<i8"),  # set by any worker, never cleared: what was written may be lost (flush.py)
         ("storage", "<i8"),  # engines.common: THROUGH_WORKER, IN_MEMORY or NOWHERE
         ("zones", "<i8"),  # ZONES (engines/zones.py), or 0
         ("lifetime", "<i8"),  # bytes of LIFETIME that the storage tells of its wear; 0: it does not
@@ -92,8 +91,15 @@ QUEUE = _struct(
     "in_order",  # requests are answered in the order of their chains (complete.py)
     "oldest",  # of the requests that were not answered yet, then: its slot, or -1
     "newest",
-    "write_through",  # the driver does not flush, so writes end when they are stable
-    "file",  # the device's fd as the worker's engine wants it
+    # The driver does not flush, so what changes the disk ends when that is stable; for writes there are two ways:
+    "write_through",
+    "dsync",  # they carry RWF_DSYNC
+    "flush_writes",  # they are followed by a flush
+    "file",  # its fd of the image as the worker's engine wants it
+    # Flushes (flush.py): slots, or -1
+    "flushing",  # the first of the requests that the present fdatasync(2) is for
+    "flush_first",  # of those that wait for the next one
+    "flush_last",
     "call_fd",  # or -1
     # Membership in the worker's lists
     "ready",
@@ -106,6 +112,7 @@ QUEUE = _struct(
     "uncalled",  # the driver may want a call for what was published
     "next_uncalled",
     "counters",  # COUNTER structs, one for each kind of request
+    "failures",  # FAILURE structs, the same
 )
 
 # Kinds of requests that are counted apart.
@@ -123,10 +130,22 @@ COUNTER = np.dtype(
 COUNTER_SIZE = COUNTER.itemsize
 COUNTER_HISTOGRAM: int = COUNTER.fields["histogram"][1]  # type: ignore[index]
 
+# What storage has failed to do, and Python has not been told yet (failures.py).
+FAILURE = _struct(
+    "count",
+    "seen",  # errors that Python was called for, a bit for each
+    "again_at",  # nanoseconds, CLOCK_MONOTONIC: when it is to be called again for those
+    "untold",  # what follows is new
+    "result",  # -errno, or 0: nothing was transferred
+    "offset",  # in bytes
+    "length",
+)
+FAILURE_SIZE = FAILURE.itemsize
+
 # A request between fetch and completion; its slot number is its index.
 REQUEST = _struct(
     "slot",
-    "next",  # the next free slot, or the next request waiting for a bounce buffer; -1 ends the list
+    "next",  # the next free slot, or the next request waiting for a bounce buffer or flush; -1 ends the list
     "queue",  # QUEUE
     "head",  # which chain it is, as the driver calls it
     "descriptors",  # how many of a packed ring's the chain takes
@@ -210,6 +229,7 @@ WORKER = _struct(
     "waiting_last",
     "bounce_free",  # list of free bounce buffers, each holding the address of the next; 0: none
     "attention",  # not 0: `run` is to return to Python
+    "failing",  # there are FAILURE structs for it
     "in_flight",  # requests fetched and not yet answered, over all queues
     "turns",  # of the loop since the engine was last asked for events
     "poll_ns",  # how long to look at the rings before sleeping, in the habit POLL; ALWAYS: instead of sleeping

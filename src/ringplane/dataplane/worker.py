@@ -289,6 +289,7 @@ class Worker:
             _perform(*self._calls.popleft())
         self._report_broken_rings()
         self._report_lost_mappings()
+        self._report_failures()
         self._finish_drains()
         self._drop_retired_memory()
 
@@ -308,7 +309,7 @@ class Worker:
             # Of a ring that does not start no mapping is kept.
             queue.memory, queue.layout = MemoryTable(), None
             raise
-        queue.record["file"] = self.engine.add_file(queue.device.fd)
+        queue.record["file"] = self.engine.add_file(queue.fd)
         self._queues[queue.address] = queue
         self._pin()
         queue.record["running"] = 1
@@ -326,6 +327,8 @@ class Worker:
         record["in_order"] = bool(layout.features & VIRTIO_F_IN_ORDER)
         record["oldest"] = -1
         record["write_through"] = layout.write_through
+        record["flush_writes"] = layout.write_through and queue.device.uses_page_cache
+        record["dsync"] = layout.write_through and not queue.device.uses_page_cache
         record["packed"] = layout.packed
         if layout.packed:
             queue.set_packed_base(layout.base)
@@ -403,6 +406,7 @@ class Worker:
 
     def _forget_queue(self, queue: Queue) -> None:
         del self._queues[queue.address]
+        queue.device.failures.take(queue.failures)
         self.engine.remove_file(int(queue.record["file"]))
         queue.record["draining"] = 0
         queue.memory, queue.layout = MemoryTable(), None
@@ -480,6 +484,12 @@ class Worker:
                     "it is served by system calls from now on, and reads beyond its end fail",
                     device.name,
                 )
+
+    def _report_failures(self) -> None:
+        if self._state["failing"]:
+            self._state["failing"] = 0
+            for queue in self._queues.values():
+                queue.device.failures.take(queue.failures)
 
     def _signal_error(self, queue: Queue) -> None:
         if queue.err_fd >= 0:

@@ -7,8 +7,9 @@ import numpy as np
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
-# What a request asks of storage; from DISCARD on by a helper thread (engines/ranges.py, engines/zones.py).
-READ, WRITE, DISCARD, ZERO, SECURE_ERASE, SYNC_ZONES, RESET_ZONES = range(7)
+# What a request asks of storage. From FLUSH on it is done whole or not at all; from DISCARD on a helper thread does it
+# (engines/ranges.py, engines/zones.py).
+READ, WRITE, FLUSH, DISCARD, ZERO, SECURE_ERASE, SYNC_ZONES, RESET_ZONES = range(8)
 
 # Which engine a struct belongs to.
 AIO, IO_URING = 0, 1

@@ -12,7 +12,7 @@ from ringplane.engines.common import DISCARD, SECURE_ERASE, WRITE, ZERO
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.native.access import address_of, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import EINTR, EIO, ENOSYS, EOPNOTSUPP, IOVEC, fallocate, fdatasync, ioctl, pwritev
+from ringplane.native.syscalls import EINTR, EIO, ENOSYS, EOPNOTSUPP, IOVEC, fallocate, ioctl, pwritev
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 BLKDISCARD, BLKSECDISCARD = 0x1277, 0x127D
@@ -29,16 +29,13 @@ BACKING = np.dtype([(name, "<i8") for name in ("fd", "block_device", "image", "z
 
 
 @compiled
-def apply(backing, operation, ranges, count, dsync, vector):
-    """Do this with each of `count` RANGE structs at `ranges`; 0, or the first -errno. `dsync`: stable when it ends.
-
-    `vector` is room for an IOVEC.
-    """
+def apply(backing, operation, ranges, count, vector):
+    """Do this with each of `count` RANGE structs at `ranges`; 0, or the first -errno. `vector` is room for an IOVEC."""
     for index in range(count):
         result = apply_one(backing, operation, view(ranges + index * RANGE_SIZE, RANGE), view(vector, IOVEC))
         if result < 0:
             return result
-    return fdatasync(backing.fd) if dsync else 0
+    return 0
 
 
 @compiled

@@ -77,7 +77,7 @@ IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP, IORING_FEAT_EXT_ARG = 1 << 0, 1 << 
 IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE = 2, 6
 IORING_REGISTER_RESTRICTIONS, IORING_REGISTER_ENABLE_RINGS = 11, 12
 IORING_RESTRICTION_REGISTER_OP, IORING_RESTRICTION_SQE_OP, IORING_RESTRICTION_SQE_FLAGS_ALLOWED = 0, 1, 2
-IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE = 15, 16
+IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE, IORING_REGISTER_IOWQ_MAX_WORKERS = 15, 16, 19
 IORING_RSRC_REGISTER_SPARSE = 1
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
 
@@ -88,6 +88,7 @@ OPERATIONS = (
 )
 REGISTRATIONS = (
     *(IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE),
+    IORING_REGISTER_IOWQ_MAX_WORKERS,
 )
 
 # struct io_uring_restriction; the second field is an operation of either kind, or flags
@@ -401,6 +402,10 @@ class Uring:
         """Make the calling thread the one that submits; nobody else may from now on."""
         libc.io_uring_register(self._fd, IORING_REGISTER_ENABLE_RINGS)
         libc.io_uring_register(self._fd, IORING_REGISTER_FILES, int(self._files.ctypes.data), len(self._files))
+        # The kernel's threads for what waits (a flush, the page cache): by default four for each CPU, which a disk that
+        # hangs would take from all others. 0 leaves the second kind, for sockets and the like, as it is.
+        workers = np.array([self._engine["capacity"][0], 0], np.uint32)
+        libc.io_uring_register(self._fd, IORING_REGISTER_IOWQ_MAX_WORKERS, int(workers.ctypes.data), 2)
 
     def add_file(self, fd: int) -> int:
         """A handle for `prepare_io` and `prepare_flush`: a registered file, or the fd when there is no place left."""

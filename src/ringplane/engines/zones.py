@@ -40,6 +40,7 @@ ZONES = np.dtype(
                 "stable",
                 "snapshot",  # room for as many
                 "fd",  # of their file
+                "failed",  # 0, or the -errno of the first fdatasync(2) that failed: none can be believed after that
             )
         ),
         ("mutex", "u1", (MUTEX_SIZE,)),
@@ -67,13 +68,21 @@ def sync(zones, fd):
     lock(address_of(zones) + ZONES_MUTEX)
     for index in range(zones.count):
         store64(zones.snapshot + 8 * index, load64(zones.reached + 8 * index))
-    result = fdatasync(fd)
+    result = sync_file(zones, fd)
     if result == 0:
         for index in range(zones.count):
             store64(zones.stable + 8 * index, load64(zones.snapshot + 8 * index))
-        result = fdatasync(zones.fd)
+        result = sync_file(zones, zones.fd)
     unlock(address_of(zones) + ZONES_MUTEX)
     return result
+
+
+@compiled
+def sync_file(zones, fd):
+    """fdatasync(2) of one of the two files, with the mutex held, unless one has failed before (dataplane/flush.py)."""
+    if zones.failed == 0:
+        zones.failed = fdatasync(fd)
+    return zones.failed
 
 
 @compiled
@@ -88,7 +97,7 @@ def reset(zones, backing, reset_by, room, vector):
         if zone_at(zones, index).reset_by == reset_by:
             store64(zones.reached + 8 * index, 0)
             store64(zones.stable + 8 * index, 0)
-    result = fdatasync(zones.fd)
+    result = sync_file(zones, zones.fd)
     unlock(address_of(zones) + ZONES_MUTEX)
     for index in range(zones.count):
         zone = zone_at(zones, index)

@@ -1,0 +1,396 @@
+"""Power cuts for common disks: what storage was asked for, and what the driver was told meanwhile, is recorded; then
+the power is cut at each single point of the record.
+
+    cd tests && python -m storage.powercut --seconds 600
+
+The image is a file of a file system of our own (fuse.py), which answers late and in any order. A write is stable when a
+sync has ended that began after the write had ended (or at its own end if it was to be: O_DSYNC). After a cut a sector
+holds what was stable last, or anything that was written to it after that, which the storage may have kept or lost, each
+sector by itself. All of these are looked at, at each cut: none may be older than what the disk has promised by then.
+What it promised: a write that was answered before a flush was submitted is there once the flush was answered; without
+flushes (VIRTIO_BLK_F_FLUSH) each write is when it was answered itself.
+
+The two sides share a clock, the number of events in the storage's record. The driver reads it before it submits
+and after it has seen an answer, so nothing is taken for promised before it was. An event is in the record before
+whoever asked for it can know of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ringplane.driver import Driver
+from ringplane.driver.disk import FEATURES, segments
+from ringplane.virtio.blk import (
+    SECTOR,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+)
+
+from .fuse import FuseFile, Operation, mounted
+from .serving import PATIENCE, Disk, serving
+
+SIZE = 1 << 20
+SECTORS = SIZE // SECTOR
+QUEUES, DEPTH, MOST_SECTORS = 3, 32, 48
+NEVER = 1 << 62
+
+# What the driver asks for, and how often.
+KINDS = {
+    VIRTIO_BLK_T_OUT: 72,
+    VIRTIO_BLK_T_FLUSH: 10,
+    VIRTIO_BLK_T_IN: 6,
+    VIRTIO_BLK_T_WRITE_ZEROES: 7,
+    VIRTIO_BLK_T_DISCARD: 5,
+}
+
+
+def content(number: int, sector: int, count: int) -> bytes:
+    """What request `number` writes: each sector says again and again who wrote it, and where."""
+    words = np.empty((count, SECTOR // 16, 2), np.int64)
+    words[:, :, 0] = number
+    words[:, :, 1] = np.arange(sector, sector + count)[:, None]
+    return words.tobytes()
+
+
+def writers(data: bytes, sector: int) -> list[int]:
+    """Who wrote each of these sectors, 0 for zeros; AssertionError where that is not one request, or another place."""
+    words = np.frombuffer(data, np.int64).reshape(-1, SECTOR // 16, 2)
+    numbers = words[:, 0, 0]
+    places = np.where(numbers == 0, 0, np.arange(sector, sector + len(words)))
+    assert (words[:, :, 0] == numbers[:, None]).all(), f"a torn sector from {sector} on"
+    assert (words[:, :, 1] == places[:, None]).all(), f"data for another place from {sector} on"
+    return [int(number) for number in numbers]
+
+
+@dataclass
+class Event:
+    """Storage: "begin" and "end" of a write, or the end of a sync, which has all stable that ended before `covers`."""
+
+    what: str
+    write: int = 0
+    covers: int = 0
+
+
+@dataclass
+class Write:
+    """A write that storage was asked for."""
+
+    sector: int
+    numbers: list[int]
+    stable: bool
+
+
+class Recorder(FuseFile):
+    """Storage that keeps a record and answers in random order."""
+
+    def __init__(self, folder: Path, draw: random.Random, *, write_back: bool) -> None:
+        self.draw = draw
+        self.events: list[Event] = []
+        self.writes: list[Write] = []
+        self._pending: list[tuple[Operation, Event]] = []
+        super().__init__(folder, SIZE, write_back=write_back)
+
+    def patience(self) -> int | None:
+        if not self._pending:
+            return None
+        return 1 if self.draw.random() < 0.1 else 0
+
+    def idle(self) -> None:
+        operation, event = self._pending.pop(self.draw.randrange(len(self._pending)))
+        self.events.append(event)
+        self.finish(operation, None)
+
+    def arrive(self, operation: Operation) -> None:
+        if operation.kind == "read" or operation.offset >= SIZE:
+            # Whether it makes holes is found out behind its end.
+            self.finish(operation, None)
+        elif operation.kind == "sync":
+            self._pending.append((operation, Event("sync", covers=len(self.events))))
+        else:
+            sector = operation.offset // SECTOR
+            data = operation.data or bytes(operation.size)
+            self.writes.append(Write(sector, writers(data, sector), operation.stable))
+            number = len(self.writes) - 1
+            self.events.append(Event("begin", number))
+            self._pending.append((operation, Event("end", number)))
+        if self._pending and self.draw.random() < 0.4:
+            self.idle()
+
+
+@dataclass
+class Asked:
+    """A request of the driver; times are the driver's own, clocks the storage's (see above)."""
+
+    kind: int
+    sector: int
+    count: int
+    submitted: int
+    submit_clock: int
+    answered: int = NEVER
+    answer_clock: int = NEVER
+
+    @property
+    def zeros(self) -> bool:
+        return self.kind in (VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD)
+
+
+@dataclass
+class Client:
+    """The driver: keeps up to DEPTH requests in flight on each queue, and notes what happens when."""
+
+    driver: Driver
+    recorder: Recorder
+    draw: random.Random
+    asked: list[Asked] = field(default_factory=lambda: [Asked(-1, 0, 0, 0, 0)])
+    _time: int = 0
+    _in_flight: list[list[tuple[int, Any, Any]]] = field(default_factory=lambda: [[] for _ in range(QUEUES)])
+
+    def work(self, requests: int) -> None:
+        """Ask for so much, and wait for all answers."""
+        end = len(self.asked) + requests
+        deadline = time.monotonic() + requests / 20 + PATIENCE
+        while len(self.asked) < end or any(self._in_flight):
+            queue = self.draw.randrange(QUEUES)
+            wanted = self.draw.choice([1, 4, DEPTH])
+            while len(self._in_flight[queue]) < wanted and len(self.asked) < end:
+                self._ask(queue)
+            assert time.monotonic() < deadline, "some requests are never answered"
+            if not sum(self._take_answers(queue) for queue in range(QUEUES)):
+                time.sleep(0.0001)
+
+    def _ask(self, queue: int) -> None:
+        draw, number = self.draw, len(self.asked)
+        (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
+        last = self.asked[-1]
+        # Often where the last request ended, as requests that adjoin are merged.
+        sector = (last.sector + last.count) % SECTORS if draw.random() < 0.4 else draw.randrange(SECTORS)
+        count = min(draw.choice([1, 2, 8, 8, draw.randint(1, MOST_SECTORS)]), SECTORS - sector)
+        data, room = b"", 0
+        if kind == VIRTIO_BLK_T_OUT:
+            data = content(number, sector, count)
+        elif kind == VIRTIO_BLK_T_IN:
+            room = count * SECTOR
+        elif kind == VIRTIO_BLK_T_FLUSH:
+            count = 0
+        else:
+            data = segments((sector, count, draw.choice([0, 1]) if kind == VIRTIO_BLK_T_WRITE_ZEROES else 0))
+        self._time += 1
+        self.asked.append(Asked(kind, sector, count, self._time, len(self.recorder.events)))
+        first = sector if kind in (VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN) else 0
+        placed, ticket = self.driver._submit_request(kind, first, data, room, queue)
+        self._in_flight[queue].append((number, placed, ticket))
+
+    def _take_answers(self, queue: int) -> int:
+        """Note all answers that are there; how many."""
+        if self.recorder.failure is not None:
+            raise self.recorder.failure
+        self.driver._reap(self.driver.queues[queue])
+        self._time += 1
+        clock = len(self.recorder.events)
+        done = [each for each in self._in_flight[queue] if each[2].used is not None]
+        self._in_flight[queue] = [each for each in self._in_flight[queue] if each[2].used is None]
+        for number, placed, ticket in done:
+            written = placed.written()
+            assert written[-1] == 0, f"{self.asked[number]} ended with status {written[-1]}"
+            self.asked[number].answered, self.asked[number].answer_clock = self._time, clock
+            self.driver._free(ticket.blocks)
+        return len(done)
+
+
+@dataclass
+class Tally:
+    """What was looked at."""
+
+    cuts: int = 0
+    writes: int = 0
+    flushes: int = 0
+    ranges: int = 0
+    contents: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cuts} cuts, {self.writes} writes, {self.ranges} discards and write zeroes, {self.flushes} flushes, "
+            f"{self.contents} contents of sectors looked at"
+        )
+
+
+class Cuts:
+    """Goes through a record: what each sector may hold at each cut, and what it must not."""
+
+    def __init__(self, recorder: Recorder, asked: list[Asked], *, write_through: bool) -> None:
+        self._events, self._writes, self._asked = recorder.events, recorder.writes, asked
+        self._stable = [0] * SECTORS
+        # By sector: the writes that may or may not be there, and who wrote what.
+        self._loose: dict[int, dict[int, int]] = defaultdict(dict)
+        self._ended: list[tuple[int, int]] = []
+        # By sector: when the last write that is promised was submitted, and when zeros that may be there were answered.
+        self._promised = [0] * SECTORS
+        self._zeros = [0] * SECTORS
+        self._write_through = write_through
+        self._by_answer = sorted(
+            (each for each in asked if each.kind in (VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES)),
+            key=lambda each: each.answered,
+        )
+        self._kept = 0
+        self.tally = Tally(
+            writes=sum(each.kind == VIRTIO_BLK_T_OUT for each in asked),
+            flushes=sum(each.kind == VIRTIO_BLK_T_FLUSH for each in asked),
+            ranges=sum(each.zeros for each in asked),
+        )
+
+    def look(self) -> Tally:
+        """At all cuts; AssertionError where a promise is broken."""
+        told = self._what_was_told()
+        for clock in range(len(self._events) + 1):
+            touched = set(self._happen(self._events[clock - 1], clock)) if clock else set()
+            for each in told.get(clock, ()):
+                touched |= set(self._hear(each, clock))
+            for sector in touched:
+                self._check(sector, clock)
+            self.tally.cuts += 1
+        return self.tally
+
+    def _what_was_told(self) -> dict[int, list[Asked]]:
+        """By clock, what the driver did and heard that matters then."""
+        told: dict[int, list[Asked]] = defaultdict(list)
+        for each in self._asked:
+            if each.zeros:
+                told[each.submit_clock].append(each)
+            if each.kind == VIRTIO_BLK_T_FLUSH or self._write_through:
+                told[each.answer_clock].append(each)
+        return told
+
+    def _happen(self, event: Event, clock: int) -> Iterator[int]:
+        """An event of the storage; the sectors that it concerns."""
+        if event.what == "sync":
+            rest = []
+            for ended, number in self._ended:
+                if ended <= event.covers:
+                    yield from self._settle(number)
+                else:
+                    rest.append((ended, number))
+            self._ended = rest
+            return
+        write = self._writes[event.write]
+        places = range(write.sector, write.sector + len(write.numbers))
+        if event.what == "begin":
+            for place, number in zip(places, write.numbers, strict=True):
+                self._loose[place][event.write] = number
+        elif write.stable:
+            earlier = {number for _, number in self._ended}
+            for place in places:
+                for number in earlier & self._loose[place].keys():
+                    del self._loose[place][number]
+            list(self._settle(event.write))
+        else:
+            self._ended.append((clock, event.write))
+        yield from places
+
+    def _settle(self, number: int) -> Iterator[int]:
+        """A write is stable now, and was the last that ended of those that are."""
+        write = self._writes[number]
+        for place in range(write.sector, write.sector + len(write.numbers)):
+            if number in self._loose[place]:
+                self._stable[place] = self._loose[place].pop(number)
+                yield place
+
+    def _hear(self, asked: Asked, clock: int) -> Iterator[int]:
+        """Something that the driver did or heard; the sectors that it concerns."""
+        if asked.zeros and clock == asked.submit_clock:
+            for place in range(asked.sector, asked.sector + asked.count):
+                self._zeros[place] = max(self._zeros[place], asked.answered)
+        if clock != asked.answer_clock:
+            return
+        if self._write_through:
+            if asked.kind in (VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES):
+                yield from self._promise(asked)
+            return
+        while self._kept < len(self._by_answer) and self._by_answer[self._kept].answered < asked.submitted:
+            yield from self._promise(self._by_answer[self._kept])
+            self._kept += 1
+
+    def _promise(self, asked: Asked) -> Iterator[int]:
+        for place in range(asked.sector, asked.sector + asked.count):
+            self._promised[place] = max(self._promised[place], asked.submitted)
+            yield place
+
+    def _check(self, sector: int, clock: int) -> None:
+        for number in {self._stable[sector], *self._loose[sector].values()}:
+            # Whatever was answered before a promised write was even submitted is older than that.
+            answered = self._asked[number].answered if number else self._zeros[sector]
+            assert answered >= self._promised[sector], (
+                f"power cut after event {clock}: sector {sector} may hold what "
+                + (f"request {number} ({self._asked[number]}) wrote" if number else "was there at first or zeros")
+                + f", but a write that was submitted at {self._promised[sector]} is promised"
+            )
+            self.tally.contents += 1
+
+
+@contextlib.contextmanager
+def recording(draw: random.Random, *, buffered: bool) -> Iterator[Recorder]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "mounted"
+        with mounted(Recorder(folder, draw, write_back=buffered)) as recorder:
+            yield recorder
+
+
+def record(
+    seed: int, requests: int, *, engine: str, buffered: bool, write_through: bool
+) -> tuple[Recorder, list[Asked]]:
+    """What storage and driver noted while so many requests were done."""
+    draw = random.Random(seed)
+    features = FEATURES & ~VIRTIO_BLK_F_FLUSH if write_through else FEATURES
+    with (
+        recording(random.Random(seed), buffered=buffered) as recorder,
+        serving(Disk(recorder.path, QUEUES, direct=not buffered), engine=engine) as served,
+        served.driver(queues=QUEUES, queue_size=DEPTH * 4, feature_bits=features) as driver,
+    ):
+        client = Client(driver, recorder, draw)
+        client.work(requests)
+    return recorder, client.asked
+
+
+def run(seed: int, requests: int, *, engine: str, buffered: bool, write_through: bool) -> Tally:
+    """Record so many requests, and look at all cuts; AssertionError that begins with the seed."""
+    try:
+        recorder, asked = record(seed, requests, engine=engine, buffered=buffered, write_through=write_through)
+        return Cuts(recorder, asked, write_through=write_through).look()
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
+
+
+@click.command(help=__doc__)
+@click.option("--seconds", type=float, default=60.0, show_default=True)
+@click.option("--requests", type=int, default=5000, show_default=True, help="Of one record.")
+@click.option("--seed", type=int, help="Of a record that found something; whether it does again is a matter of luck.")
+def main(seconds: float, requests: int, seed: int | None) -> None:
+    end = time.monotonic() + seconds
+    number = 0
+    while number == 0 or time.monotonic() < end:
+        how = {
+            "engine": ("io_uring", "aio")[number & 1],
+            "buffered": bool(number & 2),
+            "write_through": bool(number & 4),
+        }
+        click.echo(f"{how}: {run(seed or random.getrandbits(32), requests, **how)}")  # type: ignore[arg-type]
+        number += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""A real ringplane process that serves the images of a test, which is stopped well at the end or has to say why not."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ringplane.driver import Driver
+from ringplane.driver.process import cpu_ns
+
+# Longer than any of these tests waits on purpose.
+PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class Disk:
+    """An image, and how it is served."""
+
+    image: Path
+    queues: int = 1
+    direct: bool = True
+    engine: str = "auto"
+
+
+@dataclass
+class Served:
+    """The process; `disks` are the images in the order in which they were given."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    announced: str
+
+    def driver(self, disk: int = 0, **options: Any) -> Driver:
+        return Driver(self.folder / f"{disk}.sock", timeout=PATIENCE, memory_size=64 << 20, **options)
+
+    def told(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def cpu_seconds(self) -> float:
+        return cpu_ns(self.process.pid) / 1e9
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(*disks: Disk, engine: str = "io_uring") -> Iterator[Served]:
+    """All on one I/O thread."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']
+        for number, disk in enumerate(disks):
+            tables.append(
+                f'[[disk]]\nimage = "{disk.image}"\nsocket-path = "{number}.sock"\nnum-queues = {disk.queues}\n'
+                f'direct = {str(disk.direct).lower()}\nengine = "{disk.engine}"\n'
+            )
+        (folder / "disks.toml").write_text("\n".join(tables))
+        with (folder / "log").open("w") as log:
+            command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            announced = ""
+            while f"{len(disks) - 1}.sock" not in announced:
+                line = process.stdout.readline()
+                assert line, (folder / "log").read_text()
+                announced += line
+            yield Served(process, folder, announced)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0, (folder / "log").read_text()
+        finally:
+            process.kill()
+            # Storage that hangs keeps even this from ending, until it is unmounted after us.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE / 10)
+            process.stdout.close()
