@@ -16,8 +16,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,6 +31,7 @@ from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import MemoryRegion, ProtocolError
 from unit.rig import eventually
 
+from .conftest import Victim, serving
 from .fuzz import FENCE, Tally, message_case, ring_case
 
 SIZE, LARGER, MIB = 8 << 20, 12 << 20, 1 << 20
@@ -66,6 +65,7 @@ socket-path = "bad.sock"
 create = "8M"
 num-queues = 2
 io-threads = ["io1", "io0"]
+features = {{ in-order = true, inband-notifications = true }}
 """
 
 
@@ -97,26 +97,10 @@ class Sample:
 
 
 @dataclass
-class Process:
-    """A ringplane process with the three disks in `folder`."""
+class Process(Victim):
+    """A ringplane process with the three disks in `folder`; its neighbour is the steady one."""
 
-    folder: Path
-    process: subprocess.Popen[bytes]
     began: float = field(default_factory=time.monotonic)
-
-    @property
-    def socket(self) -> Path:
-        """Where the fuzzer finds its disk."""
-        return self.folder / "bad.sock"
-
-    def told(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def held(self) -> tuple[int, int, int]:
-        """Fds, threads (but for the kernel's own helpers of io_uring) and shared mappings."""
-        proc = Path(f"/proc/{self.process.pid}")
-        threads = [task for task in proc.glob("task/*/comm") if not task.read_text().startswith("iou-")]
-        return len(os.listdir(proc / "fd")), len(threads), (proc / "maps").read_text().count("memfd:")
 
     def memory_kib(self) -> tuple[int, int]:
         """Resident, and of that anonymous: not shared with a guest or a file (proc(5))."""
@@ -126,22 +110,16 @@ class Process:
 
 
 @contextlib.contextmanager
-def running(engine: str) -> Iterator[Process]:
+def soaked(engine: str) -> Iterator[Process]:
+    """A process that serves the three disks."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = Path(name)
         (folder / "disks.toml").write_text(CONFIG.format(engine=engine))
-        with (folder / "log").open("w") as log:
-            command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            served = Process(folder, process)
-            assert eventually(lambda: "bad.sock" in served.told()), served.told()
-            yield served
-            process.terminate()
-            assert process.wait(20) == 0, served.told()[-2000:]
-        finally:
-            process.kill()
-            process.wait()
+        with (
+            serving(folder) as process,
+            Driver(folder / "steady.sock", queues=2, memory_size=32 * MIB) as steady,
+        ):
+            yield Process(folder, process, steady)
 
 
 class Part(threading.Thread):
@@ -243,9 +221,9 @@ class Misbehaviour:
         draw = random.Random(self.chance.getrandbits(48))
         if draw.random() < 0.7:
             with contextlib.suppress(ProtocolError, Refused, ConnectionError):
-                ring_case(self.process, draw, self.tally, self.expected)  # type: ignore[arg-type]
+                ring_case(self.process, draw, self.tally, self.expected)
         else:
-            message_case(self.process, draw)  # type: ignore[arg-type]
+            message_case(self.process, draw)
         self.tally.cases += 1
 
 
@@ -254,49 +232,41 @@ def soak(process: Process, seconds: float, window: float, tell: Callable[[Sample
     changes, misbehaviour = Changes(process), Misbehaviour(process)
     parts = [Part(changes.once), Part(misbehaviour.once)]
     samples: list[Sample] = []
-    with Driver(process.folder / "steady.sock", queues=2, memory_size=32 * MIB) as driver:
-        model = Model((0, driver.capacity))
-        held = process.held()
+    model = Model((0, process.neighbour.capacity))
+    at_first = process.resources()
+    for part in parts:
+        part.start()
+    try:
+        while time.monotonic() < process.began + seconds:
+            samples.append(_sample(process, model, window, parts, at_first))
+            tell(samples[-1])
+            assert samples[-1].held == at_first, f"{at_first} at first, {samples[-1].held} now"
+    finally:
         for part in parts:
-            part.start()
-        try:
-            while time.monotonic() < process.began + seconds:
-                samples.append(_sample(process, driver, model, window, parts, held))
-                tell(samples[-1])
-                assert samples[-1].held == held, f"{held} at first, {samples[-1].held} now"
-        finally:
-            for part in parts:
-                part.stopping = True
-            for part in parts:
-                part.join()
+            part.stopping = True
+        for part in parts:
+            part.join()
     for part in parts:
         part.check()
     return samples
 
 
-def _sample(
-    process: Process,
-    driver: Driver,
-    model: Model,
-    window: float,
-    parts: list[Part],
-    at_first: tuple[int, int, int],
-) -> Sample:
+def _sample(process: Process, model: Model, window: float, parts: list[Part], at_first: tuple[int, int, int]) -> Sample:
     load = Load(
         pattern="random", read_percent=70, depth=8, queues=2, seconds=window, verify=True, model=model, flush_every=100
     )
-    result = run_load(driver, load)
+    result = run_load(process.neighbour, load)
     assert (result.errors, result.mismatches) == (0, 0), result
     with contextlib.ExitStack() as resting:
         for part in parts:
             resting.enter_context(part.turn)
             part.check()
         # What a front end that has just gone held is given back in a moment.
-        eventually(lambda: process.held() == at_first)
+        eventually(lambda: process.resources() == at_first)
         return Sample(
             time.monotonic() - process.began,
             *process.memory_kib(),
-            *process.held(),
+            *process.resources(),
             result.iops,
             result.p50_us,
             result.p99_us,
@@ -316,7 +286,7 @@ def thirds(samples: list[Sample], value: Callable[[Sample], float]) -> tuple[flo
 @click.option("--window", type=float, default=20.0, show_default=True, help="Seconds from one sample to the next.")
 @click.option("--engine", type=click.Choice(["io_uring", "aio"]), default="io_uring", show_default=True)
 def main(seconds: float, window: float, engine: str) -> None:
-    with running(engine) as process:
+    with soaked(engine) as process:
         samples = soak(process, seconds, window, lambda sample: print(sample, flush=True))
         for name in ("rss_kib", "anonymous_kib", "p50_us", "p99_us", "iops"):
             before, after = thirds(samples, lambda sample, name=name: float(getattr(sample, name)))  # type: ignore[misc]
