@@ -6,16 +6,18 @@ import random
 import select
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from unit.packed import PackedRing
-from unit.rig import DISCARD, GUEST_BASE, IN, INDIRECT, NEXT, OUT, WRITE, WRITE_ZEROES, header, take_events
+from unit.rig import DISCARD, GUEST_BASE, IN, INDIRECT, NEXT, OK, OUT, WRITE, WRITE_ZEROES, Pending, header, take_events
 
 from .attacker import Attacker, RemoteLine
 from .conftest import DISK, EVERY_ENGINE, Target
 from .flipper import Flipper
+from .watchpoint import Watchpoint, address_in, why_not
 
 pytestmark = EVERY_ENGINE
 
@@ -30,6 +32,10 @@ BAD_SECTORS = (CAPACITY, 1 << 55, 1 << 63, (1 << 64) - 1)
 # What requests may write: these sectors of the disk, and the buffers in guest memory.
 SECTORS, BUFFER = (8, 40), 4096
 ALLOWED = (8 * 512, 40 * 512 + BUFFER)
+
+
+# Its name, and where it is in guest memory: offset and bytes.
+Field = tuple[str, int, int]
 
 
 class Arena:
@@ -198,3 +204,61 @@ def test_all_fields_change_all_the_time(target: Target, ring_class: Any, indirec
     attacker.guest.free = arena.ring_at + 65536
     attacker.new_ring(arena.line)
     attacker.check_honest_ring(DISK)
+
+
+def fields_of(line: RemoteLine, kind: int, pending: Pending, first: int, *, indirect: bool) -> Iterator[Field]:
+    """What the device reads of a request, but for what it looks at until something is there, or writes itself.
+
+    `first` is where the chain's first descriptor is.
+    """
+    ring, begin = line.ring, pending.pieces[0].offset
+    yield from (("type", begin, 4), ("sector", begin + 8, 8))
+    if kind == DISCARD:
+        segment = pending.pieces[1].offset
+        yield from (("segment's sector", segment, 8), ("sectors", segment + 8, 4), ("segment's flags", segment + 12, 4))
+    if indirect:
+        table = int.from_bytes(line.rig.guest.read(first, 8), "little") - GUEST_BASE
+        places = [table + 16 * number for number in range(3)]
+    elif isinstance(ring, PackedRing):
+        places = [first + 16 * number for number in range(3)]
+    else:
+        places = [ring.desc + 16 * number for number in pending.descriptors]
+    for number, place in enumerate(places):
+        yield f"address {number}", place, 8
+        if indirect or not isinstance(ring, PackedRing) or number > 0:
+            yield from ((f"length {number}", place + 8, 4), (f"flags {number}", place + 12, 4))
+
+
+@pytest.mark.row("double fetch")
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are watchpoints")
+@pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
+@pytest.mark.parametrize("kind", [IN, OUT, DISCARD], ids=["read", "write", "discard"])
+def test_no_field_is_read_again(target: Target, ring_class: Any, kind: int, indirect: bool) -> None:
+    """As the processor counts it, whatever the compiler has made of the source.
+
+    Two reads decide nothing by themselves: the address of a descriptor is read once more to prefetch what is there,
+    whatever that may be, and memcpy(3) of 16 bytes may read them twice to write them to one place twice.
+    """
+    attacker = target.attacker(ring_class=ring_class)
+    line, pid = attacker.lines[0], target.victim.process.pid
+    target.allowed.append((8 * 512, 9 * 512))
+    content = {OUT: bytes(512), DISCARD: struct.pack("<QII", 8, 1, 0)}.get(kind, b"")
+    counts: dict[str, int] = {}
+    while True:
+        line.stop()
+        attacker.new_ring(line)
+        first = line.ring.desc
+        pending = line.put(kind, 8, content, 0 if content else 512, direct=0 if indirect else None)
+        if not indirect and ring_class is not PackedRing:
+            first += 16 * pending.head
+        left = [each for each in fields_of(line, kind, pending, first, indirect=indirect) if each[0] not in counts]
+        if not left:
+            break
+        name, offset, size = left[0]
+        with Watchpoint(pid, address_in(pid, attacker.guest.fd, offset), size) as watch:
+            line.kick()
+            line.wait()
+            counts[name] = watch.count
+        assert line.answer(pending).status == OK
+    for name, count in counts.items():
+        assert 1 <= count <= (1 if name.startswith(("length", "flags")) else 2), (name, counts)
