@@ -107,13 +107,13 @@ class _Compiled:
         self._whole: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        return (self._whole or self._make_whole())(*args)
+        return self.whole()(*args)
 
-    def load(self, *args: Any) -> None:
-        (self._whole or self._make_whole()).compile(tuple(map(numba.typeof, args)))  # type: ignore[attr-defined]
-
-    def _make_whole(self) -> Callable[..., Any]:
+    def whole(self) -> Any:
         """Few functions are called from Python, and for each of them Numba looks for its cache on disk."""
+        return self._whole or self._make_whole()
+
+    def _make_whole(self) -> Any:
         with self._making, numba_cache_directory():
             if self._whole is None:
                 self._whole = whole(self.__wrapped__, cache=True)  # type: ignore[attr-defined]
@@ -130,8 +130,8 @@ def compiled(function: Function) -> Function:
 
 def load(function: Callable[..., Any], *args: Any) -> None:
     """Compile, or load from the cache, what a call of a compiled function with such arguments will run."""
-    assert isinstance(function, _Compiled)
-    function.load(*args)
+    dispatcher: Any = function.whole() if isinstance(function, _Compiled) else function
+    dispatcher.compile(tuple(map(numba.typeof, args)))
 
 
 def is_cached() -> bool:
