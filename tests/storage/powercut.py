@@ -52,8 +52,8 @@ NEVER = 1 << 62
 
 # What the driver asks for, and how often.
 KINDS = {
-    VIRTIO_BLK_T_OUT: 72,
-    VIRTIO_BLK_T_FLUSH: 10,
+    VIRTIO_BLK_T_OUT: 57,
+    VIRTIO_BLK_T_FLUSH: 25,
     VIRTIO_BLK_T_IN: 6,
     VIRTIO_BLK_T_WRITE_ZEROES: 7,
     VIRTIO_BLK_T_DISCARD: 5,
@@ -109,10 +109,16 @@ class Recorder(FuseFile):
     def patience(self) -> int | None:
         if not self._pending:
             return None
+        if all(operation.kind == "sync" for operation, _ in self._pending):
+            # Time enough for the driver to hear of what was answered meanwhile, and to ask for another flush.
+            return self.draw.choice([0, 3])
         return 1 if self.draw.random() < 0.1 else 0
 
     def idle(self) -> None:
-        operation, event = self._pending.pop(self.draw.randrange(len(self._pending)))
+        """Answer something; a sync rather late, as what is answered while it goes on is not covered by it."""
+        others = [number for number, (operation, _) in enumerate(self._pending) if operation.kind != "sync"]
+        late = others and self.draw.random() < 0.9
+        operation, event = self._pending.pop(self.draw.choice(others if late else range(len(self._pending))))
         self.events.append(event)
         self.finish(operation, None)
 
@@ -167,16 +173,21 @@ class Client:
         deadline = time.monotonic() + requests / 20 + PATIENCE
         while len(self.asked) < end or any(self._in_flight):
             queue = self.draw.randrange(QUEUES)
-            wanted = self.draw.choice([1, 4, DEPTH])
-            while len(self._in_flight[queue]) < wanted and len(self.asked) < end:
-                self._ask(queue)
-            assert time.monotonic() < deadline, "some requests are never answered"
-            if not sum(self._take_answers(queue) for queue in range(QUEUES)):
+            for _ in range(self.draw.choice([1, 4, DEPTH])):
+                if len(self._in_flight[queue]) < DEPTH and len(self.asked) < end:
+                    self._ask(queue)
+                # In between too: the later an answer is noted, the less it says.
+                self._take_all_answers()
+            if not self._take_all_answers():
                 time.sleep(0.0001)
+            assert time.monotonic() < deadline, "some requests are never answered"
 
     def _ask(self, queue: int) -> None:
         draw, number = self.draw, len(self.asked)
         (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
+        if kind == VIRTIO_BLK_T_FLUSH and queue and draw.random() < 0.9:
+            # Else the next queue's sync, right behind, makes up for one that covers too little.
+            kind = VIRTIO_BLK_T_OUT
         last = self.asked[-1]
         # Often where the last request ended, as requests that adjoin are merged.
         sector = (last.sector + last.count) % SECTORS if draw.random() < 0.4 else draw.randrange(SECTORS)
@@ -195,6 +206,9 @@ class Client:
         first = sector if kind in (VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN) else 0
         placed, ticket = self.driver._submit_request(kind, first, data, room, queue)
         self._in_flight[queue].append((number, placed, ticket))
+
+    def _take_all_answers(self) -> int:
+        return sum(self._take_answers(queue) for queue in range(QUEUES))
 
     def _take_answers(self, queue: int) -> int:
         """Note all answers that are there; how many."""

@@ -160,7 +160,7 @@ def test_a_failed_write_is_tried_again_in_its_parts(make_rig: RigFactory) -> Non
     rig = make_rig()
     line = rig.line()
     fd = os.open(rig.path, os.O_RDONLY)
-    line.queue.device.fd = fd
+    line.queue.fd = fd
     line.start()
     answers, count = on_one(line, *stream(OUT, 512, 512, 512))
     line.stop()
