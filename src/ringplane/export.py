@@ -27,7 +27,7 @@ from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.handover import Predecessor, offer_successors, socket_beside
 from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
-from ringplane.listener import Listener
+from ringplane.listener import Listener, ListenError
 from ringplane.server import IoThread, Server
 from ringplane.values import ZoneModel
 from ringplane.vhost_user.session import Session
@@ -472,11 +472,15 @@ def serve_all(
 
 
 def _listen_for_successors(disks: Sequence[DiskConfig], undo: contextlib.ExitStack) -> Listener | None:
-    """Beside the first disk's socket, if it has one."""
+    """Beside the first disk's socket, if it has one, and if there is room for a longer name (unix(7)) and right."""
     path = disks[0].socket_path
     if path is None:
         return None
-    listener = Listener.at(socket_beside(path), mode=0o600)
+    try:
+        listener = Listener.at(socket_beside(path), mode=0o600)
+    except ListenError as error:
+        log.warning("no other process will be able to take over with --upgrade: %s", error)
+        return None
     undo.callback(listener.close)
     return listener
 

@@ -45,7 +45,7 @@ def test_upgraded_under_load(
     """QEMU would not connect again: there is no `reconnect` here."""
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     disk = Upgrading(backend(disk_image), tmp_path / "console-1.txt")
-    seen = qemu.run(disk, workloads.fio_verify_for(seconds=int(UPGRADES * (LIFE + 2)), ring=ring))  # type: ignore[arg-type]
+    seen = qemu.run(disk, workloads.fio_verify_for(seconds=int(UPGRADES * (LIFE + 4)), ring=ring))  # type: ignore[arg-type]
     assert disk.upgrades == UPGRADES
     assert int(seen.value("verified_kib")) > 0
     disk.backend.stop()

@@ -627,6 +627,16 @@ def is_mapped(address: int, fd: int) -> bool:
     return False
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody can be connected to there (proc(5), /proc/net/unix): a socket's file is there a little before.
+
+    Without a connection as a probe, which would be the first front end that a back end sees.
+    """
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    # __SO_ACCEPTCON
+    return any(fields[7:] == [str(path)] and int(fields[3], 16) & 0x1_0000 for fields in sockets)
+
+
 def eventually(condition: Callable[[], bool]) -> bool:
     """Whether the condition comes true before patience ends."""
     end = time.monotonic() + PATIENCE

@@ -19,6 +19,8 @@ from ringplane.driver.process import cpu_ns
 from ringplane.virtio.blk import VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 
+from .rig import listens
+
 IMAGE_SIZE = 64 << 20
 DAEMON = shutil.which("qemu-storage-daemon")
 
@@ -63,7 +65,7 @@ def backend(kind, folder, image, writable=True):
     try:
         # A cold start of ringplane compiles.
         deadline = time.monotonic() + 60
-        while not socket.exists():
+        while not listens(socket):
             assert process.poll() is None, f"{kind} ended"
             assert time.monotonic() < deadline, f"{kind} made no socket"
             time.sleep(0.01)

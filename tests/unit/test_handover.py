@@ -475,6 +475,14 @@ def test_a_stop_while_somebody_asks(serve: Serve, path: Path) -> None:
     assert not socket_beside(path).exists()
 
 
+def test_a_path_without_room_for_another_name(image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / ("s" * (104 - len(str(tmp_path))))
+    with ringplane.serve(image, path, num_queues=QUEUES, upgradable=True) as running, machine(running) as guest:
+        guest.start()
+        assert serves_on(guest, 1)
+    assert "no other process will be able to take over" in caplog.text
+
+
 def test_channel_carries_fds_and_bytes() -> None:
     ours, theirs = socket.socketpair()
     with Channel(ours) as one, Channel(theirs) as other:
