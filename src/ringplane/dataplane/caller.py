@@ -1,10 +1,11 @@
-"""Signals to a front end's eventfd, or pipe, that cannot wait, for I/O threads that serve other front ends too.
+"""Signals to a front end's eventfd, pipe or socket that cannot wait, for I/O threads that serve other front ends too.
 
 write(2) to a full eventfd waits unless the file has O_NONBLOCK, which whoever else has the file can take away at any
 time, and eventfds know no RWF_NOWAIT for writes. When the kernel itself signals one it never waits. So an AIO request
 is made that ends at once, a read of /dev/null, and that has the eventfd signalled (io_submit(2), IOCB_FLAG_RESFD). It
-takes some 0.7 us more than write(2). A pipe (user-mode Linux) is written to by vmsplice(2), which can be told not to
-wait whatever the file says; what it holds then is a reference to a number that never changes.
+takes some 0.7 us more than write(2). To a socket (user-mode Linux) it is sent by send(2), and to a pipe by vmsplice(2):
+both can be told not to wait, whatever the file says. What the pipe holds then is a reference to a number that never
+changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from ringplane.engines.aio import IOCB, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, RING_HE
 from ringplane.native import libc
 from ringplane.native.access import load32, store32, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import EINVAL, IOVEC, SPLICE_F_NONBLOCK, io_submit, vmsplice, write
+from ringplane.native.syscalls import (
+    EINVAL,
+    ENOTSOCK,
+    IOVEC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SPLICE_F_NONBLOCK,
+    io_submit,
+    send,
+    vmsplice,
+    write,
+)
 
 # context: AIO's; iocb: address of the one IOCB; list: address of that address; iovec: address of an IOVEC
 CALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iovec")])
@@ -26,7 +38,7 @@ CALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iovec"
 
 @compiled
 def signal(address, fd, one):
-    """Write the 8 bytes of 1, at address `one`, to this eventfd or pipe, with the CALLER at `address`.
+    """Write the 8 bytes of 1, at address `one`, to this eventfd, pipe or socket, with the CALLER at `address`.
 
     Where that is 0, by write(2), which may wait.
     """
@@ -39,6 +51,8 @@ def signal(address, fd, one):
     # Of the completion nobody wants to know.
     store32(caller.context + RING_HEAD, load32(caller.context + RING_TAIL))
     if result == -EINVAL:
+        result = send(fd, one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if result == -ENOTSOCK:
         iovec = view(caller.iovec, IOVEC)
         iovec.base, iovec.len = one, 8
         vmsplice(fd, caller.iovec, 1, SPLICE_F_NONBLOCK)

@@ -21,6 +21,7 @@ SYS_FDATASYNC = NUMBERS["fdatasync"]
 SYS_FALLOCATE = NUMBERS["fallocate"]
 SYS_PREADV = NUMBERS["preadv"]
 SYS_PWRITEV = NUMBERS["pwritev"]
+SYS_SENDTO = NUMBERS["sendto"]
 SYS_VMSPLICE = NUMBERS["vmsplice"]
 SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"]
 SYS_EPOLL_PWAIT2 = NUMBERS["epoll_pwait2"]
@@ -31,10 +32,11 @@ SYS_IO_URING_SETUP = NUMBERS["io_uring_setup"]
 SYS_IO_URING_ENTER = NUMBERS["io_uring_enter"]
 SYS_IO_URING_REGISTER = NUMBERS["io_uring_register"]
 
-EINTR, EIO, EAGAIN, EINVAL, ENOSYS, EOPNOTSUPP = 4, 5, 11, 22, 38, 95
+EINTR, EIO, EAGAIN, EINVAL, ENOSYS, ENOTSOCK, EOPNOTSUPP = 4, 5, 11, 22, 38, 88, 95
 PROT_READ, PROT_WRITE = 1, 2
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 SPLICE_F_NONBLOCK = 2
+MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 
 # epoll_ctl(2): packed on x86-64 alone.
 EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
@@ -121,6 +123,12 @@ def preadv(fd, iov, iov_count, offset):
 def pwritev(fd, iov, iov_count, offset):
     """pwritev(2): bytes written from `iov_count` IOVEC structs."""
     return _syscall(SYS_PWRITEV, fd, iov, iov_count, offset, 0, 0)
+
+
+@compiled
+def send(fd, buffer, size, flags):
+    """send(2)"""
+    return _syscall(SYS_SENDTO, fd, buffer, size, flags, 0, 0)
 
 
 @compiled

@@ -773,11 +773,12 @@ def _u64(message: Message) -> int:
 def _only_fd(message: Message) -> int:
     """The fd that came with the message, non-blocking, or -1.
 
-    A front end must not be able to stop our thread with a full eventfd or pipe (user-mode Linux has pipes). O_NONBLOCK
-    is the file's, so it could take it away again: caller.py has what is done about that.
+    A front end must not be able to stop our thread with an eventfd, pipe or socket (user-mode Linux's) that is full.
+    O_NONBLOCK is the file's, so it could take it away again: caller.py has what is done about that.
     """
     for fd in message.fds:
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
             check_eventfd(fd, "fd")
         os.set_blocking(fd, False)
     return next(iter(message.take_fds()), -1)
