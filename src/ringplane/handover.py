@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of what is said, for processes of other releases.
+VERSION = 1
+
 # Of a message: bytes of JSON, and fds, which come before it, so many at a time (the kernel's SCM_MAX_FD is 253).
 PREFIX = struct.Struct("<II")
 FDS_AT_A_TIME = 200
@@ -102,8 +105,8 @@ class Channel:
             socket.send_fds(self._sock, [b"f"], fds[start : start + FDS_AT_A_TIME])
         self._sock.sendall(text)
 
-    def receive(self, patience: float) -> dict[str, Any]:
-        """The next message; its fds are closed with the channel.
+    def receive(self, what: str, patience: float) -> dict[str, Any]:
+        """The next message, which has the key `what`; its fds are closed with the channel.
 
         Raises HandoverError when it is a refusal or makes no sense, EOFError at the end, OSError as `send`.
         """
@@ -124,6 +127,8 @@ class Channel:
             raise HandoverError(f"a message makes no sense: {error}") from None
         if not isinstance(message, dict) or "refused" in message:
             raise HandoverError(str(message["refused"]) if isinstance(message, dict) else "a message is no object")
+        if what not in message:
+            raise HandoverError(f"a message came in the place of {what!r}")
         return message
 
     def _exactly(self, size: int) -> bytes:
@@ -177,9 +182,11 @@ async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel
     try:
         if uid not in (0, os.geteuid()):
             raise HandoverError(f"user {uid} may not take over the disks of user {os.geteuid()}")
-        await asyncio.to_thread(channel.receive, TAKING_PATIENCE)
+        hello = await asyncio.to_thread(channel.receive, "hello", TAKING_PATIENCE)
+        if hello["hello"] != VERSION:
+            raise HandoverError(f"this release hands over by version {VERSION}, not by version {hello['hello']}")
         await asyncio.to_thread(channel.send, _offer(server.exports, listener))
-        await asyncio.to_thread(channel.receive, READY_PATIENCE)
+        await asyncio.to_thread(channel.receive, "ready", READY_PATIENCE)
         await _hand_over(server.exports, channel)
     except (HandoverError, EOFError, OSError) as error:
         why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
@@ -218,7 +225,7 @@ async def _hand_over(exports: Sequence[Export], channel: Channel) -> None:
     async with contextlib.AsyncExitStack() as undo:
         await _freeze_all(exports, undo)
         await asyncio.to_thread(channel.send, {"disks": [_state(export) for export in exports]})
-        await asyncio.to_thread(channel.receive, TAKING_PATIENCE)
+        await asyncio.to_thread(channel.receive, "taking", TAKING_PATIENCE)
         undo.pop_all()
 
 
@@ -268,8 +275,8 @@ class Predecessor:
         try:
             with _in_words():
                 self.pid = self._channel.peer[0]
-                self._channel.send({"hello": 1})
-                told = self._channel.receive(TAKING_PATIENCE)
+                self._channel.send({"hello": VERSION})
+                told = self._channel.receive("disks", TAKING_PATIENCE)
                 self._listener: Fd = told["listener"]
                 self._disks = _in_order(told["disks"], configs)
         except BaseException:
@@ -294,12 +301,12 @@ class Predecessor:
                 _check_config_space(export, disk["config_space"])
             self._channel.send({"ready": True})
             # The requests in flight may take long: that we are refused for it is told when they have ended.
-            state = self._channel.receive(READY_PATIENCE)
+            state = self._channel.receive("disks", READY_PATIENCE)
             for export, disk in zip(exports, self._disks, strict=True):
                 _go_on_from(export, disk, state["disks"][disk["number"]])
             self._channel.send({"taking": True})
             with contextlib.suppress(EOFError):
-                self._channel.receive(READY_PATIENCE)
+                self._channel.receive("yours", READY_PATIENCE)
         mine = _listener(self._listener, self._path)
         for listener in [mine, *(export.listener for export in exports)]:
             listener.owned = True

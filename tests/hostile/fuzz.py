@@ -352,7 +352,8 @@ def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None =
             else:
                 message_case(victim, draw)
             tally.cases += 1
-            assert image.read_bytes()[FENCE:] == expected, "bytes changed that nobody was allowed to write"
+            unchanged = image.read_bytes()[FENCE:] == expected
+            assert unchanged, "bytes changed that nobody was allowed to write"
             if tally.cases % 50 == 0:
                 victim.check()
                 victim.wait_for_resources(before)

@@ -12,7 +12,21 @@ from typing import Any
 import pytest
 
 from unit.packed import PackedRing
-from unit.rig import DISCARD, GUEST_BASE, IN, INDIRECT, NEXT, OK, OUT, WRITE, WRITE_ZEROES, Pending, header, take_events
+from unit.rig import (
+    DISCARD,
+    GUEST_BASE,
+    IN,
+    INDIRECT,
+    NEXT,
+    OK,
+    OUT,
+    WRITE,
+    WRITE_ZEROES,
+    Pending,
+    Ring,
+    header,
+    take_events,
+)
 
 from .attacker import Attacker, RemoteLine
 from .conftest import DISK, EVERY_ENGINE, Target
@@ -100,17 +114,9 @@ class Arena:
             for position, (address, length, flags) in enumerate(chain):
                 if self.indirect:
                     place = self.tables + 64 * number + 16 * position
-                elif packed:
-                    # Where chains are in a packed ring changes: see below.
-                    continue
                 else:
                     place = ring.desc + 16 * ring.pending[self.heads[number]].descriptors[position]
                 self.flip_descriptor(place, address, length, flags, packed)
-        if not self.indirect and packed:
-            for index in range(ring.size):
-                # Lengths and ids are what a used descriptor has too.
-                self.field(ring.desc + 16 * index, 8, GUEST_BASE + self.data[0], *BAD_ADDRESSES)
-                self.field(ring.desc + 16 * index + 8, 4, 512, 16, 1, *BAD_LENGTHS)
         if not packed:
             for index in range(ring.size):
                 self.field(ring.avail + 4 + 2 * index, 2, *self.heads, ring.size, 0xFFFF)
@@ -187,9 +193,17 @@ class Arena:
 
 
 @pytest.mark.row("double fetch")
-@pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
+@pytest.mark.parametrize(
+    ("ring_class", "indirect"),
+    [(Ring, False), (Ring, True), (PackedRing, True)],
+    ids=["split-direct", "split-indirect", "packed-indirect"],
+)
 def test_all_fields_change_all_the_time(target: Target, ring_class: Any, indirect: bool) -> None:
-    """Descriptors, tables, headers, segments and available entries, while the requests are being served."""
+    """Descriptors, tables, headers, segments and available entries, while the requests are being served.
+
+    In a packed ring itself a place is another chain's in the next lap, and the driver here loses count: then its
+    descriptors make other requests, which are as good. test_no_field_is_read_again is about those.
+    """
     attacker = target.attacker(ring_class=ring_class, sizes=(64, 16))
     target.allowed = [ALLOWED]
     attacker.lines[0].stop()

@@ -412,11 +412,11 @@ def test_a_successor_that_ends_leaves_all_as_it_was(
             if stage > 0:
                 channel.send({"hello": 1})
             if stage > 1:
-                channel.receive(PATIENCE)
+                channel.receive("disks", PATIENCE)
             if stage > 2:
                 channel.send({"ready": True})
             if stage > 3:
-                state = channel.receive(PATIENCE)
+                state = channel.receive("disks", PATIENCE)
                 assert state["disks"][0]["front_end"]["vrings"][0]["size"] == guest.ring.size
         assert eventually(lambda: "does not take over" in caplog.text)
         assert serves_on(guest, 2)
@@ -433,11 +433,11 @@ def test_a_successor_that_hangs_is_given_up(serve: Serve, path: Path, monkeypatc
     with machine(running) as guest, connect(path) as channel:
         guest.start()
         channel.send({"hello": 1})
-        channel.receive(PATIENCE)
+        channel.receive("disks", PATIENCE)
         channel.send({"ready": True})
-        channel.receive(PATIENCE)
+        channel.receive("disks", PATIENCE)
         with pytest.raises(HandoverError, match="does not answer"):
-            channel.receive(PATIENCE)
+            channel.receive("disks", PATIENCE)
         assert serves_on(guest, 1)
 
 
@@ -451,7 +451,9 @@ def test_requests_that_take_long(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
         assert serves_on(guest, 1)
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b'{"hello": {"fd": 3}}', b'{"hello": {"hex": "xy"}}', b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"{", b"[]", b"{}", b'{"hello": 2}', b'{"hello": {"fd": 3}}', b'{"hello": {"hex": "xy"}}', b"\xff"]
+)
 def test_nonsense_is_no_successor(serve: Serve, path: Path, text: bytes) -> None:
     running = serve()
     with machine(running) as guest:
@@ -468,10 +470,10 @@ def test_a_stop_while_somebody_asks(serve: Serve, path: Path) -> None:
     running = serve()
     with connect(path) as channel:
         channel.send({"hello": 1})
-        channel.receive(PATIENCE)
+        channel.receive("disks", PATIENCE)
         running.stop()
         with pytest.raises((EOFError, OSError, HandoverError)):
-            channel.receive(PATIENCE)
+            channel.receive("disks", PATIENCE)
     assert not socket_beside(path).exists()
 
 
@@ -491,7 +493,7 @@ def test_channel_carries_fds_and_bytes() -> None:
             target=lambda: one.send({"fds": [Fd(fd) for fd in fds], "bytes": b"\0\xff", "big": "x" * (1 << 20)})
         )
         sending.start()
-        got = other.receive(PATIENCE)
+        got = other.receive("fds", PATIENCE)
         sending.join()
         assert [os.eventfd_read(fd.number) for fd in got["fds"][1:]] == list(range(1, 500))
         assert got["bytes"] == b"\0\xff"
@@ -507,5 +509,5 @@ def test_only_its_user_may_ask(
     assert socket_beside(path).stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(Channel, "peer", (1, 12345))
     with connect(path) as channel, pytest.raises(HandoverError, match="user 12345 may not"):
-        channel.receive(PATIENCE)
+        channel.receive("disks", PATIENCE)
     assert "user 12345 may not take over" in caplog.text
