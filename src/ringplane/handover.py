@@ -305,7 +305,8 @@ class Predecessor:
             for export, disk in zip(exports, self._disks, strict=True):
                 _go_on_from(export, disk, state["disks"][disk["number"]])
             self._channel.send({"taking": True})
-            with contextlib.suppress(EOFError):
+            # Who ends without having read this resets the connection.
+            with contextlib.suppress(EOFError, ConnectionResetError):
                 self._channel.receive("yours", READY_PATIENCE)
         mine = _listener(self._listener, self._path)
         for listener in [mine, *(export.listener for export in exports)]:
