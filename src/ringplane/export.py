@@ -32,7 +32,7 @@ from ringplane.server import IoThread, Server
 from ringplane.values import ZoneModel
 from ringplane.vhost_user.session import Session
 from ringplane.vhost_user.snapshot import SessionSnapshot
-from ringplane.vhost_user.transport import AsyncTransport
+from ringplane.vhost_user.transport import AsyncTransport, wake
 from ringplane.zonefile import ZoneFile, check_not_zoned
 
 log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class Export:
     async def _wait_for_one(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         self._accepting = loop.create_future()
-        loop.add_reader(listening, _wake, self._accepting)
+        loop.add_reader(listening, wake, self._accepting)
         try:
             await self._accepting
         finally:
@@ -361,12 +361,7 @@ class Export:
         if self._transport:
             self._transport.close()
         elif self._accepting:
-            _wake(self._accepting)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+            wake(self._accepting)
 
 
 def serve(

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +69,32 @@ class Backend:
 
     def told(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+@dataclass
+class Disturbed:
+    """A back end to which something happens now and then while its guest is at work; a `Guest` takes it for one."""
+
+    backend: Backend
+    console: Path
+    happens: Callable[[], None]
+    most: int
+    seconds_between: float
+    times: int = 0
+    last: float = field(default_factory=time.monotonic)
+
+    @property
+    def socket(self) -> Path:
+        return self.backend.socket
+
+    def check_alive(self) -> None:
+        """Called every 50 ms while the guest runs."""
+        self.backend.check_alive()
+        due = time.monotonic() - self.last > self.seconds_between
+        if self.times < self.most and due and "fio begins" in self.console.read_text(errors="replace"):
+            self.happens()
+            self.times += 1
+            self.last = time.monotonic()
 
 
 class BackendFactory(Protocol):

@@ -322,11 +322,7 @@ def test_notifications_in_band(serve: Serve) -> None:
     with InbandFrontEnd(running) as guest:
         guest.place()
         for number in range(4):
-            guest.offer_read(number)
-            guest.ring.publish()
-            guest.kick()
-            assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
-            guest.reap()
+            guest.read_by_messages(number)
             running = take_over(serve, running, features=switches)
 
 
@@ -343,11 +339,7 @@ def test_a_call_in_band_that_nobody_hears_is_waited_for(serve: Serve, monkeypatc
         with pytest.raises(HandoverError, match="does not read what it is told"):
             serve(upgrade=True, features=switches)
         assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
-        guest.offer_read(2)
-        guest.ring.publish()
-        guest.kick()
-        assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
-        guest.reap()
+        guest.read_by_messages(2)
 
 
 ZONE = 256 << 10
@@ -448,6 +440,23 @@ def test_requests_that_take_long(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
         guest.start()
         with pytest.raises(HandoverError, match="requests in flight take longer than"):
             serve(upgrade=True)
+        assert serves_on(guest, 1)
+
+
+def test_a_predecessor_that_dies_when_all_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before it reads that all has been taken: nobody else serves, so the new process does."""
+    receive = Channel.receive
+
+    def reset(channel: Channel, what: str, patience: float) -> dict[str, Any]:
+        if what == "yours":
+            raise ConnectionResetError
+        return receive(channel, what, patience)
+
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        monkeypatch.setattr(Channel, "receive", reset)
+        take_over(serve, running)
         assert serves_on(guest, 1)
 
 

@@ -65,6 +65,14 @@ class FrontEnd(Machine):
     def kick(self) -> None:
         self.peer.tell(Request.VRING_KICK, VringState(0, 0))
 
+    def read_by_messages(self, number: int) -> None:
+        """One sector, kicked for and announced by messages."""
+        self.offer_read(number)
+        self.ring.publish()
+        self.kick()
+        assert self.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
+        self.reap()
+
     def hear(self) -> tuple[object, object]:
         """The next request of the back end, which wants to know that it was acted on."""
         message = self.channel.receive()
@@ -78,11 +86,7 @@ def test_kicks_and_calls_are_messages(export: ringplane.Export) -> None:
     with FrontEnd(export) as guest:
         guest.place()
         for number in range(50):
-            guest.offer_read(number)
-            guest.ring.publish()
-            guest.kick()
-            assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
-            guest.reap()
+            guest.read_by_messages(number)
 
 
 def test_a_fault_of_the_ring_is_a_message(export: ringplane.Export) -> None:

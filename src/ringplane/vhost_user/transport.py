@@ -154,7 +154,7 @@ class AsyncTransport:
         self._interrupted = True
         for future in self._waits:
             # A sender looks and waits again.
-            _wake(future)
+            wake(future)
 
     def fileno(self) -> int:
         """Of the socket, -1 once it is closed."""
@@ -166,14 +166,14 @@ class AsyncTransport:
         # Before the socket's number becomes free: the loop must not watch whatever gets it next.
         for future, unregister in waits.items():
             unregister()
-            _wake(future)
+            wake(future)
         self._sock.close()
         self.connection.close()
 
     async def _wait(self, add: Callable[..., Any], remove: Callable[[int], object]) -> None:
         fd = self._sock.fileno()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        add(fd, _wake, future)
+        add(fd, wake, future)
         self._waits[future] = lambda: remove(fd)
         try:
             await future
@@ -186,7 +186,8 @@ def _nothing() -> None:
     pass
 
 
-def _wake(future: asyncio.Future[None]) -> None:
+def wake(future: asyncio.Future[None]) -> None:
+    """Have whoever waits for it go on; once is enough."""
     if not future.done():
         future.set_result(None)
 
