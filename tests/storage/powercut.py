@@ -247,8 +247,8 @@ class Tally:
 class Cuts:
     """Goes through a record: what each sector may hold at each cut, and what it must not."""
 
-    def __init__(self, recorder: Recorder, asked: list[Asked], *, write_through: bool) -> None:
-        self._events, self._writes, self._asked = recorder.events, recorder.writes, asked
+    def __init__(self, events: list[Event], writes: list[Write], asked: list[Asked], *, write_through: bool) -> None:
+        self._events, self._writes, self._asked = events, writes, asked
         self._stable = [0] * SECTORS
         # By sector: the writes that may or may not be there, and who wrote what.
         self._loose: dict[int, dict[int, int]] = defaultdict(dict)
@@ -384,7 +384,7 @@ def run(seed: int, requests: int, *, engine: str, buffered: bool, write_through:
     """Record so many requests, and look at all cuts; AssertionError that begins with the seed."""
     try:
         recorder, asked = record(seed, requests, engine=engine, buffered=buffered, write_through=write_through)
-        return Cuts(recorder, asked, write_through=write_through).look()
+        return Cuts(recorder.events, recorder.writes, asked, write_through=write_through).look()
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {error}") from error
 
