@@ -20,7 +20,7 @@ from ringplane.virtio.features import (
 from unit.packed import PackedRing
 from unit.rig import GUEST_BASE, IN, OK, PATIENCE, USER_BASE, Answer, Guest, Line, Ring, new_eventfd, take_events
 
-BLOCK_FEATURES = 0x1_FFFF
+BLOCK_FEATURES = 0x3_FFFF
 
 # The guest's memory is two regions that adjoin and, behind a hole, one page more.
 HOLE, PAGE = 4096, 4096
@@ -40,10 +40,14 @@ class RemoteLine(Line):
         front_end.set_vring_num(self.number, layout.size)
         front_end.set_vring_base(self.number, layout.base if base is None else base)
         front_end.set_vring_addr(self.number, layout.desc, layout.avail, layout.used)
+        self.set_notifiers()
+        front_end.set_vring_enable(self.number, True)
+
+    def set_notifiers(self) -> None:
+        front_end = self.rig.front_end
         front_end.set_vring_kick(self.number, self.kick_fd)
         front_end.set_vring_call(self.number, self.call_fd)
         front_end.set_vring_err(self.number, self.err_fd)
-        front_end.set_vring_enable(self.number, True)
 
     def stop(self) -> int:
         return int(self.rig.front_end.get_vring_base(self.number))
@@ -61,6 +65,8 @@ class RemoteLine(Line):
 
 class Attacker:
     """`lines[0]` is the one that misbehaves; a FrontEnd's methods do so too."""
+
+    line_class = RemoteLine
 
     def __init__(
         self,
@@ -85,7 +91,7 @@ class Attacker:
         # What the page behind the hole is.
         self.guest.free = PAGE
         self.connect()
-        self.lines = [RemoteLine(self, number) for number in range(2)]
+        self.lines = [self.line_class(self, number) for number in range(2)]
         for line in self.lines:
             self.new_ring(line)
 

@@ -70,6 +70,14 @@ image = "read-only.img"
 socket-path = "read-only.sock"
 read-only = true
 num-queues = 2
+
+[[disk]]
+image = "zoned.img"
+socket-path = "zoned.sock"
+create = "8M"
+zoned = "128K,capacity=96K,conventional=32,max-open=2,max-active=3"
+num-queues = 2
+features = {{ in-order = true, inband-notifications = true }}
 """
 
 # An image on tmpfs is served by the engine `memory`.

@@ -3,14 +3,14 @@
     cd tests && python -m hostile.fuzz --seconds 3600
 
 Broken are fields of the rings, the chains in them and the requests, and of the in-flight area. While requests are in
-flight rings are stopped, memory comes and goes, a dirty log is switched on and off. Other connections send messages of
-any kind.
+flight rings are stopped, memory comes and goes, a dirty log is switched on and off. Disks are common or zoned ones,
+notifications are eventfds or messages. Other connections send messages of any kind.
 
 A case is made of its seed alone, so that a seed that found something finds it again (`--seed N --cases 1`), and can be
 kept in seeds.txt, which is where each run begins. After each case an honest ring of the same front end is served with
 the right data, no byte of the image has changed that nobody was allowed to write, and now and then that a neighbour on
-the same I/O thread and the next front end are served and nothing has leaked. A log line for each broken ring and each
-dropped front end says which rule that was.
+the same I/O thread and the next front end are served, that zones take data where they say, and nothing has leaked. A
+log line for each broken ring and each dropped front end says which rule that was. SIGTERM ends it early.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import os
 import random
 import re
 import select
+import signal
 import socket
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import click
 
+from ringplane.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import (
     HEADER,
@@ -40,24 +43,40 @@ from ringplane.vhost_user.messages import (
     ProtocolError,
     ProtocolFeature,
     Request,
+    VringState,
 )
 from ringplane.virtio.inflight import region_bytes
+from ringplane.virtio.zoned import (
+    VIRTIO_BLK_T_ZONE_APPEND,
+    VIRTIO_BLK_T_ZONE_CLOSE,
+    VIRTIO_BLK_T_ZONE_FINISH,
+    VIRTIO_BLK_T_ZONE_OPEN,
+    VIRTIO_BLK_T_ZONE_REPORT,
+    VIRTIO_BLK_T_ZONE_RESET,
+    VIRTIO_BLK_T_ZONE_RESET_ALL,
+)
 from unit.combinations import FEATURES
 from unit.packed import PackedRing
-from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OUT, Pending, Piece, Ring, header
+from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OK, OUT, PATIENCE, Pending, Piece, Ring, header
 
-from .attacker import PAGE, Attacker
+from .attacker import PAGE, Attacker, RemoteLine
 from .conftest import SIZE, Victim, running
 
 SEEDS = Path(__file__).with_name("seeds.txt")
 DISCARD, WRITE_ZEROES = 11, 13
 SIZES = (4, 8, 16, 64)
 
-# Nobody may write to the second half of the disk. Requests are for its first sectors, as one that was made longer is
-# still allowed to write as much as it asks for: some MiB, if all of the guest's memory is its data.
+# Nobody may write to one half of the disk. Requests are for the first sectors of the other one, as one that was made
+# longer is still allowed to write as much as it asks for: some MiB, if all of the guest's memory is its data.
 FENCE = SIZE // 2
 SECTORS = FENCE // 512
 FIRST_SECTORS = 1024
+
+APPEND, REPORT, RESET_ALL = VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_REPORT, VIRTIO_BLK_T_ZONE_RESET_ALL
+OPEN, CLOSE, FINISH = VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_CLOSE, VIRTIO_BLK_T_ZONE_FINISH
+RESET = VIRTIO_BLK_T_ZONE_RESET
+ZONE = (128 << 10) // 512
+ZONED_KINDS = (APPEND, APPEND, APPEND, IN, OUT, FLUSH, REPORT, OPEN, CLOSE, FINISH, RESET, RESET, RESET_ALL)
 
 GUEST_SIZE = 1 << 20
 # For two rings of any of these sizes, and a bit for each page up to where the guest's memory ends.
@@ -70,6 +89,41 @@ EXTREMES = (0, 1, 2, 7, 8, 15, 16, 0x7FFF, 0x8000, 0xFFFF, 1 << 31, (1 << 32) - 
 
 DROPPED = re.compile(r"front end dropped: (.*)")
 BROKEN = re.compile(r"ring broken by the driver: (.*)")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A disk that is fuzzed: requests are for the sectors from `first` on, where one of its halves begins."""
+
+    name: str
+    first: int = 0
+    zoned: bool = False
+
+    @property
+    def fence(self) -> int:
+        """The first byte of the half that nobody may write to."""
+        return 0 if self.first else FENCE
+
+    def image(self, folder: Path) -> Path:
+        return folder / f"{self.name}.img"
+
+    def build_fence(self, folder: Path) -> bytes:
+        """Fill the half that nobody may write to; returns what is there now."""
+        expected = os.urandom(FENCE)
+        with self.image(folder).open("r+b") as file:
+            file.seek(self.fence)
+            file.write(expected)
+            os.fsync(file.fileno())
+        return expected
+
+    def check_fence(self, folder: Path, expected: bytes) -> None:
+        unchanged = self.image(folder).read_bytes()[self.fence : self.fence + FENCE] == expected
+        assert unchanged, f"{self.name}: bytes changed that nobody was allowed to write"
+
+
+# Of a zoned disk the fence is the conventional zones, which come first and cannot be reset.
+COMMON, ZONED = Ground("bad"), Ground("zoned", SECTORS, zoned=True)
+GROUNDS = (COMMON, COMMON, ZONED)
 
 
 @dataclass
@@ -90,27 +144,65 @@ class Tally:
         return f"{self.cases} cases, {self.requests} requests, {self.answered} answered; rules broken:\n{listed}"
 
 
+class InbandLine(RemoteLine):
+    """A ring without eventfds, which is kicked by messages."""
+
+    def set_notifiers(self) -> None:
+        """There are none."""
+
+    def kick(self) -> None:
+        self.ring.publish()
+        self.rig.front_end.tell(Request.VRING_KICK, VringState(self.number, 0))
+
+
 class FuzzedFrontEnd(Attacker):
     """The first of its rings is fuzzed, and so is what it says while that is served; the second is honest."""
 
-    def __init__(self, path: Path, draw: random.Random) -> None:
-        self.draw = draw
+    def __init__(self, folder: Path, ground: Ground, draw: random.Random) -> None:
+        self.draw, self.ground = draw, ground
         self.tables: list[tuple[int, int]] = []
         self.extra: MemoryRegion | None = None
+        self.channel: socket.socket | None = None
+        if draw.random() < 0.15:
+            self.line_class = InbandLine
         super().__init__(
-            path,
+            folder / f"{ground.name}.sock",
             ring_class=draw.choice([Ring, PackedRing]),
             sizes=(draw.choice(SIZES), draw.choice(SIZES)),
             **{name: draw.random() < 0.5 for name in FEATURES},
-            protocol_features=WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD,
+            protocol_features=self.protocol_features_wanted(),
             guest_size=GUEST_SIZE,
         )
         self.area, self.log = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("in flight", "log"))
         os.ftruncate(self.area, AREA_SIZE)
         os.ftruncate(self.log, LOG_SIZE)
 
+    def protocol_features_wanted(self) -> ProtocolFeature:
+        wanted = WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
+        inband = ProtocolFeature.BACKEND_REQ | ProtocolFeature.INBAND_NOTIFICATIONS
+        return wanted | inband if self.line_class is InbandLine else wanted
+
+    def connect(self) -> None:
+        super().connect()
+        if self.line_class is InbandLine:
+            self.open_channel()
+
+    def open_channel(self) -> None:
+        """A new one, for what the back end has to say."""
+        self.close_channel()
+        self.channel, theirs = socket.socketpair()
+        self.channel.setblocking(False)
+        with theirs:
+            self.front_end.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+
+    def close_channel(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
     def close(self) -> None:
         super().close()
+        self.close_channel()
         os.close(self.area)
         os.close(self.log)
 
@@ -148,17 +240,23 @@ class FuzzedFrontEnd(Attacker):
     def any_request(self) -> Pending | None:
         draw = self.draw
         kind = draw.choice([IN, IN, OUT, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, draw.randrange(30)])
-        sector, count = draw.randrange(FIRST_SECTORS), draw.randrange(1, 9)
+        sector, count = self.ground.first + draw.randrange(FIRST_SECTORS), draw.randrange(1, 9)
+        if self.ground.zoned and draw.random() < 0.9:
+            kind = draw.choice(ZONED_KINDS)
+            # Most of what is about a zone begins where that does.
+            sector -= sector % ZONE if draw.random() < 0.9 else 0
         if kind in (DISCARD, WRITE_ZEROES, 14):
             return self.offer(0, kind, 0, struct.pack("<QII", sector, count, draw.choice([0, 0, 1])), 0)
         # Requests that the disk does not know may have data too.
-        writes = kind == OUT or draw.random() < 0.1
+        writes = kind in (OUT, APPEND) or draw.random() < 0.1
         data = draw.randbytes(512 * count) if writes else b""
-        return self.offer(0, kind, sector, data, 512 * count if kind == IN else 20)
+        room = {IN: 512 * count, APPEND: 8, REPORT: 64 * count}.get(kind, 20)
+        return self.offer(0, kind, sector, data, room)
 
     def read_honestly(self, expected: bytes) -> None:
-        """A read of the second half of the disk through the honest ring."""
-        sector = SECTORS + self.draw.randrange(SECTORS - 1)
+        """A read of the half behind the fence through the honest ring."""
+        at = self.draw.randrange(SECTORS - 1)
+        sector = self.ground.fence // 512 + at
         line = self.lines[1]
         ring = line.ring
         while ring.collect():
@@ -173,8 +271,7 @@ class FuzzedFrontEnd(Attacker):
             assert time.monotonic() < end, "the honest ring is not served"
             time.sleep(0.0005)
         content = b"".join(self.guest.read(piece.offset, piece.size) for piece in pending.writable)
-        start = sector * 512 - FENCE
-        assert content == expected[start : start + 512] + b"\0", "the honest ring got other data"
+        assert content == expected[at * 512 : (at + 1) * 512] + b"\0", "the honest ring got other data"
 
     # What is broken
 
@@ -214,7 +311,7 @@ class FuzzedFrontEnd(Attacker):
 
     def say_something(self) -> None:
         front_end, draw = self.front_end, self.draw
-        what = draw.choice(["memory", "log", "area", "stop", "stop", "disable", "call", "status"])
+        what = draw.choice(["memory", "log", "area", "stop", "stop", "disable", "call", "channel", "table"])
         with contextlib.suppress(Refused):
             if what == "memory":
                 self.change_memory()
@@ -230,6 +327,8 @@ class FuzzedFrontEnd(Attacker):
                 front_end.set_vring_enable(0, True)
             elif what == "call":
                 front_end.set_vring_call(0, self.lines[0].call_fd)
+            elif what == "channel":
+                self.open_channel()
             else:
                 front_end.set_mem_table(self.regions(), [self.guest.fd] * 3)
 
@@ -246,15 +345,28 @@ class FuzzedFrontEnd(Attacker):
             self.front_end.rem_mem_reg(region)
             self.front_end.add_mem_reg(region, self.guest.fd)
 
+    def answer_channel(self) -> None:
+        """Or not, or with anything."""
+        what = self.draw.choice(["right", "right", "right", "wrong", "nothing", "close"])
+        if self.channel is None or what == "nothing":
+            return
+        if what == "close":
+            self.close_channel()
+            return
+        with contextlib.suppress(OSError):
+            while said := self.channel.recv(HEADER.size + VringState.sizes[0]):
+                answer = HEADER.pack(HEADER.unpack_from(said)[0], 5, 8) + bytes(8)
+                self.channel.send(answer if what == "right" else self.draw.randbytes(self.draw.randrange(1, 40)))
+
     def restart(self) -> None:
         """Stop the ring, which waits for what it has fetched, and go on with a new one."""
         self.lines[0].stop()
         self.new_ring(self.lines[0])
 
 
-def ring_case(victim: Victim, draw: random.Random, tally: Tally, expected: bytes) -> None:
+def ring_case(folder: Path, ground: Ground, draw: random.Random, tally: Tally, expected: bytes) -> None:
     """Some requests with something broken among them, several times over, and stops and starts in between."""
-    attacker = FuzzedFrontEnd(victim.socket, draw)
+    attacker = FuzzedFrontEnd(folder, ground, draw)
     line = attacker.lines[0]
     try:
         for _ in range(draw.randrange(1, 6)):
@@ -266,6 +378,7 @@ def ring_case(victim: Victim, draw: random.Random, tally: Tally, expected: bytes
                 attacker.say_something()
             tally.requests += sum(pending is not None for pending in offered)
             select.select([line.err_fd], [], [], draw.choice([0, 0.002, 0.02]))
+            attacker.answer_channel()
             # What the broken ring tells is not to be believed.
             with contextlib.suppress(Exception):
                 tally.answered += len(line.ring.collect())
@@ -276,11 +389,11 @@ def ring_case(victim: Victim, draw: random.Random, tally: Tally, expected: bytes
         attacker.close()
 
 
-def message_case(victim: Victim, draw: random.Random) -> None:
+def message_case(path: Path, draw: random.Random) -> None:
     """Messages of any kind with payloads of any kind and any fds, then the end, at any moment."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.settimeout(SOON)
-        connection.connect(str(victim.socket))
+        connection.connect(str(path))
         with contextlib.suppress(OSError):
             for _ in range(draw.randrange(1, 12)):
                 send_any_message(connection, draw)
@@ -322,6 +435,19 @@ def any_fd(draw: random.Random) -> int:
     return writing
 
 
+def check_zones(folder: Path) -> None:
+    """After a reset each zone that was fuzzed takes data at its start."""
+    data = os.urandom(4096)
+    with Driver(folder / f"{ZONED.name}.sock", memory_size=16 << 20, timeout=PATIENCE) as driver:
+        assert driver.request(RESET_ALL, 0).status == OK
+        for start in range(ZONED.first, ZONED.first + FIRST_SECTORS, ZONE):
+            answer = driver.request(APPEND, start, data, read=8)
+            assert (answer.status, answer.data) == (OK, start.to_bytes(8, "little")), answer
+            assert driver.read(start * 512, len(data)) == data
+            # As only some may be open at a time.
+            assert driver.request(FINISH, start).status == OK
+
+
 def seeds(first: int | None) -> Iterator[int]:
     if first is not None:
         yield first
@@ -333,29 +459,27 @@ def seeds(first: int | None) -> Iterator[int]:
 
 def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None = None) -> Tally:
     """Case after case until it is `over`; AssertionError that names the seed of the case that found something."""
-    tally, image = Tally(), victim.folder / "bad.img"
-    expected = os.urandom(FENCE)
-    with image.open("r+b") as file:
-        file.seek(FENCE)
-        file.write(expected)
-        os.fsync(file.fileno())
+    tally = Tally()
+    fences = {ground: ground.build_fence(victim.folder) for ground in GROUNDS}
     victim.check()
+    check_zones(victim.folder)
     before = victim.resources()
     for seed in seeds(first):
         if over(tally):
             break
         draw = random.Random(seed)
+        ground = draw.choice(GROUNDS)
         try:
             if draw.random() < 0.7:
                 with contextlib.suppress(ProtocolError, Refused, ConnectionError):
-                    ring_case(victim, draw, tally, expected)
+                    ring_case(victim.folder, ground, draw, tally, fences[ground])
             else:
-                message_case(victim, draw)
+                message_case(victim.folder / f"{ground.name}.sock", draw)
             tally.cases += 1
-            unchanged = image.read_bytes()[FENCE:] == expected
-            assert unchanged, "bytes changed that nobody was allowed to write"
+            ground.check_fence(victim.folder, fences[ground])
             if tally.cases % 50 == 0:
                 victim.check()
+                check_zones(victim.folder)
                 victim.wait_for_resources(before)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error!r}\n{victim.told()[-2000:]}") from error
@@ -371,11 +495,14 @@ def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None =
 @click.option("--seed", type=int, help="The seed of the first case.")
 @click.option("--engine", type=click.Choice(["io_uring", "aio"]), default="io_uring", show_default=True)
 def main(seconds: float, cases: int | None, seed: int | None, engine: str) -> None:
-    end = time.monotonic() + seconds
+    end, asked_to_end = time.monotonic() + seconds, threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
+
+    def over(tally: Tally) -> bool:
+        return time.monotonic() > end or asked_to_end.is_set() or (cases is not None and tally.cases >= cases)
+
     with running(engine) as victim:
-        tally = run_cases(
-            victim, lambda tally: time.monotonic() > end or (cases is not None and tally.cases >= cases), seed
-        )
+        tally = run_cases(victim, over, seed)
     click.echo(tally)
 
 

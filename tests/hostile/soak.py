@@ -32,7 +32,7 @@ from ringplane.vhost_user.messages import MemoryRegion, ProtocolError
 from unit.rig import eventually
 
 from .conftest import Victim, serving
-from .fuzz import FENCE, Tally, message_case, ring_case
+from .fuzz import COMMON, Tally, message_case, ring_case
 
 SIZE, LARGER, MIB = 8 << 20, 12 << 20, 1 << 20
 
@@ -211,19 +211,15 @@ class Misbehaviour:
 
     def __init__(self, process: Process) -> None:
         self.process, self.chance, self.tally = process, random.Random(2), Tally()
-        self.expected = self.chance.randbytes(FENCE)
-        with (process.folder / "bad.img").open("r+b") as file:
-            file.seek(FENCE)
-            file.write(self.expected)
-            os.fsync(file.fileno())
+        self.expected = COMMON.build_fence(process.folder)
 
     def once(self) -> None:
         draw = random.Random(self.chance.getrandbits(48))
         if draw.random() < 0.7:
             with contextlib.suppress(ProtocolError, Refused, ConnectionError):
-                ring_case(self.process, draw, self.tally, self.expected)
+                ring_case(self.process.folder, COMMON, draw, self.tally, self.expected)
         else:
-            message_case(self.process, draw)
+            message_case(self.process.socket, draw)
         self.tally.cases += 1
 
 
