@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ringplane.vhost_user.messages import ProtocolFeature, Request, VringState
 from unit.rig import IN, eventually, take_events
 
 from .attacker import Attacker, RemoteLine
-from .conftest import DISK, Target, sector
+from .conftest import DISK, Target, sector, serving
 
 IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.RESET_DEVICE
 
@@ -132,3 +133,22 @@ def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
         front_end.set_vring_addr(0, layout.desc, layout.avail, layout.used)
         front_end.set_vring_enable(0, True)
         assert_others_are_served(target, attacker, line, lambda: front_end.tell(Request.VRING_KICK, VringState(0, 0)))
+
+
+@pytest.mark.parametrize("kind", ["eventfd", "pipe", "socket"])
+def test_a_thread_of_one_disk_is_held_up_only_until_it_is_wanted(tmp_path: Path, kind: str) -> None:
+    """The next front end is served, and SIGTERM ends the process, although the notifier is never read."""
+    (tmp_path / "disks.toml").write_text('[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\nnum-queues = 2\n')
+    (tmp_path / "a.img").write_bytes(DISK)
+    ends = {"pipe": os.pipe, "socket": socket_pair}.get(kind, lambda: (os.eventfd(0),))()
+    fill(ends[-1])
+    with serving(tmp_path):
+        for _ in range(2):
+            with contextlib.closing(Attacker(tmp_path / "a.sock")) as attacker:
+                attacker.front_end.set_vring_call(0, ends[-1])
+                os.set_blocking(ends[-1], True)
+                place = attacker.lines[0].put(IN, 3, room=512).writable[0].offset
+                attacker.lines[0].kick()
+                assert eventually(lambda here=attacker.guest, place=place: here.read(place, 512) == sector(3))
+    for fd in ends:
+        os.close(fd)

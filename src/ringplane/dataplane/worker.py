@@ -51,7 +51,7 @@ from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
 from ringplane.engines.ranges import RANGE
 from ringplane.memory import BadMemory, MemoryTable
-from ringplane.native import libc, sigbus
+from ringplane.native import interrupt, libc, sigbus
 from ringplane.native.jit import load
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
@@ -205,6 +205,7 @@ class Worker:
         load(mark_ready, self._state[0], np.zeros(1, QUEUE)[0])
         load(signal, 0, 0, 0)
         sigbus.install()
+        interrupt.install()
 
     def start(self) -> None:
         """Start the threads; what `load` was not called for they load themselves."""
@@ -247,6 +248,10 @@ class Worker:
     def signal(self, fd: int) -> Future[None]:
         """Signal a front end's eventfd, as the driver of a queue is called: the control plane must not wait for it."""
         return self.call(lambda: self._signal(fd))
+
+    def interrupt(self) -> None:
+        """Have the thread go on that waits for room in a notifier; a thread that does anything else just goes on."""
+        interrupt.interrupt(self._thread)
 
     def start_tracing(self) -> TraceReader:
         """Trace requests from now on."""

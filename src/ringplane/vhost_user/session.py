@@ -90,6 +90,9 @@ WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
 # Seconds after which a drain that takes long is spoken of.
 TELL_AFTER = 2.0
 
+# Seconds after which it is looked at whether a front end holds up a worker.
+LOOK_AFTER = 0.1
+
 # Seconds in which a front end has to have taken what is being sent to it, when it is to be handed over.
 FREEZE_PATIENCE = 1.0
 
@@ -502,7 +505,7 @@ class Session:
     async def _set_memory(self, memory: MemoryTable) -> None:
         self._memory = memory
         running = [vring for vring in self._vrings if vring.running]
-        await asyncio.gather(*(_done(vring.worker.set_memory(vring.queue, memory)) for vring in running))
+        await asyncio.gather(*(self._done(vring.worker.set_memory(vring.queue, memory)) for vring in running))
 
     # Migration.
 
@@ -612,25 +615,31 @@ class Session:
         if vring.kick_fd < 0:
             vring.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         await self._start_or_stop(vring)
-        await _done(vring.worker.signal(vring.kick_fd))
+        await self._done(vring.worker.signal(vring.kick_fd))
 
     async def _on_set_vring_call(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
-        old, vring.call_fd = vring.call_fd, _only_fd(message)
-        vring.call_told = True
-        await _done(vring.worker.set_call_fd(vring.queue, vring.call_fd))
-        replace_fd(old, -1)
+        fd, vring.call_told = _only_fd(message), True
+        try:
+            await self._done(vring.worker.set_call_fd(vring.queue, fd))
+        finally:
+            vring.call_fd = replace_fd(vring.call_fd, fd)
         self._end_signal(vring, BackendRequest.VRING_CALL)
         # What completed before this fd was known is announced now; QEMU's own tests rely on it.
         if vring.call_fd >= 0:
-            await _done(vring.worker.signal(vring.call_fd))
+            await self._done(vring.worker.signal(vring.call_fd))
 
     async def _on_set_vring_err(self, message: Message) -> None:
         vring = self._vring(_expect(message, VringFd).index)
-        old, vring.err_fd = vring.err_fd, _only_fd(message)
-        await _set_err_fd(vring, vring.err_fd)
-        replace_fd(old, -1)
+        fd = _only_fd(message)
+        try:
+            await self._set_err_fd(vring, fd)
+        finally:
+            vring.err_fd = replace_fd(vring.err_fd, fd)
         self._end_signal(vring, BackendRequest.VRING_ERR)
+
+    async def _set_err_fd(self, vring: Vring, fd: int) -> None:
+        await self._done(vring.worker.call(lambda: setattr(vring.queue, "err_fd", fd)))
 
     @property
     def _in_band(self) -> bool:
@@ -641,9 +650,11 @@ class Session:
         if not self._in_band:
             return
         if not vring.call_told and BackendRequest.VRING_CALL not in vring.signals:
-            await _done(vring.worker.set_call_fd(vring.queue, self._begin_signal(vring, BackendRequest.VRING_CALL)))
+            await self._done(
+                vring.worker.set_call_fd(vring.queue, self._begin_signal(vring, BackendRequest.VRING_CALL))
+            )
         if vring.err_fd < 0 and BackendRequest.VRING_ERR not in vring.signals:
-            await _set_err_fd(vring, self._begin_signal(vring, BackendRequest.VRING_ERR))
+            await self._set_err_fd(vring, self._begin_signal(vring, BackendRequest.VRING_ERR))
 
     def _begin_signal(self, vring: Vring, request: BackendRequest) -> int:
         signal = vring.signals[request] = InbandSignal(self._ask_front_end, request, vring.queue.number)
@@ -674,7 +685,7 @@ class Session:
         elif vring.kick_fd >= 0 and vring.size and vring.address is not None:
             layout = self._layout(vring.queue.number, vring.size, vring.base, vring.address)
             await self._signal_in_band(vring)
-            await _done(vring.worker.start_queue(vring.queue, layout, self._memory, vring.kick_fd))
+            await self._done(vring.worker.start_queue(vring.queue, layout, self._memory, vring.kick_fd))
             vring.running = True
 
     def _uses_changed(self, vring: Vring) -> bool:
@@ -714,10 +725,10 @@ class Session:
         if vring.running:
             drained = vring.worker.stop_queue(vring.queue)
             try:
-                await asyncio.wait_for(_done(drained), TELL_AFTER)
+                await asyncio.wait_for(self._done(drained), TELL_AFTER)
             except TimeoutError:
                 log.warning("%s: waiting for %d requests in flight", vring.queue.name, vring.queue.in_flight)
-                await _done(drained)
+                await self._done(drained)
             vring.running = False
             vring.base = vring.queue.base
 
@@ -735,7 +746,7 @@ class Session:
         """Stop the ring and give back all that the front end gave us for it."""
         try:
             await self._reset(vring)
-            await _done(vring.worker.set_call_fd(vring.queue, -1))
+            await self._done(vring.worker.set_call_fd(vring.queue, -1))
         finally:
             # Also where the worker has ended: nobody uses them any more.
             vring.kick_fd = replace_fd(vring.kick_fd, -1)
@@ -747,18 +758,22 @@ class Session:
             vring.call_told = False
             vring.size, vring.base, vring.address, vring.enabled = 0, 0, None, False
 
+    async def _done(self, future: Future[Result]) -> Result:
+        """Wait for what a worker was asked for, which it does also when nobody waits any more.
 
-async def _done(future: Future[Result]) -> Result:
-    """Wait for a worker. Not to be cancelled half way: the ring's state would be unknown."""
-    try:
-        return await asyncio.shield(asyncio.wrap_future(future))
-    finally:
-        # See `_perform` of worker.py.
-        del future
-
-
-async def _set_err_fd(vring: Vring, fd: int) -> None:
-    await _done(vring.worker.call(lambda: setattr(vring.queue, "err_fd", fd)))
+        A front end must not be able to keep it from that by a notifier that is full (caller.py). Whether it does cannot
+        be seen, but that it could.
+        """
+        waiting = asyncio.wrap_future(future)
+        try:
+            while not (await asyncio.wait([waiting], timeout=LOOK_AFTER))[0]:
+                for vring in self._vrings:
+                    if vring.has_full_notifier():
+                        vring.worker.interrupt()
+            return waiting.result()
+        finally:
+            # See `_perform` of worker.py.
+            del future, waiting
 
 
 def _expect(message: Message, kind: type[Result]) -> Result:

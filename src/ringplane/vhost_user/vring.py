@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 from dataclasses import astuple, dataclass, field
 
 from ringplane.dataplane.queue import Queue
@@ -30,6 +31,14 @@ class Vring:
     # By what the front end is told of them in band; `call_told`: it has said how it wants to be called.
     signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
     call_told: bool = False
+
+    def has_full_notifier(self) -> bool:
+        """Whether its worker may be waiting for the front end to make room in the call or error fd."""
+        fds = [fd for fd in (self.call_fd, self.err_fd) if fd >= 0]
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLOUT)
+        return len(poll.poll(0)) < len(set(fds))
 
     def snapshot(self) -> VringSnapshot:
         return VringSnapshot(
