@@ -17,14 +17,22 @@ from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Inflight, ProtocolError, ProtocolFeature
 from ringplane.virtio.inflight import region_bytes
 from unit.packed import NEW_RING, PackedRing
-from unit.rig import IN, OK, Answer, Pending, eventually, has_event
+from unit.rig import IN, NO_ANSWER, OK, OUT, Answer, Pending, eventually, has_event
 
 from .attacker import Attacker, RemoteLine
 from .conftest import DISK, Target, Victim, running, sector, serving
+from .fuzz import ZONED
 
 AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
 
 LARGE = (1 << 31, 1 << 32, 1 << 55, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
+# Of a zone of the zoned disk, in sectors (conftest.py).
+CAPACITY = (96 << 10) // 512
+ZONE_INVALID_CMD = 3
+
+# Where the region of a split ring has its used_idx.
+USED_INDEX = 14
+
 # What files there are to be mapped: their sizes.
 FILE = 1 << 16
 
@@ -236,6 +244,58 @@ def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> Non
             os.close(fd)
 
 
+@pytest.mark.parametrize("count", [2, 4], ids=["open", "full"])
+def test_a_zone_whose_writes_were_done_but_not_answered(engine: str, count: int) -> None:
+    """The pointer tells of them already, and of one that was not done before the others were."""
+    sectors = CAPACITY // 4
+    data = [random.Random(number).randbytes(512 * sectors) for number in range(4)]
+    with running(engine) as victim:
+        attacker = Attacker(victim.folder / "zoned.sock", protocol_features=AREAS)
+        with closing(attacker):
+            line, front_end = attacker.lines[0], attacker.front_end
+            described, fd = front_end.get_inflight_fd(2, 16)
+            front_end.set_inflight_fd(described, fd)
+            line.reset()
+            requests = [line.put(OUT, ZONED.first + number * sectors, data[number]) for number in range(count)]
+            line.kick()
+            assert len(line.wait()) == count
+            victim.process.kill()
+            victim.process.wait()
+            front_end.close()
+            forget_answers(line, requests, fd)
+            with (victim.folder / "zoned.img").open("r+b") as file:
+                file.seek(ZONED.first * 512)
+                file.write(bytes(512 * sectors))
+            with serving(victim.folder):
+                attacker.connect()
+                attacker.front_end.set_inflight_fd(described, fd)
+                line.resume(base=0)
+                assert len(line.wait()) == count
+                assert [line.answer(request) for request in requests] == [Answer(OK, 1, b"")] * count
+                read = line.do(IN, ZONED.first, room=512 * sectors * count)
+                assert read.data == b"".join(data[:count])
+                more = line.do(OUT, ZONED.first + count * sectors, data[0])
+                # Behind a zone's capacity nothing can be written, so that was its end.
+                assert more.status == (OK if count < 4 else ZONE_INVALID_CMD)
+                attacker.front_end.close()
+            os.close(fd)
+
+
+def forget_answers(line: RemoteLine, requests: list[Pending], fd: int) -> None:
+    """Make ring and area (split ones) look as if the process had ended just before it gave the first of them back."""
+    ring = line.ring
+    ring.used_idx = 0
+    ring.guest.write(ring.used + 2, bytes(2))
+    os.pwrite(fd, bytes(2), USED_INDEX)
+    for number, request in enumerate(requests):
+        request.used_length = None
+        ring.pending[request.head] = request
+        line.rig.guest.write(request.writable[-1].offset, bytes([NO_ANSWER]))
+        # inflight, 5 bytes of padding, next, counter: the order in which they were fetched
+        os.pwrite(fd, struct.pack("<B7xQ", 1, number), 16 + 16 * request.head)
+    ring._free = [free for free in ring._free if all(free not in request.descriptors for request in requests)]
+
+
 def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]) -> list[Pending]:
     """Requests behind a slow one; the process has fetched them and not answered any, and stands still (SIGSTOP)."""
     # Each time it is stopped at a moment that chance decides: some in ten are good ones.
@@ -264,4 +324,4 @@ def in_flight(fd: int, ring_class: Any) -> int:
 
 def used_index(fd: int, ring_class: Any) -> int:
     """`used_idx` of that region: of a packed ring with its old value behind it."""
-    return int.from_bytes(os.pread(fd, 4, 16) if ring_class is PackedRing else os.pread(fd, 2, 14), "little")
+    return int.from_bytes(os.pread(fd, 4, 16) if ring_class is PackedRing else os.pread(fd, 2, USED_INDEX), "little")

@@ -136,7 +136,7 @@ def execute_io(worker, queue, request):
     if request.length == 0:
         return VIRTIO_BLK_S_OK
     if device.zones:
-        status = zones.start_io(view(device.zones, ZONES), request)
+        status = zones.start_io(queue, view(device.zones, ZONES), request)
         if status != PENDING:
             return status
     return start_io(worker, device, request)

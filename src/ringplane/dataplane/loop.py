@@ -333,7 +333,10 @@ def resubmit(worker, queue):
         else:
             request.head = entry
             rule = gather(queue, request)
-        if not start(worker, queue, request, rule):
+        queue.resubmitting = 1
+        started = start(worker, queue, request, rule)
+        queue.resubmitting = 0
+        if not started:
             return False
     if queue.draining:
         queue.running = 0

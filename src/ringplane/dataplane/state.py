@@ -74,6 +74,7 @@ QUEUE = _struct(
     "counts",
     "resubmit",  # address of the entries, int64 each, of chains that the last process had fetched
     "resubmits",  # how many of them are still to be submitted again, before anything else is fetched
+    "resubmitting",  # one of them is just being started
     # Migration: the dirty log (dirty.py), and its size in bytes
     "log",  # or 0
     "log_size",

@@ -52,7 +52,7 @@ from ringplane.virtio.zoned import (
 
 
 @compiled
-def start_io(zones, request):
+def start_io(queue, zones, request):
     """Whether the zone takes this read or write: PENDING, or the status that says why not."""
     count = request.length // SECTOR
     first = request.sector // zones.size
@@ -61,9 +61,20 @@ def start_io(zones, request):
         return PENDING
     if first != last:
         return VIRTIO_BLK_S_ZONE_INVALID_CMD
-    if request.operation == READ:
+    zone = zone_at(zones, first)
+    if request.operation == READ or is_repeated(queue, zone, request):
         return PENDING
-    return start_write(zones, zone_at(zones, first), request, count)
+    return start_write(zones, zone, request, count)
+
+
+@compiled
+def is_repeated(queue, zone, request):
+    """Whether a process that has ended had written this, or a later write: then it is written in its place again.
+
+    The driver does not know, and some of it may be missing, as the pointer is where the last of the writes ends that
+    were done. An append that is repeated is appended again, which its driver cannot tell from another one.
+    """
+    return queue.resubmitting and end_of(zone, request) <= zone.pointer and not zone.reset_by
 
 
 @compiled
