@@ -1,10 +1,13 @@
 """A PC in QEMU, emulated without KVM, with a ringplane disk: SeaBIOS and then Linux drive it through virtio-pci."""
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,39 @@ def test_live_resize(backend: BackendFactory, qemu: QemuGuest, disk_image: Path,
     threading.Thread(target=resize, daemon=True).start()
     qemu.run(disk, workloads.resized(larger, smaller))
     disk.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_no_room_left(backend: BackendFactory, qemu: QemuGuest, tmp_path: Path) -> None:
+    """An image that cannot have all that it says: the guest gets errors, until there is room."""
+    console, folder = tmp_path / "console-1.txt", tmp_path / "small"
+    with small_tmpfs(folder, mib=16):
+        image = folder / "disk.img"
+        with image.open("wb") as file:
+            file.truncate(512 << 20)
+        disk = backend(image, num_queues=2)
+
+        def make_room() -> None:
+            while not console.exists() or "MAKE-ROOM" not in console.read_text(errors="replace"):
+                time.sleep(0.1)
+            subprocess.run(["mount", "-o", "remount,size=128M", folder], check=True)
+
+        threading.Thread(target=make_room, daemon=True).start()
+        seen = qemu.run(disk, workloads.no_room())
+        disk.stop()
+        assert "No space left on device" in disk.told()
+        assert host.sha256(image, 8 << 20) == seen.value("kept")
+        assert host.sha256(image, 32 << 20, 100 << 20) == seen.value("data")
+
+
+@contextlib.contextmanager
+def small_tmpfs(folder: Path, mib: int) -> Iterator[None]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("transport", ["modern", "legacy"])

@@ -164,6 +164,41 @@ dd if=/dev/vda of=/dev/null bs=1M skip=$(({second} / 1048576 - 1)) count=1 iflag
     return Workload(script(body + CLEAN_LOG))
 
 
+def no_room() -> Workload:
+    """The image's file system is full, and has room again when the host was told; what was there stays, all else works.
+
+    `kept=` tells the checksum of the first 8 MiB, `data=` that of 32 MiB from 100 MiB on.
+    """
+    body = """\
+write() { dd if="$1" of=/dev/vda bs=1M seek="$2" oflag=direct conv=fsync 2> /tmp/dd.txt; }
+head -c $((8 << 20)) /dev/urandom > /tmp/kept
+head -c $((32 << 20)) /dev/urandom > /tmp/data
+write /tmp/kept 0 || give_up "there is no room for the first 8 MiB"
+say "more than there is room for"
+write /tmp/data 100 && give_up "32 MiB were written without room for them"
+dmesg | grep "I/O error, dev vda" || give_up "the kernel was not told of errors"
+dd if=/dev/vda of=/tmp/read bs=1M count=8 iflag=direct 2> /tmp/dd.txt
+cmp /tmp/read /tmp/kept || give_up "what was there has changed"
+write /tmp/kept 0 || give_up "what has its room cannot be written"
+echo "MAKE-ROOM"
+tries=0
+until write /tmp/data 100; do
+    tries=$((tries + 1))
+    [ $tries -lt 300 ] || give_up "there is room, and still nothing can be written"
+    usleep 100000
+done
+for part in "kept 0" "data 100"; do
+    set -- $part
+    size=$(($(wc -c < "/tmp/$1") >> 20))
+    dd if=/dev/vda of=/tmp/read bs=1M skip="$2" count=$size iflag=direct 2> /tmp/dd.txt
+    cmp /tmp/read "/tmp/$1" || give_up "$1: other data"
+    echo "$1=$(sha256sum < "/tmp/$1")"
+done
+say "done"
+"""
+    return Workload(script(body))
+
+
 def fio_verify(num_queues: int, cpus: int, scale: int = 1, ring: str = "split") -> Workload:
     """Data written at many block sizes and depths, read back and checked by fio, in two areas at a time.
 

@@ -60,7 +60,7 @@ from unit.packed import PackedRing
 from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OK, OUT, PATIENCE, Pending, Piece, Ring, header
 
 from .attacker import PAGE, Attacker, RemoteLine
-from .conftest import SIZE, Victim, running
+from .conftest import FOLDERS, SIZE, Victim, running
 
 SEEDS = Path(__file__).with_name("seeds.txt")
 DISCARD, WRITE_ZEROES = 11, 13
@@ -493,7 +493,7 @@ def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None =
 @click.option("--seconds", type=float, default=60.0, show_default=True)
 @click.option("--cases", type=int, help="End after so many cases.")
 @click.option("--seed", type=int, help="The seed of the first case.")
-@click.option("--engine", type=click.Choice(["io_uring", "aio"]), default="io_uring", show_default=True)
+@click.option("--engine", type=click.Choice(list(FOLDERS)), default="io_uring", show_default=True)
 def main(seconds: float, cases: int | None, seed: int | None, engine: str) -> None:
     end, asked_to_end = time.monotonic() + seconds, threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
