@@ -122,12 +122,16 @@ class Victim:
         """The process is there, its neighbour is served and has the data that it wrote, and the next one may attach."""
         assert self.process.poll() is None, self.told()
         data = os.urandom(65536)
-        self.neighbour.write(SIZE // 2, data)
+        self.check_neighbour(data)
         self.neighbour.flush()
-        assert self.neighbour.read(SIZE // 2, len(data)) == data
         with Driver(self.socket, queues=2, memory_size=16 << 20, timeout=PATIENCE) as driver:
             driver.write(0, data)
             assert driver.read(0, len(data)) == data
+
+    def check_neighbour(self, data: bytes) -> None:
+        """What is written to the honest disk is read from it."""
+        self.neighbour.write(SIZE // 2, data)
+        assert self.neighbour.read(SIZE // 2, len(data)) == data
 
     def wait_for_resources(self, before: tuple[int, int, int]) -> None:
         """There is no more of anything than before; what is being given back may take a moment."""

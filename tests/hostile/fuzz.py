@@ -7,10 +7,10 @@ flight rings are stopped, memory comes and goes, a dirty log is switched on and 
 notifications are eventfds or messages. Other connections send messages of any kind.
 
 A case is made of its seed alone, so that a seed that found something finds it again (`--seed N --cases 1`), and can be
-kept in seeds.txt, which is where each run begins. After each case an honest ring of the same front end is served with
-the right data, no byte of the image has changed that nobody was allowed to write, and now and then that a neighbour on
-the same I/O thread and the next front end are served, that zones take data where they say, and nothing has leaked. A
-log line for each broken ring and each dropped front end says which rule that was. SIGTERM ends it early.
+kept in seeds.txt, which is where each run begins. After each case an honest ring of the same front end and a neighbour
+on the same I/O thread have been served with the right data, no byte of the image has changed that nobody was allowed to
+write, and no fd, thread or mapping has leaked; now and then the next front end is served, and zones take data where
+they say. A log line for each broken ring and each dropped front end says which rule that was. SIGTERM ends it early.
 """
 
 from __future__ import annotations
@@ -477,10 +477,11 @@ def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None =
                 message_case(victim.folder / f"{ground.name}.sock", draw)
             tally.cases += 1
             ground.check_fence(victim.folder, fences[ground])
+            victim.check_neighbour(draw.randbytes(512))
+            victim.wait_for_resources(before)
             if tally.cases % 50 == 0:
                 victim.check()
                 check_zones(victim.folder)
-                victim.wait_for_resources(before)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error!r}\n{victim.told()[-2000:]}") from error
     victim.check()
