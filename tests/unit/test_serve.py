@@ -163,6 +163,31 @@ def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_is_told_when_front_ends_may_connect(
+    serve: Callable[..., Served], path: Path, tmp_path: Path, kind: str
+) -> None:
+    """sd_notify(3). Once, and not before."""
+    name = str(tmp_path / "notify") if kind == "path" else f"\0{tmp_path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name)
+        manager.settimeout(SOON)
+        served = serve(env=os.environ | {"NOTIFY_SOCKET": name.replace("\0", "@")})
+        assert manager.recv(4096) == b"READY=1"
+        attach(path).close()
+        assert served.end()[0] == 0
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.recv(4096)
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody", "@", "vsock:2:1"])
+def test_nobody_to_tell(serve: Callable[..., Served], path: Path, address: str) -> None:
+    served = serve(env=os.environ | {"NOTIFY_SOCKET": address})
+    attach(path).close()
+    assert served.end()[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_under_load_ends_it_well(serve: Callable[..., Served], path: Path, image: Path, number: int) -> None:
     served = serve()

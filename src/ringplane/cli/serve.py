@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, USER, ZONES
 from ringplane.values import User, check_serial
 
@@ -242,6 +243,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
     from ringplane.listener import ListenError
 
     servers: list[Server] = []
+    manager = ServiceManager()
 
     def on_signal(number: int, frame: object) -> None:
         if not servers and number != signal.SIGHUP:
@@ -266,6 +268,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
         if len(server.exports) == 1:
             announce_hint(server.exports[0])
         sys.stdout.flush()
+        manager.tell_ready()
         obey(server, signalled)
         server.wait()
 
