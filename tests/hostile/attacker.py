@@ -100,7 +100,11 @@ class Attacker:
         self.front_end = FrontEnd(self.path, PATIENCE)
         agreed = self.front_end.negotiate(self.features, self.protocol_features)
         assert agreed & self.features & ~BLOCK_FEATURES == self.features & ~BLOCK_FEATURES
-        self.front_end.set_mem_table(self.regions(), [self.guest.fd] * 3)
+        self.share_memory()
+
+    def share_memory(self) -> None:
+        regions = self.regions()
+        self.front_end.set_mem_table(regions, [self.guest.fd] * len(regions))
 
     def regions(self) -> list[MemoryRegion]:
         half, size = self.guest.size // 2, self.guest.size

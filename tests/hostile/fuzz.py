@@ -57,7 +57,7 @@ from ringplane.virtio.zoned import (
 )
 from unit.combinations import FEATURES
 from unit.packed import PackedRing
-from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OK, OUT, PATIENCE, Pending, Piece, Ring, header
+from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OK, OUT, PATIENCE, USER_BASE, Pending, Piece, Ring, header
 
 from .attacker import PAGE, Attacker, RemoteLine
 from .conftest import FOLDERS, SIZE, Victim, running
@@ -78,10 +78,13 @@ RESET = VIRTIO_BLK_T_ZONE_RESET
 ZONE = (128 << 10) // 512
 ZONED_KINDS = (APPEND, APPEND, APPEND, IN, OUT, FLUSH, REPORT, OPEN, CLOSE, FINISH, RESET, RESET, RESET_ALL)
 
+# The honest ring and its requests have memory for themselves, where no broken field leads: else the device is asked to
+# write there, by a request that is all right but for an address or a length.
 GUEST_SIZE = 1 << 20
+HONEST = 2 * GUEST_SIZE
 # For two rings of any of these sizes, and a bit for each page up to where the guest's memory ends.
 AREA_SIZE = 2 * region_bytes(max(SIZES), packed=True)
-LOG_SIZE = (GUEST_BASE + 2 * GUEST_SIZE) >> 15
+LOG_SIZE = (GUEST_BASE + HONEST + GUEST_SIZE) >> 15
 SOON, LATE = 0.3, 20.0
 
 # What a field is broken with, beside random numbers.
@@ -162,6 +165,7 @@ class FuzzedFrontEnd(Attacker):
         self.draw, self.ground = draw, ground
         self.tables: list[tuple[int, int]] = []
         self.extra: MemoryRegion | None = None
+        self.honest_free = HONEST
         self.channel: socket.socket | None = None
         if draw.random() < 0.15:
             self.line_class = InbandLine
@@ -171,7 +175,7 @@ class FuzzedFrontEnd(Attacker):
             sizes=(draw.choice(SIZES), draw.choice(SIZES)),
             **{name: draw.random() < 0.5 for name in FEATURES},
             protocol_features=self.protocol_features_wanted(),
-            guest_size=GUEST_SIZE,
+            guest_size=HONEST + GUEST_SIZE,
         )
         self.area, self.log = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("in flight", "log"))
         os.ftruncate(self.area, AREA_SIZE)
@@ -205,6 +209,24 @@ class FuzzedFrontEnd(Attacker):
         self.close_channel()
         os.close(self.area)
         os.close(self.log)
+
+    def regions(self) -> list[MemoryRegion]:
+        half = GUEST_SIZE // 2
+        regions = [MemoryRegion(GUEST_BASE + at, half, USER_BASE + at, at) for at in (0, half)]
+        return [*regions, MemoryRegion(GUEST_BASE + HONEST, GUEST_SIZE, USER_BASE + HONEST, HONEST)]
+
+    @contextlib.contextmanager
+    def honest_memory(self) -> Iterator[None]:
+        """What is allocated inside is of the honest ring's."""
+        free, self.guest.free = self.guest.free, self.honest_free
+        try:
+            yield
+        finally:
+            self.guest.free, self.honest_free = free, self.guest.free
+
+    def new_ring(self, line: RemoteLine) -> None:
+        with self.honest_memory() if line.number == 1 else contextlib.nullcontext():
+            super().new_ring(line)
 
     # Requests
 
@@ -264,7 +286,8 @@ class FuzzedFrontEnd(Attacker):
         pending = None
         while pending is None:
             # Some ways to frame it need more descriptors than a small ring has.
-            pending = self.offer(1, IN, sector, b"", 512)
+            with self.honest_memory():
+                pending = self.offer(1, IN, sector, b"", 512)
         line.kick()
         end = time.monotonic() + LATE
         while not ring.collect():
@@ -330,7 +353,7 @@ class FuzzedFrontEnd(Attacker):
             elif what == "channel":
                 self.open_channel()
             else:
-                front_end.set_mem_table(self.regions(), [self.guest.fd] * 3)
+                self.share_memory()
 
     def change_memory(self) -> None:
         """More of it, or less, or that of a ring away and there again."""

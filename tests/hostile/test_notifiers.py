@@ -14,27 +14,12 @@ import pytest
 
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import ProtocolFeature, Request, VringState
-from unit.rig import IN, eventually, take_events
+from unit.rig import IN, NOTIFIERS, eventually, fill, full_notifier, take_events
 
 from .attacker import Attacker, RemoteLine
 from .conftest import DISK, Target, sector, serving
 
 IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.RESET_DEVICE
-
-
-def fill(fd: int) -> None:
-    """Of an eventfd the counter, of a pipe or socket the buffer."""
-    os.set_blocking(fd, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(fd, ((1 << 64) - 2).to_bytes(8, "little"))
-    os.set_blocking(fd, True)
-
-
-def socket_pair() -> tuple[int, int]:
-    """As user-mode Linux has for its calls."""
-    one, other = socket.socketpair()
-    return one.detach(), other.detach()
 
 
 @contextlib.contextmanager
@@ -71,21 +56,16 @@ def assert_others_are_served(
     attacker.check_honest_ring(DISK)
 
 
-@pytest.mark.parametrize("kind", ["eventfd", "pipe", "socket"])
+@pytest.mark.parametrize("kind", NOTIFIERS)
 def test_a_call_fd_that_is_full_and_blocks(target: Target, ring_class: Any, kind: str) -> None:
     attacker = target.attacker(ring_class=ring_class)
     line = attacker.lines[0]
-    ends = {"pipe": os.pipe, "socket": socket_pair}.get(kind, lambda: (line.call_fd,))()
-    try:
-        fill(ends[-1])
-        with blocking(ends[-1]):
+    with full_notifier(kind) as call:
+        with blocking(call):
             # It is signalled when it is told, too.
-            attacker.front_end.set_vring_call(0, ends[-1])
+            attacker.front_end.set_vring_call(0, call)
             assert_others_are_served(target, attacker, line)
         attacker.front_end.set_vring_call(0, line.call_fd)
-    finally:
-        for fd in ends if kind != "eventfd" else ():
-            os.close(fd)
     line.reset()
 
 
@@ -135,20 +115,16 @@ def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
         assert_others_are_served(target, attacker, line, lambda: front_end.tell(Request.VRING_KICK, VringState(0, 0)))
 
 
-@pytest.mark.parametrize("kind", ["eventfd", "pipe", "socket"])
+@pytest.mark.parametrize("kind", NOTIFIERS)
 def test_a_thread_of_one_disk_is_held_up_only_until_it_is_wanted(tmp_path: Path, kind: str) -> None:
     """The next front end is served, and SIGTERM ends the process, although the notifier is never read."""
     (tmp_path / "disks.toml").write_text('[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\nnum-queues = 2\n')
     (tmp_path / "a.img").write_bytes(DISK)
-    ends = {"pipe": os.pipe, "socket": socket_pair}.get(kind, lambda: (os.eventfd(0),))()
-    fill(ends[-1])
-    with serving(tmp_path):
+    with full_notifier(kind) as call, serving(tmp_path):
         for _ in range(2):
             with contextlib.closing(Attacker(tmp_path / "a.sock")) as attacker:
-                attacker.front_end.set_vring_call(0, ends[-1])
-                os.set_blocking(ends[-1], True)
+                attacker.front_end.set_vring_call(0, call)
+                os.set_blocking(call, True)
                 place = attacker.lines[0].put(IN, 3, room=512).writable[0].offset
                 attacker.lines[0].kick()
                 assert eventually(lambda here=attacker.guest, place=place: here.read(place, 512) == sector(3))
-    for fd in ends:
-        os.close(fd)

@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import select
+import socket
 import struct
 import threading
 import time
@@ -339,6 +340,40 @@ def take_events(fd: int) -> int:
 
 def has_event(fd: int) -> bool:
     return take_events(fd) > 0
+
+
+def fill(fd: int) -> None:
+    """Of an eventfd the counter, of a pipe or socket the buffer; whoever signals it next has to wait."""
+    os.set_blocking(fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, ((1 << 64) - 2).to_bytes(8, "little"))
+    os.set_blocking(fd, True)
+
+
+def _socket_pair() -> tuple[int, int]:
+    one, other = socket.socketpair()
+    return one.detach(), other.detach()
+
+
+# What a front end may give for its driver to be called (user-mode Linux has sockets): our end, if any, and the other.
+NOTIFIERS: dict[str, Callable[[], tuple[int, ...]]] = {
+    "eventfd": lambda: (new_eventfd(),),
+    "pipe": os.pipe,
+    "socket": _socket_pair,
+}
+
+
+@contextlib.contextmanager
+def full_notifier(kind: str) -> Iterator[int]:
+    """One of NOTIFIERS that has no room. O_NONBLOCK is the file's: whoever is given it sets it, we take it away."""
+    ends = NOTIFIERS[kind]()
+    fill(ends[-1])
+    try:
+        yield ends[-1]
+    finally:
+        for fd in ends:
+            os.close(fd)
 
 
 @contextlib.contextmanager

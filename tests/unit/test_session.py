@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,8 @@ from ringplane.virtio.features import (
     VIRTIO_F_VERSION_1,
 )
 from ringplane.virtio.split import AVAIL_IDX, USED_IDX
+
+from .rig import NOTIFIERS, full_notifier
 
 IMAGE_SIZE = 64 << 20
 QUEUES = 2
@@ -670,28 +672,7 @@ def test_kick_fd_that_blocks_does_not_stop_the_thread(own_export: ringplane.Expo
     assert not stuck
 
 
-@contextmanager
-def full_notifier(kind: str) -> Iterator[int]:
-    """An eventfd, pipe or socket that is full; it is to be made blocking again when the back end has it."""
-    ours, theirs = {"eventfd": lambda: (-1, os.eventfd(0)), "pipe": os.pipe, "socket": socket_pair}[kind]()
-    os.set_blocking(theirs, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(theirs, ((1 << 64) - 2).to_bytes(8, "little"))
-    try:
-        yield theirs
-    finally:
-        for fd in (ours, theirs):
-            if fd >= 0:
-                os.close(fd)
-
-
-def socket_pair() -> tuple[int, int]:
-    one, other = socket.socketpair()
-    return one.detach(), other.detach()
-
-
-@pytest.mark.parametrize("kind", ["eventfd", "pipe", "socket"])
+@pytest.mark.parametrize("kind", NOTIFIERS)
 @pytest.mark.parametrize("end", ["stop", "replace", "leave", "process"])
 def test_notifier_that_is_full_does_not_stop_the_thread(own_export: ringplane.Export, kind: str, end: str) -> None:
     """It does where nobody but this front end is served by it, but not when it is wanted for something else.
@@ -703,7 +684,6 @@ def test_notifier_that_is_full_does_not_stop_the_thread(own_export: ringplane.Ex
         with machine(own_export) as guest:
             guest.start()
             guest.peer.set_vring_call(0, call)
-            # O_NONBLOCK is the file's.
             os.set_blocking(call, True)
             guest.read()
             if end == "stop":
