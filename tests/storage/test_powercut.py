@@ -18,8 +18,8 @@ REQUESTS = 1500
 @pytest.mark.parametrize("engine", ["io_uring", "aio"])
 def test_power_is_cut_at_each_point(engine: str, buffered: bool, write_through: bool) -> None:
     tally = run(random.getrandbits(32), REQUESTS, engine=engine, buffered=buffered, write_through=write_through)
-    # Else it would be a proof about nothing.
-    assert tally.cuts > REQUESTS
+    # Else it would be a proof about nothing. (The slower the machine, the more the page cache makes one write of.)
+    assert tally.cuts > REQUESTS / 3, tally
     assert tally.flushes > 50, tally
     print(tally)
 
