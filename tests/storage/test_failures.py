@@ -376,6 +376,8 @@ def test_flushes_wait_together_but_never_for_one_that_has_begun(fuse: FuseFile, 
         first = submit(driver, VIRTIO_BLK_T_FLUSH, 0)
         wait_until(lambda: fuse.held, "no sync came")
         others = [submit(driver, VIRTIO_BLK_T_FLUSH, 0) for _ in range(5)]
+        # Requests of a ring are fetched in their order: when this is answered all of the others wait.
+        assert read(driver, 0).status == OK
         fuse.answer_one()
         assert driver._answer(*first).status == OK
         wait_until(lambda: fuse.held, "no second sync came")
