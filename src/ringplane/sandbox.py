@@ -126,7 +126,7 @@ def limited() -> dict[str, Only]:
         "mmap": no_code,
         "mprotect": no_code,
         "clone": Only(0, (CLONE_THREADS,), mask=CLONE_THREADS),
-        # raise(3) of a signal that was meant for somebody else's handler.
+        # raise(3) of a signal that was meant for somebody else's handler, and native/interrupt.py.
         "tgkill": Only(0, (os.getpid(),)),
         "sched_setaffinity": Only(0, (0,)),
         "prctl": Only(0, (libc.PR_SET_TIMERSLACK,)),

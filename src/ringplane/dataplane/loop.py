@@ -326,18 +326,15 @@ def resubmit(worker, queue):
         request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
         entry = load64(queue.resubmit)
         queue.resubmit += 8
-        queue.resubmits -= 1
         if queue.packed:
             request.head, request.entry = -1, entry
             rule = gather_copy(queue, request)
         else:
             request.head = entry
             rule = gather(queue, request)
-        queue.resubmitting = 1
-        started = start(worker, queue, request, rule)
-        queue.resubmitting = 0
-        if not started:
+        if not start(worker, queue, request, rule):
             return False
+        queue.resubmits -= 1
     if queue.draining:
         queue.running = 0
         worker.attention = 1

@@ -73,8 +73,7 @@ QUEUE = _struct(
     "lasts",
     "counts",
     "resubmit",  # address of the entries, int64 each, of chains that the last process had fetched
-    "resubmits",  # how many of them are still to be submitted again, before anything else is fetched
-    "resubmitting",  # one of them is just being started
+    "resubmits",  # how many of them have not been started again yet; nothing else is fetched before
     # Migration: the dirty log (dirty.py), and its size in bytes
     "log",  # or 0
     "log_size",

@@ -74,7 +74,7 @@ def is_repeated(queue, zone, request):
     The driver does not know, and some of it may be missing, as the pointer is where the last of the writes ends that
     were done. An append that is repeated is appended again, which its driver cannot tell from another one.
     """
-    return queue.resubmitting and end_of(zone, request) <= zone.pointer and not zone.reset_by
+    return queue.resubmits and end_of(zone, request) <= zone.pointer and not zone.reset_by
 
 
 @compiled

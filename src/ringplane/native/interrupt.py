@@ -7,6 +7,8 @@ import ctypes
 import signal
 import threading
 
+from ringplane.native import libc
+
 # By default it does nothing, so nobody is surprised by it; but only a signal that has a handler ends a system call.
 SIGNAL = signal.SIGURG
 
@@ -18,8 +20,7 @@ def install() -> None:
     needs no compiler. System calls are not restarted after it (signal(7), sigaction(2) without SA_RESTART).
     """
     if signal.getsignal(SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN):
-        libc = ctypes.CDLL(None)
-        libc.sigaction(int(SIGNAL), ctypes.byref(_Sigaction(ctypes.cast(libc.abs, ctypes.c_void_p))), None)
+        libc.sigaction(SIGNAL, ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value or 0)
 
 
 def interrupt(thread: threading.Thread) -> None:
@@ -27,14 +28,3 @@ def interrupt(thread: threading.Thread) -> None:
     with contextlib.suppress(ProcessLookupError):
         if thread.ident is not None:
             signal.pthread_kill(thread.ident, SIGNAL)
-
-
-class _Sigaction(ctypes.Structure):
-    """struct sigaction of glibc: no flags, nothing masked."""
-
-    _fields_ = (
-        ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_uint8 * 128),
-        ("flags", ctypes.c_int),
-        ("restorer", ctypes.c_void_p),
-    )

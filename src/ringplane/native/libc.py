@@ -24,6 +24,11 @@ MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
 MADV_DONTNEED, MADV_DONTDUMP = 4, 16
 MAP_FAILED = ctypes.c_void_p(-1).value
 
+# struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
+SIGACTION = np.dtype(
+    [("handler", "<i8"), ("mask", "u1", (128,)), ("flags", "<i4"), ("pad", "<i4"), ("restorer", "<i8")]
+)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
@@ -57,6 +62,17 @@ def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reser
         raise _error()
     _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_DONTDUMP)
     return int(address)
+
+
+def sigaction(number: int, handler: int, flags: int = 0, previous: int = 0) -> None:
+    """sigaction(2): the handler at this address, nothing masked; raises OSError.
+
+    What was there before is put at address `previous`, a SIGACTION.
+    """
+    action = np.zeros(1, SIGACTION)
+    action["handler"], action["flags"] = handler, flags
+    if _libc.sigaction(number, ctypes.c_void_p(action.ctypes.data), ctypes.c_void_p(previous)) != 0:
+        raise _error()
 
 
 def munmap(address: int, size: int) -> None:

@@ -8,7 +8,6 @@ Python one would run only after the copy: which would never end.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import heapq
 import signal
@@ -22,6 +21,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from ringplane.native import libc
 from ringplane.native.access import INT64, external, load32, load64, store64, view
 from ringplane.native.jit import numba_cache_directory
 from ringplane.native.syscalls import mmap_anonymous_page, write
@@ -38,14 +38,9 @@ SENT_BY_PROCESS = 1 << 31
 GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost", "alarm_fd")])
 GUARD_SIZE = GUARD.itemsize
 
-# struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
-SIGACTION = np.dtype(
-    [("handler", "<i8"), ("mask", "u1", (128,)), ("flags", "<i4"), ("pad", "<i4"), ("restorer", "<i8")]
-)
-
 # previous: the action to go back to; used: how many guards have ever been in use at a time; one: for eventfds; guards:
 # GUARD structs
-TABLE = np.dtype([("previous", SIGACTION), ("used", "<i8"), ("one", "<i8"), ("guards", GUARD, (MAX_GUARDS,))])
+TABLE = np.dtype([("previous", libc.SIGACTION), ("used", "<i8"), ("one", "<i8"), ("guards", GUARD, (MAX_GUARDS,))])
 TABLE_USED, TABLE_ONE, TABLE_GUARDS = (TABLE.fields[name][1] for name in ("used", "one", "guards"))  # type: ignore[index]
 
 
@@ -140,11 +135,7 @@ class _Guards:
         # Numbers below `used` that are free: the lowest first, as the handler looks at all up to there.
         self._free: list[int] = []
         self._handler.ctypes(0, int(self._table.ctypes.data), 0)
-        libc = ctypes.CDLL(None)
-        action = np.zeros(1, SIGACTION)
-        action["handler"], action["flags"] = self._handler.address, SA_SIGINFO | SA_NODEFER
-        new, old = (ctypes.c_void_p(array.ctypes.data) for array in (action, self._table))
-        libc.sigaction(int(signal.SIGBUS), new, old)
+        libc.sigaction(signal.SIGBUS, self._handler.address, SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
 
     def add(self, start: int, size: int, page: int, lost: int, alarm_fd: int) -> int:
         used = int(self._table["used"][0])

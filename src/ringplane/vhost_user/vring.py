@@ -38,7 +38,7 @@ class Vring:
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLOUT)
-        return len(poll.poll(0)) < len(set(fds))
+        return len(poll.poll(0)) < len(fds)
 
     def snapshot(self) -> VringSnapshot:
         return VringSnapshot(
