@@ -1,16 +1,16 @@
 """A PC in QEMU, emulated without KVM, with a ringplane disk: SeaBIOS and then Linux drive it through virtio-pci."""
 
-import contextlib
 import os
 import random
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from unit.rig import small_tmpfs
 
 from . import boot, host, initramfs, workloads
 from .backends import STAND_IN, BackendFactory
@@ -91,16 +91,6 @@ def test_no_room_left(backend: BackendFactory, qemu: QemuGuest, tmp_path: Path) 
         assert "No space left on device" in disk.told()
         assert host.sha256(image, 8 << 20) == seen.value("kept")
         assert host.sha256(image, 32 << 20, 100 << 20) == seen.value("data")
-
-
-@contextlib.contextmanager
-def small_tmpfs(folder: Path, mib: int) -> Iterator[None]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "tmpfs", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("transport", ["modern", "legacy"])

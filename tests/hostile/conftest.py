@@ -47,6 +47,9 @@ SIZE = 8 << 20
 # <linux/posix-timers.h>: with the complement of a pid above these three bits, the clock of all the CPU time it took.
 CPUCLOCK_SCHED = 2
 
+# The zones of the zoned disk, and what can be written of each, in sectors.
+ZONE, CAPACITY = (128 << 10) // 512, (96 << 10) // 512
+
 CONFIG = """\
 [[io-thread]]
 name = "io0"

@@ -46,24 +46,36 @@ from ringplane.vhost_user.messages import (
     VringState,
 )
 from ringplane.virtio.inflight import region_bytes
-from ringplane.virtio.zoned import (
-    VIRTIO_BLK_T_ZONE_APPEND,
-    VIRTIO_BLK_T_ZONE_CLOSE,
-    VIRTIO_BLK_T_ZONE_FINISH,
-    VIRTIO_BLK_T_ZONE_OPEN,
-    VIRTIO_BLK_T_ZONE_REPORT,
-    VIRTIO_BLK_T_ZONE_RESET,
-    VIRTIO_BLK_T_ZONE_RESET_ALL,
-)
 from unit.combinations import FEATURES
 from unit.packed import PackedRing
-from unit.rig import FLUSH, GET_ID, GUEST_BASE, IN, OK, OUT, PATIENCE, USER_BASE, Pending, Piece, Ring, header
+from unit.rig import (
+    APPEND,
+    CLOSE,
+    DISCARD,
+    FINISH,
+    FLUSH,
+    GET_ID,
+    GUEST_BASE,
+    IN,
+    OK,
+    OPEN,
+    OUT,
+    PATIENCE,
+    REPORT_ZONES,
+    RESET,
+    RESET_ALL,
+    USER_BASE,
+    WRITE_ZEROES,
+    Pending,
+    Piece,
+    Ring,
+    header,
+)
 
 from .attacker import PAGE, Attacker, RemoteLine
-from .conftest import FOLDERS, SIZE, Victim, running
+from .conftest import FOLDERS, SIZE, ZONE, Victim, running
 
 SEEDS = Path(__file__).with_name("seeds.txt")
-DISCARD, WRITE_ZEROES = 11, 13
 SIZES = (4, 8, 16, 64)
 
 # Nobody may write to one half of the disk. Requests are for the first sectors of the other one, as one that was made
@@ -72,11 +84,7 @@ FENCE = SIZE // 2
 SECTORS = FENCE // 512
 FIRST_SECTORS = 1024
 
-APPEND, REPORT, RESET_ALL = VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_REPORT, VIRTIO_BLK_T_ZONE_RESET_ALL
-OPEN, CLOSE, FINISH = VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_CLOSE, VIRTIO_BLK_T_ZONE_FINISH
-RESET = VIRTIO_BLK_T_ZONE_RESET
-ZONE = (128 << 10) // 512
-ZONED_KINDS = (APPEND, APPEND, APPEND, IN, OUT, FLUSH, REPORT, OPEN, CLOSE, FINISH, RESET, RESET, RESET_ALL)
+ZONED_KINDS = (APPEND, APPEND, APPEND, IN, OUT, FLUSH, REPORT_ZONES, OPEN, CLOSE, FINISH, RESET, RESET, RESET_ALL)
 
 # The honest ring and its requests have memory for themselves, where no broken field leads: else the device is asked to
 # write there, by a request that is all right but for an address or a length.
@@ -272,7 +280,7 @@ class FuzzedFrontEnd(Attacker):
         # Requests that the disk does not know may have data too.
         writes = kind in (OUT, APPEND) or draw.random() < 0.1
         data = draw.randbytes(512 * count) if writes else b""
-        room = {IN: 512 * count, APPEND: 8, REPORT: 64 * count}.get(kind, 20)
+        room = {IN: 512 * count, APPEND: 8, REPORT_ZONES: 64 * count}.get(kind, 20)
         return self.offer(0, kind, sector, data, room)
 
     def read_honestly(self, expected: bytes) -> None:

@@ -17,19 +17,15 @@ from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Inflight, ProtocolError, ProtocolFeature
 from ringplane.virtio.inflight import region_bytes
 from unit.packed import NEW_RING, PackedRing
-from unit.rig import IN, NO_ANSWER, OK, OUT, Answer, Pending, eventually, has_event
+from unit.rig import IN, NO_ANSWER, OK, OUT, ZONE_INVALID_CMD, Answer, Pending, eventually, has_event
 
 from .attacker import Attacker, RemoteLine
-from .conftest import DISK, Target, Victim, running, sector, serving
+from .conftest import CAPACITY, DISK, Target, Victim, running, sector, serving
 from .fuzz import ZONED
 
 AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
 
 LARGE = (1 << 31, 1 << 32, 1 << 55, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
-# Of a zone of the zoned disk, in sectors (conftest.py).
-CAPACITY = (96 << 10) // 512
-ZONE_INVALID_CMD = 3
-
 # Where the region of a split ring has its used_idx.
 USED_INDEX = 14
 

@@ -28,6 +28,7 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
+from unit.rig import small_tmpfs
 
 from .fuse import HOLD, FuseFile, Operation, Short, mounted, obey
 from .serving import PATIENCE, Disk, Served, serving, wait_until
@@ -108,16 +109,6 @@ def told_once(served: Served, text: str) -> None:
 
 
 @contextlib.contextmanager
-def small_tmpfs(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-@contextlib.contextmanager
 def small_disk(folder: Path, kind: str, *options: str, mount: str = "loop") -> Iterator[Path]:
     """A file system on a loop device."""
     folder.mkdir()
@@ -174,7 +165,7 @@ def check_full(served: Served, filler: Path, why: str) -> None:
 
 @pytest.mark.parametrize("engine", ["memory", *ENGINES])
 def test_a_full_tmpfs(tmp_path: Path, engine: str) -> None:
-    with small_tmpfs(tmp_path / "small") as folder:
+    with small_tmpfs(tmp_path / "small", mib=2) as folder:
         image = sparse(folder / "disk.img")
         with serving(Disk(image, engine=engine), engine="io_uring" if engine == "memory" else engine) as served:
             assert f"engine {engine}" in served.announced

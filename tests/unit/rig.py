@@ -10,6 +10,7 @@ import random
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,8 @@ from . import model
 
 IN, OUT, FLUSH, SCSI_CMD, SCSI_CMD_OUT, GET_ID = 0, 1, 4, 2, 3, 8
 DISCARD, WRITE_ZEROES, SECURE_ERASE = 11, 13, 14
-OK, IOERR, UNSUPP = 0, 1, 2
+APPEND, REPORT_ZONES, OPEN, CLOSE, FINISH, RESET, RESET_ALL = 15, 16, 18, 20, 22, 24, 26
+OK, IOERR, UNSUPP, ZONE_INVALID_CMD = 0, 1, 2, 3
 NO_ANSWER = 0xEE
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
@@ -317,6 +319,17 @@ class Ring(DriverRing):
 
 def header(kind: int, sector: int) -> bytes:
     return struct.pack("<IIQ", kind, 0, sector)
+
+
+@contextlib.contextmanager
+def small_tmpfs(folder: Path, mib: int) -> Iterator[Path]:
+    """A file system with room for so much, in a new folder; only root may."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def new_eventfd() -> int:

@@ -30,27 +30,32 @@ from ringplane.image import ImageError
 from ringplane.listener import ListenError
 from ringplane.values import ZoneModel, parse_zones
 from ringplane.virtio import blk
-from ringplane.virtio.zoned import (
-    DESCRIPTOR,
-    REPORT,
-    VIRTIO_BLK_T_ZONE_APPEND,
-    VIRTIO_BLK_T_ZONE_CLOSE,
-    VIRTIO_BLK_T_ZONE_FINISH,
-    VIRTIO_BLK_T_ZONE_OPEN,
-    VIRTIO_BLK_T_ZONE_REPORT,
-    VIRTIO_BLK_T_ZONE_RESET,
-    VIRTIO_BLK_T_ZONE_RESET_ALL,
+from ringplane.virtio.zoned import DESCRIPTOR, REPORT
+
+from .rig import (
+    APPEND,
+    CLOSE,
+    FINISH,
+    FLUSH,
+    IN,
+    IOERR,
+    OK,
+    OPEN,
+    OUT,
+    PATIENCE,
+    REPORT_ZONES,
+    RESET,
+    RESET_ALL,
+    UNSUPP,
+    need_engine,
+    pattern,
 )
+from .rig import ZONE_INVALID_CMD as INVALID_CMD
 
-from .rig import FLUSH, IN, IOERR, OK, OUT, PATIENCE, UNSUPP, need_engine, pattern
-
-INVALID_CMD, UNALIGNED_WP, OPEN_RESOURCE, ACTIVE_RESOURCE = 3, 4, 5, 6
+UNALIGNED_WP, OPEN_RESOURCE, ACTIVE_RESOURCE = 4, 5, 6
 NOT_WP, EMPTY, IOPEN, EOPEN, CLOSED, FULL = 0, 1, 2, 3, 4, 14
 CONV, SWR = 1, 2
 
-APPEND, REPORT_ZONES = VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_REPORT
-OPEN, CLOSE, FINISH = VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_CLOSE, VIRTIO_BLK_T_ZONE_FINISH
-RESET, RESET_ALL = VIRTIO_BLK_T_ZONE_RESET, VIRTIO_BLK_T_ZONE_RESET_ALL
 MANAGEMENT = (OPEN, CLOSE, FINISH, RESET)
 
 # Sectors: 16 zones of 256 KiB, of which 192 KiB can be written; the first two are conventional.
