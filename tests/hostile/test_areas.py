@@ -17,7 +17,7 @@ from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Inflight, ProtocolError, ProtocolFeature
 from ringplane.virtio.inflight import region_bytes
 from unit.packed import NEW_RING, PackedRing
-from unit.rig import IN, NO_ANSWER, OK, OUT, ZONE_INVALID_CMD, Answer, Pending, eventually, has_event
+from unit.rig import IN, NO_ANSWER, OK, OUT, ZONE_INVALID_CMD, Answer, Pending, eventually, has_event, take_events
 
 from .attacker import Attacker, RemoteLine
 from .conftest import CAPACITY, DISK, Target, Victim, running, sector, serving
@@ -313,6 +313,7 @@ def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]
         # So many chances need more memory than there is, if each has its own.
         guest.free = start
         line.reset()
+        take_events(line.call_fd)
     pytest.fail("the slow request was too quick")
 
 
