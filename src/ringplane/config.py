@@ -1,6 +1,6 @@
 """The configuration file of `ringplane serve --config`: several disks and their I/O threads, in TOML.
 
-Each key is named as the command line's option that means the same. docs/config.md describes them.
+Each key has the name of the command-line option with the same meaning. docs/config.md describes them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ringplane.values import check_cpus, check_feature, check_serial, parse_cpus
 MAX_QUEUES = 64
 MAX_THREADS = 64
 
-# Makes what ringplane wants of what TOML holds; raises ValueError that says what is wrong and what would be right.
+# Converts a TOML value to the one that ringplane uses; raises a ValueError that says what is wrong and what is right.
 Check = Callable[[Any], Any]
 
 
 class ConfigError(Exception):
-    """The file cannot be used; the text is one line that names the file, the table, the key, and what is wrong."""
+    """The file cannot be used; the text is one line with the file, the table, the key, and what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a configuration file says, checked."""
+    """The checked contents of a configuration file."""
 
     disks: Sequence[DiskConfig]
     io_threads: Sequence[IoThread]
@@ -41,7 +41,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """One of the file's tables after each key by itself was found right; `place` is what errors call it."""
+    """One of the file's tables, each of whose keys has been checked by itself; error messages call it `place`."""
 
     place: str
     values: dict[str, Any]
@@ -61,7 +61,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError("is not UTF-8, as TOML has to be") from None
+        raise ValueError("is not UTF-8, which TOML requires") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"is not TOML: {error}") from None
 
@@ -78,7 +78,7 @@ class _Reader:
         io_threads = self._io_threads(top.get("io_thread") or [{}])
         tables = [_disk_table(number, table) for number, table in enumerate(top.get("disk", ()), 1)]
         if not tables:
-            raise ValueError("has no disk; each one begins with a line [[disk]]")
+            raise ValueError("has no disk; a line [[disk]] begins each one")
         disks = [self._disk(table, [thread.name for thread in io_threads]) for table in tables]
         _check_sockets(tables, disks)
         _check_images(tables, disks)
@@ -90,11 +90,11 @@ class _Reader:
             values = {"name": f"io{number - 1}"} | _check_keys(table, IO_THREAD_KEYS, f"[[io-thread]] {number}: ")
             if values["name"] in threads:
                 raise ValueError(
-                    f"[[io-thread]] {number}: name: another one is called {_shown(values['name'])} already"
+                    f"[[io-thread]] {number}: name: {_shown(values['name'])} is the name of another I/O thread already"
                 )
             threads[values["name"]] = IoThread(**values)
         if len(threads) > MAX_THREADS:
-            raise ValueError(f"has {len(threads)} [[io-thread]] tables; {MAX_THREADS} are the most")
+            raise ValueError(f"has {len(threads)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
         return list(threads.values())
 
     def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
@@ -102,18 +102,18 @@ class _Reader:
         for name in ("image", "socket_path"):
             values[name] = self._folder / values[name]
         if os.path.exists(values["image"]):
-            # A file is read at each start of a service: `create` is for the first.
+            # A service reads its file at each start, but creates its images only at the first one.
             values["create"] = None
         chosen = values.get("io_threads", ())
         for name in chosen:
             if name not in threads:
                 raise ValueError(
-                    f"{table.place}io-threads: no [[io-thread]] is called {_shown(name)}{_near(name, threads)}"
+                    f"{table.place}io-threads: no [[io-thread]] has the name {_shown(name)}{_near(name, threads)}"
                 )
         queues = values.setdefault("num_queues", max(default_num_queues(), len(chosen)))
         if len(chosen) > queues:
             raise ValueError(
-                f"{table.place}io-threads: names {len(chosen)} threads for {queues} queues; name no more than that"
+                f"{table.place}io-threads: names {len(chosen)} threads for {queues} queues; name at most one per queue"
             )
         values["io_threads"] = tuple(chosen) or self._spread(queues, threads)
         try:
@@ -134,16 +134,16 @@ def _disk_table(number: int, table: dict[str, Any]) -> _Table:
     values = _check_keys(table, DISK_KEYS, place)
     for name in ("image", "socket-path"):
         if name not in table:
-            raise ValueError(f"{place}{name} is missing; each disk has one")
+            raise ValueError(f"{place}{name} is missing; each disk needs one")
     return _Table(place, values)
 
 
 def _check_keys(table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
-    """The values by the names that Python has for the keys."""
+    """The values by their Python names."""
     values = {}
     for key, value in table.items():
         if key not in checks:
-            raise ValueError(f"{place}there is no key {_shown(key)}{_near(key, checks)}")
+            raise ValueError(f"{place}unknown key {_shown(key)}{_near(key, checks)}")
         try:
             values[key.replace("-", "_")] = checks[key](value)
         except ValueError as error:
@@ -159,7 +159,8 @@ def _check_sockets(tables: list[_Table], disks: list[DiskConfig]) -> None:
         other = first.setdefault(place, table)
         if other is not table:
             raise ValueError(
-                f"{table.place}socket-path: {disk.socket_path} is that of {_named(other)} too; give each disk its own"
+                f"{table.place}socket-path: {disk.socket_path} is also the socket of {_named(other)}; "
+                "give each disk its own"
             )
 
 
@@ -170,13 +171,13 @@ def _check_images(tables: list[_Table], disks: list[DiskConfig]) -> None:
         shared = (disk.read_only and before.read_only) or (disk.share_rw and before.share_rw)
         if other is not table and not shared:
             raise ValueError(
-                f"{table.place}image: is that of {_named(other)} too; "
-                "it can be shared if all its disks are read-only, or if all have share-rw (a migration)"
+                f"{table.place}image: is also the image of {_named(other)}; "
+                "disks can share an image if all are read-only, or if all have share-rw (for a migration)"
             )
 
 
 def _identity(path: Path) -> object:
-    """The same for each path of the same image."""
+    """Equal for all paths of the same image."""
     try:
         status = os.stat(path)
     except OSError:
@@ -192,25 +193,25 @@ def _named(table: _Table) -> str:
 
 
 def _shown(value: object) -> str:
-    """As TOML has it, near enough."""
+    """Nearly as in TOML."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    """A hint at what was meant."""
+    """A suggestion, or the list of what there is."""
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; is {_shown(near[0])} meant?" if near else f"; there is {', '.join(map(_shown, names))}"
+    return f"; did you mean {_shown(near[0])}?" if near else f"; possible are {', '.join(map(_shown, names))}"
 
 
 def _tables(value: Any) -> Any:
     if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
-        raise ValueError("is no list of tables; begin each with its name in two pairs of brackets")
+        raise ValueError("is not a list of tables; write its name in double brackets, as in [[disk]]")
     return value
 
 
 def _text(value: Any) -> Any:
     if not isinstance(value, str) or not value.isprintable() or not value:
-        raise ValueError(f"{_shown(value)} is no text in quotation marks that can be printed")
+        raise ValueError(f"{_shown(value)} is not a printable text in quotation marks")
     return value
 
 
@@ -223,7 +224,7 @@ def _flag(value: Any) -> Any:
 def _whole(lowest: int, highest: int) -> Check:
     def check(value: Any) -> Any:
         if type(value) is not int or not lowest <= value <= highest:
-            raise ValueError(f"{_shown(value)} is no whole number from {lowest} to {highest}")
+            raise ValueError(f"{_shown(value)} is not a whole number from {lowest} to {highest}")
         return value
 
     return check
@@ -233,7 +234,7 @@ def _one_of(*choices: int | str) -> Check:
     def check(value: Any) -> Any:
         # Not by equality alone: true is 1 to Python.
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError(f"{_shown(value)} is none of {', '.join(map(_shown, choices))}")
+            raise ValueError(f"{_shown(value)} is not one of {', '.join(map(_shown, choices))}")
         return value
 
     return check
@@ -243,7 +244,7 @@ def _size(value: Any) -> int:
     if isinstance(value, str):
         return parse_size(value)
     if type(value) is not int:
-        raise ValueError(f'{_shown(value)} is no size; examples: "512M", "10G", 4096')
+        raise ValueError(f'{_shown(value)} is not a size; examples: "512M", "10G", 4096')
     if value <= 0:
         raise ValueError(f"{value} is not a positive size")
     return value
@@ -256,13 +257,13 @@ def _serial(value: Any) -> Any:
 
 def _names(value: Any) -> Any:
     if not isinstance(value, list) or not value:
-        raise ValueError(f'{_shown(value)} is no list of names; an example: ["io0", "io1"]')
+        raise ValueError(f'{_shown(value)} is not a list of names; example: ["io0", "io1"]')
     return [_text(name) for name in value]
 
 
 def _features(value: Any) -> dict[str, bool]:
     if not isinstance(value, dict):
-        raise ValueError(f"{_shown(value)} is no table of features; an example: {{ packed = false }}")
+        raise ValueError(f"{_shown(value)} is not a table of features; example: {{ packed = false }}")
     for name, on in value.items():
         check_feature(name)
         if not isinstance(on, bool):
@@ -280,7 +281,7 @@ def _cpus(value: Any) -> frozenset[int]:
     elif isinstance(value, list) and all(type(cpu) is int for cpu in value):
         cpus = frozenset(value)
     else:
-        raise ValueError(f'{_shown(value)} is no list of CPUs; examples: [2, 3], "2-3"')
+        raise ValueError(f'{_shown(value)} is not a list of CPUs; examples: [2, 3], "2-3"')
     check_cpus(cpus)
     return cpus
 

@@ -16,15 +16,15 @@ Entry = TypeVar("Entry")
 # The highest user or group; the one above means none (chown(2)).
 MAX_ID = (1 << 32) - 2
 
-# VIRTIO_BLK_ID_BYTES, without importing NumPy: `ringplane --help` shall be quick.
+# VIRTIO_BLK_ID_BYTES, without importing NumPy: `ringplane --help` must be quick.
 MAX_SERIAL = 20
 
 MAX_POLL_US = 1_000_000
 
 MIN_ZONE, MAX_ZONE = 64 << 10, 1 << 40
 
-# Features that people can switch (disk.py says which bit each is), and those that are off unless switched on, as the
-# drivers that take them pay for them.
+# Features that users can switch (disk.py has the bit of each), and those that are off by default, because drivers that
+# accept them pay for them.
 FEATURES = (
     *("indirect-desc", "event-idx", "packed", "in-order", "order-platform", "notification-data", "ring-reset"),
     *("size-max", "seg-max", "geometry", "topology", "flush", "config-wce"),
@@ -46,20 +46,20 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * UNITS[unit]) if "." in number else int(number) * UNITS[unit]
     except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is no size; examples: 512M, 10G, 4096") from None
+        raise ValueError(f"{text!r} is not a size; examples: 512M, 10G, 4096") from None
     if size <= 0:
         raise ValueError(f"{text!r} is not a positive size")
     return size
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """CPUs as taskset(1) has them: `2`, `2-3`, `0,2-3`. Raises ValueError."""
+    """CPUs in the format of taskset(1): `2`, `2-3`, `0,2-3`. Raises ValueError."""
     cpus: set[int] = set()
     for part in text.split(","):
         found = CPU_RANGE.fullmatch(part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if last < first:
-            raise ValueError(f"{text!r} is no list of CPUs; examples: 2, 2-3, 0,2-3")
+            raise ValueError(f"{text!r} is not a list of CPUs; examples: 2, 2-3, 0,2-3")
         cpus.update(range(first, last + 1))
     return frozenset(cpus)
 
@@ -71,13 +71,13 @@ def check_cpus(cpus: Collection[int]) -> None:
         raise ValueError(f"no CPU is named; this process may use {format_cpus(allowed)}")
     if not allowed.issuperset(cpus):
         raise ValueError(
-            f"CPU {format_cpus(set(cpus) - allowed)} is none that this process may use, "
-            f"which are {format_cpus(allowed)}"
+            f"CPU {format_cpus(set(cpus) - allowed)} is not available to this process, "
+            f"which may use {format_cpus(allowed)}"
         )
 
 
 def format_cpus(cpus: Iterable[int]) -> str:
-    """The CPUs as `parse_cpus` reads them, as short as can be."""
+    """The CPUs in the format of `parse_cpus`, as short as possible."""
     ranges: list[list[int]] = []
     for cpu in sorted(cpus):
         if ranges and cpu == ranges[-1][1] + 1:
@@ -106,19 +106,19 @@ def parse_feature(text: str) -> tuple[str, bool]:
 
 
 def check_feature(name: str) -> None:
-    """Raises ValueError where no feature that can be switched has this name."""
+    """Raises ValueError unless this is the name of a feature that can be switched."""
     if name not in FEATURES:
         near = difflib.get_close_matches(name, FEATURES, n=1)
-        hint = f"is {near[0]} meant?" if near else f"there is {', '.join(FEATURES)}"
-        raise ValueError(f"no feature {name!r} can be switched; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"the features are {', '.join(FEATURES)}"
+        raise ValueError(f"{name!r} is not a feature that can be switched; {hint}")
 
 
 @dataclass(frozen=True, slots=True)
 class ZoneModel:
-    """A zoned disk that people ask for; sizes in bytes.
+    """The zones of a zoned disk, as the user wants them; sizes in bytes.
 
-    All zones have `size`, of which `capacity` can be written. The first `conventional` ones are like a disk without
-    zones. At most `max_open` can be open, and `max_active` open or closed, at a time; 0: as many as there are.
+    Each zone has `size`, of which `capacity` can be written. The first `conventional` zones behave like a disk without
+    zones. At most `max_open` zones can be open, and `max_active` open or closed, at a time; 0 means no limit.
     """
 
     size: int
@@ -149,25 +149,25 @@ def parse_zones(text: str) -> ZoneModel:
 def _check_zones(model: ZoneModel) -> None:
     """Raises ValueError."""
     if not MIN_ZONE <= model.size <= MAX_ZONE or model.size & (model.size - 1):
-        raise ValueError(f"zones of {model.size} bytes: it must be a power of two from 64K to 1T")
+        raise ValueError(f"a zone size of {model.size} bytes is not a power of two from 64K to 1T")
     if model.capacity > model.size or model.capacity % 4096:
-        raise ValueError(f"a capacity of {model.capacity} bytes: it is a multiple of 4096 and no larger than the zone")
+        raise ValueError(f"a zone capacity of {model.capacity} bytes is not a multiple of 4096 up to the zone's size")
     if 0 < model.max_active < model.max_open:
-        raise ValueError("max-open is more than max-active, and each open zone is active")
+        raise ValueError("max-open is more than max-active, but each open zone is active too")
 
 
 def check_serial(serial: str) -> None:
-    """Raises ValueError where a disk cannot have this serial number."""
+    """Raises ValueError unless a disk can have this serial number."""
     size = len(os.fsencode(serial))
     if size > MAX_SERIAL:
-        raise ValueError(f"{serial!r} has {size} bytes; the device has room for {MAX_SERIAL}")
+        raise ValueError(f"{serial!r} has {size} bytes; a serial number has at most {MAX_SERIAL}")
     if not serial.isprintable():
-        raise ValueError(f"{serial!r} is not text that can be printed")
+        raise ValueError(f"{serial!r} contains characters that cannot be printed")
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whom a process becomes; `name` is what people have called them."""
+    """The user and group that a process changes to; `name` is what the user has written."""
 
     name: str
     uid: int
@@ -175,7 +175,7 @@ class User:
 
 
 def parse_user(text: str) -> User:
-    """`nobody`, `nobody:kvm` or `1000:1000`: a user, and a group if it is not the user's own. Raises ValueError."""
+    """`nobody`, `nobody:kvm` or `1000:1000`: a user, and a group unless it is the user's own. Raises ValueError."""
     name, _, group = text.partition(":")
     entry = _find(name, pwd.getpwnam, pwd.getpwuid)
     uid = entry.pw_uid if entry else _number(name, "user")
@@ -183,7 +183,9 @@ def parse_user(text: str) -> User:
         found = _find(group, grp.getgrnam, grp.getgrgid)
         return User(text, uid, found.gr_gid if found else _number(group, "group"))
     if entry is None:
-        raise ValueError(f"user {name} is in no list, so give a group too, as {name}:100")
+        raise ValueError(
+            f"user {name} has no entry in the user database, so its group is unknown; give one, for example {name}:100"
+        )
     return User(text, uid, entry.pw_gid)
 
 
@@ -196,9 +198,9 @@ def _find(text: str, by_name: Callable[[str], Entry], by_number: Callable[[int],
 
 def _number(text: str, what: str) -> int:
     if not _is_number(text):
-        raise ValueError(f"there is no {what} {text!r}")
+        raise ValueError(f"{what} {text!r} does not exist")
     if int(text) > MAX_ID:
-        raise ValueError(f"{text} is no number of a {what}")
+        raise ValueError(f"{text} is too large for the number of a {what}")
     return int(text)
 
 

@@ -190,42 +190,42 @@ def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("colour = 1", 'there is no key "colour"; there is "image"'),
-        ("readonly = true", 'there is no key "readonly"; is "read-only" meant?'),
-        ("num_queues = 1", 'is "num-queues" meant?'),
-        ("queues = 1", 'is "num-queues" meant?'),
-        ("num-queues = 0", "num-queues: 0 is no whole number from 1 to 64"),
-        ("num-queues = 65", "num-queues: 65 is no whole number from 1 to 64"),
-        ("num-queues = true", "num-queues: true is no whole number"),
-        ("num-queues = 2.0", "num-queues: 2.0 is no whole number"),
-        ('num-queues = "2"', 'num-queues: "2" is no whole number'),
+        ("colour = 1", 'unknown key "colour"; possible are "image"'),
+        ("readonly = true", 'unknown key "readonly"; did you mean "read-only"?'),
+        ("num_queues = 1", 'did you mean "num-queues"?'),
+        ("queues = 1", 'did you mean "num-queues"?'),
+        ("num-queues = 0", "num-queues: 0 is not a whole number from 1 to 64"),
+        ("num-queues = 65", "num-queues: 65 is not a whole number from 1 to 64"),
+        ("num-queues = true", "num-queues: true is not a whole number"),
+        ("num-queues = 2.0", "num-queues: 2.0 is not a whole number"),
+        ('num-queues = "2"', 'num-queues: "2" is not a whole number'),
         ("read-only = 1", "read-only: 1 is neither true nor false"),
         ('direct = "yes"', 'direct: "yes" is neither true nor false'),
         ("share-rw = []", "share-rw: [] is neither true nor false"),
-        ("block-size = 1024", "block-size: 1024 is none of 512, 4096"),
-        ('block-size = "512"', 'block-size: "512" is none of 512, 4096'),
-        ("block-size = true", "block-size: true is none of 512, 4096"),
+        ("block-size = 1024", "block-size: 1024 is not one of 512, 4096"),
+        ('block-size = "512"', 'block-size: "512" is not one of 512, 4096'),
+        ("block-size = true", "block-size: true is not one of 512, 4096"),
         ("create = 0", "create: 0 is not a positive size"),
         ('create = "-1M"', "create: '-1M' is not a positive size"),
-        ('create = "1X"', "create: '1X' is no size"),
-        ("create = true", "create: true is no size"),
-        ("create = 1.5", "create: 1.5 is no size"),
-        ('serial = "123456789012345678901"', "has 21 bytes; the device has room for 20"),
+        ('create = "1X"', "create: '1X' is not a size"),
+        ("create = true", "create: true is not a size"),
+        ("create = 1.5", "create: 1.5 is not a size"),
+        ('serial = "123456789012345678901"', "has 21 bytes; a serial number has at most 20"),
         ('serial = "a\\tb"', "serial: "),
-        ("features = { pack = true }", "features: no feature 'pack' can be switched; is packed meant?"),
+        ("features = { pack = true }", "features: 'pack' is not a feature that can be switched; did you mean packed?"),
         ("features = { packed = 1 }", "features: packed: 1 is neither true nor false"),
-        ('features = ["packed"]', "is no table of features"),
-        ("serial = 7", "serial: 7 is no text"),
-        ('io-threads = "io0"', 'io-threads: "io0" is no list of names'),
-        ("io-threads = []", "io-threads: [] is no list of names"),
-        ("io-threads = [0]", "io-threads: 0 is no text"),
-        ('io-threads = ["io1"]', 'io-threads: no [[io-thread]] is called "io1"; is "io0" meant?'),
-        ('io-threads = ["x"]', 'io-threads: no [[io-thread]] is called "x"; there is "io0"'),
+        ('features = ["packed"]', "is not a table of features"),
+        ("serial = 7", "serial: 7 is not a printable text"),
+        ('io-threads = "io0"', 'io-threads: "io0" is not a list of names'),
+        ("io-threads = []", "io-threads: [] is not a list of names"),
+        ("io-threads = [0]", "io-threads: 0 is not a printable text"),
+        ('io-threads = ["io1"]', 'io-threads: no [[io-thread]] has the name "io1"; did you mean "io0"?'),
+        ('io-threads = ["x"]', 'io-threads: no [[io-thread]] has the name "x"; possible are "io0"'),
         ('io-threads = ["io0", "io0"]\nnum-queues = 1', "io-threads: names 2 threads for 1 queues"),
-        ('engine = "uring"', 'engine: "uring" is none of "auto", "io_uring", "aio", "memory", "null"'),
-        ("engine = true", "engine: true is none of"),
-        ("poll-us = 50", 'there is no key "poll-us"'),
-        ("serial = 1979-05-27", 'serial: "1979-05-27" is no text'),
+        ('engine = "uring"', 'engine: "uring" is not one of "auto", "io_uring", "aio", "memory", "null"'),
+        ("engine = true", "engine: true is not one of"),
+        ("poll-us = 50", 'unknown key "poll-us"'),
+        ("serial = 1979-05-27", 'serial: "1979-05-27" is not a printable text'),
     ],
 )
 def test_key_of_a_disk_that_is_wrong(tmp_path: Path, more: str, words: str) -> None:
@@ -237,28 +237,28 @@ def test_key_of_a_disk_that_is_wrong(tmp_path: Path, more: str, words: str) -> N
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("cpu = 1", 'there is no key "cpu"; is "cpus" meant?'),
-        ("name = 0", "name: 0 is no text"),
-        ('name = ""', 'name: "" is no text'),
-        ('name = "io0"', 'name: another one is called "io0" already'),
-        ('engine = "uring"', 'engine: "uring" is none of "auto", "io_uring", "aio"'),
-        ('engine = "memory"', 'engine: "memory" is none of "auto", "io_uring", "aio"'),
-        ('engine = "null"', 'engine: "null" is none of'),
+        ("cpu = 1", 'unknown key "cpu"; did you mean "cpus"?'),
+        ("name = 0", "name: 0 is not a printable text"),
+        ('name = ""', 'name: "" is not a printable text'),
+        ('name = "io0"', 'name: "io0" is the name of another I/O thread already'),
+        ('engine = "uring"', 'engine: "uring" is not one of "auto", "io_uring", "aio"'),
+        ('engine = "memory"', 'engine: "memory" is not one of "auto", "io_uring", "aio"'),
+        ('engine = "null"', 'engine: "null" is not one of'),
         ("poll-us = -1", "poll-us: '-1' is neither a number of microseconds from 0 to 1000000 nor always"),
         ("poll-us = 1000001", "poll-us: '1000001' is neither a number of microseconds from 0 to 1000000 nor always"),
         ("poll-us = 50.0", 'poll-us: 50.0 is neither a number of microseconds nor "always"'),
         ("poll-us = true", 'poll-us: true is neither a number of microseconds nor "always"'),
         ('poll-us = "never"', "poll-us: 'never' is neither"),
         ('poll-us = ""', "poll-us: '' is neither"),
-        ("poll_us = 50", 'there is no key "poll_us"; is "poll-us" meant?'),
-        ("cpus = 1", "cpus: 1 is no list of CPUs"),
+        ("poll_us = 50", 'unknown key "poll_us"; did you mean "poll-us"?'),
+        ("cpus = 1", "cpus: 1 is not a list of CPUs"),
         ("cpus = []", "cpus: no CPU is named; this process may use"),
-        ("cpus = [true]", "cpus: [true] is no list of CPUs"),
-        ("cpus = [-1]", "cpus: CPU -1 is none that this process may use, which are"),
-        (f"cpus = [{NO_CPU}]", f"cpus: CPU {NO_CPU} is none that this process may use, which are"),
-        (f'cpus = "{CPU},{NO_CPU - 1}-{NO_CPU}"', f"cpus: CPU {NO_CPU - 1}-{NO_CPU} is none"),
-        ('cpus = "3-2"', "cpus: '3-2' is no list of CPUs"),
-        ('cpus = "a"', "cpus: 'a' is no list of CPUs"),
+        ("cpus = [true]", "cpus: [true] is not a list of CPUs"),
+        ("cpus = [-1]", "cpus: CPU -1 is not available to this process, which may use"),
+        (f"cpus = [{NO_CPU}]", f"cpus: CPU {NO_CPU} is not available to this process, which may use"),
+        (f'cpus = "{CPU},{NO_CPU - 1}-{NO_CPU}"', f"cpus: CPU {NO_CPU - 1}-{NO_CPU} is not available"),
+        ('cpus = "3-2"', "cpus: '3-2' is not a list of CPUs"),
+        ('cpus = "a"', "cpus: 'a' is not a list of CPUs"),
     ],
 )
 def test_key_of_a_thread_that_is_wrong(tmp_path: Path, keys: str, words: str) -> None:
@@ -270,22 +270,22 @@ def test_key_of_a_thread_that_is_wrong(tmp_path: Path, keys: str, words: str) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "has no disk; each one begins with a line [[disk]]"),
+        ("", "has no disk; a line [[disk]] begins each one"),
         ("[[io-thread]]", "has no disk"),
-        ("disk = 1", "disk: is no list of tables"),
-        ("[disk]", "disk: is no list of tables; begin each with its name in two pairs of brackets"),
-        ("disk = [1]", "disk: is no list of tables"),
-        (f"[io-thread]\n{DISK}", "io-thread: is no list of tables"),
-        (f"[[disks]]\n{DISK}", 'there is no key "disks"; is "disk" meant?'),
-        (f"image = 'a'\n{DISK}", 'there is no key "image"'),
+        ("disk = 1", "disk: is not a list of tables"),
+        ("[disk]", "disk: is not a list of tables; write its name in double brackets, as in [[disk]]"),
+        ("disk = [1]", "disk: is not a list of tables"),
+        (f"[io-thread]\n{DISK}", "io-thread: is not a list of tables"),
+        (f"[[disks]]\n{DISK}", 'unknown key "disks"; did you mean "disk"?'),
+        (f"image = 'a'\n{DISK}", 'unknown key "image"'),
         ('[[disk]]\nsocket-path = "s"', "[[disk]] 1: image is missing"),
         ('[[disk]]\nimage = "a.img"', "[[disk]] 1 (a.img): socket-path is missing"),
-        ("[[disk]]\nimage = 1", "[[disk]] 1: image: 1 is no text"),
-        ('[[disk]]\nimage = ""', 'image: "" is no text'),
+        ("[[disk]]\nimage = 1", "[[disk]] 1: image: 1 is not a printable text"),
+        ('[[disk]]\nimage = ""', 'image: "" is not a printable text'),
         ('[[disk]]\nimage = "a\\u0000b"', "image: "),
         ("[[disk]", "is not TOML: "),
         ("a = 1\na = 2", "is not TOML: "),
-        ("[[io-thread]]\n" * 65 + DISK, "has 65 [[io-thread]] tables; 64 are the most"),
+        ("[[io-thread]]\n" * 65 + DISK, "has 65 [[io-thread]] tables; the maximum is 64"),
     ],
 )
 def test_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
@@ -297,7 +297,7 @@ def test_two_disks_at_one_socket(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     line = error(tmp_path, DISK + SECOND.replace("b.sock", name))
     assert line.startswith("[[disk]] 2 (b.img): socket-path: ")
-    assert "is that of [[disk]] 1 (a.img) too" in line
+    assert "is also the socket of [[disk]] 1 (a.img)" in line
 
 
 @pytest.mark.parametrize("name", ["a.img", "./a.img", "link/a.img", "symbolic", "hard"])
@@ -310,7 +310,7 @@ def test_two_disks_of_one_image(tmp_path: Path, name: str) -> None:
     for first, second in [("", ""), ("read-only = true\n", ""), ("read-only = true\n", "share-rw = true\n")]:
         line = error(tmp_path, f"{DISK}{first}{SECOND.replace('b.img', name)}{second}")
         assert line.startswith(f"[[disk]] 2 ({name}): image: ")
-        assert "is that of [[disk]] 1 (a.img) too; it can be shared" in line
+        assert "is also the image of [[disk]] 1 (a.img); disks can share an image" in line
 
 
 def test_paths_that_lead_nowhere_are_not_this_files_matter(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_parse_cpus(text: str, cpus: set[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "-1", "1-", "2-1", "a", "1.5", "\u0661", "0x1", "1-2-3", "9" * 6])
 def test_no_list_of_cpus(text: str) -> None:
-    with pytest.raises(ValueError, match="is no list of CPUs"):
+    with pytest.raises(ValueError, match="is not a list of CPUs"):
         parse_cpus(text)
 
 

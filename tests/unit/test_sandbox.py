@@ -666,12 +666,12 @@ def test_how_users_are_written() -> None:
     assert parse_user("0:12345") == User("0:12345", 0, 12345)
     assert parse_user("123456:0") == User("123456:0", 123456, 0)
     for wrong, words in {
-        "": "there is no user ''",
-        "nobody-of-this-name": "there is no user",
-        "0:no-such-group": "there is no group",
-        "123456": "user 123456 is in no list, so give a group too",
-        "4294967295:0": "no number of a user",
-        "0:99999999999": "no number of a group",
+        "": "user '' does not exist",
+        "nobody-of-this-name": "does not exist",
+        "0:no-such-group": "group 'no-such-group' does not exist",
+        "123456": "user 123456 has no entry in the user database",
+        "4294967295:0": "too large for the number of a user",
+        "0:99999999999": "too large for the number of a group",
     }.items():
         with pytest.raises(ValueError, match=words):
             parse_user(wrong)
@@ -680,4 +680,4 @@ def test_how_users_are_written() -> None:
 def test_a_user_that_is_not_there() -> None:
     done = CliRunner().invoke(serve_command, ["--user", "nobody-of-this-name"])
     assert done.exit_code == 2
-    assert "there is no user 'nobody-of-this-name'" in done.output
+    assert "user 'nobody-of-this-name' does not exist" in done.output

@@ -682,8 +682,8 @@ def test_cpus(serve: Callable[..., Served], path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--cpus", "65535"], "CPU 65535 is none that this process may use, which are"),
-        (["--cpus", "x"], "'x' is no list of CPUs; examples: 2, 2-3, 0,2-3"),
+        (["--cpus", "65535"], "CPU 65535 is not available to this process, which may use"),
+        (["--cpus", "x"], "'x' is not a list of CPUs; examples: 2, 2-3, 0,2-3"),
         (
             ["--io-threads", "3", "--cpus", "0", "--cpus", "0"],
             "--cpus is given 2 times; give it once, or once for each",
@@ -820,7 +820,7 @@ def test_options_beside_a_file_are_named(config: Path) -> None:
 def test_file_that_is_wrong_is_refused(config: Path) -> None:
     config.write_text(f"{DISKS}queues = 3")
     line = refused("--config", config)
-    assert line == f'Error: {config}: [[disk]] 2 (b.img): there is no key "queues"; is "num-queues" meant?'
+    assert line == f'Error: {config}: [[disk]] 2 (b.img): unknown key "queues"; did you mean "num-queues"?'
     assert "No such file" in refused("--config", config.with_name("none"))
     assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
 
