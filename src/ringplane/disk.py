@@ -141,7 +141,7 @@ class Disk:
         engines = "/".join(sorted({worker.engine.name for worker in self.workers}))
         return f"engine {engines}, {'O_DIRECT' if self.image.direct else 'buffered'}"
 
-    async def look_again(self) -> bool:
+    async def refresh_size(self) -> bool:
         """Serve the size that the image has now; whether it is another. Raises ImageError, OSError and WorkerEnded."""
         if self.zones:
             raise ImageError(f"{self.image.path}: a zoned disk cannot get another size")
@@ -149,7 +149,7 @@ class Disk:
             return await self._take_size()
 
     async def _take_size(self) -> bool:
-        self.image.look_again()
+        self.image.refresh_size()
         # Not with what was seen last time: that may not have been mapped.
         if self.image.size == self._device.size:
             return False
@@ -188,7 +188,7 @@ class Disk:
     def close(self) -> None:
         """Let go of the image; no queue may be running. A second call does nothing."""
         self._device.close()
-        self.tell_failures()
+        self.report_failures()
         if self.zones:
             try:
                 self.zones.close()
@@ -196,9 +196,9 @@ class Disk:
                 log.error("%s: %s", self.zones.path, error)
         self.image.close()
 
-    def tell_failures(self) -> None:
+    def report_failures(self) -> None:
         """Have the log say how many of its requests storage has failed since it last said so."""
-        self._device.failures.tell_rest()
+        self._device.failures.report_rest()
 
     @property
     def features(self) -> int:

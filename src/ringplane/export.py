@@ -167,9 +167,9 @@ class Export:
         while not drained.wait(DRAIN_LOOK) and not self._finished.is_set():
             pass
 
-    def look_again(self) -> None:
+    def refresh_size(self) -> None:
         """Have the size of the image looked at again, as it grew or shrank; the front end is told if it did."""
-        self.server.start_task(self._look_again)
+        self.server.start_task(self._refresh_size)
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
         """Call `receive` with each trace event from now on, or a sentence about lost ones, on the control thread."""
@@ -289,7 +289,7 @@ class Export:
             if self._transport:
                 self._transport.close()
             self._session = self._transport = None
-            self.disk.tell_failures()
+            self.disk.report_failures()
             log.info("%s: front end detached", name)
 
     # For handover.py.
@@ -328,11 +328,11 @@ class Export:
         self.request_stop()
         self._go.set()
 
-    def go_on_from(self, told: SessionSnapshot) -> None:
+    def resume_from(self, saved: SessionSnapshot) -> None:
         """Serve a front end that another process hands over, from the start on; raises what Session's does."""
-        self._transport = AsyncTransport(socket.socket(fileno=os.dup(told.socket.number)))
+        self._transport = AsyncTransport(socket.socket(fileno=os.dup(saved.socket.number)))
         self._session = Session(self._transport, self.disk)
-        self._session.go_on_from(told)
+        self._session.resume_from(saved)
 
     async def _drain(self, drained: threading.Event) -> None:
         try:
@@ -343,17 +343,17 @@ class Export:
         finally:
             drained.set()
 
-    async def _look_again(self) -> None:
+    async def _refresh_size(self) -> None:
         name = self.disk.image.path.name
         if self.disk.image.is_replaced:
             log.warning("%s: is another file now, or gone; the one that was opened is served until a restart", name)
         try:
-            if not await self.disk.look_again():
+            if not await self.disk.refresh_size():
                 log.info("%s: has %d bytes, as before", name, self.disk.image.size)
                 return
             log.info("%s: has %d bytes now", name, self.disk.image.size)
             if self._session:
-                await self._session.tell_config_changed()
+                await self._session.notify_config_change()
         except (ImageError, OSError, WorkerEnded) as error:
             log.warning("%s: its new size cannot be served: %s", name, error)
 

@@ -303,7 +303,7 @@ class Predecessor:
             # The requests in flight may take long: that we are refused for it is told when they have ended.
             state = self._channel.receive("disks", READY_PATIENCE)
             for export, disk in zip(exports, self._disks, strict=True):
-                _go_on_from(export, disk, state["disks"][disk["number"]])
+                _resume_from(export, disk, state["disks"][disk["number"]])
             self._channel.send({"taking": True})
             # Who ends without having read this resets the connection.
             with contextlib.suppress(EOFError, ConnectionResetError):
@@ -380,15 +380,15 @@ def _check_config_space(export: Export, there: bytes) -> None:
         raise HandoverError(f"{export.disk.image.path.name}: the guest would see another {', '.join(changed)}")
 
 
-def _go_on_from(export: Export, offered: dict[str, Any], told: dict[str, Any]) -> None:
-    if told["size"] != offered["size"]:
+def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any]) -> None:
+    if saved["size"] != offered["size"]:
         raise HandoverError(f"{export.disk.image.path.name}: gets another size just now; try again")
-    if told["flush_failed"]:
+    if saved["flush_failed"]:
         export.disk.note_failed_flush()
     if export.disk.zones:
-        export.disk.zones.go_on_from(told["zones"])
-    if told["front_end"]:
-        export.go_on_from(SessionSnapshot.from_json(told["front_end"]))
+        export.disk.zones.resume_from(saved["zones"])
+    if saved["front_end"]:
+        export.resume_from(SessionSnapshot.from_json(saved["front_end"]))
 
 
 def _listener(fd: Fd, path: Path | None) -> Listener:

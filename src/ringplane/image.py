@@ -131,7 +131,7 @@ class Image:
         except OSError:
             return True
 
-    def look_again(self) -> None:
+    def refresh_size(self) -> None:
         """Take note of the size that the image has now, in whole blocks. Raises ImageError."""
         self.size = _size(self.fd, self.path) // self._block_size * self._block_size
 

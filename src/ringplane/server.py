@@ -17,7 +17,7 @@ from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import release_compiler
 from ringplane.dataplane.worker import POLL_US, Worker
 from ringplane.engines.choose import AUTO
-from ringplane.tracing import tell_trace
+from ringplane.tracing import report_trace
 from ringplane.values import check_cpus
 
 if TYPE_CHECKING:
@@ -102,17 +102,17 @@ class Server:
         """
         if self._thread.is_alive():
             readers = [worker.start_tracing() for worker in self.workers.values()]
-            self.start_task(lambda: tell_trace(readers, receive))
+            self.start_task(lambda: report_trace(readers, receive))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all disks have stopped; whether they have."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def look_again(self) -> None:
+    def refresh_size(self) -> None:
         """Have the sizes of all images looked at again; may be called from a signal handler."""
         for export in self.exports:
-            export.look_again()
+            export.refresh_size()
 
     def request_stop(self) -> None:
         """Begin to stop all disks and return at once; may be called from a signal handler."""

@@ -15,7 +15,7 @@ TRACE_INTERVAL = 0.05
 TRACE_PORTION = 1000
 
 
-async def tell_trace(readers: Sequence[TraceReader], receive: Callable[[TraceEvent | str], None]) -> None:
+async def report_trace(readers: Sequence[TraceReader], receive: Callable[[TraceEvent | str], None]) -> None:
     """Call `receive` with each event, or a sentence about lost ones, until cancelled."""
     told = 0
 

@@ -53,7 +53,7 @@ class ZoneFile:
 
         What the last process has told of its writes counts, or, after a crash of the machine, what it had on stable
         storage. What is in the image beyond that is forgotten. `shared`: another process still writes, and hands over
-        its zones (`go_on_from`) when it has ended to.
+        its zones (`resume_from`) when it has ended to.
         """
         self.model, self.image = model, image
         self.path = path_beside(image.path)
@@ -159,11 +159,11 @@ class ZoneFile:
         values = (self._zones["failed"], self._table["state"], self._table["pointer"])
         return b"".join(each.tobytes() for each in values)
 
-    def go_on_from(self, told: bytes) -> None:
+    def resume_from(self, saved: bytes) -> None:
         """With the zones of a process that has stopped to write. Raises ImageError for those of another disk."""
-        if len(told) != 8 * (1 + 2 * self.count):
+        if len(saved) != 8 * (1 + 2 * self.count):
             raise ImageError(f"{self.path}: other zones are handed over")
-        values = np.frombuffer(told, np.int64)
+        values = np.frombuffer(saved, np.int64)
         state, pointer = values[1:].reshape(2, self.count)
         self._zones["failed"] = values[0]
         self._table["state"], self._table["pointer"] = state, pointer

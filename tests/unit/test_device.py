@@ -171,7 +171,7 @@ def test_an_image_that_grew(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, 2 * SIZE)
         assert capacity(driver) == SIZE
-        export.look_again()
+        export.refresh_size()
         wait_until(lambda: capacity(driver) == 2 * SIZE)
         driver.write(2 * SIZE - MIB, pattern(MIB, 3))
         assert driver.read(SIZE - MIB, 2 * MIB) == pattern(SIZE)[-MIB:] + bytes(MIB)
@@ -183,13 +183,13 @@ def test_an_image_that_grew(export: ringplane.Export, image: Path) -> None:
 def test_an_image_that_shrank(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, SIZE // 2)
-        export.look_again()
+        export.refresh_size()
         wait_until(lambda: capacity(driver) == SIZE // 2)
         assert driver.request(0, SIZE // 2 // 512, read=512).status == 1
         assert driver.request(0, SIZE // 2 // 512 - 1, read=1024).status == 1
         assert driver.read(0, SIZE // 2) == pattern(SIZE)[: SIZE // 2]
         os.truncate(image, SIZE)
-        export.look_again()
+        export.refresh_size()
         wait_until(lambda: capacity(driver) == SIZE)
         assert driver.read(0, SIZE) == pattern(SIZE)[: SIZE // 2] + bytes(SIZE // 2)
         driver.write(SIZE - 4096, pattern(4096, 9))
@@ -203,10 +203,10 @@ def test_a_shrunk_image_fails_what_is_beyond_its_end_before_anybody_looks(
         os.truncate(image, SIZE // 2)
         assert driver.request(0, SIZE // 2 // 512 + 8, read=512).status == 1
         assert driver.read(0, SIZE // 2) == pattern(SIZE)[: SIZE // 2]
-        export.look_again()
+        export.refresh_size()
         wait_until(lambda: capacity(driver) == SIZE // 2)
         os.truncate(image, 3 * SIZE)
-        export.look_again()
+        export.refresh_size()
         wait_until(lambda: capacity(driver) == 3 * SIZE)
         driver.write(3 * SIZE - 4096, pattern(4096, 9))
         assert driver.read(SIZE, 2 * SIZE) == bytes(2 * SIZE - 4096) + pattern(4096, 9)
@@ -215,13 +215,13 @@ def test_a_shrunk_image_fails_what_is_beyond_its_end_before_anybody_looks(
 def test_a_part_of_a_block_does_not_count(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, SIZE + 700)
-        export.look_again()
+        export.refresh_size()
         wait_until(lambda: capacity(driver) == SIZE + 512)
 
 
 def test_without_a_front_end_the_next_one_sees_it(export: ringplane.Export, image: Path) -> None:
     os.truncate(image, 2 * SIZE)
-    export.look_again()
+    export.refresh_size()
     wait_until(lambda: export.disk.image.size == 2 * SIZE)
     with attach(export) as driver:
         assert driver.capacity == 2 * SIZE
@@ -236,9 +236,9 @@ def test_the_front_end_is_told(export: ringplane.Export, image: Path) -> None:
         front_end.transport.call(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()], need_reply=True)
         theirs.close()
         ours.settimeout(PATIENCE)
-        export.look_again()
+        export.refresh_size()
         os.truncate(image, 2 * SIZE)
-        export.look_again()
+        export.refresh_size()
         message = ours.recv(100)
         assert HEADER.unpack(message) == (BackendRequest.CONFIG_CHANGE_MSG, VERSION, 0)
         assert capacity(driver) == 2 * SIZE

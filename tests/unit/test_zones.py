@@ -671,7 +671,7 @@ def test_another_size_is_refused(serve: Serve, folder: Path, caplog: pytest.LogC
     export = serve()
     with Disk(export) as disk:
         os.truncate(folder / "disk.img", 2 * SIZE)
-        export.look_again()
+        export.refresh_size()
         assert disk.zone(3) == (EMPTY, 0)
         export.drain()
         assert disk.driver.capacity == SIZE

@@ -23,7 +23,7 @@ class ServiceManager:
             except OSError:
                 sock.close()
 
-    def tell_ready(self) -> None:
+    def notify_ready(self) -> None:
         """Front ends may connect from now on. What is started after us may need to."""
         if self._sock is not None:
             with self._sock, contextlib.suppress(OSError):

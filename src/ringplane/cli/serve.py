@@ -268,7 +268,7 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
         if len(server.exports) == 1:
             announce_hint(server.exports[0])
         sys.stdout.flush()
-        manager.tell_ready()
+        manager.notify_ready()
         obey(server, signalled)
         server.wait()
 
@@ -278,7 +278,7 @@ def obey(server: Server, signalled: int) -> None:
 
     def obey_one() -> None:
         if set(os.read(signalled, 64)) <= {signal.SIGHUP}:
-            server.look_again()
+            server.refresh_size()
             server.call_when_readable(signalled, obey_one)
         else:
             server.request_stop()

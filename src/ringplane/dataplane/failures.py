@@ -89,7 +89,7 @@ class Failures:
         if monotonic() >= told.again_at:
             self._tell_more(kind, told)
 
-    def tell_rest(self) -> None:
+    def report_rest(self) -> None:
         """What was counted and not told yet."""
         with self._lock:
             for kind, told in self._told.items():

@@ -186,7 +186,7 @@ class Queue:
         self.layout: RingLayout | None = None
         self.kick_fd = -1
         # The ring was broken and the log says so; it waits for memory that was removed to be added again.
-        self.told_broken = self.suspended = False
+        self.broken_reported = self.suspended = False
         self.err_fd = -1
 
     @property

@@ -345,7 +345,7 @@ class Worker:
         queue.set_log(layout.log)
         record["broken"] = record["draining"] = 0
         record["turn"] = FIRST_TURN
-        queue.told_broken = queue.suspended = False
+        queue.broken_reported = queue.suspended = False
 
     def _place_ring(self, queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
         desc = memory.user_to_host(layout.desc, desc_bytes(layout.size))
@@ -473,8 +473,8 @@ class Worker:
     def _report_broken_rings(self) -> None:
         for queue in self._queues.values():
             rule = int(queue.record["broken"])
-            if rule != rules.OK and not queue.told_broken:
-                queue.told_broken = True
+            if rule != rules.OK and not queue.broken_reported:
+                queue.broken_reported = True
                 head = int(queue.record["broken_head"])
                 where = f" (chain {head})" if head >= 0 else ""
                 log.warning("%s: ring broken by the driver: %s%s", queue.name, rules.SENTENCES[rule], where)

@@ -237,36 +237,36 @@ class Session:
             vrings=[vring.snapshot() for vring in self._vrings],
         )
 
-    def go_on_from(self, told: SessionSnapshot) -> None:
+    def resume_from(self, saved: SessionSnapshot) -> None:
         """Take over a front end from another process, before `run`, which starts its rings.
 
         Raises Refused, BadMemory, OSError and ProtocolError, where they do not fit together.
         """
-        if told.features & ~self._offered or told.protocol_features & ~int(self._offered_protocol_features):
+        if saved.features & ~self._offered or saved.protocol_features & ~int(self._offered_protocol_features):
             raise Refused("the front end uses features that this disk does not offer")
-        if len(told.vrings) != len(self._vrings):
-            raise Refused(f"the front end has {len(told.vrings)} rings and this disk {len(self._vrings)} queues")
-        self._transport.connection.receive_again(told.unfinished, [os.dup(fd.number) for fd in told.unfinished_fds])
-        self._features, self._features_refused = told.features, told.features_refused
-        self._protocol_features = ProtocolFeature(told.protocol_features)
-        self._status, self._write_back = told.status, told.write_back
+        if len(saved.vrings) != len(self._vrings):
+            raise Refused(f"the front end has {len(saved.vrings)} rings and this disk {len(self._vrings)} queues")
+        self._transport.connection.receive_again(saved.unfinished, [os.dup(fd.number) for fd in saved.unfinished_fds])
+        self._features, self._features_refused = saved.features, saved.features_refused
+        self._protocol_features = ProtocolFeature(saved.protocol_features)
+        self._status, self._write_back = saved.status, saved.write_back
         self._memory = MemoryTable(
             self._map(
                 MemoryRegion(each.guest_address, each.memory.size, each.user_address, each.memory.offset),
                 each.memory.fd.number,
             )
-            for each in told.regions
+            for each in saved.regions
         )
-        if told.log is not None:
-            self._log = DirtyLog(Mapping(told.log.fd.number, told.log.size, told.log.offset, self._alarm))
-        if told.inflight is not None and told.inflight_fd is not None:
-            self._inflight = InflightArea(Inflight(*told.inflight), told.inflight_fd.number, self._alarm)
-        if told.channel is not None:
-            self._channel = BackendChannel(os.dup(told.channel.number))
-        for vring, each in zip(self._vrings, told.vrings, strict=True):
-            vring.go_on_from(each)
+        if saved.log is not None:
+            self._log = DirtyLog(Mapping(saved.log.fd.number, saved.log.size, saved.log.offset, self._alarm))
+        if saved.inflight is not None and saved.inflight_fd is not None:
+            self._inflight = InflightArea(Inflight(*saved.inflight), saved.inflight_fd.number, self._alarm)
+        if saved.channel is not None:
+            self._channel = BackendChannel(os.dup(saved.channel.number))
+        for vring, each in zip(self._vrings, saved.vrings, strict=True):
+            vring.resume_from(each)
 
-    async def tell_config_changed(self) -> None:
+    async def notify_config_change(self) -> None:
         """Tell the front end, if it can hear it, that the configuration space is to be read again."""
         if self._channel is None or ProtocolFeature.CONFIG not in self._protocol_features:
             log.info("the front end cannot be told; the driver sees the new size when it starts anew")

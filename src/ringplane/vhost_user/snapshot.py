@@ -78,13 +78,13 @@ class SessionSnapshot:
     vrings: list[VringSnapshot]
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Self:
+    def from_json(cls, saved: dict[str, Any]) -> Self:
         """Of what JSON makes of one, `Fd`s and bytes already being themselves. Raises TypeError and KeyError."""
-        values = dict(told)
+        values = dict(saved)
         values["regions"] = [
             SharedRegion(each["guest_address"], each["user_address"], SharedMemory(**each["memory"]))
-            for each in told["regions"]
+            for each in saved["regions"]
         ]
-        values["log"] = SharedMemory(**told["log"]) if told["log"] else None
-        values["vrings"] = [VringSnapshot(**each) for each in told["vrings"]]
+        values["log"] = SharedMemory(**saved["log"]) if saved["log"] else None
+        values["vrings"] = [VringSnapshot(**each) for each in saved["vrings"]]
         return cls(**values)

@@ -53,15 +53,15 @@ class Vring:
             broken=int(self.queue.record["broken"]),
         )
 
-    def go_on_from(self, told: VringSnapshot) -> None:
+    def resume_from(self, saved: VringSnapshot) -> None:
         """Raises OSError when there are too many fds."""
-        self.size, self.base = told.size, told.base
-        self.address = VringAddr(*told.address) if told.address is not None else None
-        self.kick_fd, self.call_fd, self.err_fd = (_duplicate(fd) for fd in (told.kick, told.call, told.err))
-        self.enabled, self.call_told = told.enabled, told.call_told
+        self.size, self.base = saved.size, saved.base
+        self.address = VringAddr(*saved.address) if saved.address is not None else None
+        self.kick_fd, self.call_fd, self.err_fd = (_duplicate(fd) for fd in (saved.kick, saved.call, saved.err))
+        self.enabled, self.call_told = saved.enabled, saved.call_told
         # No worker uses the queue yet.
         self.queue.record["call_fd"], self.queue.err_fd = self.call_fd, self.err_fd
-        self.queue.record["broken"], self.queue.told_broken = told.broken, bool(told.broken)
+        self.queue.record["broken"], self.queue.broken_reported = saved.broken, bool(saved.broken)
 
 
 def replace_fd(old: int, new: int) -> int:
