@@ -37,6 +37,7 @@ CPU_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
 
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+UNIT_NAMES = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def parse_size(text: str) -> int:
@@ -50,6 +51,15 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"{text!r} is not a positive size")
     return size
+
+
+def format_size(size: int) -> str:
+    """A number of bytes in the largest unit of which it has one, with up to two decimals: `64 MiB`, `1.5 GiB`."""
+    number, units = float(size), iter(UNIT_NAMES)
+    unit = next(units)
+    while round(number, 2) >= 1024:
+        number, unit = number / 1024, next(units)
+    return f"{number:.2f}".rstrip("0").rstrip(".") + f" {unit}"
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -61,5 +61,5 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     for size in ("1M", str((4 << 20) + 512)):
         done = CliRunner().invoke(demo, ["--image", str(tmp_path / "disk.img"), "--size", size])
         assert done.exit_code == 1
-        assert "no multiple of 4096 from 4M up" in done.output
+        assert "not a multiple of 4096 of at least 4M" in done.output
     assert list(tmp_path.iterdir()) == []

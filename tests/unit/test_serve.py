@@ -152,7 +152,7 @@ def test_sighup_looks_at_the_size_again(serve: Callable[..., Served], path: Path
 def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number: int) -> None:
     served = serve("--num-queues", "2")
     assert served.lines[-1] == f"listening on {path}"
-    assert any(line.startswith(f"serving {path.with_name('image')} (0.02 GiB, ") for line in served.lines)
+    assert any(line.startswith(f"serving {path.with_name('image')} (16 MiB, ") for line in served.lines)
     with attach(path) as driver:
         driver.write(0, b"x" * 512)
     status, out, err = served.end(number)
@@ -466,7 +466,7 @@ def test_buffered_says_so(serve: Callable[..., Served]) -> None:
 def announced(served: Served) -> str:
     """How the disk is served, of the line that says so."""
     line = next(line for line in served.lines if line.startswith("serving "))
-    return line.split(" GiB, ")[1]
+    return line.split("iB, ")[1]
 
 
 @pytest.fixture
@@ -745,7 +745,7 @@ def test_disks_of_a_file(serve_config: Callable[..., Served], config: Path, tmp_
         f"listening on {tmp_path / 'a.sock'}",
         f"listening on {tmp_path / 'b.sock'}",
     ]
-    assert any(line.startswith(f"serving {tmp_path / 'b.img'} (0.00 GiB, ") and "3 queues" in line for line in lines)
+    assert any(line.startswith(f"serving {tmp_path / 'b.img'} (2 MiB, ") and "3 queues" in line for line in lines)
     assert not any("QEMU" in line for line in lines)
     assert (status, "Traceback" in err) == (0, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "b.img", "disks.toml"]

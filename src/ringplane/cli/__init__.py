@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import click
 
@@ -13,6 +14,10 @@ COMMANDS = ("serve", "demo", "bench")
 
 class Commands(click.Group):
     """The group of COMMANDS: each is the function of its name in the file of its name."""
+
+    def __init__(self, **options: Any) -> None:
+        # Not what runs, which `get_command` imports: names from which click suggests one for a mistyped command.
+        super().__init__(commands=[click.Command(name) for name in COMMANDS], **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ringplane.cli.types import SIZE
+from ringplane.values import format_size
 
 if TYPE_CHECKING:
     from ringplane.driver.load import Load, Model, Result
@@ -41,7 +42,7 @@ def demo(image: Path | None, size: int, seconds: float) -> None:
     if image and image.exists():
         raise click.ClickException(f"{image}: exists already; the demo overwrites nothing, name a new file")
     if size < 4 << 20 or size % 4096:
-        raise click.ClickException(f"a size of {size} bytes is no multiple of 4096 from 4M up")
+        raise click.ClickException(f"--size {size} is not a multiple of 4096 of at least 4M")
     with tempfile.TemporaryDirectory(prefix="ringplane-demo-") as folder:
         path = image or Path(folder, "disk.img")
         try:
@@ -62,7 +63,7 @@ def run_demo(console: Console, folder: Path, image: Path, size: int, seconds: fl
     with serving(folder, image, ["--create", str(size)], cache) as cold:
         pass
     with serving(folder, image, [], cache) as warm:
-        console.print(f"serving {image} ({size / 2**20:.0f} MiB) at {folder / 'socket'}; compiling the driver ...")
+        console.print(f"serving {image} ({format_size(size)}) at {folder / 'socket'}; compiling the driver ...")
         results, good = exercise(console, folder / "socket", seconds)
     console.print(results)
     console.print(f"start to listening: cold {cold:.1f} s (compiles), warm {warm:.2f} s")

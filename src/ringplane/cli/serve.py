@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, USER, ZONES
-from ringplane.values import User, check_serial
+from ringplane.values import User, check_serial, format_size
 
 if TYPE_CHECKING:
     from ringplane.dataplane.trace import TraceEvent
@@ -303,7 +303,7 @@ def announce(export: Export) -> None:
     if export.config.direct and disk.through_page_cache:
         click.echo(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
     mode = disk.how + (", read-only" if image.read_only else "")
-    click.echo(f"serving {image.path} ({image.size / 2**30:.2f} GiB, {mode}, {len(disk.queues)} queues)")
+    click.echo(f"serving {image.path} ({format_size(image.size)}, {mode}, {len(disk.queues)} queues)")
     click.echo(f"listening on {export.socket_path or 'an inherited socket'}")
 
 
