@@ -1,9 +1,10 @@
 """A planned restart: a new process takes over the disks of a running one, and with them its front ends.
 
-The running process listens at a socket of its own beside that of its first disk. The new one connects there, is told
-of the disks and given their images and sockets, and gets everything ready. Only then is there a silence: the running
-one stops all rings, which answers what is in flight, and tells where each of them is; the new one goes on from there.
-If anything goes wrong until the new one has everything, the running one goes on as if nothing had been.
+The running process listens on a separate socket beside that of its first disk. The new one connects there, receives
+the description of the disks with their images and sockets, and prepares everything. Only then do the guests wait: the
+running process stops all rings, which completes what is in flight, and sends the position of each; the new one resumes
+from there. If anything fails before the new process has everything, the running one continues as if nothing had
+happened.
 
     new                         running
     hello            ->
@@ -13,8 +14,8 @@ If anything goes wrong until the new one has everything, the running one goes on
     taking           ->         lets go of all of them
                      <-         yours, and exits
 
-What goes wrong is told as {"refused": why}. Between the last two lines no process serves: if the running one ends there
-without a word, it has let go.
+A failure is sent as {"refused": why}. Between the last two lines no process serves: if the running one ends there
+without a message, it has let go.
 """
 
 from __future__ import annotations
@@ -43,35 +44,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of what is said, for processes of other releases.
+# Of the protocol, because the two processes may be of different releases.
 VERSION = 1
 
-# Of a message: bytes of JSON, and fds, which come before it, so many at a time (the kernel's SCM_MAX_FD is 253).
+# Of a message: bytes of JSON, and number of fds. The fds come first, FDS_AT_A_TIME each (SCM_MAX_FD is 253).
 PREFIX = struct.Struct("<II")
 FDS_AT_A_TIME = 200
 MAX_MESSAGE = 64 << 20
 
-# Seconds. A new process may have to compile the data plane before it is ready; `TAKING` is a part of the silence.
+# Seconds. A new process may have to compile the data plane before it is ready; during `TAKING` the guests wait.
 READY_PATIENCE, DRAIN_PATIENCE, TAKING_PATIENCE = 120.0, 2.0, 5.0
 
-# What of a disk's options a guest sees, or other processes rely on: a restart does not change them.
+# The options of a disk that a guest sees, or that other processes rely on: a restart does not change them.
 FIXED = ("read_only", "direct", "share_rw", "num_queues", "block_size", "serial", "features", "zoned")
 
-# What json makes of DiskConfig's values.
+# The values of a DiskConfig as JSON.
 Options = dict[str, Any]
 
 
 class HandoverError(Exception):
-    """The disks are not handed over, and the running process goes on; the text is one line that says why."""
+    """The disks are not handed over, and the running process continues; the text is one line that says why."""
 
 
 def socket_beside(socket_path: Path) -> Path:
-    """Where the process listens for its successor whose first disk's socket this is."""
+    """Where a process listens for its successor, given the socket of its first disk."""
     return socket_path.with_name(f"{socket_path.name}.upgrade")
 
 
 class Channel:
-    """Messages, which are JSON with fds (`Fd`) and bytes in it, over a connected UNIX socket; each call blocks."""
+    """Messages over a connected UNIX socket: JSON that can contain fds (`Fd`) and bytes. Each call blocks."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over the socket."""
@@ -113,22 +114,26 @@ class Channel:
         self._sock.settimeout(patience)
         size, count = PREFIX.unpack(self._exactly(PREFIX.size))
         if size > MAX_MESSAGE:
-            raise HandoverError(f"a message of {size} bytes came")
+            raise HandoverError(f"received a message of {size} bytes; the maximum is {MAX_MESSAGE}")
         fds: list[int] = []
         while len(fds) < count:
             _, some, _, _ = socket.recv_fds(self._sock, 1, FDS_AT_A_TIME, socket.MSG_CMSG_CLOEXEC)
             if not some:
-                raise HandoverError("file descriptors were lost; more may be open by: ulimit -n")
+                raise HandoverError(
+                    "file descriptors were lost: this process may not open enough; raise its limit (ulimit -n)"
+                )
             fds += some
             self._received += some
         try:
             message = json.loads(self._exactly(size), object_hook=lambda value: _decode(value, fds))
         except (ValueError, LookupError, TypeError) as error:
-            raise HandoverError(f"a message makes no sense: {error}") from None
+            raise HandoverError(f"received a malformed message: {error}") from None
         if not isinstance(message, dict) or "refused" in message:
-            raise HandoverError(str(message["refused"]) if isinstance(message, dict) else "a message is no object")
+            raise HandoverError(
+                str(message["refused"]) if isinstance(message, dict) else "received a message that is not an object"
+            )
         if what not in message:
-            raise HandoverError(f"a message came in the place of {what!r}")
+            raise HandoverError(f"expected {what!r} but received another message")
         return message
 
     def _exactly(self, size: int) -> bytes:
@@ -141,7 +146,7 @@ class Channel:
         return bytes(data)
 
     def close(self) -> None:
-        """Also wakes whoever blocks in it. May be called again."""
+        """Also wakes a thread that blocks in it. May be called again."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -168,7 +173,7 @@ def _decode(value: dict[str, Any], fds: Sequence[int]) -> object:
 
 
 async def offer_successors(server: Server, listener: Listener) -> None:
-    """Hand over all disks of the server to whoever asks for them at this socket; returns when that was done."""
+    """Hand over all disks of the server to a process that asks for them at this socket; returns when that is done."""
     listener.sock.setblocking(False)
     loop = asyncio.get_running_loop()
     while listener.owned:
@@ -184,21 +189,23 @@ async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel
             raise HandoverError(f"user {uid} may not take over the disks of user {os.geteuid()}")
         hello = await asyncio.to_thread(channel.receive, "hello", TAKING_PATIENCE)
         if hello["hello"] != VERSION:
-            raise HandoverError(f"this release hands over by version {VERSION}, not by version {hello['hello']}")
+            raise HandoverError(
+                f"this release uses version {VERSION} of the handover protocol, not version {hello['hello']}"
+            )
         await asyncio.to_thread(channel.send, _offer(server.exports, listener))
         await asyncio.to_thread(channel.receive, "ready", READY_PATIENCE)
         await _hand_over(server.exports, channel)
     except (HandoverError, EOFError, OSError) as error:
         why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
-        log.warning("process %d does not take over: %s", pid, why)
+        log.warning("process %d could not take over: %s", pid, why)
         with contextlib.suppress(OSError):
             await asyncio.to_thread(channel.send, {"refused": why})
         return
     listener.owned = False
-    log.info("process %d takes over", pid)
+    log.info("process %d takes over all disks", pid)
     for export in server.exports:
         await export.abandon()
-    # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we have ended all the same.
+    # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we end all the same.
     with contextlib.suppress(OSError):
         channel.send({"yours": True})
 
@@ -221,7 +228,7 @@ def _offer(exports: Sequence[Export], listener: Listener) -> dict[str, Any]:
 
 
 async def _hand_over(exports: Sequence[Export], channel: Channel) -> None:
-    """Returns, with all frozen, when the other process has everything; raises what goes wrong, and all goes on."""
+    """Returns, with all disks frozen, when the other process has everything. If it raises, all disks are thawed."""
     async with contextlib.AsyncExitStack() as undo:
         await _freeze_all(exports, undo)
         await asyncio.to_thread(channel.send, {"disks": [_state(export) for export in exports]})
@@ -230,10 +237,10 @@ async def _hand_over(exports: Sequence[Export], channel: Channel) -> None:
 
 
 async def _freeze_all(exports: Sequence[Export], undo: contextlib.AsyncExitStack) -> None:
-    """And have `undo` thaw them. Raises HandoverError, where requests take too long only when they have ended."""
+    """And have `undo` thaw them. Raises HandoverError; where requests take too long, only after they have ended."""
     freezing = [asyncio.create_task(export.freeze()) for export in exports]
     _, late = await asyncio.wait(freezing, timeout=DRAIN_PATIENCE)
-    problem = f"requests in flight take longer than {DRAIN_PATIENCE:.0f} seconds" if late else ""
+    problem = f"requests in flight took longer than {DRAIN_PATIENCE:.0f} seconds" if late else ""
     for export, result in zip(exports, await asyncio.gather(*freezing, return_exceptions=True), strict=True):
         if result is None:
             undo.push_async_callback(export.thaw)
@@ -254,7 +261,7 @@ def _state(export: Export) -> dict[str, Any]:
 
 
 def options_of(config: DiskConfig) -> Options:
-    """Those that are FIXED, as JSON has them."""
+    """The FIXED options as JSON."""
     options = {name: getattr(config, name) for name in FIXED}
     options["features"] = dict(config.features)
     options["zoned"] = dataclasses.asdict(config.zoned) if config.zoned else None
@@ -265,7 +272,7 @@ def options_of(config: DiskConfig) -> Options:
 
 
 class Predecessor:
-    """The running process, as its successor sees it. Used in a `with`; leaving it before `take` changes nothing."""
+    """The running process, seen by its successor. Used in a `with`; leaving it before `take` changes nothing."""
 
     def __init__(self, configs: Sequence[DiskConfig]) -> None:
         """Find the process that serves these disks; raises HandoverError."""
@@ -276,23 +283,23 @@ class Predecessor:
             with _in_words():
                 self.pid = self._channel.peer[0]
                 self._channel.send({"hello": VERSION})
-                told = self._channel.receive("disks", TAKING_PATIENCE)
-                self._listener: Fd = told["listener"]
-                self._disks = _in_order(told["disks"], configs)
+                offer = self._channel.receive("disks", TAKING_PATIENCE)
+                self._listener: Fd = offer["listener"]
+                self._disks = _in_order(offer["disks"], configs)
         except BaseException:
             self._channel.close()
             raise
 
     def image(self, index: int) -> tuple[int, int]:
-        """Disk `index`'s image: a new fd, and how many bytes of it are served."""
+        """The image of disk `index`: a new fd, and how many bytes of it are served."""
         return os.dup(self._disks[index]["image"].number), self._disks[index]["size"]
 
     def listener(self, index: int) -> Listener:
-        """Disk `index`'s socket, not ours to remove before `take`."""
+        """The socket of disk `index`; its file is not ours to remove before `take`."""
         return _listener(self._disks[index]["listener"], self._configs[index].socket_path)
 
     def take(self, exports: Sequence[Export]) -> Listener:
-        """Go on with all front ends from where they are; returns the socket for our own successor.
+        """Resume all front ends from where they are; returns the socket for our own successor.
 
         Raises HandoverError. The disks are served by nobody from now on until the exports are.
         """
@@ -300,12 +307,12 @@ class Predecessor:
             for export, disk in zip(exports, self._disks, strict=True):
                 _check_config_space(export, disk["config_space"])
             self._channel.send({"ready": True})
-            # The requests in flight may take long: that we are refused for it is told when they have ended.
+            # The requests in flight may take long; a refusal because of that arrives after they have ended.
             state = self._channel.receive("disks", READY_PATIENCE)
             for export, disk in zip(exports, self._disks, strict=True):
                 _resume_from(export, disk, state["disks"][disk["number"]])
             self._channel.send({"taking": True})
-            # Who ends without having read this resets the connection.
+            # A process that ends without having read this resets the connection.
             with contextlib.suppress(EOFError, ConnectionResetError):
                 self._channel.receive("yours", READY_PATIENCE)
         mine = _listener(self._listener, self._path)
@@ -321,7 +328,7 @@ class Predecessor:
 
 
 def _connect(paths: Sequence[Path]) -> tuple[Path, socket.socket]:
-    """Beside which of the disks' sockets there is somebody does not matter."""
+    """To the first of the disks' sockets beside which a process listens."""
     for path in map(socket_beside, paths):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -330,31 +337,31 @@ def _connect(paths: Sequence[Path]) -> tuple[Path, socket.socket]:
         except OSError:
             sock.close()
     raise HandoverError(
-        f"{paths[0] if paths else 'a disk without a socket path'}: no ringplane that could be taken over serves there; "
+        f"{paths[0] if paths else 'a disk without a socket path'}: no running ringplane serves there; "
         "start one without --upgrade"
     )
 
 
 @contextlib.contextmanager
 def _in_words() -> Iterator[None]:
-    """Whatever goes wrong inside is a HandoverError."""
+    """Turn every failure inside into a HandoverError."""
     try:
         yield
     except HandoverError as error:
-        raise HandoverError(f"the running process goes on: {error}") from None
+        raise HandoverError(f"the running process continues to serve: {error}") from None
     except TimeoutError:
         raise HandoverError("the running process does not answer") from None
     except (EOFError, OSError, LookupError, TypeError, ValueError) as error:
-        raise HandoverError(f"the running process cannot be taken over: {error or type(error).__name__}") from None
+        raise HandoverError(f"cannot take over from the running process: {error or type(error).__name__}") from None
 
 
 def _in_order(disks: Sequence[dict[str, Any]], configs: Sequence[DiskConfig]) -> list[dict[str, Any]]:
-    """What was offered of each of our disks; raises HandoverError where those are other ones."""
+    """The offer for each of our disks; raises HandoverError unless both processes have the same disks."""
     offered = {disk["socket_path"]: disk | {"number": number} for number, disk in enumerate(disks)}
     wanted = {os.path.realpath(config.socket_path or ""): config for config in configs}
     if offered.keys() != wanted.keys():
         other = sorted(offered.keys() ^ wanted.keys())[0]
-        raise HandoverError(f"{other} is served by only one of the two; they have to serve the same disks")
+        raise HandoverError(f"{other} is served by only one of the two processes; both must serve the same disks")
     for path, config in wanted.items():
         _check_options(path, config, offered[path])
     return [offered[path] for path in wanted]
@@ -365,24 +372,27 @@ def _check_options(path: str, config: DiskConfig, disk: dict[str, Any]) -> None:
     for name in FIXED:
         if its.get(name) != ours[name]:
             option = name.replace("_", "-")
-            raise HandoverError(f"{path}: {option} is {its.get(name)} there and {ours[name]} here; it has to stay")
+            raise HandoverError(
+                f"{path}: {option} is {its.get(name)} in the running process and {ours[name]} here; "
+                "an upgrade cannot change it"
+            )
     if not os.path.samestat(os.stat(config.image), os.fstat(disk["image"].number)):
-        raise HandoverError(f"{path}: {config.image} is not the image that is served there")
+        raise HandoverError(f"{path}: {config.image} is not the image that the running process serves")
 
 
 def _check_config_space(export: Export, there: bytes) -> None:
-    """A guest reads it once."""
+    """Raises HandoverError if it changes, because a guest reads it only once."""
     here = export.disk.config_space()
     fields = blk.CONFIG.names or ()
     old, new = (np.frombuffer(space.ljust(blk.CONFIG.itemsize, b"\0"), blk.CONFIG, 1)[0] for space in (there, here))
     changed = [name for name in fields if old[name].tobytes() != new[name].tobytes()]
     if changed:
-        raise HandoverError(f"{export.disk.image.path.name}: the guest would see another {', '.join(changed)}")
+        raise HandoverError(f"{export.disk.image.path.name}: the guest would see a change of {', '.join(changed)}")
 
 
 def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any]) -> None:
     if saved["size"] != offered["size"]:
-        raise HandoverError(f"{export.disk.image.path.name}: gets another size just now; try again")
+        raise HandoverError(f"{export.disk.image.path.name}: its size is being changed; try again")
     if saved["flush_failed"]:
         export.disk.note_failed_flush()
     if export.disk.zones:

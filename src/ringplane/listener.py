@@ -1,4 +1,4 @@
-"""The listening socket of a disk: made at a path, or inherited; a stale one is replaced, a live one refused."""
+"""The listening socket of a disk: created at a path, or inherited. A stale one is replaced, a live one rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Listener:
         self.sock = sock
         self.path = path
         self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        # Whether its file is ours to remove: not while another process serves it (handover.py).
+        # Whether its file is ours to remove: not while another process listens on it (handover.py).
         self.owned = True
         self._identity = _identity(path) if path else None
 
@@ -39,12 +39,12 @@ class Listener:
             sock.listen()
         except OSError as error:
             sock.close()
-            raise ListenError(f"{path}: cannot listen there: {error.strerror or error}") from None
+            raise ListenError(f"{path}: cannot listen on this socket: {error.strerror or error}") from None
         return cls(sock, path)
 
     @classmethod
     def inherited(cls, fd: int) -> Listener:
-        """Serve the socket that the parent process has left at `fd`; raises ListenError."""
+        """Serve the socket that was inherited as `fd`; raises ListenError."""
         try:
             sock = socket.socket(fileno=fd)
         except (OSError, ValueError, OverflowError) as error:
@@ -62,8 +62,8 @@ class Listener:
             try:
                 self.path.unlink()
             except OSError as error:
-                # The next one to listen there replaces it.
-                log.warning("%s: the socket's file is left there: %s", self.path, error.strerror)
+                # The next process to listen there replaces it.
+                log.warning("%s: cannot remove the socket's file: %s", self.path, error.strerror)
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "an inherited socket"
@@ -83,7 +83,7 @@ def _remove_stale(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ListenError(f"{path}: exists and is not a socket; it is left alone")
+        raise ListenError(f"{path}: exists and is not a socket; choose another path or remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -92,8 +92,10 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             return
         except PermissionError:
-            raise ListenError(f"{path}: somebody else's socket is there; it is left alone") from None
+            raise ListenError(f"{path}: a socket of another user exists; choose another path or remove it") from None
         except OSError:
             # A full queue of waiting front ends is a live server too.
             pass
-    raise ListenError(f"{path}: another process is listening there")
+    raise ListenError(
+        f"{path}: another process is listening there; choose another path, or --upgrade to take over from it"
+    )

@@ -283,13 +283,13 @@ def test_live_socket_is_refused(serve: Callable[..., Served], path: Path, tmp_pa
 
 def test_what_is_no_socket_is_left_alone(image: Path, path: Path) -> None:
     path.write_text("precious")
-    assert "left alone" in refused("--blk-file", image, "--socket-path", path)
+    assert "exists and is not a socket; choose another path" in refused("--blk-file", image, "--socket-path", path)
     assert path.read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["nowhere/socket", "x" * 120])
 def test_place_where_no_socket_can_be(image: Path, tmp_path: Path, name: str) -> None:
-    assert "cannot listen there" in refused("--blk-file", image, "--socket-path", tmp_path / name)
+    assert "cannot listen on this socket" in refused("--blk-file", image, "--socket-path", tmp_path / name)
 
 
 def test_inherited_listening_socket(serve: Callable[..., Served], path: Path) -> None:

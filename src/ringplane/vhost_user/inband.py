@@ -1,4 +1,4 @@
-"""The channel to the front end, and notifications that go through it as messages instead of through eventfds.
+"""The channel to the front end, and notifications sent on it as messages instead of through eventfds.
 
 Source: QEMU's docs/interop/vhost-user.rst, sections "Back-end communication" and "In-band notifications".
 """
@@ -18,7 +18,7 @@ from ringplane.vhost_user.transport import AsyncTransport
 
 log = logging.getLogger(__name__)
 
-# Seconds that a front end may take to read what we tell it, where nobody waits for its answer.
+# Seconds that a front end may take to read a message whose answer nobody waits for.
 PATIENCE = 2.0
 
 
@@ -30,23 +30,23 @@ class BackendChannel:
     """Our requests to the front end, on the socket that SET_BACKEND_REQ_FD has brought."""
 
     def __init__(self, fd: int) -> None:
-        """Take over the fd; raises OSError, with the fd closed, where it is no socket."""
+        """Take over the fd; raises OSError, with the fd closed, where it is not a socket."""
         try:
             sock = socket.socket(fileno=fd)
         except OSError:
             os.close(fd)
             raise
         self._transport = AsyncTransport(sock, Connection(Role.BACK_END, backend_channel=True))
-        # Held by whom nothing may be under way for: no request is sent, and no answer awaited.
+        # While it is held, no request is sent and no answer is awaited.
         self.quiet = asyncio.Lock()
 
-    async def tell(self, request: BackendRequest, payload: Payload | None = None) -> None:
-        """Send what needs no answer; raises OSError, TimeoutError of it, when the front end does not take it."""
+    async def notify(self, request: BackendRequest, payload: Payload | None = None) -> None:
+        """Send a message that needs no answer; raises OSError (TimeoutError if the front end does not read it)."""
         async with self.quiet, asyncio.timeout(PATIENCE):
             await self._transport.send(self._transport.connection.send(request, payload or Empty()))
 
     async def ask(self, request: BackendRequest, payload: Payload) -> None:
-        """Send it and wait until the front end says that it has acted on it; raises OSError and ProtocolError."""
+        """Send it and wait until the front end acknowledges it; raises OSError and ProtocolError."""
         async with self.quiet:
             await self._transport.send(self._transport.connection.send(request, payload, need_reply=True))
             answer = await self._transport.receive()
@@ -55,7 +55,7 @@ class BackendChannel:
             answer.close()
 
     def fileno(self) -> int:
-        """Of its socket."""
+        """The file descriptor of its socket."""
         return self._transport.fileno()
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class BackendChannel:
 
 
 class InbandSignal:
-    """An eventfd whose signals become messages about a ring; the data plane knows the eventfd alone."""
+    """An eventfd whose signals become messages about a ring; the data plane knows only the eventfd."""
 
     def __init__(self, ask: Ask, request: BackendRequest, ring: int) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -79,13 +79,13 @@ class InbandSignal:
         self._signalled.set()
 
     async def forwarded(self) -> None:
-        """Return when the front end has been told of all that was signalled."""
+        """Return when a message has been acknowledged for all that was signalled."""
         with contextlib.suppress(BlockingIOError):
             self._note()
         await self._idle.wait()
 
     async def _forward(self, ask: Ask, request: BackendRequest, ring: int) -> None:
-        """Signals that come while the front end is told of one are told of together."""
+        """Signals that arrive while a message is under way share the next one."""
         try:
             while True:
                 await self._signalled.wait()
@@ -94,7 +94,7 @@ class InbandSignal:
                 if not self._signalled.is_set():
                     self._idle.set()
         except (OSError, ProtocolError) as error:
-            log.warning("%s of ring %d cannot be sent any more: %s", request.name, ring, error)
+            log.warning("%s of ring %d can no longer be sent: %s", request.name, ring, error)
             self._idle.set()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""The in-flight area: memory that the front end keeps for us, so that it outlives this process; a region a ring.
+"""The in-flight area: memory with a region per ring that the front end keeps, so that it outlives this process.
 
-Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking". virtio/inflight.py has what is in a region.
+Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking". The layout of a region is in
+virtio/inflight.py.
 """
 
 from __future__ import annotations
@@ -22,28 +23,29 @@ class InflightArea:
     """The area that an Inflight message describes, mapped."""
 
     def __init__(self, described: Inflight, fd: int, alarm: Alarm) -> None:
-        """The fd stays the caller's; `alarm` tells when the memory goes.
+        """The fd stays the caller's; `alarm` is signalled when the memory is taken away.
 
-        Raises BadMemory for sizes that cannot be, OSError when it cannot be mapped.
+        Raises BadMemory for impossible sizes, OSError when it cannot be mapped.
         """
         size, offset, queues = described.mmap_size, described.mmap_offset, described.num_queues
         if size == 0 or size + offset >= 1 << 62 or not 0 < described.queue_size <= MAX_QUEUE_SIZE or queues == 0:
             raise BadMemory(
-                f"no in-flight area: {size} bytes at {offset} for {queues} queues of {described.queue_size} descriptors"
+                f"impossible in-flight area: {size} bytes at {offset} for {queues} queues "
+                f"of {described.queue_size} descriptors"
             )
         self.described = described
         self._mapping = Mapping(fd, size, offset, alarm)
         self._queues = queues
-        # Whoever made it, they are equal.
+        # All regions have the same size, whichever back end has created them.
         self._stride = size // queues // ALIGNMENT * ALIGNMENT
 
     @property
     def fd(self) -> int:
-        """By which another process can map it."""
+        """The file descriptor with which another process can map it."""
         return self._mapping.fd
 
     def region(self, index: int, size: int, *, packed: bool) -> InflightRegion:
-        """That of ring `index` with `size` descriptors; raises BadMemory where there is no room for it."""
+        """The region of ring `index` with `size` descriptors; raises BadMemory where there is no room for it."""
         if index >= self._queues or region_bytes(size, packed=packed) > self._stride:
             raise BadMemory(f"the in-flight area has no room for ring {index} of {size} descriptors")
         address = self._mapping.address + index * self._stride
@@ -52,7 +54,7 @@ class InflightArea:
         return InflightRegion(address, self._mapping)
 
     def forget(self, index: int) -> None:
-        """The ring has been drained and ends: the next one there begins anew, wherever the front end says."""
+        """The ring has been drained and ends: the next one in this region starts empty, where the front end says."""
         if index < self._queues and self._stride >= REGION_SPLIT.itemsize:
             ctypes.c_uint16.from_address(self._mapping.address + index * self._stride + VERSION_OFFSET).value = 0
 
@@ -60,7 +62,7 @@ class InflightArea:
 def create(num_queues: int, queue_size: int) -> tuple[Inflight, int]:
     """A new area and its fd, which is the caller's; large enough for either format. Raises OSError and BadMemory."""
     if not 0 < queue_size <= MAX_QUEUE_SIZE or num_queues == 0:
-        raise BadMemory(f"an in-flight area for {num_queues} queues of {queue_size} descriptors is asked for")
+        raise BadMemory(f"an in-flight area for {num_queues} queues of {queue_size} descriptors is impossible")
     size = num_queues * region_bytes(queue_size, packed=True)
     fd = os.memfd_create("ringplane-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

@@ -272,7 +272,7 @@ class Session:
             log.info("the front end cannot be told; the driver sees the new size when it starts anew")
             return
         try:
-            await self._channel.tell(BackendRequest.CONFIG_CHANGE_MSG)
+            await self._channel.notify(BackendRequest.CONFIG_CHANGE_MSG)
         except OSError as error:
             log.warning("the front end could not be told of the new size: %s", error or "it does not read")
 

@@ -1,7 +1,7 @@
-"""What a process tells the next one about a front end, so that it goes on with it as if nothing had been.
+"""The state of a front end that a process hands to its successor, which resumes it unnoticed.
 
-All of it is plain values and fds (`Fd`), which handover.py sends. The fds stay their owner's: whoever goes on with a
-front end duplicates them.
+All of it is plain values and fds (`Fd`), which handover.py sends. The fds stay their owner's: the process that
+resumes a front end duplicates them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Fd:
-    """A file descriptor of this process, as something other than a number."""
+    """A file descriptor of this process, as a type of its own."""
 
     number: int
 
     @classmethod
     def of(cls, number: int) -> Self | None:
-        """None for -1, which is none."""
+        """None for -1."""
         return cls(number) if number >= 0 else None
 
 
@@ -33,7 +33,7 @@ class SharedMemory:
 
 @dataclass(frozen=True, slots=True)
 class SharedRegion:
-    """Guest memory, where it is in the guest and in the front end."""
+    """Guest memory, with its addresses in the guest and in the front end."""
 
     guest_address: int
     user_address: int
@@ -42,7 +42,7 @@ class SharedRegion:
 
 @dataclass(frozen=True, slots=True)
 class VringSnapshot:
-    """What the front end has said about a ring, which is stopped: it goes on at `base`.
+    """The state of a stopped ring, which resumes at `base`.
 
     `address` is the fields of a VringAddr; `broken` the rule that the driver broke, or 0.
     """
@@ -60,7 +60,7 @@ class VringSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class SessionSnapshot:
-    """A front end. `unfinished`, with its fds, is what has come of its next message; `inflight` the area's sizes."""
+    """A front end. `unfinished`, with its fds, is what has arrived of its next message; `inflight` the area's sizes."""
 
     socket: Fd
     unfinished: bytes
@@ -79,7 +79,7 @@ class SessionSnapshot:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Self:
-        """Of what JSON makes of one, `Fd`s and bytes already being themselves. Raises TypeError and KeyError."""
+        """Decode a JSON object in which `Fd`s and bytes have been decoded already. Raises TypeError and KeyError."""
         values = dict(saved)
         values["regions"] = [
             SharedRegion(each["guest_address"], each["user_address"], SharedMemory(**each["memory"]))

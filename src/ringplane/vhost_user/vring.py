@@ -1,4 +1,4 @@
-"""What a front end has said about one ring so far, before and while a worker serves it."""
+"""The state of one ring that the front end has set up so far, before and while a worker serves it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ringplane.vhost_user.snapshot import Fd, VringSnapshot
 
 @dataclass(slots=True)
 class Vring:
-    """A ring; fds are -1 where there are none, and closed by whoever replaces them."""
+    """A ring; fds are -1 where there are none, and whoever replaces one closes it."""
 
     queue: Queue
     worker: Worker
@@ -28,7 +28,7 @@ class Vring:
     err_fd: int = -1
     enabled: bool = False
     running: bool = False
-    # By what the front end is told of them in band; `call_told`: it has said how it wants to be called.
+    # Notifications sent in band, by message; `call_told`: a SET_VRING_CALL has said how to notify the driver.
     signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
     call_told: bool = False
 
@@ -65,9 +65,9 @@ class Vring:
 
 
 def replace_fd(old: int, new: int) -> int:
-    """Close the old one, if there is one; returns the new one."""
+    """Close the old fd, if there is one; returns the new one."""
     if old >= 0:
-        # An error from close() (of a file that could not be written, say) is the front end's.
+        # An error of close(2) (of a file that could not be written, for example) is the front end's problem.
         with contextlib.suppress(OSError):
             os.close(old)
     return new
