@@ -1,1 +1,1 @@
-"""What a malicious driver or front end does to a real ringplane process: ../shared/hostile.md, a test for each row."""
+"""Attacks by malicious drivers and front ends on a ringplane process; docs/hostile-drivers.md lists the classes."""

@@ -1,4 +1,4 @@
-"""A front end with two rings: with the first it does what it likes, the second is honest."""
+"""A front end with two rings: the first one misbehaves, the second one is honest."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from unit.rig import GUEST_BASE, IN, OK, PATIENCE, USER_BASE, Answer, Guest, Lin
 
 BLOCK_FEATURES = 0x3_FFFF
 
-# The guest's memory is two regions that adjoin and, behind a hole, one page more.
+# The guest's memory consists of two adjacent regions and, behind a hole, one more page.
 HOLE, PAGE = 4096, 4096
 
 
 class RemoteLine(Line):
-    """A ring of another process's disk, with its driver's eventfds."""
+    """A ring of a disk that another process serves, with the driver's eventfds."""
 
     def __init__(self, attacker: Attacker, number: int) -> None:
         self.rig: Any = attacker
@@ -53,7 +53,7 @@ class RemoteLine(Line):
         return int(self.rig.front_end.get_vring_base(self.number))
 
     def reset(self) -> None:
-        """What a driver does whose ring was broken: stop it, and begin with a new one."""
+        """Do what a driver does after its ring was broken: stop it and start a new one."""
         self.stop()
         self.rig.new_ring(self)
         take_events(self.err_fd)
@@ -64,7 +64,7 @@ class RemoteLine(Line):
 
 
 class Attacker:
-    """`lines[0]` is the one that misbehaves; a FrontEnd's methods do so too."""
+    """`lines[0]` is the ring that misbehaves; so may the methods of the FrontEnd."""
 
     line_class = RemoteLine
 
@@ -81,14 +81,14 @@ class Attacker:
         protocol_features: ProtocolFeature = WANTED_PROTOCOL_FEATURES,
         guest_size: int = 1 << 20,
     ) -> None:
-        """Negotiates, shares its memory and starts both rings; `features` are those of the block device."""
+        """Negotiate, share the memory and start both rings; `features` are those of the block device."""
         self.path, self.sizes, self.ring_class = path, sizes, ring_class
         self.negotiated = {"event_idx": event_idx, "indirect": indirect, "in_order": in_order}
         self.features, self.protocol_features = VIRTIO_F_VERSION_1 | features, protocol_features
         self.features |= event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC
         self.features |= in_order * VIRTIO_F_IN_ORDER | VIRTIO_F_RING_PACKED * (ring_class is PackedRing)
         self.guest = Guest(guest_size)
-        # What the page behind the hole is.
+        # The first page of the file is the page behind the hole.
         self.guest.free = PAGE
         self.connect()
         self.lines = [self.line_class(self, number) for number in range(2)]
@@ -96,7 +96,7 @@ class Attacker:
             self.new_ring(line)
 
     def connect(self) -> None:
-        """Begin anew, also with another process; the rings are not started."""
+        """Connect again, possibly to another process; the rings are not started."""
         self.front_end = FrontEnd(self.path, PATIENCE)
         agreed = self.front_end.negotiate(self.features, self.protocol_features)
         assert agreed & self.features & ~BLOCK_FEATURES == self.features & ~BLOCK_FEATURES
@@ -115,7 +115,7 @@ class Attacker:
         line.start(ring_class=self.ring_class, size=self.sizes[line.number], **self.negotiated)
 
     def memory_beside_rings(self) -> bytes:
-        """The guest's memory, up to 1 MiB of it, but for the rings, which a device writes to whatever is in them."""
+        """Up to 1 MiB of the guest's memory, with zeros in place of the rings, which a device may always write to."""
         content = bytearray(self.guest.memory[: 1 << 20])
         for ring in (line.ring for line in self.lines):
             end = ring.used + (4 if isinstance(ring, PackedRing) else 6 + 8 * ring.size)
@@ -123,11 +123,11 @@ class Attacker:
         return bytes(content)
 
     def is_attached(self) -> bool:
-        """Whether the back end has not closed the connection."""
+        """Whether the connection is still open."""
         return not select.select([self.front_end.sock], [], [], 0)[0]
 
     def check_honest_ring(self, disk: bytes) -> None:
-        """The second ring is served, with what is on the disk."""
+        """Check that the second ring is served and reads what is on the disk."""
         sector = len(disk) // 512 - 1
         answer = self.lines[1].do(IN, sector, room=512)
         assert answer == Answer(OK, 513, disk[sector * 512 :]), "the honest ring of the same front end"

@@ -1,6 +1,7 @@
-"""A ringplane process with disks on one I/O thread: a front end of one misbehaves, the others must not notice.
+"""A ringplane process with several disks on one I/O thread: one front end misbehaves, the others must not be affected.
 
-The fixture `target` is for a test of a row of hostile.md: what is promised of the process is looked at when it ends.
+The fixture `target` is for the tests of one class of docs/hostile-drivers.md. At the end of each test it checks what is
+guaranteed of the process.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ from .attacker import Attacker, RemoteLine
 
 SIZE = 8 << 20
 
-# <linux/posix-timers.h>: with the complement of a pid above these three bits, the clock of all the CPU time it took.
+# <linux/posix-timers.h>: with the complement of a pid above these three bits, the clock of the process's CPU time.
 CPUCLOCK_SCHED = 2
 
-# The zones of the zoned disk, and what can be written of each, in sectors.
+# The size and the capacity of the zoned disk's zones, in sectors.
 ZONE, CAPACITY = (128 << 10) // 512, (96 << 10) // 512
 
 CONFIG = """\
@@ -88,12 +89,12 @@ FOLDERS = {"io_uring": "/var/tmp", "aio": "/var/tmp", "memory": "/dev/shm"}
 
 DISK = random.Random(1).randbytes(SIZE)
 
-# Where a request writes that is to last long.
+# The range that a slow request writes.
 SLOW_RANGE = (1 << 20, 5 << 20)
 
 
 def worker_engine(engine: str) -> str:
-    """What an I/O thread of a process for this engine is told."""
+    """The `engine` key of the I/O thread in a process for this engine."""
     return "auto" if engine == "memory" else engine
 
 
@@ -122,7 +123,7 @@ class Victim:
         return (self.folder / "log").read_text()
 
     def check(self) -> None:
-        """The process is there, its neighbour is served and has the data that it wrote, and the next one may attach."""
+        """Check that the process runs, the neighbour reads what it wrote, and the next front end can attach."""
         assert self.process.poll() is None, self.told()
         data = os.urandom(65536)
         self.check_neighbour(data)
@@ -132,12 +133,12 @@ class Victim:
             assert driver.read(0, len(data)) == data
 
     def check_neighbour(self, data: bytes) -> None:
-        """What is written to the honest disk is read from it."""
+        """Check that the honest disk reads back what is written to it."""
         self.neighbour.write(SIZE // 2, data)
         assert self.neighbour.read(SIZE // 2, len(data)) == data
 
     def wait_for_resources(self, before: tuple[int, int, int]) -> None:
-        """There is no more of anything than before; what is being given back may take a moment."""
+        """Wait until the process holds no more of each resource than before; releasing may take a moment."""
 
         def no_more() -> bool:
             return all(now <= then for now, then in zip(self.resources(), before, strict=True))
@@ -145,14 +146,14 @@ class Victim:
         assert eventually(no_more), f"{before} before, {self.resources()} after"
 
     def resources(self) -> tuple[int, int, int]:
-        """How many fds, threads (but for the kernel's own helpers of io_uring) and shared mappings the process has."""
+        """The process's numbers of fds, threads (without the kernel's io_uring helpers) and shared mappings."""
         proc = Path(f"/proc/{self.process.pid}")
         mappings = (proc / "maps").read_text().count("memfd:")
         threads = [task for task in proc.glob("task/*/comm") if not task.read_text().startswith("iou-")]
         return len(os.listdir(proc / "fd")), len(threads), mappings
 
     def is_idle(self) -> bool:
-        """Whether the process leaves the CPU alone for a moment; a loop that spins never does."""
+        """Whether the process uses no CPU for a moment, which a spinning loop never does."""
         clock = ~self.process.pid << 3 | CPUCLOCK_SCHED
         before = time.clock_gettime(clock)
         time.sleep(0.03)
@@ -161,7 +162,7 @@ class Victim:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that serves the disks of `folder`/disks.toml; it must end well when it is asked to, or be killed."""
+    """A process that serves the disks of `folder`/disks.toml. It must exit with status 0 on SIGTERM, or be killed."""
     disks = (folder / "disks.toml").read_text().count("[[disk]]")
     with (folder / "log").open("a") as log:
         command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
@@ -181,7 +182,7 @@ def serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 @contextlib.contextmanager
 def running(engine: str) -> Iterator[Victim]:
-    """A process of its own for a test."""
+    """A separate process for one test."""
     need_engine(engine)
     with tempfile.TemporaryDirectory(dir=FOLDERS[engine]) as name:
         folder = Path(name)
@@ -200,7 +201,7 @@ def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
         yield victim
 
 
-# Tests of single rows share a process of each engine.
+# The tests of single classes share one process per engine.
 
 
 @pytest.fixture(scope="session")
@@ -220,11 +221,11 @@ def victims() -> Iterator[Callable[[str], Victim]]:
 
 @dataclass
 class Target:
-    """The process for one test; DISK is on the disk that it attacks."""
+    """The process for one test; the disk that the test attacks contains DISK."""
 
     victim: Victim
     begins: int
-    # What of the disk may change: (first byte, end).
+    # The ranges of the disk that may change: (first byte, end).
     allowed: list[tuple[int, int]] = field(default_factory=list)
     attackers: list[Attacker] = field(default_factory=list)
 
@@ -237,10 +238,10 @@ class Target:
         return self.victim.told()[self.begins :]
 
     def put_slow(self, line: Line) -> Pending:
-        """A request of one descriptor that is in flight for some milliseconds at least."""
+        """Submit a request of one descriptor that is in flight for at least some milliseconds."""
         start, end = SLOW_RANGE
         self.allowed.append(SLOW_RANGE)
-        # What is zeros already is done at once, what is not on the disk yet has to be written before.
+        # A range that is already zero is completed at once; data that is not on the disk yet has to be written first.
         with self.victim.image.open("r+b") as file:
             file.seek(start)
             file.write(DISK[start:end])
@@ -248,7 +249,7 @@ class Target:
         return line.put(WRITE_ZEROES, data=segment * MAX_RANGES, direct=0)
 
     def assert_breaks(self, line: RemoteLine, rule: int) -> None:
-        """Kick: the ring is given up for this and nothing else changes; after a reset it works again."""
+        """Kick: this rule breaks the ring and nothing else changes; after a reset the ring works again."""
         attacker, before = line.rig, len(self.victim.told())
         memory = attacker.memory_beside_rings()
         line.kick()
@@ -264,7 +265,7 @@ class Target:
         assert not take_events(line.err_fd)
 
     def check(self) -> None:
-        """What is promised, after an attack."""
+        """Check everything that is guaranteed after an attack."""
         for attacker in self.attackers:
             if attacker.guest.fd >= 0 and attacker.is_attached():
                 attacker.check_honest_ring(DISK)
@@ -276,7 +277,7 @@ class Target:
             content = bytearray((self.victim.folder / name).read_bytes())
             for start, end in self.allowed if name == "bad.img" else ():
                 content[start:end] = DISK[start:end]
-            # Not in the assertion: to tell the differences of so many bytes would take pytest very long.
+            # Not in the assertion: pytest would take very long to describe the differences of so many bytes.
             unchanged = content == DISK
             assert unchanged, f"bytes of {name} changed that nobody was allowed to write, in {_changed(content)}"
         self.victim.check()
@@ -287,11 +288,11 @@ class Target:
 
 
 def _changed(content: bytes) -> list[int]:
-    """The first of the sectors that are not as on DISK."""
+    """The first ten sectors that differ from DISK."""
     return [at // 512 for at in range(0, len(DISK), 512) if content[at : at + 512] != DISK[at : at + 512]][:10]
 
 
-# Of rings and messages the engine `memory` knows as little as these; tests of requests have it too.
+# The fixture `engine` leaves out `memory`, because engines do not handle rings and messages; tests of requests add it.
 EVERY_ENGINE = pytest.mark.parametrize("engine", FOLDERS, indirect=True)
 
 

@@ -1,4 +1,4 @@
-"""Another thread of the guest, which writes over fields of guest memory all the time; compiled, so that it is quick."""
+"""Another thread of the guest, which keeps overwriting fields in guest memory; compiled, to be fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringplane.native.jit import compiled
 
 CHOICES = 8
 
-# A field: its address and size in bytes, and what is written there, one after the other at random.
+# A field: its address, its size in bytes, and the values that are written there in random order.
 FIELD = np.dtype([("address", "<i8"), ("size", "<i8"), ("values", "<i8", (CHOICES,))])
 FIELD_SIZE = FIELD.itemsize
 VALUES: int = FIELD.fields["values"][1]  # type: ignore[index]
@@ -41,10 +41,10 @@ def flip(address):
 
 
 class Flipper:
-    """Writes from `with` to the end of its block."""
+    """Keeps writing while its `with` block runs."""
 
     def __init__(self, fields: list[tuple[int, int, tuple[int, ...]]]) -> None:
-        """Of each: address, size, and the values; the first one, which should be a good one, more often than others."""
+        """For each field: address, size, values. The first value, which should be valid, is written most often."""
         self._fields: npt.NDArray[np.void] = np.zeros(len(fields), FIELD)
         for place, (address, size, values) in zip(self._fields, fields, strict=True):
             place["address"], place["size"] = address, size

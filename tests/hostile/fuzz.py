@@ -1,16 +1,16 @@
-"""A fuzzer that knows what requests, rings and messages look like: mostly valid, with something broken in each case.
+"""A structure-aware fuzzer of requests, rings and messages: mostly valid, with something broken in each case.
 
     cd tests && python -m hostile.fuzz --seconds 3600
 
-Broken are fields of the rings, the chains in them and the requests, and of the in-flight area. While requests are in
-flight rings are stopped, memory comes and goes, a dirty log is switched on and off. Disks are common or zoned ones,
-notifications are eventfds or messages. Other connections send messages of any kind.
+It breaks fields of rings, chains, requests and the in-flight area. While requests are in flight, it stops rings, adds
+and removes memory, and switches a dirty log on and off. Disks are regular or zoned; notifications are eventfds or
+messages. Other connections send messages of any kind.
 
-A case is made of its seed alone, so that a seed that found something finds it again (`--seed N --cases 1`), and can be
-kept in seeds.txt, which is where each run begins. After each case an honest ring of the same front end and a neighbour
-on the same I/O thread have been served with the right data, no byte of the image has changed that nobody was allowed to
-write, and no fd, thread or mapping has leaked; now and then the next front end is served, and zones take data where
-they say. A log line for each broken ring and each dropped front end says which rule that was. SIGTERM ends it early.
+A case depends only on its seed, so a seed that found something finds it again (`--seed N --cases 1`) and can be kept in
+seeds.txt, with which each run starts. Each case checks that an honest ring of the same front end and a neighbour on the
+same I/O thread read the right data, that no byte of the image changed that nobody was allowed to write, and that no fd,
+thread or mapping leaked. Now and then it also checks the next front end, and that zones accept data at their write
+pointers. A log line for each broken ring and each dropped front end names the rule. SIGTERM ends the run early.
 """
 
 from __future__ import annotations
@@ -78,24 +78,24 @@ from .conftest import FOLDERS, SIZE, ZONE, Victim, running
 SEEDS = Path(__file__).with_name("seeds.txt")
 SIZES = (4, 8, 16, 64)
 
-# Nobody may write to one half of the disk. Requests are for the first sectors of the other one, as one that was made
-# longer is still allowed to write as much as it asks for: some MiB, if all of the guest's memory is its data.
+# Nobody may write to one half of the disk. Requests are for the first sectors of the other half, because a request
+# whose length was broken may still write as much as it asks for: some MiB, if all of the guest's memory is its data.
 FENCE = SIZE // 2
 SECTORS = FENCE // 512
 FIRST_SECTORS = 1024
 
 ZONED_KINDS = (APPEND, APPEND, APPEND, IN, OUT, FLUSH, REPORT_ZONES, OPEN, CLOSE, FINISH, RESET, RESET, RESET_ALL)
 
-# The honest ring and its requests have memory for themselves, where no broken field leads: else the device is asked to
-# write there, by a request that is all right but for an address or a length.
+# The honest ring and its requests have memory of their own, which no broken field can point to. Otherwise a request
+# that is valid except for an address or a length could ask the device to write there.
 GUEST_SIZE = 1 << 20
 HONEST = 2 * GUEST_SIZE
-# For two rings of any of these sizes, and a bit for each page up to where the guest's memory ends.
+# An in-flight area for two rings of any of these sizes, and a log with a bit for each page of the guest's memory.
 AREA_SIZE = 2 * region_bytes(max(SIZES), packed=True)
 LOG_SIZE = (GUEST_BASE + HONEST + GUEST_SIZE) >> 15
 SOON, LATE = 0.3, 20.0
 
-# What a field is broken with, beside random numbers.
+# The values that a field is broken with, besides random numbers.
 EXTREMES = (0, 1, 2, 7, 8, 15, 16, 0x7FFF, 0x8000, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 55, 1 << 63, (1 << 64) - 1)
 
 DROPPED = re.compile(r"front end dropped: (.*)")
@@ -104,7 +104,7 @@ BROKEN = re.compile(r"ring broken by the driver: (.*)")
 
 @dataclass(frozen=True)
 class Ground:
-    """A disk that is fuzzed: requests are for the sectors from `first` on, where one of its halves begins."""
+    """A disk that is fuzzed: requests are for the sectors from `first` on, the start of one of its halves."""
 
     name: str
     first: int = 0
@@ -119,7 +119,7 @@ class Ground:
         return folder / f"{self.name}.img"
 
     def build_fence(self, folder: Path) -> bytes:
-        """Fill the half that nobody may write to; returns what is there now."""
+        """Fill the half that nobody may write to; returns its content."""
         expected = os.urandom(FENCE)
         with self.image(folder).open("r+b") as file:
             file.seek(self.fence)
@@ -132,7 +132,7 @@ class Ground:
         assert unchanged, f"{self.name}: bytes changed that nobody was allowed to write"
 
 
-# Of a zoned disk the fence is the conventional zones, which come first and cannot be reset.
+# On a zoned disk the fence consists of the conventional zones, which come first and cannot be reset.
 COMMON, ZONED = Ground("bad"), Ground("zoned", SECTORS, zoned=True)
 GROUNDS = (COMMON, COMMON, ZONED)
 
@@ -167,7 +167,7 @@ class InbandLine(RemoteLine):
 
 
 class FuzzedFrontEnd(Attacker):
-    """The first of its rings is fuzzed, and so is what it says while that is served; the second is honest."""
+    """Its first ring is fuzzed, and so are the messages that it sends meanwhile; the second ring is honest."""
 
     def __init__(self, folder: Path, ground: Ground, draw: random.Random) -> None:
         self.draw, self.ground = draw, ground
@@ -200,7 +200,7 @@ class FuzzedFrontEnd(Attacker):
             self.open_channel()
 
     def open_channel(self) -> None:
-        """A new one, for what the back end has to say."""
+        """Open a new back-end channel."""
         self.close_channel()
         self.channel, theirs = socket.socketpair()
         self.channel.setblocking(False)
@@ -225,7 +225,7 @@ class FuzzedFrontEnd(Attacker):
 
     @contextlib.contextmanager
     def honest_memory(self) -> Iterator[None]:
-        """What is allocated inside is of the honest ring's."""
+        """Allocate from the honest ring's memory inside this block."""
         free, self.guest.free = self.guest.free, self.honest_free
         try:
             yield
@@ -239,7 +239,7 @@ class FuzzedFrontEnd(Attacker):
     # Requests
 
     def offer(self, index: int, kind: int, sector: int, data: bytes, room: int) -> Pending | None:
-        """Put a request into the ring, however it is framed, if there is room for it; no kick."""
+        """Put a request with any framing into the ring if there is room for it, without a kick."""
         ring, draw, guest = self.lines[index].ring, self.draw, self.guest
         content = header(kind, sector) + data
         pieces = [Piece(self.place(content[start:end]), end - start, False) for start, end in self.cuts(len(content))]
@@ -273,18 +273,18 @@ class FuzzedFrontEnd(Attacker):
         sector, count = self.ground.first + draw.randrange(FIRST_SECTORS), draw.randrange(1, 9)
         if self.ground.zoned and draw.random() < 0.9:
             kind = draw.choice(ZONED_KINDS)
-            # Most of what is about a zone begins where that does.
+            # Most requests for a zone are for its start.
             sector -= sector % ZONE if draw.random() < 0.9 else 0
         if kind in (DISCARD, WRITE_ZEROES, 14):
             return self.offer(0, kind, 0, struct.pack("<QII", sector, count, draw.choice([0, 0, 1])), 0)
-        # Requests that the disk does not know may have data too.
+        # Requests of unknown types may have data too.
         writes = kind in (OUT, APPEND) or draw.random() < 0.1
         data = draw.randbytes(512 * count) if writes else b""
         room = {IN: 512 * count, APPEND: 8, REPORT_ZONES: 64 * count}.get(kind, 20)
         return self.offer(0, kind, sector, data, room)
 
     def read_honestly(self, expected: bytes) -> None:
-        """A read of the half behind the fence through the honest ring."""
+        """Read from the half behind the fence through the honest ring."""
         at = self.draw.randrange(SECTORS - 1)
         sector = self.ground.fence // 512 + at
         line = self.lines[1]
@@ -293,7 +293,7 @@ class FuzzedFrontEnd(Attacker):
             pass
         pending = None
         while pending is None:
-            # Some ways to frame it need more descriptors than a small ring has.
+            # Some framings need more descriptors than a small ring has.
             with self.honest_memory():
                 pending = self.offer(1, IN, sector, b"", 512)
         line.kick()
@@ -304,14 +304,14 @@ class FuzzedFrontEnd(Attacker):
         content = b"".join(self.guest.read(piece.offset, piece.size) for piece in pending.writable)
         assert content == expected[at * 512 : (at + 1) * 512] + b"\0", "the honest ring got other data"
 
-    # What is broken
+    # Breaking fields
 
     def value(self) -> int:
         near = GUEST_BASE + self.draw.randrange(-64, GUEST_SIZE + 64)
         return self.draw.choice([*EXTREMES, near, self.draw.getrandbits(16), self.draw.getrandbits(64)])
 
     def break_field(self, start: int, fields: str) -> None:
-        """Write over one of the fields, given as for struct.pack, of the struct at this offset in guest memory."""
+        """Overwrite one field of the struct at this offset in guest memory; `fields` is as for struct.pack."""
         number = self.draw.randrange(len(fields))
         place = start + struct.calcsize("<" + fields[:number])
         size = struct.calcsize("<" + fields[number])
@@ -322,13 +322,13 @@ class FuzzedFrontEnd(Attacker):
         packed = isinstance(ring, PackedRing)
         what = draw.choice(["descriptor", "descriptor", "table", "header", "avail", "used", "area"])
         if what == "descriptor":
-            # addr, len, flags, next; of a packed ring addr, len, id, flags
+            # addr, len, flags, next; in a packed ring addr, len, id, flags
             self.break_field(ring.desc + 16 * draw.randrange(ring.size), "QIHH")
         elif what == "table" and self.tables:
             start, count = draw.choice(self.tables)
             self.break_field(start + 16 * draw.randrange(count), "QIHH")
         elif what == "header" and pending is not None:
-            # Not a sector that others could mean: what the fence keeps out is not to be asked for.
+            # Not the sector: a valid request may not ask for what is behind the fence.
             offset = pending.pieces[0].offset
             self.guest.write(offset, struct.pack("<I", draw.choice([*range(30), draw.getrandbits(32)])))
         elif what == "area":
@@ -338,7 +338,7 @@ class FuzzedFrontEnd(Attacker):
         else:
             self.break_field(ring.used, "HH" if packed else "HHHHHH")
 
-    # What a front end may say while requests are in flight
+    # Messages that a front end may send while requests are in flight
 
     def say_something(self) -> None:
         front_end, draw = self.front_end, self.draw
@@ -364,7 +364,7 @@ class FuzzedFrontEnd(Attacker):
                 self.share_memory()
 
     def change_memory(self) -> None:
-        """More of it, or less, or that of a ring away and there again."""
+        """Add or remove memory, or remove a region and add it again."""
         if self.extra is not None:
             self.front_end.rem_mem_reg(self.extra)
             self.extra = None
@@ -377,7 +377,7 @@ class FuzzedFrontEnd(Attacker):
             self.front_end.add_mem_reg(region, self.guest.fd)
 
     def answer_channel(self) -> None:
-        """Or not, or with anything."""
+        """Answer the messages on the channel: correctly, wrongly or not at all; or close it."""
         what = self.draw.choice(["right", "right", "right", "wrong", "nothing", "close"])
         if self.channel is None or what == "nothing":
             return
@@ -390,13 +390,13 @@ class FuzzedFrontEnd(Attacker):
                 self.channel.send(answer if what == "right" else self.draw.randbytes(self.draw.randrange(1, 40)))
 
     def restart(self) -> None:
-        """Stop the ring, which waits for what it has fetched, and go on with a new one."""
+        """Stop the ring, which waits for the requests in flight, and continue with a new one."""
         self.lines[0].stop()
         self.new_ring(self.lines[0])
 
 
 def ring_case(folder: Path, ground: Ground, draw: random.Random, tally: Tally, expected: bytes) -> None:
-    """Some requests with something broken among them, several times over, and stops and starts in between."""
+    """Offer several batches of requests with something broken among them; stop and start the ring in between."""
     attacker = FuzzedFrontEnd(folder, ground, draw)
     line = attacker.lines[0]
     try:
@@ -410,7 +410,7 @@ def ring_case(folder: Path, ground: Ground, draw: random.Random, tally: Tally, e
             tally.requests += sum(pending is not None for pending in offered)
             select.select([line.err_fd], [], [], draw.choice([0, 0.002, 0.02]))
             attacker.answer_channel()
-            # What the broken ring tells is not to be believed.
+            # The used elements of a broken ring may be invalid.
             with contextlib.suppress(Exception):
                 tally.answered += len(line.ring.collect())
             attacker.read_honestly(expected)
@@ -421,7 +421,7 @@ def ring_case(folder: Path, ground: Ground, draw: random.Random, tally: Tally, e
 
 
 def message_case(path: Path, draw: random.Random) -> None:
-    """Messages of any kind with payloads of any kind and any fds, then the end, at any moment."""
+    """Send messages of any type with any payloads and any fds, and disconnect at any moment."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.settimeout(SOON)
         connection.connect(str(path))
@@ -467,7 +467,7 @@ def any_fd(draw: random.Random) -> int:
 
 
 def check_zones(folder: Path) -> None:
-    """After a reset each zone that was fuzzed takes data at its start."""
+    """Check that after a reset each zone that was fuzzed accepts data at its start."""
     data = os.urandom(4096)
     with Driver(folder / f"{ZONED.name}.sock", memory_size=16 << 20, timeout=PATIENCE) as driver:
         assert driver.request(RESET_ALL, 0).status == OK
@@ -475,7 +475,7 @@ def check_zones(folder: Path) -> None:
             answer = driver.request(APPEND, start, data, read=8)
             assert (answer.status, answer.data) == (OK, start.to_bytes(8, "little")), answer
             assert driver.read(start * 512, len(data)) == data
-            # As only some may be open at a time.
+            # Because only some zones may be open at a time.
             assert driver.request(FINISH, start).status == OK
 
 
@@ -489,7 +489,7 @@ def seeds(first: int | None) -> Iterator[int]:
 
 
 def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None = None) -> Tally:
-    """Case after case until it is `over`; AssertionError that names the seed of the case that found something."""
+    """Run cases until it is `over`. Raises AssertionError with the seed of the case that found something."""
     tally = Tally()
     fences = {ground: ground.build_fence(victim.folder) for ground in GROUNDS}
     victim.check()

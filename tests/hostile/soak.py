@@ -1,12 +1,12 @@
-"""A long mixed life of one process: does anything grow, and is a steady guest served as well at the end as at first?
+"""A long mixed load on one process: does anything grow, and is a steady guest served as well at the end as at first?
 
     cd tests && python -m hostile.soak --seconds 7200
 
-Of three disks on two I/O threads one has a steady, verified load all the time. The front ends of another come and go,
-and while they are at work memory is added and removed, the image grows and shrinks, and rings are stopped and started.
-The third one's misbehave in all the ways that the fuzzer knows. Now and then all but the steady one rest, and what the
-process holds is looked at: fds, threads and mappings have to be as at first; memory and latency are told, and judged by
-whoever reads the table, and by the test for what is beyond all doubt.
+There are three disks on two I/O threads. The first has a steady, verified load all the time. The front ends of the
+second connect and disconnect; in between they add and remove memory, resize the image, and stop and start rings. The
+front ends of the third misbehave in all the ways of the fuzzer. Now and then all but the steady one pause while the
+resources of the process are compared: fds, threads and mappings have to be as at first. Memory and latency are printed
+for the reader to judge; the test only rejects what is clearly a leak.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ features = {{ in-order = true, inband-notifications = true }}
 
 @dataclass
 class Sample:
-    """The process, while the front ends of two of its disks rest, and what its steady guest has seen since the last."""
+    """The resources of the process while two of its disks are idle, and the steady load since the last sample."""
 
     seconds: float
     rss_kib: int
@@ -85,7 +85,7 @@ class Sample:
 
     @property
     def held(self) -> tuple[int, int, int]:
-        """What may not grow at all."""
+        """The resources that may not grow at all."""
         return self.fds, self.threads, self.mappings
 
     def __str__(self) -> str:
@@ -98,12 +98,12 @@ class Sample:
 
 @dataclass
 class Process(Victim):
-    """A ringplane process with the three disks in `folder`; its neighbour is the steady one."""
+    """A ringplane process with the three disks in `folder`; its neighbour is the steady disk."""
 
     began: float = field(default_factory=time.monotonic)
 
     def memory_kib(self) -> tuple[int, int]:
-        """Resident, and of that anonymous: not shared with a guest or a file (proc(5))."""
+        """Resident memory, and its anonymous part, which is not shared with a guest or a file (proc(5))."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         values = dict(line.split(":", 1) for line in lines)
         return int(values["VmRSS"].split()[0]), int(values["RssAnon"].split()[0])
@@ -123,7 +123,7 @@ def soaked(engine: str) -> Iterator[Process]:
 
 
 class Part(threading.Thread):
-    """Does something over and over. Whoever holds `turn` has it rest, with no front end attached."""
+    """Calls a function repeatedly. Holding `turn` pauses it while no front end is attached."""
 
     def __init__(self, once: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -137,7 +137,7 @@ class Part(threading.Thread):
                 with self.turn:
                     self._once()
                 self.times += 1
-                # A lock is not fair: somebody may be waiting for it.
+                # A lock is not fair: give other waiters a chance.
                 time.sleep(0.01)
         except BaseException as error:
             self.error = error
@@ -148,14 +148,14 @@ class Part(threading.Thread):
 
 
 class Changes:
-    """The front ends of the changing disk, one after the other."""
+    """The successive front ends of the changing disk."""
 
     def __init__(self, process: Process) -> None:
         self.process, self.chance = process, random.Random(1)
         self.image = process.folder / "changing.img"
 
     def once(self) -> None:
-        """Attach, and change all that can be changed under load; stop the rings and start them again; detach."""
+        """Attach, change everything that can be changed under load, stop the rings and start them again, detach."""
         queues = self.chance.choice([1, 2])
         with Driver(self.process.folder / "changing.sock", queues=queues, memory_size=16 * MIB) as driver:
             load = Load(
@@ -177,7 +177,7 @@ class Changes:
             assert driver.read(0, 4096) == data
 
     def add_memory(self, driver: Driver) -> None:
-        """And remove it again."""
+        """Add a region and remove it again."""
         with contextlib.closing(_Memory(4 * MIB)) as memory:
             driver.front_end.add_mem_reg(memory.region, memory.fd)
             driver.front_end.rem_mem_reg(memory.region)
@@ -195,7 +195,7 @@ class Changes:
 
 
 class _Memory:
-    """Where no other memory of the guest is."""
+    """A region at an address where the guest has no other memory."""
 
     def __init__(self, size: int) -> None:
         self.fd = os.memfd_create("hot-added")
@@ -207,7 +207,7 @@ class _Memory:
 
 
 class Misbehaviour:
-    """The front ends of the bad disk, as the fuzzer's."""
+    """The front ends of the bad disk, which are the fuzzer's."""
 
     def __init__(self, process: Process) -> None:
         self.process, self.chance, self.tally = process, random.Random(2), Tally()
@@ -224,7 +224,7 @@ class Misbehaviour:
 
 
 def soak(process: Process, seconds: float, window: float, tell: Callable[[Sample], None]) -> list[Sample]:
-    """A sample each `window` seconds; AssertionError where data is wrong or something is held that was not at first."""
+    """Take a sample every `window` seconds. Raises AssertionError if data is wrong or resources have grown."""
     changes, misbehaviour = Changes(process), Misbehaviour(process)
     parts = [Part(changes.once), Part(misbehaviour.once)]
     samples: list[Sample] = []
@@ -257,7 +257,7 @@ def _sample(process: Process, model: Model, window: float, parts: list[Part], at
         for part in parts:
             resting.enter_context(part.turn)
             part.check()
-        # What a front end that has just gone held is given back in a moment.
+        # The resources of a front end that has just disconnected are released in a moment.
         eventually(lambda: process.resources() == at_first)
         return Sample(
             time.monotonic() - process.began,
@@ -270,7 +270,7 @@ def _sample(process: Process, model: Model, window: float, parts: list[Part], at
 
 
 def thirds(samples: list[Sample], value: Callable[[Sample], float]) -> tuple[float, float]:
-    """Medians of the second and the last third: what is built up once is not counted."""
+    """Medians of the second and the last third, which leaves out memory that is allocated once at the start."""
     third = max(1, len(samples) // 3)
     return statistics.median(map(value, samples[third : 2 * third] or samples)), statistics.median(
         map(value, samples[-third:])

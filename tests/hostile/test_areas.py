@@ -1,4 +1,4 @@
-"""Memory that a front end keeps for the back end: in-flight areas and dirty logs, with sizes that lie."""
+"""Memory that a front end keeps for the back end, in-flight areas and dirty logs, with wrong sizes and contents."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .fuzz import ZONED
 AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.LOG_SHMFD
 
 LARGE = (1 << 31, 1 << 32, 1 << 55, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
-# Where the region of a split ring has its used_idx.
+# The offset of used_idx in the region of a split ring.
 USED_INDEX = 14
 
-# What files there are to be mapped: their sizes.
+# The size of the files that are mapped.
 FILE = 1 << 16
 
 
@@ -48,7 +48,7 @@ def is_served(attacker: Attacker) -> None:
     attacker.guest.free = 1 << 16
 
 
-# Of mmap_size, mmap_offset, num_queues and queue_size one at a time, the others as they should be.
+# One of mmap_size, mmap_offset, num_queues and queue_size is wrong, the others are valid.
 GOOD = (2 * region_bytes(16, packed=True), 0, 2, 16)
 AREA_FAULTS = {
     "mmap_size": [(value, *GOOD[1:]) for value in (0, FILE + 1, *LARGE)],
@@ -58,7 +58,7 @@ AREA_FAULTS = {
     "queue_size": [(*GOOD[:3], value) for value in (0, 32769, 65535)],
 }
 
-# These are an area, but none for a ring of 16 descriptors; the last one is not aligned.
+# These areas are valid, but not for a ring of 16 descriptors; the last one is not aligned.
 TOO_SMALL = [
     (1, 0, 2, 16),
     (64, 0, 1, 16),
@@ -70,7 +70,7 @@ TOO_SMALL = [
 
 @pytest.mark.row("in-flight region sizes not checked against the mapping")
 @pytest.mark.parametrize("fault", AREA_FAULTS)
-def test_areas_that_cannot_be(target: Target, ring_class: Any, fault: str) -> None:
+def test_inflight_areas_with_invalid_sizes(target: Target, ring_class: Any, fault: str) -> None:
     attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
     with memfd(FILE) as fd:
         for described in AREA_FAULTS[fault]:
@@ -82,8 +82,8 @@ def test_areas_that_cannot_be(target: Target, ring_class: Any, fault: str) -> No
 
 
 @pytest.mark.row("in-flight region sizes not checked against the mapping")
-def test_areas_without_room_for_a_ring(target: Target, ring_class: Any) -> None:
-    """The ring does not start then, and does with another area; not a byte behind the area's end was touched."""
+def test_inflight_areas_too_small_for_a_ring(target: Target, ring_class: Any) -> None:
+    """The ring does not start with such an area but does with a valid one; nothing behind the area's end is touched."""
     attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
     line, front_end = attacker.lines[0], attacker.front_end
     for described in TOO_SMALL:
@@ -95,7 +95,7 @@ def test_areas_without_room_for_a_ring(target: Target, ring_class: Any) -> None:
                 attacker.new_ring(line)
             assert "in-flight" in target.told().splitlines()[-1]
             attacker.check_honest_ring(DISK)
-            # Where a ring ends, its version is taken away.
+            # When a ring is stopped, the version in its area is cleared.
             assert os.pread(fd, FILE, 0).count(b"\xa5") >= FILE - 2
         with memfd(FILE) as fd:
             front_end.set_inflight_fd(Inflight(*GOOD), fd)
@@ -105,7 +105,7 @@ def test_areas_without_room_for_a_ring(target: Target, ring_class: Any) -> None:
 
 
 @pytest.mark.row("in-flight region sizes not checked against the mapping")
-def test_areas_of_what_cannot_be_mapped(target: Target) -> None:
+def test_files_that_cannot_be_mapped(target: Target) -> None:
     attacker = target.attacker(protocol_features=AREAS)
     reading, writing = os.pipe()
     folder = os.open("/", os.O_RDONLY)
@@ -124,8 +124,8 @@ def test_areas_of_what_cannot_be_mapped(target: Target) -> None:
 
 
 @pytest.mark.row("in-flight region sizes not checked against the mapping")
-def test_areas_that_are_asked_for(target: Target) -> None:
-    """As large as can be asked for; and none, for none."""
+def test_get_inflight_fd_of_extreme_sizes(target: Target) -> None:
+    """The largest sizes are served; sizes without any queue or ring, and larger ones, are not."""
     attacker = target.attacker(protocol_features=AREAS)
     for queues, size in [(0, 16), (2, 0), (2, 32769), (65535, 65535)]:
         with pytest.raises(ProtocolError):
@@ -140,8 +140,8 @@ def test_areas_that_are_asked_for(target: Target) -> None:
         is_served(attacker)
 
 
-@pytest.mark.row("log base: offset + size overflow")
-def test_logs_that_cannot_be(target: Target, ring_class: Any) -> None:
+@pytest.mark.row("dirty log: offset + size overflows")
+def test_logs_with_invalid_sizes(target: Target, ring_class: Any) -> None:
     attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
     sums = (
         [(value, (1 << 64) - value) for value in LARGE]
@@ -159,10 +159,10 @@ def test_logs_that_cannot_be(target: Target, ring_class: Any) -> None:
         assert os.pread(fd, FILE, 0) == bytes(FILE)
 
 
-@pytest.mark.row("log base: offset + size overflow")
+@pytest.mark.row("dirty log: offset + size overflows")
 @pytest.mark.parametrize(("size", "offset"), [(1, 4095), (8, 12), (4096, 4096)])
-def test_a_log_that_is_shorter_than_the_memory(target: Target, ring_class: Any, size: int, offset: int) -> None:
-    """Guest addresses begin at 4 GiB: bits of theirs are far behind its end, and stay so."""
+def test_a_log_shorter_than_the_memory(target: Target, ring_class: Any, size: int, offset: int) -> None:
+    """Guest addresses begin at 4 GiB: their bits are far behind the log's end, and nothing is marked."""
     attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS)
     front_end = attacker.front_end
     with memfd(FILE) as fd:
@@ -175,12 +175,15 @@ def test_a_log_that_is_shorter_than_the_memory(target: Target, ring_class: Any, 
         assert os.pread(fd, FILE, 0) == bytes(FILE)
 
 
-# In-flight areas as a back end finds them that was started again.
+# In-flight areas as a restarted back end finds them.
 
 
 @pytest.mark.row("in-flight region sizes not checked against the mapping")
-def test_areas_full_of_nonsense(target: Target, ring_class: Any) -> None:
-    """Of the right version and size; else at random, or all in flight: served, refused, or a broken ring."""
+def test_inflight_areas_with_invalid_contents(target: Target, ring_class: Any) -> None:
+    """Version and size are right, the rest is random or says that everything is in flight.
+
+    The area is used, refused, or breaks the ring.
+    """
     attacker = target.attacker(ring_class=ring_class, protocol_features=AREAS, sizes=(16, 16))
     line, randomness, served = attacker.lines[0], random.Random(1), 0
     target.allowed = [(0, len(DISK) - 512)]
@@ -188,7 +191,7 @@ def test_areas_full_of_nonsense(target: Target, ring_class: Any) -> None:
         with memfd(FILE) as fd:
             content = bytearray(randomness.randbytes(GOOD[0]) if number else b"\1" * GOOD[0])
             if number % 3 == 0:
-                # Indices that are inside, at least.
+                # At least the indices are in range.
                 content[16:] = bytes(byte & 1 for byte in content[16:])
             content[8:12] = struct.pack("<HH", 1, 16)
             os.pwrite(fd, content, 0)
@@ -207,9 +210,9 @@ def test_areas_full_of_nonsense(target: Target, ring_class: Any) -> None:
     assert served
 
 
-@pytest.mark.row("requests skipped when the in-flight area's last_io is still 0")
+@pytest.mark.row("requests lost when the process is killed before the first completion")
 def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> None:
-    """Nothing was ever used on this ring; what was in flight is, in its order, by the next process."""
+    """Nothing was ever used on this ring; the next process completes the requests in flight in their order."""
     with running(engine) as victim:
         victim.image.write_bytes(DISK)
         attacker = Attacker(victim.socket, ring_class=ring_class, in_order=True, protocol_features=AREAS)
@@ -241,8 +244,8 @@ def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> Non
 
 
 @pytest.mark.parametrize("count", [2, 4], ids=["open", "full"])
-def test_a_zone_whose_writes_were_done_but_not_answered(engine: str, count: int) -> None:
-    """The pointer tells of them already, and of one that was not done before the others were."""
+def test_zone_writes_that_were_done_but_not_completed(engine: str, count: int) -> None:
+    """The write pointer already covers them, and one more that was not done, although later ones were."""
     sectors = CAPACITY // 4
     data = [random.Random(number).randbytes(512 * sectors) for number in range(4)]
     with running(engine) as victim:
@@ -271,14 +274,14 @@ def test_a_zone_whose_writes_were_done_but_not_answered(engine: str, count: int)
                 read = line.do(IN, ZONED.first, room=512 * sectors * count)
                 assert read.data == b"".join(data[:count])
                 more = line.do(OUT, ZONED.first + count * sectors, data[0])
-                # Behind a zone's capacity nothing can be written, so that was its end.
+                # Nothing can be written behind a zone's capacity: the zone was full.
                 assert more.status == (OK if count < 4 else ZONE_INVALID_CMD)
                 attacker.front_end.close()
             os.close(fd)
 
 
 def forget_answers(line: RemoteLine, requests: list[Pending], fd: int) -> None:
-    """Make ring and area (split ones) look as if the process had ended just before it gave the first of them back."""
+    """Make a split ring and its area look as if the process had died just before it returned the first request."""
     ring = line.ring
     ring.used_idx = 0
     ring.guest.write(ring.used + 2, bytes(2))
@@ -287,16 +290,16 @@ def forget_answers(line: RemoteLine, requests: list[Pending], fd: int) -> None:
         request.used_length = None
         ring.pending[request.head] = request
         line.rig.guest.write(request.writable[-1].offset, bytes([NO_ANSWER]))
-        # inflight, 5 bytes of padding, next, counter: the order in which they were fetched
+        # inflight, 5 bytes of padding, next, counter (the order of fetching)
         os.pwrite(fd, struct.pack("<B7xQ", 1, number), 16 + 16 * request.head)
     ring._free = [free for free in ring._free if all(free not in request.descriptors for request in requests)]
 
 
 def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]) -> list[Pending]:
-    """Requests behind a slow one; the process has fetched them and not answered any, and stands still (SIGSTOP)."""
+    """Requests behind a slow one. The process has fetched all of them, completed none, and is stopped (SIGSTOP)."""
     guest = line.rig.guest
     start = guest.free
-    # Each time it is stopped at a moment that chance decides: some in ten are good ones.
+    # It is stopped at a random moment; several out of ten are right.
     for _ in range(500):
         requests = [
             Target(victim, 0).put_slow(line),
@@ -310,7 +313,7 @@ def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]
             return requests
         victim.process.send_signal(signal.SIGCONT)
         line.wait()
-        # So many chances need more memory than there is, if each has its own.
+        # So many attempts would need more memory than there is, if each had its own.
         guest.free = start
         line.reset()
         take_events(line.call_fd)
@@ -318,11 +321,11 @@ def stopped_in_flight(victim: Victim, line: RemoteLine, count: Callable[[], int]
 
 
 def in_flight(fd: int, ring_class: Any) -> int:
-    """How many chains are marked, in the region of a first ring of 16 descriptors."""
+    """How many chains are marked as in flight in the first ring's region, which has 16 descriptors."""
     start, step = (32, 32) if ring_class is PackedRing else (16, 16)
     return sum(os.pread(fd, start + 16 * step, 0)[start::step])
 
 
 def used_index(fd: int, ring_class: Any) -> int:
-    """`used_idx` of that region: of a packed ring with its old value behind it."""
+    """`used_idx` of that region; for a packed ring together with `old_used_idx`."""
     return int.from_bytes(os.pread(fd, 4, 16) if ring_class is PackedRing else os.pread(fd, 2, USED_INDEX), "little")

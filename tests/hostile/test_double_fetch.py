@@ -1,4 +1,4 @@
-"""Whatever a device reads may be another value the next time: it must have been read once, checked, then used."""
+"""Anything that a device reads may have changed when it reads again: it must be read once, checked, then used."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ pytestmark = EVERY_ENGINE
 SECONDS = 0.6
 CAPACITY = len(DISK) // 512
 
-# Each is the best for somebody who checks one value and uses another: nowhere, over the end, around 2^64.
+# The values most useful to an attacker if one value is checked and another used: unmapped, across the end, wrapping.
 BAD_ADDRESSES = (0xDEAD_0000_0000, GUEST_BASE + (1 << 20) - 100, (1 << 64) - 100)
 BAD_LENGTHS = (0, 0xFFFF_FFFF, 1 << 20)
 BAD_SECTORS = (CAPACITY, 1 << 55, 1 << 63, (1 << 64) - 1)
 
-# What requests may write: these sectors of the disk, and the buffers in guest memory.
+# Requests may write these sectors of the disk and these buffers in guest memory.
 SECTORS, BUFFER = (8, 40), 4096
 ALLOWED = (8 * 512, 40 * 512 + BUFFER)
 
 
-# Its name, and where it is in guest memory: offset and bytes.
+# Its name, its offset in guest memory, and its size in bytes.
 Field = tuple[str, int, int]
 
 
 class Arena:
-    """Chains that are offered again and again, with all that they consist of at places that stay."""
+    """Chains that are offered repeatedly; all their parts stay at fixed places in memory."""
 
     def __init__(self, attacker: Attacker, line: RemoteLine, *, indirect: bool) -> None:
         self.attacker, self.line, self.indirect = attacker, line, indirect
@@ -61,7 +61,7 @@ class Arena:
         guest.write(0, random.Random(2).randbytes(guest.size))
         attacker.new_ring(attacker.lines[1])
         self.headers, self.segments, self.tables = (guest.allocate(size, 4096) for size in (4096, 4096, 4096))
-        # A and B are where data go, each with bytes around it that nobody may touch.
+        # Two data buffers, each surrounded by bytes that nobody may touch.
         self.data = [guest.allocate(BUFFER + 4096, 4096) for _ in range(2)]
         self.status = guest.allocate(4096, 4096)
         self.ring_at = guest.allocate(0, 4096)
@@ -72,12 +72,12 @@ class Arena:
         self.fields.append((self.attacker.guest.address + offset, size, values))
 
     def chain(self, number: int, kind: int) -> list[tuple[int, int, int]]:
-        """Its descriptors; the fields of header and segment become such as change."""
+        """Its descriptors; the fields of its header and segment are added to those that change."""
         guest = self.attacker.guest
         head = self.headers + 16 * number
         guest.write(head, header(kind, SECTORS[0]))
         if kind in (IN, OUT):
-            # A read may become a write and the other way round: both have data that both may touch.
+            # A read may become a write and vice versa: both may touch the data of both.
             self.field(head, 4, kind, IN, OUT, 8, 99)
             self.field(head + 8, 8, *SECTORS, *BAD_SECTORS)
             data = (GUEST_BASE + self.data[number % 2], 512, WRITE * (kind == IN))
@@ -92,7 +92,7 @@ class Arena:
         return [(GUEST_BASE + head, 16, 0), data, (GUEST_BASE + self.status + number, 1, WRITE)]
 
     def place(self) -> None:
-        """A new ring, at the place of the last one, with all chains in it."""
+        """Start a new ring in the memory of the last one, with all chains in it."""
         guest, line = self.attacker.guest, self.line
         guest.free = self.ring_at
         self.attacker.new_ring(line)
@@ -107,7 +107,7 @@ class Arena:
             self.heads.append(line.ring.add_chain(chain).head)
 
     def flipping(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """All fields, with those of the descriptors as they are now."""
+        """All fields, including those of the descriptors at their current places."""
         self_fields, self.fields = self.fields, list(self.fields)
         ring, packed = self.line.ring, isinstance(self.line.ring, PackedRing)
         for number, chain in enumerate(self.chains):
@@ -137,19 +137,19 @@ class Arena:
         self.line.kick()
 
     def drive(self, seconds: float) -> tuple[int, int]:
-        """Offer chains until the time is over; how many batches were used, and how often the ring was broken."""
+        """Offer chains for so many seconds; returns how many batches were used and how often the ring broke."""
         used = broken = 0
         draw = random.Random(3)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.place()
-            # Few at a time: they change the quicker, and the more of the requests are good but for them.
+            # Only a few at a time: they change faster, and more requests are valid otherwise.
             with Flipper(draw.sample(self.flipping(), draw.randrange(1, 4))) as flipper:
                 before = self.used()
                 turn_over = time.monotonic() + 0.03
                 while time.monotonic() < turn_over:
                     self.offer()
-                    # A driver that has lost count, as it may after its own flips, begins anew too.
+                    # A driver that has lost count, as its own flips may cause, starts again too.
                     if select.select([self.line.err_fd], [], [], 0)[0] or not self.wait_for_more(before):
                         broken += 1
                         break
@@ -172,20 +172,20 @@ class Arena:
         return False
 
     def writable(self) -> list[tuple[int, int]]:
-        """Offsets of what a device may have written to, and of what we write ourselves."""
+        """The ranges that a device may write to, and those that we write ourselves."""
         return [
             (self.headers, self.tables + 4096),
             *[(data, data + BUFFER) for data in self.data],
             (self.status, self.status + len(self.chains)),
             (self.ring_at, self.ring_at + 4096),
-            # Short buffers may be there.
+            # One of the bad addresses is a valid buffer if its length is short.
             (self.attacker.guest.size - 100, self.attacker.guest.size),
             # The honest ring, and its buffers.
             (self.attacker.lines[1].ring.desc, self.headers),
         ]
 
     def content(self) -> bytes:
-        """Of the guest's memory, but for that."""
+        """The guest's memory, with zeros in place of those ranges."""
         memory = bytearray(self.attacker.guest.memory)
         for start, end in self.writable():
             memory[start:end] = bytes(end - start)
@@ -198,11 +198,11 @@ class Arena:
     [(Ring, False), (Ring, True), (PackedRing, True)],
     ids=["split-direct", "split-indirect", "packed-indirect"],
 )
-def test_all_fields_change_all_the_time(target: Target, ring_class: Any, indirect: bool) -> None:
-    """Descriptors, tables, headers, segments and available entries, while the requests are being served.
+def test_fields_that_change_during_requests(target: Target, ring_class: Any, indirect: bool) -> None:
+    """Descriptors, tables, headers, segments and available entries change while the requests are being served.
 
-    In a packed ring itself a place is another chain's in the next lap, and the driver here loses count: then its
-    descriptors make other requests, which are as good. test_no_field_is_read_again is about those.
+    The descriptors of a packed ring itself are left out: a slot belongs to another chain in the next lap, and this
+    driver loses count, so that its descriptors form other valid requests. test_each_field_is_read_once covers them.
     """
     attacker = target.attacker(ring_class=ring_class, sizes=(64, 16))
     target.allowed = [ALLOWED]
@@ -221,9 +221,9 @@ def test_all_fields_change_all_the_time(target: Target, ring_class: Any, indirec
 
 
 def fields_of(line: RemoteLine, kind: int, pending: Pending, first: int, *, indirect: bool) -> Iterator[Field]:
-    """What the device reads of a request, but for what it looks at until something is there, or writes itself.
+    """The fields that the device reads for a request, without those that it polls or writes itself.
 
-    `first` is where the chain's first descriptor is.
+    `first` is the offset of the chain's first descriptor.
     """
     ring, begin = line.ring, pending.pieces[0].offset
     yield from (("type", begin, 4), ("sector", begin + 8, 8))
@@ -248,10 +248,10 @@ def fields_of(line: RemoteLine, kind: int, pending: Pending, first: int, *, indi
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are watchpoints")
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
 @pytest.mark.parametrize("kind", [IN, OUT, DISCARD], ids=["read", "write", "discard"])
-def test_no_field_is_read_again(target: Target, ring_class: Any, kind: int, indirect: bool) -> None:
-    """As the processor counts it, whatever the compiler has made of the source.
+def test_each_field_is_read_once(target: Target, ring_class: Any, kind: int, indirect: bool) -> None:
+    """The processor counts the reads, so this holds for the compiled code and not only for the source.
 
-    What is copied, header and segments, may be read twice: memcpy(3) of 16 bytes writes them to one place twice.
+    Header and segments, which are copied, may be read twice: memcpy(3) of 16 bytes reads and writes some bytes twice.
     """
     attacker = target.attacker(ring_class=ring_class)
     line, pid = attacker.lines[0], target.victim.process.pid

@@ -1,4 +1,4 @@
-"""The fuzzer for a short while; by hand it runs as long as one likes (fuzz.py)."""
+"""A short run of the fuzzer; fuzz.py runs it by hand for any time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ SECONDS = 15.0
 def test_fuzz(victim: Victim) -> None:
     end = time.monotonic() + SECONDS
     tally = run_cases(victim, lambda tally: tally.cases >= 60 and time.monotonic() > end)
-    # Else it would be a fuzzer that is refused at the door.
+    # Otherwise all requests would be rejected before they reach the code to be tested.
     assert tally.answered > tally.requests / 4, tally
     assert len(tally.rules) > 10, tally

@@ -1,4 +1,4 @@
-"""Shared memory that is shrunk under the device: SIGBUS (hostile.md)."""
+"""Shared memory that is truncated while the device uses it: SIGBUS."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .conftest import Victim
 LOAD = Load(block_size=65536, pattern="random", read_percent=50, depth=32, queues=2, seconds=5)
 
 
-@pytest.mark.row("shared memory shrunk under the device")
+@pytest.mark.row("shared memory truncated while in use")
 @pytest.mark.parametrize("left", [0, 1 << 20], ids=["all", "most"])
-def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
-    """The front end truncates its memory while requests run: it loses its disk, and nobody else anything."""
+def test_memory_is_truncated_under_load(victim: Victim, left: int) -> None:
+    """A front end that truncates its memory while requests run loses its disk; nobody else is affected."""
     before = victim.resources()
     for _ in range(3):
         driver = Driver(victim.socket, queues=2, memory_size=16 << 20, timeout=PATIENCE)
@@ -36,7 +36,7 @@ def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
         load = threading.Thread(target=work)
         load.start()
         assert eventually(lambda: victim.image.stat().st_blocks > 100), "the load did not begin"
-        # Our own mapping is guarded too: what is read there from now on is zeros.
+        # The test's own mapping is guarded too: it reads zeros from now on.
         os.ftruncate(driver.memory.fd, left)
         load.join(PATIENCE)
         assert not load.is_alive()
@@ -47,9 +47,9 @@ def test_memory_is_taken_away_under_load(victim: Victim, left: int) -> None:
     victim.wait_for_resources(before)
 
 
-@pytest.mark.row("shared memory shrunk under the device")
-def test_memory_is_taken_away_before_a_ring_starts(victim: Victim) -> None:
-    """The control plane reads the used ring's index when a ring starts."""
+@pytest.mark.row("shared memory truncated while in use")
+def test_memory_is_truncated_before_a_ring_starts(victim: Victim) -> None:
+    """When a ring starts, the control plane reads the index of the used ring."""
     before = victim.resources()
     driver = Driver(victim.socket, queues=2, memory_size=16 << 20, timeout=PATIENCE)
     front_end = driver.front_end

@@ -1,4 +1,4 @@
-"""What a front end sends: the connection ends, or it is told no; nothing is left open, and the next one is accepted."""
+"""Bad messages of a front end are refused or end the connection; nothing leaks, and the next front end is accepted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VRING_FDS = (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_E
 
 @pytest.fixture
 def connection(target: Target) -> Iterator[socket.socket]:
-    """A connection that nothing was said on yet."""
+    """A connection on which nothing was sent yet."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PATIENCE)
         sock.connect(str(target.victim.socket))
@@ -46,7 +46,7 @@ def connection(target: Target) -> Iterator[socket.socket]:
 
 
 def dropped(target: Target, sock: socket.socket) -> str:
-    """Wait for the end of the connection; why it ended, as the log says."""
+    """Wait for the end of the connection; returns the reason that the log gives."""
     with suppress(ConnectionResetError):
         while sock.recv(4096):
             pass
@@ -59,7 +59,7 @@ def fds(count: int) -> list[int]:
 
 
 def send(sock: socket.socket, data: bytes, count: int = 0) -> None:
-    """Send it with so many fds; the other end may have closed."""
+    """Send the data with so many fds; the other end may have closed the connection."""
     attached = fds(count)
     try:
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -88,10 +88,10 @@ def with_index(front_end: FrontEnd, index: int) -> dict[str, Callable[[], object
     }
 
 
-@pytest.mark.row("ring index or queue index out of range in a message; fds attached to the wrong message")
+@pytest.mark.row("wrong queue index or file descriptors in a message")
 @pytest.mark.parametrize("index", WRONG_INDICES)
 def test_a_ring_that_does_not_exist(target: Target, index: int) -> None:
-    """Refused, and where that cannot be said the connection ends."""
+    """The message is refused; where the protocol has no reply for that, the connection ends."""
     attacker = target.attacker()
     for tell in with_index(attacker.front_end, index).values():
         with pytest.raises(Refused):
@@ -103,9 +103,9 @@ def test_a_ring_that_does_not_exist(target: Target, index: int) -> None:
     assert f"front end dropped: GET_VRING_BASE: queue {index} does not exist" in target.told()
 
 
-@pytest.mark.row("ring index or queue index out of range in a message; fds attached to the wrong message")
+@pytest.mark.row("wrong queue index or file descriptors in a message")
 def test_a_flood_of_fds_for_rings(target: Target) -> None:
-    """For rings that are not there, and again and again for one that is: none is kept but the last."""
+    """For rings that do not exist, and repeatedly for one that does: only the last one is kept."""
     attacker = target.attacker()
     front_end = attacker.front_end
     front_end.get_features()
@@ -118,24 +118,24 @@ def test_a_flood_of_fds_for_rings(target: Target) -> None:
                     front_end._set_vring_fd(request, (0, 2, 255)[number % 3], fd)
             finally:
                 os.close(fd)
-    # The last message's is closed when it has been answered.
+    # The fd of the last message is closed after the reply.
     assert eventually(lambda: open_fds(target.victim) == before)
     assert target.told().count("queue 255 does not exist") == 300
     attacker.check_honest_ring(DISK)
 
 
-@pytest.mark.row("ring index or queue index out of range in a message; fds attached to the wrong message")
+@pytest.mark.row("wrong queue index or file descriptors in a message")
 @pytest.mark.parametrize("value", [0x200, 0x1_0000_0000, 0x8000_0000_0000_0000, (1 << 64) - 1])
-def test_an_index_above_its_bits(target: Target, connection: socket.socket, value: int) -> None:
-    """Its low byte would be a ring that exists."""
+def test_a_ring_index_above_8_bits(target: Target, connection: socket.socket, value: int) -> None:
+    """The low byte is the index of an existing ring."""
     send(connection, encode_request(Request.SET_VRING_CALL, U64(value)), 1)
     assert "only bits 0 to 8 may be set" in dropped(target, connection)
 
 
-@pytest.mark.row("ring index or queue index out of range in a message; fds attached to the wrong message")
+@pytest.mark.row("wrong queue index or file descriptors in a message")
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 32, 253])
-def test_fds_with_messages_that_have_none(target: Target, count: int) -> None:
-    """Of each kind, as many as go with one message; whatever becomes of the connection, they are closed."""
+def test_fds_with_messages_that_take_none(target: Target, count: int) -> None:
+    """Each message type, with up to as many fds as one message can carry: all of them are closed."""
     for request, rule in RULES.items():
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE)
@@ -147,8 +147,8 @@ def test_fds_with_messages_that_have_none(target: Target, count: int) -> None:
     target.victim.wait_for_resources(target.victim.at_rest)
 
 
-@pytest.mark.row("ring index or queue index out of range in a message; fds attached to the wrong message")
-def test_messages_without_the_fds_that_they_need(target: Target) -> None:
+@pytest.mark.row("wrong queue index or file descriptors in a message")
+def test_messages_without_their_fds(target: Target) -> None:
     for request, rule in RULES.items():
         if rule.min_fds or request in VRING_FDS:
             with socket.socket(socket.AF_UNIX) as sock:
@@ -159,9 +159,9 @@ def test_messages_without_the_fds_that_they_need(target: Target) -> None:
                 assert f"{request.name}: 0 fds came with it" in dropped(target, sock)
 
 
-@pytest.mark.row("ring index or queue index out of range in a message; fds attached to the wrong message")
-def test_no_fds_are_left_to_be_had(target: Target, connection: socket.socket) -> None:
-    """The process may open no more, or one: nobody new is served, everybody else is, and all are when that is over."""
+@pytest.mark.row("wrong queue index or file descriptors in a message")
+def test_the_process_runs_out_of_fds(target: Target, connection: socket.socket) -> None:
+    """With room for no fd or only one, no new front end is served and the others are; afterwards all are served."""
     victim = target.victim
     limits = resource.prlimit(victim.process.pid, resource.RLIMIT_NOFILE)
     assert eventually(lambda: open_fds(victim) > victim.at_rest[0])
@@ -184,7 +184,7 @@ def test_no_fds_are_left_to_be_had(target: Target, connection: socket.socket) ->
 
 
 def allow_more_fds(victim: Victim, count: int) -> None:
-    """Let the process have so many more than it has."""
+    """Limit the process to so many more fds than it has open."""
     used = set(map(int, os.listdir(f"/proc/{victim.process.pid}/fd")))
     lowest = [number for number in range(len(used) + count + 1) if number not in used][count]
     _, hard = resource.prlimit(victim.process.pid, resource.RLIMIT_NOFILE)
@@ -194,12 +194,12 @@ def allow_more_fds(victim: Victim, count: int) -> None:
 # The stream of bytes.
 
 
-SLOW = "slow reader of replies, half a message, a message longer than its type allows, an unknown type, garbage"
+SLOW = "malformed byte stream on the socket"
 
 
 @pytest.mark.row(SLOW)
 def test_replies_that_nobody_reads(target: Target, connection: socket.socket) -> None:
-    """Until nothing more can be sent; nobody else waits for that."""
+    """A front end sends until its socket is full; nobody else waits for it."""
     connection.setblocking(False)
     message = encode_request(Request.GET_FEATURES)
     sent = 0
@@ -216,7 +216,7 @@ def test_replies_that_nobody_reads(target: Target, connection: socket.socket) ->
 @pytest.mark.row(SLOW)
 @pytest.mark.parametrize(("size", "count"), [(1, 0), (11, 1), (12, 0), (12, 1), (19, 1)])
 def test_half_a_message(target: Target, connection: socket.socket, size: int, count: int) -> None:
-    """Silence, in which nobody waits for the rest, and then the end."""
+    """A front end pauses inside a message, while nobody else waits, and then disconnects."""
     send(connection, encode_request(Request.SET_VRING_CALL, U64(0))[:size], count)
     target.attacker("read-only").check_honest_ring(DISK)
     assert eventually(target.victim.is_idle)
@@ -225,8 +225,8 @@ def test_half_a_message(target: Target, connection: socket.socket, size: int, co
 
 
 @pytest.mark.row(SLOW)
-def test_sizes_that_a_type_does_not_have(target: Target) -> None:
-    # GET_CONFIG has a test of its own.
+def test_payload_sizes_that_a_type_does_not_allow(target: Target) -> None:
+    # GET_CONFIG has its own test.
     for request in set(Request) - {Request.GET_CONFIG}:
         sizes = RULES[request].payload.sizes
         for size in (sizes[-1] + 1, sizes[-1] + 4096, 1 << 31, (1 << 32) - 1, *([sizes[0] - 1] if sizes[0] else [])):
@@ -238,8 +238,8 @@ def test_sizes_that_a_type_does_not_have(target: Target) -> None:
 
 
 @pytest.mark.row(SLOW)
-def test_config_spaces_that_do_not_exist(target: Target) -> None:
-    """Sizes in the header and in the payload, and offsets, that do not go together."""
+def test_invalid_config_ranges(target: Target) -> None:
+    """Sizes in the header and in the payload, and offsets, that do not match."""
     attacker = target.attacker()
     for offset, size in [(0, 256), (1, 256), (256, 1), ((1 << 32) - 1, 2), ((1 << 32) - 8, 16)]:
         with suppress(ProtocolError):
@@ -258,7 +258,10 @@ def test_config_spaces_that_do_not_exist(target: Target) -> None:
 @pytest.mark.row(SLOW)
 @pytest.mark.parametrize("number", [0, 44, 255, 1 << 16, (1 << 32) - 1])
 def test_an_unknown_type(target: Target, number: int) -> None:
-    """Who asks for a reply is told no, and goes on; who does not is dropped, as its idea of us would be wrong."""
+    """With NEED_REPLY the message is refused and the connection continues; without it the front end is dropped.
+
+    A front end that does not ask would believe that the message took effect.
+    """
     attacker = target.attacker()
     sock = attacker.front_end.sock
     for size in (0, 8, MAX_OPAQUE_SIZE):
@@ -278,14 +281,14 @@ def test_an_unknown_type_that_is_too_long(target: Target, connection: socket.soc
 
 @pytest.mark.row(SLOW)
 @pytest.mark.parametrize("flags", [0, 2, 3, VERSION | REPLY, 0xFFFF_FFFF])
-def test_flags_that_cannot_be(target: Target, connection: socket.socket, flags: int) -> None:
+def test_invalid_flags(target: Target, connection: socket.socket, flags: int) -> None:
     send(connection, HEADER.pack(Request.GET_FEATURES, flags, 0))
     dropped(target, connection)
 
 
 @pytest.mark.row(SLOW)
 def test_garbage(target: Target) -> None:
-    """Bytes of no meaning, a web browser's, and one byte at a time."""
+    """Random bytes, an HTTP request, and single bytes."""
     randomness = random.Random(1)
     for number in range(40):
         with socket.socket(socket.AF_UNIX) as sock:
@@ -304,8 +307,8 @@ def test_garbage(target: Target) -> None:
 
 
 @pytest.mark.row(SLOW)
-def test_front_ends_that_come_and_go(target: Target) -> None:
-    """Many at once: one is served, the others wait in the listening socket's queue, until they go."""
+def test_front_ends_that_connect_and_disconnect(target: Target) -> None:
+    """Many at once: one is served, the others wait in the listening socket's queue until they disconnect."""
     for _ in range(3):
         waiting = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(200)]
         for sock in waiting:

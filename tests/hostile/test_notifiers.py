@@ -1,4 +1,4 @@
-"""Notifiers that would make their writer wait: their O_NONBLOCK is the file's, so the front end can take it away."""
+"""Notifiers that block their writer: O_NONBLOCK belongs to the open file, so the front end can clear it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.INBAND_NOTIFICATIONS | P
 
 @contextlib.contextmanager
 def blocking(fd: int) -> Iterator[None]:
-    """Take O_NONBLOCK away again and again."""
+    """Keep clearing O_NONBLOCK."""
     over = threading.Event()
 
     def work() -> None:
@@ -43,7 +43,7 @@ def blocking(fd: int) -> Iterator[None]:
 def assert_others_are_served(
     target: Target, attacker: Attacker, line: RemoteLine, kick: Callable[[], object] | None = None
 ) -> None:
-    """A neighbour on the same I/O thread, the control plane, and the front end's own requests."""
+    """Check a neighbour on the same I/O thread, the control plane, and the front end's own requests."""
     request = line.put(IN, 3, room=512)
     line.ring.publish()
     (kick or line.kick)()
@@ -62,7 +62,7 @@ def test_a_call_fd_that_is_full_and_blocks(target: Target, ring_class: Any, kind
     line = attacker.lines[0]
     with full_notifier(kind) as call:
         with blocking(call):
-            # It is signalled when it is told, too.
+            # SET_VRING_CALL signals it, too.
             attacker.front_end.set_vring_call(0, call)
             assert_others_are_served(target, attacker, line)
         attacker.front_end.set_vring_call(0, line.call_fd)
@@ -85,8 +85,8 @@ def test_an_error_fd_that_is_full_and_blocks(target: Target, ring_class: Any) ->
 
 
 @pytest.mark.parametrize("tell", [Request.SET_VRING_CALL, Request.SET_VRING_ERR], ids=lambda each: each.name)
-def test_notifiers_that_are_no_eventfd(target: Target, tell: Request) -> None:
-    """A file, say, on a file system that hangs."""
+def test_notifiers_that_are_not_eventfds(target: Target, tell: Request) -> None:
+    """For example, a file could be on a file system that hangs."""
     attacker = target.attacker()
     with pytest.raises(Refused):
         attacker.front_end._set_vring_fd(tell, 0, attacker.guest.fd)
@@ -95,7 +95,7 @@ def test_notifiers_that_are_no_eventfd(target: Target, tell: Request) -> None:
 
 
 def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
-    """Calls in band are messages on a socket that the front end has brought, and of which it has the other end too."""
+    """In-band calls are messages on a socket that the front end has sent; it holds the other end as well."""
     attacker = target.attacker(protocol_features=WANTED_PROTOCOL_FEATURES | IN_BAND)
     line, front_end = attacker.lines[0], attacker.front_end
     ours, theirs = socket.socketpair()
@@ -104,7 +104,7 @@ def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 theirs.send(bytes(4096), socket.MSG_DONTWAIT)
-        # No call fd is known any more.
+        # This forgets the call fd.
         front_end.tell(Request.RESET_DEVICE)
         attacker.lines[1].resume()
         layout = line.ring.layout()
@@ -116,8 +116,8 @@ def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
 
 
 @pytest.mark.parametrize("kind", NOTIFIERS)
-def test_a_thread_of_one_disk_is_held_up_only_until_it_is_wanted(tmp_path: Path, kind: str) -> None:
-    """The next front end is served, and SIGTERM ends the process, although the notifier is never read."""
+def test_a_thread_of_one_disk_is_blocked_only_until_it_is_needed(tmp_path: Path, kind: str) -> None:
+    """The next front end is served and SIGTERM ends the process, although nobody reads the notifier."""
     (tmp_path / "disks.toml").write_text('[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\nnum-queues = 2\n')
     (tmp_path / "a.img").write_bytes(DISK)
     with full_notifier(kind) as call, serving(tmp_path):

@@ -1,4 +1,4 @@
-"""Requests that ask for what is not to be had: an error in the status byte, the truth in used.len, nothing else."""
+"""Requests that cannot be done: an error in the status byte, the right length in used.len, no other effect."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def nothing(size: int) -> bytes:
     return bytes([NO_ANSWER]) * size
 
 
-# Kind, sector, data, room; status, used.len, and how much of the room is written.
+# Type, sector, data, room for the answer; status, used.len, and how much of the room is written.
 LENGTHS = {
     "read": ((IN, 3, b"", 4096), OK, 4097, 4096),
     "read-nothing": ((IN, 3, b"", 0), OK, 1, 0),
@@ -85,10 +85,10 @@ LENGTHS = {
 }
 
 
-@pytest.mark.row("used.len larger than what was written")
+@pytest.mark.row("used.len larger than the number of bytes written")
 @pytest.mark.parametrize("direct", [None, 0], ids=["direct", "indirect"])
 def test_the_used_length_on_every_path(target: Target, ring_class: Any, direct: int | None) -> None:
-    """What was not written is as it was, and is not counted; the status is only where all before it was written."""
+    """Bytes that were not written are unchanged and not counted; the status counts if all before it was written."""
     line = target.attacker(ring_class=ring_class).lines[0]
     target.allowed = [(3 * 512, 16 * 512)]
     for name, (request, status, used, written) in LENGTHS.items():
@@ -99,9 +99,9 @@ def test_the_used_length_on_every_path(target: Target, ring_class: Any, direct: 
         assert NO_ANSWER not in answer.data[:written] or request[0] == IN, name
 
 
-@pytest.mark.row("used.len larger than what was written")
-def test_the_used_length_of_a_read_that_ends_early(target: Target, ring_class: Any) -> None:
-    """The image becomes shorter under the disk: what was read until there is told, and no more."""
+@pytest.mark.row("used.len larger than the number of bytes written")
+def test_the_used_length_of_a_short_read(target: Target, ring_class: Any) -> None:
+    """The image is truncated while it is served: only the bytes before its new end are counted."""
     line = target.attacker(ring_class=ring_class).lines[0]
     image = target.victim.image
     os.truncate(image, SIZE - 4096)
@@ -119,7 +119,7 @@ def test_the_used_length_of_a_read_that_ends_early(target: Target, ring_class: A
 
 
 def assert_refused(line: RemoteLine, kind: int, first: int, data: bytes = b"", room: int = 0) -> None:
-    """An I/O error, and no byte of the answer's room was touched."""
+    """Check for an I/O error that leaves the room for the answer untouched."""
     for direct in (None, 0):
         answer = line.do(kind, first, data, room, direct=direct)
         assert answer == Answer(IOERR, 0 if room else 1, nothing(room)), (kind, first)
@@ -127,7 +127,7 @@ def assert_refused(line: RemoteLine, kind: int, first: int, data: bytes = b"", r
 
 @pytest.mark.row("sector * 512 wraps")
 def test_sectors_beyond_the_disk(target: Target, ring_class: Any) -> None:
-    """2^55 * 512 is 2^64: sector 0, if that is not seen."""
+    """2^55 * 512 is 2^64, which would be sector 0 after an overflow."""
     line = target.attacker(ring_class=ring_class).lines[0]
     for first in (
         1 << 55,
@@ -144,9 +144,9 @@ def test_sectors_beyond_the_disk(target: Target, ring_class: Any) -> None:
         assert_refused(line, OUT, first, bytes(4096))
         for kind in (DISCARD, WRITE_ZEROES):
             assert_refused(line, kind, 0, segment(first, 8))
-            # All are looked at before the first is acted on.
+            # All segments are checked before the first is acted on.
             assert_refused(line, kind, 0, segment(8, 8) + segment(first, 8))
-            # Of no use, but beyond the disk all the same.
+            # Empty, but beyond the end all the same.
             assert_refused(line, kind, 0, segment(max(first, CAPACITY + 1), 0))
     for first, count in [(CAPACITY - 1, 2), (CAPACITY - 7, 8)]:
         assert_refused(line, IN, first, room=512 * count)
@@ -155,9 +155,9 @@ def test_sectors_beyond_the_disk(target: Target, ring_class: Any) -> None:
     assert line.do(IN, CAPACITY - 1, room=512).data == DISK[-512:]
 
 
-@pytest.mark.row("32-bit num_sectors * 512 in discard and write-zeroes")
-def test_lengths_of_segments_that_wrap(target: Target, ring_class: Any) -> None:
-    """2^23 sectors are 2^32 bytes: none, in 32 bits; and sums with the sector that wrap."""
+@pytest.mark.row("num_sectors * 512 overflows 32 bits in discard and write zeroes")
+def test_segment_lengths_that_wrap(target: Target, ring_class: Any) -> None:
+    """2^23 sectors are 2^32 bytes, which is 0 in 32 bits; also lengths whose sum with the sector wraps."""
     line = target.attacker(ring_class=ring_class).lines[0]
     for count in (1 << 23, (1 << 23) + 8, 1 << 24, 1 << 31, (1 << 32) - 8, (1 << 32) - 1, CAPACITY + 1):
         for kind in (DISCARD, WRITE_ZEROES):
@@ -166,7 +166,7 @@ def test_lengths_of_segments_that_wrap(target: Target, ring_class: Any) -> None:
             assert_refused(line, kind, 0, segment(8, 8) + segment(0, count))
 
 
-@pytest.mark.row("write to a read-only disk whose RO bit was not acknowledged")
+@pytest.mark.row("write to a read-only disk without VIRTIO_BLK_F_RO acknowledged")
 @pytest.mark.parametrize("features", [0, BLOCK_FEATURES & ~blk.VIRTIO_BLK_F_RO, BLOCK_FEATURES])
 def test_writes_to_a_read_only_disk(target: Target, ring_class: Any, features: int) -> None:
     attacker = target.attacker("read-only", ring_class=ring_class, features=features)
@@ -181,9 +181,9 @@ def test_writes_to_a_read_only_disk(target: Target, ring_class: Any, features: i
         assert line.do(IN, 3, room=512, direct=direct) == Answer(OK, 513, sector(3))
 
 
-@pytest.mark.row("a feature used that was offered but not negotiated")
+@pytest.mark.row("use of a feature that was offered but not negotiated")
 def test_requests_of_features_that_were_not_negotiated(target: Target, ring_class: Any) -> None:
-    """Offered are they: with them, the same requests are done."""
+    """The features are offered: after negotiating them, the same requests succeed."""
     attacker = target.attacker(ring_class=ring_class, features=BLOCK_FEATURES & ~RANGES)
     line = attacker.lines[0]
     assert attacker.front_end.get_features() & RANGES == RANGES & ~blk.VIRTIO_BLK_F_SECURE_ERASE
@@ -200,9 +200,9 @@ def test_requests_of_features_that_were_not_negotiated(target: Target, ring_clas
     assert line.do(DISCARD, 0, segment(8, 8)) == Answer(OK, 1, b"")
 
 
-@pytest.mark.row("a feature used that was offered but not negotiated")
+@pytest.mark.row("use of a feature that was offered but not negotiated")
 def test_messages_of_features_that_were_not_negotiated(target: Target) -> None:
-    """Where the front end can hear it, it is told so; else the connection ends."""
+    """The message is refused where the protocol has a reply for that; otherwise the connection ends."""
     attacker = target.attacker(protocol_features=WANTED_PROTOCOL_FEATURES & ~ProtocolFeature.MQ)
     front_end = attacker.front_end
     offered = front_end.get_features()
@@ -221,10 +221,10 @@ def test_messages_of_features_that_were_not_negotiated(target: Target) -> None:
     assert "front end dropped: GET_QUEUE_NUM: sent although the protocol feature MQ was not negotiated" in target.told()
 
 
-@pytest.mark.row("more segments than seg_max (Windows sends 129 and 515)")
+@pytest.mark.row("more segments than seg_max")
 @pytest.mark.parametrize("direct", [None, 0], ids=["direct", "indirect"])
-def test_more_segments_than_are_asked_for(target: Target, ring_class: Any, direct: int | None) -> None:
-    """They are served, up to the room for a chain; a longer one breaks the ring."""
+def test_more_segments_than_seg_max(target: Target, ring_class: Any, direct: int | None) -> None:
+    """They are served up to the limit for a chain (Windows sends 129 and 515); a longer chain breaks the ring."""
     attacker = target.attacker(ring_class=ring_class, sizes=(2048, 16), guest_size=4 << 20)
     line = attacker.lines[0]
     target.allowed = [(0, 2048 * 512)]
@@ -240,10 +240,10 @@ def test_more_segments_than_are_asked_for(target: Target, ring_class: Any, direc
     target.assert_breaks(line, rules.TOO_MANY_SEGMENTS)
 
 
-# Processes of their own.
+# Each of these tests has its own process.
 
 MAGICS = {
-    # Version 2, a backing file of 16 bytes at 0x80.
+    # Version 2, a backing file name of 16 bytes at 0x80.
     "qcow2": b"QFI\xfb" + struct.pack(">IQIIQ", 2, 0x80, 16, 16, 1 << 30),
     "vmdk": b"KDMV\1\0\0\0",
     "vhdx": b"vhdxfile",
@@ -269,8 +269,8 @@ def describe(folder: Path, name: str, image: Path, more: str = "") -> None:
 
 
 @pytest.mark.row("raw image probed as another format")
-def test_formats_are_never_guessed(folder: Path) -> None:
-    """Whatever an image begins with is its guest's; and what a guest has written there before the next start."""
+def test_image_formats_are_never_probed(folder: Path) -> None:
+    """An image that begins like another format is served as raw, also if its guest wrote that before a restart."""
     secret = os.urandom(1024)
     (folder / "secret").write_bytes(secret)
     content = {}
@@ -299,21 +299,21 @@ def test_formats_are_never_guessed(folder: Path) -> None:
 
 @contextlib.contextmanager
 def loop_device(path: Path) -> Iterator[Path]:
-    """Nothing where there is none to be had: no root, or a container."""
+    """A loop device for the file, or the file itself where loop devices are unavailable (no root, a container)."""
     made = subprocess.run(["losetup", "--find", "--show", str(path)], capture_output=True, text=True)
     yield Path(made.stdout.strip()) if made.returncode == 0 else path
     if made.returncode == 0:
         subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
 
 
-# Flags, and what is not known or without a limit where it is zero.
+# Flags, and fields where zero means unknown or unlimited.
 MAY_BE_ZERO = {"alignment_offset", "opt_io_size", "physical_block_exp", "write_zeroes_may_unmap", "writeback"}
 MAY_BE_ZERO |= {"max_open_zones", "max_active_zones"}
 
 
-@pytest.mark.row("a feature offered with zero limits in the config space")
+@pytest.mark.row("feature offered with a limit of zero")
 def test_offered_features_have_limits(folder: Path) -> None:
-    """Of a file, smaller ones, with blocks of 4096 bytes, read-only, zoned, and a block device where there is one."""
+    """Files of several sizes, blocks of 4096 bytes, read-only and zoned disks, a block device if one is available."""
     disks = {
         "file": (SIZE, ""),
         "sector": (512, ""),

@@ -1,4 +1,4 @@
-"""What a driver does to its ring and the chains in it; each breaks that ring, and the log says by which rule."""
+"""What a malicious driver does to its ring and chains: each breaks only that ring, and the log names the rule."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NOWHERE = 0xDEAD_0000_0000
 
 
 class Buffers:
-    """Good buffers for a request, of which a chain is made: a header, two of data, a status."""
+    """Valid buffers for the chain of a request: a header, two data buffers, a status."""
 
     def __init__(self, attacker: Attacker, kind: int = IN, number: int = 3) -> None:
         guest = attacker.guest
@@ -62,7 +62,7 @@ class Buffers:
 
 
 def offer(line: RemoteLine, chain: Sequence[Descriptor], direct: int | None = None) -> None:
-    """Make a chain available, all but `direct` of its descriptors in an indirect table (None: all direct)."""
+    """Make a chain available. All descriptors after the first `direct` are in an indirect table (None: no table)."""
     chain = list(chain)
     if direct is not None and direct < len(chain):
         table = line.ring.table(chain[direct:])
@@ -77,13 +77,13 @@ def place(line: RemoteLine, content: bytes) -> int:
 
 
 def descriptors(chain: Sequence[tuple[int, int, int, int]]) -> bytes:
-    """Of a split ring or table, with any `next`."""
+    """The bytes of descriptors in a split ring or table, with any `next`."""
     return b"".join(struct.pack("<QIHH", *each) for each in chain)
 
 
 @pytest.mark.row("descriptor loop")
-def test_loops_in_a_split_ring_and_in_a_table(target: Target) -> None:
-    """Of one, two and all descriptors, of readable and of writable ones, from the ring into the table and around."""
+def test_loops_in_a_split_ring_and_an_indirect_table(target: Target) -> None:
+    """Loops of one, two and all descriptors, readable and writable ones, in the ring and in a table."""
     attacker = target.attacker()
     line = attacker.lines[0]
     for in_table in (False, True):
@@ -91,7 +91,7 @@ def test_loops_in_a_split_ring_and_in_a_table(target: Target) -> None:
             buffers = Buffers(attacker)
             first = [(*buffers.header[:2], NEXT, 1)]
             buffer = buffers.read if flags == 0 else buffers.write
-            # The loop begins with the first descriptor if all are readable, else behind the header.
+            # The loop begins with the first descriptor if all are readable, otherwise behind the header.
             start = 0 if flags == 0 else 1
             count = min(length + start, 16)
             chain = first + [(*buffer[:2], NEXT | flags, number + 1) for number in range(1, count)]
@@ -107,7 +107,7 @@ def test_loops_in_a_split_ring_and_in_a_table(target: Target) -> None:
 
 @pytest.mark.row("descriptor loop")
 def test_a_packed_chain_without_an_end(target: Target) -> None:
-    """It has no `next`: each descriptor says that one more follows."""
+    """Packed descriptors have no `next`: the flags of each one say that another follows."""
     attacker = target.attacker(ring_class=PackedRing)
     line = attacker.lines[0]
     for flags in (0, WRITE):
@@ -130,9 +130,9 @@ def test_a_length_of_zero_at_each_position(target: Target, ring_class: Any, dire
         target.assert_breaks(line, rules.ZERO_LENGTH)
 
 
-@pytest.mark.row("malformed chain parsed again and again")
-def test_a_bad_head_is_looked_at_once(target: Target, ring_class: Any) -> None:
-    """Kicks, and more chains, change nothing; stopped and started again where it was, it breaks again once at most."""
+@pytest.mark.row("malformed chain parsed repeatedly")
+def test_a_bad_head_is_parsed_once(target: Target, ring_class: Any) -> None:
+    """Kicks and more chains change nothing; a ring that is restarted at the same place breaks at most once more."""
     attacker = target.attacker(ring_class=ring_class)
     line = attacker.lines[0]
     line.ring.put_bad_head()
@@ -157,9 +157,9 @@ def test_a_bad_head_is_looked_at_once(target: Target, ring_class: Any) -> None:
     assert line.do(IN, 5, room=512) == Answer(OK, 513, sector(5))
 
 
-@pytest.mark.row("malformed chain loses its head")
-def test_a_chain_of_a_head_alone(target: Target, ring_class: Any) -> None:
-    """What came before it is answered, then the ring breaks: no chain is lost without a word."""
+@pytest.mark.row("malformed chain whose head is lost")
+def test_a_chain_of_only_a_head(target: Target, ring_class: Any) -> None:
+    """The requests before it are completed, then the ring breaks: no chain is lost silently."""
     attacker = target.attacker(ring_class=ring_class)
     line = attacker.lines[0]
     for direct in (None, 0):
@@ -179,14 +179,14 @@ def test_a_chain_of_a_head_alone(target: Target, ring_class: Any) -> None:
 
 @pytest.mark.row("chain longer than 2^32 bytes")
 def test_lengths_whose_sum_wraps(target: Target, ring_class: Any) -> None:
-    """Modulo 2^32 each is a good request. Of exactly 2^32 bytes a chain may be, but the disk is not as long."""
+    """Modulo 2^32 each request is valid. A chain of exactly 2^32 bytes is allowed, but longer than the disk."""
     gib = 1 << 30
     attacker = target.attacker(ring_class=ring_class, guest_size=gib)
     line = attacker.lines[0]
     for flags, kind in [(WRITE, IN), (0, OUT)]:
         for direct in (None, 0):
             buffers = Buffers(attacker, kind)
-            # Each 1 GiB, from the same place on.
+            # Several buffers of 1 GiB, all at the same address.
             whole = (GUEST_BASE, gib, flags)
             data = buffers.write if kind == IN else buffers.read
             offer(line, [buffers.header, data, *[whole] * 4, buffers.status], direct)
@@ -200,8 +200,8 @@ def test_lengths_whose_sum_wraps(target: Target, ring_class: Any) -> None:
 @pytest.mark.row("avail.idx jumps by more than the ring size")
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("jump", [17, 32, 0x7FFF, 0x8000, 0xFFFF - 16, 0xFFFF])
-def test_the_index_jumps(target: Target, event_idx: bool, jump: int) -> None:
-    """Forward, and backward by up to 17; packed rings have no index. From a new ring's start, and from a lap's end."""
+def test_the_avail_index_jumps(target: Target, event_idx: bool, jump: int) -> None:
+    """Forward, and backward by up to 17, in a new ring and after a whole lap; packed rings have no index."""
     line = target.attacker(event_idx=event_idx).lines[0]
     for laps in (0, 16):
         for number in range(laps):
@@ -225,10 +225,10 @@ TABLES = {
 }
 
 
-@pytest.mark.row("indirect: nested, with NEXT, len % 16, unmapped, longer than allowed")
+@pytest.mark.row("malformed indirect table")
 @pytest.mark.parametrize("fault", TABLES)
-def test_indirect_tables(target: Target, ring_class: Any, fault: str) -> None:
-    """Each fault alone: with the table put right, the request is good. After the header too."""
+def test_malformed_indirect_tables(target: Target, ring_class: Any, fault: str) -> None:
+    """One fault at a time in a request that is otherwise valid; also in a table behind a direct header."""
     attacker = target.attacker(ring_class=ring_class)
     line = attacker.lines[0]
     for direct in (0, 1):
@@ -262,8 +262,8 @@ def test_indirect_tables(target: Target, ring_class: Any, fault: str) -> None:
         target.assert_breaks(line, TABLES[fault])
 
 
-@pytest.mark.row("indirect: nested, with NEXT, len % 16, unmapped, longer than allowed")
-@pytest.mark.row("a feature used that was offered but not negotiated")
+@pytest.mark.row("malformed indirect table")
+@pytest.mark.row("use of a feature that was offered but not negotiated")
 def test_an_indirect_table_that_was_not_negotiated(target: Target, ring_class: Any) -> None:
     attacker = target.attacker(ring_class=ring_class, indirect=False)
     for direct in (0, 1):
@@ -271,7 +271,7 @@ def test_an_indirect_table_that_was_not_negotiated(target: Target, ring_class: A
         target.assert_breaks(attacker.lines[0], rules.INDIRECT_NOT_NEGOTIATED)
 
 
-# Address and length: over each edge of each region, into and over the hole, and around 2^64.
+# Address and length: across each edge of each region, into and across the hole, and around 2^64.
 RANGES = [
     (FIRST - 1, 1),
     (FIRST - 1, 2),
@@ -296,9 +296,9 @@ RANGES = [
 ]
 
 
-@pytest.mark.row("range crosses a region's end, a hole, wraps 2^64")
+@pytest.mark.row("address range outside the guest's memory")
 @pytest.mark.parametrize("position", ["header", "read", "write", "status"])
-def test_ranges_that_are_not_in_the_memory(target: Target, ring_class: Any, position: str) -> None:
+def test_ranges_outside_the_memory(target: Target, ring_class: Any, position: str) -> None:
     attacker = target.attacker(ring_class=ring_class)
     line = attacker.lines[0]
     for number, (address, length) in enumerate(RANGES):
@@ -313,9 +313,9 @@ def test_ranges_that_are_not_in_the_memory(target: Target, ring_class: Any, posi
         target.assert_breaks(line, rules.ADDRESS)
 
 
-@pytest.mark.row("range crosses a region's end, a hole, wraps 2^64")
+@pytest.mark.row("address range outside the guest's memory")
 def test_ranges_that_just_fit(target: Target, ring_class: Any) -> None:
-    """Up to the last byte of the memory, over two regions that adjoin, and the whole page behind the hole."""
+    """Up to the last byte of the memory, across two adjacent regions, and up to the end of the page behind the hole."""
     attacker = target.attacker(ring_class=ring_class)
     line, guest, half = attacker.lines[0], attacker.guest, attacker.guest.size // 2
     for address, offset in [
@@ -330,8 +330,8 @@ def test_ranges_that_just_fit(target: Target, ring_class: Any) -> None:
         line.reset()
 
 
-@pytest.mark.row("range crosses a region's end, a hole, wraps 2^64")
-def test_rings_that_are_not_in_the_memory(target: Target, ring_class: Any) -> None:
+@pytest.mark.row("address range outside the guest's memory")
+def test_rings_outside_the_memory(target: Target, ring_class: Any) -> None:
     attacker = target.attacker(ring_class=ring_class)
     line, front_end = attacker.lines[0], attacker.front_end
     line.stop()
@@ -340,23 +340,23 @@ def test_rings_that_are_not_in_the_memory(target: Target, ring_class: Any) -> No
     end = USER_BASE + attacker.guest.size
     places = (USER_BASE - 16, end - 16, end, end + HOLE - 16, 0, 1 << 63, (1 << 64) - 16, (1 << 64) - 256)
     for which in range(3):
-        # Of a packed ring all but the descriptors is 4 bytes.
+        # In a packed ring all areas but the descriptors have 4 bytes.
         for wrong in places if which == 0 or ring_class is Ring else [*places[0:1], *places[2:]]:
             areas = [USER_BASE + area for area in (line.ring.desc, line.ring.avail, line.ring.used)]
             areas[which] = wrong
             with pytest.raises(Refused):
                 front_end.set_vring_addr(0, *areas)
             assert "SET_VRING_ADDR" in target.told().splitlines()[-1]
-            # It stays so: nothing runs until it is put right.
+            # Nothing runs until the address is valid.
             line.kick()
     attacker.check_honest_ring(DISK)
     line.reset()
     assert line.do(IN, 5, room=512) == Answer(OK, 513, sector(5))
 
 
-@pytest.mark.row("range crosses a region's end, a hole, wraps 2^64")
-def test_regions_that_cannot_be(target: Target) -> None:
-    """Sums that wrap, more than the file has, nothing, and what overlaps; as a table and one by one."""
+@pytest.mark.row("address range outside the guest's memory")
+def test_invalid_memory_regions(target: Target) -> None:
+    """Sums that wrap, regions longer than the file, empty and overlapping ones; in a table and one by one."""
     attacker = target.attacker()
     front_end, size = attacker.front_end, attacker.guest.size
     top = 1 << 64
@@ -386,7 +386,7 @@ def test_regions_that_cannot_be(target: Target) -> None:
 @pytest.mark.row("request header split over several descriptors")
 @FRAMINGS
 def test_any_framing(target: Target, ring_class: Any, direct: int | None) -> None:
-    """The header in pieces or with the data, the status in the data's descriptor or not: it means nothing."""
+    """Descriptor boundaries have no meaning: the header may be split or joined with data, the status with data too."""
     attacker = target.attacker(ring_class=ring_class, sizes=(64, 16))
     line = attacker.lines[0]
     target.allowed = [(0, 1024)]
@@ -406,7 +406,7 @@ def test_any_framing(target: Target, ring_class: Any, direct: int | None) -> Non
 
 @pytest.mark.row("request header split over several descriptors")
 @FRAMINGS
-def test_less_than_a_header(target: Target, ring_class: Any, direct: int | None) -> None:
+def test_chains_shorter_than_a_header(target: Target, ring_class: Any, direct: int | None) -> None:
     attacker = target.attacker(ring_class=ring_class)
     for sizes in ([15], [8, 7], [1]):
         buffers = Buffers(attacker)
@@ -418,11 +418,11 @@ def test_less_than_a_header(target: Target, ring_class: Any, direct: int | None)
     target.assert_breaks(attacker.lines[0], rules.ORDER)
 
 
-@pytest.mark.row("truncated chain taken for a whole one")
+@pytest.mark.row("truncated chain treated as complete")
 @FRAMINGS
 @pytest.mark.parametrize("rule", [rules.ADDRESS, rules.ZERO_LENGTH], ids=["address", "length"])
 def test_a_bad_third_descriptor(target: Target, ring_class: Any, direct: int | None, rule: int) -> None:
-    """Without it, each would be a good request: one to read, and one to write that must not be."""
+    """Without it, each would be a valid request: a read, and a write that must not happen."""
     attacker = target.attacker(ring_class=ring_class)
     for kind in (IN, OUT):
         chain = two_of_a_request(attacker, kind)
@@ -431,10 +431,10 @@ def test_a_bad_third_descriptor(target: Target, ring_class: Any, direct: int | N
         target.assert_breaks(attacker.lines[0], rule)
 
 
-@pytest.mark.row("truncated chain taken for a whole one")
+@pytest.mark.row("truncated chain treated as complete")
 @pytest.mark.parametrize("in_table", [False, True], ids=["direct", "indirect"])
-def test_a_next_that_leads_out_of_a_split_table(target: Target, in_table: bool) -> None:
-    """From the second descriptor on; and from the first one."""
+def test_next_outside_a_split_table(target: Target, in_table: bool) -> None:
+    """In the second descriptor, and in the first one."""
     attacker = target.attacker()
     line = attacker.lines[0]
     for kind in (IN, OUT):
@@ -453,7 +453,7 @@ def test_a_next_that_leads_out_of_a_split_table(target: Target, in_table: bool) 
 
 
 def two_of_a_request(attacker: Attacker, kind: int) -> list[Descriptor]:
-    """A request of two descriptors: to read, the status with the data, or to write, the data with the header."""
+    """A request of two descriptors: a read with data and status in one, or a write with header and data in one."""
     buffers = Buffers(attacker, kind)
     if kind == IN:
         return [buffers.header, (buffers.write[0], 513, WRITE)]
@@ -462,8 +462,8 @@ def two_of_a_request(attacker: Attacker, kind: int) -> list[Descriptor]:
 
 
 @pytest.mark.row("the same head twice in flight")
-def test_the_same_chain_many_times_at_once(target: Target, ring_class: Any) -> None:
-    """Each time that it was made available it is answered: with what it asks for, as if it were several."""
+def test_the_same_chain_many_times_in_flight(target: Target, ring_class: Any) -> None:
+    """It is completed as often as it was made available, as if it were several requests."""
     attacker = target.attacker(ring_class=ring_class, sizes=(64, 16))
     line = attacker.lines[0]
     for _ in range(20):
@@ -481,13 +481,13 @@ def test_the_same_chain_many_times_at_once(target: Target, ring_class: Any) -> N
 
 @pytest.mark.row("the same head twice in flight")
 def test_more_chains_in_flight_than_descriptors(target: Target, ring_class: Any) -> None:
-    """A full ring's, one of them once more: while the first, which lasts long, keeps all of them in flight."""
+    """All chains of a full ring and one of them again, while the slow first request keeps all of them in flight."""
     attacker = target.attacker(ring_class=ring_class, sizes=(4, 16), event_idx=True, in_order=True)
     line = attacker.lines[0]
     for _ in range(20):
         requests = [target.put_slow(line), *(line.put(GET_ID, room=20, direct=0) for _ in range(3))]
         line.kick()
-        # Before it sleeps, with all of them in flight.
+        # It is about to sleep, with all of them in flight.
         assert eventually(line.ring.asks_for_kick)
         line.ring.put_available(requests[0].head)
         line.kick()

@@ -1,4 +1,4 @@
-"""A mixed life of one process for a short while; by hand it lasts as long as one likes (soak.py)."""
+"""A short run of the mixed load on one process; soak.py runs it by hand for any time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_soak(engine: str) -> None:
     need_engine(engine)
     with soaked(engine) as process:
         samples = soak(process, SECONDS, WINDOW, lambda sample: None)
-        # What is held is compared inside; a leak of each front end's memory could not be missed here.
+        # soak() compares fds, threads and mappings; a leak of the memory of each front end would show clearly here.
         assert samples[-1].anonymous_kib < samples[0].anonymous_kib + 16 * 1024, samples
     assert not Path(process.folder).exists()

@@ -1,4 +1,4 @@
-"""How often another process reads some bytes of its memory, counted by the processor's debug registers."""
+"""Counts how often another process reads some bytes of its memory, by the processor's debug registers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ATTR = struct.Struct("=IIQQQQQIIQQ48x")
 
 
 class Watchpoint:
-    """Counts reads and writes by the threads of a process, not by the kernel for them, of `size` bytes."""
+    """Counts reads and writes of `size` bytes by the threads of a process, not by the kernel on their behalf."""
 
     def __init__(self, pid: int, address: int, size: int) -> None:
         """`size` is 1, 2, 4 or 8, and the address a multiple of it. Raises OSError."""
@@ -53,7 +53,7 @@ class Watchpoint:
 
 
 def why_not() -> str:
-    """Why there are no watchpoints here; empty where there are."""
+    """Why watchpoints are unavailable here; empty where they are available."""
     word = ctypes.c_uint64()
     try:
         with Watchpoint(os.getpid(), ctypes.addressof(word), 8):
@@ -64,7 +64,7 @@ def why_not() -> str:
 
 
 def address_in(pid: int, fd: int, offset: int) -> int:
-    """Where a process has mapped byte `offset` of the file that we have at `fd`."""
+    """The address at which a process has mapped byte `offset` of the file that we have open as `fd`."""
     inode = os.fstat(fd).st_ino
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         place, _, begins, _, number, *_ = line.split()
