@@ -101,9 +101,6 @@ class _Reader:
         values = dict(table.values)
         for name in ("image", "socket_path"):
             values[name] = self._folder / values[name]
-        if os.path.exists(values["image"]):
-            # A service reads its file at each start, but creates its images only at the first one.
-            values["create"] = None
         chosen = values.get("io_threads", ())
         for name in chosen:
             if name not in threads:

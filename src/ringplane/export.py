@@ -99,6 +99,8 @@ class _Opened:
     image: Image
     zones: ZoneFile | None
     listener: Listener
+    # Just now, as there was none.
+    created: bool
 
 
 class Export:
@@ -390,7 +392,8 @@ def serve(
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
     Give either `socket_path` to listen at, or `fd`, an inherited socket. `create` makes a sparse image of so many
-    bytes first. `num_queues` defaults to one per CPU up to 4. `cpus` are the CPUs of each I/O thread, or those of all
+    bytes where there is none; an image that exists is served as it is.
+    `num_queues` defaults to one per CPU up to 4. `cpus` are the CPUs of each I/O thread, or those of all
     if there is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
@@ -460,6 +463,8 @@ def serve_all(
             successors = predecessor.take(exports)
         server.start(exports)
         undo.pop_all()
+    for config, parts in zip(disks, opened, strict=True):
+        _report_created(config, parts)
     if successors:
         server.at_end.callback(successors.close)
         server.start_task(lambda: offer_successors(server, successors))
@@ -492,14 +497,12 @@ def _take_over(config: DiskConfig, predecessor: Predecessor, index: int, undo: c
         undo.callback(zones.abandon)
     listener = predecessor.listener(index)
     undo.callback(listener.close)
-    return _Opened(image, zones, listener)
+    return _Opened(image, zones, listener, created=False)
 
 
 def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     """Whatever is made or opened here, `undo` takes back."""
-    if config.create is not None:
-        create_image(config.image, config.create)
-        undo.callback(_remove, config.image)
+    created = _create_if_missing(config, undo)
     opened = Image(
         config.image,
         read_only=config.read_only,
@@ -517,7 +520,26 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
         check_not_zoned(config.image)
     listener = Listener.at(config.socket_path) if config.socket_path else Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
-    return _Opened(opened, zones, listener)
+    return _Opened(opened, zones, listener, created)
+
+
+def _create_if_missing(config: DiskConfig, undo: contextlib.ExitStack) -> bool:
+    """Whether it was: a service says `create` at each start, and at later ones its image is left as it is."""
+    if config.create is None or config.image.exists():
+        return False
+    create_image(config.image, config.create)
+    undo.callback(_remove, config.image)
+    return True
+
+
+def _report_created(config: DiskConfig, opened: _Opened) -> None:
+    if opened.created:
+        log.info("%s: created", config.image)
+    elif config.create not in (None, opened.image.size):
+        log.warning(
+            "%s: exists with %d bytes, not the %d of create; it is served as it is",
+            config.image, opened.image.size, config.create,
+        )  # fmt: skip
 
 
 def _remove(made: Path | ZoneFile) -> None:

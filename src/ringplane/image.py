@@ -54,7 +54,8 @@ def create(path: Path, size: int) -> None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise ImageError(f"{path}: exists already; --create never touches an existing file") from None
+        why = "is a symbolic link whose target does not exist" if not path.exists() else "exists already"
+        raise ImageError(f"{path}: {why}; nothing is created over it") from None
     except OSError as error:
         raise ImageError(f"{path}: cannot be created: {error.strerror}") from None
     try:

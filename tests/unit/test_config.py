@@ -125,12 +125,6 @@ def test_nothing_is_made_by_reading(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["disks.toml"]
 
 
-def test_image_is_created_where_there_is_none(tmp_path: Path) -> None:
-    assert read(tmp_path, DISK + 'create = "1G"').disks[0].create == 1 << 30
-    (tmp_path / "a.img").touch()
-    assert read(tmp_path, DISK + 'create = "1G"').disks[0].create is None
-
-
 @pytest.mark.parametrize(("size", "bytes_"), [('"512"', 512), ("4096", 4096), ('"10G"', 10 << 30), ('"1.5M"', 3 << 19)])
 def test_size(tmp_path: Path, size: str, bytes_: int) -> None:
     assert read(tmp_path, f"{DISK}create = {size}").disks[0].create == bytes_

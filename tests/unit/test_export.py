@@ -194,6 +194,14 @@ def test_fd_that_is_no_stream_socket_is_refused_and_left_open(image: Path) -> No
         os.close(fd)
 
 
+def test_failed_start_leaves_an_image_that_was_there(tmp_path: Path) -> None:
+    image = tmp_path / "old"
+    image.write_bytes(b"precious" * 64)
+    with pytest.raises(ListenError):
+        ringplane.serve(image, tmp_path / "nowhere" / "socket", create=IMAGE_SIZE)
+    assert image.read_bytes() == b"precious" * 64
+
+
 def test_created_image_is_private_and_as_long_as_asked_for(tmp_path: Path) -> None:
     image = tmp_path / "new"
     with ringplane.serve(image, tmp_path / "socket", create=IMAGE_SIZE) as export, attach(export) as driver:
@@ -232,8 +240,7 @@ def test_serial(image: Path, tmp_path: Path) -> None:
 def test_default_serial_is_that_of_the_path(image: Path, tmp_path: Path) -> None:
     serials = []
     for path in (image, image, tmp_path / "another"):
-        create = None if path.exists() else IMAGE_SIZE
-        with ringplane.serve(path, tmp_path / "socket", create=create) as export, attach(export) as driver:
+        with ringplane.serve(path, tmp_path / "socket", create=IMAGE_SIZE) as export, attach(export) as driver:
             serials.append(driver.serial())
     assert serials[0] == serials[1] != serials[2]
 

@@ -382,13 +382,31 @@ def test_create(serve: Callable[..., Served], path: Path, tmp_path: Path) -> Non
         assert driver.capacity == 3 << 20
 
 
-def test_create_never_over_an_existing_file(image: Path, path: Path) -> None:
-    image.write_bytes(b"precious" * 64)
-    assert "exists already" in refused("--blk-file", image, "--socket-path", path, "--create", "1M")
-    assert image.read_bytes() == b"precious" * 64
+@pytest.mark.parametrize("size", ["3M", "1M"], ids=["as long", "of another size"])
+def test_image_that_exists_is_served_as_it_is(
+    serve: Callable[..., Served], tmp_path: Path, path: Path, size: str
+) -> None:
+    """The same command line is for the first start and for all later ones."""
+    new = tmp_path / "new"
+    first = serve("--create", "3M", disk=new)
+    with attach(path) as driver:
+        driver.write(0, b"precious" * 64)
+        driver.flush()
+    assert f"INFO: {new}: created" in first.end()[2]
+    second = serve("--create", size, disk=new)
+    with attach(path) as driver:
+        assert driver.read(0, 512) == b"precious" * 64
+        assert driver.capacity == 3 << 20
+    errors = second.end()[2]
+    assert "created" not in errors
+    assert ("exists with 3145728 bytes, not the 1048576 of create" in errors) == (size == "1M")
+
+
+def test_nothing_is_created_over_a_link(image: Path, path: Path) -> None:
     link = image.with_name("link")
     link.symlink_to(image.with_name("nothing"))
-    assert "exists already" in refused("--blk-file", link, "--socket-path", path, "--create", "1M")
+    line = refused("--blk-file", link, "--socket-path", path, "--create", "1M")
+    assert line == f"Error: {link}: is a symbolic link whose target does not exist; nothing is created over it"
     assert not image.with_name("nothing").exists()
 
 

@@ -86,7 +86,7 @@ def serve(folder: Path, engine: str) -> Iterator[Serve]:
     def start(**options: Any) -> ringplane.Export:
         image = folder / "disk.img"
         options = {"engine": engine, "zoned": MODEL, "num_queues": 2, "io_threads": 2} | options
-        started.append(ringplane.serve(image, folder / "socket", create=None if image.exists() else SIZE, **options))
+        started.append(ringplane.serve(image, folder / "socket", create=SIZE, **options))
         return started[-1]
 
     yield start

@@ -48,7 +48,7 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 @click.option("--socket-path", type=Path, help="UNIX socket to listen at.")
 @click.option("--fd", type=int, help="Inherited socket (its file descriptor) instead of --socket-path.")
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
-@click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image first; never over an existing file.")
+@click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if there is none yet.")
 @click.option("--num-queues", type=click.IntRange(1, 64), help="Virtqueues [default: one per CPU up to 4].")
 @click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads that serve them.")
 @click.option(
