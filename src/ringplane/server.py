@@ -23,16 +23,16 @@ from ringplane.values import check_cpus
 if TYPE_CHECKING:
     from ringplane.export import Export
 
-# At most, for what would make the control thread wait; they are started when they are needed.
+# Most threads for calls that would block the control thread; they are started on demand.
 SYNCING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class IoThread:
-    """An I/O thread to be started. It runs on `cpus` alone, or wherever this process may.
+    """An I/O thread to be started. It runs only on `cpus`, or on all CPUs of this process.
 
-    `poll_us`: for how many microseconds at most it looks at the rings before it sleeps, None: it never sleeps.
-    `pin_memory`: it keeps the memory of its guests pinned, where its engine is io_uring.
+    `poll_us`: the most microseconds that it polls the rings before it sleeps; None: it never sleeps.
+    `pin_memory`: it keeps the memory of its guests pinned, if its engine is io_uring.
 
     Raises ValueError for CPUs that this process may not use.
     """
@@ -54,16 +54,16 @@ class Server:
     def __init__(self, io_threads: Sequence[IoThread]) -> None:
         """Prepare the I/O threads and load the data plane; no thread is started.
 
-        Raises OSError when an engine cannot be had; nothing is left.
+        Raises OSError when an engine is unavailable; nothing is left.
         """
         self._io_threads = io_threads
         self.workers: dict[str, Worker] = {}
         self.exports: Sequence[Export] = ()
-        # What is to be closed with the threads.
+        # Closed together with the threads.
         self.at_end = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
-        # Left to itself asyncio makes it when it is first needed, and reads files for that (sandbox.py).
+        # By default asyncio creates it on first use, and reads files to do so (sandbox.py).
         self._loop.set_default_executor(ThreadPoolExecutor(SYNCING_THREADS, "ringplane-sync"))
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
         try:
@@ -83,7 +83,7 @@ class Server:
     def start_io_threads(self) -> None:
         """Returns when all of them run.
 
-        Raises OSError when an affinity cannot be had, WorkerEnded when a thread fails; `stop` undoes it.
+        Raises OSError when a CPU affinity is refused, WorkerEnded when a thread fails; `stop` undoes it.
         """
         for worker in self.workers.values():
             worker.start()
@@ -96,7 +96,7 @@ class Server:
         self._thread.start()
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
-        """Call `receive` with each trace event of any disk from now on, or a sentence about lost ones.
+        """Call `receive` with each trace event of any disk from now on, or a text about lost ones.
 
         It is called on the control thread.
         """
@@ -128,7 +128,7 @@ class Server:
             self._thread.join()
 
     def end_if_unused(self) -> None:
-        """Return when the threads have ended, if no disk needs them any more; else at once."""
+        """If no disk needs the threads any longer, return when they have ended; else at once."""
         if all(export.state == "stopped" for export in self.exports):
             self._thread.join()
 
@@ -187,6 +187,6 @@ class Server:
 
 
 def _run_on(cpus: Collection[int] | None) -> None:
-    """Bind the calling thread; raises OSError where the kernel refuses."""
+    """Bind the calling thread; raises OSError if the kernel refuses."""
     if cpus is not None:
         os.sched_setaffinity(0, cpus)

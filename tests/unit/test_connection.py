@@ -242,10 +242,10 @@ def refused(make: Callable[[], Connection], data: bytes, fd_count: int, words: s
         feed(connection, data, fds)
     assert not isinstance(caught.value, UnknownRequest)
     assert not any(map(is_open, fds))
-    with pytest.raises(ProtocolError, match="given up before"):
+    with pytest.raises(ProtocolError, match="has failed before"):
         _ = connection.wanted
     more = eventfds(1)
-    with pytest.raises(ProtocolError, match="given up before"):
+    with pytest.raises(ProtocolError, match="has failed before"):
         connection.receive(b"", more)
     assert not is_open(more[0])
 

@@ -114,8 +114,8 @@ class Message:
 class UnknownRequest(ProtocolError):
     """A request number that the specification does not have.
 
-    Its payload has been read and its fds are closed, so the connection goes on. `message` (with an `Opaque` payload and
-    a plain int as `request`) can be given to `Connection.reply` with a `U64` other than 0 if it has `need_reply`.
+    Its payload has been read, its fds are closed, and the connection continues. `message` (its payload is an `Opaque`,
+    its `request` a plain int) can be given to `Connection.reply` with a `U64` other than 0 if it has `need_reply`.
     """
 
     def __init__(self, message: Message) -> None:
@@ -125,7 +125,7 @@ class UnknownRequest(ProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class _Incoming:
-    """The message being received, as far as its header tells."""
+    """The message being received, as described by its header."""
 
     request: AnyRequest | int
     flags: int
@@ -181,7 +181,7 @@ class Connection:
         """Take `data`, at most `wanted` bytes, and the fds that came with it; the message if it is now complete.
 
         The fds belong to the connection from the call on, whatever the outcome. Raises UnknownRequest, after which it
-        goes on; any other ProtocolError, after which it refuses everything; UsageError if `data` is too long.
+        continues; any other ProtocolError, after which it rejects everything; UsageError if `data` is too long.
         """
         self._fds.extend(fds)
         try:
@@ -190,7 +190,7 @@ class Connection:
         except UnknownRequest:
             raise
         except ProtocolError as error:
-            self._refuse(f"the connection was given up before: {error}")
+            self._refuse(f"the connection has failed before: {error}")
             raise
         except UsageError:
             self._close_fds()
@@ -204,7 +204,7 @@ class Connection:
         return header + self._buffer, tuple(self._fds)
 
     def receive_again(self, data: bytes, fds: Sequence[int]) -> None:
-        """Take what was `unfinished` in another connection; raises as `receive` does."""
+        """Take what was `unfinished` in another connection; raises the same as `receive`."""
         self.receive(data[:HEADER_SIZE], fds)
         if len(data) > HEADER_SIZE:
             self.receive(data[HEADER_SIZE:])
@@ -300,7 +300,7 @@ class Connection:
         return self._finish(self._incoming)
 
     def _check_not_too_many_fds(self) -> None:
-        # At once rather than at the message's end: a peer must not make us hold fds without limit.
+        # At once, not at the end of the message: a peer must not make us hold fds without limit.
         most = MAX_FDS if self._incoming is None else self._incoming.max_fds
         if len(self._fds) > most:
             where = _name(self._incoming.request) if self._incoming else "a message"
@@ -363,7 +363,7 @@ class Connection:
         return message
 
 
-# What a request that the specification does not have may look like: see UnknownRequest.
+# For a request that the specification does not have: see UnknownRequest.
 _UNKNOWN_RULE = Rule(Opaque, None, 0, MAX_FDS)
 
 
@@ -434,6 +434,6 @@ def _naming(name: str) -> Iterator[None]:
 
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
-        # An error from close() (an I/O error of a file, say) must not keep the others open.
+        # An error of close(2) (an I/O error of a file, for example) must not keep the others open.
         with suppress(OSError):
             os.close(fd)

@@ -16,7 +16,7 @@ from ringplane.vhost_user.connection import AnyRequest, Connection, Message, Rol
 from ringplane.vhost_user.messages import MAX_FDS, Empty, Payload, ProtocolError, UsageError
 
 _INT_SIZE = array("i").itemsize
-# One more than a message may have, so that too many are seen as such.
+# Room for one more than a message may have, to detect too many.
 _ANCILLARY_SPACE = socket.CMSG_SPACE((MAX_FDS + 1) * _INT_SIZE)
 _NO_PAYLOAD = Empty()
 
@@ -36,7 +36,7 @@ def receive_part(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes,
         for fd in fds:
             os.close(fd)
         raise ProtocolError(
-            "fds were lost: more came with a message than are allowed, or this process has too many open"
+            "fds were lost: a message came with too many of them, or this process has too many open files"
         )
     return data, fds
 
@@ -70,7 +70,7 @@ def _receive_some(sock: socket.socket, connection: Connection, flags: int = 0) -
 
 
 class Interrupted(Exception):
-    """`AsyncTransport.interrupt` was called. Nothing is lost: the next call goes on where this one was."""
+    """`AsyncTransport.interrupt` was called. Nothing is lost: the next call continues where this one was."""
 
 
 class AsyncTransport:
@@ -99,7 +99,7 @@ class AsyncTransport:
         """The next message, or None after the peer closed its end or `close` was called.
 
         Raises what `Connection.receive` raises; ProtocolError if the stream ends inside a message or fds were lost;
-        UsageError if another task is receiving; Interrupted. A cancelled call loses nothing: the next one goes on.
+        UsageError if another task is receiving; Interrupted. A cancelled call loses nothing: the next one continues.
         """
         if self._receiving:
             raise UsageError("another task is receiving on this transport")
@@ -128,7 +128,7 @@ class AsyncTransport:
         """Send one message whole, waiting for a slow reader; the fds stay the caller's and must stay open meanwhile.
 
         Raises OSError if the peer or we closed the connection. If it is cancelled or fails after a part was sent, the
-        transport is closed, as what followed could not be understood.
+        transport is closed, because the peer could not understand what follows.
         """
         async with self._sending:
             rest = memoryview(data)
@@ -153,17 +153,17 @@ class AsyncTransport:
         """Have the call of `receive` that is waiting, or the next one, raise Interrupted."""
         self._interrupted = True
         for future in self._waits:
-            # A sender looks and waits again.
+            # A sender checks and waits again.
             wake(future)
 
     def fileno(self) -> int:
-        """Of the socket, -1 once it is closed."""
+        """The socket's file descriptor, -1 once it is closed."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket and the fds of a half-received message; who waits is woken. May be called again."""
+        """Close the socket and the fds of a half-received message; wakes all waiters. May be called again."""
         waits, self._waits = self._waits, {}
-        # Before the socket's number becomes free: the loop must not watch whatever gets it next.
+        # Before the fd number becomes free: the loop must not watch the file that gets it next.
         for future, unregister in waits.items():
             unregister()
             wake(future)
@@ -178,7 +178,7 @@ class AsyncTransport:
         try:
             await future
         finally:
-            # `close` has taken it back already if it is not there.
+            # If it is not there, `close` has undone it already.
             self._waits.pop(future, _nothing)()
 
 
@@ -187,7 +187,7 @@ def _nothing() -> None:
 
 
 def wake(future: asyncio.Future[None]) -> None:
-    """Have whoever waits for it go on; once is enough."""
+    """Wake the waiter; a second call does nothing."""
     if not future.done():
         future.set_result(None)
 
@@ -207,7 +207,7 @@ class BlockingTransport:
         """The next message, or None after the peer closed its end.
 
         Raises what `Connection.receive` raises; ProtocolError if the stream ends inside a message or fds were lost;
-        TimeoutError, after which another call goes on.
+        TimeoutError, after which another call continues.
         """
         message, ended = None, False
         while message is None and not ended:
@@ -217,7 +217,7 @@ class BlockingTransport:
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message whole; the fds stay the caller's. Raises OSError (TimeoutError, BrokenPipeError, ...).
 
-        If it fails after a part was sent, the transport is closed, as what followed could not be understood.
+        If it fails after a part was sent, the transport is closed, because the peer could not understand what follows.
         """
         rest = memoryview(data)
         try:
