@@ -172,7 +172,7 @@ def measure(config: Path, setup: Setup, in_flight: int, seconds: float, warm_up:
             for vring in disk.queues:
                 workers.append(_Worker(disk, vring, load, (0, disk.capacity // SECTOR), None))
                 stack.callback(workers[-1].free)
-                vring.ring.disable_calls()
+                vring.ring.disable_notifications()
         # Before any clock runs: `drive_all` is compiled or loaded.
         drive_until(workers, 0)
         stack.enter_context(backends.pinned({driver_cpu} if pinned else set()))

@@ -166,9 +166,9 @@ class Disk:
         """Whether a flush has failed, so that none can be promised any more (fsync(2))."""
         return self._device.flush_failed
 
-    def note_failed_flush(self) -> None:
+    def set_flush_failed(self) -> None:
         """One has failed in the process before."""
-        self._device.note_failed_flush()
+        self._device.set_flush_failed()
 
     def sync(self) -> None:
         """fdatasync(2): what was answered is stable afterwards. Raises OSError, also where an earlier flush failed."""
@@ -182,7 +182,7 @@ class Disk:
             else:
                 os.fdatasync(self.image.fd)
         except OSError:
-            self._device.note_failed_flush()
+            self._device.set_flush_failed()
             raise
 
     def close(self) -> None:

@@ -394,7 +394,7 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
     if saved["size"] != offered["size"]:
         raise HandoverError(f"{export.disk.image.path.name}: its size is being changed; try again")
     if saved["flush_failed"]:
-        export.disk.note_failed_flush()
+        export.disk.set_flush_failed()
     if export.disk.zones:
         export.disk.zones.resume_from(saved["zones"])
     if saved["front_end"]:

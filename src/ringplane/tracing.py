@@ -17,25 +17,25 @@ TRACE_PORTION = 1000
 
 async def report_trace(readers: Sequence[TraceReader], receive: Callable[[TraceEvent | str], None]) -> None:
     """Call `receive` with each event, or a sentence about lost ones, until cancelled."""
-    told = 0
+    reported = 0
 
-    def tell(limit: int) -> int:
-        nonlocal told
+    def report(limit: int) -> int:
+        nonlocal reported
         events = [event for reader in readers for event in reader.events(limit)]
         for event in events:
             receive(event)
         lost = sum(reader.lost for reader in readers)
-        if lost > told:
-            receive(f"{lost - told} trace events lost")
-            told = lost
+        if lost > reported:
+            receive(f"{lost - reported} trace events lost")
+            reported = lost
         return len(events)
 
     try:
         while True:
             # In small portions: messages of the front ends and signals must not wait for a slow reader of these.
-            await asyncio.sleep(0 if tell(TRACE_PORTION) else TRACE_INTERVAL)
+            await asyncio.sleep(0 if report(TRACE_PORTION) else TRACE_INTERVAL)
     except OSError as error:
         log.warning("tracing has ended: %s", error)
     except asyncio.CancelledError:
         # At the stop, when all queues have been drained: the rest.
-        tell(TRACE_CAPACITY)
+        report(TRACE_CAPACITY)

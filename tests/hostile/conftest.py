@@ -253,9 +253,9 @@ class Target:
         attacker, before = line.rig, len(self.victim.told())
         memory = attacker.memory_beside_rings()
         line.kick()
-        wait_for_event(line.err_fd, f"the error: {rules.SENTENCES[rule]}")
+        wait_for_event(line.err_fd, f"the error: {rules.MESSAGES[rule]}")
         told = self.victim.told()[before:]
-        assert f"bad.img queue {line.number}: ring broken by the driver: {rules.SENTENCES[rule]}" in told, told
+        assert f"bad.img queue {line.number}: ring broken by the driver: {rules.MESSAGES[rule]}" in told, told
         assert told.count("ring broken") == 1
         assert attacker.memory_beside_rings() == memory
         assert not list(line.ring.take_used())

@@ -169,7 +169,7 @@ def test_a_chain_of_only_a_head(target: Target, ring_class: Any) -> None:
             offer(line, [getattr(buffers, which)], direct)
             line.kick()
             wait_for_event(line.err_fd, "the error")
-            assert rules.SENTENCES[rule] in target.told().splitlines()[-1]
+            assert rules.MESSAGES[rule] in target.told().splitlines()[-1]
             done: list[Any] = []
             assert eventually(lambda done=done: done.extend(line.ring.collect()) or len(done) > 0)
             assert done == [before]
@@ -492,7 +492,7 @@ def test_more_chains_in_flight_than_descriptors(target: Target, ring_class: Any)
         line.ring.put_available(requests[0].head)
         line.kick()
         select.select([line.err_fd], [], [], 0.2)
-        if rules.SENTENCES[rules.TOO_MANY_IN_FLIGHT] in target.told():
+        if rules.MESSAGES[rules.TOO_MANY_IN_FLIGHT] in target.told():
             break
         line.reset()
     else:

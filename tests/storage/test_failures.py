@@ -160,7 +160,7 @@ def check_full(served: Served, filler: Path, why: str) -> None:
             assert read(driver, offset).data == pattern(offset + 1)
         assert read(driver, BLOCK).data == pattern(7)
     wait_until(lambda: lines(served, "more writes have failed"), "the rest was not told")
-    assert f": {SIZE // 2 // BLOCK - 1} more writes have failed; the last that was noted: write" in served.told()
+    assert f": {SIZE // 2 // BLOCK - 1} more writes have failed; the last one: write" in served.told()
 
 
 @pytest.mark.parametrize("engine", ["memory", *ENGINES])
@@ -319,7 +319,7 @@ def test_a_failed_flush_is_never_forgotten(fuse: FuseFile, engine: str, direct: 
         with served.driver(queues=2) as driver:
             # Nor by the next front end.
             assert flush(driver) == IOERR
-        told_once(served, "a flush failed: Input/output error; what was written before may be lost")
+        told_once(served, "a flush failed: Input/output error; earlier writes may be lost")
     with serving(Disk(fuse.path, direct=direct), engine=engine) as served, served.driver() as driver:
         assert flush(driver) == OK
 

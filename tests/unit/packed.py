@@ -123,14 +123,14 @@ class PackedRing(DriverRing):
         """The device's event suppression struct: a place, and what it means."""
         return struct.unpack_from("<HH", self.guest.memory, self.used)
 
-    def enable_calls(self) -> None:
+    def enable_notifications(self) -> None:
         """Ask for a call with the next answer."""
         if self.event_idx:
             self.set_used_event(self._place(self.used_next))
         else:
             self.guest.store16(self.avail + 2, ENABLE)
 
-    def disable_calls(self) -> None:
+    def disable_notifications(self) -> None:
         self.guest.store16(self.avail + 2, DISABLE)
 
     def set_used_event(self, wanted: int) -> None:

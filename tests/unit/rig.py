@@ -280,14 +280,14 @@ class Ring(DriverRing):
     def _avail_event(self) -> int:
         return int(struct.unpack_from("<H", self.guest.memory, self.used + 4 + 8 * self.size)[0])
 
-    def enable_calls(self) -> None:
+    def enable_notifications(self) -> None:
         """Ask for a call with the next answer."""
         if self.event_idx:
             self.set_used_event(self.used_idx)
         else:
             self.guest.store16(self.avail, 0)
 
-    def disable_calls(self) -> None:
+    def disable_notifications(self) -> None:
         """Want no calls: by flag, or with EVENT_IDX by asking for the one that was there last."""
         if self.event_idx:
             self.set_used_event((self.used_idx - 1) % 65536)
@@ -411,7 +411,7 @@ def held(worker: Worker) -> Iterator[None]:
 
 def fetch_only(worker: Worker) -> None:
     """Asked of a held worker: take what is in the rings, but do not submit it yet, so that it is in flight for sure."""
-    worker.call(worker._look_at_all_queues)
+    worker.call(worker._check_all_queues)
     # As many turns as a full ring takes.
     for _ in range(-(-1024 // TURN)):
         worker.call(lambda: serve_ready(worker._state[0]))
@@ -502,7 +502,7 @@ class Line:
         """Wait, as a driver does that sleeps until it is called, for all that is in the ring to be answered."""
         done: list[Pending] = []
         while True:
-            self.ring.enable_calls()
+            self.ring.enable_notifications()
             answered = self.ring.collect()
             done += answered
             if not self.ring.pending:

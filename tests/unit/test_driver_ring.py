@@ -189,14 +189,14 @@ def test_calls_come_when_asked_for(event_idx):
         ring.add([(ring.memory, 1, True)], token)
     ring.publish()
     heads = [device.take()[0] for _ in range(4)]
-    assert ring.enable_calls() == 0
+    assert ring.enable_notifications() == 0
     assert device.use(heads[0], 1)
-    ring.disable_calls()
+    ring.disable_notifications()
     assert not device.use(heads[1], 1)
     assert ring.reap() == (0, 1)
-    assert ring.enable_calls() == 1, "one was used while calls were off: the driver must not wait"
+    assert ring.enable_notifications() == 1, "one was used while calls were off: the driver must not wait"
     assert ring.reap() == (1, 1)
-    assert ring.enable_calls() == 0
+    assert ring.enable_notifications() == 0
     assert device.use(heads[2], 1)
 
 

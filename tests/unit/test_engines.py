@@ -14,7 +14,7 @@ import pytest
 from ringplane.engines import aio, uring
 from ringplane.engines.aio import Aio
 from ringplane.engines.choose import AUTO, WORKER_ENGINES, make_engine
-from ringplane.engines.dispatch import has_news, wait
+from ringplane.engines.dispatch import has_events, wait
 from ringplane.engines.uring import Uring
 
 from .rig import need_engine
@@ -56,9 +56,9 @@ def test_a_flag_that_the_kernel_left_behind_is_no_news() -> None:
     tokens(engine)
     flags = ctypes.c_uint32.from_address(int(record["sq_flags"]))
     flags.value |= uring.IORING_SQ_TASKRUN
-    assert has_news(record)
+    assert has_events(record)
     assert tokens(engine) == []
-    assert not has_news(record)
+    assert not has_events(record)
     # What really comes then is not lost, and told by the flag again after that.
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     engine.watch(fd, TOKEN)
@@ -66,7 +66,7 @@ def test_a_flag_that_the_kernel_left_behind_is_no_news() -> None:
     os.eventfd_write(fd, 1)
     assert tokens(engine, 1000) == [TOKEN]
     os.eventfd_write(fd, 1)
-    assert has_news(record)
+    assert has_events(record)
     assert tokens(engine) == [TOKEN]
     engine.close()
     os.close(fd)
@@ -80,7 +80,7 @@ def test_aio_sleeps_for_as_long_as_it_is_told_or_not_at_all(
     if not has_epoll_pwait2:
         monkeypatch.setattr(aio, "_has_epoll_pwait2", lambda: False)
     engine = Aio(8)
-    assert engine.naps == has_epoll_pwait2
+    assert engine.fine_timeouts == has_epoll_pwait2
     begin = time.monotonic_ns()
     assert wait(engine._engine[0], 50_000, 1) == 0
     slept = time.monotonic_ns() - begin

@@ -294,7 +294,7 @@ def test_an_indirect_descriptor_needs_the_feature() -> None:
 def test_every_rule_has_an_example() -> None:
     elsewhere = {"OK", "INDIRECT_NOT_NEGOTIATED", "AVAIL_INDEX", "TOO_MANY_IN_FLIGHT"}
     assert set(BROKEN) == set(RULE_OF_NAME) - elsewhere
-    assert set(rules.SENTENCES) == set(NAME_OF_RULE) - {rules.OK}
+    assert set(rules.MESSAGES) == set(NAME_OF_RULE) - {rules.OK}
 
 
 # Edges that random choice would seldom meet.

@@ -320,7 +320,7 @@ def test_write_through_is_kept(serve: Serve, path: Path) -> None:
 
 def test_a_failed_flush_is_not_forgotten(serve: Serve) -> None:
     running = serve()
-    running.disk.note_failed_flush()
+    running.disk.set_flush_failed()
     running = take_over(serve, running)
     assert running.disk.flush_failed
 

@@ -569,7 +569,7 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
             for number in range(64):
                 line.put(IN, number, room=512)
             line.ring.publish()
-        worker.call(worker._look_at_all_queues)
+        worker.call(worker._check_all_queues)
     for line in lines:
         line.wait()
     fetched = [event.queue for event in reader.events() if event.event == TRACE_FETCH]

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ringplane.dataplane.loop import LOOK_TURNS
+from ringplane.dataplane.loop import ENGINE_TURNS
 from ringplane.dataplane.queue import Queue, RingLayout
-from ringplane.dataplane.state import NAP, NEVER, POLL, SLEEP
+from ringplane.dataplane.state import COALESCE, NEVER, POLL, SLEEP
 from ringplane.dataplane.worker import Worker
 from ringplane.driver.ring import (
     QUEUE,
@@ -24,8 +24,8 @@ from ringplane.driver.ring import (
     SEGMENT_SIZE,
     Ring,
     add,
-    disable_calls,
-    enable_calls,
+    disable_notifications,
+    enable_notifications,
     publish,
     take_used,
     used_count,
@@ -129,12 +129,12 @@ def wait_for_used(driver, ring):
         if monotonic_ns() > end:
             return False
         if driver.sleeps:
-            enable_calls(ring)
+            enable_notifications(ring)
             if used_count(ring) == 0:
                 if epoll_wait(driver.epoll_fd, driver.event, 1, HANG // 1_000_000) == 0:
                     return False
                 driver.calls += 1
-            disable_calls(ring)
+            disable_notifications(ring)
         else:
             relax()
     return True
@@ -281,33 +281,33 @@ def _compile_the_driver(tmp_path_factory: pytest.TempPathFactory) -> None:
     drive(int(nothing.ctypes.data))
 
 
-def give_only(worker: Worker, habit: int) -> None:
-    """Let the worker have one habit."""
+def give_only(worker: Worker, policy: int) -> None:
+    """Let the worker have one policy."""
 
     def change() -> None:
-        worker._state["habit"], worker._state["habits"], worker._state["spell_end"] = habit, 1 << habit, NEVER
+        worker._state["policy"], worker._state["policies"], worker._state["sample_end"] = policy, 1 << policy, NEVER
 
     worker.call(change).result(PATIENCE)
 
 
-# Each habit by itself, what the worker makes of them, and never sleeping.
-HABITS_AND_TIMES = pytest.mark.parametrize(
-    ("habit", "poll_us"),
-    [(SLEEP, 50), (NAP, 50), (POLL, 50), (None, 50), (None, 0), (None, None)],
+# Each policy by itself, what the worker makes of them, and never sleeping.
+POLICIES_AND_TIMES = pytest.mark.parametrize(
+    ("policy", "poll_us"),
+    [(SLEEP, 50), (COALESCE, 50), (POLL, 50), (None, 50), (None, 0), (None, None)],
     ids=["sleep", "nap", "poll", "tuned", "tuned-without-polling", "always"],
 )
 
 
-@HABITS_AND_TIMES
+@POLICIES_AND_TIMES
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
 def test_no_kick_and_no_call_is_lost(
-    make_rig: RigFactory, engine: str, event_idx: bool, habit: int | None, poll_us: int | None
+    make_rig: RigFactory, engine: str, event_idx: bool, policy: int | None, poll_us: int | None
 ) -> None:
     """Three queues with six slots: one driver sleeps until it is called, one looks at its ring, one does not pause."""
     rig = make_rig(engine, poll_us=poll_us, slots=6)
-    if habit is not None:
-        give_only(rig.workers[0], habit)
+    if policy is not None:
+        give_only(rig.workers[0], policy)
     seed = time.monotonic_ns() % 1_000_000
     drives = [
         Drive(rig, rig.workers[0], seed, event_idx=event_idx, sleeps=True),
@@ -320,16 +320,16 @@ def test_no_kick_and_no_call_is_lost(
         each.finish()
 
 
-@HABITS_AND_TIMES
+@POLICIES_AND_TIMES
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
 def test_a_lonely_request_is_not_lost(
-    make_rig: RigFactory, engine: str, event_idx: bool, habit: int | None, poll_us: int | None
+    make_rig: RigFactory, engine: str, event_idx: bool, policy: int | None, poll_us: int | None
 ) -> None:
     """One queue and one request at a time, at any moment of falling asleep: nothing else would wake the worker."""
     rig = make_rig(engine, poll_us=poll_us, slots=2)
-    if habit is not None:
-        give_only(rig.workers[0], habit)
+    if policy is not None:
+        give_only(rig.workers[0], policy)
     seed = time.monotonic_ns() % 1_000_000
     alone = Drive(rig, rig.workers[0], seed, event_idx=event_idx, sleeps=True, depth=1)
     alone.start(HUNT_SECONDS / 2)
@@ -390,7 +390,7 @@ def test_each_habit_is_tried_on_a_busy_worker(make_rig: RigFactory, engine: str)
     state, tallies = rig.workers[0]._state, rig.workers[0]._tallies
     busy = Drive(rig, rig.workers[0], 3, event_idx=True, sleeps=False, pause_us=50, depth=1)
     busy.start(PATIENCE)
-    assert eventually(lambda: bool(tallies["answered"].all()) and int(state["resting"][0]) > 0)
+    assert eventually(lambda: bool(tallies["completed"].all()) and int(state["until_trial"][0]) > 0)
     busy.stop()
 
 
@@ -401,14 +401,14 @@ def test_polling_ends_where_nothing_comes(make_rig: RigFactory, engine: str) -> 
     give_only(worker, POLL)
     rare = Drive(rig, worker, 4, event_idx=True, sleeps=False, pause_us=80_000, depth=1)
     rare.start(PATIENCE)
-    assert eventually(lambda: int(worker._state["habit"][0]) == SLEEP)
+    assert eventually(lambda: int(worker._state["policy"][0]) == SLEEP)
     rare.stop()
 
 
-def calls_per_request(rig: Rig, habit: int) -> float:
+def calls_per_request(rig: Rig, policy: int) -> float:
     """Of a driver that always wants to be called, although it looks at the ring all the time."""
     worker = rig.workers[0]
-    give_only(worker, habit)
+    give_only(worker, policy)
     busy = Drive(rig, worker, 7, event_idx=False, sleeps=False, pause_us=0, depth=1)
     busy.start(0.3)
     busy.thread.join()
@@ -420,20 +420,20 @@ def calls_per_request(rig: Rig, habit: int) -> float:
 def test_a_napping_worker_calls_once_for_many(make_rig: RigFactory) -> None:
     rig = make_rig("memory")
     assert calls_per_request(rig, SLEEP) > 0.9
-    assert calls_per_request(rig, NAP) < 0.7
+    assert calls_per_request(rig, COALESCE) < 0.7
 
 
 def test_a_held_call_is_made_before_the_worker_does_what_the_control_plane_wants(make_rig: RigFactory) -> None:
     """So that a call fd may be changed, or a queue stopped, at any time."""
     rig = make_rig("aio")
     worker = rig.workers[0]
-    give_only(worker, NAP)
+    give_only(worker, COALESCE)
     line = rig.line().start()
     for _ in range(30):
         line.put(IN, room=512)
         line.kick()
         assert eventually(lambda: line.ring.device_used_idx() == line.ring.avail_idx)
-        assert worker.call(lambda: int(worker._state["uncalled"][0])).result(PATIENCE) == 0
+        assert worker.call(lambda: int(worker._state["unnotified"][0])).result(PATIENCE) == 0
         assert os.eventfd_read(line.call_fd) == 1
 
 
@@ -507,7 +507,7 @@ def test_a_kicked_queue_is_served_beside_one_that_is_polled(make_rig: RigFactory
         turns.append(turns_until(worker, line))
     busy.finish()
     # The median, and a multiple of what it takes: this thread and the driver's may be off the CPU for long.
-    assert sorted(turns)[len(turns) // 2] < 50 * LOOK_TURNS
+    assert sorted(turns)[len(turns) // 2] < 50 * ENGINE_TURNS
 
 
 @pytest.mark.parametrize("what", ["kick", "call"])

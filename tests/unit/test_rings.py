@@ -376,7 +376,7 @@ def test_a_stopped_ring_is_left_alone_and_goes_on_without_a_kick(line: Line) -> 
 
 
 def test_no_call_where_the_driver_wants_none(line: Line) -> None:
-    line.ring.disable_calls()
+    line.ring.disable_notifications()
     for number in range(5):
         line.put(IN, number, room=512)
         line.kick()
@@ -389,7 +389,7 @@ def test_no_call_where_the_driver_wants_none(line: Line) -> None:
 @pytest.mark.parametrize("several", [1, FIRST_TURN], ids=["one", "a turn"])
 def test_a_driver_that_wants_calls_is_called_once_a_turn(line: Line, several: int) -> None:
     for _ in range(20):
-        line.ring.enable_calls()
+        line.ring.enable_notifications()
         with held(line.worker):
             for _ in range(several):
                 line.put(SCSI_CMD)
@@ -414,7 +414,7 @@ def test_with_event_idx_the_call_comes_with_the_answer_that_was_asked_for(
             if combination["event_idx"]:
                 line.ring.set_used_event(line.ring.place_behind(lengths[:wanted] + [1] * (wanted - len(requests))))
             else:
-                line.ring.enable_calls()
+                line.ring.enable_notifications()
             calls = [calls_for(line, batch) for batch in ([requests] if at_once else [[one] for one in requests])]
             if not combination["event_idx"]:
                 assert all(calls)
@@ -526,7 +526,7 @@ def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureF
         wait_for_event(line.queue.err_fd, "the error")
     assert not line.queue.running
     assert int(line.queue.record["broken"]) == rule
-    assert f"{line.queue.name}: ring broken by the driver: {rules.SENTENCES[rule]}" in caplog.text
+    assert f"{line.queue.name}: ring broken by the driver: {rules.MESSAGES[rule]}" in caplog.text
     if line.ring.has_room(3):
         # Whatever the driver does with it now.
         line.put(IN, room=512)
@@ -611,7 +611,7 @@ def test_more_chains_in_flight_than_descriptors(
         fetch_only(line.worker)
     line.kick()
     wait_for_event(line.queue.err_fd, "the error")
-    assert rules.SENTENCES[rules.TOO_MANY_IN_FLIGHT] in caplog.text
+    assert rules.MESSAGES[rules.TOO_MANY_IN_FLIGHT] in caplog.text
     line.stop()
     assert len(line.ring.collect()) == 2
 

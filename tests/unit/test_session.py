@@ -678,7 +678,7 @@ def test_notifier_that_is_full_does_not_stop_the_thread(own_export: ringplane.Ex
     """It does where nobody but this front end is served by it, but not when it is wanted for something else.
 
     eventfd(2) has no RWF_NOWAIT for writes. A thread that serves several disks has the kernel signal, which never waits
-    (dataplane/caller.py; hostile/test_notifiers.py); that would cost 0.7 us a call.
+    (dataplane/signaller.py; hostile/test_notifiers.py); that would cost 0.7 us a call.
     """
     with full_notifier(kind) as call:
         with machine(own_export) as guest:

@@ -144,7 +144,7 @@ def test_with_event_idx_the_driver_is_called_when_its_event_is_passed(
         for _ in range(done):
             split.put_used(ring.queue, 0, 0)
         split.publish_used(ring.queue)
-        assert bool(split.wants_call(ring.queue)) == model.need_event(event, (old + done) % 65536, old)
+        assert bool(split.wants_notification(ring.queue)) == model.need_event(event, (old + done) % 65536, old)
 
 
 @given(ring_sizes, starts, st.lists(st.integers(0, 4), min_size=1, max_size=5), st.data())
@@ -158,8 +158,8 @@ def test_one_look_is_for_all_that_was_published_since_the_last(
         for _ in range(batch):
             split.put_used(ring.queue, 0, 0)
         split.publish_used(ring.queue)
-    assert bool(split.wants_call(ring.queue)) == model.need_event(event, (old + sum(batches)) % 65536, old)
-    assert not split.wants_call(ring.queue)
+    assert bool(split.wants_notification(ring.queue)) == model.need_event(event, (old + sum(batches)) % 65536, old)
+    assert not split.wants_notification(ring.queue)
 
 
 @given(ring_sizes, starts, u16, st.booleans())
@@ -169,7 +169,7 @@ def test_without_event_idx_the_flag_alone_decides_about_calls(size: int, start: 
     ring.set_no_interrupt(wish)
     split.put_used(ring.queue, 0, 0)
     split.publish_used(ring.queue)
-    assert bool(split.wants_call(ring.queue)) == (not wish)
+    assert bool(split.wants_notification(ring.queue)) == (not wish)
 
 
 @given(rings, st.data())
@@ -235,7 +235,7 @@ def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
 def test_an_available_index_that_jumps(make_rig: RigFactory, caplog: pytest.LogCaptureFixture, jump: int) -> None:
     line = make_rig().line().start(size=16, base=65530)
     line.ring.avail_idx = (65530 + jump) % 65536
-    assert rules.SENTENCES[rules.AVAIL_INDEX] in broken(line, caplog)
+    assert rules.MESSAGES[rules.AVAIL_INDEX] in broken(line, caplog)
     assert line.ring.device_used_idx() == 65530
 
 

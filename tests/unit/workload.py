@@ -99,9 +99,9 @@ class Workload:
         for line in self.random.sample(self.lines, len(self.lines)):
             choice = self.random.random()
             if choice < 0.3:
-                line.ring.disable_calls()
+                line.ring.disable_notifications()
             elif choice < 0.5:
-                line.ring.enable_calls()
+                line.ring.enable_notifications()
             if self.random.random() < 0.8:
                 line.notify()
             else:

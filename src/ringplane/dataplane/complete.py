@@ -1,20 +1,23 @@
-"""From the engine back to the ring: finish or continue what ended, answer, publish and notify once per turn."""
+"""From the engine back to the ring: continue or finish each request, write its status, publish used elements, notify.
+
+The used elements of a turn of the loop are published together, and each driver is notified once for all of them.
+"""
 
 from __future__ import annotations
 
 from ringplane.dataplane import dirty
-from ringplane.dataplane.caller import signal
 from ringplane.dataplane.execute import give_bounce, transfer
-from ringplane.dataplane.failures import note_failure
+from ringplane.dataplane.failures import record_failure
 from ringplane.dataplane.fetch import consume, copy_to_front
 from ringplane.dataplane.flush import begin_flush, flush
 from ringplane.dataplane.helpers import send_to_helpers
+from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.state import (
+    COALESCE,
     COUNTER,
     COUNTER_HISTOGRAM,
     COUNTER_SIZE,
     DEVICE,
-    NAP,
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
@@ -22,7 +25,7 @@ from ringplane.dataplane.state import (
     WORKER_ONE,
 )
 from ringplane.dataplane.trace import trace
-from ringplane.dataplane.zones import end_reset, end_write, note_reached
+from ringplane.dataplane.zones import end_reset, end_write, record_reached
 from ringplane.engines.common import (
     COMPLETION,
     COMPLETION_SIZE,
@@ -41,16 +44,16 @@ from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, monotonic_ns
 from ringplane.virtio import inflight
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
-from ringplane.virtio.ring import publish_used, put_used, wants_call
+from ringplane.virtio.ring import publish_used, put_used, wants_notification
 from ringplane.virtio.zoned import APPEND_SECTOR_SIZE, VIRTIO_BLK_T_ZONE_APPEND
 
-# In nanoseconds: how long calls are held after the last completion, and after the first one that was not told yet.
-HOLD_NS, HOLD_MAX_NS = 50_000, 400_000
+# In nanoseconds: how long COALESCE holds notifications back after the last completion, and after the first one of them.
+COALESCE_NS, COALESCE_MAX_NS = 50_000, 400_000
 
 
 @compiled
 def complete_all(worker):
-    """Reap the engine and move each request that it names forward."""
+    """Reap the engine's completions and continue each request that they belong to."""
     engine = view(worker.engine, ENGINE)
     completions = reap(engine)
     if completions == 0:
@@ -67,7 +70,7 @@ def complete_all(worker):
 
 @compiled
 def progress_each(worker, request, result):
-    """An I/O of several requests ended: if it was not done whole, for whatever reason, each begins again alone."""
+    """A merged I/O has ended: if it was not transferred whole, for whatever reason, each request is retried alone."""
     whole = result == request.whole_length
     slot = request.slot
     while slot >= 0:
@@ -82,7 +85,7 @@ def progress_each(worker, request, result):
 
 @compiled
 def progress(worker, request, result):
-    """An I/O of this request ended with `result` bytes or -errno: a short one goes on, all others finish it."""
+    """An I/O of this request ended with `result` bytes or -errno: continue it if it was short, else finish it."""
     queue = view(request.queue, QUEUE)
     if request.operation >= FLUSH:
         end_whole(worker, queue, request, result)
@@ -91,8 +94,8 @@ def progress(worker, request, result):
         transfer(worker, request)
         return
     if result <= 0:
-        # 0 is nothing at all, although something was asked for: the image has become shorter.
-        note_failure(worker, queue, request, result)
+        # 0: nothing was transferred, although something was asked for: the image has become shorter.
+        record_failure(worker, queue, request, result)
         finish(worker, queue, request, VIRTIO_BLK_S_IOERR)
         return
     if request.bounce_iov_len > 0 and request.operation == READ:
@@ -111,14 +114,14 @@ def progress(worker, request, result):
 
 @compiled
 def end_whole(worker, queue, request, result):
-    """What is done whole or not at all has ended: a flush, or what a helper did."""
+    """An operation without partial results has ended: a flush, or the work of a helper thread."""
     if request.operation == FLUSH:
         end_flush(worker, queue, result)
         return
     if request.operation == RESET_ZONES:
         end_reset(queue, request)
     if result < 0:
-        note_failure(worker, queue, request, result)
+        record_failure(worker, queue, request, result)
         if request.operation == SYNC_ZONES:
             view(queue.device, DEVICE).flush_failed = 1
     elif queue.write_through and request.operation <= SECURE_ERASE:
@@ -130,7 +133,7 @@ def end_whole(worker, queue, request, result):
 
 @compiled
 def end_flush(worker, queue, result):
-    """An fdatasync(2) has ended: answer all that it was for, and begin another one for those that came meanwhile."""
+    """An fdatasync(2) has ended: finish all requests that it was for, and begin one for those that came meanwhile."""
     device = view(queue.device, DEVICE)
     slot, queue.flushing = queue.flushing, -1
     if result < 0:
@@ -141,7 +144,7 @@ def end_flush(worker, queue, result):
         slot = request.next
         request.done = request.length if status == VIRTIO_BLK_S_OK else 0
         if result < 0:
-            note_failure(worker, queue, request, result)
+            record_failure(worker, queue, request, result)
         finish(worker, queue, request, status)
     if queue.flush_first >= 0:
         begin_flush(worker, queue)
@@ -149,8 +152,8 @@ def end_flush(worker, queue, result):
 
 @compiled
 def end_zone_data(worker, queue, request):
-    """A zone's pointer has to be stable too, where writes are when they are answered."""
-    note_reached(queue, request)
+    """The data of a write to a zone is written. With write-through its write pointer has to be stable too."""
+    record_reached(queue, request)
     if queue.write_through:
         request.operation = SYNC_ZONES
         send_to_helpers(worker, request)
@@ -160,7 +163,7 @@ def end_zone_data(worker, queue, request):
 
 @compiled
 def finish(worker, queue, request, status):
-    """Write the status byte, count, and give the chain back, when it is its turn."""
+    """Write the status byte, count, and use the chain (with IN_ORDER: as soon as all older ones are used)."""
     store8(request.status_address, status)
     account(worker, queue, request, status)
     if request.zone:
@@ -190,12 +193,12 @@ def use(worker, queue, request):
     release(worker, queue, request)
 
 
-# VIRTIO_F_IN_ORDER (section 2.7.9): chains are used in the order in which they came, whatever ends first.
+# VIRTIO_F_IN_ORDER (section 2.7.9): chains are used in the order in which they became available, whichever ends first.
 
 
 @compiled
 def queue_up(worker, queue, request):
-    """Put the request behind all that were fetched before it."""
+    """Append the request to the list of those that wait to be used in order."""
     request.following = -1
     request.ended = 0
     if queue.oldest < 0:
@@ -207,7 +210,7 @@ def queue_up(worker, queue, request):
 
 @compiled
 def use_in_order(worker, queue):
-    """Give back the chains at the front whose requests have ended."""
+    """Use the chains at the front of the list whose requests have ended."""
     while queue.oldest >= 0:
         request = view(worker.requests + queue.oldest * REQUEST_SIZE, REQUEST)
         if not request.ended:
@@ -218,17 +221,17 @@ def use_in_order(worker, queue):
 
 @compiled
 def used_length(request):
-    """How many bytes were written from the start of the device-writable part on, without a gap (section 2.7.8.2).
+    """How many bytes were written without a gap from the start of the device-writable part (section 2.7.8.2).
 
-    The status is the last writable byte: it counts only if all before it was written too.
+    The status is the last writable byte: it counts only if all bytes before it were written too.
     """
-    written = request.done if request.operation == READ else told_of_append(request)
+    written = request.done if request.operation == READ else append_length(request)
     return written + 1 if written == request.writable_bytes else written
 
 
 @compiled
-def told_of_append(request):
-    """The driver is told where its data is only if all of it is there."""
+def append_length(request):
+    """The append_sector field counts as written only if all data of the zone append was written."""
     appended = request.type == VIRTIO_BLK_T_ZONE_APPEND and request.done > 0 and request.done == request.length
     return APPEND_SECTOR_SIZE if appended else 0
 
@@ -245,13 +248,13 @@ def account(worker, queue, request, status):
 
 @compiled
 def release(worker, queue, request):
-    """Free the slot, and call Python where it waits for this: a queue to drain, a replaced memory table to drop."""
+    """Free the slot, and return to Python if it waits for this: to finish a drain or drop a replaced memory table."""
     request.queue = 0
     request.next = worker.free
     worker.free = request.slot
     queue.in_flight -= 1
     worker.in_flight -= 1
-    worker.answered += 1
+    worker.completed += 1
     if request.retired_memory or (queue.draining and queue.in_flight == 0):
         request.retired_memory = 0
         worker.attention = 1
@@ -265,17 +268,18 @@ def mark_unpublished(worker, queue):
         worker.unpublished = address_of(queue)
 
 
-# Calls: in a guest each is an interrupt, which costs it more than a request does, and a guest that is busy submitting
-# gains nothing by it. So in the habit NAP a call is held until nothing has completed for a while, then made for all.
+# Notifications: in a guest each one is an interrupt, which costs it more than a request does, and a guest that is busy
+# submitting gains nothing from it. So the policy COALESCE holds notifications back until nothing has completed for a
+# while, then makes one for all.
 
 
 @compiled
 def publish_all(worker):
-    """Publish the used elements of this turn, and call the drivers unless their calls are held."""
-    if worker.unpublished and worker.habit == NAP:
-        if not worker.uncalled:
-            worker.call_limit = worker.now + HOLD_MAX_NS
-        worker.call_at = min(worker.now + HOLD_NS, worker.call_limit)
+    """Publish the used elements of this turn, and notify the drivers unless notifications are held back."""
+    if worker.unpublished and worker.policy == COALESCE:
+        if not worker.unnotified:
+            worker.notify_limit = worker.now + COALESCE_MAX_NS
+        worker.notify_at = min(worker.now + COALESCE_NS, worker.notify_limit)
     while worker.unpublished:
         queue = view(worker.unpublished, QUEUE)
         worker.unpublished = queue.next_unpublished
@@ -286,21 +290,21 @@ def publish_all(worker):
             publish_used(queue)
         if queue.log:
             dirty.mark_ring(queue)
-        if not queue.uncalled:
-            queue.uncalled = 1
-            queue.next_uncalled = worker.uncalled
-            worker.uncalled = address_of(queue)
-    if worker.habit != NAP or worker.now >= worker.call_at:
-        call_all(worker)
+        if not queue.unnotified:
+            queue.unnotified = 1
+            queue.next_unnotified = worker.unnotified
+            worker.unnotified = address_of(queue)
+    if worker.policy != COALESCE or worker.now >= worker.notify_at:
+        notify_all(worker)
 
 
 @compiled
-def call_all(worker):
-    """Call the drivers that want it for what was published, once each."""
-    while worker.uncalled:
-        queue = view(worker.uncalled, QUEUE)
-        worker.uncalled = queue.next_uncalled
-        queue.uncalled = 0
-        if wants_call(queue) and queue.call_fd >= 0:
-            # The result is of no use: a full eventfd or pipe has a notification in it already.
-            signal(worker.caller, queue.call_fd, address_of(worker) + WORKER_ONE)
+def notify_all(worker):
+    """Notify each driver that wants it, once for all that was published."""
+    while worker.unnotified:
+        queue = view(worker.unnotified, QUEUE)
+        worker.unnotified = queue.next_unnotified
+        queue.unnotified = 0
+        if wants_notification(queue) and queue.call_fd >= 0:
+            # The result does not matter: a full eventfd or pipe has a notification in it already.
+            signal(worker.signaller, queue.call_fd, address_of(worker) + WORKER_ONE)

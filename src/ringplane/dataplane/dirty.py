@@ -18,15 +18,15 @@ PAGE_BITS = 12
 
 
 @compiled
-def note(queue, request):
+def record(queue, request):
     """Note the buffers that the device may write, and the status byte, before the request begins."""
     for index in range(request.writable_count):
         iovec = view(request.iovecs + (request.readable_count + index) * IOVEC_SIZE, IOVEC)
-        noted = view(request.noted + index * IOVEC_SIZE, IOVEC)
-        noted.base = guest_address(queue, iovec.base)
-        noted.len = iovec.len
-    request.noted_count = request.writable_count
-    request.noted_status = guest_address(queue, request.status_address)
+        entry = view(request.log_iovecs + index * IOVEC_SIZE, IOVEC)
+        entry.base = guest_address(queue, iovec.base)
+        entry.len = iovec.len
+    request.log_iovec_count = request.writable_count
+    request.log_status = guest_address(queue, request.status_address)
 
 
 @compiled
@@ -42,10 +42,10 @@ def guest_address(queue, host):
 @compiled
 def mark_request(queue, request):
     """All that the request may have written."""
-    for index in range(request.noted_count):
-        noted = view(request.noted + index * IOVEC_SIZE, IOVEC)
-        mark(queue, noted.base, noted.len)
-    mark(queue, request.noted_status, 1)
+    for index in range(request.log_iovec_count):
+        entry = view(request.log_iovecs + index * IOVEC_SIZE, IOVEC)
+        mark(queue, entry.base, entry.len)
+    mark(queue, request.log_status, 1)
 
 
 @compiled

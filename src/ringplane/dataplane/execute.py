@@ -277,8 +277,8 @@ def do_copies(worker):
         image, offset, size = image_of(request), offset_in_image(request), request.length - request.done
         result = memory.transfer(image, request.operation, request.iov, request.iov_count, offset, size)
         complete(worker.engine, slot, result)
-        if image.lost and not image.told:
-            image.told = 1
+        if image.lost and not image.reported:
+            image.reported = 1
             worker.attention = 1
         slot = request.next
 

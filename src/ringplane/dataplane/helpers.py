@@ -19,7 +19,7 @@ from ringplane.dataplane.state import (
     REQUEST,
     REQUEST_SIZE,
     REQUEST_ZEROS_IOV,
-    WORKER_HELPED,
+    WORKER_HELPER_MESSAGE,
 )
 from ringplane.engines import zones
 from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, RESET_ZONES, SYNC_ZONES, complete
@@ -45,14 +45,14 @@ def send_to_helpers(worker, request):
 @compiled
 def take_from_helpers(worker):
     """Note what helpers have done as completions of the engine."""
-    place = address_of(worker) + WORKER_HELPED
+    place = address_of(worker) + WORKER_HELPER_MESSAGE
     while read(worker.done_fd, place, COMPLETION_SIZE) == COMPLETION_SIZE:
         completion = view(place, COMPLETION)
         complete(worker.engine, completion.slot, completion.result)
 
 
 @compiled
-def help_out(requests, jobs_fd, done_fd, message):
+def run_helper(requests, jobs_fd, done_fd, message):
     """A helper's life: until `jobs_fd` has no writer any more, do what comes. `message` is room for a COMPLETION."""
     completion = view(message, COMPLETION)
     while True:
@@ -94,7 +94,7 @@ class Helpers:
         self._messages = np.zeros(HELPERS, COMPLETION)
         self._threads = [
             threading.Thread(
-                target=help_out,
+                target=run_helper,
                 args=(requests, self._take_fd, self._give_fd, self._messages.ctypes.data + number * COMPLETION_SIZE),
                 name=f"helper-{number} of {name}",
                 daemon=True,
@@ -113,7 +113,7 @@ class Helpers:
     def load(self) -> None:
         """Load the compiled code; the threads would do so at any time after their start."""
         # Of no pipe at all, so it ends at once.
-        help_out(0, -1, -1, int(self._messages.ctypes.data))
+        run_helper(0, -1, -1, int(self._messages.ctypes.data))
 
     def start(self) -> None:
         """Start the threads."""

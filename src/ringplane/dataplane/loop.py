@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringplane.dataplane import dirty, rules
-from ringplane.dataplane.complete import call_all, complete_all, finish, publish_all, queue_up
+from ringplane.dataplane.complete import complete_all, finish, notify_all, publish_all, queue_up
 from ringplane.dataplane.execute import do_copies, execute
 from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
 from ringplane.dataplane.helpers import take_from_helpers
@@ -16,14 +16,14 @@ from ringplane.dataplane.state import (
     REQUEST,
     REQUEST_SIZE,
     TOKEN_CONTROL,
-    TOKEN_HELPED,
+    TOKEN_HELPERS,
     TRACE_FETCH,
     WORKER,
 )
 from ringplane.dataplane.trace import trace
-from ringplane.dataplane.tune import end_spell, note_sleep
+from ringplane.dataplane.tune import count_gap, end_sample
 from ringplane.engines.common import ENGINE
-from ringplane.engines.dispatch import has_news, submit, wait
+from ringplane.engines.dispatch import has_events, submit, wait
 from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
@@ -33,7 +33,7 @@ from ringplane.virtio.split import take_head
 
 RETRY_NS = 1_000_000
 
-# More than can happen while a worker naps, so that storage does not wake it.
+# More than can happen while a worker fine_timeouts, so that storage does not wake it.
 MANY = 1 << 10
 
 # How many chains of a queue are fetched before what was fetched is submitted, completed and published: few at first, so
@@ -43,7 +43,7 @@ MANY = 1 << 10
 FIRST_TURN, TURN = 2, 64
 
 # A worker that does not sleep asks the engine in each so many turns, even where nothing tells that there is news.
-LOOK_TURNS = 16
+ENGINE_TURNS = 16
 POLL_SLICE_NS = 100_000
 
 
@@ -56,25 +56,25 @@ def run(address):
     worker = view(address, WORKER)
     engine = view(worker.engine, ENGINE)
     while not worker.attention:
-        patience = find_patience(worker, engine)
+        timeout = find_timeout(worker, engine)
         worker.turns += 1
-        if patience != 0 or engine.prepared > 0 or has_news(engine) or worker.turns >= LOOK_TURNS:
+        if timeout != 0 or engine.prepared > 0 or has_events(engine) or worker.turns >= ENGINE_TURNS:
             worker.turns = 0
-            wait_for_events(worker, engine, patience)
+            wait_for_events(worker, engine, timeout)
         serve_ready(worker)
         do_copies(worker)
         if engine.prepared > 0:
             submit(engine)
         complete_all(worker)
         publish_all(worker)
-        if worker.now >= worker.spell_end:
-            end_spell(worker)
-    call_all(worker)
+        if worker.now >= worker.sample_end:
+            end_sample(worker)
+    notify_all(worker)
     worker.attention = 0
 
 
 @compiled
-def find_patience(worker, engine):
+def find_timeout(worker, engine):
     """How many nanoseconds the engine may sleep: 0 if there is something to do, -1 until something happens.
 
     Without a free slot nothing can be fetched before something completes, so queues that wait for one do not count.
@@ -82,10 +82,10 @@ def find_patience(worker, engine):
     if can_fetch(worker) or worker.copy_first >= 0:
         return 0
     if engine.stuck:
-        call_all(worker)
+        notify_all(worker)
         return RETRY_NS
-    if worker.uncalled:
-        return nap(worker)
+    if worker.unnotified:
+        return coalesce(worker)
     if engine.prepared > 0:
         if not engine.submits_in_wait or is_polling(worker):
             return 0
@@ -101,19 +101,19 @@ def can_fetch(worker):
 
 
 @compiled
-def wait_for_events(worker, engine, patience):
+def wait_for_events(worker, engine, timeout):
     """Let the engine sleep, and note who was kicked. A completion needs no mark: the engine is reaped in each turn."""
-    sleeps = patience < 0 and worker.in_flight == 0
+    sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
-    count = wait(engine, patience, MANY if worker.uncalled else 1)
+    count = wait(engine, timeout, MANY if worker.unnotified else 1)
     if sleeps:
         worker.now = monotonic_ns()
-        note_sleep(worker, worker.now - asleep)
+        count_gap(worker, worker.now - asleep)
     for index in range(count):
         token = load64(engine.tokens + 8 * index)
         if token == TOKEN_CONTROL:
             worker.attention = 1
-        elif token == TOKEN_HELPED:
+        elif token == TOKEN_HELPERS:
             take_from_helpers(worker)
         else:
             mark_ready(worker, view(token, QUEUE))
@@ -126,7 +126,7 @@ def wait_for_events(worker, engine, patience):
 
 @compiled
 def is_polling(worker):
-    return worker.poll_ns == ALWAYS or (worker.habit == POLL and worker.in_flight == 0)
+    return worker.poll_ns == ALWAYS or (worker.policy == POLL and worker.in_flight == 0)
 
 
 @compiled
@@ -140,8 +140,8 @@ def poll(worker, engine):
         worker.poll_end = now + worker.poll_ns
     pause = now + POLL_SLICE_NS
     while True:
-        look_at_quiet(worker)
-        if worker.ready or has_news(engine):
+        poll_quiet(worker)
+        if worker.ready or has_events(engine):
             worker.poll_end = 0
             return True
         now = monotonic_ns()
@@ -149,13 +149,13 @@ def poll(worker, engine):
             worker.poll_end = 0
             return False
         if now >= pause:
-            worker.turns = LOOK_TURNS
+            worker.turns = ENGINE_TURNS
             return True
         relax()
 
 
 @compiled
-def look_at_quiet(worker):
+def poll_quiet(worker):
     """See whether there is something in the rings whose kicks are off."""
     address = worker.quiet
     while address:
@@ -166,14 +166,14 @@ def look_at_quiet(worker):
 
 
 @compiled
-def nap(worker):
+def coalesce(worker):
     """For how many nanoseconds to sleep with kicks off, as calls are held anyway; 0: there is something to do."""
-    look_at_quiet(worker)
+    poll_quiet(worker)
     if can_fetch(worker):
         return 0
-    left = worker.call_at - monotonic_ns()
+    left = worker.notify_at - monotonic_ns()
     if left <= 0:
-        call_all(worker)
+        notify_all(worker)
     return max(left, 0)
 
 
@@ -270,12 +270,12 @@ def fetch_one(worker, queue):
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
     rule = take_chain(queue, request)
     if rule == rules.OK and queue.inflight:
-        note_fetched(queue, request)
+        record_fetched(queue, request)
     return start(worker, queue, request, rule)
 
 
 @compiled
-def note_fetched(queue, request):
+def record_fetched(queue, request):
     if queue.packed:
         request.entry = inflight.fetch_packed(queue, request.descriptors)
     else:
@@ -294,7 +294,7 @@ def start(worker, queue, request, rule):
     queue.in_flight += 1
     worker.in_flight += 1
     if queue.log:
-        dirty.note(queue, request)
+        dirty.record(queue, request)
     if queue.in_order:
         queue_up(worker, queue, request)
     status = execute(worker, queue, request)

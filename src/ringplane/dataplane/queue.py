@@ -57,7 +57,7 @@ class Device:
         """
         self.fd = fd
         self.name = name
-        self.told_lost = False
+        self.lost_reported = False
         self.failures = Failures(name)
         self.through_worker = storage == THROUGH_WORKER
         # What was written may be in the kernel's page cache until a flush.
@@ -101,7 +101,7 @@ class Device:
         """Whether what was written may be lost, so that no flush can promise anything any more."""
         return bool(self._record["flush_failed"][0])
 
-    def note_failed_flush(self) -> None:
+    def set_flush_failed(self) -> None:
         """From now on that is so."""
         self._record["flush_failed"] = 1
 

@@ -23,7 +23,7 @@ INDIRECT_ADDRESS = 15
 NO_HEADER = 16
 NO_STATUS = 17
 
-SENTENCES = {
+MESSAGES = {
     AVAIL_INDEX: "the available index jumped by more than the ring's size",
     TOO_MANY_IN_FLIGHT: "more chains are in flight than the ring has descriptors",
     HEAD_RANGE: "the head of a chain is not below the ring's size",

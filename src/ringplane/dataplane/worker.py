@@ -22,26 +22,26 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane import rules
-from ringplane.dataplane.caller import Caller, signal
 from ringplane.dataplane.helpers import Helpers
 from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
 from ringplane.dataplane.queue import Queue, RingLayout
+from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import (
     ALWAYS,
     BOUNCE_ALIGNMENT,
     BOUNCE_SIZE,
-    HABITS,
+    COALESCE,
     MAX_IOVECS,
     MAX_RANGES,
-    NAP,
     NEVER,
+    POLICIES,
     POLL,
     QUEUE,
     REQUEST,
     SLEEP,
     TALLY,
     TOKEN_CONTROL,
-    TOKEN_HELPED,
+    TOKEN_HELPERS,
     TRACE_START,
     TRACE_STOP,
     WORKER,
@@ -114,7 +114,7 @@ class Worker:
         self._retired: list[_Retired] = []
         self._retirements = 0
         self._disks = 0
-        self._caller: Caller | None = None
+        self._signaller: Signaller | None = None
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         # Guards what follows, so that no call comes too late to be carried out or refused.
         self._lock = threading.Lock()
@@ -134,8 +134,8 @@ class Worker:
             os.close(self._control_fd)
             raise
         self._state["jobs_fd"], self._state["done_fd"] = self._helpers.jobs_fd, self._helpers.done_fd
-        self.engine.watch(self._helpers.done_fd, TOKEN_HELPED)
-        self._set_habits(poll_us)
+        self.engine.watch(self._helpers.done_fd, TOKEN_HELPERS)
+        self._set_policies(poll_us)
         self.engine.watch(self._control_fd, TOKEN_CONTROL)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
@@ -153,26 +153,26 @@ class Worker:
         self._ranges = np.zeros((slots, MAX_RANGES), RANGE)
         self._requests["ranges"] = self._ranges.ctypes.data + np.arange(slots) * self._ranges.strides[0]
         # The same, until a guest is migrated.
-        self._noted = np.zeros((slots, MAX_IOVECS), IOVEC)
-        self._requests["noted"] = self._noted.ctypes.data + np.arange(slots) * self._noted.strides[0]
+        self._log_iovecs = np.zeros((slots, MAX_IOVECS), IOVEC)
+        self._requests["log_iovecs"] = self._log_iovecs.ctypes.data + np.arange(slots) * self._log_iovecs.strides[0]
         self._state["waiting_first"] = self._state["copy_first"] = self._state["held"] = -1
         self._state["one"] = 1
         self._state["engine"] = self.engine.address
         self._state["requests"] = self._requests.ctypes.data
         self._make_bounce_buffers()
 
-    def _set_habits(self, poll_us: int | None) -> None:
+    def _set_policies(self, poll_us: int | None) -> None:
         """What the worker may do before it sleeps; which of it pays it finds out."""
         state = self._state
-        self._tallies = np.zeros(HABITS, TALLY)
+        self._tallies = np.zeros(POLICIES, TALLY)
         state["tallies"] = self._tallies.ctypes.data
         if poll_us is None:
-            state["habit"], state["poll_ns"], state["spell_end"] = POLL, ALWAYS, NEVER
+            state["policy"], state["poll_ns"], state["sample_end"] = POLL, ALWAYS, NEVER
         else:
             state["poll_ns"] = 1000 * poll_us
-            state["habits"] = 1 << SLEEP | self.engine.naps << NAP | (poll_us > 0) << POLL
+            state["policies"] = 1 << SLEEP | self.engine.fine_timeouts << COALESCE | (poll_us > 0) << POLL
             # At rest until the first requests come.
-            state["resting"] = 1
+            state["until_trial"] = 1
 
     def _make_bounce_buffers(self) -> None:
         self._bounce = np.zeros(BOUNCE_BUFFERS * BOUNCE_SIZE + BOUNCE_ALIGNMENT, np.uint8)
@@ -192,11 +192,11 @@ class Worker:
         self._disks += 1
         if self._disks == 2:
             try:
-                self._caller = Caller()
+                self._signaller = Signaller()
             except OSError as error:
                 log.warning("%s: a front end can hold up the other disks of this thread: %s", self.name, error)
                 return
-            self._state["caller"] = self._caller.address
+            self._state["signaller"] = self._signaller.address
 
     def load(self) -> None:
         """Compile or load all that the threads will call, so that from their start on they need no file for it."""
@@ -267,9 +267,9 @@ class Worker:
             self._ended = True
         self._helpers.close()
         self.engine.close()
-        if self._caller is not None:
-            self._caller.close()
-            self._caller = None
+        if self._signaller is not None:
+            self._signaller.close()
+            self._signaller = None
         os.close(self._control_fd)
 
     # On the worker's thread.
@@ -319,7 +319,7 @@ class Worker:
         self._pin()
         queue.record["running"] = 1
         # Start-up kick: requests may have been in the ring before we watched.
-        self._look_at_all_queues()
+        self._check_all_queues()
         self._trace_queue(TRACE_START, queue)
 
     def _prepare_queue(self, queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
@@ -361,7 +361,7 @@ class Worker:
         record["regions"], record["region_count"], record["last_region"] = memory.address, memory.count, 0
         queue.memory, queue.layout = memory, layout
 
-    def _look_at_all_queues(self) -> None:
+    def _check_all_queues(self) -> None:
         """Rebuild the list of queues to look at, with all that run: a look too many costs nothing."""
         self._state["ready"] = self._state["ready_last"] = self._state["quiet"] = 0
         for queue in self._queues.values():
@@ -377,7 +377,7 @@ class Worker:
         record["draining"] = 1
         if self._queues.get(queue.address) is queue:
             self._unwatch_kicks(queue)
-        self._look_at_all_queues()
+        self._check_all_queues()
         self._draining.setdefault(queue.address, []).append(drained)
         if queue.in_flight:
             log.debug("%s: draining %d requests", queue.name, queue.in_flight)
@@ -438,7 +438,7 @@ class Worker:
             log.info("%s: goes on, its ring is in the shared memory again", queue.name)
             queue.suspended = False
             queue.record["running"] = 1
-            self._look_at_all_queues()
+            self._check_all_queues()
 
     def _retire(self, queue: Queue, table: MemoryTable) -> None:
         """Keep a replaced table until the requests in flight that were translated with it have ended."""
@@ -477,13 +477,13 @@ class Worker:
                 queue.broken_reported = True
                 head = int(queue.record["broken_head"])
                 where = f" (chain {head})" if head >= 0 else ""
-                log.warning("%s: ring broken by the driver: %s%s", queue.name, rules.SENTENCES[rule], where)
+                log.warning("%s: ring broken by the driver: %s%s", queue.name, rules.MESSAGES[rule], where)
                 self._signal_error(queue)
 
     def _report_lost_mappings(self) -> None:
         for device in {queue.device for queue in self._queues.values()}:
-            if device.lost_mapping and not device.told_lost:
-                device.told_lost = True
+            if device.lost_mapping and not device.lost_reported:
+                device.lost_reported = True
                 log.warning(
                     "%s: parts of the image have gone (it was truncated, or there is no memory left for them); "
                     "it is served by system calls from now on, and reads beyond its end fail",
@@ -501,7 +501,7 @@ class Worker:
             self._signal(queue.err_fd)
 
     def _signal(self, fd: int) -> None:
-        signal(int(self._state["caller"][0]), fd, int(self._state.ctypes.data) + WORKER_ONE)
+        signal(int(self._state["signaller"][0]), fd, int(self._state.ctypes.data) + WORKER_ONE)
 
     def _start_tracing(self) -> TraceReader:
         if self._trace is None:

@@ -126,7 +126,7 @@ def is_misaligned_write(device, request):
 
 
 @compiled
-def note_reached(queue, request):
+def record_reached(queue, request):
     """The data of this write is where it belongs: whoever asks for the pointer after a restart is told so."""
     zone = view(request.zone, ZONE)
     zones = view(view(queue.device, DEVICE).zones, ZONES)
@@ -153,7 +153,7 @@ def end_write(queue, request, status):
     zone.writing -= 1
     if status == VIRTIO_BLK_S_OK:
         if request.type == VIRTIO_BLK_T_ZONE_APPEND:
-            tell_place(request)
+            write_append_sector(request)
     elif zone.pointer == end_of(zone, request):
         zones = view(view(queue.device, DEVICE).zones, ZONES)
         zone.pointer = request.sector - zone.start
@@ -163,7 +163,7 @@ def end_write(queue, request, status):
 
 
 @compiled
-def tell_place(request):
+def write_append_sector(request):
     """Where the appended data is: in front of the status."""
     request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
     request.iov_count = request.writable_count

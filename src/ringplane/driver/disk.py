@@ -489,9 +489,9 @@ class Driver:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"the back end did not answer a request on ring {vring.index} in {seconds:g} s")
                 # Asked before the last look at the ring, so that no call is missed.
-                if not vring.ring.enable_calls():
+                if not vring.ring.enable_notifications():
                     vring.wait(max(0.0, deadline - time.monotonic()))
-                vring.ring.disable_calls()
+                vring.ring.disable_notifications()
         except BaseException:
             self._abandon(ticket)
             raise

@@ -23,8 +23,8 @@ from ringplane.driver.ring import (
     SEGMENT,
     SEGMENT_SIZE,
     add,
-    disable_calls,
-    enable_calls,
+    disable_notifications,
+    enable_notifications,
     publish,
     take_used,
     used_count,
@@ -354,12 +354,12 @@ def _reap(run, queue, count, now):
 @compiled
 def _wait_for_call(run, queue, now, until):
     """Sleep until the device calls, at most until the clock says `until`; False if something else happened."""
-    enable_calls(queue)
+    enable_notifications(queue)
     if used_count(queue):
         return True
     milliseconds = max(0, until - now) // 1_000_000 + 1
     count = epoll_wait(run.epoll_fd, run.events, EVENTS, milliseconds)
-    disable_calls(queue)
+    disable_notifications(queue)
     if count < 0:
         return count == -EINTR
     for index in range(count):

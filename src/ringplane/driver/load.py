@@ -211,7 +211,7 @@ class _Worker:
         """The thread: drive the load until it is done; a failure is kept for who joins."""
         try:
             if self.load.busy_poll:
-                self.vring.ring.disable_calls()
+                self.vring.ring.disable_notifications()
             while self._turn() != DONE:
                 pass
         except BaseException as failure:

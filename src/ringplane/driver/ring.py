@@ -199,7 +199,7 @@ def take_used(queue):
 
 
 @compiled
-def enable_calls(queue):
+def enable_notifications(queue):
     """Ask the device for a call with its next used chain. Chains used meanwhile are seen by `used_count` after this."""
     if queue.event_idx:
         store16(queue.avail + AVAIL_RING + 2 * queue.size, queue.last_used)
@@ -211,7 +211,7 @@ def enable_calls(queue):
 
 
 @compiled
-def disable_calls(queue):
+def disable_notifications(queue):
     """Tell the device that calls are not needed; a hint, so without a barrier.
 
     With EVENT_IDX the flag means nothing (section 2.7.7) and nothing needs to be stored: used_event stays behind, and
@@ -253,17 +253,17 @@ def reap_at(queue_address):
 
 
 @compiled
-def enable_calls_at(queue_address):
-    """`enable_calls` on the QUEUE at an address; returns how many used chains are there already."""
+def enable_notifications_at(queue_address):
+    """`enable_notifications` on the QUEUE at an address; returns how many used chains are there already."""
     queue = view(queue_address, QUEUE)
-    enable_calls(queue)
+    enable_notifications(queue)
     return used_count(queue)
 
 
 @compiled
-def disable_calls_at(queue_address):
-    """`disable_calls` on the QUEUE at an address."""
-    disable_calls(view(queue_address, QUEUE))
+def disable_notifications_at(queue_address):
+    """`disable_notifications` on the QUEUE at an address."""
+    disable_notifications(view(queue_address, QUEUE))
 
 
 ALIGNMENT = 64
@@ -351,13 +351,13 @@ class Ring:
             raise BadUsed(f"the device used chain {length - 1}, which is not in flight")
         return None
 
-    def enable_calls(self) -> int:
+    def enable_notifications(self) -> int:
         """Ask for a call with the next used chain; how many are there already (then do not wait)."""
-        return int(enable_calls_at(self.address))
+        return int(enable_notifications_at(self.address))
 
-    def disable_calls(self) -> None:
+    def disable_notifications(self) -> None:
         """Tell the device that calls are not needed."""
-        disable_calls_at(self.address)
+        disable_notifications_at(self.address)
 
     # What a misbehaving driver does.
 

@@ -172,7 +172,7 @@ def submit(engine):
 
 
 @compiled
-def has_news(engine):
+def has_events(engine):
     """Whether `reap` would find something; nothing tells of the watched fds but a system call."""
     ring = engine.context
     return load32(ring + RING_HEAD) != load32_acquire(ring + RING_TAIL)
@@ -216,7 +216,7 @@ class Aio:
         self._tokens = np.zeros(MAX_TOKENS, np.int64)
         self._events = np.zeros(MAX_TOKENS, EPOLL_EVENT)
         self._limit = np.zeros(1, TIMESPEC)
-        self.naps = _has_epoll_pwait2()
+        self.fine_timeouts = _has_epoll_pwait2()
         self._engine: npt.NDArray[np.void] = np.zeros(1, AIO_ENGINE)
         self.address = int(self._engine.ctypes.data)
         for name, value in {
@@ -231,7 +231,7 @@ class Aio:
             "batch": self._batch.ctypes.data,
             "epoll_fd": self._epoll.fileno(),
             "events": self._events.ctypes.data,
-            "limit": self._limit.ctypes.data if self.naps else 0,
+            "limit": self._limit.ctypes.data if self.fine_timeouts else 0,
         }.items():
             self._engine[name] = value
         self.watch(self.event_fd, TOKEN_COMPLETIONS)

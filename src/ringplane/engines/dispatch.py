@@ -43,10 +43,10 @@ def wait(engine, timeout_ns, wanted):
 
 
 @compiled
-def has_news(engine):
+def has_events(engine):
     if engine.kind == IO_URING:
-        return uring.has_news(view(address_of(engine), URING_ENGINE))
-    return aio.has_news(view(address_of(engine), AIO_ENGINE))
+        return uring.has_events(view(address_of(engine), URING_ENGINE))
+    return aio.has_events(view(address_of(engine), AIO_ENGINE))
 
 
 @compiled

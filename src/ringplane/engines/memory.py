@@ -31,7 +31,7 @@ PAGE = 1 << PAGE_BITS
 # fd; base: where it is mapped; present: one byte a page, not 0 where the page has memory; lost: a page of it has gone,
 # set by the handler of SIGBUS on any thread; told: the control plane has been called for that; holes: pages may be
 # without memory (not so with huge pages, where enough is reserved for all).
-MAPPED_IMAGE = np.dtype([(name, "<i8") for name in ("fd", "base", "present", "lost", "told", "holes")])
+MAPPED_IMAGE = np.dtype([(name, "<i8") for name in ("fd", "base", "present", "lost", "reported", "holes")])
 LOST: int = MAPPED_IMAGE.fields["lost"][1]  # type: ignore[index]
 
 

@@ -307,7 +307,7 @@ def _collect(engine):
 
 
 @compiled
-def has_news(engine):
+def has_events(engine):
     """Whether `wait` would find something without sleeping; work behind a stale flag is not seen."""
     flags = load32(engine.sq_flags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW) & ~engine.stale
     return flags != 0 or load32(engine.cq_head) != load32_acquire(engine.cq_tail)
@@ -325,7 +325,7 @@ class Uring:
     """Owns an io_uring; `address` is that of the URING_ENGINE struct."""
 
     name = "io_uring"
-    naps = True
+    fine_timeouts = True
 
     def __init__(self, capacity: int) -> None:
         """Raises OSError where the kernel is older than 6.1 or io_uring is forbidden."""

@@ -761,8 +761,8 @@ class Session:
     async def _done(self, future: Future[Result]) -> Result:
         """Wait for what a worker was asked for, which it does also when nobody waits any more.
 
-        A front end must not be able to keep it from that by a notifier that is full (caller.py). Whether it does cannot
-        be seen, but that it could.
+        A front end must not be able to keep it from that by a notifier that is full (signaller.py). Whether it does
+        cannot be seen, but that it could.
         """
         waiting = asyncio.wrap_future(future)
         try:
@@ -789,7 +789,7 @@ def _only_fd(message: Message) -> int:
     """The fd that came with the message, non-blocking, or -1.
 
     A front end must not be able to stop our thread with an eventfd, pipe or socket (user-mode Linux's) that is full.
-    O_NONBLOCK is the file's, so it could take it away again: caller.py has what is done about that.
+    O_NONBLOCK is the file's, so it could take it away again: signaller.py has what is done about that.
     """
     for fd in message.fds:
         mode = os.fstat(fd).st_mode

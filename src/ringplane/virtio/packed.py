@@ -115,7 +115,7 @@ def publish_used(queue):
 
 
 @compiled
-def wants_call(queue):
+def wants_notification(queue):
     """Whether the driver wants to be called for what was published since this was last asked."""
     # Used descriptors are visible before we look whether the driver wants a call; the driver stores its wish, fences,
     # then looks at the ring (section 2.8.14). So one of us sees the other.

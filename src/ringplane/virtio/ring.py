@@ -53,5 +53,5 @@ def publish_used(queue):
 
 
 @compiled
-def wants_call(queue):
-    return packed.wants_call(queue) if queue.packed else split.wants_call(queue)
+def wants_notification(queue):
+    return packed.wants_notification(queue) if queue.packed else split.wants_notification(queue)

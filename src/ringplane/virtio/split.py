@@ -146,7 +146,7 @@ def publish_used(queue):
 
 
 @compiled
-def wants_call(queue):
+def wants_notification(queue):
     """Whether the driver wants to be called for what was published since this was last asked."""
     # The index is visible before we look whether the driver wants a call; the driver stores its wish, fences, then
     # looks at used.idx (section 2.7.7.2). So one of us sees the other.

@@ -33,33 +33,33 @@ from ringplane.native.syscalls import (
 )
 
 # context: AIO's; iocb: address of the one IOCB; list: address of that address; iovec: address of an IOVEC
-CALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iovec")])
+SIGNALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iovec")])
 
 
 @compiled
 def signal(address, fd, one):
-    """Write the 8 bytes of 1, at address `one`, to this eventfd, pipe or socket, with the CALLER at `address`.
+    """Write the 8 bytes of 1, at address `one`, to this eventfd, pipe or socket, with the SIGNALLER at `address`.
 
     Where that is 0, by write(2), which may wait.
     """
     if address == 0:
         write(fd, one, 8)
         return
-    caller = view(address, CALLER)
-    view(caller.iocb, IOCB).resfd = fd
-    result = io_submit(caller.context, 1, caller.list)
+    signaller = view(address, SIGNALLER)
+    view(signaller.iocb, IOCB).resfd = fd
+    result = io_submit(signaller.context, 1, signaller.list)
     # Of the completion nobody wants to know.
-    store32(caller.context + RING_HEAD, load32(caller.context + RING_TAIL))
+    store32(signaller.context + RING_HEAD, load32(signaller.context + RING_TAIL))
     if result == -EINVAL:
         result = send(fd, one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
     if result == -ENOTSOCK:
-        iovec = view(caller.iovec, IOVEC)
+        iovec = view(signaller.iovec, IOVEC)
         iovec.base, iovec.len = one, 8
-        vmsplice(fd, caller.iovec, 1, SPLICE_F_NONBLOCK)
+        vmsplice(fd, signaller.iovec, 1, SPLICE_F_NONBLOCK)
 
 
-class Caller:
-    """Owns a CALLER; `address` is the struct's."""
+class Signaller:
+    """Owns a SIGNALLER; `address` is the struct's."""
 
     def __init__(self) -> None:
         """Raises OSError where there is no AIO to be had."""
@@ -68,7 +68,7 @@ class Caller:
         self._iocb: npt.NDArray[np.void] = np.zeros(1, IOCB)
         self._iovec: npt.NDArray[np.void] = np.zeros(1, IOVEC)
         self._list = np.array([self._iocb.ctypes.data], np.int64)
-        self._record: npt.NDArray[np.void] = np.zeros(1, CALLER)
+        self._record: npt.NDArray[np.void] = np.zeros(1, SIGNALLER)
         self.address = int(self._record.ctypes.data)
         iocb, record = self._iocb[0], self._record[0]
         iocb["lio_opcode"], iocb["fildes"], iocb["flags"] = IOCB_CMD_PREAD, self._null, IOCB_FLAG_RESFD
