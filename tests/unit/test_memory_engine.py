@@ -46,7 +46,7 @@ SIZE = 1 << 20
 PAGE = 4096
 SECTORS = PAGE // 512
 MEMORY_SIZE = 64 << 20
-TRUNCATED = "parts of the image have gone"
+TRUNCATED = "pages of the image were lost"
 
 
 def is_of_type(path: Path, magic: int) -> bool:

@@ -153,7 +153,7 @@ def test_where_memory_cannot_be_locked_it_is_said_and_served(
             line.stop()
             line.resume()
     assert [record.getMessage() for record in caplog.records] == [
-        "io-0: cannot pin the guests' memory, and goes on without: [Errno 12] Cannot allocate memory"
+        "io-0: cannot pin the guests' memory; continuing without: [Errno 12] Cannot allocate memory"
     ]
     assert registered(rig) == []
 

@@ -533,7 +533,7 @@ def test_memory_without_the_ring_stops_that_queue_alone(rig: Rig, caplog: pytest
     with caplog.at_level(logging.WARNING):
         line.worker.set_memory(line.queue, elsewhere).result(PATIENCE)
     wait_for_event(line.queue.err_fd, "the error event")
-    assert "disk queue 0: suspended, its ring is not in the shared memory" in caplog.text
+    assert "disk queue 0: suspended: the ring is not in the shared memory" in caplog.text
     line.put(IN, room=512)
     line.kick()
     assert other.do(IN, room=512).status == OK

@@ -1,5 +1,13 @@
-"""The data plane: compiled Python that takes requests off the rings, has them done, and answers.
+"""The data plane: compiled Python that fetches requests from the rings, executes them, and completes them.
+
+A **ring** (virtqueue) is memory that the guest's driver and we, the device, share. The driver writes a **chain** of
+descriptors (addresses and lengths of buffers in guest memory) for each request, makes it *available*, and may **kick**
+us: a write to an eventfd. A request is a header (type, sector), data, and a status byte that we write. We then mark the
+chain *used*, and may **notify** the driver through another eventfd, which becomes an interrupt in the guest.
 
 Read the files in the order of a request's life: `state` (the structs), `fetch` (ring to request), `execute` (request
 to engine), `complete` (engine to ring), `loop` (the event loop over all of it), `worker` (the thread around the loop).
+What they call: `merge` and `flush` (I/O for several requests), `helpers` (threads for operations that would wait),
+`zones` (zoned disks), `failures`, `trace`, `dirty` (migration), `recover` (requests of a process that has ended),
+`signaller` (notifications that cannot block), `tune` (the choice of a polling policy).
 """

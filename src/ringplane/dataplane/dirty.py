@@ -1,8 +1,8 @@
-"""The dirty log of a live migration: a bit for each page of guest memory that the device has written.
+"""The dirty log of a live migration: one bit for each page of guest memory that the device has written.
 
-Source: QEMU's docs/interop/vhost-user.rst, section "Migration". A page is marked after it was written: marked before,
-it could be copied in between, and what was written then would be missing at the destination. What a request writes is
-noted in guest addresses when it is fetched, as the memory table may be another one when it ends.
+Source: QEMU's docs/interop/vhost-user.rst, section "Migration". A page is marked after it is written. If it were marked
+before, QEMU could copy it in between, and the destination would miss the write. The guest addresses of a request's
+buffers are recorded when it is fetched, because the memory table may have been replaced when it ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE_BITS = 12
 
 @compiled
 def record(queue, request):
-    """Note the buffers that the device may write, and the status byte, before the request begins."""
+    """Record the buffers that the device may write, and the status byte, before the request begins."""
     for index in range(request.writable_count):
         iovec = view(request.iovecs + (request.readable_count + index) * IOVEC_SIZE, IOVEC)
         entry = view(request.log_iovecs + index * IOVEC_SIZE, IOVEC)
@@ -31,7 +31,7 @@ def record(queue, request):
 
 @compiled
 def guest_address(queue, host):
-    """What the guest calls our address `host`, which was translated with this table."""
+    """The guest address of our address `host`, which was translated with the queue's table; -1 if there is none."""
     for index in range(queue.region_count):
         region = view(queue.regions + index * REGION_SIZE, REGION)
         if region.host <= host < region.host + region.size:
@@ -41,7 +41,7 @@ def guest_address(queue, host):
 
 @compiled
 def mark_request(queue, request):
-    """All that the request may have written."""
+    """Mark all that the request may have written."""
     for index in range(request.log_iovec_count):
         entry = view(request.log_iovecs + index * IOVEC_SIZE, IOVEC)
         mark(queue, entry.base, entry.len)
@@ -50,7 +50,7 @@ def mark_request(queue, request):
 
 @compiled
 def mark_ring(queue):
-    """What was just published, and all around it: a ring has few pages."""
+    """Mark the used ring. All of it, not only what was just published: a ring has few pages."""
     if queue.packed:
         mark(queue, guest_address(queue, queue.desc), queue.size * DESC_SIZE)
     else:
@@ -59,7 +59,7 @@ def mark_ring(queue):
 
 @compiled
 def mark(queue, guest, size):
-    """Set the bits of the pages that these bytes are in; the front end, and other queues, change others meanwhile."""
+    """Set the bits of the pages of these bytes. Atomic: the front end and other queues change other bits meanwhile."""
     if guest < 0:
         return
     for page in range(guest >> PAGE_BITS, ((guest + size - 1) >> PAGE_BITS) + 1):

@@ -1,4 +1,4 @@
-"""From a request to the engine: check it against the device, answer it at once or queue its I/O."""
+"""From a request to the engine: check the request against the device, then complete it at once or queue its I/O."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ TYPE_MASK = 0xFFFF_FFFF ^ VIRTIO_BLK_T_BARRIER
 
 @compiled
 def execute(worker, queue, request):
-    """Start the request; returns its status if that is known already, else PENDING."""
+    """Start the request; returns its status if it is complete, else PENDING."""
     request.type = request.header_type & TYPE_MASK
     request.sector = request.header_sector
     request.done = 0
@@ -162,10 +162,10 @@ def start_io(worker, device, request):
 
 @compiled
 def is_in_range(device, sector, length):
-    """Whether whole logical blocks inside the disk are meant. Sectors of 2^63 and more arrive here as negative."""
+    """Whether the range is whole logical blocks inside the disk. Sectors of 2^63 and more are negative here."""
     if length & device.block_mask or sector & (device.block_mask // SECTOR):
         return False
-    # Compared in sectors: nothing of the driver's is multiplied before it is known to be small.
+    # Compared in sectors: a number from the driver is not multiplied before it is known to be small.
     return 0 <= sector <= device.capacity and length // SECTOR <= device.capacity - sector
 
 
@@ -188,7 +188,7 @@ def execute_flush(worker, queue, request):
 
 @compiled
 def answer(request, source, size):
-    """Answer with `size` bytes, or as many as there is room for."""
+    """Copy `size` bytes to the driver's buffers, or as many as fit."""
     request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
     request.iov_count = request.writable_count
     request.length = request.done = min(request.writable_bytes, size)
@@ -198,7 +198,7 @@ def answer(request, source, size):
 
 @compiled
 def execute_ranges(worker, queue, request, feature):
-    """Discard, write zeroes, secure erase (section 5.2.6): all segments are looked at before the first is acted on."""
+    """Discard, write zeroes, secure erase (section 5.2.6): all segments are checked before any is acted on."""
     if not queue.features & feature:
         return VIRTIO_BLK_S_UNSUPP
     size = request.readable_bytes
@@ -209,7 +209,7 @@ def execute_ranges(worker, queue, request, feature):
         return VIRTIO_BLK_S_UNSUPP
     copy_from_front(request, request.ranges, size)
     device = view(queue.device, DEVICE)
-    # From the last to the first: each RANGE is larger than the segment that it comes from, and takes its place.
+    # From the last to the first, in place: a RANGE is larger than the segment that it is made from.
     for index in range(request.range_count - 1, -1, -1):
         status = take_segment(device, request, index)
         if status != VIRTIO_BLK_S_OK:
@@ -223,7 +223,7 @@ def execute_ranges(worker, queue, request, feature):
 
 @compiled
 def take_segment(device, request, index):
-    """Check one of the segments that were copied to `ranges`, and put the RANGE that it means there."""
+    """Check one of the segments that were copied to `ranges`, and replace it with a RANGE."""
     segment = view(request.ranges + index * SEGMENT_SIZE, SEGMENT)
     sector, count, flags = segment.sector, segment.num_sectors, segment.flags
     if flags & ~SEGMENT_F_UNMAP or (flags and request.operation != ZERO):
@@ -238,7 +238,7 @@ def take_segment(device, request, index):
 
 @compiled
 def transfer(worker, request):
-    """Do or queue the I/O of what is left of a read or write."""
+    """Perform or queue the I/O for the rest of a read or write."""
     device = view(view(request.queue, QUEUE).device, DEVICE)
     if device.storage == THROUGH_WORKER:
         transfer_through_worker(worker, device, request)
@@ -248,8 +248,8 @@ def transfer(worker, request):
         complete(worker.engine, request.slot, request.length - request.done)
 
 
-# Copies: the I/O of disks in memory, queued for the end of the turn. In a large image most of a copy's time is the walk
-# through the page tables; announced all at once, the walks of a turn go on side by side.
+# Copies: the I/O of images in memory, queued until the end of the turn. In a large image most of a copy's time is the
+# walk through the page tables. All copies of a turn are prefetched first, so that their walks run in parallel.
 
 
 @compiled
@@ -264,7 +264,7 @@ def queue_copy(worker, request):
 
 @compiled
 def do_copies(worker):
-    """Do the I/O of all queued copies; it has ended when this returns."""
+    """Perform all queued copies; they have ended when this returns."""
     slot = worker.copy_first
     while slot >= 0:
         request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
@@ -290,7 +290,7 @@ def image_of(request):
 
 @compiled
 def transfer_through_worker(worker, device, request):
-    """Queue the I/O with the worker's engine, through a bounce buffer where O_DIRECT needs one."""
+    """Queue the I/O with the worker's engine, through a bounce buffer if O_DIRECT needs one."""
     iov, iov_count = request.iov, request.iov_count
     request.bounce_iov_len = 0
     if not is_aligned(device, iov, iov_count):
@@ -316,9 +316,9 @@ def is_aligned(device, iov, iov_count):
     return bases & device.memory_mask == 0 and lengths & device.segment_mask == 0
 
 
-# Bounce buffers: aligned memory that a request with unaligned buffers borrows until it ends. It transfers up to
-# BOUNCE_SIZE at a time and goes on as after a short read or write. Free ones are a list, each holding the address of
-# the next; requests that find none wait in a first-in first-out list.
+# Bounce buffers: aligned memory that a request with unaligned buffers borrows until it ends. The request transfers up
+# to BOUNCE_SIZE at a time and continues as after a short read or write. Free bounce buffers form a list, each holding
+# the address of the next; requests that find none wait in a first-in first-out list.
 
 
 @compiled
@@ -329,7 +329,7 @@ def take_bounce(worker, request):
 
 @compiled
 def give_bounce(worker, request):
-    """Return the request's bounce buffer, if it has one; the request that has waited longest gets it."""
+    """Return the request's bounce buffer, if it has one, and give it to the request that has waited longest."""
     if request.bounce == 0:
         return
     store64(request.bounce, worker.bounce_free)

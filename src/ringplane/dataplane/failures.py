@@ -104,7 +104,7 @@ class Failures:
 
 
 CONSEQUENCES = {
-    "flush": "; earlier writes may be lost, so each flush fails from now on, until the disk is stopped and started again"
+    "flush": "; earlier writes may be lost, so each flush fails until the disk is stopped and started again"
 }
 
 

@@ -1,7 +1,7 @@
 """From the available ring to a request: walk the chain, check and translate each descriptor, split off the header.
 
-The driver is not trusted: each value is read once into a local, then checked, then used (the loads of native.access
-cannot be repeated by the compiler). A function that finds a broken rule returns its number (rules.py), 0 otherwise.
+The driver is not trusted: each value is read once into a local variable, then checked, then used (the compiler cannot
+repeat the loads of native.access). A function that finds a broken rule returns its number (rules.py), otherwise 0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def gather(queue, request):
 
 @compiled
 def gather_packed(queue, request):
-    """Fill `request` with the buffers of the chain at the next place of a packed ring, and go on behind it."""
+    """Fill `request` with the buffers of the next chain of a packed ring, and advance past it."""
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
     index = queue.last_avail
@@ -88,7 +88,7 @@ def gather_packed(queue, request):
 
 @compiled
 def gather_copy(queue, request):
-    """As `gather_packed`, of a chain whose descriptors were copied when it was first fetched (virtio/inflight.py)."""
+    """Like `gather_packed`, for a chain whose descriptors were copied when first fetched (virtio/inflight.py)."""
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
     entry, count = request.entry, load64(queue.counts + 8 * request.entry)
@@ -106,7 +106,7 @@ def gather_copy(queue, request):
 
 @compiled
 def add_descriptor(queue, request, addr, length, flags):
-    """One descriptor of a packed ring: a buffer, or a table of them."""
+    """Add one descriptor of a packed ring: a buffer, or an indirect table of buffers."""
     if not flags & VIRTQ_DESC_F_INDIRECT:
         return add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
     rule = check_indirect(queue, False, length, flags)
@@ -115,7 +115,7 @@ def add_descriptor(queue, request, addr, length, flags):
 
 @compiled
 def add_table(queue, request, addr, length):
-    """The buffers of an indirect table of a packed ring: one after the other, without NEXT (section 2.8.7)."""
+    """Add the buffers of a packed ring's indirect table: one after the other, without NEXT (section 2.8.7)."""
     table = translate_table(queue, addr, length)
     if table == 0:
         return rules.INDIRECT_ADDRESS
@@ -156,7 +156,7 @@ def translate_table(queue, addr, length):
 
 @compiled
 def add_buffer(queue, request, addr, length, writable):
-    """Translate one descriptor's buffer; it becomes several IOVEC structs where it runs over adjoining regions."""
+    """Translate one descriptor's buffer; it becomes several IOVEC structs where it spans adjacent regions."""
     if length == 0:
         return rules.ZERO_LENGTH
     if not writable and request.writable_count > 0:
@@ -191,10 +191,10 @@ def add_buffer(queue, request, addr, length, writable):
 
 @compiled
 def split_off_header_and_status(request):
-    """Copy the header out of the first readable bytes and take the last writable byte for the status.
+    """Copy the header out of the first readable bytes, and reserve the last writable byte for the status.
 
-    However the driver framed them: the header over several descriptors, or in one with the data; the status in a
-    descriptor of its own, or at the end of the data's (section 2.7.4.1: no assumptions about framing).
+    Any framing is accepted (section 2.7.4.1): the header in several descriptors, or in one with the data; the status in
+    a descriptor of its own, or at the end of the last data buffer.
     """
     if request.readable_bytes < HEADER_SIZE:
         return rules.NO_HEADER
@@ -214,12 +214,12 @@ def split_off_header_and_status(request):
     return rules.OK
 
 
-# The list of buffers that is still to be transferred: request.iov_count IOVEC structs from request.iov on.
+# The buffers that are still to be transferred: request.iov_count IOVEC structs from address request.iov on.
 
 
 @compiled
 def copy_from_front(request, target, size):
-    """Copy the first `size` bytes of the buffers, which hold as many, to `target`."""
+    """Copy the first `size` bytes of the buffers to `target`; the buffers are at least that large."""
     index = 0
     while size > 0:
         iovec = view(request.iov + index * IOVEC_SIZE, IOVEC)
@@ -232,7 +232,7 @@ def copy_from_front(request, target, size):
 
 @compiled
 def copy_to_front(request, source, size):
-    """Copy `size` bytes from `source` to the start of the buffers, which have room for as many."""
+    """Copy `size` bytes from `source` to the start of the buffers; the buffers are at least that large."""
     index = 0
     while size > 0:
         iovec = view(request.iov + index * IOVEC_SIZE, IOVEC)

@@ -1,12 +1,12 @@
-"""Flushes: each queue has one fdatasync(2) at a time, which is for all requests that came before it began.
+"""Flushes: each queue has one fdatasync(2) at a time, for all requests that came before it began.
 
 Facts that this file depends on:
-- When pages cannot be written the kernel tells each open file once, and whoever asks first (fsync(2); errseq_t). Of two
-  fdatasync(2) at a time one fails, and the other, which was asked for the same pages, is told that all is well. So
-  there is one at a time for each open file, and where there is a page cache each queue has an open file of its own
-  (disk.py). For the same reason writes of a driver that does not flush end with one of these, not with RWF_DSYNC.
-- Then it forgets the pages, and a later fdatasync(2) succeeds ("fsyncgate"). Drives lose what they had cached as well
-  when they fail to flush. A flush promises all that was written before, so after one that failed no other can.
+- When pages cannot be written, the kernel reports the error once per open file, to the first caller (fsync(2);
+  errseq_t). Of two fdatasync(2) at the same time one fails, and the other, for the same pages, reports success. So
+  there is one at a time for each open file, and where there is a page cache each queue has its own open file (disk.py).
+  For the same reason writes of a driver that does not flush end with an fdatasync(2), not with RWF_DSYNC.
+- Then the kernel drops the pages, and a later fdatasync(2) succeeds ("fsyncgate"). Drives lose their caches as well
+  when they fail to flush. A flush is a promise for all earlier writes, so after one that failed no other may succeed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ringplane.native.jit import compiled
 
 @compiled
 def flush(worker, queue, request):
-    """Have this request end when an fdatasync(2) that begins from now on does."""
+    """Finish this request when an fdatasync(2) that begins from now on has ended."""
     request.operation = FLUSH
     request.next = -1
     if queue.flush_first < 0:
@@ -34,7 +34,7 @@ def flush(worker, queue, request):
 
 @compiled
 def begin_flush(worker, queue):
-    """For all that wait; it is known by the first of them."""
+    """Begin an fdatasync(2) for all requests that wait; its slot is that of the first one."""
     queue.flushing = queue.flush_first
     queue.flush_first = -1
     prepare_flush(view(worker.engine, ENGINE), queue.flushing, queue.file)

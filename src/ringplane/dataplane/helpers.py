@@ -1,7 +1,8 @@
-"""Threads that do for a worker what would make it wait: they are told the slot of a request through a pipe.
+"""Helper threads: they do the operations that would block a worker, and get the slots of such requests through a pipe.
 
-A pipe is the queue, in both directions: a message of so few bytes is written and read whole, whoever else does, and
-never waits, as there are fewer slots than room in the pipe. While a helper has a request, it is the helper's.
+A pipe serves as the queue in each direction. Messages are so short that each is written and read whole, even with
+several readers or writers, and writing never blocks: the pipe has room for all slots. While a helper has a request, no
+other thread touches it.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from ringplane.native.access import address_of, view
 from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, read, write
 
-# How many requests of a worker are done at a time; the others wait, and hold up nothing else.
+# How many such requests of a worker are in progress at a time; the others wait in the pipe and delay nothing else.
 HELPERS = 2
 
-# A message is a COMPLETION: of its request alone on the way there, whole on the way back.
+# A message to a helper is the `slot` of a COMPLETION, a message back is the whole COMPLETION.
 SLOT_SIZE = 8
 
 
 @compiled
 def send_to_helpers(worker, request):
-    """Have a helper do the operation of this request, as it stands there."""
+    """Have a helper perform `request.operation`."""
     write(worker.jobs_fd, address_of(request), SLOT_SIZE)
 
 
 @compiled
 def take_from_helpers(worker):
-    """Note what helpers have done as completions of the engine."""
+    """Add what the helpers have completed to the completions of the engine."""
     place = address_of(worker) + WORKER_HELPER_MESSAGE
     while read(worker.done_fd, place, COMPLETION_SIZE) == COMPLETION_SIZE:
         completion = view(place, COMPLETION)
@@ -53,7 +54,7 @@ def take_from_helpers(worker):
 
 @compiled
 def run_helper(requests, jobs_fd, done_fd, message):
-    """A helper's life: until `jobs_fd` has no writer any more, do what comes. `message` is room for a COMPLETION."""
+    """A helper's loop: perform requests until `jobs_fd` is closed. `message` is room for a COMPLETION."""
     completion = view(message, COMPLETION)
     while True:
         size = read(jobs_fd, message, SLOT_SIZE)
@@ -79,7 +80,7 @@ def perform(request):
 
 
 class Helpers:
-    """The threads of one worker; `jobs_fd` and `done_fd` are its ends of the pipes."""
+    """The helper threads of one worker; `jobs_fd` and `done_fd` are the worker's ends of the pipes."""
 
     def __init__(self, name: str, requests: int, slots: int) -> None:
         """`requests` is the address of the worker's REQUEST structs. Raises OSError."""
@@ -103,7 +104,7 @@ class Helpers:
         ]
 
     def _pipe(self, room: int) -> tuple[int, int]:
-        """A pipe's ends, with room for so many bytes."""
+        """The two ends of a pipe with room for `room` bytes."""
         ends = os.pipe2(os.O_CLOEXEC)
         self._fds += ends
         if fcntl.fcntl(ends[1], fcntl.F_GETPIPE_SZ) < room:
@@ -111,8 +112,8 @@ class Helpers:
         return ends
 
     def load(self) -> None:
-        """Load the compiled code; the threads would do so at any time after their start."""
-        # Of no pipe at all, so it ends at once.
+        """Load the compiled code now; otherwise the threads would load it at some time after their start."""
+        # Without a pipe, so it returns at once.
         run_helper(0, -1, -1, int(self._messages.ctypes.data))
 
     def start(self) -> None:
@@ -121,7 +122,7 @@ class Helpers:
             thread.start()
 
     def close(self) -> None:
-        """End the threads when they have done what they were given; a second call does nothing."""
+        """End the threads after the requests that they were given; a second call does nothing."""
         if self.jobs_fd in self._fds:
             self._fds.remove(self.jobs_fd)
             os.close(self.jobs_fd)

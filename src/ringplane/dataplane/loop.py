@@ -1,4 +1,9 @@
-"""The event loop of a worker: wait, fetch, submit, complete, publish; it runs without the GIL."""
+"""The event loop of a worker: wait, fetch, submit, complete, publish. It runs without the GIL.
+
+`run` is the whole loop. One pass through it is a *turn*: fetch a few chains of each queue that has some, submit their
+I/O with one system call, complete what has ended, publish the used elements, notify. `find_timeout` decides whether the
+worker may sleep before a turn, according to its polling policy (tune.py).
+"""
 
 from __future__ import annotations
 
@@ -33,16 +38,16 @@ from ringplane.virtio.split import take_head
 
 RETRY_NS = 1_000_000
 
-# More than can happen while a worker fine_timeouts, so that storage does not wake it.
+# More events than can happen during a short sleep of policy COALESCE: completions do not end that sleep.
 MANY = 1 << 10
 
-# How many chains of a queue are fetched before what was fetched is submitted, completed and published: few at first, so
-# that a sleeping driver is called early and wakes up while we work, then more and more. The kernel merges and batches
-# what it is given at once: with 16 at most instead of 64 a disk did 10 to 25 % less of deep sequential writes, and
-# tmpfs, by io_uring, 15 % less of deep random reads.
+# How many chains of a queue are fetched in a turn: few at first, so that a sleeping driver is notified early and wakes
+# up while we work, then more and more. The kernel merges and batches what is submitted together: with at most 16
+# instead of 64 a disk did 10 to 25 % fewer deep sequential writes, and tmpfs, through io_uring, 15 % fewer deep random
+# reads.
 FIRST_TURN, TURN = 2, 64
 
-# A worker that does not sleep asks the engine in each so many turns, even where nothing tells that there is news.
+# A worker that does not sleep asks the engine once in this many turns, even if nothing indicates events.
 ENGINE_TURNS = 16
 POLL_SLICE_NS = 100_000
 
@@ -51,7 +56,7 @@ POLL_SLICE_NS = 100_000
 def run(address):
     """Serve the queues of the WORKER struct at `address` until Python has something to do.
 
-    Requests in flight stay in flight when this returns, and lists stay as they are: the next call goes on.
+    Requests in flight stay in flight when this returns, and lists stay as they are: the next call resumes there.
     """
     worker = view(address, WORKER)
     engine = view(worker.engine, ENGINE)
@@ -75,9 +80,9 @@ def run(address):
 
 @compiled
 def find_timeout(worker, engine):
-    """How many nanoseconds the engine may sleep: 0 if there is something to do, -1 until something happens.
+    """How many nanoseconds the engine may sleep: 0 if there is something to do, -1: until something happens.
 
-    Without a free slot nothing can be fetched before something completes, so queues that wait for one do not count.
+    Without a free slot nothing can be fetched before something completes, so queues that wait for a slot do not count.
     """
     if can_fetch(worker) or worker.copy_first >= 0:
         return 0
@@ -102,7 +107,7 @@ def can_fetch(worker):
 
 @compiled
 def wait_for_events(worker, engine, timeout):
-    """Let the engine sleep, and note who was kicked. A completion needs no mark: the engine is reaped in each turn."""
+    """Let the engine sleep, and mark the queues that were kicked. Completions need no mark: each turn reaps them."""
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
     count = wait(engine, timeout, MANY if worker.unnotified else 1)
@@ -119,9 +124,9 @@ def wait_for_events(worker, engine, timeout):
             mark_ready(worker, view(token, QUEUE))
 
 
-# Polling: before it sleeps a worker looks at the rings for a while, with kicks off. A driver that answers within that
-# time needs no system call for its kick, and finds us awake. While storage is busy it is slept at once: a completion
-# wakes us, and on disks it takes longer than polling is worth.
+# Polling: before it sleeps, a worker polls the rings for a while, with kicks off. A driver that submits within that
+# time needs no system call for a kick, and finds the worker awake. While requests are in flight in storage, the worker
+# sleeps at once: a completion wakes it, and disks take longer than polling is worth.
 
 
 @compiled
@@ -131,9 +136,9 @@ def is_polling(worker):
 
 @compiled
 def poll(worker, engine):
-    """Look at the quiet queues until one has chains or the engine has news (True), or the time is over (False).
+    """Poll the quiet queues until one has chains or the engine has events (True), or the time is over (False).
 
-    A long time is divided, and what nothing tells of but the engine is asked for in between (True as well).
+    A long time is divided into slices. After each one the engine is asked for events that it does not indicate (True).
     """
     now = monotonic_ns()
     if worker.poll_end == 0:
@@ -156,7 +161,7 @@ def poll(worker, engine):
 
 @compiled
 def poll_quiet(worker):
-    """See whether there is something in the rings whose kicks are off."""
+    """Look for chains in the rings whose kicks are off."""
     address = worker.quiet
     while address:
         queue = view(address, QUEUE)
@@ -167,7 +172,7 @@ def poll_quiet(worker):
 
 @compiled
 def coalesce(worker):
-    """For how many nanoseconds to sleep with kicks off, as calls are held anyway; 0: there is something to do."""
+    """How many nanoseconds to sleep with kicks off while notifications are held back; 0: there is something to do."""
     poll_quiet(worker)
     if can_fetch(worker):
         return 0
@@ -179,9 +184,9 @@ def coalesce(worker):
 
 @compiled
 def ask_for_kicks(worker):
-    """Before sleeping: kicks on again for the queues that were served since the last sleep, and one more look at each.
+    """Before sleeping: switch kicks on for the queues served since the last sleep, and check each ring once more.
 
-    Queues that wait for a slot stay quiet: they are served as soon as there is one.
+    Queues that wait for a slot keep kicks off: they are served as soon as there is one.
     """
     while worker.quiet:
         queue = view(worker.quiet, QUEUE)
@@ -195,7 +200,7 @@ def ask_for_kicks(worker):
 
 @compiled
 def mark_ready(worker, queue):
-    """Put the queue at the end of those that wait for their turn."""
+    """Append the queue to the list of queues to fetch from."""
     if queue.ready:
         return
     queue.ready = 1
@@ -209,9 +214,9 @@ def mark_ready(worker, queue):
 
 @compiled
 def serve_ready(worker):
-    """Fetch from each queue that was kicked or had more than one turn's worth; those with more still go to the end.
+    """Fetch from each queue that was kicked or had chains left; those that still have some go to the end of the list.
 
-    When the slots run out, the others keep their places: they come first when there are slots again.
+    When the slots run out, the other queues keep their places: they come first when there are slots again.
     """
     if not worker.ready:
         return
@@ -233,10 +238,10 @@ def serve_ready(worker):
 
 @compiled
 def fetch_available(worker, queue):
-    """Fetch up to a turn's worth of what is available now; returns whether there is more.
+    """Fetch up to `queue.turn` chains; returns whether there are more.
 
-    A turn is short, so that driver and device work at the same time instead of in turns. Kicks stay off until the
-    worker sleeps, or, when slots run out, until a completion has freed one and all has been fetched.
+    A turn is short, so that driver and device work at the same time instead of alternately. Kicks stay off until the
+    worker sleeps, or, when slots run out, until a completion has freed one and all chains have been fetched.
     """
     keep_quiet(worker, queue)
     if queue.resubmits and not resubmit(worker, queue):
@@ -256,7 +261,7 @@ def fetch_available(worker, queue):
 
 @compiled
 def keep_quiet(worker, queue):
-    """Kicks off until `ask_for_kicks`."""
+    """Switch kicks off until `ask_for_kicks`."""
     if not queue.quiet:
         disable_kicks(queue)
         queue.quiet = 1
@@ -284,7 +289,7 @@ def record_fetched(queue, request):
 
 @compiled
 def start(worker, queue, request, rule):
-    """Start the request whose chain was gathered; False when that breaks the ring."""
+    """Start the request whose chain was gathered; False if the chain breaks `rule`, and so the ring."""
     if rule != rules.OK:
         break_ring(worker, queue, rule, request.head)
         return False
@@ -307,10 +312,10 @@ def start(worker, queue, request, rule):
 
 @compiled
 def take_chain(queue, request):
-    """Take the next chain: its number and its buffers; returns the rule that it breaks, if it does."""
+    """Take the next chain: its head and its buffers; returns the number of the rule that it breaks, or OK."""
     full = queue.in_flight >= queue.size
     if queue.packed:
-        # Not known before the chain's last descriptor.
+        # A packed chain's id is known only at its last descriptor.
         request.head = -1
         return rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request)
     request.head = take_head(queue)
@@ -319,7 +324,7 @@ def take_chain(queue, request):
 
 @compiled
 def resubmit(worker, queue):
-    """Start again what the last process had in flight, in its order; False if some is left, or the ring stops."""
+    """Resubmit what the previous process had in flight, in its order; False if some is left or the ring stops."""
     while queue.resubmits:
         if worker.free < 0:
             return False

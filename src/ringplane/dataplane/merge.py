@@ -1,8 +1,8 @@
-"""Adjacent requests become one I/O: a request that goes on where the one fetched before it ends is joined to that.
+"""Merging: a request that begins where the previously fetched one ends becomes part of the same I/O.
 
-A driver's sequential stream costs storage, and the kernel on the way there, less in large pieces. The I/O is held until
-the turn's fetching is over or a request comes that does not adjoin. When it has ended each request is answered by
-itself; if it ended in any other way than whole, each is sent off again alone, so that one bad sector fails one request.
+A sequential stream costs storage, and the kernel on the way there, less in large pieces. The first I/O is held back
+until the turn's fetching is over or a request comes that is not adjacent. When the I/O has ended, each request is
+completed separately. If it was not transferred whole, each request is retried alone: one bad sector fails one request.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC_SIZE
 from ringplane.virtio.blk import SECTOR
 
-# The largest I/O that is made of several requests, in bytes and in IOVEC structs. With 256 KiB, 64 KiB sequential I/O
-# cost 15 to 25 % less CPU time at depth 32 and 128 on a disk, up to 15 % less on a loop device; 1 MiB brought nothing
-# more, and with fast storage device and driver would work by turns.
+# The largest merged I/O, in bytes and in IOVEC structs. With 256 KiB, 64 KiB sequential I/O cost 15 to 25 % less CPU
+# time at depth 32 and 128 on a disk, up to 15 % less on a loop device. 1 MiB gained nothing more, and with fast storage
+# device and driver would work alternately.
 MERGE_BYTES, MERGE_IOVECS = 256 * 1024, 256
 
 
 @compiled
 def hold(worker, request):
-    """Queue the I/O of a request that has just been fetched and needs no bounce buffer."""
-    # Its slot's last request may have had one.
+    """Queue the I/O of a request that has just been fetched and needs no bounce buffer; hold it back for merging."""
+    # The previous request in this slot may have had one.
     request.bounce_iov_len = 0
     if worker.held >= 0:
         first = view(worker.requests + worker.held * REQUEST_SIZE, REQUEST)
@@ -39,9 +39,9 @@ def hold(worker, request):
 
 @compiled
 def adjoins(first, request):
-    """Whether the request goes on where the I/O that `first` begins ends, and fits.
+    """Whether the request begins where the I/O of `first` ends, and both fit into one I/O.
 
-    The list of a write's buffers has no room behind it where the device is to write something (a zone append).
+    A zone append cannot be extended: in its iovec list the device-writable buffers follow those of the write.
     """
     return (
         request.sector == first.sector + first.whole_length // SECTOR
@@ -55,7 +55,7 @@ def adjoins(first, request):
 
 @compiled
 def join(worker, first, request):
-    """Append the request's buffers to the list of the first; its own list stays as it is."""
+    """Append the request's buffers to the list of the first request; its own list does not change."""
     end = first.iov + first.whole_iov_count * IOVEC_SIZE
     copy(end, request.iov, request.iov_count * IOVEC_SIZE)
     first.whole_length += request.length
@@ -66,7 +66,7 @@ def join(worker, first, request):
 
 @compiled
 def send_held(worker):
-    """Hand the held I/O, if there is one, to the engine."""
+    """Queue the I/O that is held back, if there is one, with the engine."""
     if worker.held < 0:
         return
     request = view(worker.requests + worker.held * REQUEST_SIZE, REQUEST)
@@ -76,7 +76,7 @@ def send_held(worker):
 
 @compiled
 def queue_io(worker, request, iov, iov_count):
-    """Queue an I/O with the worker's engine that starts where what the request has still to transfer does."""
+    """Queue an I/O for the rest of the request with the worker's engine."""
     queue = view(request.queue, QUEUE)
     dsync = request.operation == WRITE and queue.dsync
     engine, offset = view(worker.engine, ENGINE), offset_in_image(request)
@@ -85,5 +85,5 @@ def queue_io(worker, request, iov, iov_count):
 
 @compiled
 def offset_in_image(request):
-    """Where what is still to be transferred begins, in bytes."""
+    """The offset in the image where the rest of the request begins, in bytes."""
     return request.sector * SECTOR + request.done

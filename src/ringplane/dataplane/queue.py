@@ -1,4 +1,4 @@
-"""A virtqueue and its device as Python sees them: the owners of the QUEUE, COUNTER and DEVICE structs."""
+"""`Device` (a disk) and `Queue` (a virtqueue of it): the Python owners of the DEVICE, QUEUE and COUNTER structs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _zeros() -> npt.NDArray[np.uint8]:
 
 
 class Device:
-    """What all queues of one disk share; `address` is that of its DEVICE struct."""
+    """What all queues of one disk share; `address` is the address of its DEVICE struct."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class Device:
         lifetime: bytes = b"",
         zones: int = 0,
     ) -> None:
-        """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1 where any will do.
+        """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1: not restricted.
 
-        `name` is what log lines call it, `storage` one of engines.common, `lifetime` what GET_LIFETIME is answered, if
-        it is, `zones` the address of a ZONES struct where there are zones. Raises OSError when an image IN_MEMORY
+        `name` is the name in log lines, `storage` one of engines.common, `lifetime` the reply to GET_LIFETIME (empty:
+        unsupported), `zones` the address of a ZONES struct (0: not zoned). Raises OSError when an image IN_MEMORY
         cannot be mapped.
         """
         self.fd = fd
@@ -60,7 +60,7 @@ class Device:
         self.lost_reported = False
         self.failures = Failures(name)
         self.through_worker = storage == THROUGH_WORKER
-        # What was written may be in the kernel's page cache until a flush.
+        # Written data may stay in the kernel's page cache until a flush.
         self.uses_page_cache = self.through_worker and alignment == (1, 1)
         self.mapped = MappedImage(fd, size, read_only=read_only) if storage == IN_MEMORY else None
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
@@ -78,18 +78,18 @@ class Device:
         record["serial"][: len(encoded)] = np.frombuffer(encoded, np.uint8)
 
     def close(self) -> None:
-        """Unmap what is mapped; no queue may be running. A second call does nothing."""
+        """Unmap the image if it is mapped; no queue may be running. A second call does nothing."""
         if self.mapped is not None:
             self.mapped.close()
 
     def map(self, size: int) -> None:
-        """Prepare for an image of another size, where it is mapped; raises OSError."""
+        """Prepare for another size of the image, if it is mapped; raises OSError."""
         if self.mapped is not None:
             self.mapped.resize(size)
 
     @property
     def size(self) -> int:
-        """How many bytes can be read and written; a larger image must have been mapped before."""
+        """How many bytes can be read and written. Before it grows, the larger image must have been mapped (`map`)."""
         return int(self._record["capacity"][0]) * SECTOR
 
     @size.setter
@@ -98,22 +98,22 @@ class Device:
 
     @property
     def flush_failed(self) -> bool:
-        """Whether what was written may be lost, so that no flush can promise anything any more."""
+        """Whether earlier writes may be lost, so that every flush must fail."""
         return bool(self._record["flush_failed"][0])
 
     def set_flush_failed(self) -> None:
-        """From now on that is so."""
+        """Make every flush fail from now on."""
         self._record["flush_failed"] = 1
 
     @property
     def lost_mapping(self) -> bool:
-        """Whether pages of an image in memory have gone, so that it is served by system calls from now on."""
+        """Whether pages of an image in memory were lost, so that it is served with system calls from now on."""
         return self.mapped is not None and self.mapped.lost
 
 
 @dataclass(frozen=True, slots=True)
 class InflightRegion:
-    """Where to tell what is in flight on a ring (virtio/inflight.py): our address, in a mapping that it keeps."""
+    """The in-flight region of a ring (virtio/inflight.py): its address, in a mapping that this object keeps."""
 
     address: int
     mapping: Mapping
@@ -121,17 +121,17 @@ class InflightRegion:
 
 @dataclass(frozen=True, slots=True)
 class DirtyLog:
-    """The bitmap in which a migration is told what was written (dirty.py), `mapping.size` bytes of it."""
+    """The bitmap of the pages written during a migration (dirty.py), of `mapping.size` bytes."""
 
     mapping: Mapping
 
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """Where the driver has put a ring, and how the two of them use it.
+    """Where the driver has placed a ring, and how driver and device use it.
 
     Addresses are the front end's user addresses: of descriptors, driver area and device area. `base` is where to start,
-    as `Queue.base` tells it; `features` are the bits that were agreed on.
+    in the format of `Queue.base`; `features` are the negotiated feature bits.
     """
 
     size: int
@@ -149,14 +149,15 @@ class RingLayout:
         return bool(self.features & VIRTIO_F_RING_PACKED)
 
 
-# The base of a packed ring in which nothing has happened yet.
+# The base of a new packed ring.
 NEW_RING = 0x8000_8000
 
 
 def _was_used(ring: int, size: int) -> bool:
-    """Whether a packed ring at this address has been through a lap: a descriptor of it was used then.
+    """Whether a packed ring at this address has completed a lap: then some descriptor in it was used.
 
-    Not always the first one: what a chain covers that began at the end of the lap before stays as the driver wrote it.
+    Not always the first one: if a chain began at the end of the previous lap, its descriptors at the start of the ring
+    stay as the driver wrote them.
     """
     flags = (ctypes.c_uint16.from_address(ring + index * DESC_SIZE + DESC_FLAGS).value for index in range(size))
     return any(flag & VIRTQ_DESC_F_USED for flag in flags)
@@ -166,7 +167,7 @@ class Queue:
     """A virtqueue. Its counters live as long as the disk; its ring as long as the driver has it configured."""
 
     def __init__(self, device: Device, number: int, name: str, fd: int = -1) -> None:
-        """`name` is what log lines call it; `fd` its own open file of the image, -1: the device's (flush.py)."""
+        """`name` is the name in log lines; `fd` its own open file of the image, -1: the device's (flush.py)."""
         self.name = name
         self.number = number
         self.device = device
@@ -181,20 +182,20 @@ class Queue:
         self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
         self.record["failures"] = self.failures.ctypes.data
         self.record["call_fd"] = self.record["flushing"] = self.record["flush_first"] = -1
-        # Kept for their mappings; which requests still need a table that was replaced is the worker's business.
+        # Keeps the mappings of the present table. The worker keeps a replaced table while requests still need it.
         self.memory = MemoryTable()
         self.layout: RingLayout | None = None
         self.kick_fd = -1
-        # The ring was broken and the log says so; it waits for memory that was removed to be added again.
+        # The ring is broken and that was logged; the ring waits until memory that was removed is added again.
         self.broken_reported = self.suspended = False
         self.err_fd = -1
 
     @property
     def base(self) -> int:
-        """Where the ring goes on: of a split ring the next available index.
+        """Where the ring resumes: for a split ring the next available index.
 
-        Of a packed one, from the lowest bit on, the places of the next descriptor to take and to write over, 15 bits
-        and a wrap counter each (vhost-user, "Vring descriptor indices for packed virtqueues").
+        For a packed ring, from the lowest bit on, the positions of the next descriptor to take and of the next one to
+        overwrite, 15 bits and a wrap counter each (vhost-user, "Vring descriptor indices for packed virtqueues").
         """
         record = self.record
         if not record["packed"]:
@@ -203,25 +204,25 @@ class Queue:
         return taken | int(record["next_used"]) << 16 | int(record["used_wrap"]) << 31
 
     def set_packed_base(self, base: int) -> None:
-        """Begin a packed ring there; raises BadMemory for a place outside of it."""
+        """Start a packed ring at this base; raises BadMemory if that is outside the ring."""
         record = self.record
         if base == 0 and not _was_used(int(record["desc"]), int(record["size"])):
-            # user-mode Linux says 0 for a ring that is new, whose wrap counters are 1 (section 2.8.1).
+            # user-mode Linux sends 0 for a new ring, whose wrap counters are 1 (section 2.8.1).
             base = NEW_RING
         record["last_avail"], record["avail_wrap"] = base & 0x7FFF, base >> 15 & 1
         record["next_used"], record["used_wrap"] = base >> 16 & 0x7FFF, base >> 31 & 1
         record["batch"] = record["uncounted"] = 0
         if max(record["last_avail"], record["next_used"]) >= record["size"]:
-            raise BadMemory(f"the base {base:#x} is outside of a ring of {record['size']} descriptors")
+            raise BadMemory(f"the base {base:#x} is outside the ring of {record['size']} descriptors")
 
     def set_log(self, log: DirtyLog | None) -> None:
-        """Mark what is written there from now on; None: nowhere. Nothing may be in flight, and the layout keeps it."""
+        """Mark written pages in this log from now on, or in none. Nothing may be in flight; the layout keeps it."""
         self.record["log"], self.record["log_size"] = (log.mapping.address, log.mapping.size) if log else (0, 0)
 
     def track(self, region: InflightRegion | None) -> None:
-        """Tell in this in-flight region what the ring does, and go on from what is in it; without one nobody is told.
+        """Track the ring's chains in this in-flight region, and resume from its content; None: do not track.
 
-        The ring has been placed and its base set. Raises BadMemory.
+        The ring must have been placed and its base set. Raises BadMemory.
         """
         record, size = self.record, int(self.record["size"])
         record["inflight"] = record["resubmits"] = record["batched"] = 0
@@ -230,7 +231,7 @@ class Queue:
         track = self._track_packed if record["packed"] else self._track_split
         tracking = track(region.address, size)
         self._resubmit = tracking.entries.astype(np.int64)
-        # A driver that breaks the rules can have more chains used in one turn than the ring is long.
+        # A driver that breaks the rules can have more chains used in one turn than the ring has descriptors.
         self._batch = np.zeros(2 * size, np.int64)
         record["counter"], record["batch_list"] = tracking.counter, self._batch.ctypes.data
         record["resubmit"], record["resubmits"] = self._resubmit.ctypes.data, len(self._resubmit)
@@ -241,7 +242,7 @@ class Queue:
         tracking = SplitTracking(region, size, int(record["next_used"]))
         record["last_batch_head"] = tracking.last_batch_head
         if not tracking.is_new:
-            # All up to there have been fetched, and those of them that are not used are in flight.
+            # All chains up to there were fetched; those that are not used are in flight.
             record["last_avail"] = (int(record["next_used"]) + len(tracking.entries)) & INDEX_MASK
             record["seen_avail"] = record["last_avail"]
         return tracking
@@ -260,7 +261,7 @@ class Queue:
 
     @property
     def in_flight(self) -> int:
-        """Requests fetched and not yet answered."""
+        """Requests fetched and not yet completed."""
         return int(self.record["in_flight"])
 
     @property

@@ -1,7 +1,7 @@
-"""What a ring's in-flight region tells after a crash: which chains to submit again, and where the ring goes on.
+"""Recovery from a ring's in-flight region after a crash: which chains to resubmit, and where the ring resumes.
 
 Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking", its parts "When reconnecting". The region
-comes from the front end, so nothing in it is believed before it was checked.
+comes from the front end, so everything in it is checked before use.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ringplane.virtio.split import DESC_SIZE, INDEX_MASK
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A place in a packed ring."""
+    """A position in a packed ring."""
 
     index: int
     wrap: int
 
     def after(self, count: int, size: int) -> Place:
-        """The place `count` descriptors further on."""
+        """The position `count` descriptors further on."""
         laps, index = divmod(self.index + count, size)
         return Place(index, self.wrap ^ (laps & 1))
 
@@ -45,7 +45,7 @@ class SplitTracking:
     """The region of a split ring: `entries` are the heads of the chains in flight, oldest first."""
 
     def __init__(self, region: int, size: int, used_idx: int) -> None:
-        """`used_idx`: of the used ring, where all that it tells is used. Raises BadMemory for what is no region."""
+        """`used_idx` is that of the used ring: what it says was used. Raises BadMemory for an invalid region."""
         self._head = _view(region, REGION_SPLIT, 1)[0]
         self._states = _view(region + SPLIT_SIZE, STATE_SPLIT, size)
         self.is_new = _is_new(self._head, size)
@@ -60,7 +60,7 @@ class SplitTracking:
         self.last_batch_head = int(self._head["last_batch_head"])
 
     def _end_last_batch(self, used_idx: int, size: int) -> None:
-        """What the used ring has got since the region was told is not in flight any more."""
+        """Chains that the used ring has, but that the region does not show as used yet, are not in flight."""
         head = int(self._head["last_batch_head"])
         for _ in range(min((used_idx - int(self._head["used_idx"])) & INDEX_MASK, size)):
             if head >= size:
@@ -71,10 +71,10 @@ class SplitTracking:
 
 
 class PackedTracking:
-    """The region of a packed ring: `entries` are the first ones of the chains in flight, oldest first.
+    """The region of a packed ring: `entries` are the first entries of the chains in flight, oldest first.
 
     `used` is where the next used descriptor goes and `avail` where the next chain is; `places` (what PLACES holds),
-    `links`, `lasts` and `counts` are what virtio/inflight.py wants them to be.
+    `links`, `lasts` and `counts` are the fields that virtio/inflight.py requires.
     """
 
     def __init__(self, region: int, size: int, ring: int, used: Place) -> None:
@@ -101,7 +101,7 @@ class PackedTracking:
         return int(self._head["free_head"])
 
     def _begin(self, used: Place) -> None:
-        """All entries are free; the last one's link leads to the ring's size, where there is none."""
+        """Make all entries free; the last one links to the ring's size, which is no entry."""
         head = self._head
         self._states[:] = np.zeros(1, STATE_PACKED)
         self._states["next"] = np.arange(1, self._size + 1)
@@ -116,7 +116,7 @@ class PackedTracking:
         return place
 
     def _settle_last_batch(self, ring: int) -> None:
-        """If the driver can see that the batch is used it is, although the region was not told any more."""
+        """If the driver can see that the batch is used, it is used, even if the region does not show it yet."""
         old = self._places("old_used")
         flags = ctypes.c_uint16.from_address(ring + old.index * DESC_SIZE + DESC_FLAGS).value
         available = VIRTQ_DESC_F_AVAIL if old.wrap else VIRTQ_DESC_F_USED
@@ -129,12 +129,12 @@ class PackedTracking:
         self._set_places(self._places("old_used"))
 
     def _set_places(self, place: Place) -> None:
-        """Both, at once: this too may be the moment at which the process is killed."""
+        """Set both positions with one store: the process may be killed at this moment too."""
         self.places = place.index | place.index << 16 | place.wrap << 32 | place.wrap << 40
         self._word[0] = self.places
 
     def _chains_in_flight(self) -> npt.NDArray[np.intp]:
-        """The first entries of the chains that are not free, with their lasts and counts filled in."""
+        """The first entries of the chains that are not free; fills in their `lasts` and `counts`."""
         taken = np.ones(self._size, np.bool_)
         for entry in self._walk(self.free_head):
             taken[entry] = False
@@ -152,7 +152,7 @@ class PackedTracking:
         return found
 
     def _walk(self, entry: int, most: int | None = None) -> list[int]:
-        """The entries from this one on, as they are linked; raises BadMemory for a list without end."""
+        """The linked entries from this one on; raises BadMemory for a list without an end."""
         walked: list[int] = []
         while entry != self._size and (most is None or len(walked) < most):
             if entry > self._size or len(walked) == self._size:
@@ -163,13 +163,13 @@ class PackedTracking:
 
 
 def _is_new(head: np.void, size: int) -> bool:
-    """Whether nothing has been told in this region yet; raises BadMemory for one of another kind."""
+    """Whether nothing was written to this region yet; raises BadMemory for an incompatible region."""
     if head["version"] == 0:
         return True
     if head["version"] != VERSION or head["desc_num"] != size:
         raise BadMemory(
-            f"the in-flight region is of version {head['version']} for {head['desc_num']} descriptors, "
-            f"not of version {VERSION} for {size}"
+            f"the in-flight region has version {head['version']} and {head['desc_num']} descriptors, "
+            f"not version {VERSION} and {size} descriptors"
         )
     return False
 
@@ -177,7 +177,7 @@ def _is_new(head: np.void, size: int) -> bool:
 def _oldest_first(in_flight: npt.NDArray[np.intp], states: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.intp], int]:
     """These entries in the order in which their chains were fetched, and the counter of the next one."""
     counters = states["counter"][in_flight]
-    # The front end may have written anything there, and ours is signed.
+    # The front end may have written anything there, and our counter is signed.
     following = (int(counters.max()) + 1) & ((1 << 62) - 1) if len(counters) else 0
     return in_flight[np.argsort(counters, kind="stable")], following
 

@@ -1,4 +1,4 @@
-"""The rules of the virtio specification that break a ring when the driver breaks them, each with its sentence."""
+"""The rules of the virtio specification whose violation breaks a ring, and the log message of each."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ MESSAGES = {
     ORDER: "a device-readable descriptor follows a device-writable one",
     TOO_MANY_SEGMENTS: f"a chain has more than {MAX_IOVECS} segments",
     TOO_MANY_BYTES: "a chain is longer than 2^32 bytes",
-    INDIRECT_NOT_NEGOTIATED: "an indirect descriptor, although VIRTIO_F_INDIRECT_DESC was not negotiated",
+    INDIRECT_NOT_NEGOTIATED: "a descriptor is indirect, but VIRTIO_F_INDIRECT_DESC was not negotiated",
     INDIRECT_NESTED: "an indirect table refers to another indirect table",
     INDIRECT_NEXT: "an indirect descriptor has a next descriptor",
-    INDIRECT_LENGTH: "the length of an indirect table is zero or no multiple of 16",
+    INDIRECT_LENGTH: "the length of an indirect table is zero or not a multiple of 16",
     INDIRECT_ADDRESS: "an indirect table is not inside one region of the shared memory",
-    NO_HEADER: "a request has fewer than 16 device-readable bytes, so no header",
+    NO_HEADER: "a request has no complete header (fewer than 16 device-readable bytes)",
     NO_STATUS: "a request has no device-writable byte for its status",
 }

@@ -1,11 +1,11 @@
-"""Signals to a front end's eventfd, pipe or socket that cannot wait, for I/O threads that serve other front ends too.
+"""Signals to a front end's eventfd, pipe or socket that never block, for I/O threads that serve several front ends.
 
-write(2) to a full eventfd waits unless the file has O_NONBLOCK, which whoever else has the file can take away at any
-time, and eventfds know no RWF_NOWAIT for writes. When the kernel itself signals one it never waits. So an AIO request
-is made that ends at once, a read of /dev/null, and that has the eventfd signalled (io_submit(2), IOCB_FLAG_RESFD). It
-takes some 0.7 us more than write(2), which threads of one disk are spared: they are interrupted when they are wanted
-(vhost_user/session.py). To a socket (user-mode Linux) it is sent by send(2), and to a pipe by vmsplice(2): both can be
-told not to wait, whatever the file says. What the pipe holds then is a reference to a number that never changes.
+write(2) to a full eventfd blocks unless the file has O_NONBLOCK, which everyone who shares the file can clear at any
+time, and eventfds do not support RWF_NOWAIT for writes. When the kernel itself signals an eventfd it never blocks. So
+an AIO request is submitted that ends at once, a read of /dev/null, and has the eventfd signalled (io_submit(2),
+IOCB_FLAG_RESFD). That takes some 0.7 us more than write(2). Threads of one disk use write(2), and are interrupted when
+the control plane needs them (vhost_user/session.py). A socket (user-mode Linux) is signalled with send(2), a pipe with
+vmsplice(2): both have a flag not to block, whatever the file's. The pipe then refers to a number that never changes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SIGNALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iov
 
 @compiled
 def signal(address, fd, one):
-    """Write the 8 bytes of 1, at address `one`, to this eventfd, pipe or socket, with the SIGNALLER at `address`.
+    """Write the number 1 (8 bytes at address `one`) to this eventfd, pipe or socket.
 
-    Where that is 0, by write(2), which may wait.
+    `address` is that of a SIGNALLER. If it is 0, write(2) is used, which may block.
     """
     if address == 0:
         write(fd, one, 8)
@@ -48,7 +48,7 @@ def signal(address, fd, one):
     signaller = view(address, SIGNALLER)
     view(signaller.iocb, IOCB).resfd = fd
     result = io_submit(signaller.context, 1, signaller.list)
-    # Of the completion nobody wants to know.
+    # Discard the completion.
     store32(signaller.context + RING_HEAD, load32(signaller.context + RING_TAIL))
     if result == -EINVAL:
         result = send(fd, one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -59,10 +59,10 @@ def signal(address, fd, one):
 
 
 class Signaller:
-    """Owns a SIGNALLER; `address` is the struct's."""
+    """Owns a SIGNALLER struct; `address` is its address."""
 
     def __init__(self) -> None:
-        """Raises OSError where there is no AIO to be had."""
+        """Raises OSError where AIO is unavailable."""
         self._context = libc.io_setup(1)
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._iocb: npt.NDArray[np.void] = np.zeros(1, IOCB)

@@ -1,4 +1,4 @@
-"""Trace points: a ring of events that compiled code writes when tracing is on, and its reader."""
+"""Trace events: compiled code writes them to a ring buffer while tracing is on, and Python reads them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def trace(worker, event, queue, request, status, nanoseconds):
     entry.length = request.length
     entry.status = status
     entry.nanoseconds = nanoseconds
-    # Release: the entry is complete before it is counted. The reader looks at the count, then at the entries.
+    # Release: the entry is complete before it is counted. The reader loads the count, then the entries.
     store64_release(address_of(worker) + WORKER_TRACED, worker.traced + 1)
 
 
@@ -58,8 +58,8 @@ def trace(worker, event, queue, request, status, nanoseconds):
 class TraceEvent:
     """The fetch or completion of a request, or the start or stop of a queue.
 
-    For a queue `sector` is its index in the available ring and `length` its size. `status` and `microseconds` belong to
-    completions alone.
+    For a queue, `sector` is its index in the available ring and `length` its size. Only completions have `status` and
+    `microseconds`.
     """
 
     time_ns: int
@@ -85,7 +85,7 @@ class TraceEvent:
 
 
 class TraceRing:
-    """A worker's ring of events: written by its thread, compiled code and Python alike, and read from any other."""
+    """A worker's ring buffer of events: written by its thread, from compiled code and Python, read by any thread."""
 
     def __init__(self, worker: npt.NDArray[np.void]) -> None:
         """`worker` is the WORKER array of shape (1,) that counts the events."""
@@ -99,7 +99,7 @@ class TraceRing:
         return int(self._worker["traced"][0])
 
     def add(self, event: int, queue: npt.NDArray[np.void]) -> None:
-        """The start or stop of a queue, given as its QUEUE array; on the worker's thread alone."""
+        """Add the start or stop of a queue, given as its QUEUE array; only on the worker's thread."""
         record = queue[0]
         entry = np.zeros((), TRACE)
         entry["time"], entry["event"] = time.monotonic_ns(), event
@@ -109,7 +109,7 @@ class TraceRing:
         self._worker["traced"] += 1
 
     def copy(self, first: int, last: int) -> npt.NDArray[np.void]:
-        """Events `first` to `last` (excluded), as far as they are still there."""
+        """Events `first` to `last` (excluded); those that were overwritten are replaced by newer ones."""
         return self._ring[np.arange(first, last) % TRACE_CAPACITY]
 
 
@@ -122,12 +122,12 @@ class TraceReader:
         self.lost = 0
 
     def events(self, limit: int = TRACE_CAPACITY) -> Iterator[TraceEvent]:
-        """What came since the last call, the oldest `limit` of it; what was overwritten unread counts in `lost`."""
+        """The events since the last call, at most the oldest `limit`; those overwritten unread count in `lost`."""
         written = self._ring.written
         first = max(self._read, written - TRACE_CAPACITY)
         last = min(written, first + limit)
         entries = self._ring.copy(first, last)
-        # Lost is what the worker has overwritten while we copied, and the place that it may be writing to now.
+        # Also lost: what the worker has overwritten while we copied, and the entry that it may be writing now.
         intact = min(last, max(first, self._ring.written - TRACE_CAPACITY + 1))
         self.lost += intact - self._read
         self._read = last

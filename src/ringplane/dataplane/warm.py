@@ -1,4 +1,4 @@
-"""Compiling the data plane ahead, in a child process: the compiler's memory (some 90 MB) goes away with it."""
+"""Compiling the data plane in advance, in a child process: the compiler's memory (some 90 MB) is freed with it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ringplane.virtio.blk import SECTOR
 
 log = logging.getLogger(__name__)
 
-# Of the disk and of the guest's memory that are used for warming up.
+# The size of the disk and of the guest memory that are used to warm up.
 SIZE = 4096
 
 
 def warm_up() -> None:
-    """Fill the cache if it is empty. Where no child can be started, the first worker compiles for itself."""
+    """Fill the cache if it is empty. If no child process can be started, the first worker compiles."""
     if is_cached():
         return
     log.info("compiling the data plane; only the first start after an installation does this ...")
@@ -39,12 +39,12 @@ def warm_up() -> None:
 
 
 def release_compiler() -> None:
-    """Give back the memory of LLVM's code, which only loads what is compiled: a third of what a small process has."""
+    """Release the memory of LLVM's code, which from now on only loads cached code: a third of a small process."""
     drop_code("libllvmlite.so")
 
 
 def load() -> None:
-    """Compile or load all that a worker needs, by having one serve a disk in memory that nobody uses."""
+    """Compile or load all that a worker needs, by running a worker with a small disk in memory."""
     kick_fd = os.eventfd(0)
     fd = os.memfd_create("warm-up")
     os.ftruncate(fd, SIZE)
@@ -63,6 +63,6 @@ def load() -> None:
 
 
 if __name__ == "__main__":
-    # Compiling leaves next to no garbage that has cycles; looking for it takes 0.3 s of 6, and the process ends soon.
+    # Compiling leaves hardly any cyclic garbage; collecting it takes 0.3 s of 6, and the process ends soon.
     gc.disable()
     load()

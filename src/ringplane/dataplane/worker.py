@@ -1,7 +1,7 @@
-"""An I/O thread: runs the compiled loop, and between two runs does what the control plane asks of it.
+"""A worker: an I/O thread that runs the compiled loop, and calls functions for the control plane between two runs.
 
-The control plane hands over callables and writes the worker's eventfd; `run` returns, the callables are called on
-this thread, and the loop is entered again. So compiled code is never reconfigured while it runs, without locks.
+The control plane queues callables and writes the worker's eventfd. `run` returns, the callables are called on this
+thread, and the loop is entered again. So compiled code is never reconfigured while it runs, and needs no locks.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SLOTS = 512
-# Longer than it takes to wake up a driver that sleeps (20 to 40 us in a virtual machine), so that such drivers too find
-# us awake; measured in docs/performance.md.
+# Longer than it takes to wake up a sleeping driver (20 to 40 us in a virtual machine), so that such drivers too find
+# the worker awake; measured in docs/performance.md.
 POLL_US = 50
 BOUNCE_BUFFERS = 16
-# A nap lasts some 50 us: what the kernel adds to it by default is as long.
+# The sleeps of the policy COALESCE last some 50 us. By default the kernel adds as much again.
 TIMER_SLACK_NS = 1000
 
 
@@ -85,14 +85,14 @@ class WorkerEnded(RuntimeError):
 
 @dataclass(slots=True)
 class _Retired:
-    """A memory table that was replaced while requests that use it were in flight."""
+    """A memory table that was replaced while requests in flight used it."""
 
     number: int
     table: MemoryTable
 
 
 class Worker:
-    """A thread that serves any number of queues with one engine."""
+    """An I/O thread that serves any number of queues with one engine."""
 
     def __init__(
         self,
@@ -104,8 +104,8 @@ class Worker:
     ) -> None:
         """`slots`: how many requests can be in flight at a time. Raises OSError when the engine cannot be set up.
 
-        `poll_us`: for how many microseconds at most to look at the rings before sleeping; None: never sleep.
-        `pin_memory`: keep the guests' memory registered with the kernel, where the engine can.
+        `poll_us`: how many microseconds to poll the rings at most before sleeping; None: never sleep.
+        `pin_memory`: keep the guests' memory registered with the kernel, if the engine supports it.
         """
         self.name = name
         self._pin_memory = pin_memory
@@ -116,7 +116,7 @@ class Worker:
         self._disks = 0
         self._signaller: Signaller | None = None
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        # Guards what follows, so that no call comes too late to be carried out or refused.
+        # Guards the two fields below, so that each call is either performed or refused.
         self._lock = threading.Lock()
         self._ended = False
         self._stopping = False
@@ -149,10 +149,10 @@ class Worker:
         self._requests["next"][-1] = -1
         self._requests["iovecs"] = self._iovecs.ctypes.data + np.arange(slots) * self._iovecs.strides[0]
         self._requests["joined"] = -1
-        # Untouched, so without memory, until somebody discards.
+        # Not touched, and so without memory, until the first discard.
         self._ranges = np.zeros((slots, MAX_RANGES), RANGE)
         self._requests["ranges"] = self._ranges.ctypes.data + np.arange(slots) * self._ranges.strides[0]
-        # The same, until a guest is migrated.
+        # The same, until the first migration.
         self._log_iovecs = np.zeros((slots, MAX_IOVECS), IOVEC)
         self._requests["log_iovecs"] = self._log_iovecs.ctypes.data + np.arange(slots) * self._log_iovecs.strides[0]
         self._state["waiting_first"] = self._state["copy_first"] = self._state["held"] = -1
@@ -162,7 +162,7 @@ class Worker:
         self._make_bounce_buffers()
 
     def _set_policies(self, poll_us: int | None) -> None:
-        """What the worker may do before it sleeps; which of it pays it finds out."""
+        """Set which polling policies the worker may choose from (tune.py)."""
         state = self._state
         self._tallies = np.zeros(POLICIES, TALLY)
         state["tallies"] = self._tallies.ctypes.data
@@ -171,7 +171,7 @@ class Worker:
         else:
             state["poll_ns"] = 1000 * poll_us
             state["policies"] = 1 << SLEEP | self.engine.fine_timeouts << COALESCE | (poll_us > 0) << POLL
-            # At rest until the first requests come.
+            # No trial before the first requests come.
             state["until_trial"] = 1
 
     def _make_bounce_buffers(self) -> None:
@@ -188,18 +188,18 @@ class Worker:
     # From any thread.
 
     def add_disk(self) -> None:
-        """One more will have queues here; from the second on no front end may make this thread wait."""
+        """Count a disk with queues on this worker. From the second one on, no front end may block this thread."""
         self._disks += 1
         if self._disks == 2:
             try:
                 self._signaller = Signaller()
             except OSError as error:
-                log.warning("%s: a front end can hold up the other disks of this thread: %s", self.name, error)
+                log.warning("%s: one front end can block all disks of this thread: %s", self.name, error)
                 return
             self._state["signaller"] = self._signaller.address
 
     def load(self) -> None:
-        """Compile or load all that the threads will call, so that from their start on they need no file for it."""
+        """Compile or load all that the threads will call, so that they need no file for it after their start."""
         self._helpers.load()
         load(run, int(self._state.ctypes.data))
         load(mark_ready, self._state[0], np.zeros(1, QUEUE)[0])
@@ -208,14 +208,14 @@ class Worker:
         interrupt.install()
 
     def start(self) -> None:
-        """Start the threads; what `load` was not called for they load themselves."""
+        """Start the threads; without a call of `load` before, they load the code themselves."""
         self._helpers.start()
         self._thread.start()
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
-        """Have `function` called on the worker's thread, between two runs; its result or exception is the future's.
+        """Call `function` on the worker's thread, between two runs; the future gets its result or exception.
 
-        The future raises WorkerEnded if the thread has ended, or ends before it comes to it.
+        The future raises WorkerEnded if the thread has ended, or ends before the call.
         """
         future: Future[Result] = Future()
         with self._lock:
@@ -227,11 +227,11 @@ class Worker:
         return future
 
     def start_queue(self, queue: Queue, layout: RingLayout, memory: MemoryTable, kick_fd: int) -> Future[None]:
-        """Serve the queue from now on. The future raises BadMemory where the ring is not inside the memory."""
+        """Serve the queue from now on. The future raises BadMemory if the ring is not inside the memory."""
         return self.call(lambda: self._start_queue(queue, layout, memory, kick_fd))
 
     def stop_queue(self, queue: Queue) -> Future[None]:
-        """Fetch nothing more; the future is done when all requests in flight have been answered."""
+        """Stop fetching; the future is done when all requests in flight have been completed."""
         drained: Future[None] = Future()
         asked = self.call(lambda: self._stop_queue(queue, drained))
         asked.add_done_callback(lambda future: _pass_on_exception(future, drained))
@@ -242,15 +242,15 @@ class Worker:
         return self.call(lambda: self._set_memory(queue, memory))
 
     def set_call_fd(self, queue: Queue, fd: int) -> Future[None]:
-        """Notify the driver through `fd` from now on, -1 for not at all. The fd stays the caller's."""
+        """Notify the driver through `fd` from now on; -1: do not notify. The caller keeps ownership of the fd."""
         return self.call(lambda: queue.record.__setitem__("call_fd", fd))
 
     def signal(self, fd: int) -> Future[None]:
-        """Signal a front end's eventfd, as the driver of a queue is called: the control plane must not wait for it."""
+        """Signal a front end's eventfd like a driver's: it may block, and the control plane must not."""
         return self.call(lambda: self._signal(fd))
 
     def interrupt(self) -> None:
-        """Have the thread go on that waits for room in a notifier; a thread that does anything else just goes on."""
+        """Interrupt the thread if it blocks in a write to a full notifier; otherwise this has no effect."""
         interrupt.interrupt(self._thread)
 
     def start_tracing(self) -> TraceReader:
@@ -258,7 +258,7 @@ class Worker:
         return self.call(self._start_tracing).result()
 
     def stop(self) -> None:
-        """Stop the thread and give everything back. All queues must have been stopped."""
+        """Stop the threads and release everything. All queues must have been stopped."""
         self._stopping = True
         if self._thread.ident is not None:
             self.call(lambda: None)
@@ -281,8 +281,8 @@ class Worker:
             while not self._stopping:
                 self._turn()
         except BaseException:
-            # Whoever waits for this thread must hear of it.
-            log.exception("%s: the I/O thread has failed; its disks are not served any more", self.name)
+            # `_end` reports it to those who wait for this thread.
+            log.exception("%s: the I/O thread has failed (internal error); its disks are no longer served", self.name)
         finally:
             self._end()
 
@@ -311,14 +311,14 @@ class Worker:
             self._prepare_queue(queue, layout, memory)
             self._watch_kicks(queue, kick_fd)
         except BaseException:
-            # Of a ring that does not start no mapping is kept.
+            # A ring that does not start keeps no mapping.
             queue.memory, queue.layout = MemoryTable(), None
             raise
         queue.record["file"] = self.engine.add_file(queue.fd)
         self._queues[queue.address] = queue
         self._pin()
         queue.record["running"] = 1
-        # Start-up kick: requests may have been in the ring before we watched.
+        # As if kicked: requests may have been in the ring before its kick fd was watched.
         self._check_all_queues()
         self._trace_queue(TRACE_START, queue)
 
@@ -339,7 +339,7 @@ class Worker:
             queue.set_packed_base(layout.base)
         else:
             record["last_avail"] = record["seen_avail"] = layout.base
-            # What is in flight, if anything, is not used yet: what the used ring says is where it goes on.
+            # Requests in flight, if any, are not used yet, so the used ring resumes at its own index.
             record["next_used"] = record["signalled_used"] = _load_u16(int(record["used"]) + USED_IDX)
         queue.track(layout.inflight)
         queue.set_log(layout.log)
@@ -352,9 +352,9 @@ class Worker:
         avail = memory.user_to_host(layout.avail, EVENT_SIZE if layout.packed else avail_bytes(layout.size))
         used = memory.user_to_host(layout.used, EVENT_SIZE if layout.packed else used_bytes(layout.size))
         if not layout.packed and layout.size & (layout.size - 1):
-            raise BadMemory(f"a split ring has a power of two of descriptors, not {layout.size}")
+            raise BadMemory(f"the size of a split ring is a power of two, not {layout.size}")
         if desc % DESC_ALIGNMENT or avail % AVAIL_ALIGNMENT or used % USED_ALIGNMENT:
-            # A region may be mapped at any address; the loads and stores of the ring may not go anywhere.
+            # A region may be mapped at any address, but the atomic loads and stores of the ring need alignment.
             raise BadMemory("the ring is not aligned in memory")
         record = queue.record
         record["desc"], record["avail"], record["used"] = desc, avail, used
@@ -362,7 +362,7 @@ class Worker:
         queue.memory, queue.layout = memory, layout
 
     def _check_all_queues(self) -> None:
-        """Rebuild the list of queues to look at, with all that run: a look too many costs nothing."""
+        """Rebuild the list of ready queues with all running ones: to check a ring in vain costs nothing."""
         self._state["ready"] = self._state["ready_last"] = self._state["quiet"] = 0
         for queue in self._queues.values():
             queue.record["ready"] = queue.record["quiet"] = 0
@@ -371,7 +371,7 @@ class Worker:
 
     def _stop_queue(self, queue: Queue, drained: Future[None]) -> None:
         record = queue.record
-        # What the last process had in flight has to be answered before the ring can stop.
+        # What the previous process had in flight has to be completed before the ring can stop.
         record["running"] = record["running"] and record["resubmits"] > 0
         record["ready"] = record["quiet"] = 0
         record["draining"] = 1
@@ -391,9 +391,9 @@ class Worker:
     def _unwatch_kicks(self, queue: Queue) -> None:
         if queue.kick_fd >= 0:
             self.engine.unwatch(queue.kick_fd)
-            # Whoever polls this eventfd next shall not find our old kicks in it.
+            # The next poller of this eventfd must not find old kicks in it.
             with contextlib.suppress(OSError):
-                # O_NONBLOCK is the file's, so the front end may have taken it away again; RWF_NOWAIT is ours.
+                # The front end may have cleared O_NONBLOCK, which belongs to the shared file; RWF_NOWAIT does not.
                 os.preadv(queue.kick_fd, [bytearray(8)], -1, os.RWF_NOWAIT)
             queue.kick_fd = -1
 
@@ -425,8 +425,8 @@ class Worker:
         try:
             self._place_ring(queue, queue.layout, memory)
         except BadMemory as error:
-            # A front end may remove memory to add it again: until then the ring stays where it was, on the old table.
-            log.warning("%s: suspended, its ring is not in the shared memory: %s", queue.name, error)
+            # A front end may remove memory and add it again: until then the ring keeps its place in the old table.
+            log.warning("%s: suspended: the ring is not in the shared memory: %s", queue.name, error)
             if queue.running:
                 queue.suspended = True
                 queue.record["running"] = 0
@@ -435,13 +435,13 @@ class Worker:
         self._retire(queue, old)
         self._pin()
         if queue.suspended:
-            log.info("%s: goes on, its ring is in the shared memory again", queue.name)
+            log.info("%s: resumed: the ring is in the shared memory again", queue.name)
             queue.suspended = False
             queue.record["running"] = 1
             self._check_all_queues()
 
     def _retire(self, queue: Queue, table: MemoryTable) -> None:
-        """Keep a replaced table until the requests in flight that were translated with it have ended."""
+        """Keep a replaced table until the requests in flight that use it have ended."""
         mine = (self._requests["queue"] == queue.address) & (self._requests["retired_memory"] == 0)
         if mine.any():
             self._retirements += 1
@@ -457,7 +457,7 @@ class Worker:
                 self._pin()
 
     def _pin(self) -> None:
-        """Keep registered with the kernel what requests may be about; a guest whose memory cannot be is served too."""
+        """Register the memory that requests may use with the kernel. If that fails, guests are served without it."""
         if not self._pin_memory:
             return
         tables = [queue.memory for queue in self._queues.values() if queue.device.through_worker]
@@ -465,7 +465,7 @@ class Worker:
         try:
             self.engine.pin({region.mapping for table in tables for region in table.regions})
         except OSError as error:
-            log.warning("%s: cannot pin the guests' memory, and goes on without: %s", self.name, error)
+            log.warning("%s: cannot pin the guests' memory; continuing without: %s", self.name, error)
             self._pin_memory = False
             with contextlib.suppress(OSError):
                 self.engine.pin(())
@@ -485,8 +485,8 @@ class Worker:
             if device.lost_mapping and not device.lost_reported:
                 device.lost_reported = True
                 log.warning(
-                    "%s: parts of the image have gone (it was truncated, or there is no memory left for them); "
-                    "it is served by system calls from now on, and reads beyond its end fail",
+                    "%s: pages of the image were lost (it was truncated, or its file system is full); from now on it "
+                    "is served with system calls, and reads beyond its end fail",
                     device.name,
                 )
 
@@ -516,7 +516,7 @@ class Worker:
 
 
 def check_eventfd(fd: int, name: str) -> None:
-    """Raise OSError for any other kind of fd, which can fill up or block. (Without /proc there is no telling.)"""
+    """Raise OSError if the fd is not an eventfd: others can fill up or block. (Without /proc this is not checked.)"""
     with contextlib.suppress(FileNotFoundError):
         if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
             raise OSError(errno.EINVAL, f"the {name} is not an eventfd")
@@ -530,8 +530,8 @@ def _perform(future: Future[Any], function: Callable[[], Any]) -> None:
     except BaseException as error:
         future.set_exception(error)
     finally:
-        # The exception's traceback holds this frame: with the future, which holds the exception, it would stay, and
-        # with it the memory that `function` is about, until somebody looks for garbage.
+        # The exception's traceback holds this frame, and the future holds the exception. Without this del the cycle,
+        # and the memory that `function` refers to, would stay until the next garbage collection.
         del future, function
 
 

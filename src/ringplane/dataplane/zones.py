@@ -1,8 +1,8 @@
 """Zoned disks: what a write does to its zone, and the requests about zones (virtio 1.3, section 5.2.6).
 
-A zoned disk is served by one worker, so nothing here is guarded against other threads; engines/zones.py has what the
-helper threads do. A zone's write pointer moves on when a write is accepted, not when it has ended: the next one may
-come before.
+A zoned disk is divided into zones that must be written sequentially, each at its *write pointer*. Such a disk is served
+by one worker, so nothing here needs a lock; engines/zones.py has the part of the helper threads. A write pointer
+advances when a write is accepted, not when it has ended: the next write may come before that.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from ringplane.virtio.zoned import (
     VIRTIO_BLK_ZT_SWR,
 )
 
-# Reads and writes. Those that are looked at here are inside the disk and not empty.
+# Reads and writes. They were checked: they are inside the disk and not empty.
 
 
 @compiled
 def start_io(queue, zones, request):
-    """Whether the zone takes this read or write: PENDING, or the status that says why not."""
+    """PENDING if the zone accepts this read or write, else the status with which it fails."""
     count = request.length // SECTOR
     first = request.sector // zones.size
     last = (request.sector + count - 1) // zones.size
@@ -69,17 +69,18 @@ def start_io(queue, zones, request):
 
 @compiled
 def is_repeated(queue, zone, request):
-    """Whether a process that has ended had written this, or a later write: then it is written in its place again.
+    """Whether a resubmitted write lies below the write pointer: then it is written again at the same place.
 
-    The driver does not know, and some of it may be missing, as the pointer is where the last of the writes ends that
-    were done. An append that is repeated is appended again, which its driver cannot tell from another one.
+    The previous process completed it, or a later one, but the driver does not know. Some of its data may be missing,
+    because the pointer is where the last completed write ends. A resubmitted append is appended again: its driver
+    cannot distinguish that from another append.
     """
     return queue.resubmits and end_of(zone, request) <= zone.pointer and not zone.reset_by
 
 
 @compiled
 def start_write(zones, zone, request, count):
-    """A write of `count` sectors to a sequential zone: move its pointer."""
+    """Accept a write of `count` sectors to a sequential zone: advance the write pointer."""
     if zone.state == VIRTIO_BLK_ZS_FULL:
         return VIRTIO_BLK_S_ZONE_INVALID_CMD
     if request.sector != zone.start + zone.pointer:
@@ -99,7 +100,7 @@ def start_write(zones, zone, request, count):
 
 @compiled
 def start_append(queue, device, request):
-    """Find out where the data goes; from then on it is a write."""
+    """Set the sector to the write pointer; from then on the append is a write."""
     if not queue.features & VIRTIO_BLK_F_ZONED:
         return VIRTIO_BLK_S_UNSUPP
     zones = view(device.zones, ZONES)
@@ -127,7 +128,7 @@ def is_misaligned_write(device, request):
 
 @compiled
 def record_reached(queue, request):
-    """The data of this write is where it belongs: whoever asks for the pointer after a restart is told so."""
+    """The data of this write is written: advance the write pointer that counts after a restart."""
     zone = view(request.zone, ZONE)
     zones = view(view(queue.device, DEVICE).zones, ZONES)
     place = reached_by(zones, zone)
@@ -141,13 +142,13 @@ def reached_by(zones, zone):
 
 @compiled
 def end_of(zone, request):
-    """Where the write ends, in sectors from the zone's start."""
+    """The end of the write, in sectors from the zone's start."""
     return request.sector + request.length // SECTOR - zone.start
 
 
 @compiled
 def end_write(queue, request, status):
-    """A write to a sequential zone has ended; one that failed and was the last gives its place back."""
+    """A write to a sequential zone has ended. If it failed and was the last one, the write pointer moves back."""
     zone = view(request.zone, ZONE)
     request.zone = 0
     zone.writing -= 1
@@ -164,13 +165,13 @@ def end_write(queue, request, status):
 
 @compiled
 def write_append_sector(request):
-    """Where the appended data is: in front of the status."""
+    """Write `append_sector`, which says where the appended data is, in front of the status."""
     request.iov = request.iovecs + request.readable_count * IOVEC_SIZE
     request.iov_count = request.writable_count
     copy_to_front(request, address_of(request) + REQUEST_SECTOR, APPEND_SECTOR_SIZE)
 
 
-# States, and the zones that may be open and active (open or closed) at a time.
+# States, and the limits of open and active (open or closed) zones.
 
 
 @compiled
@@ -192,7 +193,7 @@ def set_state(zones, zone, state):
 
 @compiled
 def open_zone(zones, zone, state):
-    """Open it implicitly or explicitly, if as many more may be; the status."""
+    """Open the zone implicitly or explicitly, within the limits; returns the status."""
     if not is_open(zone.state):
         if zones.max_active and not is_active(zone.state) and zones.active >= zones.max_active:
             return VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE
@@ -206,7 +207,7 @@ def open_zone(zones, zone, state):
 
 @compiled
 def close_another(zones):
-    """Close one of the zones that were opened implicitly, each in its turn; False if there is none."""
+    """Close the next implicitly opened zone, in round-robin order; False if there is none."""
     for _ in range(zones.count):
         zone = zone_at(zones, zones.next_closed)
         zones.next_closed = (zones.next_closed + 1) % zones.count
@@ -221,7 +222,7 @@ def close_another(zones):
 
 @compiled
 def execute_zones(worker, queue, request):
-    """Start a request about zones; returns its status if that is known already, else PENDING."""
+    """Start a request about zones; returns its status if it is complete, else PENDING."""
     device = view(queue.device, DEVICE)
     if not queue.features & VIRTIO_BLK_F_ZONED:
         return VIRTIO_BLK_S_UNSUPP
@@ -266,9 +267,9 @@ def finish(zones, zone):
 
 @compiled
 def reset(worker, zones, request, first, end):
-    """Have a helper empty the zones from `first` on and before `end`, but for those that are.
+    """Have a helper empty the zones from `first` up to but not including `end`; empty zones are skipped.
 
-    Not with writes in flight, which the driver should have waited for: they could be answered and then wiped out.
+    Fails with writes in flight, which the driver should have waited for: they could be completed and then erased.
     """
     found = False
     for index in range(first, end):
@@ -288,7 +289,7 @@ def reset(worker, zones, request, first, end):
 
 @compiled
 def end_reset(queue, request):
-    """The zones of this request are empty; where storage failed their data may be there, but their pointers are not."""
+    """The zones of this request are empty. If storage failed, their data may still be there, but the pointers are 0."""
     zones = view(view(queue.device, DEVICE).zones, ZONES)
     for index in range(zones.count):
         zone = zone_at(zones, index)
@@ -300,7 +301,7 @@ def end_reset(queue, request):
 
 @compiled
 def report(device, zones, request):
-    """Describe the zones from the one that has the sector on, as many as there is room for."""
+    """Describe as many zones as fit, from the zone that contains the sector."""
     if not 0 <= request.sector < device.capacity or request.writable_bytes < REPORT_SIZE:
         return VIRTIO_BLK_S_IOERR
     index = request.sector // zones.size
@@ -325,7 +326,7 @@ def describe(zones, zone, descriptor):
     conventional = zone.state == VIRTIO_BLK_ZS_NOT_WP
     descriptor.z_cap = zones.size if conventional else zones.capacity
     descriptor.z_start = zone.start
-    # A full zone's pointer has no meaning; its end is what others tell.
+    # A full zone's write pointer has no meaning; other devices report the end of the zone.
     descriptor.z_wp = zone.start + (zones.size if zone.state == VIRTIO_BLK_ZS_FULL else zone.pointer)
     descriptor.z_type = VIRTIO_BLK_ZT_CONV if conventional else VIRTIO_BLK_ZT_SWR
     descriptor.z_state = zone.state
@@ -333,6 +334,6 @@ def describe(zones, zone, descriptor):
 
 @compiled
 def append(request, size):
-    """Give the driver the next `size` bytes, which are at `ranges`."""
+    """Append `size` bytes from `ranges` to the driver's buffers."""
     copy_to_front(request, request.ranges, size)
     consume(request, size)
