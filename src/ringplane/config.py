@@ -18,7 +18,17 @@ from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.export import DiskConfig, default_num_queues
 from ringplane.image import BLOCK_SIZES
 from ringplane.server import IoThread
-from ringplane.values import check_cpus, check_feature, check_serial, parse_cpus, parse_poll_us, parse_size, parse_zones
+from ringplane.values import (
+    check_cpus,
+    check_feature,
+    check_serial,
+    parse_cpus,
+    parse_group,
+    parse_mode,
+    parse_poll_us,
+    parse_size,
+    parse_zones,
+)
 
 MAX_QUEUES = 64
 MAX_THREADS = 64
@@ -252,6 +262,17 @@ def _serial(value: Any) -> Any:
     return value
 
 
+def _mode(value: Any) -> int:
+    # Not a number: 660 without a prefix is decimal in TOML.
+    if not isinstance(value, str):
+        raise ValueError(f'{_shown(value)} is not a file mode in quotation marks; an example: "0660"')
+    return parse_mode(value)
+
+
+def _group(value: Any) -> int:
+    return parse_group(str(value) if type(value) is int else _text(value))
+
+
 def _names(value: Any) -> Any:
     if not isinstance(value, list) or not value:
         raise ValueError(f'{_shown(value)} is not a list of names; example: ["io0", "io1"]')
@@ -300,6 +321,8 @@ IO_THREAD_KEYS: dict[str, Check] = {
 DISK_KEYS: dict[str, Check] = {
     "image": _text,
     "socket-path": _text,
+    "socket-mode": _mode,
+    "socket-group": _group,
     "io-threads": _names,
     "engine": _one_of(*ENGINES),
     "create": _size,

@@ -55,6 +55,8 @@ class DiskConfig:
     image: Path
     io_threads: Sequence[str]
     socket_path: Path | None = None
+    socket_mode: int | None = None
+    socket_group: int | None = None
     fd: int | None = None
     create: int | None = None
     read_only: bool = False
@@ -70,6 +72,8 @@ class DiskConfig:
     def __post_init__(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
             raise ValueError("give either a socket path or an fd")
+        if self.fd is not None and (self.socket_mode, self.socket_group) != (None, None):
+            raise ValueError("a mode and a group are for a socket path, not for an fd")
         if self.zoned and self.share_rw:
             raise ValueError("a zoned disk cannot be shared, as each process would have write pointers of its own")
 
@@ -370,6 +374,8 @@ def serve(
     image_path: str | os.PathLike[str],
     socket_path: str | os.PathLike[str] | None = None,
     *,
+    socket_mode: int | None = None,
+    socket_group: int | None = None,
     fd: int | None = None,
     create: int | None = None,
     read_only: bool = False,
@@ -391,7 +397,9 @@ def serve(
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
-    Give either `socket_path` to listen at, or `fd`, an inherited socket. `create` makes a sparse image of so many
+    Give either `socket_path` to listen at, or `fd`, an inherited socket. The file at `socket_path` gets `socket_mode`
+    and the group (its number) `socket_group` before anybody can connect; a group without a mode means 0o660.
+    `create` makes a sparse image of so many
     bytes where there is none; an image that exists is served as it is.
     `num_queues` defaults to one per CPU up to 4. `cpus` are the CPUs of each I/O thread, or those of all
     if there is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
@@ -411,6 +419,8 @@ def serve(
         image=Path(image_path),
         io_threads=[thread.name for thread in threads],
         socket_path=Path(socket_path) if socket_path is not None else None,
+        socket_mode=socket_mode,
+        socket_group=socket_group,
         fd=fd,
         create=create,
         read_only=read_only,
@@ -518,7 +528,10 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
         undo.callback(zones.close)
     else:
         check_not_zoned(config.image)
-    listener = Listener.at(config.socket_path) if config.socket_path else Listener.inherited(config.fd or 0)
+    if config.socket_path:
+        listener = Listener.at(config.socket_path, config.socket_mode, config.socket_group)
+    else:
+        listener = Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
     return _Opened(opened, zones, listener, created)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import stat
 from pathlib import Path
 
+from ringplane.values import format_group
+
 log = logging.getLogger(__name__)
+
+
+# The mode of a socket that is for a group.
+GROUP_MODE = 0o660
 
 
 class ListenError(Exception):
@@ -27,19 +34,25 @@ class Listener:
         self._identity = _identity(path) if path else None
 
     @classmethod
-    def at(cls, path: Path, mode: int | None = None) -> Listener:
-        """Listen at `path`, a file of this mode [default: as umask(2) leaves it]; raises ListenError."""
+    def at(cls, path: Path, mode: int | None = None, group: int | None = None) -> Listener:
+        """Listen at `path`; raises ListenError.
+
+        By default the file has the mode that umask(2) leaves, and the group of this process. With a `group` its members
+        can connect, unless `mode` says something else.
+        """
         _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.bind(str(path))
-            if mode is not None:
-                # Nobody can connect before this.
-                os.chmod(path, mode)
-            sock.listen()
-        except OSError as error:
-            sock.close()
-            raise ListenError(f"{path}: cannot listen on this socket: {error.strerror or error}") from None
+        with contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            try:
+                sock.bind(str(path))
+                undo.callback(path.unlink)
+                _set_access(path, GROUP_MODE if mode is None and group is not None else mode, group)
+                # Nobody can connect before this, whatever mode the file had until now.
+                sock.listen()
+            except OSError as error:
+                raise ListenError(f"{path}: cannot listen on this socket: {error.strerror or error}") from None
+            undo.pop_all()
         return cls(sock, path)
 
     @classmethod
@@ -67,6 +80,20 @@ class Listener:
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "an inherited socket"
+
+
+def _set_access(path: Path, mode: int | None, group: int | None) -> None:
+    """Set what is not None; raises ListenError and OSError."""
+    if group is not None:
+        try:
+            os.chown(path, -1, group, follow_symlinks=False)
+        except PermissionError:
+            raise ListenError(
+                f"{path}: its group cannot be {format_group(group)}: this user is not a member; "
+                f"join with: usermod -aG {format_group(group)} USER, then log in again"
+            ) from None
+    if mode is not None:
+        os.chmod(path, mode)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -33,6 +33,8 @@ FEATURES = (
 )
 OFF_BY_DEFAULT = ("in-order", "inband-notifications")
 
+MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
+
 CPU_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
 
 
@@ -190,13 +192,31 @@ def parse_user(text: str) -> User:
     entry = _find(name, pwd.getpwnam, pwd.getpwuid)
     uid = entry.pw_uid if entry else _number(name, "user")
     if group:
-        found = _find(group, grp.getgrnam, grp.getgrgid)
-        return User(text, uid, found.gr_gid if found else _number(group, "group"))
+        return User(text, uid, parse_group(group))
     if entry is None:
         raise ValueError(
             f"user {name} has no entry in the user database, so its group is unknown; give one, for example {name}:100"
         )
     return User(text, uid, entry.pw_gid)
+
+
+def parse_group(text: str) -> int:
+    """The number of a group: `kvm`, `109`. Raises ValueError."""
+    found = _find(text, grp.getgrnam, grp.getgrgid)
+    return found.gr_gid if found else _number(text, "group")
+
+
+def format_group(number: int) -> str:
+    """The name of a group, or its number if it has none."""
+    found = _find(str(number), grp.getgrnam, grp.getgrgid)
+    return found.gr_name if found else str(number)
+
+
+def parse_mode(text: str) -> int:
+    """The permission bits of a file in octal, as chmod(1) has them: `0660`. Raises ValueError."""
+    if not MODE.fullmatch(text):
+        raise ValueError(f"{text!r} is not a file mode; it has three octal digits, for example 0660")
+    return int(text, 8)
 
 
 def _find(text: str, by_name: Callable[[str], Entry], by_number: Callable[[int], Entry]) -> Entry | None:

@@ -68,6 +68,8 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
         [[disk]]
         image = "/images/a.img"
         socket-path = "sub/a.sock"
+        socket-mode = "0666"
+        socket-group = 0
         io-threads = ["io1", "fast"]
         create = "3M"
         read-only = true
@@ -87,6 +89,8 @@ def test_all_that_can_be_said(tmp_path: Path) -> None:
             image=Path("/images/a.img"),
             io_threads=("io1", "fast"),
             socket_path=tmp_path / "sub/a.sock",
+            socket_mode=0o666,
+            socket_group=0,
             create=3 << 20,
             read_only=True,
             direct=False,
@@ -199,6 +203,10 @@ def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
         ("block-size = 1024", "block-size: 1024 is not one of 512, 4096"),
         ('block-size = "512"', 'block-size: "512" is not one of 512, 4096'),
         ("block-size = true", "block-size: true is not one of 512, 4096"),
+        ("socket-mode = 660", 'socket-mode: 660 is not a file mode in quotation marks; an example: "0660"'),
+        ('socket-mode = "rw"', "socket-mode: 'rw' is not a file mode; it has three octal digits, for example 0660"),
+        ('socket-group = "nosuchgroup"', "socket-group: group 'nosuchgroup' does not exist"),
+        ("socket-group = true", "socket-group: true is not"),
         ("create = 0", "create: 0 is not a positive size"),
         ('create = "-1M"', "create: '-1M' is not a positive size"),
         ('create = "1X"', "create: '1X' is not a size"),

@@ -287,6 +287,31 @@ def test_what_is_no_socket_is_left_alone(image: Path, path: Path) -> None:
     assert path.read_text() == "precious"
 
 
+def test_mode_and_group_of_the_socket(serve: Callable[..., Served], path: Path) -> None:
+    group = os.getgid()
+    serve("--socket-group", str(group))
+    assert (path.stat().st_mode & 0o777, path.stat().st_gid) == (0o660, group)
+    # Who connects there gets the disks.
+    assert path.with_name("socket.upgrade").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--socket-group", "nosuchgroup"], "Invalid value for '--socket-group': group 'nosuchgroup' does not exist"),
+        (["--socket-mode", "rw"], "'rw' is not a file mode; it has three octal digits, for example 0660"),
+        (["--socket-mode", "999"], "'999' is not a file mode; it has three octal digits, for example 0660"),
+    ],
+)
+def test_mode_and_group_that_do_not_exist(image: Path, path: Path, arguments: list[str], words: str) -> None:
+    assert words in refused("--blk-file", image, "--socket-path", path, *arguments)
+
+
+def test_mode_of_an_inherited_socket(image: Path) -> None:
+    line = refused("--blk-file", image, "--fd", "0", "--socket-mode", "0660")
+    assert line == "Error: --socket-mode and --socket-group are for the socket of --socket-path, not for --fd"
+
+
 @pytest.mark.parametrize("name", ["nowhere/socket", "x" * 120])
 def test_place_where_no_socket_can_be(image: Path, tmp_path: Path, name: str) -> None:
     assert "cannot listen on this socket" in refused("--blk-file", image, "--socket-path", tmp_path / name)
@@ -808,6 +833,8 @@ def test_trace_of_several_disks_names_them(serve_config: Callable[..., Served], 
         ["--blk-file", "x"],
         ["--image", "x"],
         ["--socket-path", "x"],
+        ["--socket-mode", "0600"],
+        ["--socket-group", "0"],
         ["--fd", "0"],
         ["--read-only", "--serial", "x"],
         ["--create", "1M"],

@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
-from ringplane.cli.types import CPUS, FEATURE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.cli.types import CPUS, FEATURE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
 from ringplane.values import User, check_serial, format_size
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 )
 @click.option("--blk-file", "--image", type=Path, help="Raw image file or block device to serve.")
 @click.option("--socket-path", type=Path, help="UNIX socket to listen at.")
+@click.option("--socket-mode", type=MODE, metavar="MODE", help="Mode of the socket, as 0660 [default: by the umask].")
+@click.option(
+    "--socket-group", type=GROUP, metavar="GROUP", help="Group of the socket; its mode is then 0660 unless given."
+)
 @click.option("--fd", type=int, help="Inherited socket (its file descriptor) instead of --socket-path.")
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
 @click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if there is none yet.")
@@ -164,6 +168,8 @@ def check_options(
     zoned: object,
     share_rw: bool,
     upgrade: bool,
+    socket_mode: int | None,
+    socket_group: int | None,
     **_: Any,
 ) -> None:
     """What click cannot see by one option alone; raises UsageError."""
@@ -171,6 +177,8 @@ def check_options(
         raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
     if (socket_path is None) == (fd is None):
         raise click.UsageError("give either --socket-path PATH or --fd N")
+    if fd is not None and (socket_mode, socket_group) != (None, None):
+        raise click.UsageError("--socket-mode and --socket-group are for the socket of --socket-path, not for --fd")
     if upgrade and socket_path is None:
         raise click.UsageError("--upgrade needs --socket-path, by which the running process is found")
     if len(cpus) not in (0, 1, io_threads):

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from ringplane.values import check_cpus, parse_cpus, parse_feature, parse_poll_us, parse_size, parse_user, parse_zones
+from ringplane.values import (
+    check_cpus,
+    parse_cpus,
+    parse_feature,
+    parse_group,
+    parse_mode,
+    parse_poll_us,
+    parse_size,
+    parse_user,
+    parse_zones,
+)
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
@@ -34,5 +44,7 @@ SIZE = Parsed("size", parse_size)
 CPUS = Parsed("list", _usable_cpus)
 FEATURE = Parsed("feature", parse_feature)
 ZONES = Parsed("zones", parse_zones)
+MODE = Parsed("mode", parse_mode)
+GROUP = Parsed("group", parse_group)
 USER = Parsed("user", parse_user)
 POLL_TIME = Parsed("time", parse_poll_us)
