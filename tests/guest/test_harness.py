@@ -24,7 +24,7 @@ def run(guest: Guest, script: str, deadline: float = 20.0) -> int:
     return guest.run_command(["sh", "-c", script], guest.folder / "console.txt", deadline).status
 
 
-def test_result_is_told(impostor: Guest) -> None:
+def test_the_result_is_read(impostor: Guest) -> None:
     assert run(impostor, "echo hello; echo 'RINGPLANE-GUEST-RESULT: 7'") == 7
 
 
@@ -39,7 +39,7 @@ def test_result_is_told(impostor: Guest) -> None:
         "RINGPLANE-GUEST-RESULT: 0 [   1.0] a message of the kernel\n",
     ],
 )
-def test_truncated_console_is_no_result(console: str) -> None:
+def test_a_truncated_console_has_no_result(console: str) -> None:
     assert result_in(f"guest: running the script\n{console}") is None
 
 
@@ -67,7 +67,7 @@ def test_machine_that_fails_after_its_result(impostor: Guest) -> None:
         run(impostor, "echo 'RINGPLANE-GUEST-RESULT: 0'; exit 3")
 
 
-def test_guest_that_hangs_is_ended_with_all_its_processes(impostor: Guest) -> None:
+def test_a_hanging_guest_is_killed_with_all_its_processes(impostor: Guest) -> None:
     with pytest.raises(GuestError, match=r"no result from the guest in 1 s(?s:.*)\d+"):
         run(impostor, "sleep 1000 & echo $!; wait", deadline=1.0)
     child = int((impostor.folder / "console.txt").read_text())

@@ -94,7 +94,7 @@ def test_no_room_left(backend: BackendFactory, qemu: QemuGuest, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("transport", ["modern", "legacy"])
-def test_boots_from_our_disk(
+def test_boots_from_the_disk(
     backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, transport: str
 ) -> None:
     """SeaBIOS and SYSLINUX read it through the BIOS, then the kernel that they loaded; as legacy drivers too."""

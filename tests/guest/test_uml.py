@@ -52,7 +52,7 @@ def test_next_front_end_is_served(backend: BackendFactory, uml: UmlGuest, disk_i
     assert host.sha256(disk_image, 16 << 20) == written
 
 
-def test_front_end_of_another_kind_is_served_next(
+def test_a_different_front_end_is_served_next(
     backend: BackendFactory, uml: UmlGuest, qemu: QemuGuest, disk_image: Path
 ) -> None:
     """Nothing of one front end's features, memory and queues is left when another begins."""

@@ -30,7 +30,7 @@ def test_btrfs(backend: BackendFactory, zoned_uml: UmlGuest, disk_image: Path) -
     disk.stop()
 
 
-def test_a_driver_that_does_not_know_zones_is_refused(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
+def test_a_driver_without_zoned_support_is_refused(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
     """The user-mode Linux of Debian 12 is older than zones in virtio-blk: it finds no disk."""
     disk = backend(disk_image, num_queues=1, extra=["--zoned", f"{ZONE_MIB}M"])
     uml.run(disk, workloads.no_disk())

@@ -1,1 +1,1 @@
-"""Storage that fails, and power that is cut: a real ringplane process on real storage that does so."""
+"""Failing storage and power cuts, with a real ringplane process and real storage."""

@@ -1,4 +1,4 @@
-"""File systems are mounted in these tests, which root may do alone: others skip them, CI must not."""
+"""These tests mount file systems, which only root may do: other users skip them, CI must not."""
 
 from __future__ import annotations
 

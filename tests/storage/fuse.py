@@ -1,8 +1,8 @@
-"""A mounted file system of one file that does what a test says: it fails, ends short, hangs, or keeps a record.
+"""A mounted file system with one file, controlled by a test: operations fail, are short, hang, or are recorded.
 
-It speaks to /dev/fuse itself (<linux/fuse.h>, protocol 7.31), as a library would hide what this is about: which request
-comes when, and when it is answered. Answers may be held back, and be given in any order. Ends with this process, too:
-where nobody has /dev/fuse open any more the kernel answers with errors.
+It uses /dev/fuse directly (<linux/fuse.h>, protocol 7.31), because a library would hide the order and the times of
+requests and replies, which matter here. Replies may be delayed and sent in any order. The file system ends with this
+process: when nobody has /dev/fuse open any more, the kernel fails all requests.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(eq=False)
 class Operation:
-    """What the kernel asks for: `kind` is "read", "write", "sync" or "allocate" (a range that becomes zeros)."""
+    """A request of the kernel: `kind` is "read", "write", "sync" or "allocate" (a range that becomes zeros)."""
 
     kind: str
     unique: int
@@ -52,7 +52,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Short:
-    """Do only so many bytes."""
+    """Transfer only so many bytes."""
 
     size: int
 
@@ -63,15 +63,15 @@ Rule = Callable[[Operation], "int | Short | None"]
 
 
 def obey(operation: Operation) -> int | Short | None:
-    """Do everything."""
+    """Do everything that is requested."""
     return None
 
 
 class FuseFile:
-    """The file system, mounted at `folder`; `path` is its file, `content` what is in it."""
+    """The file system, mounted at `folder`; `path` is its file, `content` the data in the file."""
 
     def __init__(self, folder: Path, size: int, *, write_back: bool = False) -> None:
-        """`write_back`: the kernel keeps what is written in its page cache until somebody calls fsync(2)."""
+        """`write_back`: the kernel keeps written data in its page cache until fsync(2)."""
         self.path = folder / NAME
         self.content = bytearray(size)
         self.rule: Rule = obey
@@ -94,7 +94,7 @@ class FuseFile:
         self._thread.start()
 
     def release(self) -> None:
-        """Do what was held, and hold nothing from now on."""
+        """Do all operations that were held, and hold none from now on."""
         with self._lock:
             self.rule = obey
             held, self.held = self.held, []
@@ -102,13 +102,13 @@ class FuseFile:
             self.finish(operation, None)
 
     def answer_one(self, answer: int | Short | None = None) -> None:
-        """Answer what has been held longest; the rule stays."""
+        """Complete the operation that has been held longest; the rule stays."""
         with self._lock:
             operation = self.held.pop(0)
         self.finish(operation, answer)
 
     def close(self) -> None:
-        """Unmount, whoever still uses it: they get errors."""
+        """Unmount, even if the file system is in use: its users get errors."""
         _libc.umount2(bytes(self._folder), MNT_DETACH)
         os.eventfd_write(self._wake, 1)
         self._thread.join()
@@ -136,7 +136,7 @@ class FuseFile:
             self.failure = error
 
     def patience(self) -> int | None:
-        """How many milliseconds to wait for requests before `idle` is called; None: for ever."""
+        """How many milliseconds to wait for requests before `idle` is called; None: without limit."""
         return None
 
     def idle(self) -> None:
@@ -188,7 +188,7 @@ class FuseFile:
         self.finish(operation, answer)
 
     def finish(self, operation: Operation, answer: int | Short | None) -> None:
-        """Do it, as far as `answer` says, and reply."""
+        """Do the operation as `answer` says, and reply."""
         if isinstance(answer, int):
             self._reply(operation.unique, b"", answer)
             return
@@ -206,7 +206,7 @@ class FuseFile:
             self._reply(operation.unique)
 
     def _reply(self, unique: int, body: bytes = b"", error: int = 0) -> None:
-        # ENOENT: whoever asked has been interrupted, or the file system was unmounted.
+        # ENOENT: the request was interrupted, or the file system was unmounted.
         with contextlib.suppress(FileNotFoundError):
             os.write(self._fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), -error, unique) + body)
 
@@ -249,7 +249,7 @@ File = TypeVar("File", bound=FuseFile)
 
 @contextlib.contextmanager
 def mounted(file: File) -> Iterator[File]:
-    """The file system, for a while."""
+    """Keep the file system mounted during the block."""
     try:
         yield file
     finally:

@@ -1,18 +1,18 @@
-"""Power cuts for common disks: what storage was asked for, and what the driver was told meanwhile, is recorded; then
-the power is cut at each single point of the record.
+"""Power cuts of regular disks: the requests to the storage and the completions that the driver sees are recorded, then
+the power is cut at every point of the record.
 
     cd tests && python -m storage.powercut --seconds 600
 
-The image is a file of a file system of our own (fuse.py), which answers late and in any order. A write is stable when a
-sync has ended that began after the write had ended (or at its own end if it was to be: O_DSYNC). After a cut a sector
-holds what was stable last, or anything that was written to it after that, which the storage may have kept or lost, each
-sector by itself. All of these are looked at, at each cut: none may be older than what the disk has promised by then.
-What it promised: a write that was answered before a flush was submitted is there once the flush was answered; without
-flushes (VIRTIO_BLK_F_FLUSH) each write is when it was answered itself.
+The image is on a file system written for this test (fuse.py), which completes late and in any order. A write is stable
+after a sync that started after the write had ended (with O_DSYNC at its own end). After a cut a sector contains its
+last stable data, or any data written to it after that: the storage may have kept or lost each sector independently.
+Every possible content is checked at each cut: none may be older than the data that the disk guaranteed by then. The
+guarantee: a write that was completed before a flush was submitted is there once the flush is completed; without flushes
+(VIRTIO_BLK_F_FLUSH) each write is there once it is completed.
 
-The two sides share a clock, the number of events in the storage's record. The driver reads it before it submits
-and after it has seen an answer, so nothing is taken for promised before it was. An event is in the record before
-whoever asked for it can know of it.
+Both sides share a clock, the number of events in the storage's record. The driver reads it before it submits a request
+and after it has seen a completion, so no guarantee is counted too early. An event is recorded before the requester can
+know of it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SECTORS = SIZE // SECTOR
 QUEUES, DEPTH, MOST_SECTORS = 3, 32, 48
 NEVER = 1 << 62
 
-# What the driver asks for, and how often.
+# The kinds of requests that the driver submits, and their weights.
 KINDS = {
     VIRTIO_BLK_T_OUT: 57,
     VIRTIO_BLK_T_FLUSH: 25,
@@ -61,7 +61,7 @@ KINDS = {
 
 
 def content(number: int, sector: int, count: int) -> bytes:
-    """What request `number` writes: each sector says again and again who wrote it, and where."""
+    """The data of request `number`: each sector repeats the number of its request and its own position."""
     words = np.empty((count, SECTOR // 16, 2), np.int64)
     words[:, :, 0] = number
     words[:, :, 1] = np.arange(sector, sector + count)[:, None]
@@ -69,7 +69,7 @@ def content(number: int, sector: int, count: int) -> bytes:
 
 
 def writers(data: bytes, sector: int) -> list[int]:
-    """Who wrote each of these sectors, 0 for zeros; AssertionError where that is not one request, or another place."""
+    """The request that wrote each of these sectors, 0 for zeros. AssertionError if a sector is torn or misplaced."""
     words = np.frombuffer(data, np.int64).reshape(-1, SECTOR // 16, 2)
     numbers = words[:, 0, 0]
     places = np.where(numbers == 0, 0, np.arange(sector, sector + len(words)))
@@ -80,7 +80,7 @@ def writers(data: bytes, sector: int) -> list[int]:
 
 @dataclass
 class Event:
-    """Storage: "begin" and "end" of a write, or the end of a sync, which has all stable that ended before `covers`."""
+    """The "begin" or "end" of a write, or the end of a "sync" of all writes that ended before event `covers`."""
 
     what: str
     write: int = 0
@@ -89,7 +89,7 @@ class Event:
 
 @dataclass
 class Write:
-    """A write that storage was asked for."""
+    """A write that was submitted to the storage."""
 
     sector: int
     numbers: list[int]
@@ -97,7 +97,7 @@ class Write:
 
 
 class Recorder(FuseFile):
-    """Storage that keeps a record and answers in random order."""
+    """Storage that records its operations and completes them in random order."""
 
     def __init__(self, folder: Path, draw: random.Random, *, write_back: bool) -> None:
         self.draw = draw
@@ -110,12 +110,12 @@ class Recorder(FuseFile):
         if not self._pending:
             return None
         if all(operation.kind == "sync" for operation, _ in self._pending):
-            # Time enough for the driver to hear of what was answered meanwhile, and to ask for another flush.
+            # Enough time for the driver to see completions meanwhile, and to submit another flush.
             return self.draw.choice([0, 3])
         return 1 if self.draw.random() < 0.1 else 0
 
     def idle(self) -> None:
-        """Answer something; a sync rather late, as what is answered while it goes on is not covered by it."""
+        """Complete one operation; syncs rather late, because they do not cover writes that are completed meanwhile."""
         others = [number for number, (operation, _) in enumerate(self._pending) if operation.kind != "sync"]
         late = others and self.draw.random() < 0.9
         operation, event = self._pending.pop(self.draw.choice(others if late else range(len(self._pending))))
@@ -124,7 +124,7 @@ class Recorder(FuseFile):
 
     def arrive(self, operation: Operation) -> None:
         if operation.kind == "read" or operation.offset >= SIZE:
-            # Whether it makes holes is found out behind its end.
+            # ringplane tests behind the end of the file whether the file system supports holes.
             self.finish(operation, None)
         elif operation.kind == "sync":
             self._pending.append((operation, Event("sync", covers=len(self.events))))
@@ -141,7 +141,7 @@ class Recorder(FuseFile):
 
 @dataclass
 class Asked:
-    """A request of the driver; times are the driver's own, clocks the storage's (see above)."""
+    """A request of the driver; times are the driver's, clocks are the storage's (see above)."""
 
     kind: int
     sector: int
@@ -158,7 +158,7 @@ class Asked:
 
 @dataclass
 class Client:
-    """The driver: keeps up to DEPTH requests in flight on each queue, and notes what happens when."""
+    """The driver: keeps up to DEPTH requests in flight on each queue, and records when they are completed."""
 
     driver: Driver
     recorder: Recorder
@@ -168,7 +168,7 @@ class Client:
     _in_flight: list[list[tuple[int, Any, Any]]] = field(default_factory=lambda: [[] for _ in range(QUEUES)])
 
     def work(self, requests: int) -> None:
-        """Ask for so much, and wait for all answers."""
+        """Submit so many requests, and wait until all are completed."""
         end = len(self.asked) + requests
         deadline = time.monotonic() + requests / 20 + PATIENCE
         while len(self.asked) < end or any(self._in_flight):
@@ -176,7 +176,7 @@ class Client:
             for _ in range(self.draw.choice([1, 4, DEPTH])):
                 if len(self._in_flight[queue]) < DEPTH and len(self.asked) < end:
                     self._ask(queue)
-                # In between too: the later an answer is noted, the less it says.
+                # Also in between: the later a completion is recorded, the less it proves.
                 self._take_all_answers()
             if not self._take_all_answers():
                 time.sleep(0.0001)
@@ -186,10 +186,10 @@ class Client:
         draw, number = self.draw, len(self.asked)
         (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
         if kind == VIRTIO_BLK_T_FLUSH and queue and draw.random() < 0.9:
-            # Else the next queue's sync, right behind, makes up for one that covers too little.
+            # Otherwise the next queue's sync right behind would hide one that covers too little.
             kind = VIRTIO_BLK_T_OUT
         last = self.asked[-1]
-        # Often where the last request ended, as requests that adjoin are merged.
+        # Often at the end of the last request, because adjacent requests are merged.
         sector = (last.sector + last.count) % SECTORS if draw.random() < 0.4 else draw.randrange(SECTORS)
         count = min(draw.choice([1, 2, 8, 8, draw.randint(1, MOST_SECTORS)]), SECTORS - sector)
         data, room = b"", 0
@@ -211,7 +211,7 @@ class Client:
         return sum(self._take_answers(queue) for queue in range(QUEUES))
 
     def _take_answers(self, queue: int) -> int:
-        """Note all answers that are there; how many."""
+        """Record all completions so far; returns their number."""
         if self.recorder.failure is not None:
             raise self.recorder.failure
         self.driver._reap(self.driver.queues[queue])
@@ -229,7 +229,7 @@ class Client:
 
 @dataclass
 class Tally:
-    """What was looked at."""
+    """What was checked."""
 
     cuts: int = 0
     writes: int = 0
@@ -240,20 +240,20 @@ class Tally:
     def __str__(self) -> str:
         return (
             f"{self.cuts} cuts, {self.writes} writes, {self.ranges} discards and write zeroes, {self.flushes} flushes, "
-            f"{self.contents} contents of sectors looked at"
+            f"{self.contents} contents of sectors checked"
         )
 
 
 class Cuts:
-    """Goes through a record: what each sector may hold at each cut, and what it must not."""
+    """Goes through a record: checks what each sector may contain at each cut."""
 
     def __init__(self, events: list[Event], writes: list[Write], asked: list[Asked], *, write_through: bool) -> None:
         self._events, self._writes, self._asked = events, writes, asked
         self._stable = [0] * SECTORS
-        # By sector: the writes that may or may not be there, and who wrote what.
+        # For each sector: the writes that may or may not be stable, and the request of each.
         self._loose: dict[int, dict[int, int]] = defaultdict(dict)
         self._ended: list[tuple[int, int]] = []
-        # By sector: when the last write that is promised was submitted, and when zeros that may be there were answered.
+        # For each sector: when the last guaranteed write was submitted, and when possible zeros were completed.
         self._promised = [0] * SECTORS
         self._zeros = [0] * SECTORS
         self._write_through = write_through
@@ -269,7 +269,7 @@ class Cuts:
         )
 
     def look(self) -> Tally:
-        """At all cuts; AssertionError where a promise is broken."""
+        """Check all cuts; AssertionError if a guarantee is broken."""
         told = self._what_was_told()
         for clock in range(len(self._events) + 1):
             touched = set(self._happen(self._events[clock - 1], clock)) if clock else set()
@@ -281,7 +281,7 @@ class Cuts:
         return self.tally
 
     def _what_was_told(self) -> dict[int, list[Asked]]:
-        """By clock, what the driver did and heard that matters then."""
+        """By clock: the driver's submissions and completions that matter at that time."""
         told: dict[int, list[Asked]] = defaultdict(list)
         for each in self._asked:
             if each.zeros:
@@ -291,7 +291,7 @@ class Cuts:
         return told
 
     def _happen(self, event: Event, clock: int) -> Iterator[int]:
-        """An event of the storage; the sectors that it concerns."""
+        """Apply an event of the storage; yields the sectors that it affects."""
         if event.what == "sync":
             rest = []
             for ended, number in self._ended:
@@ -317,7 +317,7 @@ class Cuts:
         yield from places
 
     def _settle(self, number: int) -> Iterator[int]:
-        """A write is stable now, and was the last that ended of those that are."""
+        """Mark a write as stable; it ended later than all earlier stable ones."""
         write = self._writes[number]
         for place in range(write.sector, write.sector + len(write.numbers)):
             if number in self._loose[place]:
@@ -325,7 +325,7 @@ class Cuts:
                 yield place
 
     def _hear(self, asked: Asked, clock: int) -> Iterator[int]:
-        """Something that the driver did or heard; the sectors that it concerns."""
+        """Apply a submission or completion of the driver; yields the sectors that it affects."""
         if asked.zeros and clock == asked.submit_clock:
             for place in range(asked.sector, asked.sector + asked.count):
                 self._zeros[place] = max(self._zeros[place], asked.answered)
@@ -346,7 +346,7 @@ class Cuts:
 
     def _check(self, sector: int, clock: int) -> None:
         for number in {self._stable[sector], *self._loose[sector].values()}:
-            # Whatever was answered before a promised write was even submitted is older than that.
+            # Data that was completed before a guaranteed write was submitted is older than that write.
             answered = self._asked[number].answered if number else self._zeros[sector]
             assert answered >= self._promised[sector], (
                 f"power cut after event {clock}: sector {sector} may hold what "
@@ -367,7 +367,7 @@ def recording(draw: random.Random, *, buffered: bool) -> Iterator[Recorder]:
 def record(
     seed: int, requests: int, *, engine: str, buffered: bool, write_through: bool
 ) -> tuple[Recorder, list[Asked]]:
-    """What storage and driver noted while so many requests were done."""
+    """The records of storage and driver for so many requests."""
     draw = random.Random(seed)
     features = FEATURES & ~VIRTIO_BLK_F_FLUSH if write_through else FEATURES
     with (
@@ -381,7 +381,7 @@ def record(
 
 
 def run(seed: int, requests: int, *, engine: str, buffered: bool, write_through: bool) -> Tally:
-    """Record so many requests, and look at all cuts; AssertionError that begins with the seed."""
+    """Record so many requests and check all cuts. The AssertionError begins with the seed."""
     try:
         recorder, asked = record(seed, requests, engine=engine, buffered=buffered, write_through=write_through)
         return Cuts(recorder.events, recorder.writes, asked, write_through=write_through).look()

@@ -1,4 +1,4 @@
-"""A real ringplane process that serves the images of a test, which is stopped well at the end or has to say why not."""
+"""A real ringplane process that serves the images of a test; at the end it must stop with status 0."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from ringplane.driver import Driver
 from ringplane.driver.process import cpu_ns
 
-# Longer than any of these tests waits on purpose.
+# Longer than any intended wait in these tests.
 PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
 class Disk:
-    """An image, and how it is served."""
+    """An image and the options of its disk."""
 
     image: Path
     queues: int = 1
@@ -31,7 +31,7 @@ class Disk:
 
 @dataclass
 class Served:
-    """The process; `disks` are the images in the order in which they were given."""
+    """The process; `disks` are the images in the given order."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 @contextlib.contextmanager
 def serving(*disks: Disk, engine: str = "io_uring") -> Iterator[Served]:
-    """All on one I/O thread."""
+    """Serve all disks on one I/O thread."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']
@@ -81,7 +81,7 @@ def serving(*disks: Disk, engine: str = "io_uring") -> Iterator[Served]:
             assert process.wait(PATIENCE) == 0, (folder / "log").read_text()
         finally:
             process.kill()
-            # Storage that hangs keeps even this from ending, until it is unmounted after us.
+            # Storage that hangs blocks even this, until it is unmounted afterwards.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE / 10)
             process.stdout.close()

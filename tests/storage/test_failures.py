@@ -1,4 +1,4 @@
-"""Storage that fails: what the driver and the log are told, and that all else goes on."""
+"""Storage that fails: errors for the driver and in the log; everything else continues."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def is_done(driver: Driver, submitted: Any) -> bool:
 
 
 def only(kind: str, answer: int | Short, start: int = 0, end: int = 1 << 62) -> Callable[[Operation], Any]:
-    """The rule that operations of this kind which touch these bytes end so."""
+    """A rule: operations of this kind that touch these bytes get this answer."""
     return lambda each: (
         answer if each.kind == kind and each.offset < end and each.offset + max(1, each.size) > start else None
     )
@@ -100,12 +100,12 @@ def lines(served: Served, text: str) -> list[str]:
 
 
 def told_once(served: Served, text: str) -> None:
-    """The log has it, which may come a moment after the driver's answer, and not twice."""
+    """Check that the log has this text exactly once; it may appear a moment after the completion."""
     wait_until(lambda: lines(served, text), f"not told: {text}")
     assert len(lines(served, text)) == 1, served.told()
 
 
-# A file system without room.
+# A file system without space.
 
 
 @contextlib.contextmanager
@@ -122,14 +122,14 @@ def small_disk(folder: Path, kind: str, *options: str, mount: str = "loop") -> I
 
 
 def fill(folder: Path) -> Path:
-    """Take all room that there is."""
+    """Use up all free space."""
     path = folder / "filler"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
     for size in (64 * 1024, BLOCK):
         with contextlib.suppress(OSError):
             while os.write(fd, bytes(size)):
                 pass
-    # Where there is delayed allocation, until it is true.
+    # With delayed allocation, the space is only used after this.
     with contextlib.suppress(OSError):
         os.fsync(fd)
     os.close(fd)
@@ -137,7 +137,7 @@ def fill(folder: Path) -> Path:
 
 
 def check_full(served: Served, filler: Path, why: str) -> None:
-    """Of a disk of which only the first half has a place: what fails then, what does not, and what comes after it."""
+    """Check a disk of which only the first half has space: which requests fail, which succeed, and recovery."""
     with served.driver() as driver:
         for offset in range(0, SIZE // 4, BLOCK):
             assert write(driver, offset, pattern(offset)) == OK
@@ -145,7 +145,7 @@ def check_full(served: Served, filler: Path, why: str) -> None:
         filler_made = fill(filler)
         for offset in range(SIZE // 2, SIZE, BLOCK):
             assert write(driver, offset, pattern(offset)) == IOERR
-        # What has its place goes on; a hole is zeros and stays one.
+        # Allocated ranges still work; a hole reads as zeros and stays a hole.
         for offset in range(0, SIZE // 4, BLOCK):
             assert read(driver, offset).data == pattern(offset)
         assert write(driver, BLOCK, pattern(7)) == OK
@@ -181,8 +181,8 @@ def test_a_full_ext4(tmp_path: Path, engine: str) -> None:
 
 
 @engines
-def test_a_quota(tmp_path: Path, engine: str) -> None:
-    """Of btrfs: EDQUOT."""
+def test_a_btrfs_quota(tmp_path: Path, engine: str) -> None:
+    """EDQUOT."""
     with small_disk(tmp_path / "small", "btrfs") as folder:
         image = folder / "volume" / "disk.img"
         limit = ["btrfs", "qgroup", "limit", str(SIZE // 2), image.parent]
@@ -201,7 +201,7 @@ def test_a_quota(tmp_path: Path, engine: str) -> None:
 
 
 @engines
-def test_a_limit_on_files(tmp_path: Path, engine: str) -> None:
+def test_a_file_size_limit(tmp_path: Path, engine: str) -> None:
     """RLIMIT_FSIZE: EFBIG, and a SIGXFSZ that must not end the process."""
     image = sparse(tmp_path / "disk.img")
     with serving(Disk(image), engine=engine) as served, served.driver() as driver:
@@ -221,8 +221,8 @@ def test_a_limit_on_files(tmp_path: Path, engine: str) -> None:
 
 @engines
 @ways
-def test_one_bad_place(fuse: FuseFile, engine: str, direct: bool) -> None:
-    """Adjacent requests become one I/O: the one with the bad place in it fails, and no other; the log says so once."""
+def test_one_bad_sector(fuse: FuseFile, engine: str, direct: bool) -> None:
+    """Adjacent requests become one I/O: only the request with the bad sector fails, and the log says so once."""
     with serving(Disk(fuse.path, direct=direct), engine=engine) as served, served.driver() as driver:
         for kind in ("read", "write"):
             for error in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT):
@@ -247,10 +247,10 @@ def check_bad_place(fuse: FuseFile, driver: Driver, kind: str, seed: int) -> Non
 
 
 @engines
-def test_a_device_that_ends_short(fuse: FuseFile, engine: str) -> None:
-    """A read goes on where it ended; only where nothing at all comes it is an error.
+def test_short_reads(fuse: FuseFile, engine: str) -> None:
+    """A short read is continued; it is an error only when nothing more can be read.
 
-    Writes end short in `test_a_limit_on_files`: of a FUSE file system's short writes the kernel makes errors itself.
+    `test_a_file_size_limit` has short writes: the kernel turns the short writes of a FUSE file system into errors.
     """
     with serving(Disk(fuse.path), engine=engine) as served, served.driver() as driver:
         data = os.urandom(64 * 1024)
@@ -285,7 +285,7 @@ def test_an_image_is_truncated(tmp_path: Path, engine: str, direct: bool) -> Non
 
 
 def test_an_image_is_replaced(tmp_path: Path) -> None:
-    """The file that was opened is served, whatever its path leads to; SIGHUP has the log say so."""
+    """The opened file is served, whatever its path leads to now; on SIGHUP the log says so."""
     image = sparse(tmp_path / "disk.img")
     with serving(Disk(image)) as served, served.driver() as driver:
         assert write(driver, 0, pattern(1)) == OK
@@ -306,7 +306,7 @@ def test_an_image_is_replaced(tmp_path: Path) -> None:
 @engines
 @ways
 def test_a_failed_flush_is_never_forgotten(fuse: FuseFile, engine: str, direct: bool) -> None:
-    """It fails once; afterwards fsync(2) would say that all is well."""
+    """The storage fails it once; afterwards fsync(2) would succeed."""
     with serving(Disk(fuse.path, 2, direct=direct), engine=engine) as served:
         with served.driver(queues=2) as driver:
             assert write(driver, 0, pattern(1)) == OK
@@ -317,7 +317,7 @@ def test_a_failed_flush_is_never_forgotten(fuse: FuseFile, engine: str, direct: 
             assert read(driver, 0).data == pattern(1)
             assert write(driver, 0, pattern(2)) == OK
         with served.driver(queues=2) as driver:
-            # Nor by the next front end.
+            # The next front end gets the error too.
             assert flush(driver) == IOERR
         told_once(served, "a flush failed: Input/output error; earlier writes may be lost")
     with serving(Disk(fuse.path, direct=direct), engine=engine) as served, served.driver() as driver:
@@ -325,8 +325,8 @@ def test_a_failed_flush_is_never_forgotten(fuse: FuseFile, engine: str, direct: 
 
 
 @engines
-def test_each_flush_is_told_of_a_page_that_was_lost(make_fuse: Callable[..., FuseFile], engine: str) -> None:
-    """The kernel tells an open file once of pages that it could not write: of several flushes at a time, one."""
+def test_each_flush_reports_a_lost_page(make_fuse: Callable[..., FuseFile], engine: str) -> None:
+    """The kernel reports lost pages once per open file: of several concurrent flushes, only one would fail."""
     fuse = make_fuse(write_back=True)
     with serving(Disk(fuse.path, 2, direct=False), engine=engine) as served, served.driver(queues=2) as driver:
         for queue in range(2):
@@ -339,8 +339,8 @@ def test_each_flush_is_told_of_a_page_that_was_lost(make_fuse: Callable[..., Fus
 
 
 @engines
-def test_each_write_is_told_of_its_own_page(make_fuse: Callable[..., FuseFile], engine: str) -> None:
-    """The same where the driver does not flush."""
+def test_each_write_reports_its_own_lost_page(make_fuse: Callable[..., FuseFile], engine: str) -> None:
+    """The same if the driver does not flush."""
     fuse = make_fuse(write_back=True)
     features = FEATURES & ~VIRTIO_BLK_F_FLUSH
     with (
@@ -352,7 +352,7 @@ def test_each_write_is_told_of_its_own_page(make_fuse: Callable[..., FuseFile], 
         fuse.rule = only("write", errno.EIO, 0, BLOCK)
         writes = [submit(driver, VIRTIO_BLK_T_OUT, number * BLOCK, pattern(2)) for number in range(16)]
         statuses = [driver._answer(*each).status for each in writes]
-        # Which of the others were in the same fdatasync(2) is a matter of time; those that were not lost are there.
+        # Timing decides which of the others share an fdatasync(2) with it; writes that succeeded are on the storage.
         assert statuses[0] == IOERR
         for number in range(1, 16):
             if statuses[number] == OK:
@@ -360,14 +360,14 @@ def test_each_write_is_told_of_its_own_page(make_fuse: Callable[..., FuseFile], 
 
 
 @engines
-def test_flushes_wait_together_but_never_for_one_that_has_begun(fuse: FuseFile, engine: str) -> None:
-    """A sync that has begun says nothing about what was answered meanwhile."""
+def test_waiting_flushes_share_the_next_sync(fuse: FuseFile, engine: str) -> None:
+    """A sync that has begun does not cover writes that are completed meanwhile, so flushes never join it."""
     with serving(Disk(fuse.path), engine=engine) as served, served.driver() as driver:
         fuse.rule = only("sync", HOLD)
         first = submit(driver, VIRTIO_BLK_T_FLUSH, 0)
         wait_until(lambda: fuse.held, "no sync came")
         others = [submit(driver, VIRTIO_BLK_T_FLUSH, 0) for _ in range(5)]
-        # Requests of a ring are fetched in their order: when this is answered all of the others wait.
+        # Requests of a ring are fetched in order: when this one is completed, all others are waiting.
         assert read(driver, 0).status == OK
         fuse.answer_one()
         assert driver._answer(*first).status == OK
@@ -385,14 +385,14 @@ def test_flushes_wait_together_but_never_for_one_that_has_begun(fuse: FuseFile, 
 @engines
 @ways
 def test_a_device_that_hangs(make_fuse: Callable[..., FuseFile], tmp_path: Path, engine: str, direct: bool) -> None:
-    """Its requests wait, others' on the same I/O thread do not, and nobody is busy waiting."""
+    """Its requests wait, those of other disks on the same I/O thread do not, and nothing busy-waits."""
     fuse = make_fuse()
     images = [(sparse(tmp_path / f"{way}.img"), way) for way in (True, False)]
     disks = [Disk(fuse.path, direct=direct), *(Disk(image, direct=way) for image, way in images)]
     with serving(*disks, engine=engine) as served, contextlib.ExitStack() as stack:
         others = [stack.enter_context(served.driver(number)) for number in (1, 2)]
         for kind in ("read", "write", "sync", "allocate"):
-            # Linux AIO does the I/O of the page cache inside io_submit(2) (docs/security.md).
+            # Linux AIO does I/O through the page cache inside io_submit(2) (docs/security.md).
             all_hang = engine == "aio" and not direct and kind in ("read", "write")
             with served.driver() as driver:
                 check_hanging(served, fuse, driver, kind, [] if all_hang else others)

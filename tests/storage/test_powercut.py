@@ -1,4 +1,4 @@
-"""Power cuts for a few seconds; by hand it runs as long as one likes (powercut.py)."""
+"""A short run of the power cuts; powercut.py runs them by hand for any time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ REQUESTS = 1500
 @pytest.mark.parametrize("engine", ["io_uring", "aio"])
 def test_power_is_cut_at_each_point(engine: str, buffered: bool, write_through: bool) -> None:
     tally = run(random.getrandbits(32), REQUESTS, engine=engine, buffered=buffered, write_through=write_through)
-    # Else it would be a proof about nothing. (The slower the machine, the more the page cache makes one write of.)
+    # Otherwise it would prove nothing. (On slow machines the page cache joins more writes into one.)
     assert tally.cuts > REQUESTS / 3, tally
     assert tally.flushes > 50, tally
     print(tally)
 
 
-def test_a_disk_that_never_syncs_is_found() -> None:
-    """The record of a disk that keeps its promises, made into one of a disk that does not."""
+def test_a_disk_that_never_syncs_is_detected() -> None:
+    """The record of a correct disk is changed into that of one whose syncs cover nothing."""
     recorder, asked = record(1, 500, engine="io_uring", buffered=False, write_through=False)
     for event in recorder.events:
         event.covers = 0
@@ -34,8 +34,8 @@ def test_a_disk_that_never_syncs_is_found() -> None:
 
 
 @pytest.mark.parametrize("uncovered", [0, 1], ids=["all", "all but the last"])
-def test_a_sync_that_covers_too_little_is_found(uncovered: int) -> None:
-    """The smallest record there is: two writes, both answered, and a flush, whose sync began right after them."""
+def test_a_sync_that_covers_too_little_is_detected(uncovered: int) -> None:
+    """The smallest possible record: two completed writes, and a flush whose sync started right after them."""
     writes = [Write(0, [1], stable=False), Write(8, [2], stable=False)]
     events = [
         Event("begin", 0),
