@@ -1,1 +1,1 @@
-"""Real Linux guests, in QEMU and in user-mode Linux, that use a ringplane disk as any guest would."""
+"""Real Linux guests, in QEMU and in user-mode Linux, that use a ringplane disk."""

@@ -1,4 +1,4 @@
-"""Back end processes: ringplane, or QEMU's own in its place, started on an image and stopped as a service is."""
+"""Back end processes, ringplane or QEMU's own instead, started on an image and stopped like a service."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from unit.rig import listens
 
 from . import kernels
 
-# The control experiment: the same tests with QEMU's own back end in the place of ringplane.
+# The control experiment: the same tests with QEMU's own back end instead of ringplane.
 STAND_IN = os.environ.get("RINGPLANE_TEST_BACKEND") == "qemu-storage-daemon"
 # A cold start compiles the data plane.
 START_DEADLINE = 60.0
@@ -32,21 +32,21 @@ class Backend:
     stopped: bool = field(default=False, init=False)
 
     def crash(self) -> None:
-        """Kill it, in the middle of whatever it does, and start it anew at once."""
+        """Kill it at any moment, and start it again at once."""
         self.check_alive()
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = start(self.process.args, self.log)  # type: ignore[arg-type]
 
     def upgrade(self) -> None:
-        """Have a new process take over from it, which must end well."""
+        """Start a new process that takes over from it; the old one must exit with status 0."""
         self.check_alive()
         old, arguments = self.process, list(self.process.args)  # type: ignore[arg-type]
         self.process = start([*arguments, *([] if "--upgrade" in arguments else ["--upgrade"])], self.log)
         assert old.wait(STOP_DEADLINE) == 0, self.told()
 
     def stop(self) -> None:
-        """Ends the back end as a service manager does, and demands that it was alive until then and ends well."""
+        """Stop the back end like a service manager; it must have run until then, and exit with status 0."""
         self.stopped = True
         self.check_alive()
         self.process.send_signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ class Backend:
         assert status is None, f"the back end ended by itself with status {status}:\n{self.told()}"
 
     def kill(self) -> None:
-        # Once it is reaped, its number may belong to a stranger.
+        # Once it is reaped, its pid may belong to another process.
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -73,7 +73,7 @@ class Backend:
 
 @dataclass
 class Disturbed:
-    """A back end to which something happens now and then while its guest is at work; a `Guest` takes it for one."""
+    """A back end that is disturbed at intervals while its guest works; a `Guest` uses it like a `Backend`."""
 
     backend: Backend
     console: Path
@@ -88,7 +88,7 @@ class Disturbed:
         return self.backend.socket
 
     def check_alive(self) -> None:
-        """Called every 50 ms while the guest runs."""
+        """Disturb the back end when it is time; called every 50 ms while the guest runs."""
         self.backend.check_alive()
         due = time.monotonic() - self.last > self.seconds_between
         if self.times < self.most and due and "fio begins" in self.console.read_text(errors="replace"):
@@ -98,7 +98,7 @@ class Disturbed:
 
 
 class BackendFactory(Protocol):
-    """What the fixture gives to a test."""
+    """The type of the fixture `backend`."""
 
     def __call__(
         self, image: Path, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False
@@ -113,7 +113,7 @@ def ringplane(image: Path, socket: Path, num_queues: int, read_only: bool) -> li
 
 
 def stand_in(image: Path, socket: Path, num_queues: int, read_only: bool) -> list[str]:
-    """QEMU's own back end: a test that fails with it as well says nothing about ringplane."""
+    """QEMU's own back end: if a test fails with it as well, the fault is not ringplane's."""
     program = kernels.program("qemu-storage-daemon", "qemu-utils")
     switch = "on" if read_only else "off"
     disk = f"driver=file,node-name=f,filename={image},cache.direct=on,aio=native,read-only={switch}"
@@ -126,7 +126,7 @@ def stand_in(image: Path, socket: Path, num_queues: int, read_only: bool) -> lis
 
 
 def environment() -> dict[str, str]:
-    """An environment in which a child imports the ringplane that this test run would import."""
+    """An environment in which a child process imports the same ringplane as this test run."""
     found = importlib.util.find_spec("ringplane")
     if found is None or not found.submodule_search_locations:
         return dict(os.environ)
@@ -135,7 +135,7 @@ def environment() -> dict[str, str]:
 
 
 def wait_for_socket(backend: Backend) -> None:
-    """Waits until somebody listens."""
+    """Wait until the back end listens."""
     end = time.monotonic() + START_DEADLINE
     while not listens(backend.socket):
         backend.check_alive()
@@ -144,7 +144,7 @@ def wait_for_socket(backend: Backend) -> None:
 
 
 def launch(folder: Path, log: Path, image: Path, num_queues: int, extra: Sequence[str], read_only: bool) -> Backend:
-    """Starts a back end whose socket lies in a folder; it may not listen yet."""
+    """Start a back end with its socket in this folder; it may not listen yet."""
     socket = folder / f"{log.stem}.sock"
     make = stand_in if STAND_IN else ringplane
     return Backend(start([*make(image, socket, num_queues, read_only), *extra], log), socket, log)

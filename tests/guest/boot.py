@@ -1,8 +1,8 @@
 """A disk that a PC boots from: a FAT file system with kernel and initramfs, and SYSLINUX.
 
-The file system is the whole disk, without a partition table: a master boot record would load the next stage to the
-address at which it was itself loaded and run, and QEMU's emulated processor (TCG) goes on with what it has translated
-there, as it does not see what another process, the back end, writes into memory.
+The file system is the whole disk, without a partition table. A master boot record would load the next stage to its own
+address, and QEMU's emulated processor (TCG) would continue with the old code that it has translated there, because it
+does not notice writes to memory by another process (the back end).
 """
 
 import subprocess
@@ -24,7 +24,7 @@ LABEL linux
 
 
 def make(image: Path, kernel: Path, initrd: bytes, options: str, folder: Path) -> None:
-    """Turn a raw image, which exists, into a bootable disk; of its free space the rest of a test may use any."""
+    """Turn an existing raw image into a bootable disk; a test may use any of its free space."""
     programs = {name: str(kernels.program(name, package)) for name, package in PROGRAMS.items()}
     files = {"vmlinuz": kernel.read_bytes(), "initrd": initrd, "syslinux.cfg": CONFIG.format(options=options).encode()}
     run(programs["mkfs.fat"], "-F", "16", str(image))

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Iterator[BackendFactory]:
-    """Starts back ends, and stops those that the test did not stop itself."""
+    """Start back ends, and stop those that the test has not stopped itself."""
     started: list[Backend] = []
     with tempfile.TemporaryDirectory(prefix="ringplane-") as folder:  # a socket's path must be short
 
@@ -64,7 +64,7 @@ def backend(tmp_path: Path) -> Iterator[BackendFactory]:
 
 @pytest.fixture(scope="session")
 def initramfs_for(tmp_path_factory: pytest.TempPathFactory) -> InitramfsFor:
-    """Builds each initramfs once in a session: one for each kernel and set of programs."""
+    """Build one initramfs per session for each kernel and set of programs."""
     folder = tmp_path_factory.mktemp("initramfs")
 
     def build(kernel: kernels.Kernel, modules: Sequence[str], workload: Workload) -> bytes:

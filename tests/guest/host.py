@@ -1,4 +1,4 @@
-"""What the host checks in an image after the guest is gone: the file system, the files in it, and plain bytes."""
+"""Checks of an image on the host after the guest has ended: the file system, its files, and plain bytes."""
 
 import hashlib
 import subprocess
@@ -8,16 +8,16 @@ from . import kernels
 
 
 def check_filesystem(image: Path) -> None:
-    """The host's e2fsck finds nothing to repair."""
+    """Check that the host's e2fsck finds nothing to repair."""
     e2fsck = kernels.program("e2fsck", "e2fsprogs")
     checked = subprocess.run([e2fsck, "-fn", image], capture_output=True, text=True)
     assert checked.returncode == 0, f"e2fsck on the host:\n{checked.stdout}{checked.stderr}"
 
 
 def check_files(image: Path, folder: Path) -> None:
-    """The files in the image are those whose checksums the guest left beside them.
+    """Check the files in the image against the checksums that the guest left beside them.
 
-    Inside the guest a disk that misplaces every sector in the same way at reading and at writing would look right.
+    In the guest, a disk that misplaces every sector in the same way for reads and writes would look right.
     """
     debugfs = kernels.program("debugfs", "e2fsprogs")
     folder.mkdir()
@@ -30,7 +30,7 @@ def check_files(image: Path, folder: Path) -> None:
 
 
 def sha256(image: Path, size: int | None = None, start: int = 0) -> str:
-    """The checksum of an image, or of a part, as sha256sum in a guest prints it for its standard input."""
+    """The checksum of an image or of a part of it, in the format of sha256sum for its standard input."""
     with image.open("rb") as file:
         file.seek(start)
         return hashlib.sha256(file.read(-1 if size is None else size)).hexdigest() + "  -"

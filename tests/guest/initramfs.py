@@ -1,4 +1,4 @@
-"""Initramfs archives: the programs, shared libraries and kernel modules of a test guest, and what it runs first."""
+"""Initramfs archives: the programs, shared libraries and kernel modules of a test guest, and its init script."""
 
 import gzip
 import lzma
@@ -37,8 +37,8 @@ printf '\\nRINGPLANE-GUEST-RESULT: %d\\n' $status
 poweroff -f
 """
 
-# What /init needs; each may be built into the kernel. ext4 asks for crc32c by its algorithm's name, which no
-# "depends" line tells, so the module that provides it everywhere is named here.
+# The modules that /init needs; each may be built into the kernel. ext4 requests crc32c by the name of the algorithm,
+# which is in no "depends" line, so the module that provides it everywhere is listed here.
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 # User-mode Linux has no PCI: its virtio transport is built in.
 UML_MODULES = ("virtio_blk", "crc32c_generic", "ext4")
@@ -60,10 +60,10 @@ def text(path: str, content: str) -> Entry:
 
 
 def archive(entries: Iterable[Entry]) -> bytes:
-    """A cpio archive in the "newc" format, padded so that the kernel accepts another one right behind it."""
+    """A cpio archive in the "newc" format, padded to let the kernel accept another one right behind it."""
     files = {entry.path: entry for entry in entries}
     folders = {folder for path in files for folder in path.parents if folder.name}
-    # Parents sort before what lies in them, and the kernel makes no folder by itself.
+    # Folders sort before their contents; the kernel does not create missing folders.
     made = [Entry(folder, b"", stat.S_IFDIR | 0o755) for folder in sorted(folders)]
     members = [*made, *files.values(), Entry(PurePosixPath("/TRAILER!!!"), b"", 0)]
     return b"".join(member(number, entry) for number, entry in enumerate(members, 1))
@@ -82,18 +82,18 @@ def padded(data: bytes) -> bytes:
 
 
 def libraries(program: Path) -> list[Path]:
-    """The shared libraries of a program, its loader included; none for a static one."""
+    """The shared libraries of a program, including its loader; none for a static program."""
     told = subprocess.run(["ldd", str(program)], capture_output=True, text=True)
     if "not found" in told.stdout:
         raise FileNotFoundError(f"a library of {program} is missing:\n{told.stdout}")
     found = [Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", told.stdout, re.MULTILINE)]
-    # The C library loads this one when a thread is cancelled, which its dependencies do not tell.
+    # The C library loads this one when a thread is cancelled; it is not among the dependencies.
     unwinders = [path.with_name("libgcc_s.so.1") for path in found if path.name == "libc.so.6"]
     return found + [path for path in unwinders if path.exists()]
 
 
 def program_entries(programs: Iterable[Path]) -> list[Entry]:
-    """Programs and libraries at the paths that they have on the host, so that the loader finds them unaided."""
+    """Programs and libraries at the same paths as on the host, where the loader finds them."""
     paths = {path for program in programs for path in (program, *libraries(program))}
     return [Entry(PurePosixPath(path), path.read_bytes()) for path in sorted(paths)]
 
@@ -103,16 +103,16 @@ def module_name(file_name: str) -> str:
 
 
 def depends(module: bytes) -> list[str]:
-    """The modules that a module asks for, from its own modinfo section."""
+    """The modules that a module depends on, from its own modinfo section."""
     found = re.search(rb"\0depends=([^\0]*)\0", module)
     return [name.replace("-", "_") for name in found[1].decode().split(",") if name] if found else []
 
 
 def module_entries(folder: Path, wanted: Sequence[str]) -> list[Entry]:
-    """The wanted modules and all that they need, and the order in which they must be loaded.
+    """The wanted modules with their dependencies, and the order in which to load them.
 
-    The order comes from the modules themselves and not from modules.dep, which a kernel package has no copy of: depmod
-    writes it when the package is installed, and here the package may only have been unpacked.
+    The order comes from the modules themselves and not from modules.dep, because kernel packages do not contain that:
+    depmod writes it when a package is installed, and here the package may only have been unpacked.
     """
     files = {module_name(path.name): path for path in folder.rglob("*.ko*")}
     built_in = {module_name(line.rpartition("/")[2]) for line in (folder / "modules.builtin").read_text().splitlines()}
@@ -135,7 +135,7 @@ def module_entries(folder: Path, wanted: Sequence[str]) -> list[Entry]:
 
 
 def build(busybox: Path, programs: Iterable[Path], modules: Path, wanted: Sequence[str]) -> bytes:
-    """Everything but the script: it is the same for many guests, so it is built and compressed once."""
+    """Everything except the script. Many guests share it, so it is built and compressed once."""
     entries = [
         Entry(PurePosixPath("/bin/busybox"), busybox.read_bytes()),
         *program_entries(programs),
@@ -148,5 +148,5 @@ def build(busybox: Path, programs: Iterable[Path], modules: Path, wanted: Sequen
 
 
 def with_script(base: bytes, script: str) -> bytes:
-    """An initramfs that runs a script: the kernel unpacks archives that follow one another on top of each other."""
+    """An initramfs that runs a script: the kernel unpacks concatenated archives one after the other."""
     return base + archive([text("/init", INIT), text("/script", script)])

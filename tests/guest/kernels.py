@@ -1,4 +1,4 @@
-"""Guest kernels and host programs: where they are found, and what to install when they are not."""
+"""Guest kernels and host programs: where to find them, and which packages to install if they are missing."""
 
 import os
 import shutil
@@ -19,14 +19,14 @@ CLOUD_KERNEL = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel image and the folder of the modules built with it."""
+    """A kernel image and the folder of its modules."""
 
     image: Path
     modules: Path
 
 
 def need(found: T | None, wanted: str) -> T:
-    """What was found; else the test is skipped, but failed where CI=true, as there a skip would hide a lost test."""
+    """The path if it was found. Otherwise skip the test, or fail it if CI=true, where a skip would hide a lost test."""
     if found is not None:
         return found
     if os.environ.get("CI") == "true":
@@ -35,7 +35,7 @@ def need(found: T | None, wanted: str) -> T:
 
 
 def program(name: str, package: str) -> Path:
-    # The PATH of an ordinary user lacks the folders in which mkfs and e2fsck lie.
+    # The PATH of an ordinary user lacks the folders of mkfs and e2fsck.
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     return Path(need(path, f"the program {name} is wanted: install the Debian package {package}"))
 
@@ -46,7 +46,7 @@ def modules_of(root: Path, version: str) -> Path | None:
 
 
 def cloud_kernel(root: Path) -> Kernel | None:
-    """The newest cloud kernel below a root folder that has its modules too."""
+    """The newest cloud kernel below a root folder that also contains its modules."""
     images = sorted((root / "boot").glob("vmlinuz-*-cloud-amd64"), key=lambda image: image.stat().st_mtime)
     for image in reversed(images):
         modules = modules_of(root, image.name.removeprefix("vmlinuz-"))
@@ -60,7 +60,7 @@ def qemu_kernel() -> Kernel:
 
 
 def zoned_uml_kernel() -> Kernel:
-    """A user-mode Linux that knows zoned disks; Debian has none, so it was built from its package of the source."""
+    """A user-mode Linux with zoned disks. Debian does not package one, so it was built from the source package."""
     folder = Path(os.environ.get("RINGPLANE_ZONED_KERNEL", "/nonexistent"))
     wanted = "a kernel for zoned disks is wanted: tests/guest/build-zoned-uml FOLDER makes one; name the folder in "
     image = need(folder / "linux" if (folder / "linux").exists() else None, wanted + "RINGPLANE_ZONED_KERNEL")

@@ -1,4 +1,4 @@
-"""Guests: a QEMU machine or a user-mode Linux that runs one workload on a vhost-user disk and tells how it ended."""
+"""Guests: a QEMU machine or a user-mode Linux that runs one workload on a vhost-user disk and reports the result."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from .initramfs import with_script
 from .kernels import program
 from .workloads import Workload
 
-# The whole line, its end included: a console cut off in the middle of the status must not pass for a result.
+# The whole line including its end: a console that is cut off inside the status has no result.
 RESULT = re.compile(r"^RINGPLANE-GUEST-RESULT: (\d+)\r?\n", re.MULTILINE)
 DEADLINE = 240.0
 POWER_OFF_DEADLINE = 60.0
@@ -25,12 +25,12 @@ TAIL_LINES = 60
 
 
 class GuestError(AssertionError):
-    """A guest that told no result, the wrong one, or did not end."""
+    """A guest that reported no result or the wrong one, or did not end."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a guest printed, and the exit status of its script."""
+    """The console output of a guest, and the exit status of its script."""
 
     status: int
     console: str
@@ -54,9 +54,9 @@ def result_in(console: str) -> Result | None:
 
 @dataclass
 class Guest:
-    """A kind of machine; each run is a new one that boots, runs a workload and powers off."""
+    """A type of machine; each run boots a new one, runs a workload and powers it off."""
 
-    # The disk has a queue for each unless told otherwise.
+    # The disk has one queue per processor by default.
     cpus: ClassVar[int]
 
     folder: Path
@@ -81,7 +81,7 @@ class Guest:
         deadline: float = DEADLINE,
         status: int = 0,
     ) -> Result:
-        """Runs a workload and returns its result, which must have the exit status that is expected."""
+        """Run a workload and return its result, which must have the expected exit status."""
         self.runs += 1
         initrd = self.folder / f"initrd-{self.runs}"
         initrd.write_bytes(with_script(self.initramfs(workload), workload.script))
@@ -95,7 +95,7 @@ class Guest:
     def run_command(
         self, command: list[str], console: Path, deadline: float, check: Callable[[], None] = lambda: None
     ) -> Result:
-        """Runs a machine until it has told a result and ended; "check" is called again and again, and may raise."""
+        """Run a machine until it has reported a result and ended; "check" is called repeatedly and may raise."""
         with console.open("wb") as output:
             process = subprocess.Popen(
                 command,
@@ -127,7 +127,7 @@ class QemuGuest(Guest):
     properties: str = ""
     # More options of each disk's character device, as "reconnect=1"
     chardev: str = ""
-    # The disk has the kernel on it; SeaBIOS and the boot loader that they find there read it.
+    # The kernel is on the disk: SeaBIOS and the boot loader read it from there.
     boots_from_disk: bool = False
 
     def command(self, sockets: Sequence[Path], initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
@@ -164,14 +164,14 @@ class UmlGuest(Guest):
         ]
 
     def environment(self) -> Mapping[str, str]:
-        # The guest's memory is a file in TMPDIR; on a tmpfs it is memory indeed. A container may have a tiny one, which
+        # The guest's memory is a file in TMPDIR, preferably on a tmpfs. In a container that may be very small, which
         # would end the guest with SIGBUS.
         free = shutil.disk_usage("/dev/shm").free
         memory = {"TMPDIR": "/dev/shm"} if free > 1 << 30 else {}
         return {**os.environ, **memory, **self.preload()}
 
     def preload(self) -> Mapping[str, str]:
-        """What the guest needs on a host whose registers are larger than it knows, see uml_xstate.c."""
+        """A library for guests on hosts with larger registers than they support, see uml_xstate.c."""
         if "amx_tile" not in Path("/proc/cpuinfo").read_text():
             return {}
         library = self.folder / "uml_xstate.so"
@@ -190,7 +190,7 @@ def wait_for_result(
 ) -> Result:
     end = time.monotonic() + deadline
     while time.monotonic() < end:
-        # Looked at before the console is read: what a guest printed last must not be missed.
+        # Checked before the console is read, so that the last output of the guest is not missed.
         over = ended(process)
         result = result_in(read(console))
         if result is not None:
@@ -206,7 +206,7 @@ def wait_for_result(
 
 
 def wait_for_end(process: subprocess.Popen[bytes], result: Result) -> None:
-    """A back end that does not let go of its rings shows here: the front end waits for it while it powers off."""
+    """This detects a back end that does not release its rings: the front end waits for it while it powers off."""
     end = time.monotonic() + POWER_OFF_DEADLINE
     while not ended(process):
         if time.monotonic() > end:
@@ -215,12 +215,12 @@ def wait_for_end(process: subprocess.Popen[bytes], result: Result) -> None:
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended; it stays unreaped, so that its process group's number is not given away."""
+    """Whether a process has ended. It is not reaped, so that the id of its process group is not reused."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def end_group(process: subprocess.Popen[bytes]) -> int:
-    """Ends what is left of a guest, which may be several processes, and returns the exit status of the first."""
+    """Kill the remaining processes of a guest, and return the exit status of the first one."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait()

@@ -1,4 +1,4 @@
-"""As much of QEMU's machine protocol (QMP) as the tests need."""
+"""The part of QEMU's machine protocol (QMP) that the tests need."""
 
 import json
 import socket
@@ -29,7 +29,7 @@ class Qmp:
         self.do("qmp_capabilities")
 
     def do(self, command: str, **arguments: object) -> Any:
-        """What the command returns; AssertionError where it fails."""
+        """Run a command and return its result; AssertionError if it fails."""
         self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
         self._file.flush()
         while True:

@@ -1,4 +1,4 @@
-"""The back end is killed under load, again and again, and the guest notices nothing but pauses."""
+"""The back end is killed repeatedly under load, and the guest notices only pauses."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from .backends import STAND_IN, BackendFactory, Disturbed
 from .machines import QemuGuest
 
 KILLS = 20
-# Seconds from one kill to the next: a new process is there within one, and QEMU looks for it each second.
+# Seconds between kills: a new process starts within one second, and QEMU tries to reconnect every second.
 LIFE = 2.5
 
 

@@ -1,4 +1,4 @@
-"""The harness itself: a guest that fails, hangs, dies or is cut off must never be taken for one that succeeded."""
+"""The harness itself: a guest that fails, hangs, dies or is cut off must never count as a success."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ FAILING = Workload(workloads.script("say before\nfalse\nsay after\n"))
 
 @pytest.fixture
 def impostor(tmp_path: Path) -> Guest:
-    """A guest whose machine is whatever command a test says."""
+    """A guest whose machine is any command that the test gives."""
     return Guest(tmp_path, lambda workload: b"", tmp_path)
 
 
@@ -32,7 +32,7 @@ def test_the_result_is_read(impostor: Guest) -> None:
     "console",
     [
         "",
-        "RINGPLANE-GUEST-RESULT: 0",  # the line's end is missing: it might have become 01
+        "RINGPLANE-GUEST-RESULT: 0",  # the end of the line is missing: it might have become 01
         "RINGPLANE-GUEST-RESULT: \n",
         "RINGPLANE-GUEST-RES\n",
         "echo RINGPLANE-GUEST-RESULT: 0\n",

@@ -1,4 +1,4 @@
-"""An idle guest costs nothing: no thread of the back end wakes up while the guest leaves its disk alone."""
+"""An idle guest costs nothing: no thread of the back end wakes up while the guest does not use its disk."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ BOOT_DEADLINE = 120.0
 
 
 def wake_ups(pid: int) -> int:
-    """How often the threads of a process have gone to sleep or been made to."""
+    """The number of context switches of a process's threads, voluntary and involuntary."""
     statuses = (task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/status"))
     return sum(int(line.split()[1]) for status in statuses for line in status.splitlines() if "_ctxt_switches" in line)
 

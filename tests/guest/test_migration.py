@@ -1,4 +1,4 @@
-"""A guest moves between two QEMUs over two ringplane processes, under a verified load, and notices nothing."""
+"""A guest migrates between two QEMUs with one ringplane process each, under a verified load, without any error."""
 
 import contextlib
 import subprocess
@@ -15,7 +15,7 @@ from .initramfs import with_script
 from .machines import QemuGuest, end_group, read
 from .qmp import Qmp
 
-# Seconds of load before the guest moves.
+# Seconds of load before the migration.
 HEAD_START = 5.0
 
 
@@ -33,7 +33,7 @@ class Move:
         if not self.begun:
             self.begun = time.monotonic() if "fio begins" in read(self.console) else 0.0
         elif not self.states and time.monotonic() > self.begun + HEAD_START:
-            # A guest under load writes faster than an emulated machine is copied by default.
+            # A guest under load writes faster than the default speed of the migration.
             self.source.do("migrate-set-parameters", **{"max-bandwidth": 1 << 33, "downtime-limit": 3000})
             self.source.do("migrate", uri=self.to)
             self.states.append("setup")

@@ -24,7 +24,7 @@ def test_probe(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> No
     assert seen.value("ro") == "0"
     assert seen.value("logical_block_size") == "512"
     assert seen.value("queues") == "2"
-    # Else the guest would never flush. QEMU's own back end offers the switch (CONFIG_WCE) and leaves it off.
+    # Otherwise the guest would never flush. QEMU's own back end offers CONFIG_WCE and leaves the cache off.
     assert seen.value("write_cache") == ("write through" if STAND_IN else "write back")
     assert seen.value("serial")
     disk.stop()
@@ -49,12 +49,12 @@ def test_ranges(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> N
     seen = qemu.run(disk, workloads.ranges(), memory_mib=1024)
     assert int(seen.value("discard_granularity")) == disk_image.stat().st_blksize
     disk.stop()
-    # Of the file systems of 60 MB and their metadata is left, not what was written before or removed.
+    # The file systems of 60 MB and their metadata are left; data that was discarded or removed is not.
     assert disk_image.stat().st_blocks * 512 < 130 << 20
 
 
 def test_live_resize(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path) -> None:
-    """The guest sees that its disk has grown, and then that it has shrunk, while it is in use."""
+    """The guest sees that its disk grows, and then that it shrinks, while it is in use."""
     disk, console = backend(disk_image, num_queues=2), tmp_path / "console-1.txt"
     larger, smaller = 600 << 20, 300 << 20
 
@@ -72,7 +72,7 @@ def test_live_resize(backend: BackendFactory, qemu: QemuGuest, disk_image: Path,
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 def test_no_room_left(backend: BackendFactory, qemu: QemuGuest, tmp_path: Path) -> None:
-    """An image that cannot have all that it says: the guest gets errors, until there is room."""
+    """The file system has less space than the size of the image: the guest gets errors until there is space."""
     console, folder = tmp_path / "console-1.txt", tmp_path / "small"
     with small_tmpfs(folder, mib=16):
         image = folder / "disk.img"
@@ -97,7 +97,7 @@ def test_no_room_left(backend: BackendFactory, qemu: QemuGuest, tmp_path: Path) 
 def test_boots_from_the_disk(
     backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, transport: str
 ) -> None:
-    """SeaBIOS and SYSLINUX read it through the BIOS, then the kernel that they loaded; as legacy drivers too."""
+    """SeaBIOS and SYSLINUX read it through the BIOS, then the kernel uses it; also with legacy drivers."""
     workload = workloads.write_pattern(mib=4, start=256)
     initrd = initramfs.with_script(qemu.initramfs(workload), workload.script)
     boot.make(disk_image, qemu.kernel, initrd, qemu.kernel_options, tmp_path)
@@ -118,7 +118,7 @@ def test_packed_ring(backend: BackendFactory, qemu: QemuGuest, disk_image: Path)
 
 
 def test_next_front_end_is_served(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> None:
-    """One back end process, one machine after another: the second finds what the first wrote."""
+    """One back end process serves two machines one after the other: the second reads the data of the first."""
     disk = backend(disk_image, num_queues=2)
     written = qemu.run(disk, workloads.write_pattern(mib=16)).value("sha256")
     assert qemu.run(disk, workloads.read_pattern(mib=16)).value("sha256") == written

@@ -1,4 +1,4 @@
-"""User-mode Linux with a ringplane disk: a front end of another make, at nearly the speed of the host."""
+"""User-mode Linux with a ringplane disk: another implementation of a front end, at nearly the speed of the host."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_probe(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None
     assert seen.value("ro") == "0"
     assert seen.value("logical_block_size") == "512"
     assert seen.value("queues") == "1"
-    # Else the guest would never flush. QEMU's own back end offers the switch (CONFIG_WCE) and leaves it off.
+    # Otherwise the guest would never flush. QEMU's own back end offers CONFIG_WCE and leaves the cache off.
     assert seen.value("write_cache") == ("write through" if STAND_IN else "write back")
     assert seen.value("serial")
     disk.stop()
@@ -35,7 +35,7 @@ def test_fio_verify(backend: BackendFactory, uml: UmlGuest, disk_image: Path) ->
 
 
 def test_in_band(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
-    """Kicks and calls are messages: this guest takes that when it is offered."""
+    """Kicks and calls are messages; this guest accepts the feature if it is offered."""
     disk = backend(disk_image, num_queues=1, extra=["--feature", "inband-notifications=on", "--log-level", "debug"])
     uml.run(disk, workloads.fio_verify(num_queues=1, cpus=1, ring="packed"))
     disk.stop()
@@ -44,7 +44,7 @@ def test_in_band(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> No
 
 
 def test_next_front_end_is_served(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
-    """User-mode Linux never asks for the state of its ring (GET_VRING_BASE): it closes the connection and is gone."""
+    """User-mode Linux never stops its ring with GET_VRING_BASE: it only closes the connection."""
     disk = backend(disk_image, num_queues=1)
     written = uml.run(disk, workloads.write_pattern(mib=16)).value("sha256")
     assert uml.run(disk, workloads.read_pattern(mib=16)).value("sha256") == written
@@ -55,7 +55,7 @@ def test_next_front_end_is_served(backend: BackendFactory, uml: UmlGuest, disk_i
 def test_a_different_front_end_is_served_next(
     backend: BackendFactory, uml: UmlGuest, qemu: QemuGuest, disk_image: Path
 ) -> None:
-    """Nothing of one front end's features, memory and queues is left when another begins."""
+    """No features, memory or queues of one front end are left when the next one connects."""
     disk = backend(disk_image, num_queues=2)
     written = uml.run(disk, workloads.write_pattern(mib=4)).value("sha256")
     assert qemu.run(disk, workloads.read_pattern(mib=4)).value("sha256") == written

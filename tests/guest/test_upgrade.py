@@ -1,4 +1,4 @@
-"""A new process takes over from the running one under load, again and again, and the guest notices nothing at all."""
+"""A new process takes over from the running one under load, repeatedly, and the guest notices nothing."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from .backends import STAND_IN, BackendFactory, Disturbed
 from .machines import QemuGuest
 
 UPGRADES = 8
-# Seconds from one to the next.
+# Seconds between takeovers.
 LIFE = 2.0
 
 
@@ -18,7 +18,7 @@ LIFE = 2.0
 def test_upgraded_under_load(
     backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, ring: str
 ) -> None:
-    """QEMU would not connect again: there is no `reconnect` here."""
+    """QEMU would not reconnect, because `reconnect` is not set here."""
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     started = backend(disk_image)
     disk = Disturbed(started, tmp_path / "console-1.txt", started.upgrade, UPGRADES, LIFE)

@@ -20,7 +20,7 @@ def test_zones(backend: BackendFactory, zoned_uml: UmlGuest, disk_image: Path) -
     seen = zoned_uml.run(disk, workloads.zones(ZONE_MIB, COUNT, conventional=2))
     assert seen.value("states").split() == ["3", "4", "14", "1"]
     disk.stop()
-    # All was reset, so all space was given back.
+    # All zones were reset, so all space is free.
     assert disk_image.stat().st_blocks == 0
 
 
@@ -31,7 +31,7 @@ def test_btrfs(backend: BackendFactory, zoned_uml: UmlGuest, disk_image: Path) -
 
 
 def test_a_driver_without_zoned_support_is_refused(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
-    """The user-mode Linux of Debian 12 is older than zones in virtio-blk: it finds no disk."""
+    """The user-mode Linux of Debian 12 is older than zoned virtio-blk disks: it finds no disk."""
     disk = backend(disk_image, num_queues=1, extra=["--zoned", f"{ZONE_MIB}M"])
     uml.run(disk, workloads.no_disk())
     disk.stop()

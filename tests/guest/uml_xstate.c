@@ -1,8 +1,8 @@
 /* Lets user-mode Linux before 6.13 run on hosts with AMX; preloaded into it.
  *
  * It saves and restores the floating-point registers of its processes with ptrace(2) in a buffer that is too small for
- * the state of such a host. Reading cuts the state off, but PTRACE_SETREGSET wants all of it or nothing (EFAULT), and
- * the guest panics with "ptrace set fp regs failed". Here the missing end is filled up with what the process has there.
+ * the state of such a host. Reads are truncated, but PTRACE_SETREGSET needs the whole state (otherwise EFAULT), and the
+ * guest panics with "ptrace set fp regs failed". Here the missing end is filled with the current state of the process.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

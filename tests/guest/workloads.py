@@ -1,8 +1,8 @@
-"""Workloads: the shell scripts that run in a guest on its disk /dev/vda, and the programs that they need."""
+"""Workloads: shell scripts that run in a guest on its disk /dev/vda, and the programs that they need."""
 
 from dataclasses import dataclass
 
-# Each line of progress tells the guest's clock, so that the console of a guest that hangs shows where and since when.
+# Each progress line has the guest's time, so that the console of a guest that hangs shows where and since when.
 PRELUDE = """\
 set -eo pipefail
 say() { read -r up _ < /proc/uptime; echo "guest: $up s: $*"; }
@@ -10,7 +10,7 @@ give_up() { say "FAILED: $*"; dmesg | tail -n 20; exit 1; }
 [ -b /dev/vda ] || give_up "there is no /dev/vda"
 """
 
-# A driver retries and a file system may go on after a failed request; the kernel's log does not forget it.
+# Drivers retry failed requests and file systems may continue after them, but the kernel's log keeps them.
 CLEAN_LOG = """\
 bad='I/O error|EXT4-fs (error|warning)|XFS.*(rror|orrupt)|BTRFS (error|warning|critical)|blk_update_request'
 if dmesg | grep -E "$bad|vda.*error|BUG:|Call Trace"; then
@@ -22,7 +22,7 @@ say "done"
 
 @dataclass(frozen=True)
 class Workload:
-    """A script, and the programs beside busybox and the kernel modules that its guest must have."""
+    """A script, with the programs (besides busybox) and the kernel modules that its guest needs."""
 
     script: str
     programs: tuple[str, ...] = ()
@@ -36,8 +36,8 @@ def script(body: str) -> str:
 def filesystem() -> Workload:
     """Thousands of files that must be the same after the file system was mounted again, and a clean e2fsck.
 
-    "split" makes many files in one process: a process for each would cost most of the time of an emulated machine.
-    The list of checksums is left on the disk as well, so that the host can compare what it finds in the image.
+    "split" makes many files in one process: one process per file would take too long on an emulated machine.
+    The list of checksums is left on the disk as well, so that the host can check the files in the image.
     """
     body = """\
 say "mkfs"
@@ -84,7 +84,7 @@ e2fsck -fn /dev/vda
 
 
 def ranges() -> Workload:
-    """Discarded and zeroed ranges of the disk, and what trimming leaves of two file systems and a checksummed third."""
+    """Discarded and zeroed ranges of the disk; two trimmed file systems, and a third one that must not change."""
     body = """\
 host() { # a program of the host's, where busybox has a smaller one of the same name
     for folder in /usr/sbin /sbin /usr/bin; do
@@ -145,7 +145,7 @@ trim btrfs mkfs.btrfs -q -f
 
 
 def resized(first: int, second: int) -> Workload:
-    """A disk whose size in bytes changes under a guest that has it in use; what lies beyond a new end is an error."""
+    """A disk whose size in bytes changes while a guest uses it; requests beyond the new end are errors."""
     body = f"""\
 size() {{ echo $(($(cat /sys/block/vda/size) * 512)); }}
 wait_for() {{
@@ -165,9 +165,9 @@ dd if=/dev/vda of=/dev/null bs=1M skip=$(({second} / 1048576 - 1)) count=1 iflag
 
 
 def no_room() -> Workload:
-    """The image's file system is full, and has room again when the host was told; what was there stays, all else works.
+    """The image's file system is full until the host makes space; existing data stays, everything else works.
 
-    `kept=` tells the checksum of the first 8 MiB, `data=` that of 32 MiB from 100 MiB on.
+    `kept=` is the checksum of the first 8 MiB, `data=` that of 32 MiB from 100 MiB on.
     """
     body = """\
 write() { dd if="$1" of=/dev/vda bs=1M seek="$2" oflag=direct conv=fsync 2> /tmp/dd.txt; }
@@ -200,11 +200,11 @@ say "done"
 
 
 def fio_verify(num_queues: int, cpus: int, scale: int = 1, ring: str = "split") -> Workload:
-    """Data written at many block sizes and depths, read back and checked by fio, in two areas at a time.
+    """fio writes with many block sizes and depths, reads back and verifies, in two areas at a time.
 
-    `ring` is the format of the rings, which must be in use.
+    `ring` is the ring format that must be in use.
     """
-    # The bits of the features that were agreed on, from 0 on; 34 is VIRTIO_F_RING_PACKED.
+    # The negotiated feature bits from 0 on; 34 is VIRTIO_F_RING_PACKED.
     packed = "1" if ring == "packed" else "0"
     pinned = f"--cpus_allowed=0-{cpus - 1} --cpus_allowed_policy=split" if cpus > 1 else ""
     body = f"""\
@@ -219,7 +219,7 @@ verify() {{ # name, MiB for each job, options
         --size=${{size}}M --offset_increment=200M --verify=crc32c --verify_fatal=1 "$@" > /tmp/fio.txt 2>&1 ||
         {{ cat /tmp/fio.txt; give_up "fio $name"; }}
     grep -E 'err=|IOPS=' /tmp/fio.txt
-    [ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio $name told of an error"; }}
+    [ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio $name reported an error"; }}
     grep -q 'read: IOPS' /tmp/fio.txt || give_up "fio $name verified nothing"
 }}
 verify 512-randwrite 2 --rw=randwrite --bs=512
@@ -233,13 +233,13 @@ verify 1M-randrw 64 --rw=randrw --bs=1M
 verify mixed-randrw 64 --rw=randrw --bssplit=512/20:2560/20:4k/20:60k/20:1M/20
 verify mixed-write 64 --rw=write --bsrange=512-1M
 """
-    # A machine with one processor gives its disk one queue, which cannot go unused.
+    # A machine with one processor gives its disk one queue, which is always used.
     used = each_queue_interrupts(num_queues) if cpus > 1 else ""
     return Workload(script(body + used + CLEAN_LOG), ("fio",))
 
 
 def fio_verify_for(seconds: int, ring: str) -> Workload:
-    """Random writes that are read back and verified, over and over, for so many seconds."""
+    """Random writes that are read back and verified repeatedly for so many seconds."""
     packed = "1" if ring == "packed" else "0"
     body = f"""\
 [ "$(cut -c 35 /sys/block/vda/device/features)" = {packed} ] || give_up "the rings are not {ring}"
@@ -249,14 +249,14 @@ fio --name=verify --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=32 
     --verify_backlog=64 --time_based --runtime={seconds} --fsync=32 > /tmp/fio.txt 2>&1 ||
     {{ cat /tmp/fio.txt; give_up "fio"; }}
 grep -E 'err=|IOPS=' /tmp/fio.txt
-[ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio told of an error"; }}
+[ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio reported an error"; }}
 echo "verified_kib=$(awk '{{ print int($3 / 2) }}' /sys/block/vda/stat)"
 """
     return Workload(script(body + CLEAN_LOG), ("fio",))
 
 
 def each_queue_interrupts(num_queues: int) -> str:
-    """Shell lines that fail unless every queue has completed requests, as /proc/interrupts of a PC tells."""
+    """Shell lines that fail unless /proc/interrupts of a PC shows completions of every queue."""
     return f"""\
 for queue in $(seq 0 {num_queues - 1}); do
     line=$(grep -E "virtio[0-9]+-req\\.$queue\\$" /proc/interrupts) || give_up "queue $queue has no interrupt"
@@ -267,14 +267,14 @@ done
 
 
 def no_disk() -> Workload:
-    """A guest that comes up without the disk."""
+    """A guest that boots without the disk."""
     return Workload("[ ! -b /dev/vda ] || exit 1\n")
 
 
 def zones(zone_mib: int, count: int, conventional: int) -> Workload:
-    """Zones as the guest sees them, reset, written with fio in its zoned mode and verified, and resources that run out.
+    """Reports and resets zones, writes and verifies them with fio's zoned mode, and exhausts open zones.
 
-    A write that is not at the pointer is refused, and no file system is made for that.
+    A write that is not at the write pointer fails; no file system is needed for that.
     """
     body = f"""\
 [ "$(cat /sys/block/vda/queue/zoned)" = host-managed ] || give_up "the disk is not zoned"
@@ -305,7 +305,7 @@ verify() {{ # name, options
     fio --name="$name" --filename=/dev/vda --direct=1 --zonemode=zbd --offset=$((first * 512)) --thread \\
         --verify=crc32c --verify_fatal=1 "$@" > /tmp/fio.txt 2>&1 || {{ cat /tmp/fio.txt; give_up "fio $name"; }}
     grep -E 'err=|IOPS=' /tmp/fio.txt
-    grep -q 'err= 0' /tmp/fio.txt || give_up "fio $name told of an error"
+    grep -q 'err= 0' /tmp/fio.txt || give_up "fio $name reported an error"
     grep -q 'read: IOPS' /tmp/fio.txt || give_up "fio $name verified nothing"
     blkzone reset -o $first /dev/vda || give_up "reset"
 }}
@@ -318,7 +318,7 @@ blkzone report /dev/vda | grep -v CONVENTIONAL | grep -vc 'zcond: 1(em)' && give
 
 
 def zoned_filesystem() -> Workload:
-    """btrfs in its zoned mode, which writes by zone append: files, a scrub, and the files again after a remount."""
+    """btrfs in its zoned mode, which uses zone append: files, a scrub, and the files again after a remount."""
     body = """\
 mkfs.btrfs -q -f -O zoned -d single -m single /dev/vda || give_up "mkfs.btrfs"
 mount -t btrfs /dev/vda /mnt || give_up "mount"
@@ -341,7 +341,7 @@ umount /mnt
 
 
 def probe() -> Workload:
-    """What the guest sees of its disk."""
+    """The disk's properties as the guest sees them."""
     body = """\
 echo "size=$(($(cat /sys/block/vda/size) * 512))"
 echo "ro=$(cat /sys/block/vda/ro)"
@@ -354,7 +354,7 @@ echo "serial=$(cat /sys/block/vda/serial)"
 
 
 def write_pattern(mib: int, start: int = 0) -> Workload:
-    """Random data from the MiB `start` of the disk on; its checksum is told before it goes to the disk."""
+    """Random data from the MiB `start` of the disk on; the checksum is printed before the data is written."""
     body = f"""\
 dd if=/dev/urandom of=/tmp/data bs=1M count={mib}
 sum=$(sha256sum < /tmp/data)
@@ -365,7 +365,7 @@ dd if=/tmp/data of=/dev/vda bs=64k seek={start * 16} conv=fsync
 
 
 def start_of_disk(mib: int) -> str:
-    # An assignment of its own: a command that fails inside the arguments of echo would go unnoticed.
+    # A separate assignment, because a command that fails inside the arguments of echo would go unnoticed.
     return f"""\
 sum=$(dd if=/dev/vda bs=1M count={mib} | sha256sum)
 echo "sha256=$sum"
@@ -378,7 +378,7 @@ def read_pattern(mib: int) -> Workload:
 
 
 def read_only(mib: int) -> Workload:
-    """A disk that can be read, and that refuses to be opened for writing or to be formatted."""
+    """A disk that can be read, but neither opened for writing nor formatted."""
     body = """\
 [ "$(cat /sys/block/vda/ro)" = 1 ] || give_up "the disk is writable"
 if dd if=/dev/zero of=/dev/vda bs=4096 count=1 conv=fsync,notrunc; then give_up "a write succeeded"; fi
