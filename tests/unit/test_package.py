@@ -1,13 +1,20 @@
-"""What an installation brings beside the modules: programs, the systemd unit, QEMU's description."""
+"""What an installation brings: the systemd unit, QEMU's description, man pages, and completion in the shell."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+
+from ringplane.cli import COMMANDS, main
+from ringplane.cli.serve import ENGINES
 
 from .test_systemd import analyze
 
@@ -39,3 +46,73 @@ def test_qemu_finds_the_description(prefix: Path) -> None:
     described = json.loads((prefix / "share/qemu/vhost-user/50-ringplane.json").read_text())
     assert described["type"] == "block"
     assert (prefix / "bin" / Path(described["binary"]).name).exists()
+
+
+def test_man_pages(prefix: Path) -> None:
+    """One for each command, which says all that its --help does."""
+    pages = prefix / "share/man/man1"
+    context = click.Context(main)
+    names = {"ringplane": main} | {f"ringplane-{name}": main.get_command(context, name) for name in COMMANDS}
+    assert sorted(page.stem for page in pages.iterdir()) == sorted([*names, "ringplane-vhost-user-blk"])
+    for name, command in names.items():
+        text = formatted(pages / f"{name}.1")
+        assert command is not None
+        assert f"{name} - {command.short_help}" in text
+        for parameter in command.params:
+            assert all(option in text for option in parameter.opts if option.startswith("-"))
+    assert "ringplane-vhost-user-blk [OPTIONS]" in formatted(pages / "ringplane-vhost-user-blk.1")
+
+
+def formatted(page: Path) -> str:
+    """As man(1) shows it, with words that are not hyphenated; it must have nothing to warn of."""
+    if shutil.which("man") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("man is not installed")
+        pytest.skip("man is not installed")
+    command = ["man", "--warnings", "--no-hyphenation", "--local-file", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MANWIDTH": "200", "LC_ALL": "C"})
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+# compopt, which has bash complete the names of files, works only where a person types.
+COMPLETION = """
+compopt() { COMPREPLY=("compopt:$*"); }
+source <(_RINGPLANE_COMPLETE=bash_source "$PROGRAM")
+COMP_WORDS=("$PROGRAM" "$@") COMP_CWORD=$#
+_ringplane_completion "$PROGRAM" "${COMP_WORDS[$COMP_CWORD]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> Callable[..., list[str]]:
+    """What bash offers for the last word. Nothing slow may be imported for that."""
+    for name in ("numba", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} is imported')")
+    program = str(Path(sys.executable).with_name("ringplane"))
+    environment = {**os.environ, "PROGRAM": program, "PYTHONPATH": str(tmp_path)}
+
+    def offered(*words: str) -> list[str]:
+        done = subprocess.run(
+            ["bash", "-c", COMPLETION, "bash", *words], capture_output=True, text=True, env=environment, timeout=60
+        )
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    return offered
+
+
+def test_shell_completes_commands_options_and_choices(complete: Callable[..., list[str]]) -> None:
+    assert complete("") == list(COMMANDS)
+    assert complete("be") == ["bench"]
+    assert complete("serve", "--socket-p") == ["--socket-path"]
+    assert complete("serve", "--engine", "") == list(ENGINES)
+    assert complete("bench", "--workload", "seq") == ["seqread", "seqwrite"]
+
+
+@pytest.mark.parametrize(
+    "words", [("serve", "--config"), ("serve", "--blk-file"), ("demo", "--image"), ("bench",), ("bench", "--json")]
+)
+def test_shell_completes_files(complete: Callable[..., list[str]], words: tuple[str, ...]) -> None:
+    assert complete(*words, "") == ["compopt:-o", "default"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringplane.cli.types import CPUS, SIZE
+from ringplane.cli.types import CPUS, FILE, FOLDER, SIZE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ WIDTH = 140
 
 
 @click.command(short_help="Measure back ends side by side.")
-@click.argument("targets", nargs=-1, metavar="SOCKET | PLACE...")
+@click.argument("targets", nargs=-1, type=click.Path(readable=False), metavar="SOCKET | PLACE...")
 @click.option("--against", type=click.Choice([QSD, NOTHING]), help="Start ringplane, and this beside it, on PLACEs.")
 @click.option("--ringplane", "variants", multiple=True, metavar="FLAGS", help="A variant: flags of `ringplane serve`.")
 @click.option("--qsd-aio", multiple=True, type=click.Choice(AIO), help="Its variants [default: all].")
@@ -57,11 +57,11 @@ WIDTH = 140
     help="Allow writing to what exists: the disk behind SOCKET, or a PLACE that is an image or block device. "
     "ALL DATA IN IT IS LOST.",
 )  # fmt: skip
-@click.option("--json", "json_path", type=Path, metavar="FILE", help="Write everything there, after each round.")
-@click.option("--plot", "plot_folder", type=Path, metavar="FOLDER", help="Draw PNGs there (needs matplotlib).")
-@click.option("--markdown", "markdown_path", type=Path, metavar="FILE", help="Put the tables between FILE's markers.")
+@click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything there, after each round.")
+@click.option("--plot", "plot_folder", type=FOLDER, metavar="FOLDER", help="Draw PNGs there (needs matplotlib).")
+@click.option("--markdown", "markdown_path", type=FILE, metavar="FILE", help="Put the tables between FILE's markers.")
 @click.option(
-    "--report", "report_path", type=Path, metavar="FILE", help="Measure nothing: show an earlier --json FILE."
+    "--report", "report_path", type=FILE, metavar="FILE", help="Measure nothing: show an earlier --json FILE."
 )
 def bench(
     targets: tuple[str, ...],

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ringplane.cli.types import SIZE
+from ringplane.cli.types import FILE, SIZE
 from ringplane.values import format_size
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ DEPTHS = (1, 32, 128)
 READY = "listening on"
 
 
-@click.command()
-@click.option("--image", type=Path, help="Where to make the image [default: a temporary folder]; removed afterwards.")
+@click.command(short_help="Try ringplane without a guest.")
+@click.option("--image", type=FILE, help="Where to make the image [default: a temporary folder]; removed afterwards.")
 @click.option("--size", type=SIZE, default="256M", show_default=True, help="Of the image.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Of each measurement.")
 def demo(image: Path | None, size: int, seconds: float) -> None:

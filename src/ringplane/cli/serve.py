@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
-from ringplane.cli.types import CPUS, FEATURE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
 from ringplane.values import User, check_serial, format_size
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
         context.exit()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--config", type=Path, metavar="FILE", help="Serve the disks that this TOML file describes (docs/config.md)."
+    "--config", type=FILE, metavar="FILE", help="Serve the disks that this TOML file describes (docs/config.md)."
 )
-@click.option("--blk-file", "--image", type=Path, help="Raw image file or block device to serve.")
-@click.option("--socket-path", type=Path, help="UNIX socket to listen at.")
+@click.option("--blk-file", "--image", type=FILE, help="Raw image file or block device to serve.")
+@click.option("--socket-path", type=FILE, help="UNIX socket to listen at.")
 @click.option("--socket-mode", type=MODE, metavar="MODE", help="Mode of the socket, as 0660 [default: by the umask].")
 @click.option(
     "--socket-group", type=GROUP, metavar="GROUP", help="Group of the socket; its mode is then 0660 unless given."

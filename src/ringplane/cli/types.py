@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -40,6 +41,9 @@ def _usable_cpus(text: str) -> frozenset[int]:
     return cpus
 
 
+# Completed by the shell; whether there is such a file is checked by the code that opens it.
+FILE = click.Path(readable=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, readable=False, path_type=Path)
 SIZE = Parsed("size", parse_size)
 CPUS = Parsed("list", _usable_cpus)
 FEATURE = Parsed("feature", parse_feature)
