@@ -1,7 +1,7 @@
-"""Tests of single parts of ringplane, with models of the specification to compare them with."""
+"""Tests of single parts of ringplane, some against models of the specification."""
 
 from hypothesis import settings
 
-# The first example of a test loads or compiles the data plane; how long that takes is nobody's mistake.
+# The first example of a test loads or compiles the data plane, however long that takes.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

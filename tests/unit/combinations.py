@@ -1,4 +1,4 @@
-"""Every combination of ring format and feature that is the data plane's business, as `Line.start` wants to know it."""
+"""Every combination of ring format and features that matters to the data plane, as arguments of `Line.start`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Combination = dict[str, Any]
 FORMATS = {"split": Ring, "packed": PackedRing}
 FEATURES = ("event_idx", "indirect", "in_order")
 
-# What may be negotiated as well and makes no difference here.
+# Features that may be negotiated as well and make no difference here.
 INDIFFERENT = (
     VIRTIO_F_VERSION_1,
     VIRTIO_F_NOTIFICATION_DATA,
@@ -54,5 +54,5 @@ def some_of(bits: tuple[int, ...], randomness: random.Random) -> int:
 
 
 def any_size(combination: Combination, randomness: random.Random) -> int:
-    """A split ring's is a power of two (section 2.7), a packed one's is any."""
+    """The size of a split ring is a power of two (section 2.7), that of a packed ring is any number."""
     return 1 << randomness.randrange(1, 9) if combination["ring_class"] is Ring else randomness.randrange(2, 257)

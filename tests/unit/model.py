@@ -1,4 +1,4 @@
-"""The device's end of a split virtqueue in plain Python, read off virtio 1.2 section 2.7, for tests to compare with."""
+"""A model of the device's end of a split virtqueue in plain Python, written from virtio 1.2 section 2.7."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Descriptor(NamedTuple):
 
 @dataclass
 class Chain:
-    """What a driver put into one chain: buffers for the device to read, then buffers for it to write."""
+    """The buffers of one chain: those that the device reads, then those that it writes."""
 
     readable: list[Buffer] = field(default_factory=list)
     writable: list[Buffer] = field(default_factory=list)
@@ -119,7 +119,7 @@ def read_chain(memory: Memory, table: list[Descriptor], head: int, indirect_nego
     chain = Chain()
     index, steps, total, in_indirect = head, 0, 0, False
     while True:
-        # Whoever takes more steps than the table has entries is at one of them for the second time.
+        # After more steps than the table has entries, an entry is visited for the second time.
         steps += 1
         if steps > len(table):
             raise Broken("LOOP")

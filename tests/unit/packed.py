@@ -17,43 +17,43 @@ NEW_RING = 0x8000_8000
 
 
 def place(index: int, wrap: int) -> int:
-    """A place in the ring as event suppression structs and vring bases tell it."""
+    """A place in the ring in the format of event suppression structs and vring bases."""
     return index | wrap << 15
 
 
 class PackedRing(DriverRing):
     """Descriptors that are made available, and used ones that are taken back, lap after lap.
 
-    Places are counted here through two laps, after which they come back; in the first of them the wrap counter is 1.
+    Places are counted modulo two laps; in the first lap the wrap counter is 1.
     """
 
     def __init__(self, guest: Guest, size: int, *, start: int = 0, **negotiated: Any) -> None:
-        """`start`: a base as the device tells it; 0: a new ring."""
+        """`start`: a base as the device reports it; 0: a new ring."""
         super().__init__(guest, size, **negotiated)
         self.features |= VIRTIO_F_RING_PACKED
         self.allocate(16 * size, 4, 4)
         start = start or NEW_RING
         self.next, self.used_next = self._count(start & 0xFFFF), self._count(start >> 16)
         for index in range(size):
-            # As this lap has left them so far, and the lap before.
+            # The state after this lap so far, and after the previous lap.
             used = (self.next < size) == (index < self.next % size)
             guest.write(self.desc + 16 * index + 14, struct.pack("<H", AVAIL | USED if used else 0))
         self._ids = list(range(size))
         self._room = size
-        # What `publish` writes: the flags that make the first descriptor since the last time the device's.
+        # `publish` writes these flags, which make the first new descriptor available.
         self._held: tuple[int, int] | None = None
         self._published = self.next
         self._chains: dict[int, Sequence[Descriptor]] = {}
 
     @staticmethod
     def any_base(size: int, randomness: random.Random) -> int:
-        """Where a ring may be when nothing is in it."""
+        """A random valid base of an empty ring."""
         here = place(randomness.randrange(size), randomness.randrange(2))
         return here | here << 16
 
     @property
     def base(self) -> int:
-        """Where the device would go on that has taken all that is in the ring."""
+        """Where a device continues that has fetched everything in the ring."""
         return self._place(self.next) | self._place(self.used_next) << 16
 
     def _count(self, told: int) -> int:
@@ -69,7 +69,7 @@ class PackedRing(DriverRing):
         return self._room >= count
 
     def table(self, chain: Sequence[Descriptor]) -> bytes:
-        """An indirect table (section 2.8.7): its descriptors follow each other as they are."""
+        """An indirect table (section 2.8.7): its descriptors are consecutive."""
         return b"".join(struct.pack("<QIHH", address, length, 0, flags) for address, length, flags in chain)
 
     def add_chain(self, chain: Sequence[Descriptor], pieces: Sequence[Piece] = ()) -> Pending:
@@ -81,13 +81,13 @@ class PackedRing(DriverRing):
         return pending
 
     def put_available(self, identifier: int) -> None:
-        """Write the chain; what comes from the first one since the last `publish` on is not the device's yet."""
+        """Write the chain; it and all later ones become available at the next `publish`."""
         chain = self._chains[identifier]
         for number, (address, length, flags) in enumerate(chain):
             flags |= NEXT * (number + 1 < len(chain))
             flags |= AVAIL if self.next < self.size else USED
             start = self.desc + 16 * (self.next % self.size)
-            # Only the last descriptor's id counts.
+            # Only the id in the last descriptor counts.
             number_of = identifier if number + 1 == len(chain) else 0xFFFF
             if self._held is None:
                 self._held = (start + 14, flags)
@@ -97,12 +97,12 @@ class PackedRing(DriverRing):
             self.next = self._after(self.next, 1)
 
     def put_bad_head(self) -> None:
-        """Make a chain available whose id the ring does not have."""
+        """Make a chain available with an id outside the ring."""
         self._chains[self.size] = [Piece(0, 16, False).descriptor, Piece(16, 1, True).descriptor]
         self.put_available(self.size)
 
     def publish(self) -> bool:
-        """Make visible what was put; returns whether the device asks for a kick for it (section 2.8.14)."""
+        """Make the new chains visible; returns whether the device wants a kick for them (section 2.8.14)."""
         if self._held is None:
             return False
         self.guest.store16(*self._held)
@@ -114,17 +114,17 @@ class PackedRing(DriverRing):
         return flags == ENABLE
 
     def asks_for_kick(self) -> bool:
-        """Whether the device asks for a kick with the next chain."""
+        """Whether the device wants a kick with the next chain."""
         barrier()
         asked, flags = self._device_event()
         return asked == self._place(self.next) if flags == DESC else flags == ENABLE
 
     def _device_event(self) -> tuple[int, int]:
-        """The device's event suppression struct: a place, and what it means."""
+        """The device's event suppression struct: a place and its flags."""
         return struct.unpack_from("<HH", self.guest.memory, self.used)
 
     def enable_notifications(self) -> None:
-        """Ask for a call with the next answer."""
+        """Request a call with the next used chain."""
         if self.event_idx:
             self.set_used_event(self._place(self.used_next))
         else:
@@ -134,25 +134,25 @@ class PackedRing(DriverRing):
         self.guest.store16(self.avail + 2, DISABLE)
 
     def set_used_event(self, wanted: int) -> None:
-        """Ask for a call when the descriptor at this place is used."""
+        """Request a call when the descriptor at this place is used."""
         self.guest.store16(self.avail, wanted)
         self.guest.store16(self.avail + 2, DESC)
 
     def place_behind(self, chains: Sequence[int]) -> int:
-        """Where the answer behind those to the next chains, of so many descriptors each, will be."""
+        """The place of the used descriptor after those of the next chains, which have so many descriptors each."""
         return self._place(self._after(self.used_next, sum(chains)))
 
     def take_used(self) -> Iterator[tuple[int, int]]:
-        """Ids and used lengths of what has been answered since the last call."""
+        """Ids and used lengths of the chains that were used since the last call."""
         while True:
             used, wrap = self.desc + 16 * (self.used_next % self.size), self.used_next < self.size
             (flags,) = struct.unpack_from("<H", self.guest.memory, used + 14)
             if bool(flags & USED) != wrap or bool(flags & AVAIL) != wrap:
                 return
-            # What the flags make ours is read after them.
+            # The flags are read before the data that they publish.
             barrier()
             length, identifier = struct.unpack_from("<IH", self.guest.memory, used + 8)
-            # The device says that it wrote something exactly if it did.
+            # The device sets WRITE exactly if it wrote something.
             assert bool(flags & WRITE) == (length > 0)
             self.used_next = self._after(self.used_next, len(self._chains[identifier]))
             yield identifier, length

@@ -44,7 +44,7 @@ NO_INTERRUPT = NO_NOTIFY = 1
 
 SERIAL = "serial-0123456789"
 
-# A test that waits for this long has found a hang.
+# A test that waits for so many seconds has found a hang.
 PATIENCE = 20.0
 
 GUEST_BASE, USER_BASE = 0x1_0000_0000, 0x7F00_0000_0000
@@ -53,20 +53,20 @@ RING_AREA = 64 * 1024
 
 @numba.njit
 def barrier() -> None:
-    """The driver's memory barrier (section 2.7.13.3), which Python has no other way to say."""
+    """The driver's memory barrier (section 2.7.13.3), for which Python has no other means."""
     fence()
 
 
 @numba.njit
 def store_between_barriers(address: int, value: int) -> None:
-    """What the driver stores for the device to see at any time."""
+    """A store of the driver that the device may see at any time."""
     fence()
     store16(address, value)
     fence()
 
 
 class Guest:
-    """Guest memory: one memfd, mapped here as the driver sees it and mapped again for the device."""
+    """Guest memory: one memfd, mapped here for the driver, and mapped again for the device."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -77,14 +77,14 @@ class Guest:
         self.free = 0
 
     def table(self) -> MemoryTable:
-        """A new mapping for the device: two adjoining regions, so that buffers may run over the border."""
+        """A new mapping for the device: two adjacent regions, so that buffers may cross the border."""
         half = self.size // 2
         return MemoryTable(
             Region.map(GUEST_BASE + start, USER_BASE + start, half, start, self.fd) for start in (0, half)
         )
 
     def allocate(self, size: int, alignment: int = 1) -> int:
-        """The offset of a piece of memory that nobody else has."""
+        """Allocate memory; returns its offset."""
         start = -(-self.free // alignment) * alignment
         self.free = start + size
         assert self.free <= self.size, "the test needs more guest memory"
@@ -111,7 +111,7 @@ Descriptor = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """The buffer of one descriptor: where in guest memory, and for whom."""
+    """The buffer of one descriptor: its place in guest memory and its direction."""
 
     offset: int
     size: int
@@ -124,11 +124,11 @@ class Piece:
 
 @dataclass
 class Pending:
-    """A request that was put into a ring, and where its answer will be."""
+    """A request that was put into a ring, and the places of its answer."""
 
     head: int
     pieces: list[Piece]
-    # Whichever of the ring's it has.
+    # The descriptors of the ring that it uses.
     descriptors: list[int]
     used_length: int | None = None
 
@@ -139,7 +139,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the device made of a request: `data` is all that it may write, but for the status."""
+    """The answer of the device to a request: `data` is everything that it may write, except the status."""
 
     status: int
     used_length: int
@@ -147,7 +147,7 @@ class Answer:
 
 
 class DriverRing:
-    """What the driver's ends of both formats have in common: what was negotiated, and who waits for an answer."""
+    """The common part of the driver's ends of both formats: the negotiated features and the requests in flight."""
 
     def __init__(
         self,
@@ -160,12 +160,12 @@ class DriverRing:
         features: int = 0,
         write_through: bool = False,
     ) -> None:
-        """`features`: bits beside the three that have an argument of their own."""
+        """`features`: bits besides the three that have their own arguments."""
         self.guest, self.size, self.event_idx, self.indirect, self.in_order = guest, size, event_idx, indirect, in_order
         self.features = features | event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC
         self.features |= in_order * VIRTIO_F_IN_ORDER
         self.write_through = write_through
-        # In the order in which they came.
+        # In the order of submission.
         self.pending: dict[int, Pending] = {}
 
     def allocate(self, desc: int, avail: int, used: int) -> None:
@@ -181,7 +181,7 @@ class DriverRing:
         return RingLayout(self.size, *areas, self.base, self.features, self.write_through)
 
     def add(self, pieces: Sequence[Piece], direct: int | None = None) -> Pending:
-        """A new chain of these buffers; all but `direct` of them in an indirect table, all direct if None."""
+        """Add a chain of these buffers; those after the first `direct` ones are in an indirect table (None: no table)."""
         chain = [piece.descriptor for piece in pieces]
         if direct is not None and direct < len(chain):
             table = self.table(chain[direct:])
@@ -191,7 +191,7 @@ class DriverRing:
         return self.add_chain(chain, pieces)
 
     def collect(self) -> list[Pending]:
-        """What has been answered since the last call, in the order of the answers."""
+        """The requests that were completed since the last call, in the order of completion."""
         done = []
         for head, used_length in self.take_used():
             if self.in_order:
@@ -207,7 +207,7 @@ class Ring(DriverRing):
     """The driver's end of a split virtqueue in guest memory (virtio 1.2, section 2.7)."""
 
     def __init__(self, guest: Guest, size: int, *, start: int = 0, **negotiated: Any) -> None:
-        """`start`: a base as the device tells it."""
+        """`start`: a base as the device reports it."""
         super().__init__(guest, size, **negotiated)
         self.allocate(16 * size, 6 + 2 * size, 6 + 8 * size)
         self.avail_idx = self.used_idx = self._published = start
@@ -217,19 +217,19 @@ class Ring(DriverRing):
 
     @staticmethod
     def any_base(size: int, randomness: random.Random) -> int:
-        """Where a ring may be when nothing is in it; the counters wrap around soon, half of the time."""
+        """A random valid base of an empty ring; in half of the cases the counters soon wrap around."""
         return randomness.choice([randomness.randrange(65536), 65536 - randomness.randrange(1, size + 1)])
 
     @property
     def base(self) -> int:
-        """Where the device would go on that has taken all that is in the ring."""
+        """Where a device continues that has fetched everything in the ring."""
         return self.avail_idx
 
     def has_room(self, count: int) -> bool:
         return len(self._free) >= count
 
     def table(self, chain: Sequence[Descriptor]) -> bytes:
-        """An indirect table (section 2.7.5.3): its descriptors follow each other by `next`."""
+        """An indirect table (section 2.7.5.3): its descriptors are linked by `next`."""
         last = len(chain) - 1
         return b"".join(
             struct.pack("<QIHH", address, length, flags | NEXT * (number < last), number + 1 if number < last else 0)
@@ -237,9 +237,9 @@ class Ring(DriverRing):
         )
 
     def add_chain(self, chain: Sequence[Descriptor], pieces: Sequence[Piece] = ()) -> Pending:
-        """Write a chain's descriptors; if the last has the flag NEXT too, it leads back to the first.
+        """Write a chain's descriptors; if the last one has the flag NEXT too, it points back to the first.
 
-        With IN_ORDER they are those that follow in the table (section 2.7.9): the first free one is the oldest.
+        With IN_ORDER they are consecutive in the table (section 2.7.9): the first free one is the oldest.
         """
         places = [self._free.pop(0 if self.in_order else -1) for _ in chain]
         for number, (address, length, flags) in enumerate(chain):
@@ -255,11 +255,11 @@ class Ring(DriverRing):
         self.avail_idx = (self.avail_idx + 1) % 65536
 
     def put_bad_head(self) -> None:
-        """Make a chain available whose head the ring does not have."""
+        """Make a chain available with a head outside the ring."""
         self.put_available(self.size)
 
     def publish(self) -> bool:
-        """Make visible what was put; returns whether the device asks for a kick for it (section 2.7.10)."""
+        """Make the new chains visible; returns whether the device wants a kick for them (section 2.7.10)."""
         old, self._published = self._published, self.avail_idx
         self.set_avail_idx(self.avail_idx)
         if self.event_idx:
@@ -270,7 +270,7 @@ class Ring(DriverRing):
         self.guest.store16(self.avail + 2, index)
 
     def asks_for_kick(self) -> bool:
-        """Whether the device asks for a kick with the next chain."""
+        """Whether the device wants a kick with the next chain."""
         barrier()
         return self._avail_event() == self.avail_idx if self.event_idx else not self._used_flags() & NO_NOTIFY
 
@@ -281,14 +281,14 @@ class Ring(DriverRing):
         return int(struct.unpack_from("<H", self.guest.memory, self.used + 4 + 8 * self.size)[0])
 
     def enable_notifications(self) -> None:
-        """Ask for a call with the next answer."""
+        """Request a call with the next used chain."""
         if self.event_idx:
             self.set_used_event(self.used_idx)
         else:
             self.guest.store16(self.avail, 0)
 
     def disable_notifications(self) -> None:
-        """Want no calls: by flag, or with EVENT_IDX by asking for the one that was there last."""
+        """Suppress calls: by the flag, or with EVENT_IDX by requesting one for the last used entry."""
         if self.event_idx:
             self.set_used_event((self.used_idx - 1) % 65536)
         else:
@@ -298,7 +298,7 @@ class Ring(DriverRing):
         self.guest.store16(self.avail + 4 + 2 * self.size, index)
 
     def place_behind(self, chains: Sequence[int]) -> int:
-        """The used_event that asks for the answer behind those to the next chains, of so many descriptors each."""
+        """The used_event for the used element after those of the next chains, which have so many descriptors each."""
         return (self.used_idx + len(chains)) % 65536
 
     def device_used_idx(self) -> int:
@@ -306,7 +306,7 @@ class Ring(DriverRing):
         return int(struct.unpack_from("<H", self.guest.memory, self.used + 2)[0])
 
     def take_used(self) -> Iterator[tuple[int, int]]:
-        """Heads and used lengths of what has been answered since the last call."""
+        """Heads and used lengths of the chains that were used since the last call."""
         end = self.device_used_idx()
         while self.used_idx != end:
             element = self.used + 4 + 8 * (self.used_idx % self.size)
@@ -323,7 +323,7 @@ def header(kind: int, sector: int) -> bytes:
 
 @contextlib.contextmanager
 def small_tmpfs(folder: Path, mib: int) -> Iterator[Path]:
-    """A file system with room for so much, in a new folder; only root may."""
+    """A tmpfs of so many MiB in a new folder; needs root."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "tmpfs", folder], check=True)
     try:
@@ -337,7 +337,7 @@ def new_eventfd() -> int:
 
 
 def wait_for_event(fd: int, what: str) -> None:
-    """Wait for an eventfd and take what is in it."""
+    """Wait for an eventfd, and read it."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     assert poll.poll(PATIENCE * 1000), f"{what} did not come"
@@ -356,7 +356,7 @@ def has_event(fd: int) -> bool:
 
 
 def fill(fd: int) -> None:
-    """Of an eventfd the counter, of a pipe or socket the buffer; whoever signals it next has to wait."""
+    """Fill the counter of an eventfd, or the buffer of a pipe or socket; the next writer has to wait."""
     os.set_blocking(fd, False)
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -369,7 +369,7 @@ def _socket_pair() -> tuple[int, int]:
     return one.detach(), other.detach()
 
 
-# What a front end may give for its driver to be called (user-mode Linux has sockets): our end, if any, and the other.
+# Call fds that a front end may use (user-mode Linux has sockets): our end, if it is separate, and the device's end.
 NOTIFIERS: dict[str, Callable[[], tuple[int, ...]]] = {
     "eventfd": lambda: (new_eventfd(),),
     "pipe": os.pipe,
@@ -379,7 +379,7 @@ NOTIFIERS: dict[str, Callable[[], tuple[int, ...]]] = {
 
 @contextlib.contextmanager
 def full_notifier(kind: str) -> Iterator[int]:
-    """One of NOTIFIERS that has no room. O_NONBLOCK is the file's: whoever is given it sets it, we take it away."""
+    """A full notifier of this kind. O_NONBLOCK belongs to the open file: the receiver sets it, the test clears it."""
     ends = NOTIFIERS[kind]()
     fill(ends[-1])
     try:
@@ -391,7 +391,7 @@ def full_notifier(kind: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def held(worker: Worker) -> Iterator[None]:
-    """The worker's thread stands still; what is asked of it meanwhile happens in a row at the end, then it runs."""
+    """Keep the worker's thread waiting. Calls that are queued meanwhile run at the end, one after the other."""
     entered, release = threading.Event(), threading.Event()
 
     def stand_still() -> bool:
@@ -405,20 +405,20 @@ def held(worker: Worker) -> Iterator[None]:
     finally:
         release.set()
         assert holding.result(PATIENCE)
-        # What was asked of it has happened when we go on.
+        # The queued calls have run before this returns.
         worker.call(lambda: None).result(PATIENCE)
 
 
 def fetch_only(worker: Worker) -> None:
-    """Asked of a held worker: take what is in the rings, but do not submit it yet, so that it is in flight for sure."""
+    """Have a held worker fetch everything in the rings without submitting it, so that it is certainly in flight."""
     worker.call(worker._check_all_queues)
-    # As many turns as a full ring takes.
+    # As many turns as a full ring needs.
     for _ in range(-(-1024 // TURN)):
         worker.call(lambda: serve_ready(worker._state[0]))
 
 
 class Line:
-    """A queue of the device with its driver's ring and eventfds."""
+    """A queue of the device with the driver's ring and eventfds."""
 
     def __init__(self, rig: Rig, number: int, worker: Worker) -> None:
         self.rig, self.worker = rig, worker
@@ -435,13 +435,13 @@ class Line:
         table: MemoryTable | None = None,
         **negotiated: Any,
     ) -> Line:
-        """Make a new ring and have it served; `negotiated` is what a DriverRing wants to know."""
+        """Make a new ring and start it; `negotiated` are arguments of DriverRing."""
         self.ring = ring_class(self.rig.guest, size, start=base, **negotiated)
         self.resume(table=table)
         return self
 
     def resume(self, *, table: MemoryTable | None = None, base: int | None = None) -> None:
-        """Have the ring served that is there, from `base` on or from where its driver is."""
+        """Start the existing ring at `base`, or where its driver is."""
         layout = self.ring.layout()
         if base is not None:
             layout = replace(layout, base=base)
@@ -449,7 +449,7 @@ class Line:
         self.worker.start_queue(self.queue, layout, table or self.rig.guest.table(), self.kick_fd).result(PATIENCE)
 
     def stop(self) -> int:
-        """Drain; returns the index to go on from."""
+        """Drain; returns the index to resume from."""
         self.worker.stop_queue(self.queue).result(PATIENCE)
         return self.queue.base
 
@@ -465,10 +465,10 @@ class Line:
         direct: int | None = None,
         alignment: int = 16,
     ) -> Pending:
-        """Put a request into the ring, without a kick: `data` is for the device to read, `room` bytes to write.
+        """Put a request into the ring, without a kick: the device reads `data` and may write `room` bytes.
 
-        `readable` and `writable` are the sizes of descriptors that header and data, and room and status, are cut into.
-        Each buffer's offset in memory is a multiple of `alignment`, and not of twice that.
+        `readable` are the sizes of the descriptors of header and data, `writable` those of room and status. The offset
+        of each buffer in memory is a multiple of `alignment`, but not of twice that.
         """
         content = header(kind, sector) + data
         readable = readable if readable is not None else [16, len(data)] if data else [16]
@@ -494,12 +494,12 @@ class Line:
         os.eventfd_write(self.kick_fd, 1)
 
     def notify(self) -> None:
-        """Kick where the device asks for it, and not otherwise."""
+        """Kick if the device wants it."""
         if self.ring.publish():
             os.eventfd_write(self.kick_fd, 1)
 
     def wait(self) -> list[Pending]:
-        """Wait, as a driver does that sleeps until it is called, for all that is in the ring to be answered."""
+        """Wait until all requests in the ring are completed, like a driver that sleeps until it is called."""
         done: list[Pending] = []
         while True:
             self.ring.enable_notifications()
@@ -508,12 +508,12 @@ class Line:
             if not self.ring.pending:
                 return done
             if answered:
-                # They may have passed the event that was asked for; another one, and another look.
+                # They may have passed the requested event: request another one and check again.
                 continue
             wait_for_event(self.call_fd, f"the call of {self.queue.name}")
 
     def finish_without_a_call(self) -> list[Pending]:
-        """Wait by looking at the ring for all that is in it, and for the end of the worker's turn."""
+        """Poll until all requests in the ring are completed, and the worker's turn has ended."""
         done: list[Pending] = []
 
         def is_done() -> bool:
@@ -525,7 +525,7 @@ class Line:
         return done
 
     def turn_is_over(self) -> None:
-        """Return when the worker has finished all that came with the last answer."""
+        """Wait until the worker has finished the turn of the last completion."""
         self.worker.call(lambda: None).result(PATIENCE)
 
     def answer(self, pending: Pending) -> Answer:
@@ -543,7 +543,7 @@ class Line:
 
 @dataclass
 class Rig:
-    """A disk over an image, workers, and as many lines as a test asks for."""
+    """A disk with its image and workers, and as many lines as a test asks for."""
 
     path: Path
     image: Image
@@ -557,7 +557,7 @@ class Rig:
         return self.lines[-1]
 
     def content(self) -> bytes:
-        """The image as the page cache or the disk has it."""
+        """The content of the image in the page cache or on the disk."""
         return self.path.read_bytes()
 
     def close(self) -> None:
@@ -589,7 +589,7 @@ def make(
     poll_us: int | None = POLL_US,
     pin_memory: bool = False,
 ) -> Rig:
-    """A rig over a new image of this content, or a sparse one of so many bytes, or the image that is there (None)."""
+    """A rig with a new image of this content, a sparse one of so many bytes, or an existing one (None)."""
     if isinstance(content, int):
         path.touch()
         os.truncate(path, content)
@@ -610,7 +610,7 @@ def make(
     rig = Rig(path, image, device, Guest(guest_size), made)
     for worker in rig.workers:
         worker.start()
-        # The first one compiles the data plane, however long that takes.
+        # The first rig compiles the data plane, however long that takes.
         worker.call(lambda: None).result()
     return rig
 
@@ -620,7 +620,7 @@ RigFactory = Callable[..., Rig]
 
 @contextlib.contextmanager
 def rig_factory(folder: Path, content: bytes | int | None = None, **defaults: Any) -> Iterator[RigFactory]:
-    """Makes rigs over new images in `folder`, and closes them at the end; `defaults` are options of `make`."""
+    """Make rigs with new images in `folder`, and close them at the end; `defaults` are options of `make`."""
     made: list[Rig] = []
 
     def factory(content: bytes | int | None = content, path: Path | None = None, **options: Any) -> Rig:
@@ -642,7 +642,7 @@ def direct_rig(make_rig: RigFactory, **options: Any) -> Rig:
 
 
 def need_engine(name: str) -> str:
-    """The engine's name; where the kernel forbids or lacks it the test is skipped, in CI it fails."""
+    """The name of the engine; if the kernel forbids or lacks it, the test is skipped, or fails in CI."""
     try:
         make_engine(name, 8).close()
     except OSError as error:
@@ -676,9 +676,9 @@ def is_mapped(address: int, fd: int) -> bool:
 
 
 def listens(path: Path) -> bool:
-    """Whether somebody can be connected to there (proc(5), /proc/net/unix): a socket's file is there a little before.
+    """Whether a process listens there (proc(5), /proc/net/unix); the socket's file exists a little earlier.
 
-    Without a connection as a probe, which would be the first front end that a back end sees.
+    This does not connect, because that would be the first front end of a back end.
     """
     sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     # __SO_ACCEPTCON
@@ -686,7 +686,7 @@ def listens(path: Path) -> bool:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether the condition comes true before patience ends."""
+    """Whether the condition becomes true within PATIENCE."""
     end = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""The AIO engine where the kernel does not do what it was asked at once: no room, short transfers, refusals."""
+"""The AIO engine when the kernel does not complete a request at once: no room, short transfers, errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUESTS = 400
 
 @pytest.fixture
 def small_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AIO contexts with room for fewer requests than there are slots (a page of events: 126 or so)."""
+    """AIO contexts for fewer requests than there are slots (one page of events: about 126)."""
     setup = aio.libc.io_setup
     monkeypatch.setattr(aio.libc, "io_setup", lambda events: setup(1))
 
@@ -32,11 +32,11 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
 
 
 @pytest.mark.usefixtures("small_context")
-def test_what_the_kernel_has_no_room_for_is_queued_and_tried_again(rig: Rig) -> None:
+def test_requests_that_the_kernel_has_no_room_for_are_retried(rig: Rig) -> None:
     line = rig.line().start(size=512)
     engine = line.worker.engine._engine[0]
     with held(line.worker):
-        # Aligned, so that none of them waits for a bounce buffer; apart, so that none is merged with another.
+        # Aligned, so that none waits for a bounce buffer; with gaps, so that none are merged.
         reads = [line.put(IN, 2 * number, room=512, direct=0, alignment=512) for number in range(REQUESTS)]
         line.kick()
         fetch_only(line.worker)
@@ -52,7 +52,7 @@ def test_what_the_kernel_has_no_room_for_is_queued_and_tried_again(rig: Rig) -> 
 
 @pytest.fixture
 def file_size_limit() -> Iterator[int]:
-    """No file of this process may grow, or be written, beyond so many bytes (setrlimit(2), RLIMIT_FSIZE)."""
+    """Limit the size of files that this process writes (setrlimit(2), RLIMIT_FSIZE)."""
     limit = len(DISK) // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -61,7 +61,7 @@ def file_size_limit() -> Iterator[int]:
 
 
 def test_a_write_that_stays_short_is_an_error(rig: Rig, file_size_limit: int) -> None:
-    """The kernel writes up to the limit, then nothing more: the rest is tried, and its failure is the answer."""
+    """The kernel writes up to the limit and nothing more: the rest is retried, and its error is the result."""
     line = rig.line().start()
     data = pattern(8192, 7)
     written = line.do(OUT, file_size_limit // 512 - 8, data, alignment=512)
@@ -77,7 +77,7 @@ def test_writes_after_a_failed_one_are_not_lost(rig: Rig, file_size_limit: int) 
     assert rig.content() == DISK[:1536] + pattern(512, 2) + DISK[2048:]
 
 
-def test_no_room_for_a_context_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_room_for_a_context_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(events: int) -> int:
         raise OSError(11, "Resource temporarily unavailable")
 

@@ -1,4 +1,4 @@
-"""`ringplane bench`: back ends measured for moments, their data checked, everything removed, nothing overwritten."""
+"""`ringplane bench`: short measurements, verified data, everything removed, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ringplane.bench.results import Report, Row, Storage, Subject
 from ringplane.cli.bench import bench
 
 QSD = shutil.which("qemu-storage-daemon")
-# Long enough that a back end which waits for drivers that spin gets its time slices.
+# Long enough for a back end to get its time slices beside a driver that spins.
 QUICK = ["--rounds", "1", "--seconds", "0.1", "--warm-up", "0.02", "--size", "32M"]
 CELL = Cell("randread", 32, 1, "event")
 TMPFS = Storage("/dev/shm (tmpfs)", "tmpfs", "tmpfs")
@@ -60,7 +60,7 @@ def report_of(*rows: Row, subjects: tuple[Subject, ...] = (OURS, NATIVE, THREADS
     return Report(machine.describe(), settings, [TMPFS], list(subjects), list(rows), sectors_checked=8)
 
 
-# By hand-made data
+# With hand-made data
 
 
 def test_medians_and_the_best_of_each_figure() -> None:
@@ -91,13 +91,13 @@ def test_targets_count_the_cells_that_hold_and_name_the_others() -> None:
     assert (every.held, every.total) == (1, 2)
     assert [(at.cell, round(ratio, 2)) for at, ratio in every.missed] == [(shallow, 0.9)]
     assert found["IOPS over its aio=threads, tmpfs, depth 32 and up, event-driven"].held == 1
-    # 2.0 is too little for the default engine there; the limit for aio is not its.
+    # 2.0 misses the limit of the default engine; the limit of aio does not apply to it.
     assert found["IOPS, tmpfs, depth 32 and up, event-driven, default engine"].held == 0
     assert "IOPS, tmpfs, depth 32 and up, event-driven, engine aio" not in found
     assert "IOPS over raw fio, depth 32 and up, image on a disk" not in found
 
 
-def test_variants_are_told_apart_by_their_flags() -> None:
+def test_variants_are_distinguished_by_their_flags() -> None:
     aio, polling = backends.ringplane("--engine=aio"), backends.ringplane("--poll-us 50 --engine null")
     report = report_of(row(aio, 150.0), row(polling, 150.0), row(NATIVE, 100.0), subjects=(aio, polling, NATIVE))
     found = [(outcome.target.text, outcome.subject) for outcome in summary.outcomes(summary.compare(report))]
@@ -137,7 +137,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "ringplane-bench-1", "rows": []}'])
-def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_reports_are_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
     done = invoke("--report", path)
@@ -162,7 +162,7 @@ def test_markdown_goes_between_the_markers(tmp_path: Path) -> None:
     assert (tmp_path / "new.md").read_text().startswith(markdown.BEGIN)
 
 
-def test_markdown_without_markers_is_left_alone_and_told_before_anything_is_measured(tmp_path: Path) -> None:
+def test_markdown_without_markers_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "mine.md"
     path.write_text("mine")
     done = invoke("--against", "nothing", tmp_path, "--markdown", path)
@@ -196,7 +196,7 @@ def test_wrong_data_makes_the_exit_status_1(tmp_path: Path) -> None:
     assert "ringplane [x]: 3 sectors wrong" in done.output
 
 
-def test_fio_bins_are_counted_as_ours_are() -> None:
+def test_fio_bins_are_counted_like_ringplane_s() -> None:
     values = [0, 1, 15, 16, 31, 32, 1000, 123_456, 10**9]
     ours = np.zeros(histogram.BUCKETS, np.int64)
     for value in values:
@@ -214,13 +214,13 @@ def test_fio_bins_are_counted_as_ours_are() -> None:
     assert (measured.cpu_us, measured.mean_us, measured.mb_s) == (pytest.approx(4000.0), 2.0, 0.8192)
 
 
-def test_curves_rise() -> None:
+def test_curves_are_monotonic() -> None:
     counts = np.zeros(histogram.BUCKETS, np.int64)
     counts[100:200] = 50
     assert (np.diff(plots.curve(counts)) >= 0).all()
 
 
-# What is refused
+# Errors
 
 
 def test_an_existing_image_is_never_overwritten_silently(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_an_existing_image_is_never_overwritten_silently(tmp_path: Path) -> None
     assert image.read_text() == "mine"
 
 
-def test_the_images_beside_a_new_one_overwrite_nothing_either(tmp_path: Path) -> None:
+def test_images_beside_a_new_one_overwrite_nothing(tmp_path: Path) -> None:
     (tmp_path / "disk.img.2").write_text("mine")
     with (
         pytest.raises(BenchError, match="exists already"),
@@ -261,13 +261,13 @@ def test_the_images_beside_a_new_one_overwrite_nothing_either(tmp_path: Path) ->
         (["--against", "nothing", "/tmp", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
 )
-def test_what_does_not_fit_is_told_at_once(words: list[str], told: str) -> None:
+def test_impossible_arguments_are_reported_at_once(words: list[str], told: str) -> None:
     done = invoke(*words)
     assert done.exit_code in (1, 2)
     assert told in " ".join(done.output.split())
 
 
-def test_a_back_end_that_does_not_start_is_told_with_its_last_line(tmp_path: Path) -> None:
+def test_a_back_end_that_does_not_start_is_reported_with_its_last_line(tmp_path: Path) -> None:
     done = invoke("--against", "nothing", tmp_path, "--ringplane", "--engine nonsense", *QUICK)
     assert done.exit_code == 1
     assert "ringplane --engine nonsense did not start: " in done.output
@@ -297,7 +297,7 @@ def test_side_by_side(tmp_path: Path) -> None:
     assert all(row.requests and row.iops and row.p50_us for row in report.rows)
     assert all(row.checked for row in report.rows if row.subject != "raw fio")
     assert all(row.cpu_us is not None for row in report.rows)
-    # What a verified sector held was not overwritten by what is measured, and the whole was read at the end.
+    # The measured load did not overwrite the verified sectors, and all of them were read at the end.
     assert report.sectors_checked > 2 * (8 << 20) // 512
 
 
@@ -314,7 +314,7 @@ def test_variants_share_an_existing_image_that_may_be_destroyed(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["disk.img"]
 
 
-def test_a_socket_is_only_read_unless_its_data_may_go(tmp_path: Path) -> None:
+def test_a_socket_is_only_read_unless_destroy_data_is_given(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(b"mine" * (8 << 20))
     with backends.running(backends.ringplane(), image, tmp_path, 2) as backend:
@@ -345,7 +345,7 @@ def test_a_read_only_disk_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workload", ["randread", "randwrite"])
-def test_an_image_that_was_damaged_meanwhile_is_found(tmp_path: Path, workload: str) -> None:
+def test_an_image_that_was_damaged_meanwhile_is_detected(tmp_path: Path, workload: str) -> None:
     settings = run.Settings(
         cells=cells.table([workload], [8], [1], ["event"]), rounds=1, seconds=0.05, warm_up=0.0, size=32 << 20
     )
@@ -366,7 +366,7 @@ def test_an_image_that_was_damaged_meanwhile_is_found(tmp_path: Path, workload: 
     assert "whole image: 1 sectors wrong; the first: sector 2048" in report.problems[0]
 
 
-def test_an_interruption_ends_a_run_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interruption_ends_a_run_and_leaves_nothing_behind(tmp_path: Path) -> None:
     settings = run.Settings(cells=[CELL], rounds=1, seconds=60, size=32 << 20)
     measuring = []
 
@@ -404,7 +404,7 @@ def test_a_signal_leaves_no_process_image_or_socket(tmp_path: Path, number: sign
 
 
 def using(folder: Path, text: str) -> list[str]:
-    """The command lines of all processes that name something with `text` in a folder."""
+    """The command lines of all processes that contain `text` in a folder's name."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -423,7 +423,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_loop_devices_come_and_go(tmp_path: Path) -> None:
+def test_loop_devices_are_created_and_removed(tmp_path: Path) -> None:
     place = places.parse(f"loop:{tmp_path}")
     try:
         places.rehearse(place, 1, 1 << 20)
@@ -437,13 +437,13 @@ def test_loop_devices_come_and_go(tmp_path: Path) -> None:
 
 
 def attached(folder: Path) -> list[str]:
-    """The loop devices whose file is in a folder."""
+    """The loop devices whose file is in this folder."""
     done = subprocess.run(["losetup", "--list", "--json"], capture_output=True, text=True, check=True)
     devices = json.loads(done.stdout)["loopdevices"] if done.stdout.strip() else []
     return [device["name"] for device in devices if device["back-file"].startswith(str(folder))]
 
 
-def test_loop_devices_that_are_not_permitted_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission_for_loop_devices_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BenchError, match="losetup is not installed"):
         places.rehearse(places.parse(f"loop:{tmp_path}"), 1, 1 << 20)
@@ -459,7 +459,7 @@ def test_loop_devices_that_are_not_permitted_are_told(tmp_path: Path, monkeypatc
 # Cells and the command line
 
 
-def test_the_full_table_is_the_whole_of_it() -> None:
+def test_the_full_table_has_all_cells() -> None:
     full = cells.table(cells.WORKLOADS, cells.FULL_DEPTHS, cells.FULL_QUEUES, cells.DRIVERS)
     assert len(full) == len(set(full)) == 5 * 4 * 2 * 2
     settings = run.Settings(cells=full)
@@ -470,7 +470,7 @@ def test_the_full_table_is_the_whole_of_it() -> None:
     assert run.estimate(settings, [places.parse("/tmp")] * 2, subjects) == pytest.approx(2 * one)
 
 
-def test_serving_loads_nothing_of_the_bench() -> None:
+def test_serving_imports_nothing_of_the_bench() -> None:
     code = (
         "import sys; from ringplane.cli import main; "
         "main(['serve', '--help'], standalone_mode=False); "
@@ -480,7 +480,7 @@ def test_serving_loads_nothing_of_the_bench() -> None:
     assert done.stdout.rstrip().endswith("[]")
 
 
-def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_rejected(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
     done = invoke("--against", "nothing", image, "--destroy-data", *QUICK)
@@ -490,7 +490,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [160, 80])
-def test_tables_have_a_line_for_all_that_was_measured(width: int) -> None:
+def test_tables_have_a_line_for_each_measurement(width: int) -> None:
     from rich.console import Console
 
     console = Console(width=width, record=True)

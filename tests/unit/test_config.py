@@ -1,4 +1,4 @@
-"""The configuration file: what it means, and that whatever is wrong with it is said in one line."""
+"""The configuration file: its meaning, and one-line errors for everything that is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\n'
 SECOND = '[[disk]]\nimage = "b.img"\nsocket-path = "b.sock"\n'
 CPU = min(os.sched_getaffinity(0))
-# None that any machine allows: it is beyond the kernel's largest mask.
+# No machine has this CPU: it is beyond the kernel's largest mask.
 NO_CPU = 65535
 
 
@@ -28,7 +28,7 @@ def read(folder: Path, text: str) -> Config:
 
 
 def error(folder: Path, text: str) -> str:
-    """What is said of a file that cannot be used, without its name, which comes first."""
+    """The error message for a file, without the file's name at its start."""
     with pytest.raises(ConfigError) as raised:
         read(folder, text)
     line = str(raised.value)
@@ -41,10 +41,10 @@ def spread(config: Config) -> list[list[str]]:
     return [list(disk.io_threads) for disk in config.disks]
 
 
-# What it means
+# Its meaning
 
 
-def test_least_that_can_be_said(tmp_path: Path) -> None:
+def test_minimal_file(tmp_path: Path) -> None:
     config = read(tmp_path, DISK)
     assert config.io_threads == [IoThread("io0")]
     queues = default_num_queues()
@@ -53,7 +53,7 @@ def test_least_that_can_be_said(tmp_path: Path) -> None:
     ]
 
 
-def test_all_that_can_be_said(tmp_path: Path) -> None:
+def test_file_with_every_key(tmp_path: Path) -> None:
     config = read(
         tmp_path,
         f"""
@@ -124,7 +124,7 @@ def test_every_key_is_documented() -> None:
     assert sorted(rows) == sorted([*DISK_KEYS, *IO_THREAD_KEYS])
 
 
-def test_nothing_is_made_by_reading(tmp_path: Path) -> None:
+def test_reading_creates_nothing(tmp_path: Path) -> None:
     read(tmp_path, DISK + 'create = "1G"')
     assert [path.name for path in tmp_path.iterdir()] == ["disks.toml"]
 
@@ -157,7 +157,7 @@ def test_poll_us(tmp_path: Path, value: str, poll_us: int | None) -> None:
     assert config.io_threads == [IoThread("io0", poll_us=poll_us)]
 
 
-def test_disks_that_name_no_threads_take_them_in_turn(tmp_path: Path) -> None:
+def test_disks_without_io_threads_take_the_threads_in_turn(tmp_path: Path) -> None:
     threads = "[[io-thread]]\n" * 3
     disks = "".join(
         f'[[disk]]\nimage = "{number}"\nsocket-path = "{number}.sock"\nnum-queues = {queues}\n{more}\n'
@@ -178,11 +178,11 @@ def test_as_many_queues_as_named_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["read-only", "share-rw"])
-def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
+def test_shared_image(tmp_path: Path, how: str) -> None:
     assert len(read(tmp_path, f"{DISK}{how} = true\n{SECOND.replace('b.img', 'a.img')}{how} = true").disks) == 2
 
 
-# What cannot be
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_image_that_is_shared(tmp_path: Path, how: str) -> None:
         ("serial = 1979-05-27", 'serial: "1979-05-27" is not a printable text'),
     ],
 )
-def test_key_of_a_disk_that_is_wrong(tmp_path: Path, more: str, words: str) -> None:
+def test_wrong_keys_of_a_disk(tmp_path: Path, more: str, words: str) -> None:
     line = error(tmp_path, f"{SECOND}{DISK}{more}")
     assert line.startswith("[[disk]] 2 (a.img): ")
     assert words in line
@@ -263,7 +263,7 @@ def test_key_of_a_disk_that_is_wrong(tmp_path: Path, more: str, words: str) -> N
         ('cpus = "a"', "cpus: 'a' is not a list of CPUs"),
     ],
 )
-def test_key_of_a_thread_that_is_wrong(tmp_path: Path, keys: str, words: str) -> None:
+def test_wrong_keys_of_a_thread(tmp_path: Path, keys: str, words: str) -> None:
     line = error(tmp_path, f"{DISK}[[io-thread]]\n[[io-thread]]\n{keys}")
     assert line.startswith("[[io-thread]] 2: ")
     assert words in line
@@ -290,12 +290,12 @@ def test_key_of_a_thread_that_is_wrong(tmp_path: Path, keys: str, words: str) ->
         ("[[io-thread]]\n" * 65 + DISK, "has 65 [[io-thread]] tables; the maximum is 64"),
     ],
 )
-def test_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+def test_wrong_files(tmp_path: Path, text: str, words: str) -> None:
     assert words in error(tmp_path, text)
 
 
 @pytest.mark.parametrize("name", ["a.sock", "./a.sock", "link/a.sock"])
-def test_two_disks_at_one_socket(tmp_path: Path, name: str) -> None:
+def test_two_disks_with_one_socket(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     line = error(tmp_path, DISK + SECOND.replace("b.sock", name))
     assert line.startswith("[[disk]] 2 (b.img): socket-path: ")
@@ -303,7 +303,7 @@ def test_two_disks_at_one_socket(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.img", "./a.img", "link/a.img", "symbolic", "hard"])
-def test_two_disks_of_one_image(tmp_path: Path, name: str) -> None:
+def test_two_disks_with_one_image(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "symbolic").symlink_to("a.img")
     if name == "hard":
@@ -315,8 +315,8 @@ def test_two_disks_of_one_image(tmp_path: Path, name: str) -> None:
         assert "is also the image of [[disk]] 1 (a.img); disks can share an image" in line
 
 
-def test_paths_that_lead_nowhere_are_not_this_files_matter(tmp_path: Path) -> None:
-    """Opening them will say what is wrong."""
+def test_paths_are_not_checked_by_reading(tmp_path: Path) -> None:
+    """They are checked when they are opened."""
     (tmp_path / "loop").symlink_to("loop")
     for name in ("loop", "loop/x", "x" * 300, "none/x"):
         config = read(tmp_path, f'[[disk]]\nimage = "{name}"\nsocket-path = "{name}"\ncreate = "1M"')
@@ -340,7 +340,7 @@ def test_parse_cpus(text: str, cpus: set[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "-1", "1-", "2-1", "a", "1.5", "\u0661", "0x1", "1-2-3", "9" * 6])
-def test_no_list_of_cpus(text: str) -> None:
+def test_invalid_lists_of_cpus(text: str) -> None:
     with pytest.raises(ValueError, match="is not a list of CPUs"):
         parse_cpus(text)
 
@@ -353,6 +353,6 @@ def test_format_cpus() -> None:
     "text",
     ["", " ", "-1", "+1", "1.5", "1e3", " 50", "50 ", "Always", "never", "\u0665", "\u00b2", "0x10", "1_0", "1000001"],
 )
-def test_no_time_to_poll(text: str) -> None:
+def test_invalid_poll_times(text: str) -> None:
     with pytest.raises(ValueError, match="neither a number of microseconds from 0 to 1000000 nor always"):
         parse_poll_us(text)

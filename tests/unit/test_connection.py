@@ -1,4 +1,4 @@
-"""The connection without a socket: splits, roles, order, and that no fd is ever left open."""
+"""The connection without a socket: split messages, roles, order, and no leaked fds."""
 
 import gc
 import os
@@ -101,7 +101,7 @@ def is_open(fd: int) -> bool:
 
 
 def feed(connection: Connection, data: bytes, fds: list[int] | None = None, step: int = 1 << 20) -> list[Message]:
-    """All of `data`, in pieces of at most `step` bytes, the fds with the first one."""
+    """Feed `data` in pieces of at most `step` bytes, the fds with the first one."""
     received = []
     while data:
         size = min(step, connection.wanted)
@@ -160,7 +160,7 @@ def requests() -> st.SearchStrategy[tuple[Request, Payload, bool]]:
 @settings(deadline=None)
 @given(st.lists(requests(), max_size=8), st.integers(0, 1 << 32))
 def test_any_split_gives_the_same_messages(sent: list[tuple[Request, Payload, bool]], seed: int) -> None:
-    # Not drawn one by one: a draw may end the example, and leave fds open.
+    # Not drawn one by one, because a draw may end the example and leak fds.
     choose = random.Random(seed).randint
     asker, replier = front_end(), back_end()
     for request, payload, need_reply in sent:
@@ -170,7 +170,7 @@ def test_any_split_gives_the_same_messages(sent: list[tuple[Request, Payload, bo
         waiting_fds = list(fds)
         while rest:
             size = choose(1, replier.wanted)
-            # Any piece of a message may bring fds.
+            # Any piece of a message may carry fds.
             now = waiting_fds if len(rest) <= size else waiting_fds[: choose(0, len(waiting_fds))]
             waiting_fds = waiting_fds[len(now) :]
             assert message is None
@@ -203,7 +203,7 @@ PIECES = st.one_of(
     st.integers(0, 2),
     st.booleans(),
 )
-def test_garbage_gives_messages_or_protocol_errors_and_leaks_nothing(
+def test_random_bytes_give_messages_or_protocol_errors_and_leak_nothing(
     kind: tuple[Role, bool], pieces: list[tuple[bytes, int]], asked: int, eof: bool
 ) -> None:
     before = open_fds()
@@ -235,7 +235,7 @@ def test_garbage_gives_messages_or_protocol_errors_and_leaks_nothing(
 
 
 def refused(make: Callable[[], Connection], data: bytes, fd_count: int, words: str) -> None:
-    """`data` is refused in these words, its fds are closed, and the connection takes nothing any more."""
+    """Check that `data` is rejected with this text, its fds are closed, and the connection accepts no more data."""
     connection = make()
     fds = eventfds(fd_count)
     with pytest.raises(ProtocolError, match=words) as caught:
@@ -324,7 +324,7 @@ def test_fds_of_one_message_are_refused_before_its_payload_comes() -> None:
     assert not is_open(fds[0])
 
 
-def test_fds_that_drip_in_are_counted() -> None:
+def test_fds_that_come_one_by_one_are_counted() -> None:
     connection = back_end()
     connection.receive(header(12, 1, 8), eventfds(1))
     with pytest.raises(ProtocolError, match="SET_VRING_KICK: 2 fds came with it"):
@@ -343,7 +343,7 @@ def test_an_unknown_request_is_consumed_and_may_be_answered() -> None:
     assert one(connection, encode_request(Request.SET_OWNER)).request is Request.SET_OWNER
 
 
-def test_an_unknown_request_that_wants_no_reply_gets_none() -> None:
+def test_an_unknown_request_without_need_reply_gets_no_reply() -> None:
     connection = back_end()
     with pytest.raises(UnknownRequest) as caught:
         feed(connection, encode_request(99))
@@ -351,7 +351,7 @@ def test_an_unknown_request_that_wants_no_reply_gets_none() -> None:
         connection.reply(caught.value.message, U64(1))
 
 
-def test_more_bytes_than_wanted_are_our_own_fault() -> None:
+def test_more_bytes_than_wanted_are_a_usage_error() -> None:
     connection = back_end()
     fds = eventfds(1)
     with pytest.raises(UsageError, match="13 bytes were received where at most 12 were wanted"):
@@ -359,7 +359,7 @@ def test_more_bytes_than_wanted_are_our_own_fault() -> None:
     assert not is_open(fds[0])
 
 
-def test_wanted_never_reaches_past_a_message() -> None:
+def test_wanted_never_exceeds_a_message() -> None:
     connection = back_end()
     data = encode_request(Request.SET_FEATURES, U64(1))
     assert connection.wanted == 12
@@ -404,7 +404,7 @@ def test_close_closes_the_fds_of_half_a_message() -> None:
         connection.receive_eof()
 
 
-def test_fds_come_with_their_own_message_only() -> None:
+def test_fds_belong_only_to_their_own_message() -> None:
     connection = back_end()
     fds = eventfds(1)
     first = one(connection, encode_request(KICK, VringFd(0)), fds)
@@ -414,7 +414,7 @@ def test_fds_come_with_their_own_message_only() -> None:
     first.close()
 
 
-def test_a_message_closes_what_was_not_taken() -> None:
+def test_a_message_closes_fds_that_were_not_taken() -> None:
     kept, closed, dropped = eventfds(3)
     with one(back_end(), encode_request(KICK, VringFd(0)), [kept]) as message:
         assert message.take_fds() == [kept]
@@ -434,7 +434,7 @@ def test_a_message_whose_fd_cannot_be_closed_closes_the_others() -> None:
     assert not is_open(other)
 
 
-def test_a_message_says_what_it_is() -> None:
+def test_a_message_names_its_request() -> None:
     message = one(back_end(), encode_request(Request.SET_FEATURES, U64(1), need_reply=True))
     assert repr(message) == "Message(SET_FEATURES, flags=0x9, U64(value=1), fds=[])"
 

@@ -28,7 +28,7 @@ def test_demo_verifies_and_measures(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_byte_ends_it_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_byte_makes_the_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "disk.img"
     fill = load.fill
 
@@ -42,7 +42,7 @@ def test_a_wrong_byte_ends_it_with_status_1(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(load, "fill", fill_and_damage)
     done = CliRunner().invoke(demo, ["--image", str(image), *QUICK])
     assert done.exit_code == 1
-    # One or more: the loads that follow may read the damaged sector too before they write it.
+    # One or more: later loads may also read the damaged sector before they write it.
     told = " ".join(done.output.split())
     assert re.search(r"FAILED: \d+ sectors wrong, 0 requests failed; the first: sector 2048", told), told
     assert not image.exists()
@@ -57,7 +57,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert image.read_text() == "mine"
 
 
-def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_sizes(tmp_path: Path) -> None:
     for size in ("1M", str((4 << 20) + 512)):
         done = CliRunner().invoke(demo, ["--image", str(tmp_path / "disk.img"), "--size", size])
         assert done.exit_code == 1

@@ -1,4 +1,4 @@
-"""The device as a driver finds it over the socket: ranges, its write cache, and an image that changes its size."""
+"""The device as a driver sees it over the socket: ranges, write cache, and an image that changes its size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
 
 @pytest.fixture(params=["/dev/shm", "/var/tmp"], ids=["memory", "kernel"])
 def image(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """An image that the engine `memory` serves, and one that io_uring or aio does."""
+    """An image for the engine `memory`, and one for io_uring or aio."""
     with tempfile.TemporaryDirectory(dir=request.param) as folder:
         path = Path(folder) / "disk.img"
         path.write_bytes(pattern(SIZE))
@@ -68,7 +68,7 @@ def test_ranges(export: ringplane.Export, image: Path) -> None:
     assert image.stat().st_blocks * 512 <= 2 * MIB
 
 
-def test_the_limits_are_those_of_the_storage(export: ringplane.Export, image: Path) -> None:
+def test_limits_come_from_the_storage(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         config = driver.config
         assert config["discard_sector_alignment"] * 512 == image.stat().st_blksize
@@ -80,7 +80,7 @@ def test_the_limits_are_those_of_the_storage(export: ringplane.Export, image: Pa
 
 
 def layouts(export: ringplane.Export) -> list[bool]:
-    """Whether each queue's writes are stable when they are answered."""
+    """For each queue: whether its writes are stable when they are completed."""
     return [bool(queue.record["write_through"]) for queue in export.disk.queues]
 
 
@@ -104,7 +104,7 @@ def test_the_next_driver_has_a_write_cache_again(export: ringplane.Export) -> No
         assert driver.config["writeback"] == 1
 
 
-def test_what_was_answered_before_is_stable_after_the_switch(
+def test_completed_writes_are_stable_after_the_switch(
     export: ringplane.Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
@@ -142,7 +142,7 @@ def test_without_flush_there_is_no_write_cache(export: ringplane.Export) -> None
 @pytest.mark.parametrize(
     ("offset", "data"), [(WRITEBACK, b"\2"), (WRITEBACK, b"\0\0"), (0, b"\0" * 8), (WRITEBACK - 1, b"\0")]
 )
-def test_nothing_else_can_be_written(export: ringplane.Export, offset: int, data: bytes) -> None:
+def test_no_other_configuration_field_can_be_written(export: ringplane.Export, offset: int, data: bytes) -> None:
     with attach(export) as driver:
         before = driver.front_end.get_config(0, 60)
         with pytest.raises(Refused):
@@ -150,7 +150,7 @@ def test_nothing_else_can_be_written(export: ringplane.Export, offset: int, data
         assert driver.front_end.get_config(0, 60) == before
 
 
-def test_the_switch_is_for_drivers_that_accepted_it(export: ringplane.Export) -> None:
+def test_the_write_cache_switch_needs_the_feature(export: ringplane.Export) -> None:
     from ringplane.driver.disk import FEATURES
 
     with attach(export, feature_bits=FEATURES & ~VIRTIO_BLK_F_CONFIG_WCE) as driver:
@@ -167,7 +167,7 @@ def capacity(driver: Driver) -> int:
     return driver.capacity
 
 
-def test_an_image_that_grew(export: ringplane.Export, image: Path) -> None:
+def test_growing_an_image(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, 2 * SIZE)
         assert capacity(driver) == SIZE
@@ -180,7 +180,7 @@ def test_an_image_that_grew(export: ringplane.Export, image: Path) -> None:
     assert image.read_bytes()[-MIB + 4096 :] == pattern(MIB, 3)[4096:]
 
 
-def test_an_image_that_shrank(export: ringplane.Export, image: Path) -> None:
+def test_shrinking_an_image(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, SIZE // 2)
         export.refresh_size()
@@ -196,9 +196,7 @@ def test_an_image_that_shrank(export: ringplane.Export, image: Path) -> None:
     assert image.read_bytes()[-4096:] == pattern(4096, 9)
 
 
-def test_a_shrunk_image_fails_what_is_beyond_its_end_before_anybody_looks(
-    export: ringplane.Export, image: Path
-) -> None:
+def test_requests_beyond_a_truncated_image_fail_before_a_resize(export: ringplane.Export, image: Path) -> None:
     with attach(export) as driver:
         os.truncate(image, SIZE // 2)
         assert driver.request(0, SIZE // 2 // 512 + 8, read=512).status == 1
@@ -219,7 +217,7 @@ def test_a_part_of_a_block_does_not_count(export: ringplane.Export, image: Path)
         wait_until(lambda: capacity(driver) == SIZE + 512)
 
 
-def test_without_a_front_end_the_next_one_sees_it(export: ringplane.Export, image: Path) -> None:
+def test_the_next_front_end_sees_a_resize(export: ringplane.Export, image: Path) -> None:
     os.truncate(image, 2 * SIZE)
     export.refresh_size()
     wait_until(lambda: export.disk.image.size == 2 * SIZE)
@@ -227,8 +225,8 @@ def test_without_a_front_end_the_next_one_sees_it(export: ringplane.Export, imag
         assert driver.capacity == 2 * SIZE
 
 
-def test_the_front_end_is_told(export: ringplane.Export, image: Path) -> None:
-    """A configuration change message comes through the back end's channel, once for each change."""
+def test_the_front_end_is_notified_of_a_resize(export: ringplane.Export, image: Path) -> None:
+    """A configuration change message is sent on the back-end channel, once per change."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with attach(export) as driver, ours:
         front_end = driver.front_end
@@ -249,13 +247,13 @@ def test_the_front_end_is_told(export: ringplane.Export, image: Path) -> None:
 
 @pytest.fixture
 def loop_device() -> Iterator[tuple[Path, Path]]:
-    """A loop device, and the file behind it; skipped where there can be none."""
+    """A loop device and its file; the test is skipped if loop devices are unavailable."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         file = Path(folder) / "disk.img"
         file.write_bytes(pattern(SIZE))
         made = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True, check=False)
         if made.returncode != 0:
-            pytest.skip(f"a loop device cannot be had (root may make them): {made.stderr.strip()}")
+            pytest.skip(f"loop devices are unavailable (they need root): {made.stderr.strip()}")
         try:
             yield Path(made.stdout.strip()), file
         finally:
@@ -263,7 +261,7 @@ def loop_device() -> Iterator[tuple[Path, Path]]:
 
 
 def test_ranges_of_a_block_device(loop_device: tuple[Path, Path], tmp_path: Path) -> None:
-    """BLKDISCARD and zeros reach the storage: the file behind gives its space back, or keeps it, as was asked for."""
+    """BLKDISCARD and zeros reach the storage: the file behind the device frees or keeps its space as requested."""
     device, file = loop_device
     space = [file.stat().st_blocks]
     with ringplane.serve(device, tmp_path / "socket", num_queues=2) as export, attach(export) as driver:
