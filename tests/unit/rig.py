@@ -181,7 +181,7 @@ class DriverRing:
         return RingLayout(self.size, *areas, self.base, self.features, self.write_through)
 
     def add(self, pieces: Sequence[Piece], direct: int | None = None) -> Pending:
-        """Add a chain of these buffers; those after the first `direct` ones are in an indirect table (None: no table)."""
+        """Add a chain of these buffers; all after the first `direct` ones are in an indirect table (None: no table)."""
         chain = [piece.descriptor for piece in pieces]
         if direct is not None and direct < len(chain):
             table = self.table(chain[direct:])
