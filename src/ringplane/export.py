@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane import histogram
+from ringplane.address_space import AddressSpace, Quota
 from ringplane.dataplane.state import KINDS
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import warm_up
@@ -110,7 +111,7 @@ class _Opened:
 class Export:
     """A disk served on a socket by threads of this process. Made by `serve` and `serve_all`."""
 
-    def __init__(self, config: DiskConfig, opened: _Opened, server: Server) -> None:
+    def __init__(self, config: DiskConfig, opened: _Opened, server: Server, quota: Quota) -> None:
         self.config = config
         self.socket_path = opened.listener.path
         self.server = server
@@ -125,6 +126,7 @@ class Export:
             zones=opened.zones,
         )
         self._listener = opened.listener
+        self._quota = quota
         self._accepting: asyncio.Future[None] | None = None
         # Cleared while nobody is to be accepted, as another process may take over.
         self._go = asyncio.Event()
@@ -274,7 +276,7 @@ class Export:
         self._transport = AsyncTransport(sock)
         name = self.disk.image.path.name
         try:
-            self._session = Session(self._transport, self.disk)
+            self._session = Session(self._transport, self.disk, self._quota)
         except OSError as error:
             # Too many open files, say: the next one may have more luck.
             log.warning("%s: cannot serve a front end: %s", name, error)
@@ -337,7 +339,7 @@ class Export:
     def resume_from(self, saved: SessionSnapshot) -> None:
         """Serve a front end that another process hands over, from the start on; raises what Session's does."""
         self._transport = AsyncTransport(socket.socket(fileno=os.dup(saved.socket.number)))
-        self._session = Session(self._transport, self.disk)
+        self._session = Session(self._transport, self.disk, self._quota)
         self._session.resume_from(saved)
 
     async def _drain(self, drained: threading.Event) -> None:
@@ -464,7 +466,8 @@ def serve_all(
         warm_up()
         server = Server(io_threads)
         undo.callback(server.stop)
-        exports = [Export(config, parts, server) for config, parts in zip(disks, opened, strict=True)]
+        space = AddressSpace(len(disks))
+        exports = [Export(config, parts, server, space.quota()) for config, parts in zip(disks, opened, strict=True)]
         successors = _listen_for_successors(disks, undo) if upgradable and not predecessor else None
         if give_up is not None:
             give_up({config.socket_path.parent for config in disks if config.socket_path})

@@ -8,6 +8,7 @@ import stat
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ import numpy.typing as npt
 from ringplane.native import libc, sigbus
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
+
+if TYPE_CHECKING:
+    from ringplane.address_space import Quota
 
 # One region as the data plane sees it; a table is an array of these. Addresses and sizes in bytes.
 REGION = np.dtype([("guest", "<i8"), ("size", "<i8"), ("host", "<i8")])
@@ -48,11 +52,11 @@ class Mapping:
     Reference counting is the point: a table that was replaced is kept by the worker as long as requests that were
     translated with it are in flight, and with it the mapping. Where the file is truncated under it, pages of zeros take
     the place of those that are touched, and `alarm` is signalled (native/sigbus.py). `fd` is a duplicate of its own, by
-    which another process can map the same (handover.py).
+    which another process can map the same (handover.py). What is mapped counts against `quota`.
     """
 
-    def __init__(self, fd: int, size: int, offset: int, alarm: Alarm | None = None) -> None:
-        """Map; raises BadMemory when the file is too short, OSError when the kernel refuses."""
+    def __init__(self, fd: int, size: int, offset: int, alarm: Alarm | None = None, quota: Quota | None = None) -> None:
+        """Map; raises BadMemory when the file is too short or the quota is used up, OSError when the kernel refuses."""
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and offset + size > status.st_size:
             raise BadMemory(f"region of {size} bytes at {offset} of a file of only {status.st_size} bytes")
@@ -61,6 +65,9 @@ class Mapping:
         lead = offset % page
         length = -(-(size + lead) // page) * page
         with contextlib.ExitStack() as undo:
+            if quota is not None:
+                quota.reserve(length)
+                undo.callback(quota.release, length)
             start = libc.mmap_shared(fd, length, offset - lead)
             undo.callback(libc.munmap, start, length)
             self.fd = os.dup(fd)
@@ -72,14 +79,16 @@ class Mapping:
             guard = sigbus.guard(start, length, page, int(kept[1].ctypes.data), alarm_fd)
             undo.pop_all()
         # Not at the interpreter's exit, where a worker's thread may still be running.
-        weakref.finalize(self, _unmap, guard, start, length, self.fd, kept).atexit = False
+        weakref.finalize(self, _unmap, guard, start, length, self.fd, kept, quota).atexit = False
         self.address, self.size, self.offset = start + lead, size, offset
 
 
-def _unmap(guard: int, start: int, length: int, fd: int, kept: object) -> None:
+def _unmap(guard: int, start: int, length: int, fd: int, kept: object, quota: Quota | None) -> None:
     sigbus.release(guard)
     libc.munmap(start, length)
     os.close(fd)
+    if quota is not None:
+        quota.release(length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,14 @@ class Region:
 
     @classmethod
     def map(
-        cls, guest_address: int, user_address: int, size: int, mmap_offset: int, fd: int, alarm: Alarm | None = None
+        cls,
+        guest_address: int,
+        user_address: int,
+        size: int,
+        mmap_offset: int,
+        fd: int,
+        alarm: Alarm | None = None,
+        quota: Quota | None = None,
     ) -> Region:
         """Check what the front end says and map it; raises BadMemory or OSError. The fd stays the caller's."""
         if size == 0:
@@ -101,7 +117,7 @@ class Region:
         for name, value in (("guest address", guest_address), ("user address", user_address), ("offset", mmap_offset)):
             if value + size > MAX_ADDRESS:
                 raise BadMemory(f"{name} {value:#x} + size {size:#x} is not below 2^63")
-        return cls(guest_address, user_address, size, Mapping(fd, size, mmap_offset, alarm))
+        return cls(guest_address, user_address, size, Mapping(fd, size, mmap_offset, alarm, quota))
 
     def overlaps(self, other: Region) -> bool:
         return (

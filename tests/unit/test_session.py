@@ -350,7 +350,7 @@ def fd_for(request: Request, memory: SharedMemory) -> int:
     if RULES[request].payload in (MemoryTable, SingleMemoryRegion, Inflight, LogRegion):
         return os.dup(memory.fd)
     if request is Request.SET_BACKEND_REQ_FD:
-        return socket.socket(socket.AF_UNIX).detach()
+        return socket.socketpair()[0].detach()
     return os.eventfd(0, os.EFD_CLOEXEC)
 
 

@@ -23,6 +23,8 @@ PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
 MADV_DONTNEED, MADV_DONTDUMP = 4, 16
 MAP_FAILED = ctypes.c_void_p(-1).value
+# <elf.h>: the address of 16 bytes that the kernel has put on the stack of the first thread.
+AT_RANDOM = 25
 
 # struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
 SIGACTION = np.dtype(
@@ -35,6 +37,8 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
+_libc.getauxval.restype = ctypes.c_ulong
+_libc.getauxval.argtypes = [ctypes.c_ulong]
 
 
 def _error() -> OSError:
@@ -62,6 +66,11 @@ def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reser
         raise _error()
     _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_DONTDUMP)
     return int(address)
+
+
+def stack_address() -> int:
+    """An address in the stack of the first thread (getauxval(3))."""
+    return int(_libc.getauxval(AT_RANDOM))
 
 
 def sigaction(number: int, handler: int, flags: int = 0, previous: int = 0) -> None:

@@ -26,8 +26,8 @@ from ringplane.native.access import INT64, external, load32, load64, store64, vi
 from ringplane.native.jit import numba_cache_directory
 from ringplane.native.syscalls import mmap_anonymous_page, write
 
-# As many as 64 devices of 509 memory regions need.
-MAX_GUARDS = 1 << 15
+# As many mappings as Linux lets a process have (vm.max_map_count, 65530 by default).
+MAX_GUARDS = 1 << 16
 SA_SIGINFO, SA_NODEFER = 4, 0x4000_0000
 SIGINFO_CODE, SIGINFO_ADDRESS = 8, 16
 SIG_IGN = 1

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import os
 
+from ringplane.address_space import Quota
 from ringplane.dataplane.queue import InflightRegion
 from ringplane.memory import Alarm, BadMemory, Mapping
 from ringplane.vhost_user.messages import Inflight
@@ -22,8 +23,8 @@ VERSION_OFFSET: int = REGION_SPLIT.fields["version"][1]  # type: ignore[index]
 class InflightArea:
     """The area that an Inflight message describes, mapped."""
 
-    def __init__(self, described: Inflight, fd: int, alarm: Alarm) -> None:
-        """The fd stays the caller's; `alarm` is signalled when the memory is taken away.
+    def __init__(self, described: Inflight, fd: int, alarm: Alarm, quota: Quota) -> None:
+        """The fd stays the caller's; `alarm` and `quota` are as for a Mapping.
 
         Raises BadMemory for impossible sizes, OSError when it cannot be mapped.
         """
@@ -34,7 +35,7 @@ class InflightArea:
                 f"of {described.queue_size} descriptors"
             )
         self.described = described
-        self._mapping = Mapping(fd, size, offset, alarm)
+        self._mapping = Mapping(fd, size, offset, alarm, quota)
         self._queues = queues
         # All regions have the same size, whichever back end has created them.
         self._stride = size // queues // ALIGNMENT * ALIGNMENT

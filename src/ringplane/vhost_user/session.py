@@ -9,18 +9,19 @@ import asyncio
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple
 from typing import TypeVar
 
+from ringplane.address_space import Quota
 from ringplane.dataplane.queue import DirtyLog, RingLayout
-from ringplane.dataplane.worker import WorkerEnded, check_eventfd
+from ringplane.dataplane.worker import WorkerEnded
 from ringplane.disk import Disk
 from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
+from ringplane.vhost_user.fds import BadFd, check_fds
 from ringplane.vhost_user.inband import BackendChannel, InbandSignal
 from ringplane.vhost_user.inflight import InflightArea
 from ringplane.vhost_user.messages import (
@@ -104,9 +105,10 @@ class Refused(Exception):
 class Session:
     """One front end, from its connection to its end."""
 
-    def __init__(self, transport: AsyncTransport, disk: Disk) -> None:
+    def __init__(self, transport: AsyncTransport, disk: Disk, quota: Quota) -> None:
         self._transport = transport
         self._disk = disk
+        self._quota = quota
         self._offered = disk.features | VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
@@ -258,9 +260,9 @@ class Session:
             for each in saved.regions
         )
         if saved.log is not None:
-            self._log = DirtyLog(Mapping(saved.log.fd.number, saved.log.size, saved.log.offset, self._alarm))
+            self._log = self._map_log(saved.log.fd.number, saved.log.size, saved.log.offset)
         if saved.inflight is not None and saved.inflight_fd is not None:
-            self._inflight = InflightArea(Inflight(*saved.inflight), saved.inflight_fd.number, self._alarm)
+            self._inflight = self._map_inflight(Inflight(*saved.inflight), saved.inflight_fd.number)
         if saved.channel is not None:
             self._channel = BackendChannel(os.dup(saved.channel.number))
         for vring, each in zip(self._vrings, saved.vrings, strict=True):
@@ -312,7 +314,7 @@ class Session:
     async def _answer(self, message: Message) -> Payload | None:
         try:
             reply = await self._handle(message)
-        except (Refused, BadMemory, OSError, WorkerEnded) as error:
+        except (Refused, BadMemory, BadFd, OSError, WorkerEnded) as error:
             return self._refuse(message, Refused(f"{message.name}: {error}"))
         return U64(0) if reply is None and self._wants_ack(message) else reply
 
@@ -351,6 +353,7 @@ class Session:
             raise Refused("not supported by this back end")
         if feature is not None and feature not in self._protocol_features:
             raise Refused(f"sent although the protocol feature {feature.name} was not negotiated")
+        check_fds(message)
         return await handler(message)
 
     # Negotiation.
@@ -500,7 +503,13 @@ class Session:
 
     def _map(self, region: MemoryRegion, fd: int) -> Region:
         where = (region.guest_address, region.user_address, region.size, region.mmap_offset)
-        return Region.map(*where, fd, self._alarm)
+        return Region.map(*where, fd, self._alarm, self._quota)
+
+    def _map_log(self, fd: int, size: int, offset: int) -> DirtyLog:
+        return DirtyLog(Mapping(fd, size, offset, self._alarm, self._quota))
+
+    def _map_inflight(self, described: Inflight, fd: int) -> InflightArea:
+        return InflightArea(described, fd, self._alarm, self._quota)
 
     async def _set_memory(self, memory: MemoryTable) -> None:
         self._memory = memory
@@ -514,7 +523,7 @@ class Session:
         described = _expect(message, LogRegion)
         if described.size == 0 or described.size + described.offset >= 1 << 62:
             raise Refused(f"a dirty log of {described.size} bytes at {described.offset}")
-        self._log = DirtyLog(Mapping(message.fds[0], described.size, described.offset, self._alarm))
+        self._log = self._map_log(message.fds[0], described.size, described.offset)
         for vring in self._vrings:
             if vring.running and self._uses_changed(vring):
                 await self._stop(vring)
@@ -538,7 +547,7 @@ class Session:
 
     async def _on_set_inflight_fd(self, message: Message) -> None:
         """Of a ring that is running it counts from its next start on."""
-        self._inflight = InflightArea(_expect(message, Inflight), message.fds[0], self._alarm)
+        self._inflight = self._map_inflight(_expect(message, Inflight), message.fds[0])
 
     # Rings.
 
@@ -792,9 +801,6 @@ def _only_fd(message: Message) -> int:
     O_NONBLOCK is the file's, so it could take it away again: signaller.py has what is done about that.
     """
     for fd in message.fds:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
-            check_eventfd(fd, "fd")
         os.set_blocking(fd, False)
     return next(iter(message.take_fds()), -1)
 

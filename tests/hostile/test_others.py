@@ -1,0 +1,129 @@
+"""What belongs to all disks of a process, or outlives a front end: one front end must not take it from the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused
+from ringplane.vhost_user.messages import Inflight, MemoryRegion, ProtocolFeature, Request, VringFd
+
+from .conftest import DISK, Target
+
+PAGE = 4096
+AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.LOG_SHMFD | ProtocolFeature.INFLIGHT_SHMFD
+CHANNEL = WANTED_PROTOCOL_FEATURES | ProtocolFeature.BACKEND_REQ
+
+# The address space of x86-64, of which half is for front ends, and an address far from those of the attacker's memory.
+LARGEST = 1 << 46
+FAR = 1 << 55
+
+
+@contextlib.contextmanager
+def sparse(size: int) -> Iterator[int]:
+    fd = os.memfd_create("sparse", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# Address space.
+
+
+def map_regions(front_end: FrontEnd, fd: int) -> None:
+    """As much as is accepted: halves of halves, down to a page."""
+    size, at = LARGEST, FAR
+    while size >= PAGE:
+        try:
+            front_end.add_mem_reg(MemoryRegion(at, size, at, 0), fd)
+            at += size
+        except Refused:
+            size //= 2
+
+
+def map_log(front_end: FrontEnd, fd: int) -> None:
+    with contextlib.suppress(Refused):
+        front_end.set_log_base(LARGEST, 0, fd)
+
+
+def map_area(front_end: FrontEnd, fd: int) -> None:
+    with contextlib.suppress(Refused):
+        front_end.set_inflight_fd(Inflight(LARGEST, 0, 2, 16), fd)
+
+
+@pytest.mark.parametrize(
+    "order", [(map_regions, map_log, map_area), (map_area, map_log, map_regions)], ids=["regions first", "areas first"]
+)
+def test_memory_without_end(target: Target, order: tuple[Callable[[FrontEnd, int], None], ...]) -> None:
+    """A sparse file costs a front end nothing; others have room for their memory all the same."""
+    attacker = target.attacker(protocol_features=AREAS)
+    with sparse(LARGEST) as fd:
+        for use_up in order:
+            use_up(attacker.front_end, fd)
+        assert "of this disk's front end, which is" in target.told()
+        for _ in range(2):
+            with contextlib.closing(target.attacker("read-only", guest_size=1 << 30)) as other:
+                other.check_honest_ring(DISK)
+        data = os.urandom(4096)
+        target.victim.check_neighbour(data)
+        attacker.check_honest_ring(DISK)
+
+
+# The front end's own end of its connection.
+
+
+def foreign_fds(target: Target, front_end: FrontEnd) -> dict[str, socket.socket]:
+    """What a front end may have that is no notifier; the connection is lost if the process keeps the first of them."""
+    listening, unconnected = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    listening.bind("\0" + os.urandom(8).hex())
+    listening.listen()
+    other = socket.socket(socket.AF_UNIX)
+    other.connect(str(target.victim.folder / "read-only.sock"))
+    return {
+        "own end": front_end.sock,
+        "another connection's end": other,
+        "listening": listening,
+        "not connected": unconnected,
+        "TCP": socket.socket(socket.AF_INET),
+    }
+
+
+HAND_OVER: dict[str, Callable[[FrontEnd, int], None]] = {
+    "kick": lambda front_end, fd: front_end.tell(Request.SET_VRING_KICK, VringFd(0), [fd]),
+    "call": lambda front_end, fd: front_end.tell(Request.SET_VRING_CALL, VringFd(0), [fd]),
+    "error": lambda front_end, fd: front_end.tell(Request.SET_VRING_ERR, VringFd(0), [fd]),
+    "channel": lambda front_end, fd: front_end.tell(Request.SET_BACKEND_REQ_FD, fds=[fd]),
+    "region": lambda front_end, fd: front_end.add_mem_reg(MemoryRegion(FAR, PAGE, FAR, 0), fd),
+    "table": lambda front_end, fd: front_end.set_mem_table([MemoryRegion(FAR, PAGE, FAR, 0)], [fd]),
+    "log": lambda front_end, fd: front_end.set_log_base(PAGE, 0, fd),
+    "area": lambda front_end, fd: front_end.set_inflight_fd(Inflight(PAGE, 0, 1, 16), fd),
+}
+
+
+@pytest.mark.parametrize("how", HAND_OVER)
+def test_an_end_of_a_connection_is_handed_over(target: Target, how: str) -> None:
+    """It is refused, whoever's it is; and when its front end goes, the next one is served, which `target` looks at."""
+    attacker = target.attacker(protocol_features=AREAS | CHANNEL)
+    for name, sock in foreign_fds(target, attacker.front_end).items():
+        with pytest.raises(Refused):
+            HAND_OVER[how](attacker.front_end, sock.fileno())
+        if sock is not attacker.front_end.sock:
+            sock.close()
+        assert attacker.is_attached(), name
+    attacker.check_honest_ring(DISK)
+
+
+@pytest.mark.parametrize("how", ["call", "error", "channel"])
+def test_a_pair_of_sockets_is_a_notifier(target: Target, how: str) -> None:
+    """As user-mode Linux has it: nobody can reach the connection through it."""
+    attacker = target.attacker(protocol_features=CHANNEL)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        HAND_OVER[how](attacker.front_end, theirs.fileno())
+        attacker.check_honest_ring(DISK)

@@ -1,0 +1,124 @@
+"""What the front ends of a disk may map: guaranteed shares, what is lent beside them, and that all of it comes back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from ringplane import address_space
+from ringplane.address_space import AddressSpace, Pool, Share
+from ringplane.memory import BadMemory, Mapping, Region
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    fd = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 64 * PAGE)
+    yield fd
+    os.close(fd)
+
+
+def shares(total: int, count: int) -> list[Share]:
+    pool = Pool(total, count)
+    return [Share(pool) for _ in range(count)]
+
+
+def test_one_user_may_have_all_but_what_is_guaranteed_to_others() -> None:
+    first, second, third = shares(120, 3)
+    assert first.take(81) == 80
+    assert first.take(80) is None
+    assert [share.take(21) for share in (second, third)] == [20, 20]
+    assert [share.take(20) for share in (second, third)] == [None, None]
+    assert first.take(1) == 80
+
+
+def test_what_comes_back_is_lent_again() -> None:
+    first, second = shares(80, 2)
+    assert first.take(60) is None
+    assert second.take(30) == 20
+    first.give_back(25)
+    assert second.take(30) is None
+    assert first.take(25) is not None
+
+
+def test_a_single_user_may_have_all() -> None:
+    (share,) = shares(100, 1)
+    assert share.take(100) is None
+    assert share.take(1) == 100
+
+
+def test_whatever_happens_guarantees_hold() -> None:
+    """At random: no more is used than there is, and each can have its guaranteed share."""
+    draw = random.Random(1)
+    all_shares = shares(1000, 7)
+    held: dict[Share, list[int]] = {share: [] for share in all_shares}
+    for _ in range(20_000):
+        share, amount = draw.choice(all_shares), draw.randrange(1, 200)
+        if held[share] and draw.random() < 0.5:
+            share.give_back(held[share].pop(draw.randrange(len(held[share]))))
+            continue
+        used = sum(held[share])
+        limit = share.take(amount)
+        if limit is None:
+            held[share].append(amount)
+        else:
+            assert used + amount > limit >= share.pool.guaranteed
+        assert sum(map(sum, held.values())) <= 1000
+
+
+@pytest.mark.parametrize(("stack", "limit", "usable"), [(0x7FFD_0000_1000, -1, 1 << 46), (0x7F_FFFF_F000, -1, 1 << 38)])
+def test_half_of_what_the_machine_has_is_usable(
+    monkeypatch: pytest.MonkeyPatch, stack: int, limit: int, usable: int
+) -> None:
+    monkeypatch.setattr("ringplane.native.libc.stack_address", lambda: stack)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    assert address_space.usable_bytes() == usable
+
+
+def test_a_limit_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1000, 1000))
+    assert address_space.usable_bytes() == 500
+    assert address_space.usable_mappings() == 500
+
+
+def test_a_mapping_takes_whole_pages_until_it_is_unmapped(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_space, "usable_bytes", lambda: 4 * PAGE)
+    quota = AddressSpace(1).quota()
+    mappings = [Mapping(fd, PAGE + 1, 0, quota=quota), Mapping(fd, 2 * PAGE, 0, quota=quota)]
+    with pytest.raises(BadMemory, match=r"^4 KiB beside the 16 KiB that are mapped exceed .*, which is 16 KiB"):
+        Mapping(fd, 1, 0, quota=quota)
+    mappings.pop()
+    gc.collect()
+    mappings.append(Mapping(fd, PAGE, PAGE, quota=quota))
+    with pytest.raises(BadMemory):
+        Mapping(fd, 2 * PAGE, 0, quota=quota)
+
+
+def test_what_cannot_be_mapped_takes_nothing(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_space, "usable_bytes", lambda: 4 * PAGE)
+    monkeypatch.setattr(address_space, "usable_mappings", lambda: 1)
+    quota = AddressSpace(1).quota()
+    eventfd = os.eventfd(0)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No such device"):
+            Mapping(eventfd, 4 * PAGE, 0, quota=quota)
+        with pytest.raises(BadMemory):
+            Region.map(0, 0, 5 * PAGE, 0, fd, quota=quota)
+    os.close(eventfd)
+    assert Region.map(0, 0, 4 * PAGE, 0, fd, quota=quota)
+
+
+def test_mappings_are_counted_too(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_space, "usable_mappings", lambda: 8)
+    space = AddressSpace(2)
+    greedy, modest = space.quota(), space.quota()
+    mappings = [Mapping(fd, PAGE, 0, quota=greedy) for _ in range(6)]
+    with pytest.raises(BadMemory, match=r"one more mapping exceeds the limit of this disk's front end, which is 6"):
+        Mapping(fd, PAGE, 0, quota=greedy)
+    mappings += [Mapping(fd, PAGE, 0, quota=modest) for _ in range(2)]
