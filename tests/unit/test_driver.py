@@ -1,4 +1,4 @@
-"""The driver and its load generator against our own back end and one that is not ours: qemu-storage-daemon."""
+"""The driver and its load generator, with ringplane and with qemu-storage-daemon as the back end."""
 
 import contextlib
 import itertools
@@ -58,7 +58,7 @@ def command(kind, socket, image, writable):
 
 @contextlib.contextmanager
 def backend(kind, folder, image, writable=True):
-    """A back end process that serves `image` through four queues; its socket and process."""
+    """Start a back end process that serves `image` with four queues; yields its socket and process."""
     socket = folder / "s"
     socket.unlink(missing_ok=True)
     process = subprocess.Popen(command(kind, socket, image, writable), stdout=subprocess.DEVNULL)
@@ -116,7 +116,7 @@ def some_bytes(size, seed=0):
 
 def test_what_is_written_is_read(disk, image):
     assert disk.capacity == IMAGE_SIZE
-    # More pieces than may be in flight, and the last one shorter.
+    # More pieces than can be in flight, and a shorter last one.
     data = some_bytes((3 << 20) + 512)
     disk.write(4096, data)
     disk.flush()
@@ -134,7 +134,7 @@ def test_serial(disk):
 
 
 @pytest.mark.parametrize(("offset", "length"), [(1, 512), (0, 511), (IMAGE_SIZE, 512), (-512, 512)])
-def test_what_is_no_range_of_blocks_is_refused(four, offset, length):
+def test_ranges_that_are_not_whole_blocks_are_rejected(four, offset, length):
     with pytest.raises(ValueError, match="are not"):
         four.read(offset, length)
 
@@ -146,7 +146,7 @@ def test_each_queue_serves_the_same_disk(four):
 
 
 def test_errors_have_their_exceptions(four):
-    # Past the end, which `read` would refuse itself.
+    # Past the end, which `read` itself would reject.
     assert four.request(VIRTIO_BLK_T_IN, IMAGE_SIZE // 512, read=512).status == 1
     assert four.request(77, 0).status == 2
 
@@ -244,12 +244,12 @@ def test_indices_wrap(four):
     assert four.stop()[0] == 70_000 - 65_536
 
 
-def test_features_are_only_what_was_asked_for(socket):
+def test_only_requested_features_are_accepted(socket):
     with Driver(socket, feature_bits=1 << 32) as disk:
         assert not disk.features & VIRTIO_BLK_F_FLUSH
 
 
-def test_more_queues_than_there_are(socket):
+def test_more_queues_than_the_back_end_has(socket):
     with pytest.raises(ValueError, match="the back end has 4 queues, not 5"):
         Driver(socket, queues=5)
 
@@ -283,7 +283,7 @@ def test_a_back_end_that_does_not_answer_is_a_time_out(four):
     assert len(four.read(0, 512)) == 512
 
 
-def test_the_error_eventfd_is_an_exception_in_words(four):
+def test_the_error_eventfd_raises_an_exception(four):
     # qemu-storage-daemon never signals it, so we do.
     os.eventfd_write(four.queues[0].err_fd, 1)
     with pytest.raises(RingBroken, match="found a fault in ring 0"):
@@ -326,7 +326,7 @@ def test_allocations_do_not_overlap_and_are_reused():
 # Load
 
 
-def test_everything_at_once_verified(four):
+def test_a_verified_load_with_all_options(four):
     sizes = [512 << power for power in range(12)]
     seen = []
     result = run_load(
@@ -358,19 +358,19 @@ def test_load_in_every_mode(socket, busy_poll, event_idx, indirect):
         assert run_load(disk, Load(depth=1, seconds=0.2)).requests > 0
 
 
-def test_random_requests_go_everywhere(four):
+def test_random_requests_cover_the_disk(four):
     model = Model((0, IMAGE_SIZE))
     run_load(four, Load(depth=32, queues=2, requests=4 * IMAGE_SIZE // 4096, read_percent=0, verify=True, model=model))
     written = model.generations.reshape(-1, 8)
     assert (written == written[:, :1]).all(), "requests of 4096 bytes begin at multiples of it"
     counts = written[:, 0]
-    # Four writes for each block on average; a Poisson distribution leaves 1.8 % of them out.
+    # Four writes per block on average; a Poisson distribution leaves out 1.8 % of the blocks.
     assert 0.01 < (counts == 0).mean() < 0.03
     assert counts.max() < 30
     assert abs(counts[: len(counts) // 2].mean() - 4) < 0.3
 
 
-def test_verification_finds_a_corrupted_image(four, image):
+def test_verification_detects_a_corrupted_image(four, image):
     model, written = fill(four, seed=3, queues=2)
     assert written.bytes == IMAGE_SIZE
     clean = check(four, model, queues=4)
@@ -395,7 +395,7 @@ def test_verification_finds_a_corrupted_image(four, image):
 
 
 def test_a_stale_sector_is_a_mismatch(four, image):
-    """A lost write: the sector holds what was written before."""
+    """A lost write: the sector contains the previous data."""
     model, _ = fill(four, seed=3)
     before = image.read_bytes()
     run_load(four, Load(requests=20_000, depth=16, block_size=8192, read_percent=0, verify=True, model=model))
@@ -407,7 +407,7 @@ def test_a_stale_sector_is_a_mismatch(four, image):
     assert f"what was written to sector {sector} as generation 1" in found.first_mismatch
 
 
-def test_a_sequential_load_misses_nothing(four):
+def test_a_sequential_load_covers_the_whole_region(four):
     region = (512 * 3, 512 * 10_007)
     model, written = fill(four, region=region, block_size=4096 * 3, depth=5, queues=3)
     assert written.bytes == region[1]
@@ -448,7 +448,7 @@ def test_errors_are_counted(kind, tmp_path):
     ],
     ids=str,
 )
-def test_loads_that_cannot_be(four, load, message):
+def test_invalid_loads(four, load, message):
     with pytest.raises(ValueError, match=message):
         run_load(four, Load(**{"seconds": 1, **load}))
 
@@ -465,7 +465,7 @@ def test_an_interrupted_progress_callback_ends_the_load(four):
 # Content and CPU time
 
 
-def test_a_word_tells_where_it_comes_from():
+def test_each_word_identifies_its_position_and_version():
     for sector, generation in ((0, 1), (5, 3), (2**35, 2**19)):
         word = int(word_at(int(first_word(9, sector, generation)), 13))
         assert origin(word, 13, 9) == f"what was written to sector {sector} as generation {generation}"

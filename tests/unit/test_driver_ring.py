@@ -1,4 +1,4 @@
-"""The driver's end of the split ring against a device in plain Python that follows the specification's text."""
+"""The driver's end of the split ring against a device in plain Python, written from the specification."""
 
 import ctypes
 import random
@@ -25,7 +25,7 @@ class Memory:
 
 
 class Device:
-    """The device's end, one step of virtio 1.2 section 2.7 at a time; every address is a guest-physical one."""
+    """The device's end, following virtio 1.2 section 2.7 step by step; all addresses are guest-physical."""
 
     def __init__(self, ring, base=0):
         self.ring = ring
@@ -35,7 +35,7 @@ class Device:
         return struct.unpack("<H", peek(address, 2))[0]
 
     def take(self):
-        """The next available chain: its head and (address, length, writable) of each buffer; None if there is none."""
+        """The next available chain: its head and (address, length, writable) for each buffer, or None."""
         if self.last_avail == self.u16(self.ring.avail + 2):
             return None
         head = self.u16(self.ring.avail + 4 + 2 * (self.last_avail % self.ring.size))
@@ -63,7 +63,7 @@ class Device:
             self.ring.poke16(self.ring.used + USED_FLAGS, 0 if wanted else 1)
 
     def use(self, head, length):
-        """Put one chain into the used ring; whether the driver is to be called."""
+        """Put one chain into the used ring; returns whether the driver wants a call."""
         element = self.ring.used + USED_RING + USED_ELEM_SIZE * (self.used_index % self.ring.size)
         poke(element, struct.pack("<II", head, length))
         old, self.used_index = self.used_index, (self.used_index + 1) % 65536
@@ -123,7 +123,7 @@ def test_chains_go_to_the_device_and_come_back(size, event_idx, base, steps):
         elif step == "publish":
             (wanted,) = args
             device.want_kick(wanted, event_idx)
-            # With an event index the wish is for the chain after the last one taken: earlier ones may lie before it.
+            # With an event index the kick is requested for the chain after the last one taken.
             expected = wanted and (not event_idx or (bool(hidden) and not visible))
             assert ring.publish() == expected
             visible += hidden
@@ -183,7 +183,7 @@ def test_a_ring_filled_and_emptied_out_of_order_loses_no_descriptor():
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_calls_come_when_asked_for(event_idx):
+def test_calls_come_when_they_are_requested(event_idx):
     ring, device = make_ring(event_idx=event_idx)
     for token in range(4):
         ring.add([(ring.memory, 1, True)], token)
@@ -238,7 +238,7 @@ def test_a_chain_used_twice_is_refused():
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 65536])
-def test_sizes_that_no_ring_has(size):
+def test_invalid_ring_sizes(size):
     memory = Memory()
     with pytest.raises(ValueError, match="power of two"):
         Ring(memory.address, memory.address, size, True)

@@ -1,4 +1,4 @@
-"""Which engine a worker gets, and what io_uring does that Linux AIO cannot."""
+"""The choice of a worker's engine, and watching fds with both engines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokens(engine: Aio | Uring, timeout_ms: int = 0) -> list[int]:
     return [int(token) for token in engine._tokens[:count]]
 
 
-def test_a_watched_eventfd_is_told_for_each_write_and_never_read(engine: Aio | Uring) -> None:
+def test_each_write_to_a_watched_eventfd_is_reported_without_reading_it(engine: Aio | Uring) -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     engine.watch(fd, TOKEN)
     assert tokens(engine) == []
@@ -47,8 +47,8 @@ def test_a_watched_eventfd_is_told_for_each_write_and_never_read(engine: Aio | U
     os.close(fd)
 
 
-def test_a_flag_that_the_kernel_left_behind_is_no_news() -> None:
-    """IORING_SQ_TASKRUN without work: a worker that took it for news would never sleep again."""
+def test_a_stale_taskrun_flag_is_ignored() -> None:
+    """IORING_SQ_TASKRUN without any work: a worker that reacted to it would never sleep again."""
     engine = make_engine(need_engine("io_uring"), 8)
     assert isinstance(engine, Uring)
     engine.attach_thread()
@@ -59,7 +59,7 @@ def test_a_flag_that_the_kernel_left_behind_is_no_news() -> None:
     assert has_events(record)
     assert tokens(engine) == []
     assert not has_events(record)
-    # What really comes then is not lost, and told by the flag again after that.
+    # A real event after that is not lost, and the flag reports later ones again.
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     engine.watch(fd, TOKEN)
     tokens(engine)
@@ -73,9 +73,7 @@ def test_a_flag_that_the_kernel_left_behind_is_no_news() -> None:
 
 
 @pytest.mark.parametrize("has_epoll_pwait2", [True, False])
-def test_aio_sleeps_for_as_long_as_it_is_told_or_not_at_all(
-    monkeypatch: pytest.MonkeyPatch, has_epoll_pwait2: bool
-) -> None:
+def test_aio_sleeps_for_the_given_time_or_not_at_all(monkeypatch: pytest.MonkeyPatch, has_epoll_pwait2: bool) -> None:
     """Without epoll_pwait2(2) there are only milliseconds."""
     if not has_epoll_pwait2:
         monkeypatch.setattr(aio, "_has_epoll_pwait2", lambda: False)
@@ -90,14 +88,14 @@ def test_aio_sleeps_for_as_long_as_it_is_told_or_not_at_all(
     engine.close()
 
 
-def test_what_was_written_before_it_was_watched_is_told(engine: Aio | Uring) -> None:
+def test_writes_before_watching_are_reported(engine: Aio | Uring) -> None:
     fd = os.eventfd(1, os.EFD_NONBLOCK)
     engine.watch(fd, TOKEN)
     assert tokens(engine, 1000) == [TOKEN]
     os.close(fd)
 
 
-def test_what_is_not_watched_any_more_is_not_told(engine: Aio | Uring) -> None:
+def test_unwatched_fds_are_not_reported(engine: Aio | Uring) -> None:
     fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
     for number, fd in enumerate(fds):
         engine.watch(fd, TOKEN + number)
@@ -112,8 +110,8 @@ def test_what_is_not_watched_any_more_is_not_told(engine: Aio | Uring) -> None:
         os.close(fd)
 
 
-def test_watching_and_unwatching_again_and_again(engine: Aio | Uring) -> None:
-    """As many times as there is room for watches and submissions, and more."""
+def test_watching_and_unwatching_repeatedly(engine: Aio | Uring) -> None:
+    """More often than there is room for watches and submissions."""
     for number in range(uring.MAX_WATCHES + 10 if isinstance(engine, Uring) else 10):
         fd = os.eventfd(1, os.EFD_NONBLOCK)
         engine.watch(fd, TOKEN + number)
@@ -123,12 +121,12 @@ def test_watching_and_unwatching_again_and_again(engine: Aio | Uring) -> None:
         os.close(fd)
 
 
-def test_what_cannot_be_polled_is_refused(engine: Aio | Uring) -> None:
+def test_fds_that_cannot_be_polled_are_rejected(engine: Aio | Uring) -> None:
     with open(__file__) as file, pytest.raises(PermissionError):
         engine.watch(file.fileno(), TOKEN)
 
 
-def test_a_hung_up_socket_is_told_and_does_not_spin(engine: Aio | Uring) -> None:
+def test_a_hung_up_socket_is_reported_and_does_not_spin(engine: Aio | Uring) -> None:
     ours, theirs = socket.socketpair()
     engine.watch(ours.fileno(), TOKEN)
     tokens(engine)
@@ -138,7 +136,7 @@ def test_a_hung_up_socket_is_told_and_does_not_spin(engine: Aio | Uring) -> None
     ours.close()
 
 
-def test_where_io_uring_is_forbidden_aio_is_used_and_said(
+def test_aio_is_used_and_logged_if_io_uring_is_forbidden(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def forbid(entries: int, params: int) -> int:

@@ -1,4 +1,4 @@
-"""An export in one's own program: states, counters, drain and stop under load, no growth, no wake-ups when idle."""
+"""An export in a Python program: states, counters, drain and stop under load, no growth, no wake-ups when idle."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Loaded:
-    """A load on a driver, on a thread of its own."""
+    """A load on a driver, in a separate thread."""
 
     def __init__(self, driver: Driver, load: Load) -> None:
         self.driver, self.load = driver, load
@@ -107,7 +107,7 @@ def test_stop_while_attached_ends_the_connection_and_removes_the_socket(export: 
     export.stop()
 
 
-def test_stop_removes_no_socket_of_another(export: ringplane.Export) -> None:
+def test_stop_does_not_remove_another_server_s_socket(export: ringplane.Export) -> None:
     path = export.socket_path
     assert path is not None
     path.unlink()
@@ -136,7 +136,7 @@ def test_stopped_while_front_ends_wait_in_the_queue(export: ringplane.Export) ->
 
 
 def test_inherited_connection_ends_the_export(image: Path) -> None:
-    """It has stopped by itself then; `stop` has nothing to do any more."""
+    """The export has then stopped by itself, and `stop` does nothing."""
     ours, theirs = socket.socketpair()
     with ringplane.serve(image, fd=theirs.detach()) as export:
         assert export.socket_path is None
@@ -164,10 +164,10 @@ def test_drain_and_counters_of_a_stopped_export(export: ringplane.Export) -> Non
     assert export.in_flight == 0
 
 
-# What cannot be served
+# Errors
 
 
-def test_either_socket_or_fd(image: Path, tmp_path: Path) -> None:
+def test_socket_path_and_fd_exclude_each_other(image: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either"):
         ringplane.serve(image)
     with pytest.raises(ValueError, match="either"):
@@ -187,14 +187,14 @@ def test_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def test_fd_that_is_no_stream_socket_is_refused_and_left_open(image: Path) -> None:
+def test_fd_that_is_not_a_stream_socket_is_rejected_and_left_open(image: Path) -> None:
     for fd in (os.eventfd(0), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach(), socket.socket().detach()):
         with pytest.raises(ListenError):
             ringplane.serve(image, fd=fd)
         os.close(fd)
 
 
-def test_failed_start_leaves_an_image_that_was_there(tmp_path: Path) -> None:
+def test_failed_start_keeps_an_existing_image(tmp_path: Path) -> None:
     image = tmp_path / "old"
     image.write_bytes(b"precious" * 64)
     with pytest.raises(ListenError):
@@ -202,7 +202,7 @@ def test_failed_start_leaves_an_image_that_was_there(tmp_path: Path) -> None:
     assert image.read_bytes() == b"precious" * 64
 
 
-def test_created_image_is_private_and_as_long_as_asked_for(tmp_path: Path) -> None:
+def test_created_image_is_private_and_has_the_given_size(tmp_path: Path) -> None:
     image = tmp_path / "new"
     with ringplane.serve(image, tmp_path / "socket", create=IMAGE_SIZE) as export, attach(export) as driver:
         assert driver.capacity == IMAGE_SIZE
@@ -210,7 +210,7 @@ def test_created_image_is_private_and_as_long_as_asked_for(tmp_path: Path) -> No
     assert stat.S_IMODE(image.stat().st_mode) == 0o600
 
 
-# What is offered
+# Options
 
 
 @pytest.mark.parametrize("queues", [1, 3, 64])
@@ -237,7 +237,7 @@ def test_serial(image: Path, tmp_path: Path) -> None:
         assert driver.serial() == "twenty-bytes-serial!"
 
 
-def test_default_serial_is_that_of_the_path(image: Path, tmp_path: Path) -> None:
+def test_default_serial_is_derived_from_the_path(image: Path, tmp_path: Path) -> None:
     serials = []
     for path in (image, image, tmp_path / "another"):
         with ringplane.serve(path, tmp_path / "socket", create=IMAGE_SIZE) as export, attach(export) as driver:
@@ -246,7 +246,7 @@ def test_default_serial_is_that_of_the_path(image: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_what_is_written_is_in_the_image(image: Path, tmp_path: Path, direct: bool) -> None:
+def test_written_data_is_in_the_image(image: Path, tmp_path: Path, direct: bool) -> None:
     with ringplane.serve(image, tmp_path / "socket", direct=direct) as export, attach(export) as driver:
         assert direct or not export.disk.image.direct
         driver.write(8192, b"ring" * 1024)
@@ -285,18 +285,18 @@ def test_counters(export: ringplane.Export) -> None:
     assert {kind: int(c.histogram.sum()) for kind, c in counters.items()} == {
         kind: c.requests for kind, c in counters.items()
     }
-    # From a microsecond to ten seconds.
+    # Between a microsecond and ten seconds.
     assert 1 < counters["write"].percentile_us(100) < 10_000_000
 
 
-def test_counters_go_on_over_front_ends(export: ringplane.Export) -> None:
+def test_counters_continue_across_front_ends(export: ringplane.Export) -> None:
     for times in range(1, 4):
         with attach(export) as driver:
             driver.read(0, 512)
         assert export.counters["read"].requests == times
 
 
-def test_trace_tells_of_each_request(export: ringplane.Export) -> None:
+def test_trace_reports_each_request(export: ringplane.Export) -> None:
     events: list[str] = []
     export.trace(lambda event: events.append(str(event)))
     with attach(export) as driver:
@@ -312,7 +312,7 @@ def test_trace_tells_of_each_request(export: ringplane.Export) -> None:
 # Under load
 
 
-def test_in_flight_is_seen_and_comes_back_to_zero(export: ringplane.Export) -> None:
+def test_in_flight_is_counted_and_returns_to_zero(export: ringplane.Export) -> None:
     with attach(export) as driver:
         load = Loaded(driver, Load(block_size=65536, depth=32, seconds=0.4))
         wait_until(lambda: export.in_flight > 0)
@@ -340,8 +340,8 @@ def test_drain_without_front_end_returns(export: ringplane.Export) -> None:
     export.drain()
 
 
-def test_stop_under_load_loses_nothing_that_was_acknowledged(export: ringplane.Export, image: Path) -> None:
-    """What the driver saw answered is in the image; of the writes in flight at the end nothing is known."""
+def test_stop_under_load_loses_no_completed_write(export: ringplane.Export, image: Path) -> None:
+    """Writes that the driver saw completed are in the image; those in flight at the end may or may not be."""
     assert export.socket_path is not None
     model = Model((0, IMAGE_SIZE))
     driver = attach(export)
@@ -359,7 +359,7 @@ def test_stop_under_load_loses_nothing_that_was_acknowledged(export: ringplane.E
     assert result.sectors_checked == known
 
 
-def test_front_end_that_goes_under_load_leaves_what_was_acknowledged(export: ringplane.Export) -> None:
+def test_completed_writes_stay_when_the_front_end_disconnects_under_load(export: ringplane.Export) -> None:
     with attach(export) as driver:
         model, _ = fill(driver, seed=3)
         load = Loaded(driver, Load(depth=32, read_percent=0, verify=True, model=model, seconds=30))
@@ -424,7 +424,7 @@ def test_attaching_and_detaching_leaves_nothing_behind(export: ringplane.Export)
     assert len(os.listdir("/proc/self/fd")) == fds
     assert threading.active_count() == threads
     assert tasks() == native_threads
-    # The allocator may have taken a few more areas; one mapping for each cycle would be CYCLES.
+    # The allocator may have added a few areas; one mapping per cycle would add CYCLES.
     assert mapping_lines() - mappings < CYCLES // 10
 
 
@@ -443,7 +443,7 @@ def test_starting_and_stopping_exports_leaves_nothing_behind(image: Path, tmp_pa
 
 
 def switches(thread: threading.Thread) -> int:
-    """How often the thread has gone to sleep."""
+    """How often the thread went to sleep."""
     status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
     return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
@@ -462,7 +462,7 @@ def test_idle_export_does_not_wake_up(export: ringplane.Export, attached: bool) 
     if not attached:
         driver.close()
         wait_until(lambda: export.state == "listening")
-    # Whatever was on its way to sleep is asleep then.
+    # By then all threads are asleep.
     time.sleep(0.1)
     before = [switches(thread) for thread in threads]
     time.sleep(1)
@@ -491,8 +491,8 @@ def test_drain_that_meets_a_stop_returns(tmp_path: Path) -> None:
         export.trace(print)
 
 
-def test_program_that_ends_without_a_stop_ends_well(tmp_path: Path) -> None:
-    """Its threads are still serving while the interpreter takes everything apart."""
+def test_program_that_ends_without_stop_exits_cleanly(tmp_path: Path) -> None:
+    """Its threads still serve while the interpreter shuts down."""
     program = (
         "import ringplane, threading\n"
         "from ringplane.driver import Driver, Load, run_load\n"
@@ -508,7 +508,7 @@ def test_program_that_ends_without_a_stop_ends_well(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_worker_that_fails_says_so_and_hangs_nobody(
+def test_failed_worker_is_reported_and_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(worker: object) -> None:

@@ -1,4 +1,4 @@
-"""Features that people switch on and off: what is offered then, and what is refused."""
+"""Features that are switched on and off: which ones are offered then, and errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def disk(path: Path, worker: Worker, switches: dict[str, bool], *, read_only: bo
         raise
 
 
-def test_each_has_a_bit_or_is_the_protocols() -> None:
+def test_each_feature_has_a_bit_or_is_a_protocol_feature() -> None:
     assert set(BITS) | set(PROTOCOL) == set(FEATURES)
     assert set(OFF_BY_DEFAULT) <= set(FEATURES)
 
@@ -55,29 +55,29 @@ def test_a_switched_feature(path: Path, worker: Worker, name: str) -> None:
     usual = disk(path, worker, {}).features
     assert bool(usual & BITS[name]) == (name not in OFF_BY_DEFAULT)
     others = disk(path, worker, {name: name in OFF_BY_DEFAULT}).features ^ usual
-    # Whoever does not offer to flush cannot offer to switch the cache off.
+    # A disk without flush cannot offer to switch off the write cache.
     assert others == BITS[name] | (BITS["config-wce"] if name == "flush" else 0)
 
 
 @pytest.mark.parametrize("name", sorted(set(BITS)))
-def test_what_is_not_offered_is_zero_in_the_configuration_space(path: Path, worker: Worker, name: str) -> None:
+def test_configuration_fields_of_disabled_features_are_zero(path: Path, worker: Worker, name: str) -> None:
     config = np.frombuffer(disk(path, worker, {name: False}).config_space(), blk.CONFIG)[0]
     assert all(config[field] == 0 for field in blk.CONFIG_FIELDS.get(BITS[name], ()))
     assert config["capacity"] == 2048
 
 
 @pytest.mark.parametrize("name", ["secure-erase", "lifetime"])
-def test_what_the_storage_cannot_do_cannot_be_switched_on(path: Path, worker: Worker, name: str) -> None:
+def test_features_that_the_storage_lacks_cannot_be_switched_on(path: Path, worker: Worker, name: str) -> None:
     with pytest.raises(ImageError, match=f"{name} cannot be offered"):
         disk(path, worker, {name: True})
 
 
-def test_nothing_can_be_discarded_of_a_read_only_disk(path: Path, worker: Worker) -> None:
+def test_discard_cannot_be_switched_on_for_a_read_only_disk(path: Path, worker: Worker) -> None:
     with pytest.raises(ImageError, match="discard cannot be offered"):
         disk(path, worker, {"discard": True}, read_only=True)
 
 
-def test_all_of_the_rings_are_offered_or_can_be(path: Path, worker: Worker) -> None:
+def test_all_ring_features_are_offered_or_can_be_switched_on(path: Path, worker: Worker) -> None:
     rings = (
         features.VIRTIO_F_INDIRECT_DESC
         | features.VIRTIO_F_EVENT_IDX
@@ -90,7 +90,7 @@ def test_all_of_the_rings_are_offered_or_can_be(path: Path, worker: Worker) -> N
     assert disk(path, worker, {"in-order": True}).features & rings == rings
 
 
-def test_how_people_write_it() -> None:
+def test_option_values_are_parsed() -> None:
     assert parse_feature("packed=off") == ("packed", False)
     assert parse_feature("in-order=on") == ("in-order", True)
     with pytest.raises(ValueError, match="is in-order meant"):

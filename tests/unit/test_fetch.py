@@ -1,4 +1,4 @@
-"""Chains to requests: `gather` over random rings and memories gives what the model of the specification gives."""
+"""From chains to requests: `gather` with random rings and memories has the same results as the model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ GUARD = 64
 
 
 class Fetcher:
-    """A QUEUE and a REQUEST over memory of our own, in which each area of the model lies somewhere else."""
+    """A QUEUE and a REQUEST with separate memory, in which the areas of the model are at other addresses."""
 
     def __init__(self, areas: list[Area], table: list[Descriptor], *, indirect: bool = True) -> None:
         self.areas = areas
-        # With room between: neighbours in the guest are none here.
+        # With gaps: areas that are adjacent in the guest are not adjacent here.
         self.hosts = [np.frombuffer(bytearray(bytes(GUARD) + area.content), np.uint8) for area in areas]
         self.regions = np.zeros(max(1, len(areas)), REGION)
         for region, area, host in zip(self.regions, areas, self.hosts, strict=True):
@@ -50,7 +50,7 @@ class Fetcher:
         return int(rule)
 
     def locate(self, host: int, length: int) -> Buffer:
-        """The place in the model of an address of ours."""
+        """The place in the model for an address in this process."""
         for number, region in enumerate(self.regions):
             offset = host - int(region["host"])
             if offset >= 0 and offset + length <= int(region["size"]):
@@ -62,7 +62,7 @@ class Fetcher:
         return [self.locate(int(iovec["base"]), int(iovec["len"])) for iovec in self.iovecs[first : first + count]]
 
     def fetched(self) -> model.Request:
-        """The request as the data plane uses it: the same view of the fields as `execute` has."""
+        """The request as the data plane uses it: the same fields as in `execute`."""
         request = self.request[0]
         writable = int(request["iovecs"]) + int(request["readable_count"]) * IOVEC.itemsize
         result = model.Request(
@@ -77,7 +77,7 @@ class Fetcher:
 
 
 def by_the_model(areas: list[Area], table: list[Descriptor], head: int, indirect: bool) -> model.Request | str:
-    """The request, or the name of the rule that the chain breaks."""
+    """The request according to the model, or the name of the rule that the chain breaks."""
     memory = model.Memory(areas)
     try:
         return model.parse_request(memory, model.read_chain(memory, table, head, indirect))
@@ -95,7 +95,7 @@ def assert_like_the_model(areas: list[Area], table: list[Descriptor], head: int,
     assert by_gather(areas, table, head, indirect) == by_the_model(areas, table, head, indirect)
 
 
-# Memory: some regions with holes between them or without, all of random content.
+# Memory: some regions with or without holes between them, with random contents.
 
 
 @st.composite
@@ -109,14 +109,14 @@ def memories(draw: st.DrawFn) -> list[Area]:
         areas.append(Area(start, bytearray((pattern * 6)[:size])))
         start += size
     if draw(st.booleans()):
-        # A region that ends at the last address that memory may have.
+        # A region that ends at the last possible address.
         areas.append(Area(2**63 - 301, bytearray(300)))
     return areas
 
 
 @st.composite
 def ranges(draw: st.DrawFn, areas: list[Area]) -> tuple[int, int]:
-    """(address, length) that lies in memory, over adjoining regions sometimes."""
+    """(address, length) inside the memory, sometimes across adjacent regions."""
     area = draw(st.sampled_from(areas))
     addr = area.start + draw(st.integers(0, len(area.content) - 1))
     end = area.start + len(area.content)
@@ -129,14 +129,14 @@ def ranges(draw: st.DrawFn, areas: list[Area]) -> tuple[int, int]:
 
 @st.composite
 def requests(draw: st.DrawFn, areas: list[Area]) -> list[Descriptor]:
-    """The buffers of a request in order, `next` still to be set: enough to read for a header, one to write."""
+    """The buffers of a request in order, without `next`: enough to read for a header, at least one to write."""
     readable = draw(st.lists(ranges(areas), min_size=1, max_size=6))
     writable = draw(st.lists(ranges(areas), min_size=1, max_size=6))
     return [Descriptor(*buffer, 0, 0) for buffer in readable] + [Descriptor(*buffer, WRITE, 0) for buffer in writable]
 
 
 def scatter(descriptors: list[Descriptor], places: list[int], table: list[Descriptor]) -> None:
-    """Put a chain at these places of a table."""
+    """Put a chain into these entries of a table."""
     followers = [*places[1:], 0]
     for place, following, descriptor in zip(places, followers, descriptors, strict=True):
         more = NEXT if place != places[-1] else 0
@@ -155,13 +155,13 @@ def direct_chains(draw: st.DrawFn) -> tuple[list[Area], list[Descriptor], int]:
 
 @st.composite
 def indirect_chains(draw: st.DrawFn) -> tuple[list[Area], list[Descriptor], int]:
-    """Some descriptors in the ring's table, none perhaps, the last of which refers to a table with the others."""
+    """Some descriptors in the ring's table, maybe only one; the last one refers to a table with the others."""
     areas = draw(memories())
     start = areas[-1].start + len(areas[-1].content)
     descriptors = draw(requests(areas))
     direct = draw(st.integers(0, len(descriptors) - 1))
     entries = draw(st.integers(len(descriptors) - direct, 20))
-    # In a table in memory the first entry is where the chain goes on; the others are anywhere.
+    # In a table in memory the chain continues at the first entry; the others are anywhere.
     places = [0, *draw(st.permutations(range(1, entries)))][: len(descriptors) - direct]
     table = [Descriptor(0, 0, 0, 0)] * entries
     scatter(descriptors[direct:], places, table)
@@ -190,7 +190,7 @@ def test_indirect_chains(chain: tuple[list[Area], list[Descriptor], int]) -> Non
     assert_like_the_model(*chain, indirect=True)
 
 
-# Damage: one field of one descriptor of a good chain, in the ring or in an indirect table.
+# Damage: one field of one descriptor of a valid chain, in the ring or in an indirect table.
 
 odd_addresses = st.sampled_from([0, 1, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 16])
 odd_lengths = st.sampled_from([0, 1, 15, 17, 2**31, 2**32 - 1])
@@ -297,7 +297,7 @@ def test_every_rule_has_an_example() -> None:
     assert set(rules.MESSAGES) == set(NAME_OF_RULE) - {rules.OK}
 
 
-# Edges that random choice would seldom meet.
+# Edge cases that random choice would rarely hit.
 
 
 @pytest.mark.parametrize("length", [0, 8, 15, 17, 2**32 - 16])
@@ -320,7 +320,7 @@ def test_a_range_that_runs_out_of_memory_breaks_the_ring(addr: int, length: int)
     assert Fetcher(plain_memory(), ring).gather(0) == rules.ADDRESS
 
 
-def test_a_range_that_ends_with_the_last_address_is_good_and_one_byte_more_is_not() -> None:
+def test_a_range_may_end_at_the_last_address_but_not_one_byte_later() -> None:
     areas = [*plain_memory(), Area(2**63 - 17, bytearray(16))]
     good = ring_of(HEADER, STATUS._replace(addr=2**63 - 17, length=16))
     assert Fetcher(areas, good).gather(0) == rules.OK
@@ -335,8 +335,8 @@ def test_without_memory_every_address_is_outside() -> None:
 
 
 @pytest.mark.parametrize(("cuts", "rule"), [(1024, rules.OK), (1027, rules.OK), (1028, rules.TOO_MANY_SEGMENTS)])
-def test_as_many_segments_as_there_is_room_for(cuts: int, rule: int) -> None:
-    """Header and `cuts` more in an indirect table that is longer than the ring."""
+def test_the_largest_number_of_segments(cuts: int, rule: int) -> None:
+    """A header and `cuts` more descriptors in an indirect table that is longer than the ring."""
     areas = plain_memory()
     entries = [HEADER] + [Descriptor(0x1800, 1, WRITE | NEXT, number + 2) for number in range(cuts)]
     entries[-1] = entries[-1]._replace(flags=WRITE)
@@ -347,17 +347,17 @@ def test_as_many_segments_as_there_is_room_for(cuts: int, rule: int) -> None:
         assert fetcher.request["writable_count"] == cuts - 1
 
 
-def test_a_chain_of_the_whole_ring_is_no_loop() -> None:
+def test_a_chain_of_the_whole_ring_is_not_a_loop() -> None:
     ring = [Descriptor(0x1000, 16, NEXT, number + 1) for number in range(7)] + [STATUS]
     assert Fetcher(plain_memory(), ring).gather(0) == rules.OK
 
 
-def test_a_loop_over_the_whole_ring_is_seen_before_its_first_descriptor_is_read_again() -> None:
+def test_a_loop_of_the_whole_ring_is_detected_before_a_descriptor_is_read_again() -> None:
     ring = [HEADER, STATUS._replace(flags=WRITE | NEXT, next=0)]
     assert Fetcher(plain_memory(), ring).gather(0) == rules.LOOP
 
 
-def test_the_second_chain_does_not_inherit_from_the_first() -> None:
+def test_nothing_is_left_of_the_previous_chain() -> None:
     fetcher = Fetcher(plain_memory(), ring_of(HEADER, STATUS._replace(length=100)))
     assert fetcher.gather(0) == rules.OK
     first = fetcher.fetched()
@@ -366,7 +366,7 @@ def test_the_second_chain_does_not_inherit_from_the_first() -> None:
 
 
 class Huge:
-    """A small region with a header in it, and one of 2^33 bytes whose memory does not exist, as nobody looks."""
+    """A small region with a header, and one of 2^33 bytes without memory, because nothing accesses it."""
 
     def __init__(self) -> None:
         self.fetcher = Fetcher([Area(0, bytearray(0x1000))], ring_of(HEADER, STATUS))
@@ -376,7 +376,7 @@ class Huge:
         self.fetcher.queue["regions"], self.fetcher.queue["region_count"] = self.regions.ctypes.data, 2
 
     def gather(self, *lengths: int) -> int:
-        """Of a chain of the header and buffers of these lengths."""
+        """Gather a chain of the header and buffers of these lengths."""
         entries = [Descriptor(0, 16, NEXT, 1)]
         entries += [Descriptor(0x1000, length, WRITE | NEXT, number + 2) for number, length in enumerate(lengths)]
         entries[-1] = entries[-1]._replace(flags=WRITE)
@@ -396,7 +396,7 @@ class Huge:
         ((2**32 - 1, 2**32 - 1), rules.TOO_MANY_BYTES),
     ],
 )
-def test_a_chain_may_have_two_to_the_thirty_two_bytes_and_no_more(lengths: tuple[int, ...], rule: int) -> None:
+def test_a_chain_has_at_most_2_to_the_32_bytes(lengths: tuple[int, ...], rule: int) -> None:
     huge = Huge()
     assert huge.gather(*lengths) == rule
     if rule == rules.OK:

@@ -1,4 +1,4 @@
-"""The benchmark of real guests: what it makes of fio's output, of the runs, and of docs/performance.md."""
+"""The benchmark with real guests: parsing fio's output, evaluating the runs, writing docs/performance.md."""
 
 import importlib.util
 import sys
@@ -56,12 +56,12 @@ def test_fio_line(guests: ModuleType) -> None:
         LINE.replace("50.000000%=10", "[   3.2] a message of the kernel"),
     ],
 )
-def test_line_that_tells_no_result_is_refused(guests: ModuleType, line: str) -> None:
+def test_lines_without_a_result_are_rejected(guests: ModuleType, line: str) -> None:
     with pytest.raises(ValueError, match=r"fio|convert"):
         guests.parse_fio(line, 4096)
 
 
-def test_every_subject_is_measured_as_often_and_not_always_first(guests: ModuleType) -> None:
+def test_all_subjects_are_measured_equally_often_in_changing_order(guests: ModuleType) -> None:
     turns = guests.plan([("randread", 1), ("randwrite", 8)], 3, 3)
     assert [(turn.round, turn.subject) for turn in turns[:3]] == [(-1, 0), (-1, 1), (-1, 2)]
     counted = turns[3:]
@@ -76,7 +76,7 @@ def test_options_of_a_mixed_load(guests: ModuleType) -> None:
     assert guests.fio_options(guests.Turn(0, "seqwrite", 1, 0)) == "--rw=write --bs=65536 --iodepth=1"
 
 
-def test_noisy_runs_count_only_where_there_are_no_others(guests: ModuleType) -> None:
+def test_noisy_runs_count_only_if_there_are_no_others(guests: ModuleType) -> None:
     rows = [row(guests, "ringplane", number, iops, 0.0 if number else 1.5) for number, iops in enumerate((9, 1, 3))]
     rows += [row(guests, "qemu-storage-daemon native", number, iops, 1.0) for number, iops in enumerate((5, 6, 7))]
     cell = guests.summarize(rows)["uml", "tmpfs", False]["randread", 8]
@@ -99,6 +99,6 @@ def test_section_replaces_what_is_between_the_markers(guests: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "{0}", "{1}{0}", "{0}{1}{0}{1}", "{0}{1}{1}"])
-def test_file_without_the_markers_is_refused(guests: ModuleType, text: str) -> None:
+def test_file_without_the_markers_is_rejected(guests: ModuleType, text: str) -> None:
     with pytest.raises(BenchError, match="guests:begin"):
         guests.put_between_markers(text.format(guests.BEGIN, guests.END), "new")

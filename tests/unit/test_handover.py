@@ -1,4 +1,4 @@
-"""A planned restart: what a front end sees of it, which is nothing, and what becomes of one that goes wrong."""
+"""A planned restart: front ends notice nothing, and a restart that fails changes nothing."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Of the socket."""
+    """The path of the socket."""
     return tmp_path / "socket"
 
 
 @pytest.fixture
 def serve(image: Path, path: Path) -> Iterator[Serve]:
-    """Both in this process, where a test sees into them: `serve()` begins, `serve(upgrade=True)` takes over."""
+    """Both sides in this process, where a test can inspect them: `serve()` starts, `serve(upgrade=True)` takes over."""
     with contextlib.ExitStack() as undo:
 
         def start(**options: Any) -> ringplane.Export:
@@ -94,14 +94,14 @@ def processes() -> Iterator[Callable[..., Served]]:
 
 
 def ended(served: Served) -> None:
-    """It has handed over: with status 0, and no complaint."""
+    """Check that the process has handed over: it ended with status 0 and without warnings."""
     status, _, errors = served.finish()
     assert status == 0, errors
     assert "WARNING" not in errors
 
 
 class Load(threading.Thread):
-    """Writes, reads back and compares, over and over, until it is told to stop."""
+    """Writes, reads back and compares repeatedly until it is stopped."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -134,9 +134,7 @@ class Load(threading.Thread):
 
 
 @pytest.mark.parametrize("engine", ["io_uring", "aio"])
-def test_processes_follow_one_another_under_load(
-    processes: Callable[..., Served], image: Path, path: Path, engine: str
-) -> None:
+def test_repeated_takeovers_under_load(processes: Callable[..., Served], image: Path, path: Path, engine: str) -> None:
     need_engine(engine)
     options = ("--image", image, "--socket-path", path, "--engine", engine, "--num-queues", 2)
     running = processes(*options)
@@ -164,7 +162,7 @@ def test_processes_follow_one_another_under_load(
 
 
 def test_all_disks_of_a_file_are_taken_over(processes: Callable[..., Served], tmp_path: Path) -> None:
-    """In whatever order the new file has them."""
+    """In any order of the new file."""
     tables = [
         f'[[disk]]\nimage = "{name}"\nsocket-path = "{name}.sock"\ncreate = "1M"\nnum-queues = 1\n' for name in "abc"
     ]
@@ -187,7 +185,7 @@ def test_all_disks_of_a_file_are_taken_over(processes: Callable[..., Served], tm
 
 
 def refused(*arguments: object) -> str:
-    """The one line that a process says which takes nothing over."""
+    """The one-line error of a process that cannot take over."""
     command = [sys.executable, "-m", "ringplane", "serve", *map(str, arguments), "--upgrade"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
@@ -196,7 +194,7 @@ def refused(*arguments: object) -> str:
     return lines[0]
 
 
-def test_what_cannot_be_taken_over_goes_on(
+def test_the_running_process_continues_if_a_takeover_is_rejected(
     processes: Callable[..., Served], image: Path, path: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -226,10 +224,10 @@ def test_what_cannot_be_taken_over_goes_on(
     assert running.end()[0] == 0
 
 
-# What a front end has said.
+# The state of a front end.
 
 
-def test_message_that_has_come_half(serve: Serve) -> None:
+def test_a_partly_received_message_is_handed_over(serve: Serve) -> None:
     running = serve()
     with negotiated(running) as peer:
         asked = HEADER.pack(Request.GET_QUEUE_NUM, 1, 0)
@@ -237,7 +235,7 @@ def test_message_that_has_come_half(serve: Serve) -> None:
         running = take_over(serve, running)
         peer.sock.send(asked[7:])
         assert peer.sock.recv(100) == HEADER.pack(Request.GET_QUEUE_NUM, 5, 8) + struct.pack("<Q", QUEUES)
-        # And one whose header is there, with an fd.
+        # And one of which the header has come, with an fd.
         asked = HEADER.pack(Request.SET_VRING_ERR, 9, 8) + struct.pack("<Q", 0)
         fd = os.eventfd(0)
         socket.send_fds(peer.sock, [asked[:15]], [fd])
@@ -257,7 +255,7 @@ def test_front_ends_that_wait_are_accepted(serve: Serve) -> None:
         second.get_features()
 
 
-def test_nobody_is_attached(serve: Serve) -> None:
+def test_takeover_without_a_front_end(serve: Serve) -> None:
     running = serve()
     running = take_over(serve, running)
     with machine(running) as guest:
@@ -265,8 +263,8 @@ def test_nobody_is_attached(serve: Serve) -> None:
         assert guest.read(3) == sector(3)
 
 
-def test_what_was_said_counts(serve: Serve) -> None:
-    """Memory, rings, in-flight area, dirty log, status: over two restarts."""
+def test_the_state_of_a_front_end_is_handed_over(serve: Serve) -> None:
+    """Memory, rings, in-flight area, dirty log and status, through two restarts."""
     running = serve()
     with machine(running) as guest:
         described, fd = guest.peer.get_inflight_fd(QUEUES, guest.ring.size)
@@ -310,7 +308,7 @@ def test_write_through_is_kept(serve: Serve, path: Path) -> None:
     with Driver(path, feature_bits=FEATURES, memory_size=1 << 24) as disk:
         disk.set_write_back(False)
         running = take_over(serve, running)
-        # The ring goes on when the new process's control thread comes to it.
+        # The ring resumes when the new process's control thread has started it.
         disk.read(0, 512)
         assert running.disk.queues[0].layout is not None
         assert running.disk.queues[0].layout.write_through
@@ -325,7 +323,7 @@ def test_a_failed_flush_is_not_forgotten(serve: Serve) -> None:
     assert running.disk.flush_failed
 
 
-def test_notifications_in_band(serve: Serve) -> None:
+def test_in_band_notifications(serve: Serve) -> None:
     switches = {"inband-notifications": True}
     running = serve(features=switches)
     with InbandFrontEnd(running) as guest:
@@ -335,7 +333,7 @@ def test_notifications_in_band(serve: Serve) -> None:
             running = take_over(serve, running, features=switches)
 
 
-def test_a_call_in_band_that_nobody_hears_is_waited_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_takeover_waits_for_the_reply_to_an_in_band_call(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ringplane.vhost_user.session.FREEZE_PATIENCE", 0.2)
     switches = {"inband-notifications": True}
     running = serve(features=switches)
@@ -355,8 +353,8 @@ ZONE = 256 << 10
 MODEL = ZoneModel(ZONE, ZONE, 2, max_open=3, max_active=5)
 
 
-def test_zones_are_as_they_were(tmp_path: Path) -> None:
-    """Pointers, and which ones are open: only the process knows that."""
+def test_the_state_of_zones_is_handed_over(tmp_path: Path) -> None:
+    """The write pointers, and which zones are open, which only the process knows."""
     image, path = tmp_path / "zoned", tmp_path / "socket"
     with (
         ringplane.serve(image, path, create=16 * ZONE, zoned=MODEL, upgradable=True) as running,
@@ -380,13 +378,13 @@ def test_zones_are_as_they_were(tmp_path: Path) -> None:
             assert report() == before
             assert disk.read(6 * ZONE, 1536) == b"".join(pattern(512, number) for number in range(3))
             assert append(3) == 3
-    # Closed in order: nothing is forgotten, and nothing kept that is not there.
+    # After an orderly stop no data is lost, and none has appeared.
     with ringplane.serve(image, path, zoned=MODEL) as again, Driver(path, memory_size=1 << 24) as disk:
         assert again.disk.zones is not None
         assert disk.read(6 * ZONE, 512) == pattern(512, 0)
 
 
-# What goes wrong.
+# Failures.
 
 
 def serves_on(guest: Machine, number: int) -> bool:
@@ -400,10 +398,10 @@ def connect(path: Path) -> Channel:
 
 
 @pytest.mark.parametrize("stage", range(5))
-def test_a_successor_that_ends_leaves_all_as_it_was(
+def test_a_successor_that_ends_changes_nothing(
     serve: Serve, path: Path, stage: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before it says anything, before the offer, before it is ready, with the state on its way, and having that."""
+    """Before its first message, before the offer, before it is ready, while the state is sent, and after that."""
     running = serve()
     with machine(running) as guest:
         guest.start()
@@ -423,7 +421,7 @@ def test_a_successor_that_ends_leaves_all_as_it_was(
         assert serves_on(guest, 2)
         assert eventually(lambda: open_fds().keys() == fds.keys())
         assert shared_mappings() == mappings
-        # And another one may.
+        # And another one may take over.
         take_over(serve, running)
         assert serves_on(guest, 3)
 
@@ -442,7 +440,7 @@ def test_a_successor_that_hangs_is_given_up(serve: Serve, path: Path, monkeypatc
         assert serves_on(guest, 1)
 
 
-def test_requests_that_take_long(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_requests_end_the_takeover(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "DRAIN_PATIENCE", 0)
     running = serve()
     with machine(running) as guest:
@@ -452,8 +450,8 @@ def test_requests_that_take_long(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
         assert serves_on(guest, 1)
 
 
-def test_a_predecessor_that_dies_when_all_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before it reads that all has been taken: nobody else serves, so the new process does."""
+def test_a_predecessor_that_dies_after_the_handover(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed before it reads the last message: no other process serves, so the new one does."""
     receive = Channel.receive
 
     def reset(channel: Channel, what: str, patience: float) -> dict[str, Any]:
@@ -472,7 +470,7 @@ def test_a_predecessor_that_dies_when_all_is_told(serve: Serve, monkeypatch: pyt
 @pytest.mark.parametrize(
     "text", [b"{", b"[]", b"{}", b'{"hello": 2}', b'{"hello": {"fd": 3}}', b'{"hello": {"hex": "xy"}}', b"\xff"]
 )
-def test_nonsense_is_no_successor(serve: Serve, path: Path, text: bytes) -> None:
+def test_invalid_messages_are_rejected(serve: Serve, path: Path, text: bytes) -> None:
     running = serve()
     with machine(running) as guest:
         guest.start()
@@ -484,7 +482,7 @@ def test_nonsense_is_no_successor(serve: Serve, path: Path, text: bytes) -> None
         assert serves_on(guest, 1)
 
 
-def test_a_stop_while_somebody_asks(serve: Serve, path: Path) -> None:
+def test_a_stop_during_a_takeover(serve: Serve, path: Path) -> None:
     running = serve()
     with connect(path) as channel:
         channel.send({"hello": 1})
@@ -495,7 +493,9 @@ def test_a_stop_while_somebody_asks(serve: Serve, path: Path) -> None:
     assert not socket_beside(path).exists()
 
 
-def test_a_path_without_room_for_another_name(image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_socket_path_without_room_for_the_suffix(
+    image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / ("s" * (104 - len(str(tmp_path))))
     with ringplane.serve(image, path, num_queues=QUEUES, upgradable=True) as running, machine(running) as guest:
         guest.start()
@@ -520,7 +520,7 @@ def test_channel_carries_fds_and_bytes() -> None:
             os.close(fd)
 
 
-def test_only_its_user_may_ask(
+def test_only_the_same_user_may_take_over(
     serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     serve()

@@ -1,4 +1,4 @@
-"""Latency histograms: buckets without gaps, and percentiles close to those of the values themselves."""
+"""Latency histograms: buckets without gaps, and percentiles close to the exact ones."""
 
 from __future__ import annotations
 

@@ -679,7 +679,7 @@ def test_another_size_is_refused(serve: Serve, folder: Path, caplog: pytest.LogC
     assert "a zoned disk cannot get another size" in caplog.text
 
 
-def test_how_people_write_it() -> None:
+def test_option_values_are_parsed() -> None:
     assert parse_zones("64M") == ZoneModel(64 << 20, 64 << 20)
     text = "1G,capacity=768M, conventional=3,max-open=8,max-active=12"
     assert parse_zones(text) == ZoneModel(1 << 30, 768 << 20, 3, 8, 12)
