@@ -1,4 +1,4 @@
-"""Latency histograms: logarithmic buckets, sixteen linear steps each (6 % wide at most), counted in compiled code."""
+"""Latency histograms: powers of two in sixteen linear buckets each (at most 6 % wide), counted in compiled code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Telling the control plane's listeners of trace events while they happen, without holding up anything else."""
+"""Passing trace events to a receiver on the control thread while they happen, without delaying anything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACE_PORTION = 1000
 
 
 async def report_trace(readers: Sequence[TraceReader], receive: Callable[[TraceEvent | str], None]) -> None:
-    """Call `receive` with each event, or a sentence about lost ones, until cancelled."""
+    """Call `receive` with each event, or with a line about lost events, until cancelled."""
     reported = 0
 
     def report(limit: int) -> int:
@@ -32,10 +32,10 @@ async def report_trace(readers: Sequence[TraceReader], receive: Callable[[TraceE
 
     try:
         while True:
-            # In small portions: messages of the front ends and signals must not wait for a slow reader of these.
+            # In small portions: messages from front ends and signals must not wait for a slow receiver.
             await asyncio.sleep(0 if report(TRACE_PORTION) else TRACE_INTERVAL)
     except OSError as error:
-        log.warning("tracing has ended: %s", error)
+        log.warning("tracing has stopped: %s", error)
     except asyncio.CancelledError:
-        # At the stop, when all queues have been drained: the rest.
+        # At the end, when all queues have been drained: the remaining events.
         report(TRACE_CAPACITY)

@@ -1,6 +1,6 @@
-"""The file beside the image of an emulated zoned disk that keeps its zones' write pointers.
+"""The zone file: it stores the write pointers of an emulated zoned disk, beside the image.
 
-A header, then two arrays of pointers (engines/zones.py says what each is for), each beginning at a page.
+It has a header, then two arrays of pointers (engines/zones.py says what each is for), each at the start of a page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ringplane.virtio.blk import SECTOR
 MAGIC = b"ringplane zones1"
 PAGE = 4096
 
-# boot: of the machine when this file was last written to; in_use: it was not closed since. Sizes in bytes.
+# boot: the machine's boot id when this file was last opened for writing; in_use: not closed since. Sizes in bytes.
 HEADER = np.dtype(
     [
         ("magic", "S16"),
@@ -41,19 +41,19 @@ HEADER = np.dtype(
 
 OPEN = (zoned.VIRTIO_BLK_ZS_IOPEN, zoned.VIRTIO_BLK_ZS_EOPEN)
 
-# Appends are whole or not at all, so not too large.
+# An append must be complete or fail as a whole, so its size is limited.
 MAX_APPEND_SECTORS = 2048
 
 
 class ZoneFile:
-    """The zones of an image; `address` is that of their ZONES struct."""
+    """The zones of an image; `address` is the address of their ZONES struct."""
 
     def __init__(self, image: Image, model: ZoneModel, *, block_size: int, shared: bool = False) -> None:
-        """Open the file, or make it for an image without data; raises ImageError and OSError.
+        """Open the file, or create it for an image without data; raises ImageError and OSError.
 
-        What the last process has told of its writes counts, or, after a crash of the machine, what it had on stable
-        storage. What is in the image beyond that is forgotten. `shared`: another process still writes, and hands over
-        its zones (`resume_from`) when it has ended to.
+        The pointers of the writes that the last process completed count, or, after a crash of the machine, those of its
+        stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
+        its zones (`resume_from`) when it has stopped.
         """
         self.model, self.image = model, image
         self.path = path_beside(image.path)
@@ -75,7 +75,7 @@ class ZoneFile:
     def _map(self) -> None:
         size = _file_size(self.count)
         if os.fstat(self._fd).st_size != size:
-            raise ImageError(f"{self.path}: has not the size that belongs to {self.count} zones of {self.model.size}")
+            raise ImageError(f"{self.path}: the size is not that of {self.count} zones of {self.model.size} bytes")
         access = mmap.ACCESS_READ if self.image.read_only else mmap.ACCESS_WRITE
         self._memory = mmap.mmap(self._fd, size, access=access)
         self._header: npt.NDArray[np.void] = np.frombuffer(self._memory, HEADER, 1)
@@ -85,7 +85,7 @@ class ZoneFile:
     def _load(self, shared: bool) -> None:
         header = self._header[0]
         if bytes(header["magic"]) != MAGIC:
-            raise ImageError(f"{self.path}: is no file of zones")
+            raise ImageError(f"{self.path}: not a zone file of ringplane")
         described = (header["size"], header["capacity"], header["count"], header["conventional"])
         model = self.model
         if described != (model.size, model.capacity, self.count, model.conventional):
@@ -97,7 +97,7 @@ class ZoneFile:
         crashed = bytes(header["boot"]) != boot and header["in_use"]
         pointers = (self._stable if crashed else self._reached).copy()
         if not ((pointers >= 0) & (pointers <= model.capacity // SECTOR)).all():
-            raise ImageError(f"{self.path}: is damaged, a write pointer is outside of its zone")
+            raise ImageError(f"{self.path}: damaged: a write pointer is outside its zone")
         self._make_structs(pointers)
         if self.image.read_only or shared:
             return
@@ -112,7 +112,7 @@ class ZoneFile:
         self._table = np.zeros(self.count, ZONE)
         self._table["start"] = np.arange(self.count) * (model.size // SECTOR)
         self._table["pointer"] = pointers
-        # No zone is open when the device begins.
+        # No zone is open when the device starts.
         self._table["state"] = np.where(
             pointers == 0,
             zoned.VIRTIO_BLK_ZS_EMPTY,
@@ -136,7 +136,7 @@ class ZoneFile:
         return min(MAX_APPEND_SECTORS, self.model.capacity // SECTOR)
 
     def _forget_unwritten(self, pointers: npt.NDArray[np.int64]) -> None:
-        """Sectors behind a pointer read as zeros (section 5.2.6.2), also if a write or reset was cut off there."""
+        """Sectors beyond a pointer read as zeros (section 5.2.6.2), even if a write or reset was interrupted there."""
         size = self.model.size
         for index in range(self.model.conventional, self.count):
             start = int(pointers[index]) * SECTOR
@@ -145,24 +145,24 @@ class ZoneFile:
                 libc.fallocate(self.image.fd, mode, index * size + start, size - start)
 
     def sync(self) -> None:
-        """As `engines.zones.sync`, while no request is in flight; raises OSError."""
+        """Like `engines.zones.sync`, while no request is in flight; raises OSError."""
         if self.image.read_only:
             return
         if failed := int(self._zones[0]["failed"]):
-            raise OSError(-failed, f"{os.strerror(-failed)}, some time ago")
+            raise OSError(-failed, f"an earlier sync failed: {os.strerror(-failed)}")
         os.fdatasync(self.image.fd)
         self._stable[:] = self._reached
         os.fdatasync(self._fd)
 
     def snapshot(self) -> bytes:
-        """While no request is in flight: what has failed, and of each zone its state and pointer; all int64."""
+        """The field `failed`, then all states, then all pointers, as int64; only while no request is in flight."""
         values = (self._zones["failed"], self._table["state"], self._table["pointer"])
         return b"".join(each.tobytes() for each in values)
 
     def resume_from(self, saved: bytes) -> None:
-        """With the zones of a process that has stopped to write. Raises ImageError for those of another disk."""
+        """Take over the zones (`snapshot`) of a process that has stopped writing; raises ImageError."""
         if len(saved) != 8 * (1 + 2 * self.count):
-            raise ImageError(f"{self.path}: other zones are handed over")
+            raise ImageError(f"{self.path}: the zones handed over by the other process do not match")
         values = np.frombuffer(saved, np.int64)
         state, pointer = values[1:].reshape(2, self.count)
         self._zones["failed"] = values[0]
@@ -171,14 +171,14 @@ class ZoneFile:
         self._zones["active"] = np.isin(state, (*OPEN, zoned.VIRTIO_BLK_ZS_CLOSED)).sum()
 
     def abandon(self) -> None:
-        """Let go of the file, as another process goes on with it."""
+        """Close the file without changing it, because another process continues with it."""
         os.close(self._fd)
         self._fd = -1
 
     def close(self) -> None:
-        """Write down that nothing is unknown, and let go of the file; no queue may be running.
+        """Sync, mark the file as cleanly closed, and close it; no queue may be running.
 
-        A second call does nothing. Raises OSError where storage fails: then the next start looks after it.
+        A second call does nothing. Raises OSError if storage fails: then the next start recovers.
         """
         if self._fd < 0:
             return
@@ -192,7 +192,7 @@ class ZoneFile:
             self._fd = -1
 
     def unlink(self) -> None:
-        """Remove it if it was made by this object."""
+        """Remove the file if this object created it."""
         if self.created:
             self.path.unlink(missing_ok=True)
 
@@ -202,33 +202,35 @@ def path_beside(image: Path) -> Path:
 
 
 def check_not_zoned(image: Path) -> None:
-    """Raises ImageError for the image of a zoned disk: what is written without regard to its zones is lost in them."""
+    """Raises ImageError for the image of a zoned disk: data written without its zones would be lost."""
     if path_beside(image).exists():
         raise ImageError(
-            f"{image}: is a zoned disk, as {path_beside(image).name} tells; "
-            "serve it with --zoned, or remove that file to make it a common one"
+            f"{image}: this is a zoned disk, because {path_beside(image).name} exists; "
+            "serve it with --zoned, or remove that file to make it a disk without zones"
         )
 
 
 def _count(image: Image, model: ZoneModel, block_size: int) -> int:
-    """How many zones there are; raises ImageError where the image cannot be zoned so."""
+    """The number of zones; raises ImageError if the image cannot be divided like this."""
     if not image.is_file:
-        raise ImageError(f"{image.path}: only a file can be served as a zoned disk, and this is a block device")
+        raise ImageError(f"{image.path}: this is a block device, but only a file can be served as a zoned disk")
     if image.size % model.size:
         more = -image.size % model.size
         raise ImageError(
-            f"{image.path}: its size is no multiple of the zones' {model.size} bytes; "
+            f"{image.path}: the size is not a multiple of the zone size of {model.size} bytes; "
             f"add {more} bytes with: truncate -s +{more} {image.path}"
         )
     count = image.size // model.size
     if model.conventional >= count:
-        raise ImageError(f"{image.path}: has {count} zones, so not all of {model.conventional} can be conventional")
+        raise ImageError(
+            f"{image.path}: with {count} zones at most {count - 1} can be conventional, not {model.conventional}"
+        )
     return count
 
 
 def _check_blank(image: Image) -> None:
     if image.read_only:
-        raise ImageError(f"{image.path}: there is no {path_beside(image.path).name}, which a read-only disk needs")
+        raise ImageError(f"{image.path}: {path_beside(image.path).name} is missing, which a read-only zoned disk needs")
     try:
         os.lseek(image.fd, 0, os.SEEK_DATA)
     except OSError as error:
@@ -236,13 +238,13 @@ def _check_blank(image: Image) -> None:
             return
         raise
     raise ImageError(
-        f"{image.path}: has data, but there is no {path_beside(image.path).name} that tells where its zones' "
-        "write pointers are; a zoned disk begins with a new image (--create)"
+        f"{image.path}: the image has data, but {path_beside(image.path).name} with its write pointers is missing; "
+        "create a zoned disk as a new image (--create)"
     )
 
 
 def _create(path: Path, model: ZoneModel, count: int) -> None:
-    """Whole or not at all, and with all its space, so that the mapping cannot run out of it."""
+    """Create the file atomically and with all its space allocated, so that the mapping cannot run out of space."""
     header = np.zeros(1, HEADER)
     header[0]["magic"], header[0]["size"], header[0]["capacity"] = MAGIC, model.size, model.capacity
     header[0]["count"], header[0]["conventional"] = count, model.conventional
@@ -262,7 +264,7 @@ def _create(path: Path, model: ZoneModel, count: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The name too must be there after a power cut, if data is."""
+    """Sync the folder, so that the file's name is there after a power cut."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -279,5 +281,5 @@ def _file_size(count: int) -> int:
 
 
 def _boot() -> bytes:
-    """Another one after each start of the machine (random(4))."""
+    """The boot id, which changes with each start of the machine (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

@@ -318,8 +318,8 @@ def setting(field: str, value: int) -> Callable[[Any, Any], None]:
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (setting("version", 2), "of version 2 for 8 descriptors, not of version 1 for 8"),
-        (setting("desc_num", 9), "of version 1 for 9 descriptors"),
+        (setting("version", 2), "version 2 and 8 descriptors, not version 1 and 8 descriptors"),
+        (setting("desc_num", 9), "version 1 and 9 descriptors"),
         (lambda head, states: (head.__setitem__("used_idx", 0), head.__setitem__("last_batch_head", 8)), "leads to"),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_split_region_that_makes_no_sense(
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (setting("version", 2), "of version 2 for 8 descriptors"),
+        (setting("version", 2), "version 2 and 8 descriptors"),
         (setting("old_used_idx", 8), "has descriptor 8"),
         (setting("old_used_wrap_counter", 2), "wrap counter 2"),
         (setting("old_free_head", 9), "has no end"),

@@ -2,11 +2,11 @@
 
 Facts that this file depends on:
 - An `aio_context_t` is the address of a `struct aio_ring` in our own memory. Reading completions there and advancing
-  its head saves io_getevents(2); the kernel takes the head from the ring when it accounts for free places.
-- io_submit(2) stops at the first control block that it refuses: it returns how many it took, or, if that was the
-  first, -errno. EAGAIN means no room now; any other error is that control block's own.
+  its head saves io_getevents(2); the kernel reads the head from the ring when it counts free entries.
+- io_submit(2) stops at the first control block that it refuses: it returns how many it accepted, or, if that was the
+  first, -errno. EAGAIN means no room now; any other error concerns that control block.
 - On a file system without O_DIRECT, and on tmpfs, the I/O happens inside io_submit(2): it has ended when it returns.
-- IOCB_CMD_FDSYNC exists since Linux 4.18, and wants all unused fields zero.
+- IOCB_CMD_FDSYNC exists since Linux 4.18, and requires all unused fields to be zero.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ AIO_ENGINE = np.dtype(
     ]
 )
 
-# The token of the completions' own eventfd: it wakes us, and is not reported.
+# The token of the eventfd that completions signal: it wakes the worker, and is not reported.
 TOKEN_COMPLETIONS = 0
 
 
 @compiled
 def wait(engine, timeout_ns):
-    """Sleep in epoll_wait(2) until something happens or the time is over (-1: never).
+    """Sleep in epoll_wait(2) until something happens or the time is over (-1: without limit).
 
     Returns how many tokens it put at `engine.tokens`.
     Fds are watched edge-triggered, so they need not be read: each write to an eventfd is a new edge, whether it was
-    read before or not. An eventfd that nobody reads overflows after 2^64 writes.
+    read before or not. An eventfd that is never read overflows after 2^64 writes.
     """
     if timeout_ns > 0 and engine.limit:
         limit = view(engine.limit, TIMESPEC)
@@ -130,7 +130,7 @@ def _prepare(engine, slot, opcode, fd, buffer, size, offset, flags):
 
 @compiled
 def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
-    """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: a write that ends when stable."""
+    """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: the write ends when stable."""
     flags = RWF_DSYNC if dsync else 0
     if iov_count == 1:
         single = view(iov, IOVEC)
@@ -143,13 +143,13 @@ def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
 
 @compiled
 def prepare_flush(engine, slot, fd):
-    """Queue an fdatasync(2), which the kernel runs on a thread of its own."""
+    """Queue an fdatasync(2), which the kernel runs on a kernel thread."""
     _prepare(engine, slot, IOCB_CMD_FDSYNC, fd, 0, 0, 0, 0)
 
 
 @compiled
 def submit(engine):
-    """Hand the queued operations to the kernel. What it does not take now stays queued, in order."""
+    """Submit the queued operations. Those that the kernel does not accept now stay queued, in order."""
     done = 0
     engine.stuck = 0
     while done < engine.prepared:
@@ -162,7 +162,7 @@ def submit(engine):
             engine.stuck = 1
             break
         else:
-            # The first control block is refused for itself: it ends here, the others go on.
+            # The error concerns the first control block: it ends here, the others continue.
             iocb = view(load64(engine.batch + 8 * done), IOCB)
             complete(address_of(engine), iocb.data, taken)
             done += 1
@@ -173,14 +173,14 @@ def submit(engine):
 
 @compiled
 def has_events(engine):
-    """Whether `reap` would find something; nothing tells of the watched fds but a system call."""
+    """Whether `reap` would find something; the watched fds can only be checked with a system call."""
     ring = engine.context
     return load32(ring + RING_HEAD) != load32_acquire(ring + RING_TAIL)
 
 
 @compiled
 def reap(engine):
-    """Collect what has ended into `engine.completions`; returns how many there are."""
+    """Collect completions into `engine.completions`; returns how many there are."""
     ring = engine.context
     size = load32(ring + RING_NR)
     events = ring + load32(ring + RING_HEADER_LENGTH)
@@ -193,7 +193,7 @@ def reap(engine):
         head += 1
         if head == size:
             head = 0
-    # Release: the events have been read before the kernel may reuse their places.
+    # Release: the events have been read before the kernel may overwrite them.
     store32_release(ring + RING_HEAD, head)
     count = engine.completed
     engine.completed = 0
@@ -201,12 +201,12 @@ def reap(engine):
 
 
 class Aio:
-    """Owns an AIO context, its eventfd and an epoll; `address` is that of the AIO_ENGINE struct."""
+    """Owns an AIO context, its eventfd and an epoll instance; `address` is the address of the AIO_ENGINE struct."""
 
     name = "aio"
 
     def __init__(self, capacity: int) -> None:
-        """Raises OSError with a text that says what to do when the kernel has no room for `capacity` requests."""
+        """Raises OSError, with advice if the kernel has no room for `capacity` requests."""
         self._context = _io_setup(capacity)
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
@@ -237,21 +237,21 @@ class Aio:
         self.watch(self.event_fd, TOKEN_COMPLETIONS)
 
     def attach_thread(self) -> None:
-        """Called by the thread that will use the engine; AIO does not mind which."""
+        """Called by the thread that will use the engine; AIO does not depend on it."""
 
     def add_file(self, fd: int) -> int:
-        """What `prepare_io` and `prepare_flush` are to be given for this open file: itself."""
+        """The `file` argument of `prepare_io` and `prepare_flush` for this open file: the fd itself."""
         return fd
 
     def remove_file(self, handle: int) -> None:
-        """Nothing refers to the file any more; AIO has kept nothing of it."""
+        """Nothing refers to the file any more; AIO kept no reference to it."""
 
     def pin(self, mappings: Collection[Mapping]) -> None:
-        """Linux AIO knows no registered memory; raises OSError."""
-        raise OSError(errno.EOPNOTSUPP, "Linux AIO cannot do that")
+        """Linux AIO has no registered memory; raises OSError."""
+        raise OSError(errno.EOPNOTSUPP, "Linux AIO does not support it; use --engine io_uring")
 
     def watch(self, fd: int, token: int) -> None:
-        """Report `token` (not 0) when there is something new to read from `fd`; OSError if it can't be polled."""
+        """Report `token` (not 0) when `fd` becomes readable; raises OSError if it cannot be polled."""
         libc.epoll_add(self._epoll.fileno(), fd, select.EPOLLIN | select.EPOLLET, token)
 
     def unwatch(self, fd: int) -> None:
@@ -260,7 +260,7 @@ class Aio:
             self._epoll.unregister(fd)
 
     def close(self) -> None:
-        """Destroy the context (waits for what is in flight) and close the fds; a second call does nothing."""
+        """Destroy the context (waits for requests in flight) and close the fds; a second call does nothing."""
         if self._context:
             libc.io_destroy(self._context)
             os.close(self.event_fd)
@@ -269,7 +269,7 @@ class Aio:
 
 
 def _has_epoll_pwait2() -> bool:
-    """Linux 5.11; sandboxes may forbid it."""
+    """Since Linux 5.11; sandboxes may forbid it."""
     return bool(epoll_pwait2(-1, 0, 1, 0) != -ENOSYS)
 
 

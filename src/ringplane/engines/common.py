@@ -1,4 +1,4 @@
-"""What all engines share: operations, the struct that the data plane sees, completions and tokens."""
+"""What all engines share: operations, the part of their structs that the data plane uses, completions and tokens."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import numpy as np
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
-# What a request asks of storage. From FLUSH on it is done whole or not at all; from DISCARD on a helper thread does it
-# (engines/ranges.py, engines/zones.py).
+# The operation of a request on storage. From FLUSH on operations have no partial results; from DISCARD on they are
+# performed by a helper thread (engines/ranges.py, engines/zones.py).
 READ, WRITE, FLUSH, DISCARD, ZERO, SECURE_ERASE, SYNC_ZONES, RESET_ZONES = range(8)
 
-# Which engine a struct belongs to.
+# The kind of an engine's struct.
 AIO, IO_URING = 0, 1
 
 # How the I/O of a disk is done: through its worker's engine, by engine `memory`, or not at all (engine `null`).
 THROUGH_WORKER, IN_MEMORY, NOWHERE = 0, 1, 2
 
-# What `wait` reports beside completions: the token of each watched fd that became readable.
+# `wait` reports the token of each watched fd that became readable, at most this many per call.
 MAX_TOKENS = 64
 
-# kind: one of the above; capacity: how many slots there are; prepared: operations queued and not yet taken by the
-# kernel; stuck: the kernel did not take all of them, so that a new attempt makes sense only after a completion or some
-# time; submits_in_wait: `wait` submits what is prepared with the system call that it makes anyway; merges: a large I/O
-# of many buffers costs less than several small ones; completed: how many operations have ended and were not yet reaped;
+# kind: AIO or IO_URING; capacity: the number of slots; prepared: operations queued and not yet accepted by the kernel;
+# stuck: the kernel did not accept all of them, so a retry makes sense only after a completion or some time;
+# submits_in_wait: `wait` submits what is prepared with the system call that it makes anyway; merges: one large I/O with
+# many buffers costs less than several small ones; completed: how many operations have ended and were not yet reaped;
 # completions, tokens: addresses of COMPLETION structs, the first `completed` of them filled, and of MAX_TOKENS int64.
 ENGINE_FIELDS = [
     (name, "<i8")
@@ -48,7 +48,7 @@ COMPLETION_SIZE = COMPLETION.itemsize
 
 @compiled
 def complete(address, slot, result):
-    """The operation of `slot` has ended: note it for `reap` of the engine at `address`."""
+    """The operation of `slot` has ended: store its result for `reap` of the engine at `address`."""
     engine = view(address, ENGINE)
     completion = view(engine.completions + engine.completed * COMPLETION_SIZE, COMPLETION)
     completion.slot = slot

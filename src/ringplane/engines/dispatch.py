@@ -1,4 +1,4 @@
-"""The engines' functions for the engine that a worker has: one branch, the same for all requests of a worker."""
+"""Calls the functions of the worker's engine: one branch, the same for all requests of a worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringplane.native.jit import compiled
 
 @compiled
 def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
-    """See engines/__init__.py for this and all others."""
+    """See engines/__init__.py for this and the functions below."""
     if engine.kind == IO_URING:
         ring = view(address_of(engine), URING_ENGINE)
         uring.prepare_io(ring, slot, operation, file, iov, iov_count, offset, dsync)
@@ -30,7 +30,7 @@ def prepare_flush(engine, slot, file):
 
 @compiled
 def submit(engine):
-    """Nothing for io_uring: its `wait` submits."""
+    """For io_uring this does nothing: its `wait` submits."""
     if engine.kind != IO_URING:
         aio.submit(view(address_of(engine), AIO_ENGINE))
 

@@ -1,12 +1,13 @@
-"""Engine `memory`: the image is memory (tmpfs, hugetlbfs), so it is mapped, and I/O is a copy by the I/O thread itself.
+"""Engine `memory`: the image is in memory (tmpfs, hugetlbfs). It is mapped, and the I/O thread itself copies the data.
 
 Facts that this file depends on:
-- A copy into a hole of a tmpfs file through a mapping allocates memory, and so does a copy out of one; where there is
-  none left it ends with SIGBUS. pwrite(2) says ENOSPC instead, and pread(2) leaves holes alone. So a map tells which
-  pages have memory of their own, and only those are copied; all else is done by system calls, which never wait here.
-- A page that has gone (the image was truncated) raises SIGBUS too. native/sigbus.py puts another page there and says
-  so, whereupon the mapping is not used any more: the copy is done again by system call, and so is all that follows.
-- hugetlbfs knows no write(2), but a mapping reserves the pages that it may need.
+- A copy into or out of a hole of a tmpfs file through a mapping allocates memory; if none is left, it raises SIGBUS.
+  pwrite(2) returns ENOSPC instead, and pread(2) leaves holes alone. So a page map says which pages have memory, and
+  only those are copied; everything else is done with system calls, which never block here.
+- An access to a page that was removed (the image was truncated) raises SIGBUS too. native/sigbus.py puts another page
+  there and sets `lost`. From then on the mapping is not used: the copy is repeated as a system call, and all later I/O
+  is system calls.
+- hugetlbfs does not support write(2), but a mapping reserves the pages that it may need.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, preadv, pwrite
 PAGE_BITS = 12
 PAGE = 1 << PAGE_BITS
 
-# fd; base: where it is mapped; present: one byte a page, not 0 where the page has memory; lost: a page of it has gone,
-# set by the handler of SIGBUS on any thread; told: the control plane has been called for that; holes: pages may be
-# without memory (not so with huge pages, where enough is reserved for all).
+# fd; base: where the image is mapped; present: the page map, one byte per page, not 0 if the page has memory; lost: a
+# page was removed, set by the SIGBUS handler on any thread; reported: Python was called for that; holes: pages may be
+# without memory (not with huge pages, where enough are reserved for all).
 MAPPED_IMAGE = np.dtype([(name, "<i8") for name in ("fd", "base", "present", "lost", "reported", "holes")])
 LOST: int = MAPPED_IMAGE.fields["lost"][1]  # type: ignore[index]
 
 
 @compiled
 def announce(image, offset):
-    """A transfer at `offset` comes soon: the walk of the page tables for it takes as long as half of the copy."""
+    """Prefetch for a transfer at `offset`: its walk through the page tables takes half the time of the copy."""
     prefetch(image.base + offset)
 
 
 @compiled
 def transfer(image, operation, iov, iov_count, offset, size):
-    """Read or write the `size` bytes of `iov_count` IOVEC structs; returns how many bytes were, or -errno."""
+    """Read or write the `size` bytes of `iov_count` IOVEC structs; returns the number of bytes done or -errno."""
     if load64(address_of(image) + LOST) == 0 and is_present(image, offset, size):
         copy_all(operation, iov, iov_count, image.base + offset)
-        # A fault of this copy, or of another thread's in the same page, was noted before the copy ended.
+        # A fault of this copy, or of another thread's copy in the same page, was recorded before the copy ended.
         if load64(address_of(image) + LOST) == 0:
             return size
     if operation == READ:
@@ -68,14 +69,14 @@ def is_present(image, offset, size):
 
 @compiled
 def mark_present(image, offset, size):
-    """pwrite(2) has given memory to each page that it touched."""
+    """pwrite(2) has allocated each page that it wrote to."""
     for page in range(offset >> PAGE_BITS, (offset + size + PAGE - 1) >> PAGE_BITS):
         store8(image.present + page, 1)
 
 
 @compiled
 def mark_absent(image, offset, size):
-    """The pages that lie wholly in this range have been given back; the others have kept their memory."""
+    """The pages that lie wholly in this range have been freed; pages that lie partly in it keep their memory."""
     if image.holes:
         for page in range((offset + PAGE - 1) >> PAGE_BITS, (offset + size) >> PAGE_BITS):
             store8(image.present + page, 0)
@@ -94,7 +95,7 @@ def copy_all(operation, iov, iov_count, place):
 
 
 class MappedImage:
-    """Owns the mapping of an image; `address` is that of the MAPPED_IMAGE struct."""
+    """Owns the mapping of an image; `address` is the address of the MAPPED_IMAGE struct."""
 
     def __init__(self, fd: int, size: int, *, read_only: bool) -> None:
         """Map `size` bytes of `fd`; raises OSError where there are not enough huge pages."""
@@ -108,10 +109,10 @@ class MappedImage:
         self.map(size)
 
     def resize(self, size: int) -> None:
-        """The image has so many bytes now. Raises OSError where they cannot be mapped.
+        """The image has `size` bytes now. Raises OSError if they cannot be mapped.
 
-        A mapping never goes before `close`: copies may be going on in it. What of it is beyond a nearer end raises
-        SIGBUS, which is caught.
+        A mapping is kept until `close`, because copies may be using it. An access beyond the end of an image that was
+        shortened raises SIGBUS, which is caught.
         """
         if size > self._mapped:
             self.map(size)
@@ -135,7 +136,7 @@ class MappedImage:
         # Not at the interpreter's exit, where a worker's thread may still be running.
         self._unmaps.append(weakref.finalize(self, _unmap, guard, base, length))
         self._unmaps[-1].atexit = False
-        # Each of the two may be used with the other's predecessor, for what lies within the smaller size.
+        # A copy may use one of the two with the old value of the other, for offsets within the smaller size.
         self._record["present"], self._record["holes"] = present.ctypes.data, not huge
         self._record["base"] = base
         self._mapped = size
@@ -147,7 +148,7 @@ class MappedImage:
 
     @property
     def lost(self) -> bool:
-        """Whether a page of the image has gone under us, so that the mapping is not used any more."""
+        """Whether a page of the image was removed, so that the mapping is not used any more."""
         return bool(self._record["lost"][0])
 
 
@@ -172,8 +173,8 @@ def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
 
 
 def is_memory(fd: int) -> bool:
-    """Whether an image is a file that its file system keeps in memory, so that this engine can serve it."""
+    """Whether an image is a file on a file system in memory, so that this engine can serve it."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        # The file system of a block device is that of its node in /dev, often a tmpfs; its data are elsewhere.
+        # fstatfs(2) of a block device describes the file system of its node in /dev, often a tmpfs, not its data.
         return False
     return libc.file_system_type(fd) in (libc.TMPFS_MAGIC, libc.RAMFS_MAGIC, libc.HUGETLBFS_MAGIC)

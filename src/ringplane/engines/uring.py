@@ -1,21 +1,22 @@
 """Engine `io_uring`: one system call submits, completes and waits, and kicks arrive through the same ring.
 
 Facts that this file depends on:
-- With SINGLE_ISSUER and DEFER_TASKRUN (Linux 6.1) completions are made only inside io_uring_enter(2) with GETEVENTS,
-  on the thread that enabled the ring: no interrupts of that thread, no other thread may submit. TASKRUN_FLAG tells in
-  shared memory that there is something to be made, so that a loop that does not sleep needs no system call to look.
-  The kernel sets that flag a moment after it has queued the work: if we have done the work by then, the flag stays set
-  with nothing behind it until there is work again (seen with Linux 6.18; whoever trusts it spins for ever).
+- With SINGLE_ISSUER and DEFER_TASKRUN (Linux 6.1) completions are posted only inside io_uring_enter(2) with GETEVENTS,
+  on the thread that enabled the ring: the kernel does not interrupt that thread, and no other thread may submit. With
+  TASKRUN_FLAG a flag in shared memory says that there is work for that call, so a loop that does not sleep can check
+  without a system call. The kernel sets the flag shortly after it has queued the work. If the work is done by then, the
+  flag stays set without work until there is new work (seen with Linux 6.18; a loop that trusts the flag spins forever).
 - A registered file saves taking and dropping a reference for each I/O. The ring keeps such a file open.
 - A registered buffer saves looking up and pinning the pages of a request, and keeps them pinned: they are allocated and
-  stay, whatever the guest gives back, and count as locked memory (RLIMIT_MEMLOCK). One buffer has 1 GiB at most.
-- A multishot poll posts a completion for each wake-up of the fd, edge-triggered: an eventfd need not be read. When its
-  completion lacks IORING_CQE_F_MORE (an overflow of the completion queue, say) the poll has ended and is made again.
-- Without SQPOLL the kernel reads submissions only inside io_uring_enter(2), so the submission queue needs no barriers
-  of ours beyond a release of its tail.
-- Submissions are consumed in order, and all of them: an invalid one ends with a completion of its own.
-- A filter of system calls does not see what is asked for through a ring. So the ring itself is restricted, before it is
-  enabled, to what this file asks for (Linux 5.10): to open a file or a socket through it ends with EACCES.
+  stay so, even if the guest frees them, and count as locked memory (RLIMIT_MEMLOCK). A buffer has at most 1 GiB.
+- A multishot poll posts a completion for each wake-up of the fd, edge-triggered: an eventfd need not be read. If a
+  completion lacks IORING_CQE_F_MORE (after an overflow of the completion queue, for example), the poll has ended and is
+  queued again.
+- Without SQPOLL the kernel reads submissions only inside io_uring_enter(2), so the only barrier that the submission
+  queue needs is a release store of its tail.
+- Submissions are consumed in order, and all of them: an invalid one gets a completion with its error.
+- A seccomp filter does not see the operations of a ring. So the ring itself is restricted, before it is enabled, to the
+  operations that this file uses (Linux 5.10): opening a file or a socket through it fails with EACCES.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE, IORING_REGISTER_IOWQ_M
 IORING_RSRC_REGISTER_SPARSE = 1
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
 
-# What a ring can do once it is enabled, and what may be registered with it then; IOSQE_FIXED_FILE is the only flag.
+# What an enabled ring may do and register; IOSQE_FIXED_FILE is the only permitted flag.
 OPERATIONS = (
     *(IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED),
     *(IORING_OP_FSYNC, IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL),
@@ -106,10 +107,10 @@ MAX_WATCHES = 4096
 MAX_FILES = 1024
 MAX_BUFFERS, MAX_BUFFER_SIZE = 4096, 1 << 30
 
-# A file handle is an fd, or with this bit a number in the table of registered files.
+# A file handle is an fd, or with this bit an index in the table of registered files.
 FIXED_FILE = IOSQE_FIXED_FILE << 32
 
-# What user_data says: a slot number, or one of these bits with the number of a watch, or nothing to be told.
+# user_data is a slot number, or WATCH_BIT with the number of a watch, or IGNORED_BIT: the completion is ignored.
 WATCH_BIT, IGNORED_BIT = 1 << 40, 1 << 41
 NUMBER_MASK = (1 << 32) - 1
 
@@ -149,18 +150,18 @@ URING_ENGINE = np.dtype(
         ("ring_fd", "<i8"),
         ("sqes", "<i8"),
         ("sq_tail", "<i8"),  # address of the tail that the kernel reads
-        ("sq_flags", "<i8"),  # address of what the kernel tells of the ring
-        ("stale", "<i8"),  # IORING_SQ_TASKRUN is set with nothing behind it
+        ("sq_flags", "<i8"),  # address of the flags that the kernel sets
+        ("stale", "<i8"),  # IORING_SQ_TASKRUN if it is set without work, else 0
         ("sq_mask", "<i8"),
-        ("next_sqe", "<i8"),  # free running; what the tail will be
+        ("next_sqe", "<i8"),  # free running; the next value of the tail
         ("cqes", "<i8"),
         ("cq_head", "<i8"),  # addresses
         ("cq_tail", "<i8"),
         ("cq_mask", "<i8"),
         ("watches", "<i8"),  # WATCH structs
         ("argument", "<i8"),  # GETEVENTS_ARG, for a wait with a limit
-        ("buffers", "<i8"),  # what is registered: IOVEC structs, of length 0 where there is nothing
-        ("buffer_count", "<i8"),  # the last of them and all behind it are not in use
+        ("buffers", "<i8"),  # the registered buffers: IOVEC structs, of length 0 where there is none
+        ("buffer_count", "<i8"),  # IOVEC structs from this one on are not in use
         ("last_buffer", "<i8"),  # where the last address was found
     ]
 )
@@ -168,7 +169,7 @@ URING_ENGINE = np.dtype(
 
 @compiled
 def _next_sqe(engine):
-    """The next submission entry, cleared. There are more than can be prepared between two waits."""
+    """The next submission entry, cleared. There are more entries than operations prepared between two waits."""
     sqe = view(engine.sqes + (engine.next_sqe & engine.sq_mask) * SQE_SIZE, SQE)
     engine.next_sqe = (engine.next_sqe + 1) & NUMBER_MASK
     engine.prepared += 1
@@ -184,7 +185,7 @@ def _next_sqe(engine):
 
 @compiled
 def _find_buffer(engine, base, length):
-    """The number of the registered buffer that holds these bytes, -1 if there is none."""
+    """The number of the registered buffer that contains these bytes, -1 if there is none."""
     for attempt in range(engine.buffer_count + 1 if engine.buffer_count else 0):
         number = attempt - 1 if attempt else engine.last_buffer
         buffer = view(engine.buffers + number * IOVEC_SIZE, IOVEC)
@@ -196,7 +197,7 @@ def _find_buffer(engine, base, length):
 
 @compiled
 def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
-    """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: a write that ends when stable."""
+    """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: the write ends when stable."""
     sqe = _next_sqe(engine)
     sqe.flags = file >> 32
     sqe.fd = file & NUMBER_MASK
@@ -221,7 +222,7 @@ def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
 
 @compiled
 def prepare_flush(engine, slot, file):
-    """Queue an fdatasync(2), which the kernel runs on a thread of its own."""
+    """Queue an fdatasync(2), which the kernel runs on a kernel thread."""
     sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_FSYNC
     sqe.flags = file >> 32
@@ -234,7 +235,7 @@ def prepare_flush(engine, slot, file):
 
 @compiled
 def prepare_watch(engine, number):
-    """Queue a poll of the fd of watch `number` that goes on until it is removed."""
+    """Queue a multishot poll of the fd of watch `number`, which continues until it is removed."""
     sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_POLL_ADD
     sqe.flags = 0
@@ -259,7 +260,7 @@ def prepare_unwatch(engine, number):
 
 @compiled
 def wait(engine, timeout_ns, wanted):
-    """Submit what is prepared, and sleep until so many things have happened or the time is over (-1: never).
+    """Submit what is prepared, and sleep until `wanted` events or until the time is over (-1: without limit).
 
     Returns how many tokens it put at `tokens`.
     """
@@ -270,8 +271,8 @@ def wait(engine, timeout_ns, wanted):
         limit.tv_nsec = timeout_ns
         flags, argument, size = flags | IORING_ENTER_EXT_ARG, engine.argument, GETEVENTS_ARG_SIZE
     taken = io_uring_enter(engine.ring_fd, engine.prepared, 0 if timeout_ns == 0 else wanted, flags, argument, size)
-    # An error concerns submission or wait as a whole (EAGAIN: no memory, EBUSY: completions first, EINTR, ETIME): what
-    # was not taken stays queued, and the next turn tries again.
+    # An error concerns the submission or wait as a whole (EAGAIN: no memory, EBUSY: completions must be reaped first,
+    # EINTR, ETIME): what was not accepted stays queued, and the next turn retries.
     if taken > 0:
         engine.prepared -= taken
     engine.stuck = 1 if engine.prepared > 0 else 0
@@ -283,7 +284,7 @@ def wait(engine, timeout_ns, wanted):
 
 @compiled
 def _collect(engine):
-    """Sort what is in the completion queue into completions and tokens, as far as there is room."""
+    """Sort the completion queue into completions and tokens, as far as there is room."""
     head = load32(engine.cq_head)
     # Acquire: entries are read after the tail. Pairs with the kernel's release store of it.
     tail = load32_acquire(engine.cq_tail)
@@ -301,14 +302,14 @@ def _collect(engine):
         elif not cqe.user_data & IGNORED_BIT:
             complete(address_of(engine), number, cqe.res)
         head = (head + 1) & NUMBER_MASK
-    # Release: the entries have been read before the kernel may reuse their places.
+    # Release: the entries have been read before the kernel may overwrite them.
     store32_release(engine.cq_head, head)
     return tokens
 
 
 @compiled
 def has_events(engine):
-    """Whether `wait` would find something without sleeping; work behind a stale flag is not seen."""
+    """Whether `wait` would find something without sleeping; work while the flag is stale is not detected."""
     flags = load32(engine.sq_flags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW) & ~engine.stale
     return flags != 0 or load32(engine.cq_head) != load32_acquire(engine.cq_tail)
 
@@ -322,13 +323,13 @@ def reap(engine):
 
 
 class Uring:
-    """Owns an io_uring; `address` is that of the URING_ENGINE struct."""
+    """Owns an io_uring; `address` is the address of the URING_ENGINE struct."""
 
     name = "io_uring"
     fine_timeouts = True
 
     def __init__(self, capacity: int) -> None:
-        """Raises OSError where the kernel is older than 6.1 or io_uring is forbidden."""
+        """Raises OSError if the kernel is older than 6.1 or io_uring is forbidden."""
         params = (ctypes.c_uint32 * (PARAMS_SIZE // 4))()
         entries = 1 << (2 * capacity + 64 - 1).bit_length()
         flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG
@@ -343,7 +344,7 @@ class Uring:
         self._restrict()
         self._map(fields)
         self._make_state(capacity, fields)
-        # When something is unwatched for the first time, the process may have given up loading code.
+        # Load it now: when `unwatch` is first called, the process may be confined and unable to load code.
         load(prepare_unwatch, self._engine[0], 0)
 
     def _restrict(self) -> None:
@@ -399,16 +400,17 @@ class Uring:
             self._engine[name] = value
 
     def attach_thread(self) -> None:
-        """Make the calling thread the one that submits; nobody else may from now on."""
+        """Make the calling thread the only one that may submit from now on."""
         libc.io_uring_register(self._fd, IORING_REGISTER_ENABLE_RINGS)
         libc.io_uring_register(self._fd, IORING_REGISTER_FILES, int(self._files.ctypes.data), len(self._files))
-        # The kernel's threads for what waits (a flush, the page cache): by default four for each CPU, which a disk that
-        # hangs would take from all others. 0 leaves the second kind, for sockets and the like, as it is.
+        # The limit of kernel threads for operations that block (a flush, the page cache). By default it is four per
+        # CPU, which a hanging disk would take from all others. 0 leaves the limit of unbounded workers (sockets) as it
+        # is.
         workers = np.array([self._engine["capacity"][0], 0], np.uint32)
         libc.io_uring_register(self._fd, IORING_REGISTER_IOWQ_MAX_WORKERS, int(workers.ctypes.data), 2)
 
     def add_file(self, fd: int) -> int:
-        """A handle for `prepare_io` and `prepare_flush`: a registered file, or the fd when there is no place left."""
+        """The `file` argument of `prepare_io` and `prepare_flush`: a registered file, or the fd if no entry is free."""
         free = np.flatnonzero(self._files < 0)
         if not free.size:
             return fd
@@ -416,7 +418,7 @@ class Uring:
         return FIXED_FILE | int(free[0])
 
     def remove_file(self, handle: int) -> None:
-        """Let go of a file that `add_file` returned; nothing may be in flight on it."""
+        """Release a file that `add_file` returned; nothing may be in flight on it."""
         if handle & FIXED_FILE:
             self._set_file(handle & NUMBER_MASK, -1)
 
@@ -427,10 +429,10 @@ class Uring:
         self._files[number] = fd
 
     def pin(self, mappings: Collection[Mapping]) -> None:
-        """Register the memory of these mappings and no other, so that I/O needs not pin it each time.
+        """Register the memory of these mappings and of no others, so that the kernel need not pin it for each I/O.
 
-        A mapping that is registered is kept: its address cannot become that of other memory. Raises OSError where the
-        kernel refuses; what was registered until then stays so.
+        A registered mapping is kept, so that its address is not reused for other memory. Raises OSError if the kernel
+        refuses; what was registered until then stays registered.
         """
         if not self._buffers.size:
             self._make_buffer_table()
@@ -460,26 +462,26 @@ class Uring:
     def _free_buffer(self) -> int:
         free = np.flatnonzero(self._buffers["len"] == 0)
         if not free.size:
-            raise OSError(errno.ENOSPC, f"an I/O thread pins {MAX_BUFFERS} pieces of 1 GiB at most")
+            raise OSError(errno.ENOSPC, f"an I/O thread can pin at most {MAX_BUFFERS} pieces of 1 GiB")
         return int(free[0])
 
     def _set_buffer(self, number: int, address: int, size: int) -> None:
         update = np.zeros(1, RSRC_UPDATE)
         update["offset"], update["nr"], update["data"] = number, 1, update.ctypes.data + RSRC_UPDATE_SIZE
         update["base"], update["len"] = address, size
-        # Not to be found by `prepare_io` from before it is gone, or until it is there.
+        # `prepare_io` must not find the buffer before it is registered, or while it is being replaced.
         self._buffers[number] = (0, 0)
         libc.io_uring_register(self._fd, IORING_REGISTER_BUFFERS_UPDATE, int(update.ctypes.data), RSRC_UPDATE_SIZE)
         self._buffers[number] = (address, size)
 
     def watch(self, fd: int, token: int) -> None:
-        """Report `token` when there is something new to read from `fd`; raises OSError if it can't be polled."""
+        """Report `token` when `fd` becomes readable; raises OSError if it cannot be polled."""
         with select.epoll() as probe:
-            # The poll below would fail later, and nobody would hear of it.
+            # The poll below would fail later, without an error being reported.
             probe.register(fd, select.EPOLLIN)
         free = np.flatnonzero(self._watches["fd"] < 0)
         if not free.size:
-            raise OSError(errno.ENOSPC, f"an I/O thread watches {MAX_WATCHES} queues at most")
+            raise OSError(errno.ENOSPC, f"an I/O thread can watch at most {MAX_WATCHES} queues")
         number = int(free[0])
         self._watches[number] = (fd, token)
         prepare_watch(self._engine[0], number)
@@ -491,7 +493,7 @@ class Uring:
             prepare_unwatch(self._engine[0], int(number))
 
     def close(self) -> None:
-        """Close the ring, which cancels what it watches; a second call does nothing."""
+        """Close the ring, which cancels its polls; a second call does nothing."""
         if self._fd >= 0:
             libc.munmap(self._ring, self._ring_size)
             libc.munmap(self._sqes, self._sqes_size)

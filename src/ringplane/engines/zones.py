@@ -1,9 +1,9 @@
-"""The zones of an emulated zoned disk, and where their write pointers are kept so that nothing acknowledged is lost.
+"""The zones of an emulated zoned disk, and how their write pointers are stored so that no completed write is lost.
 
-Pointers are kept twice, in a file that is mapped. `reached` is where the writes that were answered end: it outlives the
-process. `stable` is where the writes end that are on stable storage for sure: it is what counts after a power cut, when
-nobody knows which of the pages in memory had been written. So data is synced first, then `stable` takes the pointers
-from before that, and is synced itself. zonefile.py is about the file.
+Each pointer is stored twice, in a mapped file. `reached` is where the completed writes end: it outlives the process.
+`stable` is where the writes end that are certainly on stable storage: it counts after a power cut, when it is unknown
+which of the pages in memory had been written. So the data is synced first; then `stable` is set to the pointers from
+before that, and is synced itself. zonefile.py is about the file.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ ZONES = np.dtype(
                 "size",
                 "capacity",
                 "count",
-                "conventional",  # so many zones, the first ones, have no write pointer
-                "max_open",  # 0: as many as there are
+                "conventional",  # the number of zones without a write pointer; they are the first ones
+                "max_open",  # 0: no limit
                 "max_active",
                 "max_append",
                 "open",  # zones that are open, implicitly or explicitly
                 "active",  # zones that are open or closed
-                "next_closed",  # the zone to look at first when one is to be closed to make room
+                "next_closed",  # the zone to check first when one has to be closed
                 "table",  # address of ZONE structs
                 "reached",  # addresses of the pointers, `count` int64 each, in sectors from the zone's start
                 "stable",
                 "snapshot",  # room for as many
-                "fd",  # of their file
-                "failed",  # 0, or the -errno of the first fdatasync(2) that failed: none can be believed after that
+                "fd",  # of the zone file
+                "failed",  # 0, or the -errno of the first fdatasync(2) that failed: later results cannot be trusted
             )
         ),
         ("mutex", "u1", (MUTEX_SIZE,)),
@@ -48,8 +48,8 @@ ZONES = np.dtype(
 )
 ZONES_MUTEX: int = ZONES.fields["mutex"][1]  # type: ignore[index]
 
-# start: its first sector; state: one of VIRTIO_BLK_ZS; pointer: where the next write must begin, in sectors from the
-# start; writing: how many writes are in flight; reset_by: 1 + the slot of the request that is resetting it, or 0.
+# start: the first sector; state: one of VIRTIO_BLK_ZS; pointer: where the next write must begin, in sectors from the
+# start; writing: how many writes are in flight; reset_by: 1 + the slot of the request that is resetting the zone, or 0.
 ZONE = np.dtype([(name, "<i8") for name in ("start", "state", "pointer", "writing", "reset_by")])
 ZONE_SIZE = ZONE.itemsize
 
@@ -59,12 +59,12 @@ def zone_at(zones, index):
     return view(zones.table + index * ZONE_SIZE, ZONE)
 
 
-# For helper threads, as they wait for storage.
+# For helper threads, because these functions block on storage.
 
 
 @compiled
 def sync(zones, fd):
-    """Have all writes that were answered until now, and how far they reach, on stable storage; 0 or -errno."""
+    """Make all writes completed until now, and their write pointers, stable; returns 0 or -errno."""
     lock(address_of(zones) + ZONES_MUTEX)
     for index in range(zones.count):
         store64(zones.snapshot + 8 * index, load64(zones.reached + 8 * index))
@@ -87,10 +87,10 @@ def sync_file(zones, fd):
 
 @compiled
 def reset(zones, backing, reset_by, room, vector):
-    """Empty the zones that are marked so, first their pointers, then their data; 0, or the first -errno.
+    """Empty the zones that are marked with `reset_by`: first their pointers, then their data; 0 or the first -errno.
 
-    In that order, as a zone whose pointer is behind its data is still in order after a power cut, and the other way
-    round it is not. `room` is for a RANGE, `vector` for an IOVEC.
+    In that order, because after a power cut a zone with data beyond its pointer is valid, but one with a pointer beyond
+    its data is not. `room` is for a RANGE, `vector` for an IOVEC.
     """
     lock(address_of(zones) + ZONES_MUTEX)
     for index in range(zones.count):

@@ -31,7 +31,7 @@ VIRTIO_BLK_T_GET_LIFETIME = 10
 VIRTIO_BLK_T_DISCARD = 11
 VIRTIO_BLK_T_WRITE_ZEROES = 13
 VIRTIO_BLK_T_SECURE_ERASE = 14
-# Set by drivers of the time before flush; to be ignored (legacy interface, section 5.2.6.3).
+# Set by drivers that predate flush; ignored (legacy interface, section 5.2.6.3).
 VIRTIO_BLK_T_BARRIER = 0x8000_0000
 
 # Status values, section 5.2.6
@@ -39,15 +39,15 @@ VIRTIO_BLK_S_OK = 0
 VIRTIO_BLK_S_IOERR = 1
 VIRTIO_BLK_S_UNSUPP = 2
 
-# GET_ID answers with a string of this many bytes, padded with zeros, without one at the end if it fills them.
+# The reply to GET_ID is a string of this many bytes, padded with zeros; without a final zero if it fills them.
 VIRTIO_BLK_ID_BYTES = 20
 
-# struct virtio_blk_req up to its data. Read through loads at these offsets: the driver may change it under us.
+# struct virtio_blk_req up to its data. It is copied before use, because the driver may change it at any time.
 HEADER = np.dtype([("type", "<u4"), ("reserved", "<u4"), ("sector", "<u8")])
 HEADER_SIZE = HEADER.itemsize
 
-# struct virtio_blk_discard_write_zeroes, section 5.2.6: what discard, write zeroes and secure erase have as data, once
-# or several times.
+# struct virtio_blk_discard_write_zeroes, section 5.2.6: one or more of them are the data of discard, write zeroes and
+# secure erase.
 SEGMENT = np.dtype([("sector", "<i8"), ("num_sectors", "<u4"), ("flags", "<u4")])
 SEGMENT_SIZE = SEGMENT.itemsize
 SEGMENT_F_UNMAP = 1
@@ -95,7 +95,7 @@ CONFIG = np.dtype(
     ]
 )
 
-# The fields of the configuration space that mean something only with a feature; `num_queues` is read without it too.
+# The fields of the configuration space that are valid only with a feature; `num_queues` is read without it too.
 CONFIG_FIELDS = {
     VIRTIO_BLK_F_SIZE_MAX: ("size_max",),
     VIRTIO_BLK_F_SEG_MAX: ("seg_max",),

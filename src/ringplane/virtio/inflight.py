@@ -1,18 +1,18 @@
-"""What is in flight on a ring, in memory that outlives this process: layouts, and each store in its order, compiled.
+"""The in-flight region of a ring, in memory that outlives this process: layouts, and compiled stores in a safe order.
 
 Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking". A process can be killed between any two of
-these stores; whoever comes next (recover.py) must find each chain either in flight or used, never neither. The kill
-itself loses no store that was made, so the order is all that counts: the stores of native.access stay as they stand.
+these stores. The next process (recover.py) must find each chain either in flight or used, never neither. The kill
+itself loses no completed store, so only the order counts: the atomic stores of native.access keep their order.
 
-The memory is the front end's too. So nothing is ever read from it here: what the lists in it say is known from arrays
-of our own. The functions take a queue: any struct with the fields of split.py and packed.py and the int64 fields
-`inflight` (address of the ring's region), `counter` (of chains fetched so far), `batch_list` (address of an array with
-room for `size` entries) and `batched` (how many are in it: those of the chains that were given back since used elements
-were last published), `last_batch_head` of split rings, and of packed ones `free_head`, `places` (what PLACES holds),
-`links`, `lasts` and `counts` (addresses of arrays: the entry after each, and of each chain in flight, by its first
-entry, the last one and how many there are).
+The front end shares this memory, so nothing is ever read from it here: the content of its lists is known from our own
+arrays. The functions take a queue: any struct with the fields of split.py and packed.py and the int64 fields `inflight`
+(address of the ring's region), `counter` (number of chains fetched so far), `batch_list` (address of an array with room
+for `size` entries) and `batched` (how many are in it: those of the chains used since used elements were last
+published). Split rings also need `last_batch_head`. Packed rings need `free_head`, `places` (what PLACES holds),
+`links`, `lasts` and `counts` (addresses of arrays: the entry after each entry, and for each chain in flight, by its
+first entry, its last entry and its number of entries).
 
-A chain's entry is, on a split ring, its head, and on a packed one the first of those that hold its descriptors.
+A chain's entry is, on a split ring, its head, and on a packed ring the first of the entries that hold its descriptors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ringplane.virtio.ring import publish_used, put_used
 VERSION = 1
 ALIGNMENT = 64
 
-# QueueRegionSplit, and its DescStateSplit, one for each descriptor of the ring
+# QueueRegionSplit, and DescStateSplit, one per descriptor of the ring
 REGION_SPLIT = np.dtype(
     [("features", "<u8"), ("version", "<u2"), ("desc_num", "<u2"), ("last_batch_head", "<u2"), ("used_idx", "<u2")]
 )
 STATE_SPLIT = np.dtype([("inflight", "u1"), ("padding", "u1", (5,)), ("next", "<u2"), ("counter", "<u8")])
 
-# QueueRegionPacked, and its DescStatePacked; what a used chain leaves free can hold another one's descriptors.
+# QueueRegionPacked, and DescStatePacked, one per descriptor. Entries of a used chain are reused for other chains.
 REGION_PACKED = np.dtype(
     [
         ("features", "<u8"),
@@ -73,8 +73,8 @@ SPLIT_NEXT, SPLIT_COUNTER = (_offset(STATE_SPLIT, name) for name in ("next", "co
 
 PACKED_SIZE, PACKED_STATE_SIZE = REGION_PACKED.itemsize, STATE_PACKED.itemsize
 FREE_HEAD, OLD_FREE_HEAD = (_offset(REGION_PACKED, name) for name in ("free_head", "old_free_head"))
-# used_idx, old_used_idx, used_wrap_counter, old_used_wrap_counter and padding, which one store can change together: a
-# process that ends between an index and its wrap counter would leave a place that never was.
+# used_idx, old_used_idx, used_wrap_counter, old_used_wrap_counter and padding: one store changes all of them. A process
+# that ended between the store of an index and that of its wrap counter would leave an invalid position.
 PLACES = _offset(REGION_PACKED, "used_idx")
 OLD_PLACE = 0xFF << 40 | 0xFFFF << 16
 NEXT, LAST, NUM, COUNTER, ID, FLAGS, LEN, ADDR = (
@@ -93,13 +93,13 @@ def region_bytes(size: int, *, packed: bool) -> int:
 
 @compiled
 def use(queue, entry, head, count, length):
-    """Give a chain back to the driver, as `put_used` of ring.py does."""
+    """Use a chain, as `put_used` of ring.py does."""
     put_used(queue, head, count, length)
     store64(queue.batch_list + 8 * queue.batched, entry)
     queue.batched += 1
     if queue.packed:
-        # One at a time. Of a batch all but the first used descriptor look used before it is published, and would
-        # still do so to the driver if the next process publishes another batch there.
+        # One at a time. In a batch all used descriptors but the first look used before the batch is published, and the
+        # driver would still see them as used if the next process published another batch there.
         publish(queue)
 
 
@@ -131,7 +131,7 @@ def split_state(queue, head):
 
 @compiled
 def fetch_split(queue, head):
-    """The chain has been fetched. Its number comes first: it must be known when the mark is there."""
+    """The chain has been fetched. The counter is stored before the mark: it must be valid when the mark is set."""
     state = split_state(queue, head)
     store64(state + SPLIT_COUNTER, queue.counter)
     queue.counter += 1
@@ -140,31 +140,31 @@ def fetch_split(queue, head):
 
 @compiled
 def before_publishing_split(queue):
-    """Link the batch, so that whoever finds used.idx moved on knows which chains that was."""
+    """Link the batch, so that a process that finds an advanced used.idx knows which chains were used."""
     for index in range(queue.batched):
         head = batch_entry(queue, index)
         store16(split_state(queue, head) + SPLIT_NEXT, queue.last_batch_head)
-        # The link is there before it is reached.
+        # The link is stored before it can be reached.
         store16(queue.inflight + SPLIT_LAST_BATCH_HEAD, head)
         queue.last_batch_head = head
 
 
 @compiled
 def after_publishing_split(queue):
-    """The driver sees that the batch is used: now, and not before, may it be forgotten."""
+    """The driver can see that the batch is used: only now may the marks be cleared."""
     for index in range(queue.batched):
         store8(split_state(queue, batch_entry(queue, index)), 0)
-    # Until here the last batch is cleared again by whoever comes next.
+    # Until this store, the next process clears the marks of the last batch again.
     store16(queue.inflight + SPLIT_USED_IDX, queue.next_used)
     queue.batched = 0
 
 
-# Packed rings. A chain's descriptors are copied, as used ones are written over them in the ring.
+# Packed rings. A chain's descriptors are copied, because used descriptors overwrite them in the ring.
 
 
 @compiled
 def same_places(index, wrap):
-    """What PLACES holds where the old place is the present one."""
+    """The value of PLACES if old and present position are the same."""
     return index | index << 16 | wrap << 32 | wrap << 40
 
 
@@ -180,7 +180,7 @@ def next_free(queue, entry):
 
 @compiled
 def copy_descriptor(queue, entry, addr, length, identifier, flags):
-    """Into a free entry, which counts for nothing yet; the next one."""
+    """Copy into a free entry, which has no effect yet; returns the next free entry."""
     state = packed_state(queue, entry)
     store64(state + ADDR, addr)
     store32(state + LEN, length)
@@ -198,7 +198,7 @@ def read_copy(queue, entry):
 
 @compiled
 def fetch_packed(queue, count):
-    """The chain that was copied to the first `count` free entries has been fetched; its entry."""
+    """The chain that was copied to the first `count` free entries has been fetched; returns its entry."""
     entry = last = queue.free_head
     for _ in range(count - 1):
         last = next_free(queue, last)
@@ -212,7 +212,7 @@ def fetch_packed(queue, count):
     queue.counter += 1
     store8(state, 1)
     store16(queue.inflight + FREE_HEAD, end)
-    # With this it is in flight: an entry in the list that begins here is free, whatever its mark says.
+    # This store puts it in flight: an entry in the list that begins here is free, whatever its mark is.
     store16(queue.inflight + OLD_FREE_HEAD, end)
     queue.free_head = end
     return entry
@@ -220,13 +220,13 @@ def fetch_packed(queue, count):
 
 @compiled
 def before_publishing_packed(queue):
-    """Put the batch in front of the list of free entries, and tell where its used descriptors end."""
+    """Put the batch at the front of the list of free entries, and store where its used descriptors end."""
     for index in range(queue.batched):
         entry = batch_entry(queue, index)
         last = load64(queue.lasts + 8 * entry)
         store16(packed_state(queue, last) + NEXT, queue.free_head)
         store64(queue.links + 8 * last, queue.free_head)
-        # The link is there before it is reached.
+        # The link is stored before it can be reached.
         store16(queue.inflight + FREE_HEAD, entry)
         queue.free_head = entry
     store64(queue.inflight + PLACES, (queue.places & OLD_PLACE) | queue.next_used | queue.used_wrap << 32)
@@ -234,7 +234,7 @@ def before_publishing_packed(queue):
 
 @compiled
 def after_publishing_packed(queue):
-    """The driver sees that the batch is used. Until the old values follow, the ring tells whether it does."""
+    """The driver can see that the batch is used. Until the old values follow, the ring itself shows whether it can."""
     for index in range(queue.batched):
         store8(packed_state(queue, batch_entry(queue, index)), 0)
     store16(queue.inflight + OLD_FREE_HEAD, queue.free_head)

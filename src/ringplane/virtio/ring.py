@@ -1,4 +1,4 @@
-"""The device's end of a virtqueue of either format: one branch a call, the same for all of a queue's."""
+"""The device's end of a virtqueue of either format, split or packed: one well predicted branch per call."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ringplane.virtio import packed, split
 
 @compiled
 def available(queue):
-    """How many chains wait, at least: 0 if there is none."""
+    """How many chains are available, at least: 0 if there is none."""
     return packed.available(queue) if queue.packed else split.available(queue)
 
 
 @compiled
 def known(queue):
-    """As `available`, but what a split ring's driver has added since that was last called does not count."""
+    """Like `available`, but without the chains that a split ring's driver has added since that was last called."""
     return packed.available(queue) if queue.packed else split.known(queue)
 
 
 @compiled
 def enable_kicks(queue):
-    """See split.py and packed.py for this and all others."""
+    """See split.py and packed.py for this and the functions below."""
     if queue.packed:
         packed.enable_kicks(queue)
     else:
@@ -37,7 +37,7 @@ def disable_kicks(queue):
 
 @compiled
 def put_used(queue, head, count, length):
-    """`count`: how many descriptors the chain has, which matters to packed rings alone."""
+    """`count`: how many descriptors the chain has; only packed rings need it."""
     if queue.packed:
         packed.put_used(queue, head, count, length)
     else:

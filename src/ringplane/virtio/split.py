@@ -1,9 +1,13 @@
-"""The split virtqueue (virtio 1.2, section 2.7): layouts, and what both ends do to a ring, compiled.
+"""The split virtqueue (virtio 1.2, section 2.7): layouts for both ends, and the device's end of it, compiled.
+
+Three parts: a table of descriptors, the *available ring* in which the driver puts the head (first descriptor's index)
+of each chain, and the *used ring* in which the device puts it when the request is complete. Each ring has an index that
+counts all entries so far, modulo 2^16.
 
 The functions of the device's end take a queue: any struct with the int64 fields `desc`, `avail`, `used` (addresses),
-`size`, `last_avail` (next index to take from the available ring), `seen_avail` (the driver's index when we last
-looked), `next_used` (next index to fill in the used ring), `signalled_used` (the used index when we last looked whether
-the driver wants a call) and `event_idx` (whether VIRTIO_F_EVENT_IDX was negotiated). Indices run freely modulo 2^16.
+`size`, `last_avail` (next index to take from the available ring), `seen_avail` (the driver's index when we last loaded
+it), `next_used` (next index to fill in the used ring), `signalled_used` (the used index when we last checked whether
+the driver wants a notification) and `event_idx` (whether VIRTIO_F_EVENT_IDX was negotiated).
 """
 
 from __future__ import annotations
@@ -71,7 +75,7 @@ def read_desc(table, index):
 
 @compiled
 def need_event(event, new, old):
-    """Whether going from index `old` to `new` passes `event`, modulo 2^16 (section 2.7.10)."""
+    """Whether the index passes `event` on its way from `old` to `new`, modulo 2^16 (section 2.7.10)."""
     return ((new - event - 1) & INDEX_MASK) < ((new - old) & INDEX_MASK)
 
 
@@ -80,9 +84,9 @@ def need_event(event, new, old):
 
 @compiled
 def available(queue):
-    """How many chains are known to wait; more than the ring's size means that the driver's index is corrupt.
+    """How many chains are known to be available; more than the ring's size means that the driver's index is corrupt.
 
-    The index is looked at when all that it told of before has been taken.
+    The index is loaded only when all chains up to the last loaded value have been taken.
     """
     if queue.seen_avail == queue.last_avail:
         # Acquire: ring entries and descriptors are read after the index. Pairs with the driver's barrier before its
@@ -93,7 +97,7 @@ def available(queue):
 
 @compiled
 def known(queue):
-    """How many chains wait of those that the driver's index told of when it was last looked at."""
+    """How many chains are available according to the driver's index when it was last loaded."""
     return (queue.seen_avail - queue.last_avail) & INDEX_MASK
 
 
@@ -107,22 +111,22 @@ def take_head(queue):
 
 @compiled
 def enable_kicks(queue):
-    """Ask the driver for a kick with its next chain. Chains that came meanwhile are seen by `available` after this."""
+    """Ask the driver for a kick with its next chain. Check `available` after this: chains may have come meanwhile."""
     if queue.event_idx:
         store16(queue.used + USED_RING + USED_ELEM_SIZE * queue.size, queue.last_avail)
     else:
         store16(queue.used + USED_FLAGS, 0)
-    # Our wish is visible before we look at avail.idx again; the driver's is the other way round: it publishes
-    # avail.idx, fences, then looks at our wish (section 2.7.13.4.1). So one of us sees the other.
+    # Our request for kicks is visible before we load avail.idx again. The driver does the reverse: it stores avail.idx,
+    # fences, then loads our request (section 2.7.13.4.1). So at least one side sees the other's store.
     fence()
 
 
 @compiled
 def disable_kicks(queue):
-    """Tell the driver that kicks are not needed; a hint, so without a barrier.
+    """Ask the driver not to kick: a hint, so it needs no barrier.
 
-    With EVENT_IDX nothing needs to be stored: avail_event stays behind, and an index that was passed is not passed
-    again before 2^16 chains.
+    With EVENT_IDX nothing needs to be stored: avail_event stays behind, and the driver's index does not pass it again
+    before 2^16 chains.
     """
     if not queue.event_idx:
         store16(queue.used + USED_FLAGS, VIRTQ_USED_F_NO_NOTIFY)
@@ -130,7 +134,7 @@ def disable_kicks(queue):
 
 @compiled
 def put_used(queue, head, length):
-    """Fill the next used element: the chain of `head` is done, `length` bytes of it were written. Not yet visible."""
+    """Fill the next used element: the chain `head` is done, `length` bytes were written. Not yet visible."""
     element = queue.used + USED_RING + USED_ELEM_SIZE * (queue.next_used & (queue.size - 1))
     store32(element, head)
     store32(element + 4, length)
@@ -147,9 +151,9 @@ def publish_used(queue):
 
 @compiled
 def wants_notification(queue):
-    """Whether the driver wants to be called for what was published since this was last asked."""
-    # The index is visible before we look whether the driver wants a call; the driver stores its wish, fences, then
-    # looks at used.idx (section 2.7.7.2). So one of us sees the other.
+    """Whether the driver wants a notification of what was published since the last call of this function."""
+    # used.idx is visible before we load whether the driver wants a notification. The driver stores its wish, fences,
+    # then loads used.idx (section 2.7.7.2). So at least one side sees the other's store.
     fence()
     old = queue.signalled_used
     queue.signalled_used = queue.next_used

@@ -19,7 +19,7 @@ VIRTIO_BLK_S_ZONE_UNALIGNED_WP = 4
 VIRTIO_BLK_S_ZONE_OPEN_RESOURCE = 5
 VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE = 6
 
-# The model that the configuration space tells: host-managed, so that zones must be written sequentially.
+# The zoned model in the configuration space: host-managed, so zones must be written sequentially.
 VIRTIO_BLK_Z_HM = 1
 
 # Types of zones: conventional, and sequential write required
@@ -43,5 +43,5 @@ DESCRIPTOR = np.dtype(
 )
 REPORT_SIZE, DESCRIPTOR_SIZE = REPORT.itemsize, DESCRIPTOR.itemsize
 
-# append_sector of struct virtio_blk_req_za: what the device writes in front of the status.
+# append_sector of struct virtio_blk_req_za, which the device writes in front of the status.
 APPEND_SECTOR_SIZE = 8
