@@ -1,4 +1,4 @@
-"""What a verified sector holds (words made of a seed, the sector and its generation), and the model of a disk."""
+"""The content of verified sectors (words computed from a seed, the sector and its generation), and a disk's model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ringplane.native.jit import compiled
 from ringplane.virtio.blk import SECTOR
 
 # Content. A 64-bit word of a sector is first_word + position * WORD_STEP; first_word is a one-to-one mix of seed,
-# generation and sector, so whatever is found can be told by name. Constants of Steele et al., SplitMix64, as int64.
+# generation and sector, so the origin of a word can be computed. Constants of Steele et al., SplitMix64, as int64.
 WORDS = SECTOR // 8
 WORD_STEP = -0x61C8864680B583EB
 MIX_1 = -0x40A7B892E31B1A47
@@ -19,8 +19,8 @@ GENERATION_BITS = 24
 GENERATION_MASK = (1 << GENERATION_BITS) - 1
 SECTOR_CONTENT = np.dtype([("words", "<i8", (WORDS,))])
 
-# Entries of the model: the generation of the sector, 0 if what it holds is not known, and whether a request on it is
-# in flight.
+# Entries of the model: the generation of the sector, 0 if its content is unknown, and whether a request on it is in
+# flight.
 BUSY = 1 << 31
 
 
@@ -63,15 +63,15 @@ def content_differs(address, word):
 
 
 def origin(word: int, position: int, seed: int) -> str:
-    """Where the word found at `position` of a sector comes from: the inverse of `first_word`, in words."""
+    """A description of where the word found at `position` of a sector comes from, by the inverse of `first_word`."""
     if word == 0:
         return "zeros"
     packed = _unmix(word - position * WORD_STEP) ^ int(mix(seed)) % (1 << 64)
     sector, generation = packed >> GENERATION_BITS, packed & GENERATION_MASK
-    # Anything at all can be taken for a sector and a generation; only small numbers are likely to be ones.
+    # Any word decodes to some sector and generation; only small numbers are plausible.
     if sector < 1 << 36 and 0 < generation < 1 << 20:
-        return f"what was written to sector {sector} as generation {generation}"
-    return "nothing that was written with this seed"
+        return f"data of sector {sector}, generation {generation}"
+    return "not written with this seed"
 
 
 def _unmix(value: int) -> int:
@@ -86,9 +86,9 @@ def _unmix(value: int) -> int:
 
 
 class Model:
-    """What every sector of a part of a disk must hold: kept from one run to the next.
+    """The expected content of each sector of a region of a disk; it can be kept from one run to the next.
 
-    Four bytes for each sector of `region` (offset and length in bytes), of which only those that were used cost memory.
+    Four bytes per sector of `region` (offset and length in bytes); only pages that were used take memory.
     """
 
     def __init__(self, region: tuple[int, int], seed: int = 1) -> None:
@@ -98,14 +98,14 @@ class Model:
 
     @property
     def address_of_sector_0(self) -> int:
-        """Where the entry of the disk's sector 0 would be."""
+        """The address that the entry of the disk's sector 0 would have."""
         return int(self.generations.ctypes.data) - 4 * self.first
 
     def forget_requests(self) -> None:
-        """Nothing is in flight any more; what unfinished requests touched is not known."""
+        """Nothing is in flight any more; the sectors of unfinished requests become unknown."""
         self.generations[self.generations < 0] = 0
 
     def covers(self, region: tuple[int, int]) -> bool:
-        """Whether it has all sectors of a region."""
+        """Whether the model has all sectors of a region."""
         first, end = region[0] // SECTOR, (region[0] + region[1]) // SECTOR
         return self.first <= first and end <= self.first + self.sectors

@@ -1,4 +1,4 @@
-"""A virtio-blk disk (virtio 1.2, section 5.2) seen from its driver: read, write, flush, and requests of any shape."""
+"""A virtio-blk driver (virtio 1.2, section 5.2): read, write, flush, and requests with any layout of descriptors."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ FEATURES = (
     | VIRTIO_BLK_F_ZONED
 )
 
-# What every back end has of the configuration space: all up to secure erase. The rest reads as zeros.
+# The part of the configuration space that every back end has: all up to secure erase. The rest reads as zeros.
 CONFIG_SIZE: int = CONFIG.fields["max_secure_erase_sectors"][1]  # type: ignore[index]
 
-# Large reads and writes are done in pieces of this many bytes, so many of them in flight.
+# Large reads and writes are split into pieces of this many bytes, and at most so many pieces are in flight.
 PIECE = 256 * 1024
 PIECES_IN_FLIGHT = 8
 
-# No back end writes this: it stays where the device wrote no status.
+# Not a status of virtio-blk: it stays there if the device wrote no status.
 NO_STATUS = 0xFF
 
 # A piece of a request: our address, bytes, whether the device writes to it.
@@ -86,12 +86,12 @@ Segment = tuple[int, int, bool]
 
 
 def segments(*ranges: tuple[int, int, int]) -> bytes:
-    """The data of a discard, write zeroes or secure erase: (sector, number of sectors, flags) of each range."""
+    """The data of a discard, write zeroes or secure erase request: (sector, number of sectors, flags) of each range."""
     return np.array(list(ranges), SEGMENT).tobytes()
 
 
 class Unsupported(Exception):
-    """The back end answered a request with VIRTIO_BLK_S_UNSUPP."""
+    """The back end completed a request with VIRTIO_BLK_S_UNSUPP."""
 
 
 @dataclass(slots=True)
@@ -99,14 +99,14 @@ class Ticket:
     """A chain in flight, or done: then `used` is the length in its used element."""
 
     queue: int
-    blocks: list[int]  # what to free when it is done
+    blocks: list[int]  # to be freed when the chain is done
     used: int | None = None
-    abandoned: bool = False  # nobody waits any more
+    abandoned: bool = False  # no caller waits for it any more
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a request ended: its status byte, the length in the used element, and what the device wrote as data."""
+    """How a request ended: its status byte, the length in the used element, and the data that the device wrote."""
 
     status: int
     used: int
@@ -115,7 +115,7 @@ class Answer:
 
 @dataclass(slots=True)
 class _Placed:
-    """A request laid out in shared memory: its segments, and where its stream of device-written bytes lies."""
+    """A request in shared memory: its segments, and the allocated blocks that they lie in."""
 
     segments: list[Segment] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -125,15 +125,15 @@ class _Placed:
 
 
 class Driver:
-    """The driver of the disk behind the vhost-user socket `path`. One thread at a time may use it.
+    """A driver for the disk behind the vhost-user socket `path`. One thread at a time may use it.
 
-    `queues` rings of `queue_size` descriptors; `event_idx` and `indirect` are wishes: `features` says what was agreed
-    on. `feature_bits` is all that the driver accepts of what is offered. `timeout` is how long, in seconds, a request
-    may take; `memory_size` bytes of (sparse) shared memory hold rings and buffers, or `memory`, which the caller keeps:
-    drivers that take turns may share it, so that the same pages hold the data of all.
+    It has `queues` rings of `queue_size` descriptors. `event_idx` and `indirect` are requests: `features` has the
+    negotiated features. `feature_bits` are the features that the driver accepts. `timeout` is how long, in seconds, a
+    request may take. `memory_size` bytes of (sparse) shared memory hold rings and buffers; or `memory` does, which the
+    caller owns: drivers that are used alternately may share it, so that all use the same pages.
 
-    Opening and `reconnect` raise what `FrontEnd` raises, and ValueError when the back end has fewer queues. Requests
-    raise TimeoutError, RingBroken when the back end gave up the ring, ConnectionError when it is gone, and BadUsed.
+    Opening and `reconnect` raise what `FrontEnd` raises, and ValueError if the back end has fewer queues. Requests
+    raise TimeoutError, RingBroken if the back end has stopped the ring, ConnectionError if it is gone, and BadUsed.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Driver:
             self.front_end.start_vring(vring, base)
 
     def stop(self) -> list[int]:
-        """Stop every ring and return the base of each: where `start` can go on. Waits for what is in flight."""
+        """Stop every ring; returns the base of each, where `start` can resume. Waits for requests in flight."""
         bases = []
         for vring in self.queues:
             self.front_end.set_vring_enable(vring.index, False)
@@ -215,11 +215,11 @@ class Driver:
         return bases
 
     def start(self, bases: Sequence[int] | None = None) -> None:
-        """Start every ring again after `stop`, on the same connection, from `bases` (0 each)."""
+        """Start every ring again after `stop`, on the same connection, from `bases` (default: 0 each)."""
         self._start(bases or [0] * len(self.queues))
 
     def reconnect(self, bases: Sequence[int] | None = None) -> None:
-        """Close the connection, whatever state it is in, and begin anew on another; what was in flight is forgotten."""
+        """Close the connection, in any state, and start again on a new one; requests in flight are dropped."""
         self._close_connection()
         self._free_memory()
         self._open(bases or [0] * self._wanted_queues)
@@ -239,7 +239,7 @@ class Driver:
             self.memory.close()
 
     def _free_memory(self) -> None:
-        """All of it, whatever a back end that is gone had in flight; of another's memory our rings."""
+        """Free all of our own memory, even if a back end had it in flight; of a caller's memory only our rings."""
         while self._ring_blocks:
             self.memory.free(self._ring_blocks.pop())
         if self._own_memory:
@@ -253,7 +253,7 @@ class Driver:
     ) -> None:
         self.close()
 
-    # What the disk is
+    # Properties
 
     def read_config(self) -> None:
         """Read `config` (a CONFIG struct, fields by name) again."""
@@ -273,7 +273,7 @@ class Driver:
 
     @property
     def backend_pid(self) -> int:
-        """The pid of the process that listened on the socket; 0 if it is not visible from here."""
+        """The pid of the process that listened on the socket; 0 if it is not visible in our pid namespace."""
         return peer_pid(self.front_end.sock)
 
     def serial(self) -> str:
@@ -316,20 +316,20 @@ class Driver:
         self._in_pieces(len(data), submit, finish)
 
     def flush(self, queue: int = 0) -> None:
-        """Make every finished write stable. Raises as `read`."""
+        """Make every completed write stable. Raises as `read`."""
         _check_status(self.request(VIRTIO_BLK_T_FLUSH, 0, queue=queue).status, "flush")
 
     def discard(self, offset: int, length: int, queue: int = 0) -> None:
-        """Tell the device that nobody needs these bytes: afterwards anything may be read there. Raises as `read`."""
+        """Discard these bytes: afterwards their content is undefined. Raises as `read`."""
         self._do_ranges(VIRTIO_BLK_T_DISCARD, "discard", offset, length, 0, queue)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = False, queue: int = 0) -> None:
-        """Have zeros written; with `unmap` storage may be given back instead. Raises as `read`."""
+        """Write zeros; with `unmap` the device may deallocate storage instead. Raises as `read`."""
         flags = SEGMENT_F_UNMAP if unmap else 0
         self._do_ranges(VIRTIO_BLK_T_WRITE_ZEROES, "write_zeroes", offset, length, flags, queue)
 
     def _do_ranges(self, kind: int, name: str, offset: int, length: int, flags: int, queue: int) -> None:
-        """One request for each range of the largest size that the device takes."""
+        """Send one request for each range of the largest size that the device accepts."""
         self._check_range(offset, length)
         most = int(self.config[f"max_{name}_sectors"]) * SECTOR or length
         for start in range(offset, offset + length, max(1, most)):
@@ -338,9 +338,9 @@ class Driver:
             _check_status(answer.status, f"{name} of {size} bytes at {start}")
 
     def set_write_back(self, write_back: bool) -> None:
-        """Say whether this driver flushes (True), or relies on writes that are stable when they are answered.
+        """Select write-back (True: this driver flushes) or write-through (writes are stable when they complete).
 
-        Raises Refused where CONFIG_WCE was not negotiated.
+        Raises Refused if CONFIG_WCE was not negotiated.
         """
         self.front_end.set_config(CONFIG.fields["writeback"][1], bytes([write_back]))  # type: ignore[index]
         self.read_config()
@@ -377,7 +377,7 @@ class Driver:
         start, size, placed, ticket = piece
         finish(start, size, self._answer(placed, ticket))
 
-    # Requests of any shape
+    # Requests with any layout
 
     def request(
         self,
@@ -393,11 +393,11 @@ class Driver:
         queue: int = 0,
         timeout: float | None = None,
     ) -> Answer:
-        """One request, framed as wished (section 2.7.4: the framing means nothing); no status raises.
+        """Send one request with any framing (section 2.7.4: devices must not depend on it); no status raises.
 
-        What the device reads (16 bytes of header, then `data`) is cut into descriptors of `readable` lengths, what it
-        writes (`read` bytes, then the status) into descriptors of `writable` lengths; by default header, data and
-        status have one each. Every descriptor's buffer begins `misalign` bytes after a multiple of 64.
+        The bytes that the device reads (16 bytes of header, then `data`) are split into descriptors of `readable`
+        lengths, those that it writes (`read` bytes, then the status) into descriptors of `writable` lengths. By default
+        header, data and status have one each. Every buffer begins `misalign` bytes after a multiple of 64.
         """
         placed, ticket = self._submit_request(
             kind, sector, data, read, queue, readable=readable, writable=writable, misalign=misalign, indirect=indirect
@@ -429,7 +429,7 @@ class Driver:
             raise
 
     def _place(self, placed: _Placed, stream: bytes, lengths: Iterable[int], misalign: int, writable: bool) -> None:
-        """Cut a stream into buffers of their own, and add them to the request."""
+        """Split a stream into separately allocated buffers, and add them to the request."""
         lengths = list(lengths)
         if sum(lengths) != len(stream):
             raise ValueError(f"descriptors of {sum(lengths)} bytes for {len(stream)} bytes of request")
@@ -458,10 +458,10 @@ class Driver:
         blocks: Iterable[int] = (),
         kick: bool = True,
     ) -> Ticket:
-        """Offer a chain of any segments, and kick if the back end wants it (never with `kick` False).
+        """Add a chain of any segments, and kick if the back end wants it (never with `kick` False).
 
-        `indirect` as negotiated, unless given. `blocks` from `memory.allocate` are the ticket's from here on: freed
-        when nobody needs them. Raises BufferError when the ring has no room.
+        `indirect` is as negotiated, unless given. `blocks` from `memory.allocate` belong to the ticket from here on,
+        and are freed when the chain is done. Raises BufferError if the ring has no room.
         """
         vring = self.queues[queue]
         self._reap(vring)
@@ -472,7 +472,7 @@ class Driver:
         token = next(self._token)
         if vring.ring.add(segments, token, table) == NO_ROOM:
             self._free([table] if table else [])
-            raise BufferError(f"a chain of {len(segments)} segments does not fit in what is free of ring {queue}")
+            raise BufferError(f"ring {queue} has too few free descriptors for a chain of {len(segments)} segments")
         ticket.blocks += [table] if table else []
         self._tickets[token] = ticket
         if vring.ring.publish() and kick:
@@ -480,15 +480,15 @@ class Driver:
         return ticket
 
     def wait(self, ticket: Ticket, timeout: float | None = None) -> int:
-        """Wait until the chain is used; the length in its used element. Raises what the class says."""
+        """Wait until the chain is used; returns the length in its used element. Raises what the class says."""
         seconds = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
         vring = self.queues[ticket.queue]
         try:
             while not self._done(vring, ticket):
                 if time.monotonic() >= deadline:
-                    raise TimeoutError(f"the back end did not answer a request on ring {vring.index} in {seconds:g} s")
-                # Asked before the last look at the ring, so that no call is missed.
+                    raise TimeoutError(f"a request on ring {vring.index} was not completed in {seconds:g} s")
+                # Enabled before the ring is checked for the last time, so that no notification is missed.
                 if not vring.ring.enable_notifications():
                     vring.wait(max(0.0, deadline - time.monotonic()))
                 vring.ring.disable_notifications()
@@ -505,7 +505,7 @@ class Driver:
     def _reap(self, vring: Vring) -> None:
         while (reaped := vring.ring.reap()) is not None:
             token, used = reaped
-            # A load that ended early leaves chains with tokens of its own.
+            # A load that ended early leaves chains with its own tokens in the ring.
             ticket = self._tickets.pop(token, None)
             if ticket is None:
                 continue
@@ -514,7 +514,7 @@ class Driver:
                 self._free(ticket.blocks)
 
     def _abandon(self, ticket: Ticket) -> None:
-        """Nobody waits for this any more: its memory is freed when the back end is done with it."""
+        """Stop waiting for this chain: its memory is freed when the back end has used it."""
         if ticket.used is not None:
             self._free(ticket.blocks)
         ticket.abandoned = True
@@ -530,8 +530,8 @@ def _lengths(*lengths: int) -> list[int]:
 
 def _check_status(status: int, what: str) -> None:
     if status == VIRTIO_BLK_S_UNSUPP:
-        raise Unsupported(f"the back end does not support this: {what}")
+        raise Unsupported(f"the back end does not support: {what}")
     if status == VIRTIO_BLK_S_IOERR:
         raise OSError(errno.EIO, f"I/O error: {what}")
     if status != VIRTIO_BLK_S_OK:
-        raise OSError(errno.EIO, f"the back end ended a request without a status that exists ({status:#x}): {what}")
+        raise OSError(errno.EIO, f"the back end completed a request with the invalid status {status:#x}: {what}")

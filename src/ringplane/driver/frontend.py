@@ -1,7 +1,7 @@
 """A vhost-user front end: shared memory, one method for each message, and the notifiers of a ring.
 
-Each message is a small method that sends what it is given, right or wrong: tests misbehave through them. What a
-well-behaved driver does with them is in disk.py. Source: QEMU's docs/interop/vhost-user.rst.
+Each message is a small method that sends its arguments, right or wrong: tests use them to misbehave. disk.py uses them
+as a well-behaved driver does. Source: QEMU's docs/interop/vhost-user.rst.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Refused(Exception):
 
 
 class RingBroken(Exception):
-    """The back end signalled a ring's error eventfd: it found a fault in the ring and does not serve it any more."""
+    """The back end signalled a ring's error eventfd: it found an error in the ring and has stopped serving it."""
 
 
 class SharedMemory:
     """A memfd of `size` bytes, mapped here; the guest's memory. Guest-physical address = offset in the file.
 
-    It is sparse: what nobody touches costs nothing.
+    It is sparse: pages that were never touched take no memory.
     """
 
     def __init__(self, size: int = 1 << 30) -> None:
@@ -72,7 +72,7 @@ class SharedMemory:
 
     def forget(self) -> None:
         """Free everything that was allocated."""
-        # Not from 0: an address that someone forgot to fill in must not be a good one.
+        # Not from 0: an address that was not filled in must not be valid.
         self._end = PAGE
         self._free: dict[int, list[int]] = {}
         self._sizes: dict[int, int] = {}
@@ -99,7 +99,7 @@ class SharedMemory:
         return address - self.address
 
     def region(self) -> MemoryRegion:
-        """All of it, as one region."""
+        """The whole memory as one region."""
         return MemoryRegion(guest_address=0, size=self.size, user_address=self.address, mmap_offset=0)
 
     def close(self) -> None:
@@ -113,12 +113,12 @@ class FrontEnd:
     """A connection to the back end that listens at `path`; waits at most `timeout` seconds for each answer.
 
     With REPLY_ACK negotiated every message that sets something asks for an acknowledgement, and raises Refused if that
-    says failure. All methods raise TimeoutError, ProtocolError when the back end breaks the protocol or closes the
-    connection, and OSError.
+    reports a failure. All methods raise TimeoutError, ProtocolError when the back end violates the protocol or closes
+    the connection, and OSError.
     """
 
     def __init__(self, path: str | Path, timeout: float = 10.0) -> None:
-        """Connect; raises OSError in words when nobody listens."""
+        """Connect; raises OSError with an explanation if that fails."""
         self.path = str(path)
         self.timeout = timeout
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -139,18 +139,18 @@ class FrontEnd:
     # Any message
 
     def ask(self, request: Request, reply: type[AnyPayload], payload: Payload | None = None) -> AnyPayload:
-        """Send a message that has an answer, and return that."""
+        """Send a message that has a reply, and return the reply."""
         answer = self._call(request, payload or Empty(), (), need_reply=False)
         if not isinstance(answer, reply):
-            raise ProtocolError(f"{request.name}: the back end could not do it")
+            raise ProtocolError(f"{request.name}: the back end reported a failure")
         return answer
 
     def tell(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
-        """Send a message that sets something; raises Refused when the back end says that it could not."""
+        """Send a message that sets something; raises Refused if the back end reports a failure."""
         acknowledged = ProtocolFeature.REPLY_ACK in self.protocol_features
         answer = self._call(request, payload or Empty(), fds, need_reply=acknowledged)
         if isinstance(answer, U64) and answer.value != 0:
-            raise Refused(f"the back end refused {request.name} (it answered {answer.value:#x})")
+            raise Refused(f"the back end refused {request.name} (it replied {answer.value:#x})")
 
     def _call(self, request: Request, payload: Payload, fds: Sequence[int], *, need_reply: bool) -> Payload | None:
         try:
@@ -167,9 +167,9 @@ class FrontEnd:
     # Features
 
     def negotiate(self, features: int, protocol_features: ProtocolFeature = WANTED_PROTOCOL_FEATURES) -> int:
-        """Take what the back end offers of `features` and `protocol_features`; returns the features agreed on.
+        """Accept those of `features` and `protocol_features` that the back end offers; returns the negotiated features.
 
-        Needs VHOST_USER_F_PROTOCOL_FEATURES and CONFIG of the back end; raises ProtocolError without.
+        Needs VHOST_USER_F_PROTOCOL_FEATURES and CONFIG of the back end; otherwise raises ProtocolError.
         """
         offered = self.get_features()
         if not offered & VHOST_USER_F_PROTOCOL_FEATURES:
@@ -220,7 +220,7 @@ class FrontEnd:
     # Migration
 
     def set_log_base(self, size: int, offset: int, fd: int) -> None:
-        """Where the back end is to mark what it writes; raises Refused."""
+        """Set the dirty log in which the back end marks the pages that it writes; raises Refused."""
         message = self.transport.call(Request.SET_LOG_BASE, LogRegion(size, offset), [fd])
         if message is not None and isinstance(message.payload, U64) and message.payload.value != 0:
             raise Refused("the back end refused SET_LOG_BASE")
@@ -228,11 +228,11 @@ class FrontEnd:
     # In-flight area
 
     def get_inflight_fd(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
-        """An area that the back end makes, and its fd, which is the caller's."""
+        """An in-flight area that the back end creates, and its fd, which the caller owns."""
         asked = Inflight(0, 0, num_queues, queue_size)
         message = self.transport.call(Request.GET_INFLIGHT_FD, asked)
         if message is None or not isinstance(message.payload, Inflight) or len(message.fds) != 1:
-            raise ProtocolError("GET_INFLIGHT_FD: the back end could not do it")
+            raise ProtocolError("GET_INFLIGHT_FD: the back end reported a failure")
         return message.payload, message.take_fds()[0]
 
     def set_inflight_fd(self, described: Inflight, fd: int) -> None:
@@ -241,7 +241,7 @@ class FrontEnd:
     # Device status
 
     def get_status(self) -> int:
-        """The device status of virtio 1.2, section 2.1, as the back end knows it."""
+        """The device status (virtio 1.2, section 2.1) that the back end has."""
         return self.ask(Request.GET_STATUS, U64).value
 
     def set_status(self, status: int) -> None:
@@ -271,7 +271,7 @@ class FrontEnd:
         self.tell(Request.SET_VRING_BASE, VringState(index, base))
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
-        """`desc`, `avail` and `used` are user addresses: ours."""
+        """`desc`, `avail` and `used` are user addresses: addresses in this process."""
         self.tell(Request.SET_VRING_ADDR, VringAddr(index, flags, desc, used, avail, log))
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:
@@ -290,11 +290,11 @@ class FrontEnd:
         self.tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
 
     def get_vring_base(self, index: int) -> int:
-        """Stop the ring; the next available index. The back end answers when all requests in flight are finished."""
+        """Stop the ring; returns its next available index. The back end replies when no request is in flight."""
         return self.ask(Request.GET_VRING_BASE, VringState, VringState(index, 0)).num
 
     def start_vring(self, vring: Vring, base: int = 0) -> None:
-        """Hand a ring over to the back end, as QEMU does it, and let it serve the ring."""
+        """Set up a ring in the back end and enable it, in the order that QEMU uses."""
         index, ring = vring.index, vring.ring
         ring.reset(base)
         self.set_vring_num(index, ring.size)
@@ -307,10 +307,10 @@ class FrontEnd:
 
 
 class Vring:
-    """A ring and its notifiers: eventfds for kick, call and error, and one epoll instance that watches for trouble too.
+    """A ring and its notifiers: eventfds for kick, call and error, and an epoll instance that also watches for errors.
 
-    The call eventfd is watched edge-triggered: each signal wakes once, and nobody has to read it. Signals of the error
-    eventfd and the end of the connection keep waking.
+    The call eventfd is watched edge-triggered: each signal wakes the driver once, and it need not be read. A signal of
+    the error eventfd or the end of the connection wakes it each time.
     """
 
     def __init__(self, index: int, ring: Ring, sock: socket.socket) -> None:
@@ -321,25 +321,25 @@ class Vring:
         self.epoll = select.epoll()
         self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)
         self.epoll.register(self.err_fd, select.EPOLLIN)
-        # No event asked for: EPOLLHUP and EPOLLERR are always told.
+        # No events requested: EPOLLHUP and EPOLLERR are always reported.
         self.epoll.register(sock.fileno(), 0)
 
     def kick(self) -> None:
-        """Tell the back end that there are new chains."""
+        """Notify the back end of new chains."""
         os.eventfd_write(self.kick_fd, 1)
 
     def wait(self, seconds: float) -> None:
-        """Wait for a call, at most `seconds`; raises what `check` raises."""
+        """Wait for a notification, at most `seconds`; raises what `check` raises."""
         self._raise_trouble([fd for fd, _ in self.epoll.poll(seconds)])
 
     def check(self) -> None:
         """Raise RingBroken if the back end signalled an error of the ring, ConnectionError if the back end is gone."""
-        # This may swallow a call's edge: whoever waits for calls looks at the ring before it waits.
+        # This may consume the edge of a notification: a thread that waits for one checks the ring before it waits.
         self.wait(0)
 
     def _raise_trouble(self, fds: list[int]) -> None:
         if self.err_fd in fds:
-            raise RingBroken(f"the back end found a fault in ring {self.index} and has stopped serving it")
+            raise RingBroken(f"the back end found an error in ring {self.index} and has stopped serving it")
         if any(fd != self.call_fd for fd in fds):
             raise ConnectionError("the back end closed the connection")
 

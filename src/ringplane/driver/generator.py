@@ -45,17 +45,17 @@ from ringplane.virtio.blk import (
 EPOLL_EVENT_SIZE = EPOLL_EVENT.itemsize
 HEADER_SECTOR: int = HEADER.fields["sector"][1]  # type: ignore[index]
 
-# A moment that the clock never reaches, a number of requests that is never used up.
+# A time that the clock never reaches, and a number of requests that is never used up.
 FOREVER = 1 << 62
 
-# With verification, requests are published after so many bytes of content were made: the device shall not wait for
-# a batch of large writes to be made as a whole.
+# With verification, requests are published each time that this many bytes of content were generated: the device must
+# not wait until a whole batch of large writes is ready.
 PUBLISH_BYTES = 128 * 1024
 
-# How often a random choice that hit a busy sector is made again before the slot waits for the next completion.
+# How often a random choice that hit a busy sector is retried before the slot waits for the next completion.
 CHOICES = 16
 
-# What `drive` returns
+# Results of `drive`
 DONE, AGAIN, TROUBLE, BROKEN = 0, 1, 2, 3
 
 # A request that can be in flight. Addresses are ours; `busy` sectors are claimed in the model.
@@ -64,7 +64,8 @@ SLOT = np.dtype(
 )
 SLOT_SIZE = SLOT.itemsize
 
-# The load on one queue. Above the line written by Python before the start (`stop` at any time), below by `drive`.
+# The load on one queue. Python writes the fields above the line before the start (`stop` at any time), `drive` those
+# below.
 RUN = np.dtype(
     [
         (name, "<i8")
@@ -90,9 +91,9 @@ RUN = np.dtype(
             "call_fd",
             "epoll_fd",
             "events",  # room for EVENTS EPOLL_EVENTs
-            "one",  # address of a 64-bit 1, what is written to kick_fd
-            "measure_from",  # clock: what is reaped before does not count
-            "deadline",  # clock: nothing is submitted from here on, and what is reaped does not count
+            "one",  # address of a 64-bit 1, which is written to kick_fd
+            "measure_from",  # clock: earlier completions do not count
+            "deadline",  # clock: from here on nothing is submitted, and completions do not count
             "stop",
             # ---
             "random",  # state of the generator
@@ -166,7 +167,7 @@ def _claim(run, slot):
 
 @compiled
 def _release(run, slot, succeeded):
-    """The request is done: check what was read; what a failed write left behind is not known."""
+    """The request is done: check what was read; after a failed write the content is unknown."""
     for index in range(slot.sectors):
         sector = slot.sector + index
         generation = load32(_entry(run, sector)) & ~BUSY
@@ -203,7 +204,7 @@ def _describe_mismatch(run, address, sector, generation, word):
 
 @compiled
 def _choose_sequential(run, size):
-    """(sector, sectors) at the cursor, shortened at the end of the part."""
+    """(sector, sectors) at the cursor, shortened at the end of the queue's part of the disk."""
     return run.cursor, min(size, run.end - run.cursor)
 
 
@@ -215,7 +216,7 @@ def _choose_random(run, size):
 
 @compiled
 def _choose(run, slot):
-    """Decide what the slot's next request is; False if that needs sectors that are busy."""
+    """Choose the slot's next request; False if that needs sectors that are busy."""
     if run.flush_every and run.writes_since_flush >= run.flush_every:
         slot.kind, slot.sector, slot.sectors = VIRTIO_BLK_T_FLUSH, 0, 0
         run.writes_since_flush = 0
@@ -244,7 +245,7 @@ def _set_segment(run, position, address, length, writable):
 
 @compiled
 def _offer(run, queue, slot, number):
-    """Write the request's header and offer its chain: header, data if any, status."""
+    """Write the request's header and add its chain: header, data if any, status."""
     store32(slot.header, slot.kind)
     store64(slot.header + HEADER_SECTOR, slot.sector)
     store8(slot.status, NO_STATUS)
@@ -259,7 +260,7 @@ def _offer(run, queue, slot, number):
 
 @compiled
 def _publish(run, queue, batch):
-    """Make the requests visible whose slots were taken from the free stack since it had `batch` entries."""
+    """Publish the requests whose slots were taken from the free stack since it had `batch` entries."""
     if run.free_count == batch:
         return
     now = monotonic_ns()
@@ -289,7 +290,7 @@ def _submit(run, queue, now):
             _claim(run, slot)
             made += slot.sectors * SECTOR
         if _offer(run, queue, slot, number) == NO_ROOM:
-            # Python has seen to it that the ring has room for all slots, unless chains were lost.
+            # Python checked that the ring has room for all slots, so chains were lost.
             return False
         run.free_count -= 1
         if now >= run.measure_from:
@@ -353,7 +354,7 @@ def _reap(run, queue, count, now):
 
 @compiled
 def _wait_for_call(run, queue, now, until):
-    """Sleep until the device calls, at most until the clock says `until`; False if something else happened."""
+    """Sleep until the device notifies, at most until the time `until`; False if something else happened."""
     enable_notifications(queue)
     if used_count(queue):
         return True
@@ -364,7 +365,7 @@ def _wait_for_call(run, queue, now, until):
         return count == -EINTR
     for index in range(count):
         event = view(run.events + index * EPOLL_EVENT_SIZE, EPOLL_EVENT)
-        # Python registered the fd: the upper half of the data is not ours.
+        # Python registered the fd: the upper half of the data is undefined.
         if event.data & 0xFFFFFFFF != run.call_fd:
             return False
     return True
@@ -372,15 +373,15 @@ def _wait_for_call(run, queue, now, until):
 
 @compiled
 def drive(address, until):
-    """Run the RUN at `address` until its load is DONE or the clock says `until` (AGAIN).
+    """Run the RUN at `address` until its load is DONE or until the time `until` (AGAIN).
 
-    TROUBLE: the error eventfd or the socket woke us, look at them. BROKEN: the device broke the used ring.
+    TROUBLE: the error eventfd or the socket became ready and must be checked. BROKEN: the used ring is invalid.
     """
     run = view(address, RUN)
     queue = view(run.ring, QUEUE)
     while True:
         count = used_count(queue)
-        # After the look at the ring: what we see there is done now, and not later.
+        # After the ring was checked: the completions found there happened before this time.
         now = monotonic_ns()
         if count and not _reap(run, queue, count, now):
             return BROKEN

@@ -1,8 +1,8 @@
-"""A load generator for a disk: random or sequential requests at a depth, timed, and verified to the last bit.
+"""A load generator for a disk: random or sequential requests with a queue depth, timed, and verified bit by bit.
 
-One Python thread for each queue runs `drive`, which keeps `depth` requests in flight without the GIL and comes back to
-Python every TURN or so. With verification each sector written holds content made of a seed, its own number and its
-generation (how often it was written); a model of all generations tells what every read must find.
+One Python thread per queue runs `drive`, which keeps `depth` requests in flight without the GIL and returns to Python
+about every TURN_NS. With verification, the content of each written sector is computed from a seed, the sector's number
+and its generation (how often it was written). A model of all generations says what each read must return.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ringplane.virtio.split import DESC_SIZE
 
 __all__ = ["Load", "Model", "Progress", "Result", "check", "fill", "run_load"]
 
-# How long `drive` runs at most before Python looks at flags again, and how often progress is told.
+# How long `drive` runs at most before Python checks flags again, and how often progress is reported.
 TURN_NS = 100_000_000
 SECOND_NS = 1_000_000_000
 
@@ -41,22 +41,22 @@ SECOND_NS = 1_000_000_000
 class Load:
     """What to do to a disk. Sizes in bytes, times in seconds."""
 
-    block_size: int | Sequence[int] = 4096  # of several, each request takes one at random
+    block_size: int | Sequence[int] = 4096  # if there are several, each request takes one at random
     depth: int = 1  # requests in flight on each queue
     queues: int = 1
     pattern: Literal["random", "sequential"] = "random"
     read_percent: int = 100
-    flush_every: int = 0  # a flush after so many writes, 0: none
+    flush_every: int = 0  # a flush after this many writes, 0: none
     seconds: float | None = None
-    warm_up: float = 0.0  # not counted, before `seconds` or `requests`
-    requests: int | None = None  # of all queues together; whichever limit comes first ends the run
+    warm_up: float = 0.0  # not measured, before `seconds` or `requests`
+    requests: int | None = None  # of all queues together; the limit that is reached first ends the run
     passes: int | None = None  # sequential: how many times through the region
     verify: bool = False
-    model: Model | None = None  # what earlier runs wrote; without, only what this run wrote is verified
-    busy_poll: bool = False  # spin on the ring instead of waiting for calls
+    model: Model | None = None  # of what earlier runs wrote; without it only what this run wrote is verified
+    busy_poll: bool = False  # poll the ring instead of waiting for notifications
     seed: int = 1
-    region: tuple[int, int] | None = None  # offset and length; the whole disk
-    timeout: float = 30.0  # without any completion while requests are in flight
+    region: tuple[int, int] | None = None  # offset and length; default: the whole disk
+    timeout: float = 30.0  # the longest time without any completion while requests are in flight
 
     @property
     def sizes(self) -> list[int]:
@@ -66,7 +66,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: all numbers since its beginning, warm-up excepted."""
+    """The progress of a run: all numbers since its start, without the warm-up."""
 
     seconds: float
     requests: int
@@ -77,12 +77,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run measured. Latency from just before the kick until the driver saw the used chain, in microseconds.
+    """The results of a run. Latency is from just before the kick until the driver saw the used chain, in microseconds.
 
-    `errors` are requests that ended with another status than OK (`first_error` is one, in words), `mismatches` sectors
-    that were read and held something else than they must (`first_mismatch`), among `sectors_checked`. `wrong_lengths`
-    are used elements whose length was not what the device wrote. CPU times are of whole processes, user and system;
-    None if the back end's is not visible from here.
+    `errors` are requests that ended with a status other than OK (`first_error` describes one), `mismatches` are sectors
+    whose content was not as expected (`first_mismatch` describes one), out of `sectors_checked`. `wrong_lengths` are
+    used elements whose length was not what the device wrote. CPU times are of whole processes, user and system; None if
+    the back end's process is not visible.
     """
 
     requests: int
@@ -114,20 +114,20 @@ class Result:
 
     @property
     def backend_cpu_per_io_us(self) -> float | None:
-        """CPU time of the back end for each request."""
+        """CPU time of the back end per request."""
         return None if self.backend_cpu_us is None else self.backend_cpu_us / max(1, self.requests)
 
     @property
     def driver_cpu_per_io_us(self) -> float:
-        """CPU time of this process for each request."""
+        """CPU time of this process per request."""
         return self.driver_cpu_us / max(1, self.requests)
 
 
-# One queue's share
+# One queue
 
 
 class _Worker:
-    """One queue's RUN, what its addresses point at, and the thread that drives it."""
+    """The RUN of one queue, the arrays that it points to, and the function of its thread."""
 
     def __init__(self, disk: Driver, vring: Vring, load: Load, part: tuple[int, int], model: Model | None) -> None:
         self.disk, self.vring, self.load = disk, vring, load
@@ -145,7 +145,7 @@ class _Worker:
             raise
 
     def _own(self, array: npt.NDArray[np.generic]) -> int:
-        """Keep an array alive; its address."""
+        """Keep an array alive; returns its address."""
         self._owned.append(array)
         return int(array.ctypes.data)
 
@@ -185,7 +185,7 @@ class _Worker:
             run[name] = value
 
     def _make_slots(self) -> None:
-        """Give each slot a header and status of its own, a buffer, and an indirect table if they were negotiated."""
+        """Give each slot its own header, status and buffer, and an indirect table if that was negotiated."""
         slots = np.zeros(self.load.depth, SLOT)
         self.run["slots"] = self._own(slots)
         size = max(self.load.sizes)
@@ -202,13 +202,13 @@ class _Worker:
         return block
 
     def free(self) -> None:
-        """Give the shared memory back, unless requests are still in flight."""
+        """Free the shared memory, unless requests are still in flight."""
         if self.run["free_count"] == self.load.depth:
             while self._blocks:
                 self.disk.memory.free(self._blocks.pop())
 
     def work(self) -> None:
-        """The thread: drive the load until it is done; a failure is kept for who joins."""
+        """The thread's function: drive the load until it is done; an exception is kept for the thread that joins."""
         try:
             if self.load.busy_poll:
                 self.vring.ring.disable_notifications()
@@ -237,7 +237,7 @@ class _Worker:
 
 
 def _touch(address: int, size: int) -> None:
-    """Have every page there before the clock runs, and not all zeros: some storage treats zeros as nothing."""
+    """Allocate every page before the measurement, with non-zero data: some storage treats zeros as holes."""
     from ctypes import memset
 
     memset(address, 0xA5, size)
@@ -252,11 +252,11 @@ def run_load(
     progress: Callable[[Progress], None] | None = None,
     backend_pid: int | None = None,
 ) -> Result:
-    """Put a load on a disk that does nothing else meanwhile; `progress` is called about every 100 ms.
+    """Run a load on a disk that is not used otherwise meanwhile; `progress` is called about every 100 ms.
 
-    `backend_pid` says whose CPU time to measure if it is not the process that listened on the socket.
+    `backend_pid` is the process whose CPU time is measured, if it is not the one that listened on the socket.
 
-    Raises ValueError for a load that the disk or the rings cannot take, MemoryError when `memory_size` is too small,
+    Raises ValueError for a load that the disk or the rings do not support, MemoryError if `memory_size` is too small,
     RingBroken, ConnectionError, and TimeoutError. After one of the last three the driver must `reconnect`.
     """
     _check_load(disk, load)
@@ -279,16 +279,16 @@ def _check_load(disk: Driver, load: Load) -> None:
         if size <= 0 or size % disk.block_size:
             raise ValueError(f"a block size of {size} bytes is not a multiple of the disk's {disk.block_size}")
     if not load.sizes or load.depth < 1 or load.queues < 1 or not 0 <= load.read_percent <= 100:
-        raise ValueError("a load has a block size, at least one queue, a depth, and from 0 to 100 % of reads")
+        raise ValueError("a load needs a block size, a queue, a depth of at least 1, and 0 to 100 % of reads")
     if load.queues > len(disk.queues):
-        raise ValueError(f"a load on {load.queues} queues of a driver that has {len(disk.queues)}")
+        raise ValueError(f"the load uses {load.queues} queues, but the driver has {len(disk.queues)}")
     needed = load.depth * (1 if disk.indirect else 3)
     if needed > disk.queue_size:
-        raise ValueError(f"a depth of {load.depth} needs {needed} descriptors, the ring has {disk.queue_size}")
+        raise ValueError(f"a depth of {load.depth} needs {needed} descriptors, but the ring has {disk.queue_size}")
     if load.passes is not None and (load.pattern != "sequential" or len(load.sizes) != 1):
-        raise ValueError("passes are for a sequential load of one block size")
+        raise ValueError("only a sequential load with one block size can have passes")
     if (load.seconds, load.requests, load.passes) == (None, None, None):
-        raise ValueError("a load ends after some seconds, requests or passes")
+        raise ValueError("a load needs a limit: seconds, requests or passes")
     region = load.region or (0, disk.capacity)
     if region[0] % disk.block_size or region[1] % disk.block_size:
         raise ValueError(f"a region of {region[1]} bytes at {region[0]} is not whole blocks of {disk.block_size} bytes")
@@ -299,17 +299,17 @@ def _check_load(disk: Driver, load: Load) -> None:
 
 
 def _parts(load: Load, region: tuple[int, int]) -> list[tuple[int, int]]:
-    """The disjoint part of each queue: its first sector and the one after its last."""
+    """The disjoint part of the region for each queue: its first sector and the one after its last."""
     offset, length = region
     align = math.gcd(*load.sizes)
     share = length // load.queues // align * align
     if share < max(load.sizes):
         raise ValueError(
-            f"a region of {length} bytes at {offset} has no room for blocks of {max(load.sizes)} bytes "
+            f"a region of {length} bytes at {offset} is too small for blocks of {max(load.sizes)} bytes "
             f"on each of {load.queues} queues"
         )
     starts = [offset + index * share for index in range(load.queues)]
-    # What is left over belongs to the last part: a sequential load shall miss nothing.
+    # The remainder belongs to the last part: a sequential load must cover everything.
     ends = [*starts[1:], offset + length]
     return [(start // SECTOR, end // SECTOR) for start, end in zip(starts, ends, strict=True)]
 
@@ -328,7 +328,7 @@ def _set_limits(workers: Sequence[_Worker], load: Load, start: int) -> None:
 
 
 class _CpuClock:
-    """CPU time of the back end and of us, over the part of a run that counts."""
+    """CPU time of the back end and of this process, over the measured part of a run."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -377,7 +377,7 @@ def _run(
 
 
 def _compile(worker: _Worker) -> None:
-    """Have `drive` compiled or loaded before any clock runs: a load that has no requests left is done at once."""
+    """Compile or load `drive` before the measurement: a load with no requests left is done at once."""
     budget = int(worker.run["budget"])
     worker.run["budget"] = 0
     drive(worker.address, 0)
@@ -390,7 +390,7 @@ def _watch(
     clock: _CpuClock,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Wait for the threads; read the CPU clocks when the part that counts begins and ends."""
+    """Wait for the threads; read the CPU clocks when the measured part begins and ends."""
     measure_from, deadline = int(workers[0].run["measure_from"]), int(workers[0].run["deadline"])
     next_progress = time.monotonic_ns() + TURN_NS
     while any(thread.is_alive() for thread in threads):
@@ -400,7 +400,7 @@ def _watch(
         if now >= deadline:
             clock.stop()
         if now >= next_progress:
-            # Not one after the other: on a busy machine several turns may have gone by.
+            # From now on: on a busy machine several intervals may have passed.
             next_progress = now + TURN_NS
             if progress:
                 progress(_progress(workers, now))
@@ -417,7 +417,7 @@ def _sleep_or_join(threads: Sequence[threading.Thread], seconds: float) -> None:
 
 
 def _stop(workers: Sequence[_Worker], threads: Sequence[threading.Thread]) -> None:
-    """Nothing more is submitted; wait for what is in flight (each thread gives up after its time limit)."""
+    """Stop submitting, and wait for requests in flight (each thread gives up after its time limit)."""
     for worker in workers:
         worker.stop[0] = 1
     for thread in threads:
@@ -440,7 +440,7 @@ def _progress(workers: Sequence[_Worker], now: int) -> Progress:
 
 
 def _seconds(workers: Sequence[_Worker]) -> float:
-    """From the start to the deadline, or to the last completion if the requests were over before."""
+    """From the start to the deadline, or to the last completion if all requests were done before."""
     run = workers[0].run
     exhausted = all(int(worker.run["budget"]) == 0 for worker in workers)
     last = max(int(worker.run["finished"]) for worker in workers)
@@ -485,7 +485,7 @@ def _describe_error(run: np.void) -> str:
 
 
 def describe_mismatch(run: np.void) -> str:
-    """What the first mismatch of a RUN was, in words."""
+    """A description of the first mismatch of a RUN."""
     position = int(run["bad_word"])
     found = int(run["bad_found"])
     return (
@@ -508,7 +508,7 @@ def fill(
     queues: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Model, Result]:
-    """Write every block of a disk (or region) once; the model of it, for `check` and for loads that verify.
+    """Write every block of a disk (or region) once; returns its model, for `check` and for verifying loads.
 
     Raises OSError when a write failed, and what `run_load` raises.
     """
@@ -528,7 +528,7 @@ def check(
     queues: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
-    """Read every block of the model once and compare; the result has the mismatches. Raises what `run_load` raises."""
+    """Read every block of the model once and compare; returns the mismatches. Raises what `run_load` raises."""
     return _sweep(disk, model, 100, block_size, depth, queues, progress)
 
 
@@ -542,7 +542,7 @@ def _sweep(
     progress: Callable[[Progress], None] | None,
 ) -> Result:
     region = (model.first * SECTOR, model.sectors * SECTOR)
-    # A small disk is still to be covered as a whole.
+    # A small disk must be covered completely too.
     size = min(block_size, region[1] // queues // disk.block_size * disk.block_size)
     load = Load(
         block_size=size,

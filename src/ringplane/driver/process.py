@@ -1,4 +1,4 @@
-"""CPU time of a process, and who is at the other end of a socket."""
+"""CPU time of a process, and the pid of the process at the other end of a socket."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ UCRED = struct.Struct("=iII")
 def cpu_ns(pid: int) -> int:
     """CPU time in nanoseconds, user and system, of all threads that process `pid` has or had; never goes backwards.
 
-    Summing /proc/PID/task/*/schedstat would lose the threads that ended since (qemu-storage-daemon starts and ends
-    workers all the time), so this reads the process's CPU clock (clock_getcpuclockid(3)): exact, ended threads
-    included. Where the kernel refuses that, utime + stime of /proc/PID/stat: the same sum in ticks of 10 ms.
+    Summing /proc/PID/task/*/schedstat would lose threads that have ended (qemu-storage-daemon starts and ends workers
+    all the time), so this reads the process's CPU clock (clock_getcpuclockid(3)), which is exact and includes ended
+    threads. If the kernel refuses that, it reads utime + stime of /proc/PID/stat: the same sum in ticks of 10 ms.
 
-    The kernel's io_uring workers (iou-wrk, iou-sqp) are threads of the process and counted. What kworkers, interrupts
-    and the block layer's own threads do for the process belongs to nobody and is not.
+    The kernel's io_uring workers (iou-wrk, iou-sqp) are threads of the process and counted. The work of kworkers,
+    interrupts and the block layer's own threads for the process is not counted.
 
     Raises ProcessLookupError when there is no such process.
     """

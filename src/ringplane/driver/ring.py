@@ -1,8 +1,8 @@
-"""The driver's end of a split virtqueue (virtio 1.2, section 2.7), compiled: add, publish, reap, and when to be called.
+"""The driver's end of a split virtqueue (virtio 1.2, section 2.7), compiled: add, publish, reap, notifications.
 
 Guest-physical address 0 is the first byte of the driver's shared memory: an address in a descriptor is an offset there.
-What the device must not be able to disturb (the free list, which chain belongs to which head) is in private memory: a
-used element is believed only if it names a chain in flight.
+State that the device must not be able to change (the free list, the chains in flight) is in private memory: a used
+element is accepted only if it names a chain in flight.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ QUEUE = np.dtype(
             "free_head",  # the first free descriptor, NONE if all are taken
             "free_count",
             "next_avail",  # next index to fill in the available ring
-            "published_avail",  # the available index that the device was last told of
+            "published_avail",  # the available index that was last published
             "last_used",  # next index to take from the used ring
         )
     ]
 )
 
-# What the driver knows of one descriptor: the one after it in its chain or in the free list; of the head of a chain in
-# flight also the chain's last descriptor, its length (0: no such chain is in flight) and the caller's token.
+# The driver's private data for one descriptor: the next one in its chain or in the free list; for the head of a chain
+# in flight also the chain's last descriptor, its length (0: no such chain is in flight) and the caller's token.
 CHAIN = np.dtype([("next", "<i8"), ("tail", "<i8"), ("count", "<i8"), ("token", "<i8")])
 CHAIN_SIZE = CHAIN.itemsize
 
-# A piece of a request, by our address; `writable` (0 or 1) by the device.
+# A piece of a request: our address, length, and whether (0 or 1) it is writable by the device.
 SEGMENT = np.dtype([("address", "<i8"), ("length", "<i8"), ("writable", "<i8")])
 SEGMENT_SIZE = SEGMENT.itemsize
 
@@ -136,7 +136,7 @@ def offer(queue, head):
 
 @compiled
 def add(queue, segments, count, table, token):
-    """Offer a chain of `count` SEGMENTs at address `segments`; returns its head, or NO_ROOM and nothing has changed.
+    """Add a chain of `count` SEGMENTs at address `segments`; returns its head, or NO_ROOM without any change.
 
     With `table`, the address of room for `count` descriptors in shared memory, the chain is indirect and takes one
     descriptor of the ring. `token` (not negative) comes back from `take_used`. Visible to the device after `publish`.
@@ -156,12 +156,12 @@ def add(queue, segments, count, table, token):
 
 @compiled
 def publish(queue):
-    """Make all offered chains visible; returns whether the device wants a kick."""
+    """Make all added chains visible; returns whether the device wants a kick."""
     # Release: headers, data, descriptors and ring entries are visible before the index (section 2.7.13.3). Pairs with
     # the device's acquire load of avail.idx.
     store16_release(queue.avail + AVAIL_IDX, queue.next_avail)
-    # The index is visible before we look whether a kick is wanted; the device stores its wish, fences, then looks at
-    # avail.idx again (section 2.7.13.4.1). So one of us sees the other.
+    # The index is visible before we load whether a kick is wanted. The device stores its wish, fences, then loads
+    # avail.idx again (section 2.7.13.4.1). So at least one side sees the other's store.
     fence()
     old = queue.published_avail
     queue.published_avail = queue.next_avail
@@ -173,7 +173,7 @@ def publish(queue):
 
 @compiled
 def used_count(queue):
-    """How many chains the device has used and we have not taken yet."""
+    """How many chains the device has used that were not taken yet."""
     # Acquire: used elements, data and status bytes are read after the index (section 2.7.14). Pairs with the device's
     # release store of used.idx.
     return (load16_acquire(queue.used + USED_IDX) - queue.last_used) & INDEX_MASK
@@ -200,22 +200,23 @@ def take_used(queue):
 
 @compiled
 def enable_notifications(queue):
-    """Ask the device for a call with its next used chain. Chains used meanwhile are seen by `used_count` after this."""
+    """Ask for a notification of the next used chain. Check `used_count` after this: chains may have come meanwhile."""
     if queue.event_idx:
         store16(queue.avail + AVAIL_RING + 2 * queue.size, queue.last_used)
     else:
         store16(queue.avail + AVAIL_FLAGS, 0)
-    # Our wish is visible before we look at used.idx again; the device publishes used.idx, fences, then looks at our
-    # wish (section 2.7.7.2). So one of us sees the other.
+    # Our request is visible before we load used.idx again. The device stores used.idx, fences, then loads our request
+    # (section 2.7.7.2). So at least one side sees the other's store.
     fence()
 
 
 @compiled
 def disable_notifications(queue):
-    """Tell the device that calls are not needed; a hint, so without a barrier.
+    """Ask the device not to notify: a hint, so it needs no barrier.
 
-    With EVENT_IDX the flag means nothing (section 2.7.7) and nothing needs to be stored: used_event stays behind, and
-    an index that was passed is not passed again before 2^16 chains. So a driver that polls gets one call in 65536.
+    With EVENT_IDX the flag is ignored (section 2.7.7) and nothing needs to be stored: used_event stays behind, and the
+    device's index does not pass it again before 2^16 chains. So a polling driver gets one notification per 65536
+    chains.
     """
     if not queue.event_idx:
         store16(queue.avail + AVAIL_FLAGS, VIRTQ_AVAIL_F_NO_INTERRUPT)
@@ -280,13 +281,13 @@ class BadUsed(ValueError):
 class Ring:
     """One split ring of `size` descriptors in shared memory at our address `start`.
 
-    `memory` is our address of guest-physical address 0. `state` is its QUEUE, by name; `address` is where that is.
+    `memory` is our address of guest-physical address 0. `state` is the ring's QUEUE struct, `address` its address.
     """
 
     def __init__(self, memory: int, start: int, size: int, event_idx: bool) -> None:
-        """Lay out and reset the ring; raises ValueError for a size that no split ring has."""
+        """Lay out and reset the ring; raises ValueError for a size that a split ring cannot have."""
         if not 1 <= size <= 32768 or size & (size - 1):
-            raise ValueError(f"a split ring has a power of two of descriptors, at most 32768, not {size}")
+            raise ValueError(f"the size of a split ring is a power of two up to 32768, not {size}")
         self._state: npt.NDArray[np.void] = np.zeros(1, QUEUE)
         self._chains: npt.NDArray[np.void] = np.zeros(size, CHAIN)
         self.state = self._state[0]
@@ -320,8 +321,8 @@ class Ring:
             self.state[name] = base & INDEX_MASK
         self.poke16(self.avail + AVAIL_IDX, base)
         self.poke16(self.used + USED_IDX, base)
-        # A device that goes on at another index than 0 need not write avail_event before it has looked at the ring once
-        # (libvhost-user does not): without this the first chain would bring no kick.
+        # A device that resumes at another index than 0 need not write avail_event before it has checked the ring once
+        # (libvhost-user does not): without this the first chain would cause no kick.
         self.poke16(self.used + USED_RING + USED_ELEM_SIZE * self.size, base)
         self.poke16(self.avail + AVAIL_RING + 2 * self.size, base)
 
@@ -331,7 +332,7 @@ class Ring:
         return int(np.count_nonzero(self._chains["count"]))
 
     def add(self, segments: Sequence[tuple[int, int, bool]], token: int, table: int = 0) -> int:
-        """Offer a chain of (our address, length, writable by the device); returns its head, NO_ROOM if it is too long.
+        """Add a chain of (our address, length, writable by the device); returns its head, NO_ROOM if it is too long.
 
         `table` is our address of room for an indirect table, 0 for a direct chain.
         """
@@ -339,7 +340,7 @@ class Ring:
         return int(add_at(self.address, int(array.ctypes.data), len(segments), table, token))
 
     def publish(self) -> bool:
-        """Make what was offered visible; whether the device wants a kick."""
+        """Make added chains visible; returns whether the device wants a kick."""
         return bool(publish_at(self.address))
 
     def reap(self) -> tuple[int, int] | None:
@@ -352,14 +353,14 @@ class Ring:
         return None
 
     def enable_notifications(self) -> int:
-        """Ask for a call with the next used chain; how many are there already (then do not wait)."""
+        """Ask for a notification of the next used chain; returns how many are there already (then do not wait)."""
         return int(enable_notifications_at(self.address))
 
     def disable_notifications(self) -> None:
-        """Tell the device that calls are not needed."""
+        """Ask the device not to notify."""
         disable_notifications_at(self.address)
 
-    # What a misbehaving driver does.
+    # For misbehaving drivers.
 
     def poke_desc(self, index: int, addr: int, length: int, flags: int, following: int = 0) -> None:
         """Write a descriptor with a guest-physical `addr`, whatever is there."""
@@ -367,7 +368,7 @@ class Ring:
         poke(self.desc + index * DESC_SIZE, desc)
 
     def poke16(self, address: int, value: int) -> None:
-        """Write 16 bits of the ring at our `address` (`avail + AVAIL_IDX`, for one)."""
+        """Write 16 bits of the ring at our `address` (`avail + AVAIL_IDX`, for example)."""
         poke(address, (value & INDEX_MASK).to_bytes(2, "little"))
 
     def offer(self, head: int) -> None:

@@ -1,1 +1,1 @@
-"""What C takes from headers: loads, stores, fences, system calls and struct views for compiled Python."""
+"""What C gets from its headers, for compiled Python: loads, stores, fences, system calls and struct views."""

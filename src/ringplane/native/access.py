@@ -1,13 +1,13 @@
-"""Loads, stores and fences on plain addresses, and named-field views of structs, for compiled code.
+"""Loads, stores and fences on plain addresses, and views of structs with named fields, for compiled code.
 
 Every integer is an int64. Loads zero-extend, stores truncate. All loads and stores here are atomic: the compiler may
-neither repeat nor split them, so a value that a guest can change under us is read exactly once.
+neither repeat nor split them, so a value that a guest can change at any time is read exactly once.
 
 Orderings are those of the C11 memory model:
-- relaxed: atomicity alone;
-- acquire: what stands after this load in the program happens after it (pairs with a release store of the writer);
-- release: what stands before this store happens before it (pairs with an acquire load of the reader);
-- `fence`: sequentially consistent, for "I stored mine, now I look at yours" on both sides (store, fence, load).
+- relaxed: only atomicity;
+- acquire: what follows this load in the program happens after it (pairs with the writer's release store);
+- release: what precedes this store in the program happens before it (pairs with the reader's acquire load);
+- `fence`: sequentially consistent, where each side stores its own value, then loads the other's (store, fence, load).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def fence(typingctx: Any) -> Any:
 
 @intrinsic
 def relax(typingctx: Any) -> Any:
-    """Tell the processor that this is a loop that waits for somebody else's store."""
+    """A hint to the processor that this loop waits for a store by another thread."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if platform.machine() == "x86_64":
@@ -95,7 +95,7 @@ def relax(typingctx: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Begin to load the cache line and the page table entry of an address, which need not be a valid one."""
+    """Begin to load the cache line and the page table entry of an address, which need not be valid."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = ir.IntType(32)
@@ -109,7 +109,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def wrapping_add(typingctx: Any, a: Any, b: Any) -> Any:
-    """a + b modulo 2^64. Numba tells LLVM that its own + - * never overflow, so what does is compiled to nonsense."""
+    """a + b modulo 2^64. Numba's own + - * promise LLVM not to overflow: an overflow there is undefined behaviour."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.add(*args)
@@ -141,7 +141,7 @@ def count_leading_zeros(typingctx: Any, value: Any) -> Any:
 def view(typingctx: Any, address: Any, dtype: Any) -> Any:
     """The struct of layout `dtype` (a NumPy structured dtype) at `address`, its fields read and written by name.
 
-    Plain memory access: for what one thread owns, or what the kernel has handed over. What others write
+    Plain memory access: for memory that one thread owns, or that the kernel has handed over. Memory that others write
     concurrently is read with the loads above.
     """
     record = getattr(dtype, "dtype", None)
@@ -168,7 +168,7 @@ def address_of(typingctx: Any, record: Any) -> Any:
 
 @intrinsic
 def atomic_or8(typingctx: Any, address: Any, bits: Any) -> Any:
-    """Set bits of a byte that others change too, at once."""
+    """Atomically set bits of a byte that others change too."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = builder.trunc(args[1], ir.IntType(8))
@@ -179,7 +179,7 @@ def atomic_or8(typingctx: Any, address: Any, bits: Any) -> Any:
 
 
 def external(name: str, builder: Any, result: Any, parameters: list[Any], var_arg: bool = False) -> Any:
-    """A C library function by symbol, so that compiled code can be cached."""
+    """A C library function, referenced by symbol, so that compiled code can be cached."""
     from numba.core import cgutils
 
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, parameters, var_arg), name)

@@ -1,4 +1,4 @@
-"""Have a thread come back from a system call in which it waits, for something that may never come."""
+"""Interrupting a thread that blocks in a system call, possibly forever."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import threading
 
 from ringplane.native import libc
 
-# By default it does nothing, so nobody is surprised by it; but only a signal that has a handler ends a system call.
+# By default this signal is ignored, so it is harmless; but only a signal with a handler ends a system call.
 SIGNAL = signal.SIGURG
 
 
 def install() -> None:
-    """Give the signal a handler that does nothing, unless it has one.
+    """Give the signal a handler that does nothing, unless it has a handler.
 
-    Python's own would have to be set by the main thread. abs(3) is what a handler that does nothing looks like, and
+    A Python handler could only be set by the main thread. abs(3) has the signature of a handler, does nothing, and
     needs no compiler. System calls are not restarted after it (signal(7), sigaction(2) without SA_RESTART).
     """
     if signal.getsignal(SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN):
@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def interrupt(thread: threading.Thread) -> None:
-    """What the thread waits in, if anything, ends with EINTR, where the kernel lets it; if it has ended: nothing."""
+    """The system call in which the thread blocks, if any, ends with EINTR; no effect if the thread has ended."""
     with contextlib.suppress(ProcessLookupError):
         if thread.ident is not None:
             signal.pthread_kill(thread.ident, SIGNAL)

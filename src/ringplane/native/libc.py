@@ -47,7 +47,7 @@ def _error() -> OSError:
 
 
 def system_call(number: int, *arguments: int | bytes) -> int:
-    """syscall(2): what the kernel answers; raises OSError. Of bytes it gets the address."""
+    """syscall(2): returns the result; raises OSError. For bytes the address is passed."""
     words = (each if isinstance(each, bytes) else ctypes.c_long(each) for each in arguments)
     result = int(_libc.syscall(ctypes.c_long(number), *words))
     if result < 0:
@@ -58,7 +58,7 @@ def system_call(number: int, *arguments: int | bytes) -> int:
 def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reserve: bool = False) -> int:
     """mmap(2): the address of `size` bytes of `fd` from `offset`, shared; raises OSError.
 
-    `reserve` sets huge pages aside for all of it at once. Core dumps leave it out: it is a guest's memory, or its disk.
+    `reserve` reserves huge pages for all of it. Core dumps do not contain it: it is a guest's memory or disk.
     """
     protection = PROT_READ | PROT_WRITE if writable else PROT_READ
     address = _libc.mmap(None, size, protection, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)
@@ -74,9 +74,9 @@ def stack_address() -> int:
 
 
 def sigaction(number: int, handler: int, flags: int = 0, previous: int = 0) -> None:
-    """sigaction(2): the handler at this address, nothing masked; raises OSError.
+    """sigaction(2): set the handler at this address, with no signals masked; raises OSError.
 
-    What was there before is put at address `previous`, a SIGACTION.
+    The previous action is stored at address `previous`, a SIGACTION.
     """
     action = np.zeros(1, SIGACTION)
     action["handler"], action["flags"] = handler, flags
@@ -97,7 +97,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def _mappings() -> Iterator[tuple[int, int, str, str]]:
-    """What this process has mapped: start, end, rights and the file's path (proc(5)); nothing without /proc."""
+    """The mappings of this process: start, end, permissions and the file's path (proc(5)); nothing without /proc."""
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for fields in map(str.split, maps):
             start, end = (int(address, 16) for address in fields[0].split("-"))
@@ -105,9 +105,9 @@ def _mappings() -> Iterator[tuple[int, int, str, str]]:
 
 
 def drop_code(library: str) -> None:
-    """madvise(2): take the code of a loaded library out of this process's memory; what is called again is mapped again.
+    """madvise(2): release the memory of a loaded library's code; pages that are used again are loaded again.
 
-    Only what is mapped executable and was never written: all of it is in the file.
+    Only pages that are mapped executable and were never written: their content is in the file.
     """
     for start, end, rights, path in _mappings():
         if rights == "r-xp" and os.path.basename(path) == library:
@@ -115,9 +115,9 @@ def drop_code(library: str) -> None:
 
 
 def forbid_writable_code() -> None:
-    """mprotect(2): what can be written is executed no longer. Raises OSError.
+    """mprotect(2): make writable memory non-executable. Raises OSError.
 
-    That is where libffi has the entries of Python functions that C calls (ctypes(3)), if it has no better way.
+    libffi has its callback trampolines there (for Python functions that C calls), if it has no better way.
     """
     for start, end, rights, _ in list(_mappings()):
         if "wx" in rights and _libc.mprotect(ctypes.c_void_p(start), end - start, PROT_READ | PROT_WRITE) != 0:
@@ -133,7 +133,7 @@ def io_setup(events: int) -> int:
 
 
 def io_destroy(context: int) -> None:
-    """io_destroy(2): waits for what is in flight; raises OSError."""
+    """io_destroy(2): waits for requests in flight; raises OSError."""
     if _libc.syscall(ctypes.c_long(SYS_IO_DESTROY), ctypes.c_ulong(context)) != 0:
         raise _error()
 
@@ -142,17 +142,17 @@ PR_SET_DUMPABLE, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 4, 29, 38
 
 
 def set_timer_slack(nanoseconds: int) -> None:
-    """prctl(2), PR_SET_TIMERSLACK: how late the kernel may wake up the calling thread; 50 us where nothing is said."""
+    """prctl(2), PR_SET_TIMERSLACK: how late the kernel may wake up the calling thread; the default is 50 us."""
     _libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
 
 
 def forbid_core_dumps() -> None:
-    """prctl(2), PR_SET_DUMPABLE: no core, whoever collects them, and no debugger of the same user."""
+    """prctl(2), PR_SET_DUMPABLE: no core dumps, and no debugger of the same user."""
     _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def forbid_new_rights() -> None:
-    """prctl(2), PR_SET_NO_NEW_PRIVS: no program that the calling thread executes gives it more rights."""
+    """prctl(2), PR_SET_NO_NEW_PRIVS: the calling thread gains no privileges from programs that it executes."""
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
@@ -166,7 +166,7 @@ def drop_capabilities() -> None:
     header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
     sets = ctypes.create_string_buffer(CAPABILITY_SETS_SIZE)
     system_call(NUMBERS["capget"], header, ctypes.addressof(sets))
-    # Who has none may not even be allowed to say so: systemd counts the call among the privileged ones.
+    # A thread without capabilities may be forbidden to call capset(2): systemd counts it as a privileged call.
     if any(sets.raw):
         system_call(NUMBERS["capset"], header, bytes(CAPABILITY_SETS_SIZE))
 
@@ -175,7 +175,7 @@ EPOLL_CTL_ADD = 1
 
 
 def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
-    """epoll_ctl(2), EPOLL_CTL_ADD, with 64 bits of our own to come back with each event; raises OSError."""
+    """epoll_ctl(2), EPOLL_CTL_ADD, with 64 bits of data that each event returns; raises OSError."""
     event = np.zeros(1, EPOLL_EVENT)
     event["events"], event["data"] = events, data
     if _libc.epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, ctypes.c_void_p(event.ctypes.data)) != 0:
@@ -201,7 +201,7 @@ STATX_SIZE, STATX_MASK_OFFSET, STATX_DIO_OFFSET = 256, 0, 0x98
 
 
 def direct_io_alignment(fd: int) -> tuple[int, int] | None:
-    """What O_DIRECT on `fd` wants of (memory addresses, offsets and lengths) in bytes; None if the kernel won't say."""
+    """The alignment of (memory addresses, offsets and lengths) for O_DIRECT on `fd`, in bytes; None if unknown."""
     statx = ctypes.create_string_buffer(STATX_SIZE)
     if _libc.statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, statx) != 0:
         return None

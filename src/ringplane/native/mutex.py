@@ -1,4 +1,4 @@
-"""A mutex between compiled threads: pthread_mutex_lock(3), for what waits for storage while it is held."""
+"""A mutex between threads of compiled code (pthread_mutex_lock(3)), which may be held while its owner blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from ringplane.native.access import INT64, external
 
-# pthread_mutex_t has 40 bytes on x86-64, 48 on aarch64; all zeros is an unlocked one (PTHREAD_MUTEX_INITIALIZER).
+# pthread_mutex_t has 40 bytes on x86-64, 48 on aarch64; all zeros is an unlocked mutex (PTHREAD_MUTEX_INITIALIZER).
 MUTEX_SIZE = 48
 
 

@@ -1,4 +1,4 @@
-"""The numbers of the system calls that ringplane makes or speaks of, as this machine has them."""
+"""The numbers of the system calls that ringplane makes or names in its filters, on this machine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import platform
 MACHINES = ("x86_64", "aarch64")
 MACHINE = platform.machine()
 if MACHINE not in MACHINES:
-    raise ImportError(f"ringplane runs on {' and '.join(MACHINES)} Linux, not on {MACHINE}")
+    raise ImportError(f"ringplane runs on Linux on {' and '.join(MACHINES)}, not on {MACHINE}")
 
-# From here on (Linux 5.1) a call has the same number everywhere.
+# From this number on (Linux 5.1) a call has the same number on all architectures.
 FIRST_COMMON = 424
 
-# For each machine, -1 where it never had the call. From the kernel's system call tables:
+# The number on each machine, -1 if it does not have the call. From the kernel's system call tables:
 # arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 TABLE = {
     "accept4": (288, 242),

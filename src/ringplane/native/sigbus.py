@@ -1,9 +1,9 @@
-"""SIGBUS: what a copy raises when the page under it has gone, because somebody truncated the file that is mapped there.
+"""SIGBUS: the signal that a copy raises when a page of a mapping is missing, because the mapped file was truncated.
 
-A handler of our own puts an anonymous page of zeros at the place, stores 1 at an address that was given for the
-mapping, and signals an eventfd if there is one: so the copy ends, and whoever copied, or waits for the eventfd, learns
-that it was in vain. A SIGBUS anywhere else goes to the handler that was there before. The handler is compiled, as a
-Python one would run only after the copy: which would never end.
+Our handler maps an anonymous page of zeros there, stores 1 at an address that was given for the mapping, and signals an
+eventfd if there is one. So the copy ends, and the copying thread, or the one that waits for the eventfd, learns that
+the data is invalid. A SIGBUS at any other address goes to the previous handler. The handler is compiled, because a
+Python handler would run only after the copy, which would never end.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ SIG_IGN = 1
 # The sign of si_code: SI_USER is 0, the other senders are negative, faults positive.
 SENT_BY_PROCESS = 1 << 31
 
-# A guarded mapping: [start, end), its page size, where to store 1, and an eventfd or -1. `end` is 0 where not in use.
+# A guarded mapping: [start, end), its page size, where to store 1, and an eventfd or -1. `end` is 0 if not in use.
 GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost", "alarm_fd")])
 GUARD_SIZE = GUARD.itemsize
 
-# previous: the action to go back to; used: how many guards have ever been in use at a time; one: for eventfds; guards:
-# GUARD structs
+# previous: the action to restore; used: the most guards that were ever in use at a time; one: the number 1, for
+# eventfds; guards: GUARD structs
 TABLE = np.dtype([("previous", libc.SIGACTION), ("used", "<i8"), ("one", "<i8"), ("guards", GUARD, (MAX_GUARDS,))])
 TABLE_USED, TABLE_ONE, TABLE_GUARDS = (TABLE.fields[name][1] for name in ("used", "one", "guards"))  # type: ignore[index]
 
 
 @intrinsic
 def _table_variable(typingctx: Any) -> Any:
-    """The address of a static variable of the compiled handler, which is cached: so it cannot have a constant in it."""
+    """The address of a static variable of the handler, whose cached code cannot contain the address of the TABLE."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         name = "ringplane_sigbus_table"
@@ -62,7 +62,7 @@ def _table_variable(typingctx: Any) -> Any:
 
 @intrinsic
 def _restore_action(typingctx: Any, number: Any, action: Any) -> Any:
-    """sigaction(2): the action at address `action` for signal `number`."""
+    """sigaction(2): set the action at address `action` for signal `number`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         sigaction = external("sigaction", builder, ir.IntType(32), [ir.IntType(32), INT64, INT64])
@@ -86,7 +86,7 @@ def _raise(typingctx: Any, number: Any) -> Any:
 
 @intrinsic
 def _call_handler(typingctx: Any, handler: Any, number: Any, info: Any, ucontext: Any) -> Any:
-    """Call a signal handler, of the kind that takes three arguments or of that which takes one."""
+    """Call a signal handler, with one or with three parameters."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = ir.FunctionType(ir.VoidType(), [ir.IntType(32), INT64, INT64])
@@ -98,7 +98,7 @@ def _call_handler(typingctx: Any, handler: Any, number: Any, info: Any, ucontext
 
 
 def _on_sigbus(number: Any, info: Any, context: Any) -> None:
-    """The handler. Called by ourselves with number 0, it takes `info` as the address of the TABLE."""
+    """The handler. Called by `_Guards` with number 0, it takes `info` as the address of the TABLE."""
     if number == 0:
         store64(_table_variable(), info)
         return
@@ -107,7 +107,7 @@ def _on_sigbus(number: Any, info: Any, context: Any) -> None:
     for index in range(load64(table + TABLE_USED)):
         guard = view(table + TABLE_GUARDS + index * GUARD_SIZE, GUARD)
         if guard.start <= address < guard.end:
-            # Before the page: a copy of another thread that finds the new page shall find this too.
+            # Before the page is mapped: another thread's copy that finds the new page must find this store too.
             store64(guard.lost, 1)
             mmap_anonymous_page(address // guard.page * guard.page, guard.page)
             if guard.alarm_fd >= 0:
@@ -117,14 +117,14 @@ def _on_sigbus(number: Any, info: Any, context: Any) -> None:
     if previous > SIG_IGN:
         _call_handler(previous, number, info, context)
         return
-    # The instruction is tried again, and this time it ends the process; as does the signal if a process sent it.
+    # The instruction is repeated, and now it ends the process. A signal sent by a process is raised again to end it.
     _restore_action(number, table)
     if load32(info + SIGINFO_CODE) & SENT_BY_PROCESS or load32(info + SIGINFO_CODE) == 0:
         _raise(number)
 
 
 class _Guards:
-    """The handler and its table: installed with the first guard, for the life of the process."""
+    """The handler and its table: installed with the first guard, until the process ends."""
 
     def __init__(self) -> None:
         with numba_cache_directory():
@@ -132,7 +132,7 @@ class _Guards:
             self._handler = numba.cfunc(signature, nopython=True, cache=True)(_on_sigbus)
         self._table: npt.NDArray[np.void] = np.zeros(1, TABLE)
         self._table["one"] = 1
-        # Numbers below `used` that are free: the lowest first, as the handler looks at all up to there.
+        # Free numbers below `used`: the lowest is reused first, because the handler scans all up to `used`.
         self._free: list[int] = []
         self._handler.ctypes(0, int(self._table.ctypes.data), 0)
         libc.sigaction(signal.SIGBUS, self._handler.address, SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
@@ -140,11 +140,11 @@ class _Guards:
     def add(self, start: int, size: int, page: int, lost: int, alarm_fd: int) -> int:
         used = int(self._table["used"][0])
         if not self._free and used == MAX_GUARDS:
-            raise OSError(errno.ENOMEM, f"{MAX_GUARDS} images and memory regions are mapped already")
+            raise OSError(errno.ENOMEM, f"{MAX_GUARDS} images and memory regions are already mapped: the limit")
         number = heapq.heappop(self._free) if self._free else used
         guard = self._table["guards"][0][number]
         guard["start"], guard["page"], guard["lost"], guard["alarm_fd"] = start, page, lost, alarm_fd
-        # Last: the handler may look at any time.
+        # Last, because the handler may scan the table at any time.
         guard["end"] = start + size
         self._table["used"] = max(used, number + 1)
         return number
@@ -167,9 +167,9 @@ def install() -> None:
 
 
 def guard(start: int, size: int, page: int, lost: int, alarm_fd: int = -1) -> int:
-    """Guard a mapping with pages of `page` bytes: 1 is stored at address `lost` when one of them has gone.
+    """Guard a mapping with pages of `page` bytes: 1 is stored at address `lost` when one of them is missing.
 
-    The eventfd `alarm_fd` is signalled then; it must be non-blocking, and open until `release`. Raises OSError.
+    The eventfd `alarm_fd` is signalled too; it must be non-blocking, and stay open until `release`. Raises OSError.
     """
     install()
     with _lock:
@@ -178,7 +178,7 @@ def guard(start: int, size: int, page: int, lost: int, alarm_fd: int = -1) -> in
 
 
 def release(number: int) -> None:
-    """The mapping of this guard is going to be unmapped."""
+    """Remove a guard, before its mapping is unmapped."""
     with _lock:
         assert _guards is not None
         _guards.remove(number)

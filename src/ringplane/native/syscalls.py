@@ -38,13 +38,13 @@ MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 SPLICE_F_NONBLOCK = 2
 MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 
-# epoll_ctl(2): packed on x86-64 alone.
+# epoll_ctl(2): packed only on x86-64.
 EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
 
 # struct __kernel_timespec
 TIMESPEC = np.dtype([("tv_sec", "<i8"), ("tv_nsec", "<i8")])
 
-# readv(2), and how many of them one call takes at most
+# struct iovec of readv(2), and how many of them one call takes at most
 IOVEC = np.dtype([("base", "<i8"), ("len", "<i8")])
 IOVEC_SIZE = IOVEC.itemsize
 IOV_MAX = 1024
@@ -139,7 +139,7 @@ def vmsplice(fd, iov, iov_count, flags):
 
 @compiled
 def mmap_anonymous_page(address, size):
-    """mmap(2): a private page of zeros at this very address, in place of what is there."""
+    """mmap(2): a private page of zeros at exactly this address, replacing what is mapped there."""
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
     return _syscall(SYS_MMAP, address, size, PROT_READ | PROT_WRITE, flags, -1, 0)
 
@@ -152,17 +152,17 @@ def epoll_wait(epoll_fd, events, max_events, timeout_ms):
 
 @compiled
 def epoll_pwait2(epoll_fd, events, max_events, timeout):
-    """epoll_pwait2(2): as `epoll_wait`, with the address of a TIMESPEC."""
+    """epoll_pwait2(2): like `epoll_wait`, with the address of a TIMESPEC."""
     return _syscall(SYS_EPOLL_PWAIT2, epoll_fd, events, max_events, timeout, 0, 0)
 
 
 @compiled
 def io_submit(context, count, iocb_pointers):
-    """io_submit(2): how many of `count` control blocks the kernel took, or -errno of the first."""
+    """io_submit(2): how many of `count` control blocks the kernel accepted, or -errno of the first."""
     return _syscall(SYS_IO_SUBMIT, context, count, iocb_pointers, 0, 0, 0)
 
 
 @compiled
 def io_uring_enter(ring_fd, to_submit, min_complete, flags, argument, size):
-    """io_uring_enter(2): how many submissions the kernel took, or -errno."""
+    """io_uring_enter(2): how many submissions the kernel accepted, or -errno."""
     return _syscall(SYS_IO_URING_ENTER, ring_fd, to_submit, min_complete, flags, argument, size)
