@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def refusal(path: Path, **options: bool | int) -> str:
-    """The one line that refuses to open this image."""
+    """The one-line error of opening this image."""
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError) as caught:
         Image(path, **options)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def refusal(path: Path, **options: bool | int) -> str:
 
 
 def needs(program: str) -> str:
-    """The program's path; without it the test is skipped, in CI it fails."""
+    """The path of the program; without it the test is skipped, or fails in CI."""
     found = shutil.which(program)
     if found is None:
         reason = f"{program} is not installed (Debian package qemu-utils)"
@@ -83,7 +83,7 @@ def test_create_in_a_folder_that_is_missing(tmp_path: Path) -> None:
         image.create(tmp_path / "missing" / "new.img", SIZE)
 
 
-def test_create_leaves_nothing_where_the_size_is_impossible(tmp_path: Path) -> None:
+def test_create_with_an_impossible_size_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "huge.img"
     with pytest.raises(ImageError, match="cannot be made"):
         image.create(path, 2**62)
@@ -108,7 +108,7 @@ def test_a_read_only_image_cannot_be_written(path: Path) -> None:
         os.pwrite(opened.fd, b"x", 0)
 
 
-def test_buffered_wants_no_alignment(path: Path) -> None:
+def test_buffered_io_needs_no_alignment(path: Path) -> None:
     with contextlib.closing(Image(path, direct=False)) as opened:
         assert not opened.direct
         assert opened.alignment == image.UNALIGNED
@@ -121,13 +121,13 @@ def test_direct_io_works_at_the_stated_alignment(path: Path) -> None:
         memory, block = opened.alignment.memory, opened.alignment.block
         with mmap.mmap(-1, 8192) as anonymous, memoryview(anonymous) as room:
             content = bytes(range(256)) * (block // 256)
-            # An address that is a multiple of what is wanted, and of nothing more.
+            # An address that is a multiple of the required alignment, but of nothing larger.
             room[memory : memory + block] = content
             assert os.pwritev(opened.fd, [room[memory : memory + block]], block) == block
     assert path.read_bytes()[block : 2 * block] == content
 
 
-def test_a_file_system_without_direct_io_is_no_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_direct_io_is_not_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
     def refusing(name: Path, flags: int, mode: int = 0o777) -> int:
@@ -141,7 +141,7 @@ def test_a_file_system_without_direct_io_is_no_error(path: Path, monkeypatch: py
         assert opened.alignment == image.UNALIGNED
 
 
-# Refusing.
+# Errors.
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_character_device(read_only: bool) -> None:
     assert "neither a regular file nor a block device" in refusal(Path("/dev/null"), read_only=read_only, direct=False)
 
 
-def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_fifo_is_rejected_without_waiting(tmp_path: Path) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
     texts: list[str] = []
@@ -175,7 +175,7 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     opening.join(2)
     waited = opening.is_alive()
     if waited:
-        # Lets it go on, so that it does not outlive the test.
+        # Unblocks it, so that it does not outlive the test.
         writer = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         opening.join()
         os.close(writer)
@@ -190,17 +190,17 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 511, SIZE + 1])
-def test_a_size_that_is_no_multiple_of_the_block_size(tmp_path: Path, size: int) -> None:
+def test_a_size_that_is_not_a_multiple_of_the_block_size(tmp_path: Path, size: int) -> None:
     path = tmp_path / "odd.img"
     path.write_bytes(bytes(size))
     text = refusal(path)
     assert "no multiple of the block size 512" in text
-    # The command that the text recommends must be the cure.
+    # The command that the message recommends must help.
     subprocess.run(text.split("with: ")[1].split(), check=True)
     Image(path).close()
 
 
-def test_a_size_that_is_no_multiple_of_large_blocks(tmp_path: Path) -> None:
+def test_a_size_that_is_not_a_multiple_of_large_blocks(tmp_path: Path) -> None:
     path = tmp_path / "odd.img"
     path.write_bytes(bytes(4096 + 512))
     assert "no multiple of the block size 4096" in refusal(path, block_size=4096)
@@ -213,14 +213,14 @@ def test_a_block_size_that_is_not_supported(path: Path, block_size: int) -> None
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may open everything")
-def test_a_file_of_somebody_else(path: Path) -> None:
+def test_a_file_of_another_user(path: Path) -> None:
     path.chmod(0o400)
     assert "--read-only serves it" in refusal(path)
     path.chmod(0)
     assert refusal(path, read_only=True).endswith("may not be opened")
 
 
-# Locking. Two opens in one process exclude each other as two processes do.
+# Locking. Two opens in one process exclude each other like two processes.
 
 RW: dict[str, bool] = {}
 RO = {"read_only": True}
@@ -232,14 +232,16 @@ SHARED_RO = {"read_only": True, "share_rw": True}
 @pytest.mark.parametrize(
     ("first", "second"), [(RW, RW), (RW, RO), (RO, RW), (RW, SHARED), (SHARED, RW), (RO, SHARED), (SHARED, RO)]
 )
-def test_who_excludes_whom(path: Path, first: dict[str, bool], second: dict[str, bool], direct: bool) -> None:
+def test_opens_that_exclude_each_other(
+    path: Path, first: dict[str, bool], second: dict[str, bool], direct: bool
+) -> None:
     with contextlib.closing(Image(path, **first, direct=direct)):
         assert "is in use already" in refusal(path, **second, direct=direct)
     Image(path, **second, direct=direct).close()
 
 
 @pytest.mark.parametrize(("first", "second"), [(RO, RO), (SHARED, SHARED), (SHARED, SHARED_RO), (RO, SHARED_RO)])
-def test_who_goes_with_whom(path: Path, first: dict[str, bool], second: dict[str, bool]) -> None:
+def test_opens_that_do_not_exclude_each_other(path: Path, first: dict[str, bool], second: dict[str, bool]) -> None:
     with contextlib.closing(Image(path, **first)), contextlib.closing(Image(path, **second)):
         pass
 
@@ -272,7 +274,7 @@ def qemu_io(path: Path, command: str, *options: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("command", ["write 0 512", "read 0 512"])
-def test_qemu_is_refused_while_we_write(path: Path, command: str) -> None:
+def test_qemu_cannot_open_an_image_that_ringplane_writes(path: Path, command: str) -> None:
     with contextlib.closing(Image(path)):
         refused = qemu_io(path, command)
     assert refused.returncode != 0
@@ -280,20 +282,20 @@ def test_qemu_is_refused_while_we_write(path: Path, command: str) -> None:
     assert qemu_io(path, command).returncode == 0
 
 
-def test_qemu_does_not_copy_an_image_while_we_write(path: Path, tmp_path: Path) -> None:
+def test_qemu_does_not_copy_an_image_that_ringplane_writes(path: Path, tmp_path: Path) -> None:
     program = [needs("qemu-img"), "convert", "-f", "raw", "-O", "raw", str(path), str(tmp_path / "copy")]
     with contextlib.closing(Image(path)):
         assert subprocess.run(program, capture_output=True, timeout=60, check=False).returncode != 0
     assert subprocess.run(program, capture_output=True, timeout=60, check=False).returncode == 0
 
 
-def test_qemu_may_read_but_not_write_while_we_read(path: Path) -> None:
+def test_qemu_may_read_but_not_write_an_image_that_ringplane_reads(path: Path) -> None:
     with contextlib.closing(Image(path, read_only=True)):
         assert qemu_io(path, "read 0 512", "-r").returncode == 0
         assert qemu_io(path, "write 0 512").returncode != 0
 
 
-def test_we_are_refused_while_qemu_writes(path: Path) -> None:
+def test_ringplane_cannot_open_an_image_that_qemu_writes(path: Path) -> None:
     program = [needs("qemu-io"), "-f", "raw", str(path)]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0) as qemu:
         assert qemu.stdin

@@ -1,4 +1,4 @@
-"""Notifications in band: rings without eventfds, whose kicks, calls and errors are messages."""
+"""In-band notifications: rings without eventfds, whose kicks, calls and errors are messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def export(tmp_path: Path) -> Iterator[ringplane.Export]:
 
 
 class FrontEnd(Machine):
-    """A guest whose ring has no eventfds; it hears of used chains and errors through its channel."""
+    """A guest whose ring has no eventfds; used chains and errors are reported on its back-end channel."""
 
     def __init__(self, export: ringplane.Export) -> None:
         super().__init__(negotiated(export, INBAND))
@@ -55,7 +55,7 @@ class FrontEnd(Machine):
         super().close()
 
     def place(self) -> None:
-        """Describe and enable the ring, without any fd."""
+        """Set up and enable the ring, without any fd."""
         self.ring.reset(0)
         self.peer.set_vring_num(0, self.ring.size)
         self.peer.set_vring_base(0, 0)
@@ -66,7 +66,7 @@ class FrontEnd(Machine):
         self.peer.tell(Request.VRING_KICK, VringState(0, 0))
 
     def read_by_messages(self, number: int) -> None:
-        """One sector, kicked for and announced by messages."""
+        """Read one sector; the kick and the call are messages."""
         self.offer_read(number)
         self.ring.publish()
         self.kick()
@@ -74,7 +74,7 @@ class FrontEnd(Machine):
         self.reap()
 
     def hear(self) -> tuple[object, object]:
-        """The next request of the back end, which wants to know that it was acted on."""
+        """The next request of the back end, which asks for a reply."""
         message = self.channel.receive()
         assert message is not None
         assert message.need_reply
@@ -89,7 +89,7 @@ def test_kicks_and_calls_are_messages(export: ringplane.Export) -> None:
             guest.read_by_messages(number)
 
 
-def test_a_fault_of_the_ring_is_a_message(export: ringplane.Export) -> None:
+def test_a_ring_error_is_a_message(export: ringplane.Export) -> None:
     with FrontEnd(export) as guest:
         guest.place()
         poke(guest.ring.avail + AVAIL_IDX, struct.pack("<H", 1000))
@@ -97,7 +97,7 @@ def test_a_fault_of_the_ring_is_a_message(export: ringplane.Export) -> None:
         assert guest.hear() == (BackendRequest.VRING_ERR, VringState(0, 0))
 
 
-def test_eventfds_are_preferred_where_there_are_some(export: ringplane.Export) -> None:
+def test_eventfds_are_preferred_if_there_are_any(export: ringplane.Export) -> None:
     with FrontEnd(export) as guest:
         guest.start()
         assert guest.read(7) == sector(7)
@@ -106,7 +106,7 @@ def test_eventfds_are_preferred_where_there_are_some(export: ringplane.Export) -
             guest.hear()
 
 
-def test_a_kick_that_comes_before_the_ring_is_described_starts_it_later(export: ringplane.Export) -> None:
+def test_a_kick_before_the_ring_is_set_up_starts_it_later(export: ringplane.Export) -> None:
     with FrontEnd(export) as guest:
         guest.ring.reset(0)
         guest.offer_read(1)
@@ -119,8 +119,8 @@ def test_a_kick_that_comes_before_the_ring_is_described_starts_it_later(export: 
         guest.reap()
 
 
-def test_a_front_end_that_does_not_listen_holds_up_nobody(export: ringplane.Export) -> None:
-    """No call is answered, yet all requests are; and the next front end is served."""
+def test_a_front_end_that_does_not_reply_blocks_nobody(export: ringplane.Export) -> None:
+    """It replies to no call, yet all requests are completed, and the next front end is served."""
     with FrontEnd(export) as guest:
         guest.place()
         for number in range(200):
@@ -148,7 +148,7 @@ def test_a_ring_stops_and_starts_again(export: ringplane.Export) -> None:
             assert guest.peer.get_vring_base(0) == 1
 
 
-def test_no_fd_is_as_good_as_no_message(export: ringplane.Export) -> None:
+def test_a_message_without_an_fd_is_like_no_message(export: ringplane.Export) -> None:
     with FrontEnd(export) as guest:
         guest.peer.tell(Request.SET_VRING_KICK, VringFd(0, no_fd=True))
         guest.place()
@@ -159,7 +159,7 @@ def test_no_fd_is_as_good_as_no_message(export: ringplane.Export) -> None:
 
 
 @pytest.mark.parametrize("missing", [ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK])
-def test_it_needs_a_channel_and_replies(export: ringplane.Export, missing: ProtocolFeature) -> None:
+def test_in_band_notifications_need_a_channel_and_replies(export: ringplane.Export, missing: ProtocolFeature) -> None:
     with negotiated(export) as peer, pytest.raises(Refused):
         peer.tell(Request.SET_PROTOCOL_FEATURES, U64(int(INBAND & ~missing)))
 

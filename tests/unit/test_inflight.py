@@ -1,4 +1,4 @@
-"""In-flight tracking: the process ends between any two stores, and no chain is lost or used twice."""
+"""In-flight tracking: the process may end between any two stores, and no chain is lost or used twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Killed(Exception):
 
 
 class Stores:
-    """Counts what is stored, and ends the process before the store that is one too many."""
+    """Counts stores, and ends the process before the first store above the limit."""
 
     left: int | None = None
 
@@ -45,7 +45,7 @@ class Stores:
 
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
-    """Has the functions of the rings and of the tracking run as Python, each store of them counted."""
+    """Run the functions of the rings and of the tracking as plain Python, and count each of their stores."""
     stores = Stores()
 
     def load(kind: Any) -> Callable[[int], int]:
@@ -82,7 +82,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
 
 
 class Memory:
-    """A guest with one ring, and the region that outlives the processes which serve it."""
+    """A guest with one ring, and the region that outlives the processes that serve it."""
 
     def __init__(self, ring_class: Any, size: int) -> None:
         self.guest = Guest(4 << 20)
@@ -98,7 +98,7 @@ class Memory:
         self.order: list[int] = []
 
     def offer(self, descriptors: int) -> None:
-        """Make a chain available, if there is room; chains are numbered in their order."""
+        """Make a chain available if there is room; chains are numbered in order."""
         if self.ring.has_room(descriptors):
             pending = self.ring.add([Piece(4096, 1, False)] * descriptors)
             self.ring.put_available(pending.head)
@@ -107,7 +107,7 @@ class Memory:
             self.offered += 1
 
     def collect(self) -> None:
-        """Take back what is used; a chain that is used twice, or was never offered, is a KeyError."""
+        """Take back used chains; a chain that is used twice or was never offered is a KeyError."""
         for pending in self.ring.collect():
             del self.numbers[pending.head]
 
@@ -130,7 +130,7 @@ class Fields:
 
 
 class Process:
-    """One life of the device: it knows nothing but what is in the memory."""
+    """One process that serves the device: it knows only what is in the memory."""
 
     def __init__(self, memory: Memory, device: Device) -> None:
         self.memory = memory
@@ -140,17 +140,17 @@ class Process:
         for name in ("desc", "avail", "used"):
             record[name] = start + getattr(memory.ring, name)
         if memory.packed:
-            # What a front end says that does not know better: where a ring begins.
+            # The base that a front end sends if it does not know the ring's state.
             self.queue.set_packed_base(0x8000_8000)
         else:
             used_idx = ctypes.c_uint16.from_address(int(record["used"]) + split.USED_IDX).value
             record["next_used"] = record["last_avail"] = record["seen_avail"] = used_idx
         self.queue.track(memory.region)
         self.state: Any = Fields(self.queue.record)
-        self.in_flight: list[tuple[int, int, int]] = []  # what the driver calls the chain, entry, descriptors
+        self.in_flight: list[tuple[int, int, int]] = []  # the driver's id of the chain, entry, descriptors
 
     def recovered(self) -> list[int]:
-        """The numbers of the chains that the last process had in flight, in the order in which they are done again."""
+        """The numbers of the chains that the last process had in flight, in the order of resubmission."""
         entries = ctypes.cast(int(self.state.resubmit or 1), ctypes.POINTER(ctypes.c_int64))
         numbers = []
         for index in range(int(self.state.resubmits)):
@@ -162,7 +162,7 @@ class Process:
         return numbers
 
     def _copied(self, entry: int) -> tuple[int, int]:
-        """The id of a chain by its copied descriptors, and how many there are."""
+        """The id of a chain according to its copied descriptors, and their number."""
         count = ctypes.c_int64.from_address(int(self.state.counts) + 8 * entry).value
         for _ in range(count):
             _, _, name, _ = inflight.read_copy(self.state, entry)
@@ -170,7 +170,7 @@ class Process:
         return name, count
 
     def fetch(self) -> bool:
-        """Take the next chain as dataplane/fetch.py and loop.py do; whether there was one."""
+        """Fetch the next chain like dataplane/fetch.py and loop.py; returns whether there was one."""
         state = self.state
         if not ring.available(state):
             return False
@@ -201,18 +201,18 @@ class Process:
 
 
 def check_recovery(memory: Memory, process: Process) -> None:
-    """What was fetched and is not used is in flight, oldest first, and nothing else; the rest can still be fetched."""
+    """Check that exactly the fetched, unused chains are in flight, oldest first, and that the rest can be fetched."""
     recovered = process.recovered()
     assert recovered == sorted(recovered)
     assert set(recovered) <= set(memory.numbers.values())
     fetched = [number for number in memory.order if number in memory.numbers.values()]
-    # The process may have ended before the one that it was fetching counted.
+    # The process may have ended before the chain that it was fetching was recorded.
     missing = set(fetched) - set(recovered)
     assert all(number > max(recovered, default=-1) for number in missing)
 
 
 def live(memory: Memory, process: Process, draw: random.Random, steps: int) -> None:
-    """Random work of driver and device, in turns as the loop has them."""
+    """Random work of driver and device, in the order of the loop."""
     for _ in range(steps):
         for _ in range(draw.randrange(4)):
             memory.offer(draw.choice([1, 1, 2, 3]) if memory.packed else 1)
@@ -225,7 +225,7 @@ def live(memory: Memory, process: Process, draw: random.Random, steps: int) -> N
 
 
 def finish(memory: Memory, device: Device) -> None:
-    """A last process does all that is left: then nothing was lost."""
+    """A last process completes everything that is left: then nothing was lost."""
     process = Process(memory, device)
     check_recovery(memory, process)
     while process.fetch() or process.in_flight:
@@ -255,7 +255,7 @@ def test_killed_at_any_moment(stores: Stores, device: Device, seed: int, size: i
 
 @pytest.mark.parametrize("ring_class", [Ring, PackedRing])
 def test_killed_at_each_store(stores: Stores, device: Device, ring_class: Any) -> None:
-    """The same work each time, ended before its first store, before its second, and so on to its end."""
+    """The same work is repeated, killed before its first store, before its second, and so on."""
     at = 0
     while True:
         memory = Memory(ring_class, 8)
@@ -276,7 +276,7 @@ def test_killed_at_each_store(stores: Stores, device: Device, ring_class: Any) -
     assert at > 100
 
 
-def test_a_region_is_told_of_what_is_in_flight_before_the_first_completion(stores: Stores, device: Device) -> None:
+def test_requests_are_recorded_before_the_first_completion(stores: Stores, device: Device) -> None:
     for ring_class in (Ring, PackedRing):
         memory = Memory(ring_class, 8)
         process = Process(memory, device)
@@ -287,11 +287,11 @@ def test_a_region_is_told_of_what_is_in_flight_before_the_first_completion(store
         memory.close()
 
 
-# Regions that are not what they should be
+# Invalid regions
 
 
 def broken_region(memory: Memory, device: Device, harm: Callable[[Any, Any], None]) -> None:
-    """A region with two chains in flight, then what a front end writes into it, then the next process."""
+    """Start a process with a region that had two chains in flight and was then changed by the front end."""
     process = Process(memory, device)
     for _ in range(4):
         memory.offer(1)
@@ -323,9 +323,7 @@ def setting(field: str, value: int) -> Callable[[Any, Any], None]:
         (lambda head, states: (head.__setitem__("used_idx", 0), head.__setitem__("last_batch_head", 8)), "leads to"),
     ],
 )
-def test_a_split_region_that_makes_no_sense(
-    stores: Stores, device: Device, harm: Callable[[Any, Any], None], sentence: str
-) -> None:
+def test_invalid_split_regions(stores: Stores, device: Device, harm: Callable[[Any, Any], None], sentence: str) -> None:
     memory = Memory(Ring, 8)
     with pytest.raises(BadMemory, match=sentence):
         broken_region(memory, device, harm)
@@ -345,7 +343,7 @@ def test_a_split_region_that_makes_no_sense(
         (lambda head, states: states["inflight"].__setitem__(slice(None), 0), "neither free nor in flight"),
     ],
 )
-def test_a_packed_region_that_makes_no_sense(
+def test_invalid_packed_regions(
     stores: Stores, device: Device, harm: Callable[[Any, Any], None], sentence: str
 ) -> None:
     memory = Memory(PackedRing, 8)
@@ -356,7 +354,7 @@ def test_a_packed_region_that_makes_no_sense(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), ring_class=st.sampled_from([Ring, PackedRing]))
-def test_random_bytes_in_a_region_are_taken_or_refused(
+def test_random_bytes_in_a_region_are_accepted_or_rejected(
     stores: Stores, device: Device, seed: int, ring_class: Any
 ) -> None:
     draw, memory = random.Random(seed), Memory(ring_class, 8)
@@ -372,7 +370,7 @@ def test_random_bytes_in_a_region_are_taken_or_refused(
 
 
 def test_layouts() -> None:
-    """As the specification's C structs are, which a region of another back end has."""
+    """The layouts of the specification's C structs, which other back ends use."""
     assert (inflight.SPLIT_SIZE, inflight.SPLIT_STATE_SIZE) == (16, 16)
     assert (inflight.PACKED_SIZE, inflight.PACKED_STATE_SIZE) == (32, 32)
     assert inflight.region_bytes(128, packed=False) == 2112

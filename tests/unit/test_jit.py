@@ -1,4 +1,4 @@
-"""The cache of compiled code: whose folder it is, and what is deleted from it."""
+"""The cache of compiled code: which folder is used, and which files are deleted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     jit.cache_directory.cache_clear()
 
 
-def test_only_old_versions_are_deleted_and_nothing_of_anybody_else(base: Path) -> None:
+def test_only_old_versions_and_no_other_files_are_deleted(base: Path) -> None:
     strangers = [base / name for name in ("documents", "data-plane", "data-plane-" + "x" * 20, "0" * 20)]
     versions = [base / f"data-plane-{number:020x}" for number in range(8)]
     for age, folder in enumerate([*strangers, *versions]):
@@ -37,6 +37,6 @@ def test_a_folder_that_others_may_write_to_is_not_used(base: Path) -> None:
     assert jit.cache_directory().parent != base
 
 
-def test_the_folder_is_ours_and_named_after_the_version(base: Path) -> None:
+def test_the_folder_is_private_and_named_after_the_version(base: Path) -> None:
     assert jit.cache_directory() == base / jit.version_folder()
     assert jit.FOLDER.fullmatch(jit.version_folder())

@@ -1,4 +1,4 @@
-"""What the storage behind an image can do: of real files, and of block devices as sysfs describes them."""
+"""The limits of the storage: of real files, and of block devices as sysfs describes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_file_system_with_holes(folder: str | None) -> None:
         assert os.fstat(file.fileno()).st_size == 5000, "asking has changed the file"
 
 
-def test_nothing_of_a_read_only_image_is_discarded() -> None:
+def test_a_read_only_image_cannot_be_discarded() -> None:
     with tempfile.TemporaryFile() as file:
         found = limits(file.fileno(), read_only=True)
         assert (found.discard, found.secure_erase, found.punches) == (0, 0, False)
@@ -56,7 +56,7 @@ def device(folder: Path, **values: object) -> Path:
 
 @pytest.fixture
 def block_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of the block device 7:3 in a sysfs of our own; every file is that device."""
+    """The folder of the block device 7:3 in a simulated sysfs; every file is that device."""
     real = os.fstat
 
     def fstat(fd: int) -> os.stat_result:
@@ -92,7 +92,7 @@ def test_a_block_device_that_cannot_discard(block_device: Path) -> None:
     assert limits_of_device(block_device).discard == 0
 
 
-def test_a_block_device_of_which_nothing_is_told(block_device: Path) -> None:
+def test_a_block_device_without_limits_in_sysfs(block_device: Path) -> None:
     assert limits_of_device(block_device) == Limits(512, 512, 0, punches=True)
 
 
@@ -103,18 +103,18 @@ def test_a_partition_is_like_its_disk(block_device: Path, tmp_path: Path) -> Non
     assert limits_of_device(block_device).physical_block == 4096
 
 
-def test_wear_as_flash_memory_tells_it(block_device: Path) -> None:
+def test_wear_of_flash_memory(block_device: Path) -> None:
     device(block_device, device__life_time="0x02 0x0b", device__pre_eol_info="0x03")
     assert limits_of_device(block_device).lifetime == (3, 2, 11)
 
 
-def test_wear_that_makes_no_sense_is_not_told(block_device: Path) -> None:
+def test_invalid_wear_is_not_reported(block_device: Path) -> None:
     device(block_device, device__life_time="much", device__pre_eol_info="0x03")
     assert limits_of_device(block_device).lifetime is None
 
 
 @pytest.mark.parametrize("block_size", [512, 4096])
-def test_the_configuration_space_says_so(tmp_path: Path, block_size: int) -> None:
+def test_the_configuration_space_has_the_limits(tmp_path: Path, block_size: int) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(1 << 20))
     image = Image(path, block_size=block_size)

@@ -29,7 +29,7 @@ def everybodys() -> Iterator[Path]:
 
 
 def group_of_others() -> int:
-    """One that this process may give files to; for root another one than its own."""
+    """A group that this process may give files to; for root not its own group."""
     return 12345 if os.geteuid() == 0 else os.getgid()
 
 
@@ -72,7 +72,7 @@ def test_group_of_which_one_is_not_a_member(everybodys: Path) -> None:
 
 
 def refusal_for_nobody(path: Path, group: int) -> str:
-    """What a process without any rights gets to read."""
+    """The error message for a process without any rights."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

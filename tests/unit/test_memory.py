@@ -1,4 +1,4 @@
-"""Guest memory: what is refused, translation at every edge, and that mappings end with their last table."""
+"""Guest memory: invalid regions, translation at every edge, and the lifetime of mappings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 16 * PAGE
 
 @pytest.fixture
 def fd() -> Iterator[int]:
-    """A memfd whose every byte tells its page."""
+    """A memfd in which each byte is the number of its page."""
     fd = os.memfd_create("memory", os.MFD_CLOEXEC)
     os.write(fd, b"".join(bytes([page]) * PAGE for page in range(SIZE // PAGE)))
     yield fd
@@ -35,7 +35,7 @@ def byte_at(address: int) -> int:
 
 
 def signed(address: int) -> int:
-    """As compiled code has it: 64 bits with a sign."""
+    """The same 64 bits as a signed integer, like in compiled code."""
     return address - 2**64 if address >= 2**63 else address
 
 
@@ -91,21 +91,21 @@ def test_a_file_that_is_too_short_is_refused(fd: int, size: int, offset: int) ->
         (0, 0, 2**63, 2**63),
     ],
 )
-def test_what_does_not_end_below_two_to_the_sixty_three_is_refused(
+def test_regions_that_do_not_end_below_2_to_the_63_are_rejected(
     fd: int, guest: int, user: int, size: int, offset: int
 ) -> None:
     with pytest.raises(BadMemory):
         Region.map(guest, user, size, offset, fd)
 
 
-def test_a_region_may_end_just_below_two_to_the_sixty_three(fd: int) -> None:
+def test_a_region_may_end_just_below_2_to_the_63(fd: int) -> None:
     start = 2**63 - 1 - PAGE
     table = MemoryTable([Region.map(start, start, PAGE, 0, fd)])
     assert find_region(table.address, table.count, 2**63 - 2, 0) == 0
     assert table.user_to_host(2**63 - 2, 1) == table.regions[0].mapping.address + PAGE - 1
 
 
-def test_what_cannot_be_mapped_is_an_os_error() -> None:
+def test_a_file_that_cannot_be_mapped_is_an_os_error() -> None:
     eventfd = os.eventfd(0)
     try:
         with pytest.raises(OSError, match="No such device"):
@@ -132,12 +132,12 @@ def test_a_small_region_inside_a_large_one_is_refused(fd: int) -> None:
 
 
 @pytest.mark.parametrize("start", [0x10000 - PAGE, 0x10000 + PAGE])
-def test_adjoining_regions_are_accepted(fd: int, start: int) -> None:
+def test_adjacent_regions_are_accepted(fd: int, start: int) -> None:
     regions = [Region.map(0x10000, 0, PAGE, 0, fd), Region.map(start, PAGE, PAGE, 0, fd)]
     assert MemoryTable(regions).count == 2
 
 
-def test_the_compiled_form_holds_what_the_regions_say(fd: int) -> None:
+def test_the_compiled_form_matches_the_regions(fd: int) -> None:
     regions = [Region.map(0x20000, 0, PAGE, 0, fd), Region.map(0x10000, PAGE, 2 * PAGE, PAGE, fd)]
     table = MemoryTable(regions)
     entries = np.frombuffer((ctypes.c_ubyte * (table.count * REGION.itemsize)).from_address(table.address), REGION)
@@ -157,7 +157,7 @@ def test_adding_and_removing_leave_the_old_table_as_it_was(fd: int) -> None:
 
 
 @pytest.mark.parametrize("wrong", [(1, 0, PAGE), (0, 1, PAGE), (0, 0, PAGE + 1), (PAGE, PAGE, PAGE)])
-def test_removing_what_is_not_there_is_refused(fd: int, wrong: tuple[int, int, int]) -> None:
+def test_removing_an_unknown_region_is_rejected(fd: int, wrong: tuple[int, int, int]) -> None:
     with pytest.raises(BadMemory, match="to remove"):
         MemoryTable([Region.map(0, 0, PAGE, 0, fd)]).removing(*wrong)
 
@@ -165,7 +165,7 @@ def test_removing_what_is_not_there_is_refused(fd: int, wrong: tuple[int, int, i
 # Mappings.
 
 
-def test_a_mapping_goes_with_the_last_table_that_uses_it(fd: int) -> None:
+def test_a_mapping_ends_with_the_last_table_that_uses_it(fd: int) -> None:
     one, other = Region.map(0, 0, PAGE, 0, fd), Region.map(PAGE, PAGE, PAGE, PAGE, fd)
     kept, gone = one.mapping.address, other.mapping.address
     both = MemoryTable([one, other])
@@ -194,7 +194,7 @@ def test_refused_regions_leave_no_mapping(fd: int) -> None:
     assert count() == 0
 
 
-def test_a_mapping_with_an_offset_inside_a_page_goes_as_a_whole(fd: int) -> None:
+def test_a_mapping_with_an_offset_inside_a_page_is_unmapped_completely(fd: int) -> None:
     region = Region.map(0, 0, 2 * PAGE, 512, fd)
     address = region.mapping.address
     assert is_mapped(address + 2 * PAGE - 1, fd)
@@ -204,16 +204,14 @@ def test_a_mapping_with_an_offset_inside_a_page_goes_as_a_whole(fd: int) -> None
     assert not is_mapped(address + 2 * PAGE - 1, fd)
 
 
-# Translation, against a search that looks at each region in turn.
+# Translation, compared with a search through all regions.
 
 layouts = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8)), min_size=1, max_size=6)
 BASES = st.sampled_from([0, 0x1000, 2**32 - 5, 2**62, 2**63 - 60])
 
 
 @given(BASES, layouts, st.data())
-def test_find_region_is_what_a_naive_search_finds(
-    base: int, layout: list[tuple[int, int]], data: st.DataObject
-) -> None:
+def test_find_region_agrees_with_a_naive_search(base: int, layout: list[tuple[int, int]], data: st.DataObject) -> None:
     entries = []
     start = base
     for gap, size in layout:
@@ -262,6 +260,6 @@ def test_user_addresses_inside_a_region(two_regions: MemoryTable, offset: int, s
         (2**64 - 1, 2),
     ],
 )
-def test_user_addresses_outside_or_over_a_border(two_regions: MemoryTable, user: int, size: int) -> None:
+def test_user_addresses_outside_or_across_a_border(two_regions: MemoryTable, user: int, size: int) -> None:
     with pytest.raises(BadMemory, match="not inside one region"):
         two_regions.user_to_host(user, size)

@@ -1,4 +1,4 @@
-"""Engine `memory` on real tmpfs and hugetlbfs: holes stay holes, and what others do to the image harms nothing else."""
+"""Engine `memory` on real tmpfs and hugetlbfs: holes stay holes, and changes of the image by others are harmless."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tmpfs() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def mounted(path: Path, kind: str, options: str) -> Iterator[Path]:
-    """A file system of its own; needs root, and a container may forbid it all the same."""
+    """A mounted file system; needs root, and a container may still forbid it."""
     path.mkdir()
     done = subprocess.run(["mount", "-t", kind, "-o", options, kind, path], capture_output=True, text=True)
     if done.returncode:
@@ -90,7 +90,7 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def hugetlbfs(tmp_path: Path) -> Iterator[Path]:
-    """A hugetlbfs with eight pages of two MiB to be had."""
+    """A hugetlbfs with eight free pages of two MiB."""
     control = Path("/proc/sys/vm/nr_hugepages")
     if not os.access(control, os.W_OK):
         pytest.skip("huge pages cannot be set aside without root")
@@ -107,13 +107,13 @@ def hugetlbfs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def make_rig(tmpfs: Path) -> Iterator[RigFactory]:
-    """Makes rigs over images on tmpfs: with content, or sparse of so many bytes."""
+    """Make rigs with images on tmpfs: with this content, or sparse with so many bytes."""
     with rig_factory(tmpfs, engine="memory") as factory:
         yield factory
 
 
 def allocated(path: Path) -> int:
-    """Bytes that the image takes."""
+    """The number of bytes that are allocated for the image."""
     return os.stat(path).st_blocks * 512
 
 
@@ -139,7 +139,7 @@ def test_reading_holes_gives_zeros_and_allocates_nothing(make_rig: RigFactory) -
     assert allocated(line.rig.path) == 0
 
 
-def test_writing_allocates_what_was_written_and_no_more(make_rig: RigFactory) -> None:
+def test_writing_allocates_only_the_written_pages(make_rig: RigFactory) -> None:
     line = make_rig(SIZE).line().start()
     pages = 0
     for sector, size in ((0, 512), (3, 512), (8 * SECTORS, PAGE), (20 * SECTORS + 7, 1024), (SIZE // 512 - 1, 512)):
@@ -147,12 +147,12 @@ def test_writing_allocates_what_was_written_and_no_more(make_rig: RigFactory) ->
         assert read(line, sector, size) == pattern(size, sector)
         pages = {0: 1, 3: 1, 64: 2, 167: 4}.get(sector, 5)
         assert allocated(line.rig.path) == pages * PAGE
-    # What is beside it in the same pages are zeros.
+    # The rest of these pages is zeros.
     assert read(line, 1, 1024) == bytes(1024)
     assert read(line, SIZE // 512 - 8, 7 * 512) == bytes(7 * 512)
 
 
-def test_half_a_hole(make_rig: RigFactory) -> None:
+def test_a_request_partly_in_a_hole(make_rig: RigFactory) -> None:
     """One request over pages with and without memory."""
     rig = make_rig(SIZE)
     with open(rig.path, "r+b") as file:
@@ -166,7 +166,7 @@ def test_half_a_hole(make_rig: RigFactory) -> None:
     assert rig.content()[4 * PAGE + 512 :][: 2 * PAGE] == b"y" * 2 * PAGE
 
 
-def test_which_pages_have_memory_is_found_out(tmpfs: Path) -> None:
+def test_allocated_pages_are_detected(tmpfs: Path) -> None:
     path = tmpfs / "sparse"
     path.touch()
     expected = bytearray(64)
@@ -182,7 +182,7 @@ def test_which_pages_have_memory_is_found_out(tmpfs: Path) -> None:
             assert memory.pages_with_memory(file.fileno(), os.stat(path).st_size).tobytes() == bytes(expected)
 
 
-def test_a_full_file_system_is_an_error_of_that_write_alone(small_tmpfs: Path, make_rig: RigFactory) -> None:
+def test_a_full_file_system_fails_only_that_write(small_tmpfs: Path, make_rig: RigFactory) -> None:
     line = make_rig(2 * SIZE, small_tmpfs / "disk.img").line().start()
     written = [number for number in range(2 * SIZE // PAGE) if write(line, number * SECTORS, page_of(number)) == OK]
     assert SIZE // PAGE // 2 < len(written) <= SIZE // PAGE
@@ -190,14 +190,14 @@ def test_a_full_file_system_is_an_error_of_that_write_alone(small_tmpfs: Path, m
     full = len(written)
     line.rig.guest.free = 1 << 24
     assert write(line, full * SECTORS, page_of(1)) == IOERR
-    # What it has memory for goes on, reads and writes; holes are zeros.
+    # Reads and writes of allocated pages still work; holes read as zeros.
     for number in written:
         assert read(line, number * SECTORS, PAGE) == page_of(number)
         assert write(line, number * SECTORS + 1, b"z" * 512) == OK
     assert read(line, full * SECTORS, PAGE) == bytes(PAGE)
     assert line.do(FLUSH).status == OK
     assert not line.rig.device.lost_mapping
-    # A write of which only the beginning has a place.
+    # A write of which only the beginning has space.
     assert write(line, (full - 1) * SECTORS, b"w" * 2 * PAGE) == IOERR
     os.truncate(line.rig.path, 2 * SIZE)
     assert read(line, (full - 2) * SECTORS, PAGE) == page_of(full - 2)[:512] + b"z" * 512 + page_of(full - 2)[1024:]
@@ -207,10 +207,10 @@ def page_of(number: int) -> bytes:
     return number.to_bytes(2, "little") * (PAGE // 2)
 
 
-def test_a_hole_that_was_punched_where_nothing_is_left_to_fill_it(
+def test_a_punched_hole_that_cannot_be_filled_again(
     small_tmpfs: Path, make_rig: RigFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A copy would end with SIGBUS: the page is not to be had again."""
+    """A copy would end with SIGBUS, because the page cannot be allocated again."""
     line = make_rig(pattern(SIZE // 2), small_tmpfs / "disk.img").line().start()
     assert read(line, 0, SIZE // 2) == pattern(SIZE // 2)
     punch(line.rig.path, 8 * PAGE, 4 * PAGE)
@@ -230,7 +230,7 @@ def test_a_hole_that_was_punched_where_nothing_is_left_to_fill_it(
     assert len([record for record in caplog.records if TRUNCATED in record.message]) == 1
 
 
-# What others do to the image while it is served.
+# Others change the image while it is served.
 
 
 def punch(path: Path, offset: int, size: int) -> None:
@@ -254,7 +254,7 @@ def test_a_punched_hole_reads_as_zeros_and_takes_writes(make_rig: RigFactory) ->
 
 
 @pytest.mark.parametrize("end", [0, 512, PAGE, 100 * PAGE, 100 * PAGE + 512])
-def test_what_is_cut_off_is_an_error_and_the_rest_is_served(
+def test_requests_behind_a_truncated_end_fail_and_others_succeed(
     make_rig: RigFactory, end: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = pattern(SIZE)
@@ -271,7 +271,7 @@ def test_what_is_cut_off_is_an_error_and_the_rest_is_served(
         assert write(other, 1, b"x" * 512) == OK
         assert line.rig.content()[:1536] == content[:512] + b"x" * 512 + content[1024:1536]
     assert len([record for record in caplog.records if TRUNCATED in record.message]) == 1
-    # As long as before: zeros, and whatever is written.
+    # With the old size again: zeros, and any data that is written.
     os.truncate(line.rig.path, SIZE)
     assert read(line, beyond, PAGE) == bytes(PAGE)
     assert write(line, beyond, b"y" * PAGE) == OK
@@ -282,8 +282,8 @@ def test_what_is_cut_off_is_an_error_and_the_rest_is_served(
     assert [record.message for record in caplog.records if TRUNCATED not in record.message] == [failed]
 
 
-def test_truncation_of_an_image_that_nobody_touches_is_harmless(make_rig: RigFactory) -> None:
-    """And regrown, too: its pages are holes by then, which are filled like any other."""
+def test_truncating_an_idle_image_is_harmless(make_rig: RigFactory) -> None:
+    """Extending it again, too: its pages are holes then, and are filled like others."""
     line = make_rig(pattern(SIZE)).line().start()
     os.truncate(line.rig.path, 0)
     os.truncate(line.rig.path, SIZE)
@@ -293,7 +293,7 @@ def test_truncation_of_an_image_that_nobody_touches_is_harmless(make_rig: RigFac
 
 
 class Hammer:
-    """A thread that reads and writes sectors of its own, and knows what they must hold."""
+    """A thread that reads and writes its own sectors, and verifies their contents."""
 
     def __init__(self, line: Line, sectors: range, safe: int) -> None:
         """Sectors from `safe` on may fail and may become zeros."""
@@ -335,7 +335,7 @@ class Hammer:
 
 
 class PrivateMemory:
-    """Guest memory that one thread uses again and again: `Guest.allocate` is not for several threads at once."""
+    """Guest memory that one thread uses repeatedly, because `Guest.allocate` is not thread-safe."""
 
     def __init__(self, line: Line, start: int) -> None:
         self.line, self.start = line, start
@@ -355,11 +355,11 @@ ALLOCATION = threading.Lock()
 
 
 def test_truncation_under_load(make_rig: RigFactory, caplog: pytest.LogCaptureFixture) -> None:
-    """Two workers and four queues, while the image is cut in half and regrown again and again."""
+    """Two workers and four queues, while the image is repeatedly truncated to half and extended again."""
     half, total = SIZE // 1024, SIZE // 512
     rig = make_rig(SIZE, workers=2)
     lines = [rig.line(number % 2).start(event_idx=number > 1) for number in range(4)]
-    # Each page is everybody's.
+    # All of them share each page.
     hammers = [Hammer(line, range(number, total, 4), half) for number, line in enumerate(lines)]
     for hammer in hammers:
         hammer.thread.start()
@@ -396,7 +396,7 @@ def test_truncation_under_load(make_rig: RigFactory, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("size", [512, 3584, 4096, 4608, PAGE * 10 + 512, PAGE * 10 + 3584, SIZE - 512])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_sizes_that_are_no_whole_pages(make_rig: RigFactory, size: int, sparse: bool) -> None:
+def test_sizes_that_are_not_whole_pages(make_rig: RigFactory, size: int, sparse: bool) -> None:
     line = make_rig(size if sparse else pattern(size)).line().start()
     last = size // 512 - 1
     before = bytes(size) if sparse else pattern(size)
@@ -418,7 +418,7 @@ def test_sizes_that_are_no_whole_pages(make_rig: RigFactory, size: int, sparse: 
 
 @pytest.mark.parametrize("direct", [None, 0, 1])
 def test_buffers_across_the_border_of_guest_memory(make_rig: RigFactory, direct: int | None) -> None:
-    """Two regions that adjoin: a buffer in both is two pieces, unaligned, on holes and on memory alike."""
+    """Two adjacent regions: a buffer in both is two unaligned pieces, with holes and with allocated pages."""
     rig = make_rig(SIZE)
     line = rig.line().start(size=256)
     half, randomness = rig.guest.size // 2, random.Random(7)
@@ -426,7 +426,7 @@ def test_buffers_across_the_border_of_guest_memory(make_rig: RigFactory, direct:
     for number in range(60):
         size = 512 * randomness.randrange(1, 40)
         sector = randomness.randrange((SIZE - size) // 512)
-        # The buffers lie across the border, an indirect table, which may not, behind it.
+        # The buffers lie across the border; the indirect table, which must not, lies behind it.
         rig.guest.free = half - randomness.randrange(1, size)
         if number % 2:
             data = randomness.randbytes(size)
@@ -440,8 +440,8 @@ def test_buffers_across_the_border_of_guest_memory(make_rig: RigFactory, direct:
     assert rig.content() == model
 
 
-def test_more_segments_than_a_system_call_takes(make_rig: RigFactory) -> None:
-    """A hole is read and filled by preadv(2) and pwritev(2), which take 1024."""
+def test_more_segments_than_one_system_call_accepts(make_rig: RigFactory) -> None:
+    """A hole is read and filled by preadv(2) and pwritev(2), which accept 1024."""
     line = make_rig(SIZE).line().start()
     data = pattern(1026 * 512, 6)
     assert line.do(OUT, 0, data, readable=[16, *[512] * 1026], direct=0) == Answer(OK, 1, b"")
@@ -464,7 +464,7 @@ def test_a_read_only_image(make_rig: RigFactory, tmpfs: Path) -> None:
 
 
 def test_many_requests_in_one_turn(make_rig: RigFactory) -> None:
-    """Copies are announced and done in order, also of a disk that was truncated between two of them."""
+    """Copies are prefetched and done in order, also if the image was truncated between two of them."""
     rig = make_rig(pattern(SIZE), slots=64)
     line = rig.line().start(size=256)
     for cut in (None, SIZE // 2):
@@ -480,7 +480,7 @@ def test_many_requests_in_one_turn(make_rig: RigFactory) -> None:
                 assert line.answer(pending).data == pattern(SIZE)[sector * 512 :][:512]
 
 
-# Which images it is for.
+# The images that it serves.
 
 
 @pytest.fixture
@@ -495,7 +495,7 @@ def sparse_image(path: Path, size: int = 4 * SIZE) -> Path:
 
 
 def check_refused(image: Path, socket_path: Path) -> None:
-    """Not by `memory`, and served without by `auto`."""
+    """Check that `memory` rejects the image, and that `auto` serves it with another engine."""
     with pytest.raises(ImageError) as raised:
         serve(image, socket_path, engine="memory")
     assert (
@@ -519,7 +519,7 @@ def test_an_image_on_tmpfs_is_served_from_memory(tmpfs: Path, socket_path: Path)
         assert image.read_bytes()[512:1024] == b"x" * 512
 
 
-def test_other_engines_can_be_had_for_it(tmpfs: Path, socket_path: Path) -> None:
+def test_other_engines_can_be_chosen_for_it(tmpfs: Path, socket_path: Path) -> None:
     with serve(sparse_image(tmpfs / "image"), socket_path, engine="aio") as export:
         assert "memory" not in export.disk.how
         with Driver(socket_path, memory_size=MEMORY_SIZE) as driver:
@@ -527,14 +527,14 @@ def test_other_engines_can_be_had_for_it(tmpfs: Path, socket_path: Path) -> None
             assert driver.read(0, 512) == b"x" * 512
 
 
-def test_an_image_on_a_disk_is_refused(tmp_path: Path, socket_path: Path) -> None:
+def test_an_image_on_a_disk_is_rejected(tmp_path: Path, socket_path: Path) -> None:
     image = sparse_image(tmp_path / "image")
     if is_of_type(image, libc.TMPFS_MAGIC):
         pytest.skip("the temporary folder is a tmpfs")
     check_refused(image, socket_path)
 
 
-def test_what_was_made_for_a_disk_that_is_refused_is_removed(tmp_path: Path, socket_path: Path) -> None:
+def test_files_created_for_a_rejected_disk_are_removed(tmp_path: Path, socket_path: Path) -> None:
     if is_of_type(tmp_path, libc.TMPFS_MAGIC):
         pytest.skip("the temporary folder is a tmpfs")
     with pytest.raises(ImageError):
@@ -542,7 +542,7 @@ def test_what_was_made_for_a_disk_that_is_refused_is_removed(tmp_path: Path, soc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_block_device_is_no_memory_though_its_node_is_in_a_tmpfs(tmp_path: Path, socket_path: Path) -> None:
+def test_a_block_device_is_not_memory_even_if_its_node_is_on_a_tmpfs(tmp_path: Path, socket_path: Path) -> None:
     image = sparse_image(tmp_path / "image")
     done = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True)
     if done.returncode:
@@ -587,7 +587,7 @@ def test_more_huge_pages_than_there_are(hugetlbfs: Path, socket_path: Path) -> N
     assert not socket_path.exists()
 
 
-def test_huge_pages_that_are_cut_off(hugetlbfs: Path, make_rig: RigFactory) -> None:
+def test_truncated_huge_pages(hugetlbfs: Path, make_rig: RigFactory) -> None:
     line = make_rig(8 << 20, hugetlbfs / "disk.img").line().start()
     for megabyte in range(8):
         line.rig.guest.free = 1 << 20
@@ -637,13 +637,13 @@ def run_elsewhere(before: str, after: str) -> subprocess.CompletedProcess[str]:
         pytest.param("os.kill(os.getpid(), signal.SIGBUS); signal.pause()", id="sent by a process"),
     ],
 )
-def test_elsewhere_it_ends_the_process_as_before(after: str) -> None:
+def test_sigbus_elsewhere_still_ends_the_process(after: str) -> None:
     done = run_elsewhere("", f"signal.alarm(10)\n{after}\nprint('alive')")
     assert done.stdout == "caught\n", done.stderr
     assert done.returncode == -signal.SIGBUS
 
 
-def test_a_handler_that_was_there_before_is_called() -> None:
+def test_a_previous_handler_is_called() -> None:
     done = run_elsewhere("import faulthandler; faulthandler.enable()", "mapped[4096]")
     assert "Fatal Python error: Bus error" in done.stderr
     assert (done.stdout, done.returncode) == ("caught\n", -signal.SIGBUS)
@@ -667,8 +667,8 @@ assert libc_.sigaction(signal.SIGBUS, action, None) == 0
 """
 
 
-def test_a_handler_that_goes_on_does_not_take_ours_away() -> None:
-    """A program that embeds us may mend its own faults; ours are still ours afterwards."""
+def test_a_previous_handler_that_continues_does_not_replace_ours() -> None:
+    """A program that embeds ringplane may handle its own SIGBUS; ringplane's are still handled afterwards."""
     after = """
     view = (ctypes.c_char * 8192).from_buffer(mapped)
     assert ctypes.string_at(ctypes.addressof(view) + 4096, 1) == bytes(1) and len(calls) == 1, calls
@@ -690,7 +690,7 @@ def guards_in_use() -> int:
     return int((sigbus._guards._table["guards"][0]["end"] != 0).sum())
 
 
-def test_the_mapping_goes_with_the_disk(tmpfs: Path, socket_path: Path) -> None:
+def test_the_mapping_ends_with_the_disk(tmpfs: Path, socket_path: Path) -> None:
     image = sparse_image(tmpfs / "image")
     with open(image) as file:
         export = serve(image, socket_path)
@@ -704,7 +704,7 @@ def test_the_mapping_goes_with_the_disk(tmpfs: Path, socket_path: Path) -> None:
         assert guards_in_use() == before - 1
 
 
-def test_starting_and_stopping_again_and_again_leaves_nothing(tmpfs: Path, socket_path: Path) -> None:
+def test_repeated_starts_and_stops_leave_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
     image = sparse_image(tmpfs / "image")
 
     def left() -> tuple[int, int, int, int]:
@@ -724,7 +724,7 @@ def test_starting_and_stopping_again_and_again_leaves_nothing(tmpfs: Path, socke
     assert left() == before
 
 
-def test_a_disk_that_is_refused_beside_one_in_memory_leaves_nothing(tmpfs: Path, socket_path: Path) -> None:
+def test_a_rejected_disk_beside_one_in_memory_leaves_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
     from ringplane.export import DiskConfig, serve_all
     from ringplane.server import IoThread
 

@@ -1,4 +1,4 @@
-"""Adjacent requests that become one I/O: when, and that each is answered as if it had been alone."""
+"""Adjacent requests that become one I/O: when this happens, and that each completes as if it were alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Wanted = tuple[int, int, int]
 
 @pytest.fixture(params=["aio", "io_uring"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
-    """Makes rigs over images of the content DISK."""
+    """Make rigs with images that contain DISK."""
     with rig_factory(tmp_path, DISK, engine=request.param) as factory:
         yield factory
 
@@ -49,7 +49,7 @@ def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFact
 def at_once(
     lines: Sequence[Line], wanted: Sequence[tuple[Line, Wanted]], alignment: int = 16
 ) -> tuple[list[Pending], int]:
-    """Have all that is wanted fetched in one turn a line; the requests, answered, and how many I/Os they became."""
+    """Have all requests fetched in one turn per line; returns them, completed, and the number of I/Os."""
     worker = lines[0].worker
     engine = worker.engine._engine[0]
     with held(worker):
@@ -76,12 +76,12 @@ def on_one(line: Line, *wanted: Wanted, alignment: int = 16) -> tuple[list[Answe
 
 
 def expected(kind: int, sector: int, size: int) -> Answer:
-    """The answer to a request alone."""
+    """The answer to the same request alone."""
     return Answer(OK, 1, b"") if kind == OUT else Answer(OK, size + 1, DISK[sector * 512 : sector * 512 + size])
 
 
 def stream(kind: int, *sizes: int, start: int = 0) -> list[Wanted]:
-    """Requests of these sizes in bytes, one after the other, from a sector on."""
+    """Consecutive requests of these sizes in bytes from a sector on."""
     places = itertools.accumulate(sizes, lambda sector, size: sector + size // 512, initial=start)
     return [(kind, place, size) for place, size in zip(places, sizes, strict=False)]
 
@@ -111,7 +111,7 @@ def test_a_stream_becomes_one_io(make_rig: RigFactory, kind: int, sizes: tuple[i
         pytest.param(stream(IN, *[MERGE_BYTES // 4] * 10), 3, id="three of the largest"),
     ],
 )
-def test_what_does_not_adjoin_or_fit_is_an_io_of_its_own(
+def test_requests_that_are_not_adjacent_or_do_not_fit_are_separate_ios(
     make_rig: RigFactory, wanted: list[Wanted], count: int
 ) -> None:
     answers, ios = on_one(make_rig().line().start(), *wanted)
@@ -127,7 +127,7 @@ def test_queues_are_not_mixed(make_rig: RigFactory) -> None:
     assert count == 2
 
 
-def test_a_list_of_buffers_has_an_end(make_rig: RigFactory) -> None:
+def test_the_list_of_buffers_is_limited(make_rig: RigFactory) -> None:
     line = make_rig(guest_size=128 << 20).line().start(size=1024, indirect=True)
     pieces = MERGE_IOVECS // 2
     with held(line.worker):
@@ -143,8 +143,8 @@ def test_a_list_of_buffers_has_an_end(make_rig: RigFactory) -> None:
     assert len(joined.result(PATIENCE)) == (1 if pieces * 1024 * 2 <= MERGE_BYTES else 0)
 
 
-def test_a_bad_end_fails_those_that_have_it(make_rig: RigFactory) -> None:
-    """The merged read is short: the first requests have their data, the others the error."""
+def test_a_bad_end_fails_only_its_requests(make_rig: RigFactory) -> None:
+    """The merged read is short: the first requests get their data, the others an error."""
     rig = make_rig()
     line = rig.line().start()
     os.truncate(rig.path, 10240)
@@ -155,8 +155,8 @@ def test_a_bad_end_fails_those_that_have_it(make_rig: RigFactory) -> None:
     assert answers[2].used_length == 2048
 
 
-def test_a_failed_write_is_tried_again_in_its_parts(make_rig: RigFactory) -> None:
-    """Each by itself: here all, as the file was opened for reading."""
+def test_the_parts_of_a_failed_write_are_retried(make_rig: RigFactory) -> None:
+    """Each is retried by itself; here all fail, because the file was opened read-only."""
     rig = make_rig()
     line = rig.line()
     fd = os.open(rig.path, os.O_RDONLY)
@@ -169,8 +169,8 @@ def test_a_failed_write_is_tried_again_in_its_parts(make_rig: RigFactory) -> Non
     assert rig.content() == DISK
 
 
-def test_slots_that_had_bounce_buffers(make_rig: RigFactory) -> None:
-    """What is left there of unaligned requests is not the business of those that are joined."""
+def test_old_bounce_buffers_do_not_matter(make_rig: RigFactory) -> None:
+    """A slot's bounce buffer of an earlier unaligned request does not affect a merged one."""
     line = direct_rig(make_rig, slots=2).line().start()
     wanted = stream(IN, 4096, 4096)
     for alignment, count in ((1, 2), (4096, 1)):
@@ -178,7 +178,7 @@ def test_slots_that_had_bounce_buffers(make_rig: RigFactory) -> None:
 
 
 def test_pinned_memory_is_not_merged(tmp_path: Path) -> None:
-    """Registered buffers save more, and are for I/Os of one buffer."""
+    """Registered buffers save more, and only work for I/Os with one buffer."""
     with rig_factory(tmp_path, DISK, engine="io_uring") as make_rig:
         answers, count = on_one(make_rig(pin_memory=True).line().start(), *stream(IN, 4096, 4096, 4096))
     assert answers == [expected(*one) for one in stream(IN, 4096, 4096, 4096)]
@@ -187,8 +187,8 @@ def test_pinned_memory_is_not_merged(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 60))
-def test_any_mixture_is_served_as_if_each_were_alone(make_rig: RigFactory, seed: int, count: int) -> None:
-    """Disjoint reads and writes in nearly ascending order, on any kind of ring: all is as the model has it."""
+def test_any_mixture_is_served_like_single_requests(make_rig: RigFactory, seed: int, count: int) -> None:
+    """Disjoint reads and writes in nearly ascending order, on any type of ring, match the model."""
     randomness = random.Random(seed)
     rig = make_rig()
     sizes = [512 * randomness.choice([1, 1, 2, 8, 64, 130]) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The payloads: bytes to values and back, and what is refused."""
+"""The payloads: decoding, encoding and errors."""
 
 import struct
 from typing import Any
@@ -36,7 +36,7 @@ PAYLOADS: dict[type[m.Payload], st.SearchStrategy[Any]] = {
 
 
 def test_every_payload_type_has_a_strategy() -> None:
-    # By name: a dataclass with slots is a second class, and the first one is a subclass too until it is collected.
+    # By name: a dataclass with slots is a new class; the original one is a subclass too until it is collected.
     assert {payload_type.__name__ for payload_type in PAYLOADS} == {sub.__name__ for sub in m.Payload.__subclasses__()}
 
 
@@ -48,7 +48,7 @@ def test_round_trip(payload: m.Payload) -> None:
 
 
 @given(st.sampled_from(list(PAYLOADS)), st.binary(max_size=600))
-def test_decoding_garbage_gives_a_payload_or_a_protocol_error(payload_type: type[m.Payload], data: bytes) -> None:
+def test_decoding_random_bytes_gives_a_payload_or_a_protocol_error(payload_type: type[m.Payload], data: bytes) -> None:
     try:
         payload = payload_type.decode(data)
     except m.ProtocolError:
@@ -146,7 +146,7 @@ def test_a_memory_table_may_have_room_for_more_regions_than_it_has() -> None:
     assert m.MemoryTable.decode(table.encode() + b"\xff" * 32) == table
 
 
-def test_asking_for_config_carries_as_many_bytes() -> None:
+def test_get_config_carries_as_many_bytes_as_it_asks_for() -> None:
     assert m.Config.asking_for(8, 3) == m.Config(8, 3, 0, bytes(3))
 
 

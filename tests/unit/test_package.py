@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that a wheel of this tree was installed to."""
+    """The folder where a wheel of this tree was installed."""
     folder = tmp_path_factory.mktemp("prefix")
     where = ["--no-deps", "--ignore-installed", "--prefix", str(folder)]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *where, str(REPOSITORY)], check=True)
@@ -34,8 +34,8 @@ def test_systemd_accepts_the_installed_unit(prefix: Path) -> None:
     analyze("verify", str(prefix / "lib/systemd/system/ringplane@x.service"))
 
 
-def test_systemd_accepts_the_unit_where_it_is_linked(prefix: Path, tmp_path: Path) -> None:
-    """As `systemctl link` and `systemctl enable` do it."""
+def test_systemd_accepts_the_linked_unit(prefix: Path, tmp_path: Path) -> None:
+    """`systemctl link` and `systemctl enable` link it like this."""
     installed = prefix / "lib/systemd/system/ringplane@.service"
     for name in ("ringplane@.service", "ringplane@x.service"):
         (tmp_path / name).symlink_to(installed)

@@ -1,4 +1,4 @@
-"""What packed rings alone have: wrap counters in their bases, event suppression structs. All else: test_rings.py."""
+"""Properties only of packed rings: wrap counters in the base, event suppression structs. The rest: test_rings.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def line(make_rig: RigFactory) -> Line:
     return make_rig().line().start(ring_class=PackedRing, size=16)
 
 
-def test_a_base_goes_on_where_the_ring_stopped(line: Line) -> None:
+def test_a_base_resumes_where_the_ring_stopped(line: Line) -> None:
     for _ in range(3):
         line.do(IN, room=512)
     base = line.stop()
@@ -40,7 +40,7 @@ def test_a_base_goes_on_where_the_ring_stopped(line: Line) -> None:
 
 
 def test_a_new_ring_that_begins_at_0(make_rig: RigFactory) -> None:
-    """As user-mode Linux says it; after a lap the same number means what it says."""
+    """User-mode Linux uses this base for a new ring; after a lap it is a real position."""
     line = make_rig().line()
     line.ring = PackedRing(line.rig.guest, 3)
     line.resume(base=0)
@@ -52,7 +52,7 @@ def test_a_new_ring_that_begins_at_0(make_rig: RigFactory) -> None:
 
 
 def test_a_used_ring_at_0_whose_first_descriptor_was_not_used(make_rig: RigFactory) -> None:
-    """The third lap began in the middle of a chain; it looks new, if one looks at its first descriptor alone."""
+    """The third lap began in the middle of a chain; judged only by its first descriptor, the ring looks new."""
     line = make_rig().line().start(ring_class=PackedRing, size=4)
     for _ in range(4):
         assert line.do(IN, room=512).status == OK
@@ -62,7 +62,7 @@ def test_a_used_ring_at_0_whose_first_descriptor_was_not_used(make_rig: RigFacto
 
 
 @pytest.mark.parametrize("base", [16 | 1 << 15, 16 << 16 | 1 << 31, 0x7FFF])
-def test_a_base_outside_of_the_ring_is_refused(make_rig: RigFactory, base: int) -> None:
+def test_a_base_outside_the_ring_is_rejected(make_rig: RigFactory, base: int) -> None:
     line = make_rig().line()
     line.ring = PackedRing(line.rig.guest, 16)
     with pytest.raises(BadMemory, match="outside"):
@@ -71,15 +71,15 @@ def test_a_base_outside_of_the_ring_is_refused(make_rig: RigFactory, base: int) 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 100])
 def test_a_ring_of_any_size(make_rig: RigFactory, size: int) -> None:
-    """No power of two, unlike a split ring's."""
+    """Unlike the size of a split ring, it need not be a power of two."""
     line = make_rig().line().start(ring_class=PackedRing, size=size)
     for number in range(2 * size + 1):
         assert line.do(IN, number, room=512, direct=0).data == DISK[number * 512 : number * 512 + 512]
     assert line.stop() == line.ring.base
 
 
-def test_with_event_idx_a_driver_may_want_all_calls(make_rig: RigFactory) -> None:
-    """By a flag, as without; the place beside it counts for nothing then."""
+def test_with_event_idx_a_driver_may_enable_all_calls(make_rig: RigFactory) -> None:
+    """It uses the ENABLE flag, as without EVENT_IDX; the descriptor event beside it is then ignored."""
     line = make_rig().line().start(ring_class=PackedRing, size=16, event_idx=True)
     line.rig.guest.store16(line.ring.avail, place(9, 0))
     line.rig.guest.store16(line.ring.avail + 2, ENABLE)
@@ -90,8 +90,8 @@ def test_with_event_idx_a_driver_may_want_all_calls(make_rig: RigFactory) -> Non
         assert take_events(line.call_fd) == 1
 
 
-def test_a_place_that_was_not_negotiated_counts_for_nothing(line: Line) -> None:
-    """Without EVENT_IDX a driver that asks for one gets every call."""
+def test_a_descriptor_event_without_event_idx_is_ignored(line: Line) -> None:
+    """Without EVENT_IDX a driver that requests a descriptor event gets every call."""
     line.ring.set_used_event(place(9, 0))
     for number in range(12):
         line.put(IN, number, room=512)

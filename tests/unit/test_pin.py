@@ -1,4 +1,4 @@
-"""Guest memory that is registered with io_uring: the right bytes, no more of it than is in use, and failures."""
+"""Guest memory registered with io_uring: the right bytes, only memory that is in use, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .rig import (
 
 SIZE = 1 << 20
 GUEST_SIZE = 8 << 20
-# No multiple of the half of the guest's memory that is a region.
+# Not a multiple of a region's size, which is half of the guest's memory.
 PIECE = 3 << 19
 
 
@@ -48,13 +48,13 @@ def engine_of(rig: Rig) -> Uring:
 
 
 def registered(rig: Rig) -> list[tuple[int, int]]:
-    """Addresses and sizes of what the kernel was told."""
+    """Addresses and sizes of the registered buffers."""
     buffers = engine_of(rig)._buffers
     return [(int(base), int(size)) for base, size in buffers[buffers["len"] > 0]]
 
 
 def operations(rig: Rig, line: Line) -> list[int]:
-    """The opcodes of the submissions that a read and a write of 4 KiB make, in aligned buffers of one piece."""
+    """The opcodes of the submissions for a read and a write of 4 KiB with single aligned buffers."""
     engine = engine_of(rig)
     record, opcodes = engine._engine[0], []
     for kind, data, room in ((IN, b"", 4096), (OUT, pattern(4096), 0)):
@@ -85,7 +85,7 @@ def test_without_it_nothing_is_registered(make_rig: RigFactory) -> None:
 
 
 def test_large_regions_are_registered_in_pieces(make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests inside a piece, and over the border of two."""
+    """Requests inside a piece, and across the border of two pieces."""
     monkeypatch.setattr(uring, "MAX_BUFFER_SIZE", PIECE)
     rig = make_rig(poll_us=0)
     line = rig.line().start()
@@ -96,7 +96,7 @@ def test_large_regions_are_registered_in_pieces(make_rig: RigFactory, monkeypatc
         assert line.do(IN, room=4096, alignment=512).data == pattern(SIZE)[:4096]
 
 
-def test_memory_that_has_gone_is_not_kept(make_rig: RigFactory) -> None:
+def test_removed_memory_is_unregistered(make_rig: RigFactory) -> None:
     rig = make_rig()
     worker = rig.workers[0]
     line = rig.line().start()
@@ -112,7 +112,7 @@ def test_memory_that_has_gone_is_not_kept(make_rig: RigFactory) -> None:
     assert line.do(IN, room=4096, alignment=4096).data == pattern(4096)
 
 
-def test_queues_of_a_disk_share_what_is_registered(make_rig: RigFactory) -> None:
+def test_queues_of_a_disk_share_registered_memory(make_rig: RigFactory) -> None:
     rig = make_rig()
     table = rig.guest.table()
     lines = [rig.line().start(table=table) for _ in range(3)]
@@ -131,10 +131,10 @@ def test_a_disk_in_memory_registers_nothing(make_rig: RigFactory) -> None:
 
 
 @pytest.mark.parametrize("piece", [0, 1, 2])
-def test_where_memory_cannot_be_locked_it_is_said_and_served(
+def test_disks_are_served_if_memory_cannot_be_locked(
     make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, piece: int
 ) -> None:
-    """By the first call, for the table of buffers, or by a later one."""
+    """The first call, for the table of buffers, fails, or a later one."""
     real, calls = libc.io_uring_register, []
 
     def refuse(ring_fd: int, opcode: int, argument: int = 0, count: int = 0) -> None:
@@ -158,7 +158,7 @@ def test_where_memory_cannot_be_locked_it_is_said_and_served(
     assert registered(rig) == []
 
 
-def test_linux_aio_says_that_it_cannot(make_rig: RigFactory, caplog: pytest.LogCaptureFixture) -> None:
+def test_linux_aio_logs_that_it_cannot_register_memory(make_rig: RigFactory, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, worker_module.__name__):
         rig = make_rig(engine="aio")
         line = rig.line().start()
