@@ -163,7 +163,7 @@ class InbandLine(RemoteLine):
 
     def kick(self) -> None:
         self.ring.publish()
-        self.rig.front_end.tell(Request.VRING_KICK, VringState(self.number, 0))
+        self.rig.front_end.send(Request.VRING_KICK, VringState(self.number, 0))
 
 
 class FuzzedFrontEnd(Attacker):
@@ -205,7 +205,7 @@ class FuzzedFrontEnd(Attacker):
         self.channel, theirs = socket.socketpair()
         self.channel.setblocking(False)
         with theirs:
-            self.front_end.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+            self.front_end.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
     def close_channel(self) -> None:
         if self.channel is not None:

@@ -78,7 +78,7 @@ def open_fds(victim: Victim) -> int:
 
 def with_index(front_end: FrontEnd, index: int) -> dict[str, Callable[[], object]]:
     def tell(request: Request, payload: Payload) -> Callable[[], object]:
-        return lambda: front_end.tell(request, payload)
+        return lambda: front_end.send(request, payload)
 
     return {
         "num": tell(Request.SET_VRING_NUM, VringState(index, 16)),

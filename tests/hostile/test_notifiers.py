@@ -100,19 +100,19 @@ def test_a_channel_that_is_full_and_blocks(target: Target) -> None:
     line, front_end = attacker.lines[0], attacker.front_end
     ours, theirs = socket.socketpair()
     with ours, theirs, blocking(theirs.fileno()):
-        front_end.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        front_end.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
         with contextlib.suppress(BlockingIOError):
             while True:
                 theirs.send(bytes(4096), socket.MSG_DONTWAIT)
         # This forgets the call fd.
-        front_end.tell(Request.RESET_DEVICE)
+        front_end.send(Request.RESET_DEVICE)
         attacker.lines[1].resume()
         layout = line.ring.layout()
         front_end.set_vring_num(0, layout.size)
         front_end.set_vring_base(0, layout.base)
         front_end.set_vring_addr(0, layout.desc, layout.avail, layout.used)
         front_end.set_vring_enable(0, True)
-        assert_others_are_served(target, attacker, line, lambda: front_end.tell(Request.VRING_KICK, VringState(0, 0)))
+        assert_others_are_served(target, attacker, line, lambda: front_end.send(Request.VRING_KICK, VringState(0, 0)))
 
 
 @pytest.mark.parametrize("kind", NOTIFIERS)

@@ -95,10 +95,10 @@ def foreign_fds(target: Target, front_end: FrontEnd) -> dict[str, socket.socket]
 
 
 HAND_OVER: dict[str, Callable[[FrontEnd, int], None]] = {
-    "kick": lambda front_end, fd: front_end.tell(Request.SET_VRING_KICK, VringFd(0), [fd]),
-    "call": lambda front_end, fd: front_end.tell(Request.SET_VRING_CALL, VringFd(0), [fd]),
-    "error": lambda front_end, fd: front_end.tell(Request.SET_VRING_ERR, VringFd(0), [fd]),
-    "channel": lambda front_end, fd: front_end.tell(Request.SET_BACKEND_REQ_FD, fds=[fd]),
+    "kick": lambda front_end, fd: front_end.send(Request.SET_VRING_KICK, VringFd(0), [fd]),
+    "call": lambda front_end, fd: front_end.send(Request.SET_VRING_CALL, VringFd(0), [fd]),
+    "error": lambda front_end, fd: front_end.send(Request.SET_VRING_ERR, VringFd(0), [fd]),
+    "channel": lambda front_end, fd: front_end.send(Request.SET_BACKEND_REQ_FD, fds=[fd]),
     "region": lambda front_end, fd: front_end.add_mem_reg(MemoryRegion(FAR, PAGE, FAR, 0), fd),
     "table": lambda front_end, fd: front_end.set_mem_table([MemoryRegion(FAR, PAGE, FAR, 0)], [fd]),
     "log": lambda front_end, fd: front_end.set_log_base(PAGE, 0, fd),

@@ -47,7 +47,7 @@ class FrontEnd(Machine):
         self.share_memory()
         ours, theirs = socket.socketpair()
         with theirs:
-            self.peer.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+            self.peer.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
         self.channel = BlockingTransport(ours, SOON, Connection(Role.FRONT_END, backend_channel=True))
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class FrontEnd(Machine):
         self.peer.set_vring_enable(0, True)
 
     def kick(self) -> None:
-        self.peer.tell(Request.VRING_KICK, VringState(0, 0))
+        self.peer.send(Request.VRING_KICK, VringState(0, 0))
 
     def read_by_messages(self, number: int) -> None:
         """Read one sector; the kick and the call are messages."""
@@ -150,7 +150,7 @@ def test_a_ring_stops_and_starts_again(export: ringplane.Export) -> None:
 
 def test_a_message_without_an_fd_is_like_no_message(export: ringplane.Export) -> None:
     with FrontEnd(export) as guest:
-        guest.peer.tell(Request.SET_VRING_KICK, VringFd(0, no_fd=True))
+        guest.peer.send(Request.SET_VRING_KICK, VringFd(0, no_fd=True))
         guest.place()
         guest.offer_read(1)
         guest.ring.publish()
@@ -161,7 +161,7 @@ def test_a_message_without_an_fd_is_like_no_message(export: ringplane.Export) ->
 @pytest.mark.parametrize("missing", [ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK])
 def test_in_band_notifications_need_a_channel_and_replies(export: ringplane.Export, missing: ProtocolFeature) -> None:
     with negotiated(export) as peer, pytest.raises(Refused):
-        peer.tell(Request.SET_PROTOCOL_FEATURES, U64(int(INBAND & ~missing)))
+        peer.send(Request.SET_PROTOCOL_FEATURES, U64(int(INBAND & ~missing)))
 
 
 def test_nothing_is_left_behind(export: ringplane.Export) -> None:

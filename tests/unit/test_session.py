@@ -451,7 +451,7 @@ def test_what_does_not_apply_is_answered_so(
 
 def test_a_channel_that_is_no_socket_is_refused(export: ringplane.Export, memory: SharedMemory) -> None:
     with negotiated(export) as peer, pytest.raises(Refused):
-        peer.tell(Request.SET_BACKEND_REQ_FD, fds=[memory.fd])
+        peer.send(Request.SET_BACKEND_REQ_FD, fds=[memory.fd])
 
 
 @pytest.mark.parametrize("request_", sorted(NEED_A_FEATURE), ids=by_name)
@@ -514,7 +514,7 @@ def test_protocol_feature_that_was_not_offered_is_refused(export: ringplane.Expo
         assert peer.get_protocol_features() == OFFERED_PROTOCOL_FEATURES
         peer.sock.settimeout(2)
         with pytest.raises(Refused):
-            peer.tell(Request.SET_PROTOCOL_FEATURES, U64(int(OFFERED_PROTOCOL_FEATURES) | 1 << bit))
+            peer.send(Request.SET_PROTOCOL_FEATURES, U64(int(OFFERED_PROTOCOL_FEATURES) | 1 << bit))
         # Nothing of it was taken: messages are still acknowledged.
         peer.set_owner()
 
@@ -757,7 +757,7 @@ def test_fd_that_is_good_for_nothing_is_refused_and_closed(
         guest.peer.set_vring_enable(0, True)
         for _ in range(3):
             with pytest.raises(Refused):
-                guest.peer.tell(request_, VringFd(0), [fd])
+                guest.peer.send(request_, VringFd(0), [fd])
     os.close(fd)
 
 
@@ -884,7 +884,7 @@ def test_a_reset_of_the_device_forgets_what_the_area_tells(export: ringplane.Exp
         assert guest.read(5) == sector(5)
         region = Mapping(fd, described.mmap_size, described.mmap_offset)
         assert struct.unpack("<H", peek(region.address + 8, 2)) == (1,)
-        guest.peer.tell(Request.RESET_DEVICE)
+        guest.peer.send(Request.RESET_DEVICE)
         assert struct.unpack("<H", peek(region.address + 8, 2)) == (0,)
         os.close(fd)
 
@@ -1047,7 +1047,7 @@ def test_user_mode_linux(export: ringplane.Export) -> None:
         offered = peer.get_features()
         assert peer.get_protocol_features() & features == features
         peer.set_protocol_features(features)
-        peer.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        peer.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
         for size in (8, 12, 20, 24, 52):
             assert len(peer.get_config(0, size)) == size
         peer.set_features(offered & (DRIVER_FEATURES | VHOST_USER_F_PROTOCOL_FEATURES))
@@ -1268,7 +1268,7 @@ def test_region_can_be_removed_with_an_fd_of_no_use(export: ringplane.Export, me
     """libblkio sends one."""
     with negotiated(export) as peer:
         peer.add_mem_reg(region(memory, 0), memory.fd)
-        peer.tell(Request.REM_MEM_REG, SingleMemoryRegion(region(memory, 0)), [memory.fd])
+        peer.send(Request.REM_MEM_REG, SingleMemoryRegion(region(memory, 0)), [memory.fd])
 
 
 def test_as_many_regions_as_there_are_slots(export: ringplane.Export, memory: SharedMemory) -> None:
@@ -1467,7 +1467,7 @@ def test_reset_stops_the_rings_and_leaves_the_memory(export: ringplane.Export, r
         guest.start()
         for number in range(3):
             guest.read(number)
-        guest.peer.tell(request_)
+        guest.peer.send(request_)
         guest.offer_read(1)
         guest.ring.publish()
         guest.vring.kick()
@@ -1483,7 +1483,7 @@ def test_reset_device_forgets_what_was_said_about_the_rings(export: ringplane.Ex
         guest.start()
         guest.read()
         fds = len(open_fds())
-        guest.peer.tell(Request.RESET_DEVICE)
+        guest.peer.send(Request.RESET_DEVICE)
         # The back end's copies of kick, call and error fd.
         assert len(open_fds()) == fds - 3
         assert guest.peer.get_vring_base(0) == 0

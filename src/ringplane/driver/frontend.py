@@ -145,7 +145,7 @@ class FrontEnd:
             raise ProtocolError(f"{request.name}: the back end reported a failure")
         return answer
 
-    def tell(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
+    def send(self, request: Request, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
         """Send a message that sets something; raises Refused if the back end reports a failure."""
         acknowledged = ProtocolFeature.REPLY_ACK in self.protocol_features
         answer = self._call(request, payload or Empty(), fds, need_reply=acknowledged)
@@ -185,7 +185,7 @@ class FrontEnd:
         return self.ask(Request.GET_FEATURES, U64).value
 
     def set_features(self, features: int) -> None:
-        self.tell(Request.SET_FEATURES, U64(features))
+        self.send(Request.SET_FEATURES, U64(features))
         self.features = features
 
     def get_protocol_features(self) -> ProtocolFeature:
@@ -193,11 +193,11 @@ class FrontEnd:
 
     def set_protocol_features(self, features: ProtocolFeature) -> None:
         """From here on messages are acknowledged if `features` has REPLY_ACK."""
-        self.tell(Request.SET_PROTOCOL_FEATURES, U64(features))
+        self.send(Request.SET_PROTOCOL_FEATURES, U64(features))
         self.protocol_features = features
 
     def set_owner(self) -> None:
-        self.tell(Request.SET_OWNER)
+        self.send(Request.SET_OWNER)
 
     def get_queue_num(self) -> int:
         """How many queues the back end has at most; 1 without the protocol feature MQ."""
@@ -215,7 +215,7 @@ class FrontEnd:
         return config.payload
 
     def set_config(self, offset: int, data: bytes) -> None:
-        self.tell(Request.SET_CONFIG, Config(offset, len(data), Config.WRITABLE, data))
+        self.send(Request.SET_CONFIG, Config(offset, len(data), Config.WRITABLE, data))
 
     # Migration
 
@@ -236,7 +236,7 @@ class FrontEnd:
         return message.payload, message.take_fds()[0]
 
     def set_inflight_fd(self, described: Inflight, fd: int) -> None:
-        self.tell(Request.SET_INFLIGHT_FD, described, [fd])
+        self.send(Request.SET_INFLIGHT_FD, described, [fd])
 
     # Device status
 
@@ -246,33 +246,33 @@ class FrontEnd:
 
     def set_status(self, status: int) -> None:
         """0 is a reset."""
-        self.tell(Request.SET_STATUS, U64(status))
+        self.send(Request.SET_STATUS, U64(status))
 
     # Memory
 
     def set_mem_table(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
-        self.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds)
+        self.send(Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds)
 
     def get_max_mem_slots(self) -> int:
         return self.ask(Request.GET_MAX_MEM_SLOTS, U64).value
 
     def add_mem_reg(self, region: MemoryRegion, fd: int) -> None:
-        self.tell(Request.ADD_MEM_REG, SingleMemoryRegion(region), [fd])
+        self.send(Request.ADD_MEM_REG, SingleMemoryRegion(region), [fd])
 
     def rem_mem_reg(self, region: MemoryRegion) -> None:
-        self.tell(Request.REM_MEM_REG, SingleMemoryRegion(region))
+        self.send(Request.REM_MEM_REG, SingleMemoryRegion(region))
 
     # Rings
 
     def set_vring_num(self, index: int, size: int) -> None:
-        self.tell(Request.SET_VRING_NUM, VringState(index, size))
+        self.send(Request.SET_VRING_NUM, VringState(index, size))
 
     def set_vring_base(self, index: int, base: int) -> None:
-        self.tell(Request.SET_VRING_BASE, VringState(index, base))
+        self.send(Request.SET_VRING_BASE, VringState(index, base))
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, flags: int = 0, log: int = 0) -> None:
         """`desc`, `avail` and `used` are user addresses: addresses in this process."""
-        self.tell(Request.SET_VRING_ADDR, VringAddr(index, flags, desc, used, avail, log))
+        self.send(Request.SET_VRING_ADDR, VringAddr(index, flags, desc, used, avail, log))
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:
         self._set_vring_fd(Request.SET_VRING_KICK, index, fd)
@@ -284,10 +284,10 @@ class FrontEnd:
         self._set_vring_fd(Request.SET_VRING_ERR, index, fd)
 
     def _set_vring_fd(self, request: Request, index: int, fd: int | None) -> None:
-        self.tell(request, VringFd(index, no_fd=fd is None), () if fd is None else (fd,))
+        self.send(request, VringFd(index, no_fd=fd is None), () if fd is None else (fd,))
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:
-        self.tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
+        self.send(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
 
     def get_vring_base(self, index: int) -> int:
         """Stop the ring; returns its next available index. The back end replies when no request is in flight."""

@@ -353,7 +353,7 @@ def _reap(run, queue, count, now):
 
 
 @compiled
-def _wait_for_call(run, queue, now, until):
+def _wait_for_notification(run, queue, now, until):
     """Sleep until the device notifies, at most until the time `until`; False if something else happened."""
     enable_notifications(queue)
     if used_count(queue):
@@ -391,5 +391,5 @@ def drive(address, until):
             return DONE
         if now >= until:
             return AGAIN
-        if count == 0 and not run.busy_poll and not _wait_for_call(run, queue, now, until):
+        if count == 0 and not run.busy_poll and not _wait_for_notification(run, queue, now, until):
             return TROUBLE
