@@ -264,7 +264,7 @@ def test_malformed_indirect_tables(target: Target, ring_class: Any, fault: str) 
 
 @pytest.mark.row("malformed indirect table")
 @pytest.mark.row("use of a feature that was offered but not negotiated")
-def test_an_indirect_table_that_was_not_negotiated(target: Target, ring_class: Any) -> None:
+def test_an_indirect_table_without_the_feature(target: Target, ring_class: Any) -> None:
     attacker = target.attacker(ring_class=ring_class, indirect=False)
     for direct in (0, 1):
         offer(attacker.lines[0], Buffers(attacker).good, direct)

@@ -62,14 +62,14 @@ DISK = pattern(SIZE)
 
 @pytest.fixture(params=["aio", "io_uring", "memory"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
-    """Makes rigs over images of the content DISK."""
+    """Make rigs with images that contain DISK."""
     with rig_factory(tmp_path, DISK, engine=request.param) as factory:
         yield factory
 
 
 @pytest.fixture(params=["aio", "io_uring"])
 def make_kernel_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
-    """The same with the engines that ask the kernel."""
+    """The same with the engines that do I/O by the kernel."""
     with rig_factory(tmp_path, DISK, engine=request.param) as factory:
         yield factory
 
@@ -84,7 +84,7 @@ def line(rig: Rig) -> Line:
     return rig.line().start()
 
 
-# Kinds of requests.
+# Types of requests.
 
 
 @pytest.mark.parametrize(("sector", "size"), [(0, 512), (8, 4096), (CAPACITY - 1, 512), (0, SIZE)])
@@ -115,15 +115,15 @@ def test_get_id(line: Line, room: int, used_length: int, data: bytes) -> None:
     assert line.do(GET_ID, room=room) == Answer(OK, used_length, data)
 
 
-def test_get_id_of_twenty_bytes_has_no_zero_at_the_end(make_rig: RigFactory) -> None:
+def test_get_id_of_20_bytes_has_no_terminating_zero(make_rig: RigFactory) -> None:
     line = make_rig(serial="abcdefghijklmnopqrstuvwxyz").line().start()
     assert line.do(GET_ID, room=20).data == b"abcdefghijklmnopqrst"
 
 
 @pytest.mark.parametrize("kind", [SCSI_CMD, SCSI_CMD_OUT, 5, 7, 9, 0x7FFF_FFFF])
-def test_unknown_kinds_are_unsupported(line: Line, kind: int) -> None:
+def test_unknown_types_are_unsupported(line: Line, kind: int) -> None:
     assert line.do(kind) == Answer(UNSUPP, 1, b"")
-    # The status is not next to anything that was written, so it does not count.
+    # The status does not follow written data directly, so it is not counted.
     assert line.do(kind, room=512) == Answer(UNSUPP, 0, bytes([NO_ANSWER] * 512))
     assert line.do(kind, data=bytes(512)) == Answer(UNSUPP, 1, b"")
     assert line.rig.content() == DISK
@@ -137,7 +137,7 @@ def test_the_barrier_bit_is_masked(line: Line) -> None:
     assert line.do(SCSI_CMD | barrier_bit) == Answer(UNSUPP, 1, b"")
 
 
-def test_requests_without_data_are_done_at_once(line: Line) -> None:
+def test_requests_without_data_are_completed_at_once(line: Line) -> None:
     assert line.do(IN) == Answer(OK, 1, b"")
     assert line.do(OUT) == Answer(OK, 1, b"")
 
@@ -174,7 +174,7 @@ def framing_line(request: pytest.FixtureRequest, make_rig: RigFactory) -> Line:
 
 
 def sizes(total: int) -> st.SearchStrategy[list[int]]:
-    """Ways to cut `total` bytes into pieces."""
+    """Ways to split `total` bytes into pieces."""
     places = st.lists(st.integers(1, total - 1), max_size=8, unique=True).map(sorted)
     return places.map(lambda cut: [end - start for start, end in zip([0, *cut], [*cut, total], strict=True)])
 
@@ -221,7 +221,7 @@ BEYOND = [
 
 
 @pytest.mark.parametrize(("sector", "size"), BEYOND)
-def test_what_is_not_on_the_disk_is_an_error(line: Line, sector: int, size: int) -> None:
+def test_requests_outside_the_disk_are_errors(line: Line, sector: int, size: int) -> None:
     assert line.do(IN, sector, room=size) == Answer(IOERR, 0, bytes([NO_ANSWER] * size))
     assert line.do(OUT, sector, bytes(size)) == Answer(IOERR, 1, b"")
     assert line.rig.content() == DISK
@@ -231,7 +231,7 @@ def test_what_is_not_on_the_disk_is_an_error(line: Line, sector: int, size: int)
 @pytest.mark.parametrize(
     ("sector", "size", "status"), [(8, 4096, OK), (1, 4096, IOERR), (4, 4096, IOERR), (0, 512, IOERR)]
 )
-def test_large_blocks_are_read_and_written_as_a_whole(
+def test_large_blocks_are_read_and_written_only_completely(
     make_rig: RigFactory, sector: int, size: int, status: int
 ) -> None:
     line = make_rig(block_size=4096).line().start()
@@ -250,8 +250,8 @@ def test_a_read_only_disk_is_not_written(make_rig: RigFactory) -> None:
     assert rig.content() == DISK
 
 
-def test_what_the_kernel_refuses_fails_alone(rig: Rig) -> None:
-    """An fd that cannot be written, which the engine learns from io_submit(2) in the middle of a batch."""
+def test_only_requests_that_the_kernel_rejects_fail(rig: Rig) -> None:
+    """The fd is read-only; io_submit(2) reports that in the middle of a batch."""
     fd = os.open(rig.path, os.O_RDONLY)
     rig.device = Device(fd, SIZE, read_only=False, block_size=512, alignment=(1, 1), serial="")
     line = rig.line().start()
@@ -267,18 +267,18 @@ def test_what_the_kernel_refuses_fails_alone(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_an_image_that_became_shorter_is_never_read_as_whole(make_kernel_rig: RigFactory, direct: bool) -> None:
+def test_reads_of_a_truncated_image_are_never_complete(make_kernel_rig: RigFactory, direct: bool) -> None:
     rig = direct_rig(make_kernel_rig) if direct else make_kernel_rig()
     line = rig.line().start()
     os.truncate(rig.path, 8192)
     assert line.do(IN, 8, room=4096) == Answer(OK, 4097, DISK[4096:8192])
     assert line.do(IN, 16, room=4096) == Answer(IOERR, 0, bytes([NO_ANSWER] * 4096))
-    # What was read before the end counts, and not the status, which is not next to it.
+    # Data read before the end is counted; the status is not, because it does not follow it directly.
     half = line.do(IN, 8, room=8192)
     assert half == Answer(IOERR, 4096, DISK[4096:8192] + bytes([NO_ANSWER] * 4096))
 
 
-def test_an_image_that_became_shorter_through_a_bounce_buffer(make_kernel_rig: RigFactory) -> None:
+def test_a_truncated_image_through_a_bounce_buffer(make_kernel_rig: RigFactory) -> None:
     rig = direct_rig(make_kernel_rig)
     line = rig.line().start()
     os.truncate(rig.path, 8192)
@@ -323,7 +323,7 @@ def test_more_requests_than_bounce_buffers(make_rig: RigFactory, in_order: bool)
     assert in_flight.result() == count
     for number, read in enumerate(reads):
         assert line.answer(read) == Answer(OK, size + 1, DISK[number * 512 : number * 512 + size])
-    # All of them came back.
+    # All of them were returned.
     assert line.do(IN, room=SIZE, alignment=1).data == DISK
 
 
@@ -367,14 +367,14 @@ def test_many_small_segments_with_direct_io(make_rig: RigFactory) -> None:
 # Starting, stopping, indices.
 
 
-def test_stopping_takes_the_kicks_that_nobody_needs_any_more(rig: Rig) -> None:
+def test_stopping_consumes_unneeded_kicks(rig: Rig) -> None:
     line = rig.line().start()
     line.do(IN, room=512)
     line.stop()
     assert not has_event(line.kick_fd)
 
 
-def test_stopping_twice_ends_twice(line: Line) -> None:
+def test_stopping_twice_returns_twice(line: Line) -> None:
     with held(line.worker):
         line.put(IN, room=512)
         line.kick()
@@ -384,14 +384,14 @@ def test_stopping_twice_ends_twice(line: Line) -> None:
         stopped.result(2)
 
 
-def test_stopping_what_never_ran(rig: Rig) -> None:
+def test_stopping_a_ring_that_never_ran(rig: Rig) -> None:
     line = rig.line()
     line.worker.stop_queue(line.queue).result(PATIENCE)
     line.start()
     assert line.do(IN, room=512).status == OK
 
 
-def test_a_ring_outside_the_memory_is_refused(rig: Rig) -> None:
+def test_a_ring_outside_the_memory_is_rejected(rig: Rig) -> None:
     line = rig.line()
     guest = rig.guest
     with pytest.raises(BadMemory, match="not inside one region"):
@@ -400,8 +400,8 @@ def test_a_ring_outside_the_memory_is_refused(rig: Rig) -> None:
     assert line.start().do(IN, room=512).status == OK
 
 
-def test_a_kick_fd_that_cannot_be_watched_is_refused_and_nothing_runs(rig: Rig) -> None:
-    """A regular file; only an eventfd need not be read."""
+def test_a_kick_fd_that_cannot_be_watched_is_rejected(rig: Rig) -> None:
+    """A regular file. An eventfd need not be read."""
     line, other = rig.line(), rig.line().start()
     kick_fd = line.kick_fd
     line.kick_fd = os.open(rig.path, os.O_RDONLY)
@@ -444,7 +444,7 @@ def test_a_call_fd_may_be_a_pipe_that_nobody_reads(line: Line) -> None:
 
 
 def last_operation(engine: Aio | Uring, slot: int) -> tuple[str, int]:
-    """What the kernel was asked for last, which was for `slot`: "read or write" with its RWF_ flags, or "fdatasync"."""
+    """The last submission, which was for `slot`: "read or write" with its RWF_ flags, or "fdatasync"."""
     if isinstance(engine, Aio):
         iocb = engine._iocbs[slot]
         opcode, flags, sync = int(iocb["lio_opcode"]), int(iocb["rw_flags"]), IOCB_CMD_FDSYNC
@@ -457,14 +457,14 @@ def last_operation(engine: Aio | Uring, slot: int) -> tuple[str, int]:
 
 @pytest.mark.parametrize("direct_io", [False, True])
 @pytest.mark.parametrize("write_through", [False, True])
-def test_writes_are_stable_where_the_driver_cannot_flush(
+def test_writes_are_stable_if_the_driver_cannot_flush(
     make_kernel_rig: RigFactory, write_through: bool, direct_io: bool
 ) -> None:
-    """Through the page cache they end with an fdatasync(2) of their own (dataplane/flush.py says why)."""
+    """Through the page cache each write ends with its own fdatasync(2) (dataplane/flush.py says why)."""
     rig = direct_rig(make_kernel_rig) if direct_io else make_kernel_rig()
     line = rig.line().start(write_through=write_through)
     engine = rig.workers[0].engine
-    # One request at a time is in the same slot each time.
+    # One request at a time always uses the same slot.
     slot = int(rig.workers[0]._state["free"][0])
     assert line.do(OUT, 0, bytes(512)).status == OK
     if write_through and not direct_io:
@@ -478,7 +478,7 @@ def test_writes_are_stable_where_the_driver_cannot_flush(
 # Memory that is replaced.
 
 
-def test_requests_in_flight_keep_the_memory_that_they_use(rig: Rig) -> None:
+def test_requests_in_flight_keep_their_memory(rig: Rig) -> None:
     guest = rig.guest
     table = guest.table()
     addresses = [region.mapping.address for region in table.regions]
@@ -514,7 +514,7 @@ def test_memory_is_replaced_twice_under_requests(rig: Rig) -> None:
     with held(line.worker):
         for _ in range(2):
             reads += [line.put(IN, number, room=4096) for number in range(4)]
-            # Made visible in between, so that each batch is fetched with another table.
+            # Published in between, so that each batch is fetched with another table.
             line.worker.call(lambda index=line.ring.avail_idx: line.ring.set_avail_idx(index))
             fetch_only(line.worker)
             line.worker.call(remember)
@@ -527,7 +527,7 @@ def test_memory_is_replaced_twice_under_requests(rig: Rig) -> None:
     assert eventually(lambda: not any(is_mapped(address, rig.guest.fd) for address in addresses))
 
 
-def test_memory_without_the_ring_stops_that_queue_alone(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_without_the_ring_stops_only_that_queue(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     line, other = rig.line().start(), rig.line().start()
     elsewhere = MemoryTable([Region.map(0, 0, 4096, 0, rig.guest.fd)])
     with caplog.at_level(logging.WARNING):
@@ -550,8 +550,8 @@ def test_memory_that_is_removed_and_added_again_resumes_the_ring(rig: Rig) -> No
     assert line.answer(read) == Answer(OK, 513, DISK[1536:2048])
 
 
-def test_a_ring_that_is_not_aligned_here_is_refused(rig: Rig) -> None:
-    """Its user addresses are aligned; the region that they are in is mapped one byte off."""
+def test_a_ring_that_is_mapped_unaligned_is_rejected(rig: Rig) -> None:
+    """Its user addresses are aligned, but their region is mapped one byte off."""
     line = rig.line()
     line.ring = Ring(rig.guest, 16)
     odd = MemoryTable([Region.map(GUEST_BASE, USER_BASE - 1, rig.guest.size - 1, 0, rig.guest.fd)])
@@ -574,11 +574,11 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
         line.wait()
     fetched = [event.queue for event in reader.events() if event.event == TRACE_FETCH]
     assert len(fetched) == 3 * 64
-    # In any six turns' worth of requests each queue has had a turn.
+    # Among the requests of any six turns, each queue had one.
     assert all({0, 1, 2} <= set(fetched[start : start + 24]) for start in range(0, 3 * 64 - 24, 24))
 
 
-# What the control plane learns.
+# Trace and counters.
 
 
 def test_trace_events_of_a_request(line: Line) -> None:
@@ -626,7 +626,7 @@ def test_calls_run_on_the_workers_thread_in_order(rig: Rig) -> None:
     assert order == list(range(100))
 
 
-def test_an_exception_is_the_callers(line: Line) -> None:
+def test_exceptions_are_raised_in_the_caller(line: Line) -> None:
     with pytest.raises(ZeroDivisionError):
         line.worker.call(lambda: 1 // 0).result(PATIENCE)
     assert line.do(IN, room=512).status == OK
@@ -639,7 +639,7 @@ def test_a_future_that_was_cancelled_does_not_end_the_thread(line: Line) -> None
     assert line.worker.call(lambda: 5).result(5) == 5
 
 
-def test_nothing_is_left_of_a_worker(tmp_path: Path) -> None:
+def test_a_closed_worker_leaves_nothing_behind(tmp_path: Path) -> None:
     def left() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -653,7 +653,7 @@ def test_nothing_is_left_of_a_worker(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("slots", [1, 64])
 def test_an_idle_worker_sleeps(make_rig: RigFactory, slots: int) -> None:
-    """A worker that looked again and again for work would be running whenever somebody looks at it."""
+    """A worker that polled for work would be running whenever its state is read."""
     line = make_rig(slots=slots).line().start()
     line.do(IN, room=512)
     line.turn_is_over()
@@ -670,7 +670,7 @@ def test_an_idle_worker_sleeps(make_rig: RigFactory, slots: int) -> None:
 
 @pytest.mark.parametrize("direct_io", [False, True])
 def test_a_failed_flush_is_not_forgotten(make_rig: RigFactory, direct_io: bool) -> None:
-    """The next fdatasync(2) succeeds, but says nothing about what was written before."""
+    """The next fdatasync(2) succeeds, but does not cover the data that was written before."""
     rig = direct_rig(make_rig) if direct_io else make_rig()
     line = rig.line().start()
     assert line.do(FLUSH).status == OK

@@ -50,9 +50,9 @@ from .rig import (
 )
 
 SIZE = 1 << 20
-# Of each hunt for lost wake-ups; the suite's share is short, minutes by hand find more.
+# The duration of each search for lost wake-ups: short in the test suite; minutes by hand find more.
 HUNT_SECONDS = float(os.environ.get("RINGPLANE_HUNT_SECONDS", "0.3"))
-# In nanoseconds, of the compiled driver.
+# The compiled driver's timeout, in nanoseconds.
 HANG = 5_000_000_000
 
 
@@ -65,8 +65,8 @@ def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
 KERNEL_ENGINES = pytest.mark.parametrize("engine", ["aio", "io_uring"])
 
 
-# A driver that kicks only when it is asked to, and that is called only when it asks; compiled, so that it is as fast as
-# a guest, and the worker's thread is awake, about to sleep, and asleep when its requests come.
+# A driver that kicks and is called only on request. It is compiled, so that it is as fast as a guest, and its requests
+# come while the worker's thread is awake, about to sleep, and asleep.
 
 DRIVER = np.dtype(
     [
@@ -77,7 +77,7 @@ DRIVER = np.dtype(
             "header",
             "data",
             "status",  # one byte for each of `depth` requests
-            "free",  # numbers of requests that are free, a stack
+            "free",  # a stack of the numbers of free requests
             "free_count",
             "depth",
             "kick_fd",
@@ -110,7 +110,7 @@ def offer_batch(driver, ring):
     count = min(driver.free_count, 1 + next_random(driver, driver.depth))
     for _ in range(count):
         driver.free_count -= 1
-        # From the bottom up: the order does not matter, and the top is where they are put back.
+        # From the bottom of the stack: the order does not matter, and they are put back on top.
         number = load8(driver.free + driver.free_count)
         store8(driver.status + number, 0xEE)
         view(driver.segments + 2 * SEGMENT_SIZE, SEGMENT).address = driver.status + number
@@ -123,7 +123,7 @@ def offer_batch(driver, ring):
 
 @compiled
 def wait_for_used(driver, ring):
-    """False when that lasts too long."""
+    """Returns False after a timeout."""
     end = monotonic_ns() + HANG
     while used_count(ring) == 0:
         if monotonic_ns() > end:
@@ -175,7 +175,7 @@ def drive(address):
 
 
 class Drive:
-    """A queue with a compiled driver on a thread of its own."""
+    """A queue with a compiled driver in a separate thread."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class Drive:
         start = guest.address + guest.allocate(Ring.bytes_needed(size) + 64, 64)
         self.ring = Ring(guest.address - GUEST_BASE, start, size, event_idx)
         self.ring.reset(base)
-        # Ours alone, as drivers keep it.
+        # Private memory, as in real drivers.
         self.segments = np.zeros(3, SEGMENT)
         self.free = np.arange(depth, dtype=np.uint8)
         self.event = np.zeros(1, EPOLL_EVENT)
@@ -244,7 +244,7 @@ class Drive:
         self.finish()
 
     def finish(self) -> None:
-        """Wait for the driver's end, check what it saw, and stop the queue."""
+        """Wait until the driver ends, check its results, and stop the queue."""
         self.thread.join()
         try:
             seen = {name: int(self.record[name]) for name in ("requests", "kicks", "calls", "errors", "hung")}
@@ -276,7 +276,7 @@ def store32_in_python(address: int, value: int) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_the_driver(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """So that it is not in the time of the first test."""
+    """Compile it here, so that the first test does not include that time."""
     nothing: npt.NDArray[np.void] = np.zeros(1, DRIVER)
     drive(int(nothing.ctypes.data))
 
@@ -290,7 +290,7 @@ def give_only(worker: Worker, policy: int) -> None:
     worker.call(change).result(PATIENCE)
 
 
-# Each policy by itself, what the worker makes of them, and never sleeping.
+# Each policy by itself, the worker's choice, and never sleeping.
 POLICIES_AND_TIMES = pytest.mark.parametrize(
     ("policy", "poll_us"),
     [(SLEEP, 50), (COALESCE, 50), (POLL, 50), (None, 50), (None, 0), (None, None)],
@@ -304,7 +304,7 @@ POLICIES_AND_TIMES = pytest.mark.parametrize(
 def test_no_kick_and_no_call_is_lost(
     make_rig: RigFactory, engine: str, event_idx: bool, policy: int | None, poll_us: int | None
 ) -> None:
-    """Three queues with six slots: one driver sleeps until it is called, one looks at its ring, one does not pause."""
+    """Three queues with six slots: one driver sleeps until it is called, one polls its ring, one never pauses."""
     rig = make_rig(engine, poll_us=poll_us, slots=6)
     if policy is not None:
         give_only(rig.workers[0], policy)
@@ -323,10 +323,10 @@ def test_no_kick_and_no_call_is_lost(
 @POLICIES_AND_TIMES
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
-def test_a_lonely_request_is_not_lost(
+def test_a_single_request_is_never_lost(
     make_rig: RigFactory, engine: str, event_idx: bool, policy: int | None, poll_us: int | None
 ) -> None:
-    """One queue and one request at a time, at any moment of falling asleep: nothing else would wake the worker."""
+    """One queue and one request at a time, at any moment of falling asleep; nothing else would wake the worker."""
     rig = make_rig(engine, poll_us=poll_us, slots=2)
     if policy is not None:
         give_only(rig.workers[0], policy)
@@ -336,23 +336,23 @@ def test_a_lonely_request_is_not_lost(
     alone.finish()
 
 
-# What sleeping and not sleeping cost.
+# The cost of sleeping and polling.
 
 
 def switches(worker: Worker) -> int:
-    """How often the worker's thread has gone to sleep."""
+    """How often the worker's thread went to sleep."""
     status = Path(f"/proc/self/task/{worker._thread.native_id}/status").read_text()
     return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
 
 def ticks(worker: Worker) -> int:
-    """CPU time of the worker's thread, in hundredths of a second."""
+    """The CPU time of the worker's thread, in hundredths of a second."""
     fields = Path(f"/proc/self/task/{worker._thread.native_id}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
 
 def work_of(worker: Worker) -> tuple[int, int, int]:
-    """What does not change while a worker sleeps."""
+    """Values that do not change while a worker sleeps."""
     return switches(worker), ticks(worker), int(worker._state["turns"][0])
 
 
@@ -384,8 +384,8 @@ def test_an_idle_worker_does_not_wake_up(make_rig: RigFactory, engine: str, poll
 
 
 @KERNEL_ENGINES
-def test_each_habit_is_tried_on_a_busy_worker(make_rig: RigFactory, engine: str) -> None:
-    """Which one it keeps depends on the machine; tests/unit/test_tune.py has what it makes of what it measures."""
+def test_each_polling_policy_is_tried_on_a_busy_worker(make_rig: RigFactory, engine: str) -> None:
+    """The machine determines which one it chooses; tests/unit/test_tune.py tests the choice."""
     rig = make_rig(engine, poll_us=200)
     state, tallies = rig.workers[0]._state, rig.workers[0]._tallies
     busy = Drive(rig, rig.workers[0], 3, event_idx=True, sleeps=False, pause_us=50, depth=1)
@@ -395,7 +395,7 @@ def test_each_habit_is_tried_on_a_busy_worker(make_rig: RigFactory, engine: str)
 
 
 @KERNEL_ENGINES
-def test_polling_ends_where_nothing_comes(make_rig: RigFactory, engine: str) -> None:
+def test_polling_ends_without_requests(make_rig: RigFactory, engine: str) -> None:
     rig = make_rig(engine, poll_us=200)
     worker = rig.workers[0]
     give_only(worker, POLL)
@@ -406,7 +406,7 @@ def test_polling_ends_where_nothing_comes(make_rig: RigFactory, engine: str) -> 
 
 
 def calls_per_request(rig: Rig, policy: int) -> float:
-    """Of a driver that always wants to be called, although it looks at the ring all the time."""
+    """Calls per request for a driver that always wants calls, although it polls the ring."""
     worker = rig.workers[0]
     give_only(worker, policy)
     busy = Drive(rig, worker, 7, event_idx=False, sleeps=False, pause_us=0, depth=1)
@@ -417,14 +417,14 @@ def calls_per_request(rig: Rig, policy: int) -> float:
     return calls / requests
 
 
-def test_a_napping_worker_calls_once_for_many(make_rig: RigFactory) -> None:
+def test_a_coalescing_worker_calls_once_for_many_requests(make_rig: RigFactory) -> None:
     rig = make_rig("memory")
     assert calls_per_request(rig, SLEEP) > 0.9
     assert calls_per_request(rig, COALESCE) < 0.7
 
 
-def test_a_held_call_is_made_before_the_worker_does_what_the_control_plane_wants(make_rig: RigFactory) -> None:
-    """So that a call fd may be changed, or a queue stopped, at any time."""
+def test_a_held_call_is_made_before_the_calls_of_the_control_plane(make_rig: RigFactory) -> None:
+    """This makes it safe to change a call fd or to stop a queue at any time."""
     rig = make_rig("aio")
     worker = rig.workers[0]
     give_only(worker, COALESCE)
@@ -438,13 +438,13 @@ def test_a_held_call_is_made_before_the_worker_does_what_the_control_plane_wants
 
 
 def put_silently(line: Line) -> None:
-    """A request without a kick."""
+    """Publish a request without a kick."""
     line.put(IN, room=512)
     line.ring.publish()
 
 
 @KERNEL_ENGINES
-def test_always_never_sleeps_and_needs_no_kick(make_rig: RigFactory, engine: str) -> None:
+def test_poll_always_never_sleeps_and_needs_no_kick(make_rig: RigFactory, engine: str) -> None:
     rig = make_rig(engine, poll_us=None)
     worker = rig.workers[0]
     served, never_served = rig.line().start(), rig.line().start()
@@ -461,8 +461,8 @@ def test_always_never_sleeps_and_needs_no_kick(make_rig: RigFactory, engine: str
 
 @pytest.mark.parametrize("poll_us", [50, None])
 @KERNEL_ENGINES
-def test_what_the_control_plane_wants_happens_at_once(make_rig: RigFactory, engine: str, poll_us: int | None) -> None:
-    """While one queue is busy: calls, new queues, drains, other memory."""
+def test_calls_of_the_control_plane_run_at_once(make_rig: RigFactory, engine: str, poll_us: int | None) -> None:
+    """While one queue is busy: calls, new queues, drains, memory changes."""
     rig = make_rig(engine, poll_us=poll_us)
     worker = rig.workers[0]
     busy = Drive(rig, worker, 5, event_idx=True, sleeps=False, pause_us=20)
@@ -485,7 +485,7 @@ def test_what_the_control_plane_wants_happens_at_once(make_rig: RigFactory, engi
 
 
 def turns_until(worker: Worker, line: Line) -> int:
-    """How many turns the worker makes from a kick to the answer."""
+    """The number of the worker's turns between a kick and the completion."""
     line.put(IN, room=512)
     before = int(worker._state["turns"][0])
     line.kick()
@@ -506,14 +506,14 @@ def test_a_kicked_queue_is_served_beside_one_that_is_polled(make_rig: RigFactory
         time.sleep(0.01)
         turns.append(turns_until(worker, line))
     busy.finish()
-    # The median, and a multiple of what it takes: this thread and the driver's may be off the CPU for long.
+    # The median, and a multiple of the usual number: this thread and the driver's may be off the CPU for long.
     assert sorted(turns)[len(turns) // 2] < 50 * ENGINE_TURNS
 
 
 @pytest.mark.parametrize("what", ["kick", "call"])
 @KERNEL_ENGINES
-def test_a_long_poll_keeps_nobody_waiting(make_rig: RigFactory, engine: str, what: str) -> None:
-    """The worker looks at one ring for up to 4 s, and finds something there each second."""
+def test_a_long_poll_delays_no_other_queue(make_rig: RigFactory, engine: str, what: str) -> None:
+    """The worker polls one ring for up to 4 s, and finds a request there every second."""
     rig = make_rig(engine, poll_us=4_000_000)
     worker = rig.workers[0]
     line, beside, stop = rig.line().start(), rig.line().start(), threading.Event()
@@ -548,5 +548,5 @@ def test_a_long_poll_keeps_nobody_waiting(make_rig: RigFactory, engine: str, wha
         stop.set()
         thread.join()
     assert line.answer(pending).status == OK
-    # Far less than until there is something in the ring that it looks at.
+    # Far less than until the next request in the ring that it polls.
     assert took < 0.4

@@ -1,4 +1,4 @@
-"""Discard, write zeroes and secure erase: what becomes of the image, and the status of what cannot be done."""
+"""Discard, write zeroes and secure erase: their effect on the image, and the status of invalid requests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DISK = pattern(SIZE)
 
 @pytest.fixture(params=["aio", "io_uring", "memory"])
 def make_rig(request: pytest.FixtureRequest, tmp_path: Path, memory_path: Path) -> Iterator[RigFactory]:
-    """Makes rigs over images of the content DISK, on tmpfs for engine memory."""
+    """Make rigs with images that contain DISK, on tmpfs for engine memory."""
     folder = memory_path if request.param == "memory" else tmp_path
     with rig_factory(folder, DISK, engine=request.param) as factory:
         yield factory
@@ -70,19 +70,19 @@ def pages(first: int, count: int, flags: int = 0) -> bytes:
 
 
 def blocks(rig: Rig) -> int:
-    """Bytes of storage that the image has."""
+    """The number of bytes that are allocated for the image."""
     return os.stat(rig.path).st_blocks * 512
 
 
 def zeroed(content: bytes, *ranges: tuple[int, int]) -> bytes:
-    """The content with ranges of pages full of zeros."""
+    """The content with zeros in these ranges of pages."""
     changed = bytearray(content)
     for first, count in ranges:
         changed[first * PAGE : (first + count) * PAGE] = bytes(count * PAGE)
     return bytes(changed)
 
 
-def test_a_discarded_range_gives_its_space_back(line: Line) -> None:
+def test_a_discarded_range_frees_its_space(line: Line) -> None:
     before = blocks(line.rig)
     assert line.do(DISCARD, data=pages(4, 16)) == Answer(OK, 1, b"")
     assert line.rig.content() == zeroed(DISK, (4, 16))
@@ -98,7 +98,7 @@ def test_several_segments_are_one_request(line: Line) -> None:
     assert (int(counter["requests"]), int(counter["bytes"])) == (1, 4 * PAGE)
 
 
-def test_as_many_segments_as_are_offered(line: Line) -> None:
+def test_the_largest_number_of_range_segments(line: Line) -> None:
     every = b"".join(segment(sector, 1) for sector in range(0, 2 * MAX_RANGES, 2))
     assert line.do(WRITE_ZEROES, data=every).status == OK
     expected = bytearray(DISK)
@@ -120,20 +120,20 @@ def test_zeros(line: Line, flags: int, sector: int, count: int) -> None:
         assert blocks(line.rig) == before, "storage was given back although that was not allowed"
 
 
-def test_zeros_that_may_be_a_hole_are_one(line: Line) -> None:
+def test_write_zeroes_with_unmap_makes_a_hole(line: Line) -> None:
     before = blocks(line.rig)
     assert line.do(WRITE_ZEROES, data=pages(8, 8, UNMAP)).status == OK
     assert before - blocks(line.rig) == 8 * PAGE
 
 
-def test_what_was_discarded_can_be_written_again(line: Line) -> None:
+def test_a_discarded_range_can_be_written_again(line: Line) -> None:
     assert line.do(DISCARD, data=pages(0, 64)).status == OK
     assert line.do(OUT, 8, pattern(PAGE, 7)).status == OK
     assert line.rig.content() == bytes(PAGE) + pattern(PAGE, 7) + bytes(SIZE - 2 * PAGE)
     assert line.do(0, 0, room=3 * PAGE).data == bytes(PAGE) + pattern(PAGE, 7) + bytes(PAGE)
 
 
-def test_reading_a_hole_leaves_it_one(line: Line) -> None:
+def test_reading_a_hole_keeps_it(line: Line) -> None:
     assert line.do(DISCARD, data=pages(0, 64)).status == OK
     assert line.do(0, 0, room=SIZE).data == bytes(SIZE)
     assert blocks(line.rig) == 0
@@ -159,18 +159,18 @@ def test_reading_a_hole_leaves_it_one(line: Line) -> None:
         pytest.param(segment(SIZE // 512, 0), OK, id="no sectors, at the end"),
     ],
 )
-def test_what_cannot_be_done_is_not_half_done(line: Line, kind: int, data: bytes, status: int) -> None:
+def test_invalid_requests_change_nothing(line: Line, kind: int, data: bytes, status: int) -> None:
     assert line.do(kind, data=data) == Answer(status, 1, b"")
     assert line.rig.content() == DISK
     assert line.do(kind, data=pages(0, 1)).status == OK
 
 
-def test_discard_knows_no_unmap(line: Line) -> None:
+def test_discard_has_no_unmap_flag(line: Line) -> None:
     assert line.do(DISCARD, data=pages(0, 1, UNMAP)).status == UNSUPP
     assert line.rig.content() == DISK
 
 
-def test_ranges_are_of_whole_blocks(make_rig: RigFactory) -> None:
+def test_ranges_are_whole_blocks(make_rig: RigFactory) -> None:
     line = make_rig(block_size=4096).line().start(features=FEATURES)
     assert line.do(WRITE_ZEROES, data=segment(0, 1)).status == IOERR
     assert line.do(WRITE_ZEROES, data=segment(1, 8)).status == IOERR
@@ -178,7 +178,7 @@ def test_ranges_are_of_whole_blocks(make_rig: RigFactory) -> None:
 
 
 @pytest.mark.parametrize("kind", [DISCARD, WRITE_ZEROES, SECURE_ERASE])
-def test_what_was_not_negotiated_is_unsupported(make_rig: RigFactory, kind: int) -> None:
+def test_requests_that_were_not_negotiated_are_unsupported(make_rig: RigFactory, kind: int) -> None:
     every = FEATURES | VIRTIO_BLK_F_SECURE_ERASE
     own = {DISCARD: VIRTIO_BLK_F_DISCARD, WRITE_ZEROES: VIRTIO_BLK_F_WRITE_ZEROES}.get(kind, VIRTIO_BLK_F_SECURE_ERASE)
     line = make_rig().line().start(features=every & ~own)
@@ -192,7 +192,7 @@ def test_secure_erase_of_a_file_is_an_error(make_rig: RigFactory) -> None:
     assert line.rig.content() == DISK
 
 
-def test_the_framing_means_nothing(line: Line) -> None:
+def test_the_framing_of_segments_has_no_meaning(line: Line) -> None:
     data = pages(0, 1) + pages(2, 1)
     assert line.do(DISCARD, data=data, readable=[7, 9 + 5, 20, 7]).status == OK
     assert line.rig.content() == zeroed(DISK, (0, 1), (2, 1))
@@ -208,7 +208,7 @@ def test_a_drain_waits_for_the_helpers(line: Line) -> None:
     assert line.rig.content() == zeroed(DISK, *((3 * number, 1) for number in range(20)))
 
 
-def test_a_failure_of_the_storage_is_told(make_rig: RigFactory) -> None:
+def test_a_failure_of_the_storage_is_reported(make_rig: RigFactory) -> None:
     rig = make_rig()
     line = rig.line().start(features=FEATURES)
     fd = os.open(rig.path, os.O_RDONLY)
@@ -234,8 +234,8 @@ def test_a_failure_of_the_storage_is_told(make_rig: RigFactory) -> None:
         max_size=20,
     )
 )
-def test_any_sequence_leaves_what_the_model_has(line: Line, steps: list[tuple[int, int, int, int]]) -> None:
-    """One after the other; a discarded range of a file reads zero."""
+def test_any_sequence_agrees_with_the_model(line: Line, steps: list[tuple[int, int, int, int]]) -> None:
+    """One request at a time; a discarded range of a file reads as zeros."""
     model = bytearray(line.rig.content())
     for number, (kind, sector, count, flags) in enumerate(steps):
         count = min(count, SIZE // 512 - sector)

@@ -1,4 +1,4 @@
-"""One set over every combination of ring format and feature: requests, laps, order, notifications, broken rings."""
+"""The same tests for every combination of ring format and features: requests, laps, order, notifications, errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ENGINES = pytest.mark.parametrize("engine", ["aio", "io_uring", "memory"])
 
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
-    """Makes rigs over images of the content DISK; with Linux AIO unless a test says otherwise."""
+    """Make rigs with images that contain DISK; with Linux AIO by default."""
     with rig_factory(tmp_path, DISK) as factory:
         yield factory
 
@@ -83,7 +83,7 @@ def sectors(first: int, count: int = 1) -> bytes:
 
 
 def framings(ring_size: int, indirect: bool, randomness: random.Random) -> dict[str, object]:
-    """A read of one sector as a chain of some length: how it is cut, and what of it is in an indirect table."""
+    """Framings of a read of one sector: the sizes of its descriptors, and which are in an indirect table."""
     pieces = randomness.randrange(1, min(8, ring_size // 2) + 1)
     writable = [512 // pieces] * (pieces - 1)
     direct = randomness.choice([None, 0, 1]) if indirect else None
@@ -91,7 +91,7 @@ def framings(ring_size: int, indirect: bool, randomness: random.Random) -> dict[
 
 
 def read(line: Line, sector: int, randomness: random.Random) -> Pending:
-    """Put a read of one sector into the ring, in some framing."""
+    """Put a read of one sector into the ring with any framing."""
     return line.put(IN, sector, room=512, **framings(line.ring.size, line.ring.indirect, randomness))  # type: ignore[arg-type]
 
 
@@ -105,7 +105,7 @@ def assert_read(line: Line, pending: Pending, sector: int) -> None:
 @pytest.mark.parametrize("indifferent", [0, sum(INDIFFERENT)], ids=["", "and-more"])
 @ENGINES
 def test_requests_of_each_kind(make_rig: RigFactory, combination: Combination, engine: str, indifferent: int) -> None:
-    """In each framing: all direct, all in an indirect table, the header before one."""
+    """With each framing: all direct, all in an indirect table, the header before a table."""
     rig = make_rig(engine=engine)
     line = rig.line().start(size=8, features=RANGES | indifferent, **combination)
     nothing = bytes([NO_ANSWER])
@@ -128,7 +128,7 @@ def test_requests_of_each_kind(make_rig: RigFactory, combination: Combination, e
 
 
 def test_many_laps(make_rig: RigFactory, combination: Combination) -> None:
-    """Chains of all lengths over the ring's end, one at a time and several, from some place of some lap on."""
+    """Chains of all lengths across the ring's end, single and several ones, from any place in any lap."""
     randomness = random.Random(1)
     line = make_rig().line()
     for size in (2, 4, 8, 64) if combination["ring_class"] is Ring else (2, 3, 4, 7, 33):
@@ -146,7 +146,7 @@ def test_many_laps(make_rig: RigFactory, combination: Combination) -> None:
 
 @pytest.mark.parametrize("slots", [4, 64])
 def test_a_full_ring(make_rig: RigFactory, combination: Combination, slots: int) -> None:
-    """As many chains as there is room for, which is more than there are slots for."""
+    """As many chains as fit into the ring, which are more than there are slots."""
     line = make_rig(slots=slots).line().start(size=32, **combination)
     randomness, requests = random.Random(2), []
     for _ in range(3):
@@ -161,7 +161,7 @@ def test_a_full_ring(make_rig: RigFactory, combination: Combination, slots: int)
 
 
 def test_queues_share_four_slots(make_rig: RigFactory, combination: Combination) -> None:
-    """Those that have ended and are not answered yet, on a ring in order, have their slots meanwhile."""
+    """On a ring in order, requests that are done but wait for their turn keep their slots."""
     rig = make_rig(slots=4)
     lines = [rig.line().start(size=128, **combination) for _ in range(2)]
     reads = [[line.put(FLUSH if n % 5 == 0 else IN, n, room=512) for n in range(1, 41)] for line in lines]
@@ -176,7 +176,7 @@ def test_queues_share_four_slots(make_rig: RigFactory, combination: Combination)
                 assert line.answer(request).status == OK
 
 
-# Any load is like the model.
+# Any load agrees with the model.
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_queues_share_four_slots(make_rig: RigFactory, combination: Combination)
 def test_any_load_is_like_the_model(
     make_rig: RigFactory, combination: Combination, engine: str, direct: bool, slots: int
 ) -> None:
-    """Three queues on two workers; a kick or a call too few is a hang."""
+    """Three queues on two workers; a missing kick or call would be a hang."""
     options = {"engine": engine, "slots": slots, "workers": 2, "guest_size": 16 << 20}
     rig = direct_rig(make_rig, **options) if direct else make_rig(**options)
     lines = [rig.line(number % 2) for number in range(3)]
@@ -209,18 +209,18 @@ def test_any_load_is_like_the_model(
 
 
 def slow_first(line: Line, first: str) -> tuple[Pending, Answer]:
-    """Put a request that does not end while it is fetched."""
+    """Put a request that is not done when its fetch returns."""
     if first == "flush":
         return line.put(FLUSH), Answer(OK, 1, b"")
     if first == "discard":
         return line.put(DISCARD, data=struct.pack("<QII", CAPACITY - 8, 8, 0)), Answer(OK, 1, b"")
-    # Unaligned: with O_DIRECT it goes through a bounce buffer, several times.
+    # Unaligned: with O_DIRECT it passes through a bounce buffer several times.
     size = 3 * BOUNCE_SIZE - 512
     return line.put(IN, 0, room=size, alignment=1), Answer(OK, size + 1, DISK[:size])
 
 
 def quick_ones(line: Line) -> list[tuple[Pending, Answer]]:
-    """Put requests that end while they are fetched."""
+    """Put requests that are done when their fetch returns."""
     nothing = bytes([NO_ANSWER])
     return [
         (line.put(SCSI_CMD), Answer(UNSUPP, 1, b"")),
@@ -233,7 +233,7 @@ SLOW = ("flush", "discard", "large")
 
 
 def put_slow_and_quick(line: Line, first: str) -> list[tuple[Pending, Answer]]:
-    """Have them fetched and no more; the worker is held. (A few times in a row: over the ring's end too.)"""
+    """Have a held worker fetch them without submitting. (Repeated calls also cross the ring's end.)"""
     requests = [slow_first(line, first), *quick_ones(line)]
     line.kick()
     fetch_only(line.worker)
@@ -241,10 +241,10 @@ def put_slow_and_quick(line: Line, first: str) -> list[tuple[Pending, Answer]]:
 
 
 @ENGINES
-def test_answers_come_in_order_where_that_was_negotiated(
+def test_completions_are_in_order_only_if_that_was_negotiated(
     make_rig: RigFactory, combination: Combination, engine: str
 ) -> None:
-    """And as they end where it was not: what has ended does not wait for what has not."""
+    """Without it they come as they are done: no request waits for an earlier one."""
     line = make_rig(engine=engine, direct=True).line().start(size=16, features=RANGES, **combination)
     for first in SLOW * 2:
         with held(line.worker):
@@ -258,7 +258,7 @@ def test_answers_come_in_order_where_that_was_negotiated(
 
 
 @ENGINES
-def test_a_drain_answers_what_has_ended_behind_a_slow_request(
+def test_a_drain_completes_requests_behind_a_slow_one(
     make_rig: RigFactory, combination: Combination, engine: str
 ) -> None:
     line = make_rig(engine=engine, direct=True).line().start(size=16, features=RANGES, **combination)
@@ -277,7 +277,7 @@ def test_a_drain_answers_what_has_ended_behind_a_slow_request(
         assert line.do(IN, 3, room=512) == Answer(OK, 513, sectors(3))
 
 
-def test_a_broken_ring_answers_what_came_before(make_rig: RigFactory, combination: Combination) -> None:
+def test_a_broken_ring_completes_earlier_requests(make_rig: RigFactory, combination: Combination) -> None:
     line = make_rig().line().start(size=16, **combination)
     with held(line.worker):
         requests = put_slow_and_quick(line, "flush")
@@ -290,7 +290,7 @@ def test_a_broken_ring_answers_what_came_before(make_rig: RigFactory, combinatio
     assert [line.answer(pending) for pending, _ in requests] == [answer for _, answer in requests]
 
 
-def test_memory_is_replaced_under_answers_that_wait_for_their_turn(make_rig: RigFactory) -> None:
+def test_memory_is_replaced_under_completions_that_wait_for_their_turn(make_rig: RigFactory) -> None:
     line = make_rig().line().start(size=16, in_order=True)
     with held(line.worker):
         requests = put_slow_and_quick(line, "flush")
@@ -302,10 +302,10 @@ def test_memory_is_replaced_under_answers_that_wait_for_their_turn(make_rig: Rig
     assert eventually(lambda: not line.worker._retired)
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
-def test_stopping_and_going_on_at_every_place(make_rig: RigFactory, combination: Combination) -> None:
+def test_stopping_and_resuming_at_every_place(make_rig: RigFactory, combination: Combination) -> None:
     randomness = random.Random(3)
     line = make_rig().line()
     for size in (4, 8) if combination["ring_class"] is Ring else (4, 5):
@@ -321,7 +321,7 @@ def test_stopping_and_going_on_at_every_place(make_rig: RigFactory, combination:
         line.stop()
 
 
-def test_stop_waits_for_all_that_is_in_flight(line: Line) -> None:
+def test_stop_waits_for_all_requests_in_flight(line: Line) -> None:
     with held(line.worker):
         reads = [line.put(IN, number, room=512, writable=[513]) for number in range(8)]
         line.kick()
@@ -339,8 +339,8 @@ def test_stop_waits_for_all_that_is_in_flight(line: Line) -> None:
         assert_read(line, request, number)
 
 
-def test_what_was_not_fetched_is_served_when_the_ring_goes_on(make_rig: RigFactory, combination: Combination) -> None:
-    """A stop in the middle of what the driver has put: the base is where the device has come to."""
+def test_unfetched_requests_are_served_after_a_restart(make_rig: RigFactory, combination: Combination) -> None:
+    """A stop in the middle of the available chains: the base is the next one that the device would fetch."""
     line = make_rig(slots=3).line().start(size=16, **combination)
     for number in range(6):
         line.do(IN, number, room=512)
@@ -358,14 +358,14 @@ def test_what_was_not_fetched_is_served_when_the_ring_goes_on(make_rig: RigFacto
     assert line.stop() == line.ring.base
 
 
-def test_a_stopped_ring_is_left_alone_and_goes_on_without_a_kick(line: Line) -> None:
+def test_a_stopped_ring_is_not_touched_and_resumes_without_a_kick(line: Line) -> None:
     line.do(IN, room=512)
     base = line.stop()
     request = line.put(IN, 5, room=512)
     line.kick()
     line.rig.line().start().do(IN, room=512)
     assert not line.ring.collect()
-    # Start-up kick: requests may be in the ring before it is served.
+    # Kick at the start: requests may be in the ring before it is served.
     assert take_events(line.kick_fd) == 1
     line.resume(base=base)
     line.wait()
@@ -375,19 +375,19 @@ def test_a_stopped_ring_is_left_alone_and_goes_on_without_a_kick(line: Line) -> 
 # Calls.
 
 
-def test_no_call_where_the_driver_wants_none(line: Line) -> None:
+def test_no_calls_if_the_driver_suppresses_them(line: Line) -> None:
     line.ring.disable_notifications()
     for number in range(5):
         line.put(IN, number, room=512)
         line.kick()
         line.finish_without_a_call()
         assert not has_event(line.call_fd)
-    # But now, by the driver that waits for it.
+    # Now there is one, because the driver waits for it.
     assert line.do(IN, room=512).status == OK
 
 
 @pytest.mark.parametrize("several", [1, FIRST_TURN], ids=["one", "a turn"])
-def test_a_driver_that_wants_calls_is_called_once_a_turn(line: Line, several: int) -> None:
+def test_a_driver_that_wants_calls_is_called_once_per_turn(line: Line, several: int) -> None:
     for _ in range(20):
         line.ring.enable_notifications()
         with held(line.worker):
@@ -399,10 +399,10 @@ def test_a_driver_that_wants_calls_is_called_once_a_turn(line: Line, several: in
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["one-by-one", "at-once"])
-def test_with_event_idx_the_call_comes_with_the_answer_that_was_asked_for(
+def test_with_event_idx_only_the_requested_completion_is_called(
     make_rig: RigFactory, combination: Combination, at_once: bool
 ) -> None:
-    """And with no other, over many laps; the driver that has not negotiated it is called with each."""
+    """This holds over many laps; a driver without the feature is called for each completion."""
     randomness = random.Random(4)
     line = make_rig().line()
     for size in (16, 32) if combination["ring_class"] is Ring else (30, 33):
@@ -426,12 +426,12 @@ def test_with_event_idx_the_call_comes_with_the_answer_that_was_asked_for(
 
 
 def chain_length(writable: list[int], direct: int | None) -> int:
-    """Descriptors of the ring."""
+    """The number of the chain's descriptors in the ring."""
     return 1 + len(writable) if direct is None else direct + 1
 
 
 def calls_for(line: Line, framings: Sequence[dict[str, object]]) -> int:
-    """How often the driver is called for these reads, which are put at once."""
+    """How often the driver is called for these reads, which are submitted together."""
     with held(line.worker):
         for framing in framings:
             line.put(IN, room=512, **framing)  # type: ignore[arg-type]
@@ -451,7 +451,7 @@ def test_kicks_are_off_while_the_worker_is_awake_and_on_before_it_sleeps(line: L
             line.kick()
             fetch_only(line.worker)
             asked = line.worker.call(line.ring.asks_for_kick)
-            # It comes while the worker is awake, and needs no kick.
+            # It comes while the worker is awake, so it needs no kick.
             line.worker.call(lambda number=number, requests=requests: requests.append(line.put(IN, number, room=512)))
             kick = line.worker.call(line.ring.publish)
         assert not asked.result()
@@ -472,10 +472,10 @@ def test_a_worker_that_never_sleeps_needs_no_kick(make_rig: RigFactory, combinat
 
 
 @pytest.mark.parametrize("poll_us", [0, 50])
-def test_a_driver_that_kicks_when_it_is_asked_to_is_served(
+def test_a_driver_that_kicks_only_if_requested_is_served(
     make_rig: RigFactory, combination: Combination, poll_us: int
 ) -> None:
-    """At once, when the worker is about to sleep, and when it sleeps."""
+    """At once, while the worker is about to sleep, and while it sleeps."""
     line = make_rig(poll_us=poll_us).line().start(size=16, **combination)
     randomness = random.Random(5)
     for number in range(60):
@@ -497,9 +497,9 @@ NOWHERE = 0xDEAD_0000_0000
 HEADER, STATUS = Piece(0x1000, 16, False).descriptor, Piece(0x2000, 1, True).descriptor
 TABLE = GUEST_BASE + 0x3000
 
-# Descriptors of a chain (address, length, flags; NEXT is where there is one more), and the rule that it breaks.
+# Descriptors of a chain (address, length, flags; NEXT if another one follows), and the rule that it breaks.
 CHAINS = [
-    # All of the ring's, and from the last one to the first.
+    # All descriptors of the ring, with a loop from the last one to the first.
     ([HEADER] * 15 + [(HEADER[0], 16, NEXT)], rules.LOOP),
     ([(NOWHERE, 16, 0), STATUS], rules.ADDRESS),
     ([HEADER, (NOWHERE, 1, WRITE)], rules.ADDRESS),
@@ -513,13 +513,13 @@ TABLES = [
     ([(TABLE, 17, INDIRECT)], rules.INDIRECT_LENGTH),
     ([(TABLE, 16, INDIRECT), STATUS], rules.INDIRECT_NEXT),
     ([(NOWHERE, 16, INDIRECT)], rules.INDIRECT_ADDRESS),
-    # What it holds is another table.
+    # The table refers to another table.
     ([HEADER, (TABLE, 16, INDIRECT)], rules.INDIRECT_NESTED),
 ]
 
 
 def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureFixture) -> None:
-    """The ring is given up for this, driver and log are told, another queue is served, and a reset mends it all."""
+    """Check that this breaks the ring with an error event and a log line, not another queue, until a reset."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         line.kick()
@@ -528,7 +528,7 @@ def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureF
     assert int(line.queue.record["broken"]) == rule
     assert f"{line.queue.name}: ring broken by the driver: {rules.MESSAGES[rule]}" in caplog.text
     if line.ring.has_room(3):
-        # Whatever the driver does with it now.
+        # Nothing that the driver does changes that.
         line.put(IN, room=512)
         line.kick()
     assert other.do(IN, 3, room=512) == Answer(OK, 513, sectors(3))
@@ -541,7 +541,7 @@ def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureF
 
 
 def two_lines(make_rig: RigFactory, combination: Combination) -> list[Line]:
-    """Of one worker, both in use. At TABLE is an indirect table of one descriptor, another one's, in both formats."""
+    """Two used lines of one worker. At TABLE is an indirect table that refers to another one, in both formats."""
     rig = make_rig()
     rig.guest.free = 0x4000
     rig.guest.write(TABLE - GUEST_BASE, struct.pack("<QIHH", TABLE, 16, INDIRECT, INDIRECT))
@@ -562,7 +562,7 @@ def test_a_bad_chain_breaks_its_ring_and_no_other(
 
 @pytest.mark.parametrize("combination", WITHOUT_INDIRECT)
 @pytest.mark.parametrize("direct", [0, 1])
-def test_an_indirect_table_that_was_not_negotiated(
+def test_an_indirect_table_without_the_feature(
     make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture, direct: int
 ) -> None:
     line, other = two_lines(make_rig, combination)
@@ -570,7 +570,7 @@ def test_an_indirect_table_that_was_not_negotiated(
     assert_breaks(line, other, rules.INDIRECT_NOT_NEGOTIATED, caplog)
 
 
-def test_a_head_that_the_ring_does_not_have(
+def test_a_head_outside_the_ring(
     make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
 ) -> None:
     line, other = two_lines(make_rig, combination)
@@ -579,7 +579,7 @@ def test_a_head_that_the_ring_does_not_have(
     assert "(chain 16)" in caplog.text or line.ring.layout().packed
 
 
-def test_what_came_before_a_bad_chain_is_served_and_what_came_after_is_not(
+def test_requests_before_a_bad_chain_are_served_and_later_ones_are_not(
     make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
 ) -> None:
     line, other = two_lines(make_rig, combination)
@@ -599,7 +599,7 @@ def test_what_came_before_a_bad_chain_is_served_and_what_came_after_is_not(
 def test_more_chains_in_flight_than_descriptors(
     make_rig: RigFactory, combination: Combination, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One of a full ring's is made available once more while it is in flight."""
+    """A chain of a full ring is made available again while it is in flight."""
     line = make_rig().line().start(size=2, **combination)
     with held(line.worker):
         requests = [line.put(IN, number, room=512, direct=0) for number in range(2)]
@@ -616,7 +616,7 @@ def test_more_chains_in_flight_than_descriptors(
     assert len(line.ring.collect()) == 2
 
 
-def test_the_same_chain_twice_in_flight_is_answered_twice(line: Line) -> None:
+def test_the_same_chain_twice_in_flight_completes_twice(line: Line) -> None:
     with held(line.worker):
         request = line.put(IN, 3, room=512)
         line.ring.put_available(request.head)

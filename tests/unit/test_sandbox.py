@@ -1,4 +1,4 @@
-"""The sandbox: what a confined process cannot do any more, on each of its threads, and that it serves all the same."""
+"""The sandbox: what a confined process can no longer do, in each of its threads, and that it still serves."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ SOON = 60.0
 needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 
-# The `serve` command, but whatever the filter does not know ends the process instead of failing: so nobody can fail to
-# notice that the filter is too narrow.
+# The `serve` command, but any call that the filter does not allow ends the process instead of failing, so that a test
+# notices if the filter is too strict.
 STRICT = """
 import functools
 from ringplane import sandbox
@@ -56,7 +56,7 @@ serve()
 
 
 class Served:
-    """A process that serves a disk at `socket`; `command` is that of Python."""
+    """A process that serves a disk at `socket`; `command` are arguments of Python."""
 
     def __init__(self, folder: Path, command: list[str], *arguments: str, image: Path | None = None) -> None:
         self.socket, self.image = folder / "socket", image or folder / "image"
@@ -78,13 +78,13 @@ class Served:
         return Driver(self.socket, memory_size=MEMORY_SIZE, **options)
 
     def statuses(self) -> dict[str, dict[str, str]]:
-        """Of each thread, /proc/PID/task/*/status."""
+        """/proc/PID/task/*/status of each thread."""
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
         lines = {task.name: (task / "status").read_text().splitlines() for task in tasks}
         return {task: dict(line.split(":\t", 1) for line in each if ":\t" in line) for task, each in lines.items()}
 
     def end(self, number: int = signal.SIGTERM) -> str:
-        """What it had to say on standard error; it must have ended well."""
+        """Stop it and return its standard error; it must exit with status 0."""
         self.process.send_signal(number)
         assert self.process.wait(SOON) == 0, self._errors.read_text()
         return self._errors.read_text()
@@ -98,7 +98,7 @@ class Served:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """Serves with `ringplane serve`, or strictly; on an image that there is, or a new one."""
+    """Serve an existing or a new image with `ringplane serve`, or with the strict filter."""
     started: list[Served] = []
 
     def start(*arguments: str, strict: bool = False, image: Path | None = None) -> Served:
@@ -126,7 +126,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize(("machine", "header"), [("x86_64", "asm/unistd_64.h"), ("aarch64", "asm-generic/unistd.h")])
-def test_numbers_are_the_kernels(machine: str, header: str) -> None:
+def test_system_call_numbers_match_the_kernel(machine: str, header: str) -> None:
     places = [Path("/usr/include", header), Path(f"/usr/include/{MACHINE}-linux-gnu", header)]
     found = [place for place in places if place.exists()]
     if not found:
@@ -143,7 +143,7 @@ def test_numbers_are_the_kernels(machine: str, header: str) -> None:
 
 
 def decide(program: list[seccomp.Instruction], number: int, *arguments: int, arch: int = seccomp.AUDIT_ARCH) -> int:
-    """What the kernel's machine would answer."""
+    """The result of running the filter for this call."""
     data = struct.pack("IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
     at = accumulator = 0
     while True:
@@ -183,7 +183,7 @@ def test_program() -> None:
     assert decide(program, NUMBERS["read"], arch=0x4000_0003) == SECCOMP_RET_KILL_PROCESS
 
 
-# What is confined cannot do, on each thread
+# What a confined process cannot do, in each thread
 
 # Prints, for each thread and attempt, the error's name, or "done".
 ATTEMPTS = """
@@ -277,7 +277,7 @@ def attempts(tmp_path: Path) -> Callable[[str], dict[str, dict[str, str]]]:
     def attempt_all(how: str) -> dict[str, dict[str, str]]:
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-c", ATTEMPTS, str(folder), how]
-        # Some of it works without the filter, and is to harm nobody.
+        # Some of the attempts succeed without the filter, and must be harmless.
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SOON, env=environment
         )
@@ -315,7 +315,7 @@ def test_landlock_holds_without_the_filter(attempts: Callable[[str], dict[str, d
 
 @contextlib.contextmanager
 def open_abstract() -> Iterator[None]:
-    """An abstract socket that listens, so that only Landlock can refuse to connect to it."""
+    """A listening abstract socket, so that only Landlock can refuse a connection to it."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"\0ringplane test {os.getpid()}")
         sock.listen()
@@ -351,7 +351,7 @@ except ValueError:
 """
 
 
-def test_what_it_is_too_late_for_is_told() -> None:
+def test_threads_that_started_too_early_are_reported() -> None:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, timeout=SOON)
     assert done.returncode == 0
@@ -361,8 +361,8 @@ def test_what_it_is_too_late_for_is_told() -> None:
 
 
 @pytest.mark.parametrize("operation", [0, 18, 19, 45])
-def test_ring_does_nothing_but_io(operation: int) -> None:
-    """io_uring's NOP, OPENAT, CLOSE, SOCKET; what a ring can do is limited whether or not there is a sandbox."""
+def test_an_io_uring_ring_does_only_io(operation: int) -> None:
+    """io_uring's NOP, OPENAT, CLOSE and SOCKET fail; rings are restricted with and without the sandbox."""
     need_engine("io_uring")
     assert operation not in OPERATIONS
     engine = Uring(4)
@@ -392,7 +392,7 @@ def test_all_threads_are_confined(serve: Callable[..., Served], engine: str) -> 
         driver.write(0, b"x" * 4096)
         driver.flush()
         statuses = served.statuses()
-        # The main thread, the control thread, and for each I/O thread two helpers; the kernel's own may be there too.
+        # The main thread, the control thread, and two helpers per I/O thread; maybe also the kernel's own.
         assert len(statuses) >= 8
         for status in statuses.values():
             assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
@@ -405,7 +405,7 @@ def test_all_threads_are_confined(serve: Callable[..., Served], engine: str) -> 
 
 
 def dump_flags(smaps: Path) -> set[bool]:
-    """Whether mappings of guest memory are left out of core dumps."""
+    """Whether mappings of guest memory are excluded from core dumps."""
     found, of_guest = set(), False
     for line in smaps.read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -422,7 +422,7 @@ def test_without_a_sandbox(serve: Callable[..., Served]) -> None:
 
 
 def exercise(served: Served, *, discards: bool = True) -> None:
-    """All kinds of requests, and front ends that come and go."""
+    """Requests of all types, and several front ends one after the other."""
     for _ in range(2):
         with served.attach() as driver:
             driver.write(0, b"x" * 65536)
@@ -480,7 +480,7 @@ def test_nothing_forbidden_is_called_without_the_kernels_io(serve: Callable[...,
             served.process.send_signal(signal.SIGHUP)
             wait_until(lambda: driver.read_config() or driver.capacity == 2 * IMAGE_SIZE)  # type: ignore
             driver.write(2 * IMAGE_SIZE - 4096, b"x" * 4096)
-            # The page of a mapping goes, which a signal's handler sees to.
+            # A page of a mapping disappears, and a signal handler replaces it.
             os.truncate(served.image, 4096)
             with contextlib.suppress(OSError):
                 driver.write(8192, b"x" * 4096)
@@ -504,7 +504,7 @@ def loop_device() -> Iterator[Path]:
         os.truncate(file.name, IMAGE_SIZE)
         done = subprocess.run(["losetup", "--find", "--show", file.name], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"no loop device can be had: {done.stderr}")
+            pytest.skip(f"loop devices are unavailable: {done.stderr}")
         yield Path(done.stdout.strip())
         subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
 
@@ -527,7 +527,7 @@ def test_nothing_forbidden_is_called_for_zones(serve: Callable[..., Served], tmp
 @needs_all
 @pytest.mark.parametrize("engine", ["io_uring", "aio"])
 def test_nothing_forbidden_is_called_for_a_successor(serve: Callable[..., Served], engine: str) -> None:
-    """Each takes over from the one before, and all are confined."""
+    """Each process takes over from the previous one, and all are confined."""
     served = serve("--engine", engine, strict=True)
     with served.attach() as driver:
         driver.write(0, b"x" * 4096)
@@ -542,7 +542,7 @@ def test_nothing_forbidden_is_called_for_a_successor(serve: Callable[..., Served
     assert not served.socket.with_name("socket.upgrade").exists()
 
 
-# Where parts of it are missing
+# Kernels without parts of it
 
 BARE = """
 from ringplane.native import landlock
@@ -552,7 +552,7 @@ serve()
 """
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_parts_are_logged(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(bytes(IMAGE_SIZE))
     served = Served(tmp_path, ["-c", BARE])
     try:
@@ -567,7 +567,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         served.close()
 
 
-def test_a_sandbox_that_is_asked_for_is_whole(tmp_path: Path) -> None:
+def test_a_required_sandbox_must_be_complete(tmp_path: Path) -> None:
     where = ["--blk-file", str(tmp_path / "image"), "--create", "1M", "--socket-path", str(tmp_path / "socket")]
     command = [sys.executable, "-c", BARE, *where, "--sandbox"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SOON)
@@ -585,7 +585,7 @@ def test_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("version", "rights"), [(1, (0x1FFF, 0, 0)), (4, (0x7FFF, 3, 0)), (9, (0xFFFF, 3, 3))])
-def test_an_older_landlock_is_asked_for_what_it_knows(
+def test_only_supported_rights_are_requested_from_an_older_landlock(
     monkeypatch: pytest.MonkeyPatch, version: int, rights: tuple[int, ...]
 ) -> None:
     asked = []
@@ -608,7 +608,7 @@ def test_an_older_landlock_is_asked_for_what_it_knows(
 
 @pytest.fixture
 def folder_of_nobody() -> Iterator[Path]:
-    """Where anybody may come to, unlike pytest's own."""
+    """A folder that all users can access, unlike pytest's own."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         os.chmod(name, 0o755)
         yield Path(name)
@@ -628,18 +628,18 @@ def test_another_user(folder_of_nobody: Path, options: list[str]) -> None:
             assert set(status["Uid"].split()) == {str(nobody.pw_uid)}
             assert set(status["Gid"].split()) == {str(nobody.pw_gid)}
             assert (status["Groups"].strip(), int(status["CapEff"], 16)) == ("", 0)
-        # Root's, as the process cannot be dumped.
+        # It belongs to root, because the process is not dumpable.
         assert Path(f"/proc/{served.process.pid}/mem").stat().st_uid == 0
         errors = served.end()
         assert "cannot pin" not in errors
-        # The folder is root's.
+        # The folder belongs to root.
         assert "socket: cannot remove the socket's file: Permission denied" in errors
     finally:
         served.close()
 
 
 @needs_root
-def test_another_users_folder(folder_of_nobody: Path) -> None:
+def test_the_folder_of_another_user(folder_of_nobody: Path) -> None:
     os.chown(folder_of_nobody, pwd.getpwnam("nobody").pw_uid, -1)
     (folder_of_nobody / "image").write_bytes(bytes(IMAGE_SIZE))
     served = Served(folder_of_nobody, ["-m", "ringplane", "serve"], "--user", "nobody")
@@ -651,7 +651,7 @@ def test_another_users_folder(folder_of_nobody: Path) -> None:
         served.close()
 
 
-def test_becoming_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switching_the_user_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(groups: list[int]) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -660,7 +660,7 @@ def test_becoming_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         sandbox.change_user(parse_user("daemon"))
 
 
-def test_how_users_are_written() -> None:
+def test_user_options_are_parsed() -> None:
     root = pwd.getpwuid(0)
     assert parse_user(root.pw_name) == User(root.pw_name, 0, root.pw_gid)
     assert parse_user("0:12345") == User("0:12345", 0, 12345)
@@ -677,7 +677,7 @@ def test_how_users_are_written() -> None:
             parse_user(wrong)
 
 
-def test_a_user_that_is_not_there() -> None:
+def test_a_user_that_does_not_exist() -> None:
     done = CliRunner().invoke(serve_command, ["--user", "nobody-of-this-name"])
     assert done.exit_code == 2
     assert "user 'nobody-of-this-name' does not exist" in done.output

@@ -1,4 +1,4 @@
-"""`ringplane serve` as a process: what it prints, how it ends, and what it refuses in one line."""
+"""`ringplane serve` as a process: its output, its exit status, and one-line errors."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Of the socket."""
+    """The path of the socket."""
     return tmp_path / "socket"
 
 
 class Served:
-    """A `ringplane serve` process that listens; `lines` is what it has printed so far."""
+    """A `ringplane serve` process that listens; `lines` is its output so far."""
 
     def __init__(self, arguments: Sequence[str], **options: object) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed when the object goes)
@@ -70,7 +70,7 @@ class Served:
             self.lines.append(line.rstrip("\n"))
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        """Send a signal and wait; exit status, and what was still printed on both streams."""
+        """Send a signal and wait; returns the exit status and the rest of both output streams."""
         self.process.send_signal(number)
         return self.finish()
 
@@ -83,7 +83,7 @@ class Served:
 
 @pytest.fixture
 def serve(path: Path, image: Path) -> Iterator[Callable[..., Served]]:
-    """Serves the image at the socket, unless the arguments say something else."""
+    """Serve the image at the socket, unless the arguments say otherwise."""
     started: list[Served] = []
 
     def start(*arguments: str, disk: Path = image, at: Path | None = path, **options: object) -> Served:
@@ -101,13 +101,13 @@ def serve(path: Path, image: Path) -> Iterator[Callable[..., Served]]:
 
 
 def refused(*arguments: object, **options: object) -> str:
-    """The one line that says why; the process must have failed."""
+    """The one-line error message; the process must have failed."""
     done = subprocess.run(  # type: ignore[call-overload]
         [*SERVE, *map(str, arguments)], capture_output=True, text=True, timeout=SOON, **options
     )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    # Click puts how to use the program in front of errors of usage.
+    # Click prints the usage before usage errors.
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("Error: ")
@@ -167,7 +167,7 @@ def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number:
 def test_systemd_is_told_when_front_ends_may_connect(
     serve: Callable[..., Served], path: Path, tmp_path: Path, kind: str
 ) -> None:
-    """sd_notify(3). Once, and not before."""
+    """By sd_notify(3), once, and not earlier."""
     name = str(tmp_path / "notify") if kind == "path" else f"\0{tmp_path}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(name)
@@ -318,7 +318,7 @@ def test_place_where_no_socket_can_be(image: Path, tmp_path: Path, name: str) ->
 
 
 def test_inherited_listening_socket(serve: Callable[..., Served], path: Path) -> None:
-    """It is the parent's: its file stays."""
+    """It belongs to the parent, so its file stays."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
@@ -507,7 +507,7 @@ def test_buffered_says_so(serve: Callable[..., Served]) -> None:
 
 
 def announced(served: Served) -> str:
-    """How the disk is served, of the line that says so."""
+    """The part of the start-up message that describes how the disk is served."""
     line = next(line for line in served.lines if line.startswith("serving "))
     return line.split("iB, ")[1]
 
@@ -597,7 +597,7 @@ def test_engine_memory_of_a_file_is_not_for_every_image(config: Path) -> None:
 
 
 def test_the_compiler_is_not_kept_in_memory(serve: Callable[..., Served]) -> None:
-    """LLVM's code, some 50 MB, is needed for loading the data plane and no more."""
+    """LLVM's code, some 50 MB, is only needed to load the data plane."""
     served = serve("--num-queues", "1")
     resident, mappings, code = 0, 0, False
     for line in Path(f"/proc/{served.process.pid}/smaps").read_text().splitlines():
@@ -707,7 +707,7 @@ def test_log_level(serve: Callable[..., Served], path: Path) -> None:
 
 
 def allowed_cpus(pid: int) -> list[str]:
-    """Of each thread, the main thread's first."""
+    """The allowed CPUs of each thread, the main thread's first."""
     statuses = [task.joinpath("status").read_text() for task in sorted(Path(f"/proc/{pid}/task").iterdir())]
     return [status.split("\nCpus_allowed_list:")[1].split()[0] for status in statuses]
 
@@ -762,7 +762,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serve_config() -> Iterator[Callable[..., Served]]:
-    """Serves the disks of a file."""
+    """Serve the disks of a configuration file."""
     with contextlib.ExitStack() as stack:
 
         def start(config: Path, *arguments: str, **options: object) -> Served:
@@ -793,7 +793,7 @@ def test_disks_of_a_file(serve_config: Callable[..., Served], config: Path, tmp_
     assert (status, "Traceback" in err) == (0, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "b.img", "disks.toml"]
     assert (tmp_path / "a.img").read_bytes()[:512] == b"a" * 512
-    # Once more: now the images are there.
+    # Again: now the images exist.
     again = serve_config(config)
     with attach(tmp_path / "b.sock") as b:
         assert b.read(0, 512) == b"b" * 512
@@ -906,11 +906,11 @@ def test_descriptor_for_management_software() -> None:
     assert set(descriptor) <= {"type", "description", "binary", "tags"}
 
 
-# Where there is no good place for the compiled code
+# Without a usable cache folder
 
 
 def test_cache_folder_that_is_a_file_still_works(serve: Callable[..., Served], path: Path, tmp_path: Path) -> None:
-    """Nobody can write there, root included; it compiles into a temporary folder, which is gone afterwards."""
+    """Not even root can write there; the code is compiled into a temporary folder, which is removed afterwards."""
     blocked, temporary = tmp_path / "file", tmp_path / "tmp"
     blocked.touch()
     temporary.mkdir()
