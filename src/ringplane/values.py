@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import grp
+import math
 import os
 import pwd
 import re
@@ -20,6 +21,8 @@ MAX_ID = (1 << 32) - 2
 MAX_SERIAL = 20
 
 MAX_POLL_US = 1_000_000
+
+MAX_SECONDS = 86_400
 
 MIN_ZONE, MAX_ZONE = 64 << 10, 1 << 40
 
@@ -106,6 +109,17 @@ def parse_poll_us(text: str) -> int | None:
     if not text.isascii() or not text.isdigit() or int(text) > MAX_POLL_US:
         raise ValueError(f"{text!r} is neither a number of microseconds from 0 to {MAX_POLL_US} nor always")
     return int(text)
+
+
+def parse_seconds(text: str, lowest: float) -> float:
+    """A number of seconds from `lowest` to MAX_SECONDS. Raises ValueError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not lowest <= seconds <= MAX_SECONDS:
+        raise ValueError(f"{text!r} is not a number of seconds from {lowest:g} to {MAX_SECONDS}")
+    return seconds
 
 
 def parse_feature(text: str) -> tuple[str, bool]:

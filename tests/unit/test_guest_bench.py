@@ -1,15 +1,13 @@
-"""The benchmark with real guests: parsing fio's output, evaluating the runs, writing docs/performance.md."""
+"""The benchmark with real guests: parsing fio's output, evaluating the runs, writing a Markdown file."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from ringplane.bench.errors import BenchError
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks/guests.py"
+from . import benchmark
+
 # fio 3.33: randrw, 4 KiB, depth 8, --unified_rw_reporting=1 --clat_percentiles=0 --lat_percentiles=1
 PERCENTILES = (
     "1.000000%=8;5.000000%=8;10.000000%=9;20.000000%=9;30.000000%=9;40.000000%=9;50.000000%=10;60.000000%=10;"
@@ -24,16 +22,7 @@ LINE = (
 
 @pytest.fixture(scope="module")
 def guests() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("guests_benchmark", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+    return benchmark.load("guests")
 
 
 def row(guests: ModuleType, subject: str, number: int, iops: float, strangers: float = 0.0):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Back end processes: ringplane and qemu-storage-daemon, started on an image, ended, and why one did not start."""
+"""Back end processes: ringplane and qemu-storage-daemon, started on an image, stopped, and why one did not start."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pathlib import Path
 
 from ringplane.bench.errors import BenchError, never
 from ringplane.bench.results import QSD, RINGPLANE, Subject
+from ringplane.values import format_cpus
 
 QSD_AIO = ("native", "io_uring", "threads")
 # A first start of ringplane compiles the data plane.
 START_DEADLINE = 120.0
-# What ringplane says then.
+# What ringplane prints when it is ready.
 READY = "listening on"
 STOP_DEADLINE = 20.0
 
@@ -29,13 +30,19 @@ def ringplane(flags: str = "") -> Subject:
     try:
         words = tuple(shlex.split(flags))
     except ValueError as error:
-        raise BenchError(f"--ringplane {flags!r}: {error}") from None
+        raise BenchError(f"--ringplane {flags!r}: cannot be split into options: {error}") from None
     return Subject(" ".join((RINGPLANE, *words)), RINGPLANE, words)
 
 
 def qemu_storage_daemon(aio: str, iothread: bool = False) -> Subject:
     """qemu-storage-daemon with `aio`, its export in the main loop or in an iothread (which polls up to 32 us)."""
     return Subject(f"{QSD} {aio}{' iothread' if iothread else ''}", QSD, (aio, *(["iothread"] if iothread else [])))
+
+
+def require(subject: Subject) -> None:
+    """Raise BenchError if the program is not installed."""
+    if subject.family == QSD and not shutil.which(QSD):
+        raise BenchError(f"{QSD} is not installed: apt install qemu-utils, or use --against nothing")
 
 
 def keeps_data(subject: Subject) -> bool:
@@ -64,7 +71,7 @@ def command(subject: Subject, image: Path, socket: Path, queues: int, shared: bo
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A back end that listens at `socket`; what it says goes to `log`."""
+    """A back end that listens at `socket`; what it prints goes to `log`."""
 
     subject: Subject
     image: Path
@@ -72,10 +79,10 @@ class Running:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def last_words(self) -> str:
-        """The last line that it said."""
+    def last_line(self) -> str:
+        """The last line that it printed; empty if it printed nothing."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "it said nothing"
+        return lines[-1].strip() if lines else ""
 
 
 @contextlib.contextmanager
@@ -89,18 +96,16 @@ def running(
     cpus: Collection[int] = (),
     pulse: Callable[[], None] = never,
 ) -> Iterator[Running]:
-    """Start a back end, wait until it listens, and end it afterwards. Socket and log lie in `folder`.
+    """Start a back end, wait until it listens, and stop it afterwards. Socket and log lie in `folder`.
 
     `cpus` are those that it may use; all of this process's if empty. `pulse` is called while it starts. Raises
-    BenchError with its last line when it does not start.
+    BenchError with its last line of output when it does not start.
     """
-    if subject.family == QSD and not shutil.which(QSD):
-        raise BenchError(f"{QSD} is not installed (Debian package qemu-utils)")
     number = len(list(folder.glob("*.log")))
     socket, log = folder / f"{number}.sock", folder / f"{number}.log"
     words = command(subject, image, socket, queues, shared)
     with log.open("wb") as output, pinned(cpus):
-        # In a session of its own: a Ctrl-C is for the bench, which ends its back ends in order.
+        # In a session of its own: Ctrl-C is for the bench, which stops its back ends in order.
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -116,12 +121,12 @@ def running(
 
 @contextlib.contextmanager
 def pinned(cpus: Collection[int]) -> Iterator[None]:
-    """Let this thread, and so the processes that it starts meanwhile, use only some CPUs; raises BenchError."""
+    """Let this thread, and the processes that it starts meanwhile, use only some CPUs; raises BenchError."""
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, cpus or before)
     except OSError as error:
-        raise BenchError(f"CPUs {sorted(cpus)} cannot be used: {error.strerror}") from None
+        raise BenchError(f"CPUs {format_cpus(cpus)} cannot be used: {error.strerror}") from None
     try:
         yield
     finally:
@@ -133,17 +138,24 @@ def _wait_for_socket(backend: Running, pulse: Callable[[], None]) -> None:
     deadline = time.monotonic() + START_DEADLINE
     while not _listens(backend):
         if backend.process.poll() is not None:
-            raise BenchError(f"{backend.subject.name} did not start: {backend.last_words()}")
+            status = f"exit status {backend.process.returncode}"
+            raise BenchError(f"{backend.subject.name} did not start: {backend.last_line() or status}")
         if time.monotonic() > deadline:
-            raise BenchError(f"{backend.subject.name} did not listen in {START_DEADLINE:.0f} s: {backend.last_words()}")
+            after = f"did not listen within {START_DEADLINE:.0f} s"
+            raise BenchError(f"{backend.subject.name} {after}{ending(backend.last_line())}")
         pulse()
         time.sleep(0.01)
 
 
 def _listens(backend: Running) -> bool:
-    # The socket of a first start of ringplane is there while the data plane is compiled still.
-    told = backend.subject.family != RINGPLANE or READY in backend.log.read_text(errors="replace")
-    return told and backend.socket.is_socket()
+    # ringplane's socket may exist before it can serve: the data plane is compiled first.
+    ready = backend.subject.family != RINGPLANE or READY in backend.log.read_text(errors="replace")
+    return ready and backend.socket.is_socket()
+
+
+def ending(last_line: str) -> str:
+    """What an error message about a back end ends with."""
+    return f"; its last line of output: {last_line}" if last_line else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

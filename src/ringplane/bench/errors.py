@@ -1,10 +1,10 @@
-"""What ends a bench before its time."""
+"""What ends a bench early."""
 
 from __future__ import annotations
 
 
 class BenchError(Exception):
-    """The bench cannot be done; the text is for the person who asked for it."""
+    """The bench cannot be done; the text is a message for the user."""
 
 
 class Interrupted(Exception):
@@ -16,4 +16,4 @@ class Interrupted(Exception):
 
 
 def never() -> None:
-    """Nobody interrupts this bench."""
+    """Nothing interrupts this bench."""

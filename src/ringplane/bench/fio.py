@@ -27,14 +27,14 @@ OVERHEAD = 0.7
 
 
 def require() -> None:
-    """Raise BenchError if fio is not there."""
+    """Raise BenchError if fio is not installed."""
     if not shutil.which("fio"):
-        raise BenchError("fio is not installed (Debian package fio); leave out --fio to measure without it")
+        raise BenchError("fio is not installed: apt install fio, or leave out --fio")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What fio found: latencies in microseconds; CPU time of fio's own threads for one request, without io_uring's."""
+    """fio's results: latencies in microseconds; CPU time of fio's own threads per request, without io_uring's."""
 
     seconds: float
     requests: int
@@ -49,7 +49,7 @@ class Measured:
 
 
 def command(image: Path, cell: Cell, region: tuple[int, int], seconds: float, warm_up: float) -> list[str]:
-    """fio's command line for a cell: one job a queue, each on its part of `region` (offset and length in bytes)."""
+    """fio's command line for a cell: one job per queue, each on its part of `region` (offset and length in bytes)."""
     workload = WORKLOADS[cell.workload]
     share = region[1] // cell.queues // workload.block_size * workload.block_size
     kind = {0: "write", 100: "read"}.get(workload.read_percent, "rw")
@@ -88,9 +88,9 @@ def measure(
         process.wait()
         raise
     if process.returncode != 0:
-        last = (errors.strip() or output.strip() or f"status {process.returncode}").splitlines()[-1]
+        last = (errors.strip() or output.strip() or f"exit status {process.returncode}").splitlines()[-1]
         raise BenchError(f"fio failed on {image}: {last}")
-    # What it warns of may stand before the JSON.
+    # Warnings may stand before the JSON.
     return parse(json.loads(output[output.index("{") :])["jobs"][0])
 
 

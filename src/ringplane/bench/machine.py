@@ -1,4 +1,4 @@
-"""What a bench ran on: for the report, so that figures are not taken for those of another machine."""
+"""What a bench ran on: for the report, because figures are true for one machine only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def describe() -> dict[str, object]:
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["ringplane", *sys.argv[1:]]),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

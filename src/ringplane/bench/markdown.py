@@ -3,115 +3,151 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
+import shlex
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ringplane.bench import machine
-from ringplane.bench.cells import WORKLOADS
+from ringplane.bench import files, machine
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import QSD, Report
-from ringplane.bench.summary import Compared, Outcome, compare, outcomes
-from ringplane.bench.tables import heading, limit, noise, number
+from ringplane.bench.summary import Compared, compare
+from ringplane.bench.tables import SHORT, heading, loads, number, rounds_of, steadiness
+from ringplane.values import format_size
 
-BEGIN = "<!-- ringplane bench: begin (generated; what is written here by hand is lost) -->"
+BEGIN = "<!-- ringplane bench: begin (generated: changes made by hand are lost) -->"
 END = "<!-- ringplane bench: end -->"
+WIDTH = 100
 
 
 def write(path: Path, report: Report) -> None:
     """Replace what is between the markers of a file, or make the file; raises BenchError without the markers."""
-    generated = f"{BEGIN}\n\n{render(report)}\n{END}\n"
-    if path.exists():
-        text = path.read_text()
-        check(path)
-        before, _, rest = text.partition(BEGIN)
-        generated = before + generated + rest.partition(END)[2].removeprefix("\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(generated)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    before, after = _around(path)
+    files.write(path, f"{before}{BEGIN}\n\n{render(report)}\n{END}\n{after}")
 
 
 def check(path: Path) -> None:
-    """Raise BenchError if a file exists and has not exactly one pair of markers: before anything is measured."""
+    """Raise BenchError unless `write` will succeed: before anything is measured."""
+    files.check(path)
+    _around(path)
+
+
+def _around(path: Path) -> tuple[str, str]:
+    """What a file has before and after the markers; raises BenchError unless it has exactly one pair of them."""
     if not path.exists():
-        if not path.parent.is_dir():
-            raise BenchError(f"{path}: there is no folder {path.parent}")
-        return
-    text = path.read_text()
+        return "", ""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}: cannot be read as text: {error}") from None
     if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise BenchError(f"{path}: has not these two lines, between which the tables go:\n{BEGIN}\n{END}")
+        raise BenchError(f"{path}: needs these two lines; the tables are put between them:\n{BEGIN}\n{END}")
+    before, _, rest = text.partition(BEGIN)
+    return before, rest.partition(END)[2].removeprefix("\n")
 
 
 def render(report: Report) -> str:
-    """The machine, the tables and the targets."""
+    """The tables, and how they were measured."""
     compared = compare(report)
-    settings = report.settings
-    parts = [
-        f"{machine.sentence(report.machine)}.\n",
-        f"    {report.machine['command']}\n",
-        f"Medians of {settings['rounds']} rounds of {settings['seconds']:g} s after "
-        f"{settings['warm_up']:g} s of warm-up, "
-        f"images of {settings['size'] / 2**20:.0f} MiB. {_checked(report)} {noise(report).capitalize()}.\n",
-    ]
-    if any(each.family == QSD for each in report.subjects):
-        parts.append(_targets(outcomes(compared)))
-    for (storage, _, _), group in itertools.groupby(
-        compared, key=lambda at: (at.storage, at.cell.queues, at.cell.driver)
+    parts = []
+    for _, group in itertools.groupby(
+        sorted(compared, key=lambda at: _position(report, at)), key=lambda at: _position(report, at)[:4]
     ):
         rows = list(group)
-        parts.append(f"### {heading(storage, rows[0].cell)}\n\n" + "\n".join(_table(rows)) + "\n")
-    return "\n".join(parts)
+        variant = f", {rows[0].subject.name}" if len({at.subject for at in compared}) > 1 else ""
+        parts.append(f"### {heading(rows[0].storage, rows[0].cell)}{variant}\n\n" + "\n".join(_table(rows)) + "\n")
+    return "\n".join([*parts, *_legend(report, compared)])
+
+
+def _position(report: Report, at: Compared) -> tuple[int, ...]:
+    """Where it stands: its table, then its line."""
+    queues, driver, *line = at.cell.order
+    return report.storages.index(at.storage), report.subjects.index(at.subject), queues, driver, *line
+
+
+def _table(rows: Sequence[Compared]) -> Iterator[str]:
+    """One line for each cell."""
+    lines = [list(_line(at, others=any(at.others for at in rows), raw=any(at.raw for at in rows))) for at in rows]
+    names = [name for name, _ in lines[0]]
+    yield "| " + " | ".join(names) + " |"
+    yield "|---|" + "---:|" * (len(names) - 1)
+    for line in lines:
+        yield "| " + " | ".join(text for _, text in line) + " |"
+
+
+def _line(at: Compared, *, others: bool, raw: bool) -> Iterator[tuple[str, str]]:
+    """The cells of a line of the table, each with its column's name."""
+    figures, best = at.figures, at.best
+    yield "load", at.cell.workload
+    yield "depth", str(at.cell.depth)
+    yield "k IOPS", number(figures.iops / 1000, 1)
+    if others:
+        yield SHORT, number(best.iops / 1000 if best else None, 1)
+        yield "x", number(at.ratio("iops"), 2)
+    yield "CPU us", number(figures.cpu_us, 2)
+    if others:
+        yield SHORT, number(best.cpu_us if best else None, 2)
+        yield "x", number(at.ratio("cpu_us"), 2)
+    yield "p50 us", number(figures.p50_us, 1)
+    if others:
+        yield "x", number(at.ratio("p50_us"), 2)
+    yield "p99 us", number(figures.p99_us, 1)
+    if raw:
+        yield "fio k", number(at.raw.iops / 1000 if at.raw else None, 1)
+
+
+def _legend(report: Report, compared: Sequence[Compared]) -> Iterator[str]:
+    """What the columns mean, what was measured, and on what machine."""
+    settings, rounds = report.settings, rounds_of(report)
+    yield _wrapped(
+        f"{loads(report)} CPU us: CPU time of the back end per request, in microseconds; p50 and p99: latency."
+        + _about_others(compared)
+        + (" fio k: thousand IOPS of fio on the same storage, without a virtqueue." if any(_raws(compared)) else "")
+    )
+    medians = f"Medians of {rounds} rounds, each of" if rounds > 1 else "One round of"
+    yield _wrapped(
+        f"{medians} {settings['seconds']:g} s per cell after {settings['warm_up']:g} s of warm-up; images of "
+        f"{format_size(settings['size'])}. {_checked(report)} {' '.join(steadiness(report))}"
+    )
+    yield _wrapped(f"{machine.sentence(report.machine)}.")
+    yield "\n".join(f"    {line}" for line in _command(report.machine["command"])) + "\n"
+
+
+def _about_others(compared: Sequence[Compared]) -> str:
+    if not any(at.others for at in compared):
+        return ""
+    return (
+        f" {SHORT}: the best of {QSD}'s variants in that figure; x: ringplane's figure divided by it. More than 1 is "
+        "better for IOPS, less than 1 for CPU time and latency."
+    )
+
+
+def _raws(compared: Sequence[Compared]) -> Iterator[bool]:
+    return (at.raw is not None for at in compared)
 
 
 def _checked(report: Report) -> str:
     if report.problems:
         return f"**WRONG DATA OR FAILED REQUESTS**, {len(report.problems)} times; the first: {report.problems[0]}."
-    return f"{report.sectors_checked:,} sectors were read and compared: no mismatch, no error."
+    if not report.sectors_checked:
+        return "The data was not checked."
+    return f"{report.sectors_checked:,} sectors were read and compared, all correct."
 
 
-def _targets(found: list[Outcome]) -> str:
-    lines = ["| target | back end | holds in | not in (ratio) |", "|---|---|---|---|"]
-    for outcome in found:
-        target = outcome.target
-        missed = "; ".join(f"{at} ({ratio:.2f})" for at, ratio in outcome.missed)
-        lines.append(
-            f"| {target.number}. {target.text}: {limit(outcome)} | {outcome.subject.name} | "
-            f"{outcome.held} of {outcome.total} | {missed} |"
-        )
-    return "\n".join(lines) + "\n"
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def _table(rows: list[Compared]) -> Iterator[str]:
-    """One line for each cell and variant of ringplane; x is its figure over the best of the others."""
-    several = len({at.subject for at in rows}) > 1
-    raw = any(at.raw for at in rows)
-    names = ["workload", "depth", *(["back end"] if several else [])]
-    names += ["k IOPS", "x", "MB/s", "p50 us", "x", "p99 us", "x", "p99.9 us", "x", "CPU us", "x", "best of the others"]
-    names += ["raw fio k IOPS"] if raw else []
-    yield "| " + " | ".join(names) + " |"
-    left = 3 if several else 2
-    yield "|" + "---|" * left + "---:|" * (len(names) - left - (2 if raw else 1)) + "---|" + ("---:|" if raw else "")
-    for at in rows:
-        figures = at.figures
-        values = [WORKLOADS[at.cell.workload].title, str(at.cell.depth), *([at.subject.name] if several else [])]
-        values += [
-            number(figures.iops / 1000, 1), number(at.ratio("iops"), 2),
-            number(figures.mb_s, 0),
-            number(figures.p50_us, 1), number(at.ratio("p50_us"), 2),
-            number(figures.p99_us, 1), number(at.ratio("p99_us"), 2),
-            number(figures.p999_us, 1), number(at.ratio("p999_us"), 2),
-            number(figures.cpu_us, 2), number(at.ratio("cpu_us"), 2),
-            _others(at),
-        ]  # fmt: skip
-        values += [number(at.raw.iops / 1000, 1) if at.raw else ""] if raw else []
-        yield "| " + " | ".join(values) + " |"
+def _command(command: str) -> list[str]:
+    """A command that is typed again as it stands, over as many lines as it needs."""
+    lines = _filled([shlex.quote(word) for word in shlex.split(command)])
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def _others(at: Compared) -> str:
-    """The one with the most IOPS, and how many."""
-    if at.best is None or at.best_name is None:
-        return ""
-    return f"{at.best_name.removeprefix(QSD).strip()} {at.best.iops / 1000:.1f}"
+def _filled(words: Sequence[str]) -> list[str]:
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) > WIDTH - 8:
+            lines.append(" ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines

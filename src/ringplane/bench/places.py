@@ -1,4 +1,4 @@
-"""Where images lie: a folder, a new file, a loop device, or an existing target; made, and removed without a trace."""
+"""Where images lie: a directory, a new file, a loop device, or an existing target; created, and removed afterwards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Literal
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Storage
 from ringplane.image import ImageError, create
+from ringplane.values import format_size
 
 LOOP = "loop:"
 # The images of a bench need room for a part that is checked and one that is measured, at any depth.
@@ -27,7 +28,7 @@ MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the images of a bench shall lie.
+    """Where the images of a bench lie.
 
     `how` is folder (files in a new folder inside `path`), loop (such files, each behind a loop device), new (`path` and
     `path`.2 and so on) or existing (`path`, a file or block device that all back ends share, since it is only one).
@@ -39,22 +40,22 @@ class Place:
 
 
 def parse(text: str, *, destroy: bool = False) -> Place:
-    """A place as it is typed: FOLDER, loop:FOLDER, or IMAGE, which may exist only with `destroy`. Raises BenchError."""
+    """A place as it is typed: DIRECTORY, loop:DIRECTORY, or IMAGE (with `destroy` it may exist); raises BenchError."""
     path = Path(text.removeprefix(LOOP))
     if text.startswith(LOOP):
         if not path.is_dir():
-            raise BenchError(f"{text}: there is no folder {path}")
+            raise BenchError(f"{text}: the directory {path} does not exist; create it first")
         return Place("loop", path, Storage(f"loop device on {path}", "loop", file_system(path)))
     if path.is_dir():
         return Place("folder", path, _storage(str(path), path))
     if not path.exists() and not path.is_symlink():
         if not path.parent.is_dir():
-            raise BenchError(f"{path}: there is no folder {path.parent}")
+            raise BenchError(f"{path}: the directory {path.parent} does not exist; create it first")
         return Place("new", path, _storage(str(path), path.parent))
     if not destroy:
         raise BenchError(
-            f"{path}: exists already, and the bench overwrites nothing; name a folder or a new file, or say "
-            "--destroy-data to lose all data in it"
+            f"{path}: exists already; name a directory or a new file, or add --destroy-data to overwrite it: ALL DATA "
+            "IN IT IS LOST"
         )
     return Place("existing", path, _existing(path))
 
@@ -72,7 +73,7 @@ def _existing(path: Path) -> Storage:
     if stat.S_ISREG(mode):
         return _storage(str(path), path.resolve().parent)
     if not stat.S_ISBLK(mode):
-        raise BenchError(f"{path}: is neither a file nor a block device")
+        raise BenchError(f"{path}: is neither a regular file nor a block device; name another place")
     _refuse_used_device(path)
     return Storage(
         f"{path} (block device)", "loop" if path.resolve().name.startswith("loop") else "disk", "block device"
@@ -84,7 +85,8 @@ def _refuse_used_device(path: Path) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
-        why = "is mounted or in use" if error.errno == errno.EBUSY else f"cannot be opened: {error.strerror}"
+        busy = error.errno == errno.EBUSY
+        why = "is mounted or in use; name an unused device" if busy else f"cannot be opened: {error.strerror}"
         raise BenchError(f"{path}: {why}") from None
 
 
@@ -102,7 +104,7 @@ def file_system(path: Path) -> str:
 
 @contextlib.contextmanager
 def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
-    """`count` images of `size` bytes in a place, gone afterwards; of an existing target, that one `count` times.
+    """`count` images of `size` bytes in a place, removed afterwards; of an existing target, that one `count` times.
 
     Raises BenchError.
     """
@@ -121,7 +123,7 @@ def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
 
 
 def rehearse(place: Place, count: int, size: int) -> None:
-    """Raise BenchError if the images cannot be made: before anything is measured anywhere."""
+    """Raise BenchError if the images cannot be created: before anything is measured anywhere."""
     if place.how != "existing":
         _check_room(place.path if place.path.is_dir() else place.path.parent, count * size)
         with images(place, 1, 1 << 20):
@@ -133,7 +135,7 @@ def _folder(parent: Path) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="ringplane-bench-", dir=parent))
     except OSError as error:
-        raise BenchError(f"{parent}: images cannot be made there: {error.strerror}") from None
+        raise BenchError(f"{parent}: no images can be created there: {error.strerror}; name another place") from None
     try:
         yield folder
     finally:
@@ -144,8 +146,8 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BenchError(
-            f"{folder}: the images need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
-            "choose a smaller --size"
+            f"{folder}: the images need {format_size(needed)}, but only {format_size(free)} are free; choose a smaller "
+            "--size"
         )
 
 
@@ -165,7 +167,7 @@ def _file(path: Path, size: int) -> Iterator[None]:
 def loop_device(path: Path) -> Iterator[Path]:
     """A loop device over a file, with direct I/O where the file system has it; raises BenchError."""
     if not shutil.which("losetup"):
-        raise BenchError("losetup is not installed (Debian package mount)")
+        raise BenchError("losetup is not installed, and loop devices need it: apt install mount")
     device = _attach(path)
     try:
         yield device
@@ -180,10 +182,10 @@ def _attach(path: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return Path(done.stdout.strip())
-        why = (done.stderr.strip().splitlines() or [f"losetup ended with status {done.returncode}"])[-1]
+        why = (done.stderr.strip().splitlines() or [f"losetup exited with status {done.returncode}"])[-1]
         _detach_from(path)
-    hint = "" if os.geteuid() == 0 else " (loop devices need root)"
-    raise BenchError(f"no loop device for {path}: {why}{hint}")
+    hint = "" if os.geteuid() == 0 else "; loop devices need root"
+    raise BenchError(f"{path}: a loop device cannot be set up: {why}{hint}")
 
 
 def _detach_from(path: Path) -> None:

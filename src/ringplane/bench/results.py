@@ -1,9 +1,8 @@
-"""What a bench has found: one row for each measurement; to JSON and back."""
+"""The results of a bench: one row for each measurement; to JSON and back."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.bench import files
 from ringplane.bench.cells import Cell
 from ringplane.bench.errors import BenchError
 from ringplane.histogram import BUCKETS
@@ -25,7 +25,7 @@ RINGPLANE, QSD, FIO, SOCKET = "ringplane", "qemu-storage-daemon", "fio", "socket
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who is measured: a unique `name`, its family, and the flags that it was given beyond the bench's own."""
+    """A program that is measured: a unique `name`, its family, and its flags beyond the bench's own."""
 
     name: str
     family: str
@@ -39,7 +39,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where images lie: `name` as it is shown, `kind` is tmpfs, disk or loop, `medium` what keeps the bytes at last.
+    """Where images lie: `name` as it is shown, `kind` is tmpfs, disk or loop, `medium` what stores the bytes.
 
     `medium` is the name of a file system, or "block device".
     """
@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """Everything that a bench has found. `problems` are wrong data and failed requests, in words."""
+    """All results of a bench. `problems` are wrong data and failed requests, in words."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -88,18 +88,13 @@ class Report:
     sectors_checked: int = 0
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; what was at `path` is replaced when the new file is whole."""
-        # Built by hand where it is many rows: asdict copies deeply and slowly.
+        """Write it as JSON; raises BenchError."""
+        # Not asdict for the many rows: it copies deeply and slowly.
         rows = [{**_shallow(row), "cell": _shallow(row.cell)} for row in self.rows]
         whole = {"format": FORMAT, **_shallow(self), "rows": rows}
         whole["storages"] = [asdict(storage) for storage in self.storages]
         whole["subjects"] = [asdict(subject) for subject in self.subjects]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(whole))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write(path, json.dumps(whole))
 
 
 def _shallow(record: Any) -> dict[str, Any]:
@@ -113,9 +108,9 @@ def load(path: Path) -> Report:
     except OSError as error:
         raise BenchError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise BenchError(f"{path}: is no JSON: {error}") from None
+        raise BenchError(f"{path}: is not JSON: {error}") from None
     if not isinstance(whole, dict) or whole.pop("format", None) != FORMAT:
-        raise BenchError(f"{path}: is no report of `ringplane bench`")
+        raise BenchError(f"{path}: is not a report that `ringplane bench --json` has written")
     try:
         rows, storages, subjects = (whole.pop(name) for name in ("rows", "storages", "subjects"))
         return Report(
@@ -125,7 +120,7 @@ def load(path: Path) -> Report:
             rows=[_row(row) for row in rows],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise BenchError(f"{path}: is a damaged report of `ringplane bench`: {error!r}") from None
+        raise BenchError(f"{path}: is a damaged report, measure again: {error!r}") from None
 
 
 def _row(row: dict[str, Any]) -> Row:

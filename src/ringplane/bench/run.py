@@ -1,4 +1,4 @@
-"""Measuring: all subjects side by side on a place, cell after cell, in rounds whose order alternates."""
+"""Measuring: all subjects side by side on a place, cell after cell, in rounds of alternating order."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ringplane.bench import backends, fio
+from ringplane.bench.backends import ending
 from ringplane.bench.cells import BUSY, WORKLOADS, Cell
 from ringplane.bench.errors import BenchError, never
 from ringplane.bench.places import SMALLEST, Place, images
 from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, sparse
-from ringplane.driver import Driver, Load, Model, Result, RingBroken, fill, run_load
-from ringplane.driver.frontend import SharedMemory
+from ringplane.driver import Driver, Load, Model, Result, RingBroken, Unsupported, fill, run_load
+from ringplane.driver.frontend import Refused, SharedMemory
 from ringplane.driver.load import Progress
+from ringplane.values import format_size
+from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_F_RO
 
-# Of the image, what is written with content that is known all the time; the rest is what is measured.
+# The part of an image whose contents are always known; the rest is measured.
 CHECKED = 64 << 20
 # What a measurement takes beyond its seconds, and a back end to start and stop, in seconds.
 OVERHEAD, START = 0.06, 1.0
 # How fast images are filled and swept, in bytes per second: a guess, for the estimate.
 SWEEP_RATE = 400e6
 
-BROKEN = (RingBroken, ConnectionError, TimeoutError, OSError)
+# What the driver raises when a back end or its storage fails, does not answer, or breaks the protocol.
+BROKEN = (RingBroken, Refused, ProtocolError, Unsupported, OSError, ValueError, MemoryError, BufferError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to measure. Times in seconds, `size` of each image in bytes; `check` is the verified pass before each cell.
 
-    `backend_cpus` and `driver_cpus` pin the processes; empty: wherever the kernel likes.
+    `backend_cpus` and `driver_cpus` pin the processes; empty: any CPU.
     """
 
     cells: Sequence[Cell]
@@ -63,20 +67,20 @@ class Settings:
 
 @dataclass(slots=True)
 class Contents:
-    """What is known of an image. Measured loads leave the first part alone once something has been written."""
+    """What is known of an image. Measured loads do not use its first part once something has been written."""
 
     capacity: int
     model: Model | None = None
-    written: bool = False  # the measured part holds what nobody knows
+    written: bool = False  # the contents of the measured part are unknown
 
     @property
     def known(self) -> tuple[int, int]:
-        """Offset and length of what the model still tells truly."""
+        """Offset and length of what the model still describes."""
         return (0, self._boundary if self.written else self.capacity)
 
     @property
     def measured(self) -> tuple[int, int]:
-        """Offset and length of what measured loads use: all, if nothing is known that they could destroy."""
+        """Offset and length of what measured loads use: all, if nothing is known that they could overwrite."""
         return (0, self.capacity) if self.model is None else (self._boundary, self.capacity - self._boundary)
 
     @property
@@ -88,25 +92,25 @@ class Contents:
 class Disk:
     """A back end that is measured, and the driver at its socket, reconnected when the number of queues changes.
 
-    All that are measured on a place use the same `memory`, one after the other. How far its pages lie next to each
-    other decides in how many pieces a disk is given a 64 KiB request: up to 1.6 x between two equal back ends.
+    All subjects of a place use the same `memory`, one after the other. How many of its pages are contiguous decides
+    into how many segments a 64 KiB request is split: up to 1.6 x between two equal back ends.
     """
 
     subject: Subject
     socket: Path
     queue_size: int
     memory: SharedMemory
-    pid: int | None = None  # None: of who listens at the socket
+    pid: int | None = None  # None: that of the process at the socket
     contents: Contents | None = None
     verify: bool = True
-    last_words: Callable[[], str] = lambda: "it is not ours"
+    last_line: Callable[[], str] = lambda: ""  # of its output
     driver: Driver | None = field(default=None, init=False)
 
     def connect(self, queues: int) -> Driver:
-        """The driver with so many queues; raises BenchError."""
+        """The driver with this many queues; raises BenchError."""
         if self.driver is None or len(self.driver.queues) != queues:
             self.close()
-            with self.trouble("while connecting"):
+            with self.trouble("connecting to it"):
                 self.driver = Driver(self.socket, queues=queues, queue_size=self.queue_size, memory=self.memory)
         assert self.driver is not None
         return self.driver
@@ -117,21 +121,23 @@ class Disk:
             self.driver = None
 
     @contextlib.contextmanager
-    def trouble(self, when: str) -> Iterator[None]:
+    def trouble(self, doing: str) -> Iterator[None]:
         """Turn what the driver raises into a BenchError that names the back end."""
         try:
             yield
-        except (*BROKEN, ValueError, MemoryError) as error:
-            raise BenchError(f"{self.subject.name}: {when}: {error}; its last line: {self.last_words()}") from error
+        except BROKEN as error:
+            raise BenchError(
+                f"{self.subject.name}: {doing} failed: {_reason(error)}{ending(self.last_line())}"
+            ) from error
 
 
 @dataclass(slots=True)
 class Bench:
-    """A run that goes on: what it is told, what it has found so far, whom it tells of its progress."""
+    """A run: its settings, its results so far, and what it calls as it progresses."""
 
     settings: Settings
     report: Report
-    tell: Callable[[float, str], None] = lambda seconds, text: None  # work done of the estimate, and what comes next
+    announce: Callable[[float, str], None] = lambda seconds, text: None  # how much is done, and what is next
     save: Callable[[], None] = never  # called after each round
     pulse: Callable[[], None] = never  # called several times a second; what it raises ends the run
     done: float = 0.0
@@ -167,7 +173,7 @@ class Bench:
             shared=shared, cpus=settings.backend_cpus, pulse=self.pulse,
         ) as process:  # fmt: skip
             disk = Disk(subject, process.socket, queue_size(settings.depth), memory, process.process.pid)
-            disk.last_words = process.last_words
+            disk.last_line = process.last_line
             disk.verify = backends.keeps_data(subject)
             try:
                 yield disk
@@ -175,14 +181,14 @@ class Bench:
                 disk.close()
 
     def socket(self, path: Path, *, destroy: bool) -> None:
-        """Measure whoever listens at a socket; with `destroy` its disk is overwritten. Raises BenchError."""
+        """Measure the back end at a socket; with `destroy` its disk is overwritten. Raises BenchError."""
         subject = Subject(str(path), SOCKET)
         memory = SharedMemory()
         disk = Disk(subject, path, queue_size(self.settings.depth), memory)
         try:
             driver = disk.connect(self.settings.queues)
             if destroy and driver.features & VIRTIO_BLK_F_RO:
-                raise BenchError(f"{path}: the disk is read-only")
+                raise BenchError(f"{path}: the disk is read-only; leave out --destroy-data")
             self.report.subjects.append(subject)
             storage = Storage(str(path), "disk", "unknown")
             self.report.storages.append(storage)
@@ -208,9 +214,12 @@ class Bench:
             self._say(f"fill {disk.subject.name}'s image")
             driver = disk.connect(self.settings.queues)
             if driver.capacity < SMALLEST:
-                raise BenchError(f"a disk of {driver.capacity >> 20} MiB is too small; {SMALLEST >> 20} MiB are needed")
+                raise BenchError(
+                    f"{disk.subject.name}: a disk of {format_size(driver.capacity)} is too small to measure; use one "
+                    f"of at least {format_size(SMALLEST)}"
+                )
             disk.contents = Contents(driver.capacity)
-            with disk.trouble("while filling its image"):
+            with disk.trouble("filling its image"):
                 disk.contents.model, _ = fill(driver, progress=self._progress)
                 driver.flush()
             self.done += driver.capacity / SWEEP_RATE
@@ -225,7 +234,7 @@ class Bench:
                 block_size=1 << 20, depth=8, pattern="sequential", passes=1, verify=True,
                 model=disk.contents.model, region=disk.contents.known,
             )  # fmt: skip
-            with disk.trouble("while its image was checked"):
+            with disk.trouble("the final check of its image"):
                 result = run_load(disk.connect(1), load, self._progress, disk.pid)
             self._judge(result, f"{disk.subject.name}, {storage.name}, whole image")
             self.done += disk.contents.known[1] / SWEEP_RATE
@@ -234,7 +243,7 @@ class Bench:
         self.report.sectors_checked += result.sectors_checked
         if result.mismatches:
             self.report.problems.append(
-                f"{where}: {result.mismatches} sectors wrong; the first: {result.first_mismatch}"
+                f"{where}: {result.mismatches} wrong sectors; the first: {result.first_mismatch}"
             )
         if result.errors:
             self.report.problems.append(f"{where}: {result.errors} requests failed; the first: {result.first_error}")
@@ -242,7 +251,7 @@ class Bench:
     # Rounds
 
     def _rounds(self, storage: Storage, disks: Sequence[Disk], raw: tuple[Path, Contents | None] | None) -> None:
-        """All cells, `rounds` times; every other round the subjects take their turns the other way round."""
+        """All cells, `rounds` times; in every other round the subjects are measured in reverse order."""
         for number in range(self.settings.rounds):
             for cell in self.settings.cells:
                 turns: list[Disk | None] = [*disks]
@@ -263,7 +272,7 @@ class Bench:
         settings, contents, workload = self.settings, disk.contents, WORKLOADS[cell.workload]
         assert contents is not None
         driver = disk.connect(cell.queues)
-        with disk.trouble(f"in {cell}"), backends.pinned(settings.driver_cpus):
+        with disk.trouble(f"measuring {cell}"), backends.pinned(settings.driver_cpus):
             checked = self._verified_pass(storage, disk, cell, number)
             contents.written |= workload.writes
             load = Load(
@@ -325,11 +334,15 @@ class Bench:
 
     def _say(self, what: str) -> None:
         self.pulse()
-        self.tell(self.done, what)
+        self.announce(self.done, what)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def queue_size(depth: int) -> int:
-    """A ring of 256 descriptors, or more where `depth` needs it (with indirect descriptors: one a request)."""
+    """A ring of 256 descriptors, or more where `depth` needs it (with indirect descriptors: one per request)."""
     return max(256, 1 << (depth - 1).bit_length())
 
 

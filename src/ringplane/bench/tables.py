@@ -1,138 +1,171 @@
-"""A report as tables in a terminal."""
+"""A report as tables in a terminal, 80 columns wide or 100."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ringplane.bench.cells import Cell
-from ringplane.bench.results import RINGPLANE, Report, Storage
-from ringplane.bench.summary import Compared, Figures, Outcome, cells_of, compare, medians, outcomes, unsteady
-
-# The figures, and whether they are shown in narrow terminals too; x is the ratio of the figure before it.
-COLUMNS = (
-    ("k IOPS", True), ("x", True), ("MB/s", False), ("p50 us", True), ("x", True), ("p99 us", True), ("x", False),
-    ("p99.9 us", False), ("CPU us", True), ("x", True),
-)  # fmt: skip
+from ringplane.bench.cells import WORKLOADS, Cell
+from ringplane.bench.results import QSD, RINGPLANE, Report, Storage, Subject
+from ringplane.bench.summary import Compared, Figures, cells_of, compare, medians, unsteady
 
 # Terminals with fewer columns than this get fewer figures.
-WIDE = 125
+WIDE = 100
 
-# How many of the cells that miss a target are named.
-NAMED = 6
+# qemu-storage-daemon's name would take half of a narrow table.
+SHORT = "qsd"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One of the Figures as a column, in `unit`; whether it has a ratio, and whether narrow terminals show it."""
+
+    heading: str
+    figure: str
+    decimals: int
+    ratio: bool = False
+    narrow: bool = True
+    unit: float = 1
+
+    def text(self, figures: Figures) -> str:
+        """The figure, or nothing."""
+        value = getattr(figures, self.figure)
+        return "" if value is None else number(value / self.unit, self.decimals)
+
+
+COLUMNS = (
+    Column("k IOPS", "iops", 1, ratio=True, unit=1000),
+    Column("MB/s", "mb_s", 0, narrow=False),
+    Column("p50 us", "p50_us", 1, ratio=True),
+    Column("p99 us", "p99_us", 1),
+    Column("p99.9 us", "p999_us", 1, narrow=False),
+    Column("CPU us", "cpu_us", 2, ratio=True),
+)
 
 
 def show(console: Console, report: Report) -> None:
-    """Print all tables, the targets, and whether the data was right."""
+    """Print all tables, and whether the data was right."""
     compared = compare(report)
-    for storage in report.storages:
-        for queues, driver in dict.fromkeys((cell.queues, cell.driver) for cell in cells_of(report)):
-            cells = [cell for cell in cells_of(report) if (cell.queues, cell.driver) == (queues, driver)]
-            console.print(_table(report, storage, cells, compared, wide=console.width >= WIDE))
-    if any(at.best for at in compared):
+    for storage, cells in groups(report):
+        console.print(_table(report, storage, cells, compared, wide=console.width >= WIDE))
+        console.print()
+    console.print(f"{loads(report)} us: microseconds. CPU us: CPU time of the back end per request.")
+    if any(at.others for at in compared):
         console.print(
-            "x: ringplane's figure over the best of qemu-storage-daemon's, which may be of another of its variants in "
-            "each column."
+            f"x: ringplane's figure divided by the best of {QSD} ({SHORT}) in that figure. More than 1 is better for "
+            "IOPS, less than 1 for latency and CPU time."
         )
-        console.print(_targets(outcomes(compared)))
-    console.print(noise(report))
+    for sentence in steadiness(report):
+        console.print(sentence)
     show_problems(console, report)
 
 
 def show_problems(console: Console, report: Report) -> None:
-    """Say whether the data was right."""
+    """Print whether the data was right."""
     if report.problems:
         console.print(f"[bold red]FAILED: wrong data or failed requests, {len(report.problems)} times[/]; the first:")
         console.print(f"[red]{escape(report.problems[0])}[/]", soft_wrap=True)
     elif report.sectors_checked:
-        console.print(f"data checked: {report.sectors_checked:,} sectors were read and compared, all right")
+        console.print(f"data checked: {report.sectors_checked:,} sectors were read and compared, all correct")
     else:
-        console.print("data not checked: nothing is known of what the disk holds")
+        console.print("data not checked: the contents of the disk are unknown")
 
 
-def noise(report: Report) -> str:
-    """How steady the rounds were, in words."""
+def steadiness(report: Report) -> Iterator[str]:
+    """How far the rounds of a cell differ, in words; nothing where they do not, or where there is only one."""
     restless, total = unsteady(report.rows)
-    return f"noise: in {restless} of {total} cells and back ends the rounds' IOPS differ by more than a quarter"
+    if restless:
+        yield (
+            f"In {restless} of {total} measured cells the IOPS of the rounds differ by more than a quarter: for better "
+            "figures, use an idle machine or more rounds."
+        )
+
+
+def groups(report: Report) -> list[tuple[Storage, list[Cell]]]:
+    """What goes into one table: the cells of a storage with the same number of queues and the same driver."""
+    kinds = dict.fromkeys((cell.queues, cell.driver) for cell in cells_of(report))
+    return [
+        (storage, [cell for cell in cells_of(report) if (cell.queues, cell.driver) == kind])
+        for storage in report.storages
+        for kind in kinds
+    ]
 
 
 def heading(storage: Storage, cell: Cell) -> str:
-    """Of a table of all cells with the queues and driver of one."""
+    """Of a table of all cells with the queues and driver of `cell`."""
     queues = "one queue" if cell.queues == 1 else f"{cell.queues} queues"
     driver = "event-driven" if cell.driver == "event" else "busy-polling"
     return f"{storage.name}, {queues}, {driver} driver"
 
 
-def _table(report: Report, storage: Storage, cells: list[Cell], compared: list[Compared], *, wide: bool) -> Table:
-    rounds = 1 + max((row.round for row in report.rows), default=0)
-    table = Table(title=f"{heading(storage, cells[0])}, medians of {rounds}", title_justify="left")
-    if not wide:
-        table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
-    table.add_column("workload", no_wrap=True)
-    table.add_column("depth", justify="right")
-    table.add_column("back end", overflow="fold", min_width=12)
-    for name in [name for name, always in COLUMNS if wide or always]:
-        table.add_column(name, justify="right", no_wrap=True)
-    found = medians(report.rows)
-    beside = {(at.cell, at.subject.name): at for at in compared if at.storage == storage}
-    for cell in cells:
-        names = [each.name for each in report.subjects if (storage.name, cell, each.name) in found]
-        families = {each.name: each.family for each in report.subjects}
-        for position, name in enumerate(names):
-            figures = found[storage.name, cell, name]
-            first = (cell.workload, str(cell.depth)) if position == 0 else ("", "")
-            style = "bold" if families[name] == RINGPLANE else None
-            values = zip(COLUMNS, _figures(figures, beside.get((cell, name))), strict=True)
-            cells_shown = [value for (_, always), value in values if wide or always]
-            table.add_row(*first, name, *cells_shown, end_section=position == len(names) - 1, style=style)
-    return table
+def loads(report: Report) -> str:
+    """What the names of the loads mean."""
+    names = dict.fromkeys(cell.workload for cell in cells_of(report))
+    return "; ".join(f"{name}: {WORKLOADS[name].title}" for name in names) + "."
 
 
-def _figures(figures: Figures, at: Compared | None) -> list[str]:
-    def ratio(name: str) -> str:
-        return number(at.ratio(name), 2) if at else ""
-
-    return [
-        number(figures.iops / 1000, 1),
-        ratio("iops"),
-        number(figures.mb_s, 0),
-        number(figures.p50_us, 1),
-        ratio("p50_us"),
-        number(figures.p99_us, 1),
-        ratio("p99_us"),
-        number(figures.p999_us, 1),
-        number(figures.cpu_us, 2),
-        ratio("cpu_us"),
-    ]
+def rounds_of(report: Report) -> int:
+    """How many rounds were measured."""
+    return 1 + max((row.round for row in report.rows), default=0)
 
 
 def number(value: float | None, decimals: int) -> str:
-    """A figure, or nothing."""
-    return "" if value is None else f"{value:.{decimals}f}"
+    """A figure with the digits that matter, or nothing."""
+    if value is None:
+        return ""
+    return f"{value:.{0 if value >= 1000 else min(decimals, 1) if value >= 100 else decimals}f}"
 
 
-def limit(outcome: Outcome) -> str:
-    """A target's limit in words."""
-    return f"{'at least' if outcome.target.at_least else 'at most'} {outcome.target.limit:g} x"
-
-
-def _targets(found: list[Outcome]) -> Table:
-    table = Table(title="targets", title_justify="left")
-    table.add_column("target", overflow="fold")
-    table.add_column("back end", overflow="fold")
-    table.add_column("holds", justify="right", no_wrap=True)
-    table.add_column("not in", overflow="fold")
-    for outcome in found:
-        named = "; ".join(f"{at} ({ratio:.2f})" for at, ratio in outcome.missed[:NAMED])
-        more = len(outcome.missed) - NAMED
-        table.add_row(
-            f"{outcome.target.number}. {outcome.target.text}: {limit(outcome)}",
-            outcome.subject.name,
-            f"{outcome.held} of {outcome.total}",
-            named + (f"; and {more} more" if more > 0 else ""),
-            style=None if outcome.missed else "green",
-            end_section=True,
-        )
+def _table(report: Report, storage: Storage, cells: list[Cell], compared: Sequence[Compared], *, wide: bool) -> Table:
+    here = {(at.cell, at.subject.name): at for at in compared if at.storage == storage}
+    columns = [column for column in COLUMNS if wide or column.narrow]
+    ratios = any(at.others for at in here.values())
+    table = _empty_table(_title(report, storage, cells[0]), columns, ratios=ratios, wide=wide)
+    found = medians(report.rows)
+    for cell in cells:
+        measured = [each for each in report.subjects if (storage.name, cell, each.name) in found]
+        for position, subject in enumerate(measured):
+            figures, at = found[storage.name, cell, subject.name], here.get((cell, subject.name))
+            table.add_row(
+                *((cell.workload, str(cell.depth)) if position == 0 else ("", "")),
+                escape(short(subject)),
+                *_texts(columns, figures, at, ratios=ratios),
+                end_section=position == len(measured) - 1,
+                style="bold" if subject.family == RINGPLANE else None,
+            )
     return table
+
+
+def _title(report: Report, storage: Storage, cell: Cell) -> str:
+    rounds = rounds_of(report)
+    return escape(heading(storage, cell) + (f", medians of {rounds} rounds" if rounds > 1 else ""))
+
+
+def short(subject: Subject) -> str:
+    """A name of a back end that leaves room for the figures."""
+    return subject.name.replace(QSD, SHORT) if subject.family == QSD else subject.name
+
+
+def _empty_table(title: str, columns: Sequence[Column], *, ratios: bool, wide: bool) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 1, 0, 0) if wide else 0
+    table.add_column("load", no_wrap=True)
+    table.add_column("depth", justify="right")
+    table.add_column("back end", overflow="fold")
+    for column in columns:
+        table.add_column(column.heading, justify="right", overflow="fold")
+        if ratios and column.ratio:
+            table.add_column("x", justify="right", overflow="fold")
+    return table
+
+
+def _texts(columns: Sequence[Column], figures: Figures, at: Compared | None, *, ratios: bool) -> Iterator[str]:
+    for column in columns:
+        yield column.text(figures)
+        if ratios and column.ratio:
+            yield number(at.ratio(column.figure), 2) if at else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from ringplane.cli.types import CPUS, FILE, FOLDER, SIZE
+from ringplane.cli.types import CPUS, FILE, FOLDER, SECONDS, SIZE, WARM_UP
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,91 +23,136 @@ if TYPE_CHECKING:
 
 QSD, NOTHING = "qemu-storage-daemon", "nothing"
 AIO = ("native", "io_uring", "threads")
+EVENT, BUSY, BOTH = "event", "busy", "both"
+DRIVERS = (EVENT, BUSY)
 WORKLOADS = ("randread", "randwrite", "randrw", "seqread", "seqwrite")
 DEPTHS = (1, 8, 32, 128)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# At most so often is the progress bar drawn, in seconds: nothing but what is measured shall run.
+# The progress bar is drawn at most this often, in seconds: nothing but what is measured should run.
 REDRAW = 0.25
-WIDTH = 140
+# Of tables where there is no terminal, in columns.
+WIDTH = 100
+
+# Parameters that are for some uses only.
+OF_QSD = ("qsd_aio", "qsd_iothread")
+OF_STARTED = (*OF_QSD, "variants", "with_fio", "pin_back_end", "size")
+OF_MEASURING = (
+    *("targets", "against", "workloads", "depths", "queues", "driver", "full", "rounds", "seconds", "warm_up"),
+    *("pin_driver", "destroy_data", "json_path", *OF_STARTED),
+)
 
 
 @click.command(short_help="Measure back ends side by side.")
 @click.argument("targets", nargs=-1, type=click.Path(readable=False), metavar="SOCKET | PLACE...")
-@click.option("--against", type=click.Choice([QSD, NOTHING]), help="Start ringplane, and this beside it, on PLACEs.")
-@click.option("--ringplane", "variants", multiple=True, metavar="FLAGS", help="A variant: flags of `ringplane serve`.")
-@click.option("--qsd-aio", multiple=True, type=click.Choice(AIO), help="Its variants [default: all].")
-@click.option("--qsd-iothread", is_flag=True, help="Its export in an iothread, not in its main loop.")
-@click.option("--fio", "with_fio", is_flag=True, help="Also raw fio (io_uring) on ringplane's image, as the limit.")
 @click.option(
-    "--workload", "workloads", multiple=True, type=click.Choice(WORKLOADS), help="[default: randread, randwrite]"
+    "--against",
+    type=click.Choice([QSD, NOTHING]),
+    help="Start ringplane, and this back end beside it, on images at each PLACE.",
 )
-@click.option("--depth", "depths", multiple=True, type=click.IntRange(1, 1024), help="[default: 1, 8, 32, 128]")
-@click.option("--queues", multiple=True, type=click.IntRange(1, 64), help="[default: 1]")
 @click.option(
-    "--driver", type=click.Choice(["event", "busy", "both"]), help="Sleep until called, or spin. [default: event]"
+    "--ringplane", "variants", multiple=True, metavar="OPTIONS",
+    help="Options of `ringplane serve` for the ringplane that is measured; repeat it to compare variants.",
+)  # fmt: skip
+@click.option(
+    "--qsd-aio", multiple=True, type=click.Choice(AIO), default=AIO, show_default=True,
+    help="qemu-storage-daemon's ways of I/O; repeatable.",
+)  # fmt: skip
+@click.option("--qsd-iothread", is_flag=True, help="Run qemu-storage-daemon's export in an iothread.")
+@click.option(
+    "--fio", "with_fio", is_flag=True, help="Measure fio on ringplane's image too: the storage without a virtqueue."
 )
-@click.option("--full", is_flag=True, help="All workloads and depths, 1 and 2 queues, both drivers, where not given.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Of each measurement.")
-@click.option("--warm-up", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds before each.")
-@click.option("--size", type=SIZE, default="1G", show_default=True, help="Of each image.")
-@click.option("--pin-back-end", type=CPUS, metavar="CPUS", help="Where back ends (and fio) run.")
-@click.option("--pin-driver", type=CPUS, metavar="CPUS", help="Where the driver runs.")
+@click.option(
+    "--workload", "workloads", multiple=True, type=click.Choice(WORKLOADS), default=("randread", "randwrite"),
+    show_default="randread, randwrite; without permission to write randread", help="Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--depth", "depths", multiple=True, type=click.IntRange(1, 1024), default=DEPTHS, show_default=True,
+    help="Requests in flight per queue; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--queues", multiple=True, type=click.IntRange(1, 64), default=(1,), show_default=True,
+    help="Queues that are used at a time; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--driver", type=click.Choice([*DRIVERS, BOTH]), default=EVENT, show_default=True,
+    help="The driver sleeps until it is notified (event), or polls the rings (busy).",
+)  # fmt: skip
+@click.option(
+    "--full", is_flag=True, help="All workloads, 1 and 2 queues, both drivers, except where these options are given."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measure each cell so often."
+)
+@click.option("--seconds", type=SECONDS, default="1", show_default=True, help="Length of each measurement.")
+@click.option(
+    "--warm-up", type=WARM_UP, default="0.2", show_default=True, help="Seconds of load before each measurement."
+)
+@click.option("--size", type=SIZE, default="1G", show_default=True, help="Size of each new image.")
+@click.option("--pin-back-end", type=CPUS, metavar="CPUS", help="CPUs for back ends and fio [default: all].")
+@click.option("--pin-driver", type=CPUS, metavar="CPUS", help="CPUs for the driver [default: all].")
 @click.option(
     "--destroy-data", is_flag=True,
     help="Allow writing to what exists: the disk behind SOCKET, or a PLACE that is an image or block device. "
     "ALL DATA IN IT IS LOST.",
 )  # fmt: skip
-@click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything there, after each round.")
-@click.option("--plot", "plot_folder", type=FOLDER, metavar="FOLDER", help="Draw PNGs there (needs matplotlib).")
-@click.option("--markdown", "markdown_path", type=FILE, metavar="FILE", help="Put the tables between FILE's markers.")
+@click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write all results there, after each round.")
 @click.option(
-    "--report", "report_path", type=FILE, metavar="FILE", help="Measure nothing: show an earlier --json FILE."
+    "--plot",
+    "plot_directory",
+    type=FOLDER,
+    metavar="DIRECTORY",
+    help="Write plots there, as SVG and PNG (needs matplotlib).",
 )
+@click.option(
+    "--markdown", "markdown_path", type=FILE, metavar="FILE",
+    help="Write tables into a new FILE, or between the markers of an existing one.",
+)  # fmt: skip
+@click.option(
+    "--report", "report_path", type=FILE, metavar="FILE",
+    help="Measure nothing: show the results of an earlier --json FILE, and write its --plot and --markdown.",
+)  # fmt: skip
+@click.pass_context
 def bench(
+    context: click.Context,
+    /,
     targets: tuple[str, ...],
     report_path: Path | None,
     json_path: Path | None,
-    plot_folder: Path | None,
+    plot_directory: Path | None,
     markdown_path: Path | None,
     **options: Any,
 ) -> None:
-    """Measure vhost-user-blk back ends: IOPS, latency, CPU time per request; and check the data that they read.
+    """Measure vhost-user-blk back ends: IOPS, latency and CPU time per request; and check the data that they return.
 
     \b
     ringplane bench /tmp/disk.sock
         any back end, at its socket; only reads, unless --destroy-data is given
-    ringplane bench --against qemu-storage-daemon /dev/shm /var/tmp loop:/dev/shm
+    ringplane bench --against qemu-storage-daemon /dev/shm /var/tmp
         ringplane beside qemu-storage-daemon, each on an image of its own
 
-    A PLACE is a folder (images are made in it, and removed), loop:FOLDER (such images behind loop devices; needs
-    root), a new file, or with --destroy-data an existing image or block device, which all back ends then share. In each
-    round each cell is measured on one back end after the other, in alternating order. Before each measurement a short
-    load of the same kind is verified; the whole image is at the end. Exits with status 1 if any byte was wrong.
+    A PLACE is a directory (images are created in it and removed afterwards), loop:DIRECTORY (the same, behind loop
+    devices; needs root), a new file, or with --destroy-data an existing image or block device, which all back ends then
+    share. In each round each cell (workload, depth, queues, driver) is measured on one back end after the other, in
+    alternating order. Before each measurement a short load of the same kind is verified, and at the end the whole
+    image. The exit status is 1 if any byte was wrong.
     """
     from rich.console import Console
 
-    from ringplane.bench import markdown, plots, results
+    from ringplane.bench import results
     from ringplane.bench.errors import BenchError, Interrupted
 
     started = time.time()
     terminal = Console(highlight=False)
     console = terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH)
     try:
-        if markdown_path:
-            markdown.check(markdown_path)
-        if plot_folder:
-            plots.require()
-        if json_path and not json_path.parent.is_dir():
-            raise BenchError(f"{json_path}: there is no folder {json_path.parent}")
+        check_outputs(json_path, plot_directory, markdown_path)
         if report_path:
-            if targets:
-                raise click.UsageError("--report measures nothing: leave out SOCKET or PLACE")
+            refuse(context, OF_MEASURING, "--report measures nothing")
             report = results.load(report_path)
         else:
             with signals() as pulse:
-                report = measured(console, pulse, targets, json_path, **options)
-        put_out(console, report, json_path, plot_folder, markdown_path)
+                report = measured(context, console, pulse, targets, json_path, **options)
+        put_out(console, report, json_path, plot_directory, markdown_path)
     except BenchError as error:
         raise click.ClickException(str(error)) from None
     except Interrupted as interrupted:
@@ -118,26 +164,56 @@ def bench(
         raise SystemExit(1)
 
 
+def check_outputs(json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None) -> None:
+    """Raise BenchError for what cannot be written: before anything is measured."""
+    from ringplane.bench import files, markdown, plots
+
+    if json_path:
+        files.check(json_path)
+    if plot_directory:
+        plots.require()
+        files.check_directory(plot_directory)
+    if markdown_path:
+        markdown.check(markdown_path)
+
+
+def refuse(context: click.Context, names: Collection[str], why: str) -> None:
+    """Raise click.UsageError if any of these parameters was given."""
+    given = [
+        parameter.make_metavar(context) if isinstance(parameter, click.Argument) else parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names and is_given(context, str(parameter.name))
+    ]
+    if given:
+        raise click.UsageError(f"{why}: leave out {', '.join(given)}")
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Whether a parameter was given on the command line."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def put_out(
-    console: Console, report: Report, json_path: Path | None, plot_folder: Path | None, markdown_path: Path | None
+    console: Console, report: Report, json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None
 ) -> None:
-    """Show a report and write it wherever it is wanted."""
+    """Print a report and write it to the files that were asked for."""
     from ringplane.bench import machine, markdown, plots, tables
 
-    console.print(machine.sentence(report.machine), soft_wrap=True)
+    console.print(machine.sentence(report.machine), markup=False)
+    console.print()
     tables.show(console, report)
     if json_path:
         report.save(json_path)
-    if plot_folder:
-        paths = plots.draw(plot_folder, report)
-        console.print(f"{len(paths)} plots in {plot_folder}")
+    if plot_directory:
+        paths = plots.draw(plot_directory, report)
+        console.print(f"{len(paths)} plots in {plot_directory}", markup=False, soft_wrap=True)
     if markdown_path:
         markdown.write(markdown_path, report)
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[], None]]:
-    """Take signals that ask for the end; yields what raises Interrupted once one has come."""
+    """Catch the signals that end a run; yields a function that raises Interrupted once one has arrived."""
     from ringplane.bench.errors import Interrupted
 
     came: list[int] = []
@@ -156,6 +232,7 @@ def signals() -> Iterator[Callable[[], None]]:
 
 
 def measured(
+    context: click.Context,
     console: Console,
     pulse: Callable[[], None],
     targets: tuple[str, ...],
@@ -165,120 +242,143 @@ def measured(
     **options: Any,
 ) -> Report:
     """Do what the options say; raises BenchError, Interrupted, and click.UsageError for options that do not fit."""
-    from ringplane.bench import machine, places, results, run
+    from ringplane.bench import machine, results, run
 
-    settings = settings_of(options, only_reads=against is None and not destroy_data)
+    settings = settings_of(context, options, only_reads=against is None and not destroy_data)
     report = results.Report(machine.describe(), settings.described())
     session = run.Bench(settings, report, pulse=pulse, save=lambda: report.save(json_path) if json_path else None)
     if against is None:
-        socket = socket_of(targets, options)
+        socket = socket_of(context, targets)
         seconds = settings.rounds * len(settings.cells) * run.turn(settings)
         with progress(console, session, seconds):
             session.socket(socket, destroy=destroy_data)
         return report
-    if not targets:
-        raise click.UsageError("say where the images shall lie: a folder, loop:FOLDER or a new file")
+    if against == NOTHING:
+        refuse(context, OF_QSD, f"--against {NOTHING} does not start {QSD}")
     report.subjects += subjects_of(against, options)
-    chosen = [places.parse(text, destroy=destroy_data) for text in targets]
-    for place in chosen:
-        places.rehearse(place, len(report.subjects), settings.size)
+    chosen = places_of(targets, destroy_data, len(report.subjects), settings.size)
     seconds = run.estimate(settings, chosen, report.subjects)
-    console.print(described(settings, chosen, report.subjects, seconds), soft_wrap=True)
+    console.print(described(settings, chosen, report.subjects, seconds))
     with progress(console, session, seconds):
         for place in chosen:
             session.place(place, report.subjects)
     return report
 
 
-def settings_of(options: dict[str, Any], *, only_reads: bool) -> Settings:
+def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: bool) -> Settings:
     """The cells and times that were asked for; raises click.UsageError for writes where only reads are allowed."""
     from ringplane.bench import cells, places, run
 
-    full = options["full"]
-    possible = cells.READ_ONLY_WORKLOADS if only_reads else WORKLOADS
-    default = possible if full or only_reads else ("randread", "randwrite")
-    workloads = options["workloads"] or default
-    refused = [workload for workload in workloads if workload not in possible]
-    if refused:
-        raise click.UsageError(
-            f"{', '.join(refused)} would overwrite the disk behind the socket: only with --destroy-data, which loses "
-            "ALL DATA on it"
-        )
-    if options["size"] % (1 << 20) or options["size"] < places.SMALLEST:
-        raise click.UsageError(f"--size: a multiple of 1M, {places.SMALLEST >> 20}M at least")
-    driver = options["driver"] or ("both" if full else cells.EVENT)
-    table = cells.table(
-        workloads,
-        options["depths"] or DEPTHS,
-        options["queues"] or (cells.FULL_QUEUES if full else (1,)),
-        cells.DRIVERS if driver == "both" else (driver,),
-    )
+    full = {"workloads": WORKLOADS, "queues": cells.FULL_QUEUES, "driver": BOTH} if options["full"] else {}
+    chosen = options | {name: value for name, value in full.items() if not is_given(context, name)}
+    workloads = list(chosen["workloads"])
+    if only_reads:
+        if not is_given(context, "workloads"):
+            workloads = [name for name in workloads if name in cells.READ_ONLY_WORKLOADS]
+        refused = [name for name in workloads if name not in cells.READ_ONLY_WORKLOADS]
+        if refused:
+            raise click.UsageError(
+                f"{', '.join(refused)} would overwrite the disk behind the socket; add --destroy-data to allow it: ALL "
+                "DATA ON THE DISK IS LOST"
+            )
+    if chosen["size"] % (1 << 20) or chosen["size"] < places.SMALLEST:
+        raise click.UsageError(f"--size {chosen['size']} is not a multiple of 1M of at least {places.SMALLEST >> 20}M")
+    driver = chosen["driver"]
     return run.Settings(
-        cells=table,
-        rounds=options["rounds"],
-        seconds=options["seconds"],
-        warm_up=options["warm_up"],
-        size=options["size"],
-        backend_cpus=options["pin_back_end"] or (),
-        driver_cpus=options["pin_driver"] or (),
+        cells=cells.table(workloads, chosen["depths"], chosen["queues"], DRIVERS if driver == BOTH else (driver,)),
+        rounds=chosen["rounds"],
+        seconds=chosen["seconds"],
+        warm_up=chosen["warm_up"],
+        size=chosen["size"],
+        backend_cpus=chosen["pin_back_end"] or (),
+        driver_cpus=chosen["pin_driver"] or (),
     )
 
 
 def subjects_of(against: str, options: dict[str, Any]) -> list[Subject]:
-    """All that shall be measured side by side; raises BenchError."""
+    """All that is measured side by side; raises BenchError for what is not installed."""
     from ringplane.bench import backends, fio
 
     subjects = [backends.ringplane(flags) for flags in options["variants"] or [""]]
     if against == QSD:
-        aios = dict.fromkeys(options["qsd_aio"] or AIO)
+        aios = dict.fromkeys(options["qsd_aio"])
         subjects += [backends.qemu_storage_daemon(aio, options["qsd_iothread"]) for aio in aios]
     if options["with_fio"]:
         fio.require()
         subjects.append(fio.RAW)
     if len({subject.name for subject in subjects}) < len(subjects):
-        raise click.UsageError("two variants of --ringplane are the same")
+        raise click.UsageError("two --ringplane are the same; leave one out")
+    for subject in subjects:
+        backends.require(subject)
     return subjects
 
 
-def socket_of(targets: tuple[str, ...], options: dict[str, Any]) -> Path:
+def places_of(targets: tuple[str, ...], destroy: bool, images: int, size: int) -> list[Place]:
+    """The places that were named, with room for the images; raises BenchError and click.UsageError."""
+    from ringplane.bench import places
+
+    if not targets:
+        raise click.UsageError("name at least one PLACE for the images: a directory, loop:DIRECTORY or a new file")
+    chosen = [places.parse(text, destroy=destroy) for text in targets]
+    for number, place in enumerate(chosen):
+        if (place.how, place.path.resolve()) in [(other.how, other.path.resolve()) for other in chosen[:number]]:
+            raise click.UsageError(f"{place.path} is given twice; leave one out")
+        places.rehearse(place, images, size)
+    return chosen
+
+
+def socket_of(context: click.Context, targets: tuple[str, ...]) -> Path:
     """The socket that was named; raises click.UsageError when something else was."""
     if len(targets) != 1:
-        raise click.UsageError("name one SOCKET, or start back ends with --against qemu-storage-daemon PLACE...")
+        raise click.UsageError(f"name one SOCKET, or start back ends with --against {QSD} PLACE")
     path = Path(targets[0])
+    if not path.exists():
+        raise click.UsageError(f"{path} does not exist; start a back end that listens there, or use --against {QSD}")
     if not path.is_socket():
         raise click.UsageError(
-            f"{path} is no socket; to start back ends on an image there, say --against {QSD} (or {NOTHING})"
+            f"{path} is not a socket; to start back ends on images there, add --against {QSD} or --against {NOTHING}"
         )
-    names = {"variants": "ringplane", "with_fio": "fio"}
-    for name in ("variants", "qsd_aio", "qsd_iothread", "with_fio", "pin_back_end"):
-        if options[name]:
-            flag = names.get(name, name.replace("_", "-"))
-            raise click.UsageError(f"--{flag} is for back ends that the bench starts (--against)")
+    refuse(context, OF_STARTED, "the back end at a SOCKET is already running (only --against starts back ends)")
     return path
 
 
 def described(settings: Settings, places: Sequence[Place], subjects: Sequence[Subject], seconds: float) -> str:
-    """What will be done, and how long it will take."""
-    count = f"{len(settings.cells)} cells, {len(subjects)} to measure, {settings.rounds} rounds, {len(places)} places"
+    """What is measured, and how long that takes."""
+    from ringplane.native.jit import is_cached
+
+    parts = [
+        counted(len(settings.cells), "cell"),
+        counted(len(subjects), "back end"),
+        counted(settings.rounds, "round"),
+        *([counted(len(places), "place")] if len(places) > 1 else []),
+    ]
     minutes = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
-    return f"{count}: about {minutes} (a first start that compiles takes some seconds more)"
+    first = "" if is_cached() else "; this first start compiles ringplane, which takes longer"
+    return f"{' x '.join(parts)}: about {minutes}{first}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 cell`, `2 cells`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager
 def progress(console: Console, session: Bench, seconds: float) -> Iterator[None]:
-    """Show how far a run is, drawn between measurements and not during them."""
+    """Show the progress of a run, drawn between measurements and not during them."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(24), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+    with Progress(
+        *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=seconds)
         drawn = 0.0
 
-        def tell(done: float, text: str) -> None:
+        def announce(done: float, text: str) -> None:
             nonlocal drawn
             if time.monotonic() - drawn > REDRAW:
                 bar.update(task, completed=done, description=text, refresh=True)
                 drawn = time.monotonic()
 
-        session.tell = tell
+        session.announce = announce
         yield

@@ -15,6 +15,7 @@ from ringplane.values import (
     parse_group,
     parse_mode,
     parse_poll_us,
+    parse_seconds,
     parse_size,
     parse_user,
     parse_zones,
@@ -45,6 +46,8 @@ def _usable_cpus(text: str) -> frozenset[int]:
 FILE = click.Path(readable=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, readable=False, path_type=Path)
 SIZE = Parsed("size", parse_size)
+SECONDS = Parsed("seconds", lambda text: parse_seconds(text, 0.01))
+WARM_UP = Parsed("seconds", lambda text: parse_seconds(text, 0))
 CPUS = Parsed("list", _usable_cpus)
 FEATURE = Parsed("feature", parse_feature)
 ZONES = Parsed("zones", parse_zones)
