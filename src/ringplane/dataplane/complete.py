@@ -182,7 +182,7 @@ def finish(worker, queue, request, status):
 
 @compiled
 def use(worker, queue, request):
-    """Give the chain back to the driver."""
+    """Put the chain into the used ring; the driver sees it after `publish_all`."""
     length = used_length(request)
     if queue.inflight:
         entry = request.entry if queue.packed else request.head

@@ -268,7 +268,7 @@ def do_copies(worker):
     slot = worker.copy_first
     while slot >= 0:
         request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
-        memory.announce(image_of(request), offset_in_image(request))
+        memory.prefetch_pages(image_of(request), offset_in_image(request))
         slot = request.next
     slot = worker.copy_first
     worker.copy_first = -1

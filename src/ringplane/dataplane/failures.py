@@ -24,7 +24,7 @@ from ringplane.native.jit import compiled
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 60
-# Python's clock starts a little later.
+# A little longer, because Python takes its time stamp later.
 REPORT_INTERVAL_NS = (REPORT_INTERVAL_S + 1) * 1_000_000_000
 
 # One bit for each errno, as far as there are bits: if two share one, the second is reported a minute later.

@@ -238,7 +238,7 @@ class Worker:
         return drained
 
     def set_memory(self, queue: Queue, memory: MemoryTable) -> Future[None]:
-        """Translate with another table from now on; requests in flight keep the mappings that they use."""
+        """Use another memory table from now on; requests in flight keep the mappings that they use."""
         return self.call(lambda: self._set_memory(queue, memory))
 
     def set_call_fd(self, queue: Queue, fd: int) -> Future[None]:

@@ -1,4 +1,4 @@
-"""Zoned disks: what a write does to its zone, and the requests about zones (virtio 1.3, section 5.2.6).
+"""Zoned disks: how writes change their zones, and the requests about zones (virtio 1.3, section 5.2.6).
 
 A zoned disk is divided into zones that must be written sequentially, each at its *write pointer*. Such a disk is served
 by one worker, so nothing here needs a lock; engines/zones.py has the part of the helper threads. A write pointer
@@ -118,7 +118,7 @@ def start_append(queue, device, request):
 
 @compiled
 def is_misaligned_write(device, request):
-    """Whether this is a write to a sequential zone that is not of whole blocks."""
+    """Whether this is a write to a sequential zone that does not consist of whole blocks."""
     if request.operation == READ or not 0 <= request.sector < device.capacity:
         return False
     zones = view(device.zones, ZONES)

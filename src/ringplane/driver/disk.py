@@ -81,7 +81,7 @@ PIECES_IN_FLIGHT = 8
 # Not a status of virtio-blk: it stays there if the device wrote no status.
 NO_STATUS = 0xFF
 
-# A piece of a request: our address, bytes, whether the device writes to it.
+# A segment of a request: our address, length, whether the device writes to it.
 Segment = tuple[int, int, bool]
 
 

@@ -91,7 +91,7 @@ class SharedMemory:
         return self.address + start
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` returned."""
+        """Free what `allocate` returned."""
         self._free.setdefault(self._sizes[address], []).append(address)
 
     def guest(self, address: int) -> int:

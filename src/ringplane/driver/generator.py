@@ -58,7 +58,7 @@ CHOICES = 16
 # Results of `drive`
 DONE, AGAIN, TROUBLE, BROKEN = 0, 1, 2, 3
 
-# A request that can be in flight. Addresses are ours; `busy` sectors are claimed in the model.
+# A request that can be in flight. Addresses are ours.
 SLOT = np.dtype(
     [(name, "<i8") for name in ("kind", "sector", "sectors", "started", "header", "status", "data", "table")]
 )
@@ -101,8 +101,8 @@ RUN = np.dtype(
             "budget",  # requests still to be submitted
             "free_count",
             "writes_since_flush",
-            "last_progress",  # clock of the last completion, or of the first submission after idleness
-            "finished",  # clock of the last completion that counted
+            "last_progress",  # clock: the last completion, or the first submission after an idle time
+            "finished",  # clock: the last completion that counted
             "requests",
             "bytes",
             "latency",  # sum in ns

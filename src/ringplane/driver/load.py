@@ -50,7 +50,7 @@ class Load:
     seconds: float | None = None
     warm_up: float = 0.0  # not measured, before `seconds` or `requests`
     requests: int | None = None  # of all queues together; the limit that is reached first ends the run
-    passes: int | None = None  # sequential: how many times through the region
+    passes: int | None = None  # only sequential: how many times the region is covered
     verify: bool = False
     model: Model | None = None  # of what earlier runs wrote; without it only what this run wrote is verified
     busy_poll: bool = False  # poll the ring instead of waiting for notifications

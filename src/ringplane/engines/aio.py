@@ -80,7 +80,7 @@ AIO_ENGINE = np.dtype(
         ("batch", "<i8"),  # addresses of the prepared control blocks
         ("epoll_fd", "<i8"),
         ("events", "<i8"),  # EPOLL_EVENT structs
-        ("limit", "<i8"),  # a TIMESPEC, 0 where the kernel has no epoll_pwait2(2)
+        ("limit", "<i8"),  # a TIMESPEC, 0 if the kernel lacks epoll_pwait2(2)
     ]
 )
 

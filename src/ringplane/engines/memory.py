@@ -37,7 +37,7 @@ LOST: int = MAPPED_IMAGE.fields["lost"][1]  # type: ignore[index]
 
 
 @compiled
-def announce(image, offset):
+def prefetch_pages(image, offset):
     """Prefetch for a transfer at `offset`: its walk through the page tables takes half the time of the copy."""
     prefetch(image.base + offset)
 
@@ -98,7 +98,7 @@ class MappedImage:
     """Owns the mapping of an image; `address` is the address of the MAPPED_IMAGE struct."""
 
     def __init__(self, fd: int, size: int, *, read_only: bool) -> None:
-        """Map `size` bytes of `fd`; raises OSError where there are not enough huge pages."""
+        """Map `size` bytes of `fd`; raises OSError if there are not enough huge pages."""
         self._fd, self._read_only = fd, read_only
         self._unmaps: list[weakref.finalize[[int, int, int], MappedImage]] = []
         self._present: list[npt.NDArray[np.uint8]] = []
@@ -158,7 +158,7 @@ def _unmap(guard: int, base: int, length: int) -> None:
 
 
 def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
-    """One byte for each page of a file, 1 where it is not in a hole (lseek(2), SEEK_DATA)."""
+    """One byte per page of a file, 1 if the page is not in a hole (lseek(2), SEEK_DATA)."""
     present = np.zeros(-(-size // PAGE), np.uint8)
     end = 0
     while end < size:

@@ -114,7 +114,7 @@ FIXED_FILE = IOSQE_FIXED_FILE << 32
 WATCH_BIT, IGNORED_BIT = 1 << 40, 1 << 41
 NUMBER_MASK = (1 << 32) - 1
 
-# fd: -1 when not in use; token: what to report
+# fd: -1 if not in use; token: reported when the fd becomes readable
 WATCH = np.dtype([("fd", "<i8"), ("token", "<i8")])
 WATCH_SIZE = WATCH.itemsize
 
@@ -449,7 +449,7 @@ class Uring:
         in_use = np.flatnonzero(self._buffers["len"])
         self._engine["last_buffer"] = 0
         self._engine["buffer_count"] = in_use[-1] + 1 if in_use.size else 0
-        # A vectored I/O does not use registered buffers, which save more than merging does.
+        # Vectored I/O cannot use registered buffers, and these save more than merging does.
         self._engine["merges"] = not in_use.size
 
     def _make_buffer_table(self) -> None:

@@ -19,7 +19,7 @@ from ringplane.native.mutex import MUTEX_SIZE, lock, unlock
 from ringplane.native.syscalls import IOVEC, fdatasync
 from ringplane.virtio.blk import SECTOR
 
-# All of a disk's zones. `size` of a zone, `capacity` (what can be written of it) and `max_append` are in sectors.
+# All zones of a disk. `size` and `capacity` (the writable part) of a zone, and `max_append`, are in sectors.
 ZONES = np.dtype(
     [
         *(

@@ -1,4 +1,4 @@
-"""The few C library calls that the control plane needs and Python's standard library lacks, through ctypes."""
+"""The C library calls that the control plane needs and Python's standard library lacks, through ctypes."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ CAPABILITY_SETS_SIZE = 6 * 4
 
 
 def drop_capabilities() -> None:
-    """capset(2): the calling thread has no capability from now on; raises OSError."""
+    """capset(2): drop all capabilities of the calling thread; raises OSError."""
     header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
     sets = ctypes.create_string_buffer(CAPABILITY_SETS_SIZE)
     system_call(NUMBERS["capget"], header, ctypes.addressof(sets))

@@ -31,7 +31,7 @@ MAX_GUARDS = 1 << 16
 SA_SIGINFO, SA_NODEFER = 4, 0x4000_0000
 SIGINFO_CODE, SIGINFO_ADDRESS = 8, 16
 SIG_IGN = 1
-# The sign of si_code: SI_USER is 0, the other senders are negative, faults positive.
+# The sign bit of si_code: SI_USER is 0, other senders are negative, faults positive.
 SENT_BY_PROCESS = 1 << 31
 
 # A guarded mapping: [start, end), its page size, where to store 1, and an eventfd or -1. `end` is 0 if not in use.
