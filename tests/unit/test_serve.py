@@ -128,7 +128,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # Starting and ending
 
 
-def test_sighup_looks_at_the_size_again(serve: Callable[..., Served], path: Path) -> None:
+def test_sighup_picks_up_the_new_size(serve: Callable[..., Served], path: Path) -> None:
     served = serve("--num-queues", "1")
     image = path.with_name("image")
     with attach(path) as driver:
@@ -164,7 +164,7 @@ def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number:
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_systemd_is_told_when_front_ends_may_connect(
+def test_systemd_is_notified_when_front_ends_may_connect(
     serve: Callable[..., Served], path: Path, tmp_path: Path, kind: str
 ) -> None:
     """By sd_notify(3), once, and not earlier."""
@@ -182,14 +182,14 @@ def test_systemd_is_told_when_front_ends_may_connect(
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody", "@", "vsock:2:1"])
-def test_nobody_to_tell(serve: Callable[..., Served], path: Path, address: str) -> None:
+def test_no_service_manager_listens(serve: Callable[..., Served], path: Path, address: str) -> None:
     served = serve(env=os.environ | {"NOTIFY_SOCKET": address})
     attach(path).close()
     assert served.end()[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_under_load_ends_it_well(serve: Callable[..., Served], path: Path, image: Path, number: int) -> None:
+def test_signal_under_load_ends_it_cleanly(serve: Callable[..., Served], path: Path, image: Path, number: int) -> None:
     served = serve()
     errors: list[Exception] = []
 
@@ -234,7 +234,7 @@ def test_killed_process_leaves_a_socket_that_the_next_one_replaces(serve: Callab
     assert served.end()[0] == 0
 
 
-def test_front_ends_come_and_go(serve: Callable[..., Served], path: Path) -> None:
+def test_front_ends_connect_and_disconnect(serve: Callable[..., Served], path: Path) -> None:
     served = serve()
     for number in range(5):
         with attach(path) as driver:
@@ -250,9 +250,7 @@ def test_front_ends_come_and_go(serve: Callable[..., Served], path: Path) -> Non
     assert err.count("front end dropped") == 1
 
 
-def test_without_fds_it_lives_on_and_accepts_again_when_there_are_some(
-    serve: Callable[..., Served], path: Path
-) -> None:
+def test_running_out_of_fds_only_delays_new_front_ends(serve: Callable[..., Served], path: Path) -> None:
     served = serve()
     pid = served.process.pid
     used = len(os.listdir(f"/proc/{pid}/fd"))
@@ -270,7 +268,7 @@ def test_without_fds_it_lives_on_and_accepts_again_when_there_are_some(
 # Sockets
 
 
-def test_live_socket_is_refused(serve: Callable[..., Served], path: Path, tmp_path: Path) -> None:
+def test_live_socket_is_not_replaced(serve: Callable[..., Served], path: Path, tmp_path: Path) -> None:
     served = serve()
     other = tmp_path / "other"
     line = refused("--blk-file", other, "--socket-path", path, "--create", "1M")
@@ -281,7 +279,7 @@ def test_live_socket_is_refused(serve: Callable[..., Served], path: Path, tmp_pa
     assert served.end()[0] == 0
 
 
-def test_what_is_no_socket_is_left_alone(image: Path, path: Path) -> None:
+def test_files_that_are_not_sockets_are_left_alone(image: Path, path: Path) -> None:
     path.write_text("precious")
     assert "exists and is not a socket; choose another path" in refused("--blk-file", image, "--socket-path", path)
     assert path.read_text() == "precious"
@@ -313,7 +311,7 @@ def test_mode_of_an_inherited_socket(image: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere/socket", "x" * 120])
-def test_place_where_no_socket_can_be(image: Path, tmp_path: Path, name: str) -> None:
+def test_invalid_socket_paths(image: Path, tmp_path: Path, name: str) -> None:
     assert "cannot listen on this socket" in refused("--blk-file", image, "--socket-path", tmp_path / name)
 
 
@@ -331,7 +329,7 @@ def test_inherited_listening_socket(serve: Callable[..., Served], path: Path) ->
     assert path.exists()
 
 
-def test_inherited_connection_is_served_until_the_front_end_goes(serve: Callable[..., Served]) -> None:
+def test_inherited_connection_is_served_until_the_front_end_disconnects(serve: Callable[..., Served]) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         served = serve("--fd", str(theirs.fileno()), at=None, pass_fds=[theirs.fileno()])
@@ -352,7 +350,7 @@ def test_inherited_connection_ends_with_a_signal(serve: Callable[..., Served]) -
 
 
 @pytest.mark.parametrize("fd", ["0", "77", "-1", "99999999999"])
-def test_fd_that_is_no_socket_is_refused(image: Path, fd: str) -> None:
+def test_fd_that_is_not_a_socket_is_rejected(image: Path, fd: str) -> None:
     assert fd in refused("--blk-file", image, "--fd", fd, stdin=subprocess.DEVNULL)
 
 
@@ -408,7 +406,7 @@ def test_create(serve: Callable[..., Served], path: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("size", ["3M", "1M"], ids=["as long", "of another size"])
-def test_image_that_exists_is_served_as_it_is(
+def test_existing_image_is_served_unchanged(
     serve: Callable[..., Served], tmp_path: Path, path: Path, size: str
 ) -> None:
     """The same command line is for the first start and for all later ones."""
@@ -454,7 +452,7 @@ def test_create_leaves_nothing_behind_when_a_later_step_fails(tmp_path: Path, ex
 
 
 @pytest.mark.parametrize("size", ["", "0", "-1M", "1X", "M", "1.9e999", "nan.", "1..5G"])
-def test_size_that_is_none_is_refused(tmp_path: Path, size: str) -> None:
+def test_invalid_sizes_are_rejected(tmp_path: Path, size: str) -> None:
     refused("--blk-file", tmp_path / "new", "--socket-path", tmp_path / "socket", "--create", size)
     assert list(tmp_path.iterdir()) == []
 
@@ -502,7 +500,7 @@ def test_options_that_the_guest_sees(serve: Callable[..., Served], path: Path) -
         driver.write(4096, bytes(4096))
 
 
-def test_buffered_says_so(serve: Callable[..., Served]) -> None:
+def test_buffered_is_announced(serve: Callable[..., Served]) -> None:
     assert any("buffered" in line for line in serve("--buffered").lines)
 
 
@@ -533,7 +531,9 @@ def served_from_memory(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["auto", "memory"])
-def test_image_in_memory_says_so(serve: Callable[..., Served], path: Path, image_in_memory: Path, engine: str) -> None:
+def test_image_in_memory_is_announced(
+    serve: Callable[..., Served], path: Path, image_in_memory: Path, engine: str
+) -> None:
     served = serve("--engine", engine, "--num-queues", "2", disk=image_in_memory)
     assert announced(served) == "engine memory, 2 queues)"
     assert not any("page cache" in line for line in served.lines)
@@ -550,7 +550,7 @@ def test_read_only_image_in_memory(serve: Callable[..., Served], image_in_memory
 
 
 @pytest.mark.parametrize("engine", ["aio", "io_uring"])
-def test_engine_that_asks_the_kernel_says_so(
+def test_kernel_engine_is_announced(
     serve: Callable[..., Served], path: Path, image: Path, image_in_memory: Path, engine: str
 ) -> None:
     need_engine(engine)
@@ -625,7 +625,7 @@ def test_poll_us(serve: Callable[..., Served], path: Path, poll_us: str, engine:
 
 
 @pytest.mark.parametrize("poll_us", ["-1", "", "x", "1000001", "1.5", "Always", "50us", "9" * 5000])
-def test_poll_us_that_is_none(image: Path, path: Path, poll_us: str) -> None:
+def test_invalid_poll_us(image: Path, path: Path, poll_us: str) -> None:
     done = CliRunner().invoke(
         serve_command, ["--blk-file", str(image), "--socket-path", str(path), f"--poll-us={poll_us}"]
     )
@@ -636,7 +636,7 @@ def test_poll_us_that_is_none(image: Path, path: Path, poll_us: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["", "uring", "MEMORY", "auto,aio"])
-def test_engine_that_is_none(image: Path, path: Path, engine: str) -> None:
+def test_unknown_engine(image: Path, path: Path, engine: str) -> None:
     done = CliRunner().invoke(
         serve_command, ["--blk-file", str(image), "--socket-path", str(path), f"--engine={engine}"]
     )
@@ -644,7 +644,7 @@ def test_engine_that_is_none(image: Path, path: Path, engine: str) -> None:
     assert "is not one of 'auto', 'io_uring', 'aio', 'memory', 'null'" in done.output
 
 
-def test_engines_of_the_options_are_those_there_are() -> None:
+def test_engine_options_match_the_engines() -> None:
     assert set(OPTION_ENGINES) == set(ENGINES)
 
 
@@ -653,7 +653,7 @@ def test_serial_that_does_not_fit(image: Path, path: Path) -> None:
     assert "20" in refused("--blk-file", image, "--socket-path", path, "--serial", "\u00e4" * 11)
 
 
-def test_serial_that_is_no_text(image: Path, path: Path) -> None:
+def test_serial_that_is_not_text(image: Path, path: Path) -> None:
     refused("--blk-file", image, "--socket-path", path, "--serial", os.fsdecode(b"\xff"))
 
 
@@ -733,7 +733,7 @@ def test_cpus(serve: Callable[..., Served], path: Path) -> None:
         ),
     ],
 )
-def test_cpus_that_cannot_be(image: Path, path: Path, arguments: list[str], words: str) -> None:
+def test_invalid_cpus(image: Path, path: Path, arguments: list[str], words: str) -> None:
     assert words in refused("--blk-file", image, "--socket-path", path, *arguments)
 
 
@@ -862,7 +862,7 @@ def test_options_beside_a_file_are_named(config: Path) -> None:
     assert line == "Error: --direct/--buffered, --serial cannot be given beside --config; write it into the file"
 
 
-def test_file_that_is_wrong_is_refused(config: Path) -> None:
+def test_wrong_file_is_rejected(config: Path) -> None:
     config.write_text(f"{DISKS}queues = 3")
     line = refused("--config", config)
     assert line == f'Error: {config}: [[disk]] 2 (b.img): unknown key "queues"; did you mean "num-queues"?'
@@ -870,7 +870,7 @@ def test_file_that_is_wrong_is_refused(config: Path) -> None:
     assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
 
 
-def test_disk_that_cannot_be_served_takes_back_the_others(config: Path, tmp_path: Path) -> None:
+def test_disk_that_cannot_be_served_undoes_the_others(config: Path, tmp_path: Path) -> None:
     (tmp_path / "b.sock").touch()
     line = refused("--config", config)
     assert f"{tmp_path / 'b.sock'}: exists and is not a socket" in line
@@ -887,7 +887,7 @@ def test_print_capabilities(command: tuple[str, ...]) -> None:
     assert json.loads(done.stdout) == {"type": "block", "features": ["read-only", "blk-file"]}
 
 
-def test_script_serves_as_the_command_does(image: Path, path: Path) -> None:
+def test_script_behaves_like_the_command(image: Path, path: Path) -> None:
     process = subprocess.Popen([SCRIPT, "--blk-file", image, "--socket-path", path], stdout=subprocess.DEVNULL)
     wait_until(path.is_socket)
     with attach(path) as driver:

@@ -1,4 +1,4 @@
-"""Several disks in one process: real I/O on each, threads as they were asked for, and each disk's trouble its own."""
+"""Several disks in one process: real I/O on each, the requested threads, and isolation of errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def disk(folder: Path, number: int, *io_threads: str, queues: int = 1) -> DiskCo
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Serves so many disks, disk `i` with one queue on thread `i` modulo their number."""
+    """Serve so many disks, disk `i` with one queue on thread `i` modulo the number of threads."""
     servers: list[Server] = []
 
     def start(disks: int, threads: int = 2) -> Server:
@@ -83,7 +83,7 @@ def run_verified(driver: Driver, seed: int) -> Result:
 
 
 def allowed_cpus(server: Server) -> dict[str, frozenset[int]]:
-    """What the kernel says of each I/O thread."""
+    """The allowed CPUs of each I/O thread according to the kernel."""
     return {name: _allowed(worker.call(threading.get_native_id).result()) for name, worker in server.workers.items()}
 
 
@@ -113,7 +113,7 @@ def test_64_disks_at_once(start: Start) -> None:
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         drivers = [stack.enter_context(attach(export)) for export in server.exports]
         filled = list(pool.map(lambda driver: fill(driver, seed=id(driver)), drivers))
-        # Not before all have been written: a block in a wrong image would be seen.
+        # Only after all have been written, so that a block in a wrong image is detected.
         checked = list(pool.map(lambda both: check(both[0], both[1][0]), zip(drivers, filled, strict=True)))
         assert [result.mismatches for result in checked] == [0] * 64
         assert {result.sectors_checked for result in checked} == {IMAGE_SIZE // 512}
@@ -130,7 +130,7 @@ def test_load_on_several_disks_of_one_thread(start: Start) -> None:
     assert all(export.counters["write"].requests > 0 for export in server.exports)
 
 
-def test_drain_of_one_disk_does_not_hold_up_another(start: Start) -> None:
+def test_drain_of_one_disk_does_not_block_another(start: Start) -> None:
     first, second = start(2, threads=1).exports
     with attach(first) as one, attach(second) as other, ThreadPoolExecutor(2) as pool:
         results = [pool.submit(run_verified, driver, seed) for seed, driver in enumerate((one, other))]
@@ -139,7 +139,7 @@ def test_drain_of_one_disk_does_not_hold_up_another(start: Start) -> None:
         assert all((r.result().errors, r.result().mismatches) == (0, 0) for r in results)
 
 
-def test_trace_of_an_export_is_about_its_disk(start: Start) -> None:
+def test_trace_of_an_export_has_only_its_disk(start: Start) -> None:
     server = start(2, threads=1)
     events: list[list[str]] = [[], []]
     everything: list[str] = []
@@ -161,7 +161,7 @@ def test_trace_of_an_export_is_about_its_disk(start: Start) -> None:
 
 
 def served_queues(server: Server, use: Callable[[], None]) -> dict[str, set[tuple[int, int]]]:
-    """Which queues (device and number) each thread has fetched requests of during `use`."""
+    """The queues (device and number) from which each thread has fetched requests during `use`."""
     readers = {name: worker.start_tracing() for name, worker in server.workers.items()}
     use()
     return {
@@ -170,7 +170,7 @@ def served_queues(server: Server, use: Callable[[], None]) -> dict[str, set[tupl
     }
 
 
-def test_queues_are_served_by_the_threads_that_were_named(tmp_path: Path) -> None:
+def test_queues_are_served_by_the_named_threads(tmp_path: Path) -> None:
     configs = [disk(tmp_path, 0, "a", "b", queues=5), disk(tmp_path, 1, "b", "b", "c", queues=3)]
     with serve_all(configs, [IoThread(name) for name in "abc"]) as server:
 
@@ -226,7 +226,7 @@ def test_affinity_of_a_single_disk(tmp_path: Path) -> None:
         ([[65535]], "CPU 65535 is none that this process may use"),
     ],
 )
-def test_affinity_that_cannot_be(tmp_path: Path, cpus: list[list[int]], words: str) -> None:
+def test_invalid_affinity(tmp_path: Path, cpus: list[list[int]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ringplane.serve(tmp_path / "image", tmp_path / "socket", create=IMAGE_SIZE, io_threads=3, cpus=cpus)
     assert list(tmp_path.iterdir()) == []
@@ -282,7 +282,7 @@ def test_stop_while_several_front_ends_are_under_load(start: Start) -> None:
     server.stop()
 
 
-def test_disks_stop_one_by_one_and_the_last_takes_the_threads_along(start: Start) -> None:
+def test_disks_stop_one_by_one_and_the_last_stops_the_threads(start: Start) -> None:
     threads = threading.active_count()
     server = start(3)
     first, second, third = server.exports
@@ -306,8 +306,8 @@ def test_disks_stop_one_by_one_and_the_last_takes_the_threads_along(start: Start
         export.trace(print)
 
 
-def test_stopping_and_attaching_at_once(start: Start) -> None:
-    """Front ends come while disks go: each is served or gets an end of the connection, and everything ends."""
+def test_stopping_and_attaching_concurrently(start: Start) -> None:
+    """Front ends connect while disks stop: each is served or disconnected, and everything ends."""
     server = start(8)
 
     def come_and_go(export: ringplane.Export) -> None:
@@ -325,7 +325,7 @@ def test_stopping_and_attaching_at_once(start: Start) -> None:
     assert all(future.exception() is None for future in done)
 
 
-def test_inherited_connection_ends_its_disk_alone(tmp_path: Path) -> None:
+def test_inherited_connection_ends_only_its_disk(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     inherited = DiskConfig(tmp_path / "inherited.img", ("io0",), fd=theirs.detach(), create=IMAGE_SIZE)
     with serve_all([inherited, disk(tmp_path, 0)], [IoThread("io0")]) as server:
@@ -335,10 +335,10 @@ def test_inherited_connection_ends_its_disk_alone(tmp_path: Path) -> None:
         assert works(server.exports[1])
 
 
-# Each disk's trouble is its own
+# Isolation of errors
 
 
-def test_front_ends_that_misbehave_disturb_nobody_else(start: Start) -> None:
+def test_misbehaving_front_ends_do_not_disturb_others(start: Start) -> None:
     server = start(4, threads=1)
     victim = server.exports[0]
     stop = threading.Event()
@@ -350,13 +350,13 @@ def test_front_ends_that_misbehave_disturb_nobody_else(start: Start) -> None:
                 how(peer)
 
     def flood(peer: FrontEnd) -> None:
-        """It sends requests and reads no answers, until there is no more room."""
+        """Send requests without reading replies, until the socket is full."""
         peer.sock.settimeout(0.05)
         while True:
             peer.sock.sendall(bytes([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]) * 1000)
 
     with ThreadPoolExecutor(8) as pool, contextlib.ExitStack() as stack:
-        # Also when something fails: the pool waits for its threads.
+        # Also after a failure, because the pool waits for its threads.
         stack.callback(stop.set)
         for how in (
             lambda peer: peer.sock.sendall(os.urandom(4096)),
@@ -371,14 +371,14 @@ def test_front_ends_that_misbehave_disturb_nobody_else(start: Start) -> None:
     assert works(victim)
 
 
-def test_front_end_that_says_nothing_holds_up_nobody_else(start: Start) -> None:
+def test_silent_front_end_blocks_nobody_else(start: Start) -> None:
     server = start(2)
     assert server.exports[0].socket_path is not None
     with contextlib.closing(FrontEnd(server.exports[0].socket_path)):
         assert works(server.exports[1])
 
 
-def test_thread_that_fails_leaves_those_of_others(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_thread_does_not_stop_other_threads(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     server = start(2)
     first, second = server.exports
 
@@ -386,7 +386,7 @@ def test_thread_that_fails_leaves_those_of_others(start: Start, caplog: pytest.L
         raise OSError(28, "No space left on device")
 
     with attach(first), attach(second) as driver:
-        # The thread of the first disk runs into this after it has answered the call.
+        # The thread of the first disk hits this after it has run the call.
         worker = server.workers["io0"]
         worker.call(lambda: setattr(worker, "_finish_drains", fail)).result()
         wait_until(lambda: "io0: the I/O thread has failed" in caplog.text)
@@ -401,7 +401,7 @@ def test_thread_that_fails_leaves_those_of_others(start: Start, caplog: pytest.L
     assert works(second)
 
 
-def test_fault_in_a_session_is_its_disks_alone(
+def test_error_in_a_session_ends_only_that_session(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start(2)
@@ -420,7 +420,7 @@ def test_fault_in_a_session_is_its_disks_alone(
     assert works(first)
 
 
-def test_fault_in_serving_ends_that_disk_alone(
+def test_error_in_serving_ends_only_that_disk(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start(2)

@@ -1,4 +1,4 @@
-"""The back end's side of a connection: every message, the orders front ends use, starts, stops, cut connections."""
+"""The back end's side of a connection: all messages, the orders that front ends use, starts, stops, disconnections."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ OFFERED_PROTOCOL_FEATURES = (
 DRIVER_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_BLK_F_FLUSH
 OTHER_FEATURES = DRIVER_FEATURES | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC
 
-# What this back end does; it refuses every other request of the specification.
+# The requests that this back end supports; it refuses all others of the specification.
 HANDLED = {
     Request.GET_FEATURES,
     Request.SET_FEATURES,
@@ -119,14 +119,14 @@ HANDLED = {
     Request.SET_LOG_BASE,
     Request.SET_LOG_FD,
 }
-# What does not apply, and has an answer that says so: a failure, and no fd.
+# Requests that do not apply; the reply is an error without an fd.
 ANSWERED_NO: dict[Request, Payload] = {
     Request.GET_SHARED_OBJECT: Opaque(),
     Request.SET_DEVICE_STATE_FD: U64(1 | VringFd.NO_FD),
     Request.CHECK_DEVICE_STATE: U64(1),
 }
 OTHERS = set(RULES) - HANDLED - set(ANSWERED_NO)
-# Those of the others whose answer is no mere acknowledgement: there is no way to say no but to end the connection.
+# Other requests whose reply is more than an acknowledgement: they can only be refused by ending the connection.
 ANSWERED_OTHERWISE = {request for request in OTHERS if RULES[request].reply is not None}
 NEED_A_FEATURE = {request for request in HANDLED if RULES[request].feature is not None}
 
@@ -152,18 +152,18 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ringplane.Expor
 
 @pytest.fixture
 def own_export(tmp_path: Path) -> Iterator[ringplane.Export]:
-    """For tests that would do harm to all that follow if they found a fault."""
+    """A separate export for tests that would break all later ones if they found an error."""
     with serve_in(tmp_path) as export:
         yield export
 
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks(export: ringplane.Export, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Each test is a scenario: after it the back end waits for the next front end, with no fd or mapping more."""
+    """After each test the back end waits for the next front end, without additional fds or mappings."""
     fds, mappings = open_fds(), shared_mappings()
     yield
     wait_until(lambda: export.state == "listening")
-    # The exceptions in there have frames, and these the memory tables.
+    # The exceptions in there refer to frames, and these to memory tables.
     caplog.get_records("call").clear()
     gc.collect(0)
     if shared_mappings() > mappings or open_fds() != fds:
@@ -206,11 +206,11 @@ class Peer(FrontEnd):
         self.close()
 
     def ended(self) -> bool:
-        """Whether the back end closes the connection, rather than say anything."""
+        """Whether the back end closes the connection without a reply."""
         return self.transport.receive() is None
 
     def acknowledgement(self, request: Request, payload: Payload, fds: tuple[int, ...] = ()) -> Payload:
-        """What the back end answers when it is asked for a reply."""
+        """The back end's reply to a message with NEED_REPLY."""
         answer = self.transport.call(request, payload, fds, need_reply=True)
         assert answer is not None
         return answer.payload
@@ -222,14 +222,14 @@ def front_end(export: ringplane.Export) -> Peer:
 
 
 def negotiated(export: ringplane.Export, protocol_features: ProtocolFeature = OFFERED_PROTOCOL_FEATURES) -> Peer:
-    """A front end that is through with features; every message of it asks for an acknowledgement."""
+    """A front end that has negotiated features; each of its messages asks for an acknowledgement."""
     peer = front_end(export)
     peer.negotiate(DRIVER_FEATURES, protocol_features)
     return peer
 
 
 class Machine:
-    """A front end and its guest, which does one read at a time: a test sends the messages, in any order it likes."""
+    """A front end and its guest, which does one read at a time; a test sends the messages in any order."""
 
     def __init__(self, peer: Peer, index: int = 0, size: int = RING_SIZE, event_idx: bool = False) -> None:
         self.peer = peer
@@ -238,7 +238,7 @@ class Machine:
         self.place_ring(size, event_idx)
 
     def place_ring(self, size: int = RING_SIZE, event_idx: bool = False) -> None:
-        """Put an empty ring somewhere in memory where none was before."""
+        """Put an empty ring into unused memory."""
         if hasattr(self, "vring"):
             self.vring.close()
         start = self.memory.allocate(Ring.bytes_needed(size))
@@ -253,7 +253,7 @@ class Machine:
         self.close()
 
     def close(self) -> None:
-        """Close all but the connection."""
+        """Close everything except the connection."""
         self.vring.close()
         self.memory.close()
 
@@ -268,7 +268,7 @@ class Machine:
         self.peer.set_vring_addr(self.index, ring.desc, ring.avail, ring.used, flags, log)
 
     def offer_read(self, sector: int, length: int = SECTOR) -> tuple[int, int]:
-        """Put a read into the ring, without a kick; where its data and its status will be."""
+        """Put a read into the ring, without a kick; returns the places of its data and its status."""
         header, data, status = (self.memory.allocate(size) for size in (HEADER_SIZE, length, 1))
         poke(header, np.array([(VIRTIO_BLK_T_IN, 0, sector)], BLK_HEADER).tobytes())
         poke(status, b"\xff")
@@ -276,7 +276,7 @@ class Machine:
         return data, status
 
     def read(self, sector: int = 3) -> bytes:
-        """One sector, with a kick, by looking at the ring."""
+        """Read one sector with a kick, and poll the ring."""
         data, status = self.offer_read(sector)
         if self.ring.publish():
             self.vring.kick()
@@ -295,7 +295,7 @@ class Machine:
 def machine(
     export: ringplane.Export, protocol_features: ProtocolFeature = OFFERED_PROTOCOL_FEATURES, **ring: int
 ) -> Machine:
-    """A guest whose memory the back end knows."""
+    """A guest that has shared its memory with the back end."""
     guest = Machine(negotiated(export, protocol_features), **ring)
     guest.share_memory()
     return guest
@@ -313,17 +313,17 @@ def memory() -> Iterator[SharedMemory]:
     memory = SharedMemory(MEMORY_SIZE)
     yield memory
     memory.close()
-    # pytest keeps the object for a while; the mapping goes now.
+    # pytest keeps the object for a while; the mapping is removed now.
     vars(memory).clear()
 
 
 def region(memory: SharedMemory, number: int) -> MemoryRegion:
-    """A megabyte of the memory."""
+    """One MiB of the memory."""
     return MemoryRegion(number * MIB, MIB, memory.address + number * MIB, number * MIB)
 
 
 def example(request: Request, memory: SharedMemory) -> tuple[Payload, int]:
-    """A valid payload of the request, and how many fds go with it."""
+    """A valid payload of the request, and its number of fds."""
     rule = RULES[request]
     payloads: dict[type[Payload], Payload] = {
         Empty: Empty(),
@@ -371,13 +371,13 @@ def send_example(memory: SharedMemory) -> Iterator[Callable[..., Payload | None]
 
 @pytest.fixture
 def dropped(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The log lines, from warnings on, that the back end has written in this test."""
+    """The log lines of the back end in this test, from level warning on."""
     caplog.set_level(logging.INFO, "ringplane")
     return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("request_", [r for r in RULES if r in HANDLED], ids=by_name)
-def test_handled_request_is_acknowledged_or_answered(
+def test_handled_request_gets_its_reply(
     export: ringplane.Export, memory: SharedMemory, request_: Request, send_example: Callable[..., Payload | None]
 ) -> None:
     with negotiated(export) as peer:
@@ -390,18 +390,18 @@ def test_handled_request_is_acknowledged_or_answered(
 
 
 @pytest.mark.parametrize("request_", [r for r in RULES if r in HANDLED], ids=by_name)
-def test_handled_request_that_asks_for_nothing_gets_nothing(
+def test_handled_request_without_need_reply_gets_no_reply(
     export: ringplane.Export, memory: SharedMemory, request_: Request, send_example: Callable[..., Payload | None]
 ) -> None:
     with negotiated(export, OFFERED_PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK) as peer:
         peer.add_mem_reg(region(memory, 0), memory.fd)
         assert (send_example(peer, request_, need_reply=False) is None) == (RULES[request_].reply is None)
-        # The connection would take anything unasked for a protocol error.
+        # The connection treats any unexpected reply as a protocol error.
         assert peer.get_features()
 
 
 @pytest.mark.parametrize("request_", sorted(OTHERS - ANSWERED_OTHERWISE), ids=by_name)
-def test_other_request_is_refused_where_the_front_end_can_hear_it(
+def test_other_request_with_need_reply_is_refused(
     export: ringplane.Export, request_: Request, send_example: Callable[..., Payload | None]
 ) -> None:
     with negotiated(export) as peer:
@@ -427,7 +427,7 @@ def test_other_request_without_reply_ends_the_connection(
 
 @pytest.mark.parametrize("request_", sorted(ANSWERED_OTHERWISE), ids=by_name)
 @pytest.mark.parametrize("need_reply", [False, True])
-def test_other_request_that_needs_an_answer_ends_the_connection(
+def test_other_request_that_needs_a_payload_in_reply_ends_the_connection(
     export: ringplane.Export,
     request_: Request,
     need_reply: bool,
@@ -441,7 +441,7 @@ def test_other_request_that_needs_an_answer_ends_the_connection(
 
 
 @pytest.mark.parametrize("request_", sorted(ANSWERED_NO), ids=by_name)
-def test_what_does_not_apply_is_answered_so(
+def test_requests_that_do_not_apply_get_an_error_reply(
     export: ringplane.Export, request_: Request, send_example: Callable[..., Payload | None]
 ) -> None:
     with negotiated(export) as peer:
@@ -449,7 +449,7 @@ def test_what_does_not_apply_is_answered_so(
         assert peer.get_features()
 
 
-def test_a_channel_that_is_no_socket_is_refused(export: ringplane.Export, memory: SharedMemory) -> None:
+def test_a_channel_that_is_not_a_socket_is_refused(export: ringplane.Export, memory: SharedMemory) -> None:
     with negotiated(export) as peer, pytest.raises(Refused):
         peer.send(Request.SET_BACKEND_REQ_FD, fds=[memory.fd])
 
@@ -475,15 +475,15 @@ def test_request_whose_protocol_feature_was_not_negotiated_is_refused(
             assert answer.value != 0
 
 
-def test_need_reply_means_nothing_before_reply_ack_was_negotiated(export: ringplane.Export) -> None:
+def test_need_reply_is_ignored_before_reply_ack_is_negotiated(export: ringplane.Export) -> None:
     with front_end(export) as peer:
         peer.sock.sendall(encode_request(Request.SET_OWNER, need_reply=True))
-        # An acknowledgement would come first, and not be what is awaited.
+        # An acknowledgement would come first, instead of the expected reply.
         assert peer.get_features()
 
 
 @pytest.mark.parametrize("number", [0, 44, 200, (1 << 32) - 1])
-def test_request_that_no_specification_has_is_refused_or_ends_the_connection(
+def test_unknown_request_is_refused_or_ends_the_connection(
     export: ringplane.Export, number: int, dropped: Callable[[], list[str]]
 ) -> None:
     with negotiated(export) as peer:
@@ -515,12 +515,12 @@ def test_protocol_feature_that_was_not_offered_is_refused(export: ringplane.Expo
         peer.sock.settimeout(2)
         with pytest.raises(Refused):
             peer.send(Request.SET_PROTOCOL_FEATURES, U64(int(OFFERED_PROTOCOL_FEATURES) | 1 << bit))
-        # Nothing of it was taken: messages are still acknowledged.
+        # None of the features were accepted: messages are still acknowledged.
         peer.set_owner()
 
 
 @pytest.mark.parametrize("size", [8, 16, 52, 57, 60, 96, 255, 256])
-def test_config_is_answered_with_exactly_the_size_asked_for(export: ringplane.Export, size: int) -> None:
+def test_config_reply_has_exactly_the_requested_size(export: ringplane.Export, size: int) -> None:
     with negotiated(export) as peer:
         config = peer.get_config(0, size)
     assert len(config) == size
@@ -558,11 +558,11 @@ def test_queue_num_is_the_number_of_queues(export: ringplane.Export) -> None:
         assert peer.get_queue_num() == QUEUES
 
 
-# Rings that are described wrongly
+# Invalid rings
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 65535, 65536, (1 << 32) - 1])
-def test_ring_size_that_no_ring_has_is_refused(export: ringplane.Export, size: int) -> None:
+def test_invalid_ring_size_is_refused(export: ringplane.Export, size: int) -> None:
     with negotiated(export) as peer:
         with pytest.raises(Refused):
             peer.set_vring_num(0, size)
@@ -601,7 +601,7 @@ def test_queue_that_does_not_exist_is_refused(export: ringplane.Export, index: i
 
 @pytest.mark.parametrize("name", ["desc", "avail", "used"])
 @pytest.mark.parametrize("end", ["before the memory", "across its end"])
-def test_ring_outside_the_memory_is_refused_and_can_be_put_right(export: ringplane.Export, name: str, end: str) -> None:
+def test_ring_outside_the_memory_is_refused_and_can_be_corrected(export: ringplane.Export, name: str, end: str) -> None:
     with machine(export) as guest:
         ring = guest.ring
         edge = guest.memory.address + (0 if end == "before the memory" else MEMORY_SIZE)
@@ -634,8 +634,8 @@ def test_polled_ring_is_refused(export: ringplane.Export) -> None:
         guest.peer.set_vring_kick(0, None)
 
 
-def test_kick_fd_that_cannot_be_watched_leaves_no_running_ring_behind(own_export: ringplane.Export) -> None:
-    """epoll_ctl(2) refuses a regular file. The ring is not served then, whatever happens to the other rings."""
+def test_kick_fd_that_cannot_be_watched_starts_no_ring(own_export: ringplane.Export) -> None:
+    """epoll_ctl(2) rejects a regular file. The ring is then not served, whatever happens to the other rings."""
     with machine(own_export) as guest, open("/proc/self/exe", "rb") as file:
         guest.peer.set_vring_num(0, RING_SIZE)
         guest.set_addresses()
@@ -655,7 +655,7 @@ def test_kick_fd_that_cannot_be_watched_leaves_no_running_ring_behind(own_export
 
 
 def test_kick_fd_that_blocks_does_not_stop_the_thread(own_export: ringplane.Export) -> None:
-    """O_NONBLOCK belongs to the file, so the front end can take it away again: an empty eventfd would block a read."""
+    """O_NONBLOCK belongs to the open file, so the front end can clear it: reading an empty eventfd would block."""
     kick = os.eventfd(0)
     with machine(own_export) as guest:
         guest.start()
@@ -665,7 +665,7 @@ def test_kick_fd_that_blocks_does_not_stop_the_thread(own_export: ringplane.Expo
         stop.start()
         stop.join(2)
         stuck = stop.is_alive()
-        # Whatever reads it comes loose.
+        # Unblocks any reader.
         os.eventfd_write(kick, 1)
         stop.join()
     os.close(kick)
@@ -675,10 +675,10 @@ def test_kick_fd_that_blocks_does_not_stop_the_thread(own_export: ringplane.Expo
 @pytest.mark.parametrize("kind", NOTIFIERS)
 @pytest.mark.parametrize("end", ["stop", "replace", "leave", "process"])
 def test_notifier_that_is_full_does_not_stop_the_thread(own_export: ringplane.Export, kind: str, end: str) -> None:
-    """It does where nobody but this front end is served by it, but not when it is wanted for something else.
+    """It blocks a thread that serves only this front end, but not when the thread is needed for something else.
 
-    eventfd(2) has no RWF_NOWAIT for writes. A thread that serves several disks has the kernel signal, which never waits
-    (dataplane/signaller.py; hostile/test_notifiers.py); that would cost 0.7 us a call.
+    eventfd(2) has no RWF_NOWAIT for writes. For threads that serve several disks the kernel signals the eventfd, which
+    never blocks (dataplane/signaller.py; hostile/test_notifiers.py); here that would cost 0.7 us per call.
     """
     with full_notifier(kind) as call:
         with machine(own_export) as guest:
@@ -699,7 +699,7 @@ def test_notifier_that_is_full_does_not_stop_the_thread(own_export: ringplane.Ex
                 other.read()
 
 
-# Rings that were broken, and features that change.
+# Broken rings, and features that change.
 
 
 def break_ring(guest: Machine) -> None:
@@ -729,7 +729,7 @@ def test_broken_ring_stays_stopped_until_it_is_reset(own_export: ringplane.Expor
 
 
 def test_features_that_change_reach_a_running_ring(own_export: ringplane.Export) -> None:
-    """A driver that gives up flushing has each write made stable from then on."""
+    """After a driver gives up the flush feature, each of its writes is stable when it is completed."""
     with machine(own_export) as guest:
         guest.start()
         guest.read()
@@ -746,10 +746,8 @@ def test_features_that_change_reach_a_running_ring(own_export: ringplane.Export)
 @pytest.mark.parametrize(
     "request_", [Request.SET_VRING_CALL, Request.SET_VRING_ERR, Request.SET_VRING_KICK], ids=by_name
 )
-def test_fd_that_is_good_for_nothing_is_refused_and_closed(
-    export: ringplane.Export, request_: Request, tmp_path: Path
-) -> None:
-    """An O_PATH fd takes no flags, so it cannot be made non-blocking."""
+def test_unusable_fd_is_refused_and_closed(export: ringplane.Export, request_: Request, tmp_path: Path) -> None:
+    """An O_PATH fd has no flags that can be set, so it cannot be made non-blocking."""
     fd = os.open(tmp_path, os.O_PATH)
     with machine(export) as guest:
         guest.peer.set_vring_num(0, RING_SIZE)
@@ -761,11 +759,11 @@ def test_fd_that_is_good_for_nothing_is_refused_and_closed(
     os.close(fd)
 
 
-# VIRTIO_F_RING_RESET, as front ends do it
+# VIRTIO_F_RING_RESET, as front ends implement it
 
 
 def test_one_ring_is_reset_while_the_other_runs(export: ringplane.Export) -> None:
-    """Stopped, placed elsewhere with another size, and started: the other ring notices nothing."""
+    """It is stopped, moved, resized and started again; the other ring is not affected."""
     with machine(export) as guest:
         guest.peer.set_features(DRIVER_FEATURES | VIRTIO_F_RING_RESET | VHOST_USER_F_PROTOCOL_FEATURES)
         other = copy.copy(guest)
@@ -790,11 +788,11 @@ def test_one_ring_is_reset_while_the_other_runs(export: ringplane.Export) -> Non
         other.vring.close()
 
 
-# Migration: what is written is marked
+# Migration: written pages are marked
 
 
 def marked(log: mmap.mmap) -> set[int]:
-    """The pages whose bits are set, by their numbers; the bits are cleared, as a front end does that has seen them."""
+    """The numbers of the pages whose bits are set; the bits are cleared, as a front end does after reading them."""
     bits = np.unpackbits(np.frombuffer(log[:], np.uint8), bitorder="little")
     log[:] = bytes(len(log))
     return set(np.flatnonzero(bits).tolist())
@@ -812,7 +810,7 @@ def log() -> Iterator[tuple[mmap.mmap, int]]:
 
 
 def pages(guest: Machine, *places: tuple[int, int]) -> set[int]:
-    """Those of these addresses and sizes."""
+    """The numbers of the pages of these addresses and sizes."""
     found: set[int] = set()
     for address, size in places:
         start = guest.memory.guest(address)
@@ -820,8 +818,8 @@ def pages(guest: Machine, *places: tuple[int, int]) -> set[int]:
     return found
 
 
-def test_what_a_request_writes_is_marked(export: ringplane.Export, log: tuple[mmap.mmap, int]) -> None:
-    """As QEMU does it: the log, the features and the addresses come while the ring runs."""
+def test_pages_that_requests_write_are_marked(export: ringplane.Export, log: tuple[mmap.mmap, int]) -> None:
+    """Like in QEMU, the log, the features and the addresses are set while the ring runs."""
     mapping, fd = log
     with machine(export) as guest:
         guest.start()
@@ -836,7 +834,7 @@ def test_what_a_request_writes_is_marked(export: ringplane.Export, log: tuple[mm
         guest.reap()
         ring = (guest.ring.used, 6 + 8 * RING_SIZE)
         assert marked(mapping) == pages(guest, (data, 3 * 4096), (status, 1), ring)
-        # A log of more than the first page of memory would need another; what is beyond its end is not marked.
+        # The log only covers the beginning of the memory; pages beyond its end are not marked.
         guest.peer.set_log_base(1, 0, fd)
         guest.read()
         assert all(page < 8 for page in marked(mapping))
@@ -846,7 +844,7 @@ def test_what_a_request_writes_is_marked(export: ringplane.Export, log: tuple[mm
 
 
 @pytest.mark.parametrize(("size", "offset"), [(0, 0), (1 << 63, 0), (4096, 1 << 63), (1 << 20, 0), (256, 1 << 20)])
-def test_a_log_that_cannot_be_is_refused(
+def test_an_invalid_log_is_refused(
     export: ringplane.Export, log: tuple[mmap.mmap, int], size: int, offset: int
 ) -> None:
     """CVE-2020-10722, CVE-2019-14835: sizes and offsets that are not checked against the mapping."""
@@ -860,7 +858,7 @@ def test_a_log_that_cannot_be_is_refused(
 # In-flight areas
 
 
-def test_an_area_is_made_and_used(export: ringplane.Export) -> None:
+def test_an_area_is_created_and_used(export: ringplane.Export) -> None:
     with machine(export) as guest:
         described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
         guest.peer.set_inflight_fd(described, fd)
@@ -868,15 +866,15 @@ def test_an_area_is_made_and_used(export: ringplane.Export) -> None:
         assert guest.read(5) == sector(5)
         region = Mapping(fd, described.mmap_size, described.mmap_offset)
         assert (described.num_queues, described.queue_size) == (QUEUES, RING_SIZE)
-        # Of the first ring: version 1, 64 descriptors, one chain used.
+        # The first ring: version 1, 64 descriptors, one chain used.
         assert struct.unpack("<HH2xH", peek(region.address + 8, 8)) == (1, RING_SIZE, 1)
         assert guest.peer.get_vring_base(0) == 1
         assert struct.unpack("<H", peek(region.address + 8, 2)) == (0,)
         os.close(fd)
 
 
-def test_a_reset_of_the_device_forgets_what_the_area_tells(export: ringplane.Export) -> None:
-    """Where the next driver's rings begin the front end says, not what was left of the last one's."""
+def test_a_reset_of_the_device_forgets_the_area(export: ringplane.Export) -> None:
+    """The front end sets the base of the next driver's rings; the area's old contents do not matter."""
     with machine(export) as guest:
         described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
         guest.peer.set_inflight_fd(described, fd)
@@ -899,8 +897,8 @@ def test_a_damaged_area_starts_no_ring_and_leaves_no_mapping(export: ringplane.E
         os.close(fd)
 
 
-def test_what_a_dead_process_had_in_flight_is_done_again(export: ringplane.Export) -> None:
-    """The region says that heads 3 and 1 were fetched, in this order, when the used ring had got nothing yet."""
+def test_requests_in_flight_of_a_dead_process_are_resubmitted(export: ringplane.Export) -> None:
+    """The region says that heads 3 and 1 were fetched in this order, and the used ring is still empty."""
     with machine(export) as guest:
         described, fd = guest.peer.get_inflight_fd(QUEUES, RING_SIZE)
         region = Mapping(fd, described.mmap_size, described.mmap_offset)
@@ -911,7 +909,7 @@ def test_what_a_dead_process_had_in_flight_is_done_again(export: ringplane.Expor
         for counter, place in enumerate((0, 1)):
             poke(region.address + 16 * (1 + heads[place]), struct.pack("<B5xHQ", 1, 0, counter))
         guest.peer.set_inflight_fd(described, fd)
-        # As QEMU says it after a crash: from the used index on. So the two must not be fetched as well.
+        # QEMU sends the used index after a crash, so the two must not be fetched again.
         peer = guest.peer
         peer.set_vring_num(0, RING_SIZE)
         peer.set_vring_base(0, 0)
@@ -938,7 +936,7 @@ def test_what_a_dead_process_had_in_flight_is_done_again(export: ringplane.Expor
     ],
     ids=str,
 )
-def test_an_area_that_cannot_be_is_refused(export: ringplane.Export, described: Inflight) -> None:
+def test_an_invalid_area_is_refused(export: ringplane.Export, described: Inflight) -> None:
     """CVE-2021-3839: sizes that are not checked against the mapping."""
     fd = os.memfd_create("area")
     os.ftruncate(fd, 8192)
@@ -962,7 +960,7 @@ def test_an_area_without_room_for_the_ring_does_not_start_it(export: ringplane.E
 
 
 @pytest.mark.parametrize(("queues", "size"), [(0, 64), (2, 0), (1, 32769), (65535, 65535)])
-def test_an_area_that_is_asked_for_in_vain(export: ringplane.Export, queues: int, size: int) -> None:
+def test_an_invalid_request_for_an_area(export: ringplane.Export, queues: int, size: int) -> None:
     with machine(export) as guest:
         assert guest.peer.ask(Request.GET_INFLIGHT_FD, Inflight, Inflight(0, 0, queues, size)).mmap_size == 0
         guest.start()
@@ -972,7 +970,7 @@ def test_an_area_that_is_asked_for_in_vain(export: ringplane.Export, queues: int
 # Device status
 
 
-def test_the_status_is_what_was_set(export: ringplane.Export) -> None:
+def test_the_status_can_be_set_and_read(export: ringplane.Export) -> None:
     with negotiated(export) as peer:
         assert peer.get_status() == 0
         for status in (1, 3, 11, 15):
@@ -983,7 +981,7 @@ def test_the_status_is_what_was_set(export: ringplane.Export) -> None:
         assert peer.get_status() == 15
 
 
-def test_features_that_were_refused_are_not_ok(export: ringplane.Export) -> None:
+def test_features_ok_stays_clear_after_refused_features(export: ringplane.Export) -> None:
     with negotiated(export) as peer:
         with pytest.raises(Refused):
             peer.set_features(1 << 63)
@@ -994,8 +992,8 @@ def test_features_that_were_refused_are_not_ok(export: ringplane.Export) -> None
         assert peer.get_status() == 11
 
 
-def test_a_broken_ring_needs_a_reset_which_status_0_is(export: ringplane.Export) -> None:
-    """What QEMU does when the guest stops and goes on: status 0, then the rings are described anew."""
+def test_a_broken_ring_needs_a_reset_by_status_0(export: ringplane.Export) -> None:
+    """When a guest stops and continues, QEMU sends status 0 and then sets up the rings again."""
     with machine(export) as guest:
         peer = guest.peer
         guest.start()
@@ -1022,7 +1020,7 @@ def test_status_0_stops_all_rings_and_keeps_what_belongs_to_the_connection(expor
         guest.ring.publish()
         guest.vring.kick()
         assert export.in_flight == 0
-        # Neither memory nor the call fd are told again.
+        # Neither the memory nor the call fd are sent again.
         guest.place_ring()
         ring = guest.ring
         peer.set_vring_num(0, ring.size)
@@ -1034,11 +1032,11 @@ def test_status_0_stops_all_rings_and_keeps_what_belongs_to_the_connection(expor
         assert guest.read(5) == sector(5)
 
 
-# The orders of messages that front ends use
+# Message orders of real front ends
 
 
 def test_user_mode_linux(export: ringplane.Export) -> None:
-    """SET_OWNER first, odd config sizes, SET_VRING_CALL with a pipe before NUM, at the end ENABLE 0 and close."""
+    """SET_OWNER first, unusual config sizes, SET_VRING_CALL with a pipe before NUM, finally ENABLE 0 and close."""
     features = ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
     reading, writing = os.pipe()
     ours, theirs = socket.socketpair()
@@ -1052,7 +1050,7 @@ def test_user_mode_linux(export: ringplane.Export) -> None:
             assert len(peer.get_config(0, size)) == size
         peer.set_features(offered & (DRIVER_FEATURES | VHOST_USER_F_PROTOCOL_FEATURES))
         with Machine(peer) as guest:
-            # Room for two regions, one of them in use.
+            # A table with room for two regions, of which one is used.
             peer.set_mem_table([guest.memory.region()], [guest.memory.fd])
             peer.set_vring_call(0, writing)
             assert os.read(reading, 64) == struct.pack("<Q", 1)
@@ -1069,15 +1067,15 @@ def test_user_mode_linux(export: ringplane.Export) -> None:
 
 
 def test_qemu_under_seabios_and_then_linux(export: ringplane.Export) -> None:
-    """Another driver takes over on the same connection, with other features and addresses, and a second queue."""
+    """A second driver takes over on the same connection, with other features and addresses, and two queues."""
     with machine(export) as guest:
         peer = guest.peer
         peer.set_features(VHOST_USER_F_PROTOCOL_FEATURES | VIRTIO_F_VERSION_1)
         for index in range(QUEUES):
-            # QEMU sets the call fd as soon as it has one; the ring comes much later.
+            # QEMU sets the call fd as soon as it has one; the ring is set up much later.
             peer.set_vring_call(index, guest.vring.call_fd)
         guest.start()
-        # SeaBIOS knows nothing of queue 1, QEMU enables it nevertheless.
+        # SeaBIOS does not use queue 1, but QEMU enables it.
         peer.set_vring_enable(1, True)
         assert guest.read(1) == sector(1)
         for index in range(QUEUES):
@@ -1094,7 +1092,7 @@ def test_qemu_under_seabios_and_then_linux(export: ringplane.Export) -> None:
             )
             second.ring.state["memory"] -= MEMORY_SIZE
             second.start()
-            # Features changed: with EVENT_IDX the back end answers in avail_event where kicks are wanted next.
+            # With EVENT_IDX, which is now negotiated, the back end writes to avail_event where it wants the next kick.
             for number in range(5):
                 assert guest.read(number) == sector(number)
                 assert second.read(number) == sector(number)
@@ -1113,8 +1111,8 @@ def test_regions_that_were_added_outlive_stop_and_start(export: ringplane.Export
             guest.peer.get_vring_base(0)
 
 
-def test_ring_goes_on_from_any_base(export: ringplane.Export) -> None:
-    """As at the destination of a migration; the index wraps on the way."""
+def test_ring_starts_at_any_base(export: ringplane.Export) -> None:
+    """Like at the destination of a migration; the index wraps around meanwhile."""
     with machine(export) as guest:
         guest.start(base=65534)
         for number in range(4):
@@ -1123,7 +1121,7 @@ def test_ring_goes_on_from_any_base(export: ringplane.Export) -> None:
 
 
 def test_ring_is_started_by_the_kick_fd_without_protocol_features(export: ringplane.Export) -> None:
-    """Such a front end has no SET_VRING_ENABLE: rings are enabled from the start."""
+    """Such front ends have no SET_VRING_ENABLE: rings are enabled from the start."""
     with front_end(export) as peer:
         peer.set_features(DRIVER_FEATURES)
         peer.set_owner()
@@ -1144,7 +1142,7 @@ def test_disabled_ring_is_not_served(export: ringplane.Export) -> None:
         data, _ = guest.offer_read(8)
         guest.ring.publish()
         guest.vring.kick()
-        # Of another message's answer it follows that the kick was there before.
+        # The reply to another message proves that the kick was there before.
         guest.peer.set_vring_call(0, guest.vring.call_fd)
         time.sleep(0.05)
         assert guest.used_idx == 0
@@ -1200,7 +1198,7 @@ def select_readable(fd: int) -> list[int]:
     return select.select([fd], [], [], 0)[0]
 
 
-def test_full_call_pipe_stops_nothing(export: ringplane.Export) -> None:
+def test_full_call_pipe_blocks_nothing(export: ringplane.Export) -> None:
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     with machine(export) as guest:
@@ -1230,7 +1228,7 @@ def test_broken_ring_signals_the_error_fd_and_works_again_after_a_restart(
 # Memory
 
 
-def test_memory_that_cannot_be_is_refused(export: ringplane.Export, memory: SharedMemory) -> None:
+def test_invalid_memory_is_refused(export: ringplane.Export, memory: SharedMemory) -> None:
     good = region(memory, 0)
     bad = [
         MemoryRegion(0, 0, good.user_address, 0),
@@ -1264,14 +1262,14 @@ def test_fd_that_cannot_be_mapped_is_refused(export: ringplane.Export, memory: S
     os.close(fd)
 
 
-def test_region_can_be_removed_with_an_fd_of_no_use(export: ringplane.Export, memory: SharedMemory) -> None:
+def test_region_can_be_removed_with_an_unneeded_fd(export: ringplane.Export, memory: SharedMemory) -> None:
     """libblkio sends one."""
     with negotiated(export) as peer:
         peer.add_mem_reg(region(memory, 0), memory.fd)
         peer.send(Request.REM_MEM_REG, SingleMemoryRegion(region(memory, 0)), [memory.fd])
 
 
-def test_as_many_regions_as_there_are_slots(export: ringplane.Export, memory: SharedMemory) -> None:
+def test_the_largest_number_of_regions(export: ringplane.Export, memory: SharedMemory) -> None:
     with negotiated(export) as peer:
         slots = peer.get_max_mem_slots()
         regions = [MemoryRegion(n * 4096, 4096, memory.address + n * 4096, n * 4096) for n in range(slots + 1)]
@@ -1283,7 +1281,7 @@ def test_as_many_regions_as_there_are_slots(export: ringplane.Export, memory: Sh
         peer.add_mem_reg(regions[-1], memory.fd)
 
 
-def test_removed_memory_is_not_used_any_more(export: ringplane.Export, memory: SharedMemory) -> None:
+def test_removed_memory_is_no_longer_used(export: ringplane.Export, memory: SharedMemory) -> None:
     with machine(export) as guest:
         extra = MemoryRegion(MEMORY_SIZE, MIB, memory.address, 0)
         guest.peer.add_mem_reg(extra, memory.fd)
@@ -1296,7 +1294,7 @@ def test_removed_memory_is_not_used_any_more(export: ringplane.Export, memory: S
         wait_until(lambda: bool(select_readable(guest.vring.err_fd)))
 
 
-def test_ring_whose_memory_goes_away_stops_with_an_error(export: ringplane.Export) -> None:
+def test_ring_whose_memory_is_removed_stops_with_an_error(export: ringplane.Export) -> None:
     with machine(export) as guest:
         guest.start()
         guest.peer.set_mem_table([], [])
@@ -1309,7 +1307,7 @@ def test_ring_whose_memory_goes_away_stops_with_an_error(export: ringplane.Expor
 
 
 class Loaded:
-    """A driver with a load of reads on its way, each verified against the image."""
+    """A driver with a load of reads, each verified against the image."""
 
     def __init__(self, export: ringplane.Export, seconds: float = 0.4) -> None:
         assert export.socket_path is not None
@@ -1367,11 +1365,11 @@ def test_notifiers_are_set_again_under_load(export: ringplane.Export) -> None:
                 driver.front_end.set_vring_call(vring.index, vring.call_fd)
                 driver.front_end.set_vring_err(vring.index, vring.err_fd)
                 driver.front_end.set_vring_kick(vring.index, vring.kick_fd)
-                # A kick that was on its way to the old fd is made up for by the look at the start.
+                # The check when a ring starts makes up for a kick that went to the old fd.
 
 
-def test_mappings_of_requests_in_flight_stay_until_they_end(export: ringplane.Export) -> None:
-    """All memory but the ring's is taken away while large reads are on their way into it."""
+def test_mappings_stay_until_their_requests_in_flight_end(export: ringplane.Export) -> None:
+    """All memory except the ring's is removed while large reads into it are in flight."""
     with machine(export) as guest:
         guest.start()
         ring_only = MemoryRegion(0, MIB, guest.memory.address, 0)
@@ -1402,7 +1400,7 @@ def stop_with_enable(guest: Machine) -> int:
 
 @pytest.mark.parametrize("stop", [stop_with_get_vring_base, stop_with_enable])
 def test_stop_waits_for_every_request_in_flight(export: ringplane.Export, stop: Callable[[Machine], int]) -> None:
-    """The base is where the back end stopped fetching: each request before it has a used entry, each after it none."""
+    """The base is where fetching stopped: all requests before it have a used entry, all later ones have none."""
     fetched_in_all = 0
     for _ in range(5):
         with machine(export) as guest:
@@ -1437,7 +1435,7 @@ def test_stop_under_load_loses_no_request(export: ringplane.Export) -> None:
             base = stopped
 
 
-def test_restart_from_the_base_serves_what_was_left(export: ringplane.Export) -> None:
+def test_restart_from_the_base_serves_the_remaining_requests(export: ringplane.Export) -> None:
     with machine(export) as guest:
         guest.start()
         guest.read(1)
@@ -1478,18 +1476,18 @@ def test_reset_stops_the_rings_and_leaves_the_memory(export: ringplane.Export, r
         assert guest.read(6) == sector(6)
 
 
-def test_reset_device_forgets_what_was_said_about_the_rings(export: ringplane.Export) -> None:
+def test_reset_device_forgets_the_rings(export: ringplane.Export) -> None:
     with machine(export) as guest:
         guest.start()
         guest.read()
         fds = len(open_fds())
         guest.peer.send(Request.RESET_DEVICE)
-        # The back end's copies of kick, call and error fd.
+        # The back end's copies of the kick, call and error fds.
         assert len(open_fds()) == fds - 3
         assert guest.peer.get_vring_base(0) == 0
 
 
-# Connections that end early
+# Connections that end prematurely
 
 
 Step = Callable[[Machine], object]
@@ -1527,7 +1525,7 @@ def offer_reads_and_kick(guest: Machine) -> None:
 
 @pytest.mark.parametrize("last", range(len(HANDSHAKE)), ids=list(HANDSHAKE))
 def test_connection_cut_after_each_step_of_a_handshake(export: ringplane.Export, last: int) -> None:
-    """What the front end gave, the back end gives back: see `_nothing_leaks`."""
+    """The back end releases everything that it received: see `_nothing_leaks`."""
     with Machine(front_end(export)) as guest:
         for step in list(HANDSHAKE.values())[: last + 1]:
             step(guest)
@@ -1560,7 +1558,7 @@ def test_connection_cut_inside_a_message_with_fds(
 
 
 @pytest.mark.parametrize("request_", [Request.GET_FEATURES, Request.SET_VRING_NUM, Request.SET_MEM_TABLE], ids=by_name)
-def test_fds_with_a_message_that_has_none_are_closed(export: ringplane.Export, request_: Request) -> None:
+def test_fds_with_a_message_that_takes_none_are_closed(export: ringplane.Export, request_: Request) -> None:
     payload = {Request.SET_VRING_NUM: VringState(0, 128), Request.SET_MEM_TABLE: MemoryTable()}.get(request_, Empty())
     fds = [os.eventfd(0) for _ in range(8)]
     with negotiated(export) as peer:
@@ -1592,7 +1590,7 @@ def test_many_messages_sent_at_once_are_answered_in_order(export: ringplane.Expo
         assert replies[-8:] == struct.pack("<Q", QUEUES)
 
 
-def test_waiting_front_end_is_served_when_the_first_one_goes(export: ringplane.Export) -> None:
+def test_waiting_front_end_is_served_when_the_first_one_disconnects(export: ringplane.Export) -> None:
     first = negotiated(export)
     with front_end(export) as second:
         second.transport.send(second.transport.connection.send(Request.GET_FEATURES))
@@ -1606,11 +1604,11 @@ def test_waiting_front_end_is_served_when_the_first_one_goes(export: ringplane.E
         assert isinstance(answer.payload, U64)
 
 
-def test_front_end_that_does_not_read_its_replies_holds_up_no_drain(own_export: ringplane.Export) -> None:
+def test_front_end_that_does_not_read_its_replies_blocks_no_drain(own_export: ringplane.Export) -> None:
     with negotiated(own_export) as peer:
         request = encode_request(Request.GET_CONFIG, Config.asking_for(0, 256))
         peer.sock.setblocking(False)
-        # Until neither end of the socket has room: the back end is stuck in a reply.
+        # Until both ends of the socket are full: the back end waits in a reply.
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
             with suppress(BlockingIOError):

@@ -1,6 +1,6 @@
-"""The split ring's indices, entries and notifications, over real memory, against the specification's words.
+"""The split ring's indices, entries and notifications in real memory, compared with the specification.
 
-And what the data plane makes of indices that no driver has; what rings of both formats have in common: test_rings.py.
+Also invalid indices in the data plane. test_rings.py has the tests of both ring formats.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ starts = st.one_of(u16, st.integers(65520, 65535))
 
 
 class Ring:
-    """A ring in memory of our own: the driver's view through `struct`, the device's through a QUEUE."""
+    """A ring in local memory: the driver accesses it by `struct`, the device by a QUEUE."""
 
     def __init__(self, size: int, start: int, event_idx: bool) -> None:
         self.size = size
@@ -74,7 +74,7 @@ class Ring:
         return struct.unpack_from("<H", self.used, 4 + 8 * self.size)[0]
 
     def driver_kicks(self, old: int) -> bool:
-        """Whether a driver that went from `old` to the present index would kick (section 2.7.10)."""
+        """Whether a driver would kick that moved from `old` to the current index (section 2.7.10)."""
         if self.queue["event_idx"]:
             return model.need_event(self.avail_event(), self.avail_idx, old)
         return not self.used_flags() & 1
@@ -99,7 +99,7 @@ def test_need_event_at_the_wrap_around() -> None:
 
 
 @given(rings, st.data())
-def test_heads_come_out_in_the_order_they_went_in(ring: Ring, data: st.DataObject) -> None:
+def test_heads_are_taken_in_order(ring: Ring, data: st.DataObject) -> None:
     for _ in range(3):
         heads = data.draw(st.lists(u16, max_size=ring.size))
         ring.expose(heads)
@@ -110,7 +110,7 @@ def test_heads_come_out_in_the_order_they_went_in(ring: Ring, data: st.DataObjec
 
 
 @given(rings, u16)
-def test_available_counts_modulo_two_to_the_sixteen(ring: Ring, jump: int) -> None:
+def test_available_counts_modulo_2_to_the_16(ring: Ring, jump: int) -> None:
     struct.pack_into("<H", ring.avail, 2, (ring.avail_idx + jump) % 65536)
     assert split.available(ring.queue) == jump
 
@@ -134,7 +134,7 @@ def test_with_event_idx_the_driver_is_called_when_its_event_is_passed(
     size: int, start: int, data: st.DataObject
 ) -> None:
     ring = Ring(size, start, event_idx=True)
-    # No interrupt, said by flags, has no meaning with EVENT_IDX.
+    # VIRTQ_AVAIL_F_NO_INTERRUPT has no meaning with EVENT_IDX.
     ring.set_no_interrupt(data.draw(st.booleans()))
     for _ in range(4):
         old = ring.published()
@@ -148,7 +148,7 @@ def test_with_event_idx_the_driver_is_called_when_its_event_is_passed(
 
 
 @given(ring_sizes, starts, st.lists(st.integers(0, 4), min_size=1, max_size=5), st.data())
-def test_one_look_is_for_all_that_was_published_since_the_last(
+def test_one_check_covers_everything_published_since_the_last_one(
     size: int, start: int, batches: list[int], data: st.DataObject
 ) -> None:
     ring = Ring(size, start, event_idx=True)
@@ -163,7 +163,7 @@ def test_one_look_is_for_all_that_was_published_since_the_last(
 
 
 @given(ring_sizes, starts, u16, st.booleans())
-def test_without_event_idx_the_flag_alone_decides_about_calls(size: int, start: int, event: int, wish: bool) -> None:
+def test_without_event_idx_only_the_flag_decides_about_calls(size: int, start: int, event: int, wish: bool) -> None:
     ring = Ring(size, start, event_idx=False)
     ring.set_used_event(event)
     ring.set_no_interrupt(wish)
@@ -196,7 +196,7 @@ def test_disabled_kicks_do_not_come(ring: Ring, data: st.DataObject) -> None:
 
 
 @given(rings)
-def test_the_device_writes_its_own_ring_only(ring: Ring) -> None:
+def test_the_device_writes_only_its_own_ring(ring: Ring) -> None:
     ring.expose([0] * ring.size)
     avail = ring.avail.tobytes()
     for _ in range(ring.size):
@@ -207,7 +207,7 @@ def test_the_device_writes_its_own_ring_only(ring: Ring) -> None:
     assert ring.avail.tobytes() == avail
 
 
-def test_sizes_of_the_three_parts_are_those_of_the_specification() -> None:
+def test_sizes_of_the_three_parts_match_the_specification() -> None:
     # The table of section 2.7: 16 * size, 6 + 2 * size, 6 + 8 * size.
     sizes = (split.desc_bytes(256), split.avail_bytes(256), split.used_bytes(256))
     assert sizes == (16 * 256, 6 + 2 * 256, 6 + 8 * 256)
@@ -223,7 +223,7 @@ def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
 
 
 def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
-    """Kick, wait for the ring to break, and return what the log says."""
+    """Kick, wait until the ring breaks, and return the log."""
     caplog.set_level(logging.WARNING)
     line.kick()
     wait_for_event(line.queue.err_fd, "the error event")

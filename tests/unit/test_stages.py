@@ -1,4 +1,4 @@
-"""The benchmark of the loop's stages: it times the loop that there is, and what it finds is about all requests."""
+"""The benchmark of the loop's stages: it times the real loop, and covers all requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringplane.dataplane import worker
 
 
 @pytest.mark.parametrize("engine", ["null", "aio"])
-def test_the_stages_are_those_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+def test_the_stages_match_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     monkeypatch.setattr(worker, "run", worker.run)
     found = stages.measure(tmp_path, 1 << 20, engine, 4096, 8, 0.1)
     assert {"wait_for_events", "serve_ready", "do_copies", "submit", "complete_all", "publish_all"} <= found.keys()

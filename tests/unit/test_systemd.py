@@ -1,4 +1,4 @@
-"""The systemd unit that ships: systemd finds little exposed, and lets through what ringplane calls."""
+"""The installed systemd unit: systemd rates its exposure as low, and it allows the calls of ringplane."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNIT = REPOSITORY / "share" / "systemd" / "ringplane@.service"
 # Tenths of what `systemd-analyze security` counts from 0 (nothing is exposed) to 10.
 EXPOSURE = 10
 
-# What ringplane calls before it has confined itself, beside what the sandbox allows; strace(1) tells.
+# System calls before ringplane confines itself, besides those that the sandbox allows, as seen with strace(1).
 AT_THE_START = (
     *("openat", "execve", "clone3", "wait4", "vfork", "socket", "bind", "listen", "connect", "mkdir", "getdents64"),
     *("pipe2", "io_setup", "io_uring_setup", "prlimit64", "seccomp", "landlock_create_ruleset", "landlock_add_rule"),
@@ -26,7 +26,7 @@ AT_THE_START = (
 
 
 def analyze(*arguments: str) -> str:
-    """Runs systemd-analyze, which must find nothing to complain of."""
+    """Run systemd-analyze, which must succeed without any message."""
     if shutil.which("systemd-analyze") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("systemd-analyze is not installed")
@@ -46,7 +46,7 @@ def test_little_is_exposed() -> None:
 
 
 def calls(words: str) -> set[str]:
-    """The system calls that a list of names and @groups means."""
+    """The system calls in a list of names and @groups."""
     found: set[str] = set()
     for word in words.split():
         found |= group(word) if word.startswith("@") else {word}
@@ -58,7 +58,7 @@ def group(name: str) -> set[str]:
     return calls(" ".join(each for each in members if not each.startswith("#")))
 
 
-def test_its_filter_lets_through_what_is_called() -> None:
+def test_its_filter_allows_all_needed_calls() -> None:
     allowed: set[str] = set()
     for words in settings("SystemCallFilter"):
         allowed = allowed - calls(words[1:]) if words.startswith("~") else allowed | calls(words)

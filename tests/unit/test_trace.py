@@ -1,4 +1,4 @@
-"""Tracing: a reader sees the events in order, and counts those that were overwritten before it looked."""
+"""Tracing: a reader sees the events in order, and counts those that were overwritten before it read them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ringplane.dataplane.trace import TraceEvent, TraceReader, TraceRing, trace
 
 
 class Tracer:
-    """A worker that does nothing but trace."""
+    """A worker that only traces."""
 
     def __init__(self) -> None:
         self.worker = np.zeros(1, WORKER)
@@ -57,7 +57,7 @@ def test_every_event_is_seen_once() -> None:
     assert reader.lost == 0
 
 
-def test_a_reader_begins_with_what_comes_after_it() -> None:
+def test_a_reader_starts_with_later_events() -> None:
     tracer = Tracer()
     tracer.trace(5)
     reader = tracer.reader()
@@ -65,14 +65,14 @@ def test_a_reader_begins_with_what_comes_after_it() -> None:
     assert sectors(reader) == [5]
 
 
-def test_two_readers_do_not_take_from_each_other() -> None:
+def test_two_readers_are_independent() -> None:
     tracer = Tracer()
     one, other = tracer.reader(), tracer.reader()
     tracer.trace(2)
     assert sectors(one) == sectors(other) == [0, 1]
 
 
-def test_the_ring_goes_round() -> None:
+def test_the_ring_wraps_around() -> None:
     tracer = Tracer()
     reader = tracer.reader()
     tracer.trace(TRACE_CAPACITY - 2)
@@ -83,12 +83,12 @@ def test_the_ring_goes_round() -> None:
 
 
 @pytest.mark.parametrize("too_many", [1, 100, TRACE_CAPACITY + 7])
-def test_what_was_overwritten_is_counted_as_lost(too_many: int) -> None:
+def test_overwritten_events_are_counted_as_lost(too_many: int) -> None:
     tracer = Tracer()
     reader = tracer.reader()
     tracer.trace(TRACE_CAPACITY + too_many)
     seen = sectors(reader)
-    # One more than was overwritten may be given up: the worker could be writing it.
+    # One more event may be skipped, because the worker could be writing it.
     assert too_many <= reader.lost <= too_many + 1
     assert seen == list(range(reader.lost, TRACE_CAPACITY + too_many))
     tracer.trace(1)
@@ -96,14 +96,14 @@ def test_what_was_overwritten_is_counted_as_lost(too_many: int) -> None:
 
 
 class Racing(TraceRing):
-    """A ring that goes on while it is copied."""
+    """A ring that advances while it is copied."""
 
     def copy(self, first: int, last: int) -> npt.NDArray[np.void]:
         self._worker["traced"] += 10
         return super().copy(first, last)
 
 
-def test_what_is_overwritten_while_it_is_read_is_lost_too() -> None:
+def test_events_overwritten_during_a_read_are_lost_too() -> None:
     tracer = Tracer()
     tracer.ring = Racing(tracer.worker)
     tracer.worker["trace"] = tracer.ring.address
@@ -131,8 +131,8 @@ def test_fields_of_all_kinds_of_events() -> None:
     assert (started.sector, started.length) == (65535, 128)
 
 
-def test_an_event_of_a_queue_has_nothing_of_the_request_whose_place_it_takes() -> None:
-    """The ring has gone round: each place has held a completion before."""
+def test_an_event_keeps_no_fields_of_the_overwritten_one() -> None:
+    """The ring has wrapped around, so each place contained a completion before."""
     tracer = Tracer()
     reader = tracer.reader()
     for field in ("head", "type", "sector", "length"):

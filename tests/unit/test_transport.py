@@ -1,4 +1,4 @@
-"""The transports over real sockets: fds, short sends, slow readers, cancellation, the end."""
+"""The transports with real sockets: fds, short sends, slow readers, cancellation, end of the connection."""
 
 import array
 import asyncio
@@ -79,7 +79,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 def test_both_roles_talk_and_pass_fds(pair: Pair, fd: int) -> None:
-    """A blocking front end in a thread against an asyncio back end."""
+    """A blocking front end in a thread with an asyncio back end."""
     ours, theirs = pair
     table = MemoryTable(tuple(MemoryRegion(i << 20, 1 << 20, i << 30, 0) for i in range(8)))
     seen = []
@@ -125,7 +125,7 @@ def test_both_roles_talk_and_pass_fds(pair: Pair, fd: int) -> None:
     assert os.eventfd_read(fd) == 3
 
 
-def test_the_back_ends_own_channel(pair: Pair) -> None:
+def test_the_back_end_channel(pair: Pair) -> None:
     back = BlockingTransport(pair[0], 10, Connection(Role.BACK_END, backend_channel=True))
     front = BlockingTransport(pair[1], 10, Connection(Role.FRONT_END, backend_channel=True))
     back.send(back.connection.send(BackendRequest.CONFIG_CHANGE_MSG, need_reply=True))
@@ -140,7 +140,7 @@ def test_the_back_ends_own_channel(pair: Pair) -> None:
 
 def test_messages_sent_back_to_back_keep_their_fds(pair: Pair, fd: int) -> None:
     ours, theirs = pair
-    # A message without fds, then one with: the kernel would join them for a reader that asks for more.
+    # A message without fds, then one with fds: the kernel would join them for a reader that requests more bytes.
     theirs.sendall(FEATURES)
     send_raw(theirs, KICK, [fd])
     theirs.sendall(FEATURES)
@@ -289,7 +289,7 @@ def test_a_slow_reader_gets_every_message_whole(pair: Pair, fd: int) -> None:
 
 
 class ShortSends(socket.socket):
-    """A socket that takes 5 bytes at a time."""
+    """A socket that accepts 5 bytes at a time."""
 
     def sendmsg(self, buffers: Any, *rest: Any) -> int:
         (data,) = buffers
@@ -319,7 +319,7 @@ def test_short_sends_attach_the_fds_once(pair: Pair, fd: int, blocking: bool) ->
 
 
 def fill(sock: socket.socket) -> None:
-    """Fill the way to the peer, so that not a byte more fits."""
+    """Fill the socket's buffers, so that not a single byte fits."""
     sock.setblocking(False)
     with suppress(BlockingIOError):
         while True:
@@ -348,7 +348,7 @@ def test_a_send_cancelled_before_its_first_byte_leaves_the_transport_usable(pair
 
 
 class StuckAfterPart(socket.socket):
-    """A socket that takes 5 bytes and then no more."""
+    """A socket that accepts 5 bytes and then nothing more."""
 
     taken = False
 
@@ -472,7 +472,7 @@ def test_two_tasks_may_not_receive(pair: Pair) -> None:
 
 
 def test_a_closed_transports_number_may_be_used_again(pair: Pair) -> None:
-    """The loop must not keep watching an fd number that another socket got meanwhile."""
+    """The loop must not keep watching an fd number that now belongs to another socket."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

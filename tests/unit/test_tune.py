@@ -1,4 +1,4 @@
-"""The tuner on workers whose policies have known rates: what it chooses, how long it tries, when it tries again."""
+"""The tuner with workers whose policies have known rates: its choices, and the length and frequency of its trials."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TURN_NS = 100_000
 
 
 class Simulation:
-    """A worker that answers `rates[policy]` requests a second, in turns of the loop of TURN_NS."""
+    """A worker that completes `rates[policy]` requests per second, in turns of TURN_NS."""
 
     def __init__(self, rates: list[float], policies: int = ALL) -> None:
         self._array: npt.NDArray[np.void] = np.zeros(1, WORKER)
@@ -55,7 +55,7 @@ class Simulation:
             self.turn()
 
     def run_until_steady(self) -> int:
-        """Returns the policy that it keeps."""
+        """Run until the trial ends; returns the chosen policy."""
         while self.worker["until_trial"] > 0:
             self.turn()
         for _ in range(1_000_000):
@@ -70,7 +70,7 @@ class Simulation:
 
 
 def best_of(rates: list[float], policies: int = ALL) -> int:
-    """The rule: the cheapest, unless a dearer one is worth it."""
+    """The rule: the cheapest policy, unless a more expensive one is sufficiently better."""
     best = SLEEP
     for policy in (COALESCE, POLL):
         if policies >> policy & 1 and rates[policy] > MARGIN * rates[best]:
@@ -82,17 +82,17 @@ rates = st.lists(st.sampled_from([2_000, 2_050, 5_000, 8_000, 30_000, 100_000, 1
 
 
 @given(rates, st.sampled_from([ALL, 1 << SLEEP, 1 << SLEEP | 1 << COALESCE, 1 << SLEEP | 1 << POLL]))
-def test_the_best_habit_is_kept_and_no_other_ever_had(rates: list[float], policies: int) -> None:
+def test_the_best_policy_is_kept_and_disabled_ones_are_never_used(rates: list[float], policies: int) -> None:
     simulation = Simulation(rates, policies)
     assert simulation.run_until_steady() == best_of(rates, policies)
     assert all(policies >> policy & 1 or not time for policy, time in enumerate(simulation.time_in))
 
 
-def test_what_makes_no_difference_costs_nothing() -> None:
+def test_equal_policies_cost_nothing() -> None:
     assert Simulation([10_000, 10_500, 10_500]).run_until_steady() == SLEEP
 
 
-def test_a_hopeless_habit_is_dropped_after_its_first_spell() -> None:
+def test_a_hopeless_policy_is_dropped_after_its_first_sample() -> None:
     simulation = Simulation([100_000, 0.9 * HOPELESS * 100_000, 100_000])
     simulation.run_until_steady()
     assert simulation.time_in[COALESCE] < simulation.time_in[SLEEP] / 2
@@ -106,7 +106,7 @@ def test_trials_of_a_steady_load_become_rare() -> None:
 
 
 @pytest.mark.parametrize("factor", [CHANGE * 1.2, 1 / CHANGE / 1.2])
-def test_a_load_that_changes_is_tried_anew_at_once(factor: float) -> None:
+def test_a_changed_load_starts_a_trial_at_once(factor: float) -> None:
     simulation = Simulation([30_000, 20_000, 60_000])
     simulation.run(5)
     simulation.rates = [factor * 60_000, factor * 90_000, factor * 60_000]
@@ -115,13 +115,13 @@ def test_a_load_that_changes_is_tried_anew_at_once(factor: float) -> None:
     assert simulation.worker["steady_ns"] == STEADY_MIN_NS
 
 
-def test_one_odd_trial_does_not_weigh_more_than_all_before() -> None:
+def test_one_unusual_trial_does_not_outweigh_all_earlier_ones() -> None:
     simulation = Simulation([30_000, 20_000, 60_000])
     simulation.run(5)
     while simulation.worker["until_trial"] > 0:
         simulation.turn()
     assert simulation.worker["best"] == POLL
-    # A stall that falls upon the best policy, as a disk has them.
+    # A stall, as disks have them, that happens to hit the best policy.
     simulation.rates = [30_000, 20_000, 31_000]
     assert simulation.run_until_steady() == POLL
 
@@ -150,7 +150,7 @@ def test_a_gap_now_and_then_changes_nothing() -> None:
         assert simulation.worker["best"] == POLL
 
 
-def test_too_few_requests_tell_nothing() -> None:
+def test_too_few_requests_decide_nothing() -> None:
     simulation = Simulation([1_000, 1_000, 1_000])
     simulation.turn()
     start = int(simulation.worker["completed"])

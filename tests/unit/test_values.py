@@ -1,4 +1,4 @@
-"""Values as people read them, and the command line's suggestions for mistyped names."""
+"""Readable values, and the command line's suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ringplane.values import format_size, parse_size
         ((1 << 63) - 1, "8 EiB"),
     ],
 )
-def test_sizes_as_people_write_them(size: int, text: str) -> None:
+def test_sizes_are_readable(size: int, text: str) -> None:
     assert format_size(size) == text
 
 

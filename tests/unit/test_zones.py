@@ -1,4 +1,4 @@
-"""Zoned disks: what zones take and refuse, against a model, and what is left of them after each kind of end."""
+"""Zoned disks: valid and invalid requests compared with a model, and the state after exits, crashes and power cuts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CONV, SWR = 1, 2
 
 MANAGEMENT = (OPEN, CLOSE, FINISH, RESET)
 
-# Sectors: 16 zones of 256 KiB, of which 192 KiB can be written; the first two are conventional.
+# In sectors: 16 zones of 256 KiB with a capacity of 192 KiB; the first two are conventional.
 ZONE, CAPACITY, COUNT, CONVENTIONAL = 512, 384, 16, 2
 MODEL = ZoneModel(ZONE * 512, CAPACITY * 512, CONVENTIONAL, max_open=3, max_active=5)
 SIZE = COUNT * ZONE * 512
@@ -80,7 +80,7 @@ Serve = Callable[..., ringplane.Export]
 
 @pytest.fixture
 def serve(folder: Path, engine: str) -> Iterator[Serve]:
-    """Serves the image `disk.img` of the folder, a new one at first."""
+    """Serve the image `disk.img` of the folder, which the first call creates."""
     started: list[ringplane.Export] = []
 
     def start(**options: Any) -> ringplane.Export:
@@ -95,7 +95,7 @@ def serve(folder: Path, engine: str) -> Iterator[Serve]:
 
 
 class Disk:
-    """A driver that knows zones; statuses are returned, whatever they are."""
+    """A driver with support for zones; its methods return any status."""
 
     def __init__(self, export: ringplane.Export, **options: Any) -> None:
         assert export.socket_path is not None
@@ -118,13 +118,13 @@ class Disk:
         return answer.status, answer.data
 
     def append(self, zone: int, data: bytes) -> tuple[int, int]:
-        """Status and, if it is OK, the sector at which the data is."""
+        """The status and, if it is OK, the sector of the data."""
         answer = self.driver.request(APPEND, zone * ZONE, data, read=8)
         assert answer.used == (9 if answer.status == OK else 0)
         return answer.status, struct.unpack("<Q", answer.data)[0] if answer.status == OK else -1
 
     def zones(self, first: int = 0, room: int = COUNT) -> list[tuple[int, int]]:
-        """State, and pointer in sectors from the zone's start, of each zone."""
+        """The state of each zone, and its write pointer in sectors from the zone's start."""
         answer = self.driver.request(REPORT_ZONES, first * ZONE, read=64 + 64 * room)
         (head,) = np.frombuffer(answer.data[:64], REPORT)
         found = np.frombuffer(answer.data[64:], DESCRIPTOR)[: head["nr_zones"]]
@@ -142,14 +142,14 @@ def disk(serve: Serve) -> Iterator[Disk]:
         yield disk
 
 
-def test_what_the_driver_is_told(disk: Disk) -> None:
+def test_the_configuration_space_of_a_zoned_disk(disk: Disk) -> None:
     config = disk.driver.config
     assert config["zone_sectors"] == ZONE
     assert (config["max_open_zones"], config["max_active_zones"]) == (3, 5)
     assert (config["max_append_sectors"], config["write_granularity"], config["model"]) == (CAPACITY, 512, 1)
     offered = disk.driver.front_end.get_features()
     assert offered & blk.VIRTIO_BLK_F_ZONED
-    # Each would write, or wipe out, behind the zones' backs.
+    # These would bypass the write pointers of the zones.
     assert not offered & (blk.VIRTIO_BLK_F_DISCARD | blk.VIRTIO_BLK_F_WRITE_ZEROES | blk.VIRTIO_BLK_F_SECURE_ERASE)
 
 
@@ -162,7 +162,7 @@ def test_a_report(disk: Disk) -> None:
     assert found["z_type"].tolist() == [CONV] * 2 + [SWR] * 14
     assert found["z_state"].tolist() == [NOT_WP] * 2 + [EMPTY] * 14
     assert not found["reserved"].any()
-    # From the zone that has the sector, and as many as there is room for.
+    # From the zone of the sector on, as many as there is room for.
     assert len(disk.zones(first=10)) == 6
     assert len(disk.zones(room=3)) == 3
     answer = disk.driver.request(REPORT_ZONES, 5 * ZONE + 7, read=64 + 64 + 63)
@@ -172,7 +172,7 @@ def test_a_report(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize(("sector", "room"), [(COUNT * ZONE, 128), (1 << 63, 128), (0, 63), (0, 0)])
-def test_a_report_that_cannot_be(disk: Disk, sector: int, room: int) -> None:
+def test_an_invalid_report(disk: Disk, sector: int, room: int) -> None:
     assert disk.driver.request(REPORT_ZONES, sector, read=room).status == IOERR
 
 
@@ -211,7 +211,7 @@ def test_writes_move_the_pointer(disk: Disk) -> None:
         ((1 << 64) - 1, 1, IOERR),
     ],
 )
-def test_a_write_that_is_refused(disk: Disk, sector: int, sectors: int, status: int) -> None:
+def test_a_rejected_write(disk: Disk, sector: int, sectors: int, status: int) -> None:
     before = disk.zones()
     assert disk.write(sector, bytes(512 * sectors)) == status
     assert disk.zones() == before
@@ -229,7 +229,7 @@ def test_a_write_that_is_refused(disk: Disk, sector: int, sectors: int, status: 
         ((1 << 64) - ZONE, 512, 8, IOERR),
     ],
 )
-def test_an_append_that_is_refused(disk: Disk, sector: int, size: int, room: int, status: int) -> None:
+def test_a_rejected_append(disk: Disk, sector: int, size: int, room: int, status: int) -> None:
     before = disk.zones()
     assert disk.driver.request(APPEND, sector, bytes(size), read=room).status == status
     assert disk.zones() == before
@@ -252,7 +252,7 @@ def test_blocks_of_4096_bytes(serve: Serve) -> None:
 
 
 def test_states(disk: Disk) -> None:
-    """Section 5.2.6, each transition that there is."""
+    """Each transition of section 5.2.6."""
     start = 5 * ZONE
 
     def after(kind: int, data: bytes = b"") -> tuple[int, tuple[int, int]]:
@@ -288,7 +288,7 @@ def test_states(disk: Disk) -> None:
 
 
 def test_open_and_active_zones_are_limited(disk: Disk) -> None:
-    """Zones that were opened implicitly make room, those that were opened explicitly do not."""
+    """Implicitly opened zones are closed to make room, explicitly opened ones are not."""
     for zone in range(4, 9):
         assert disk.write(zone * ZONE, bytes(512)) == OK
     assert [state for state, _ in disk.zones()[4:9]] == [CLOSED, CLOSED, IOPEN, IOPEN, IOPEN]
@@ -308,7 +308,7 @@ def test_open_and_active_zones_are_limited(disk: Disk) -> None:
 
 
 def begin_append(disk: Disk, zone: int, data: bytes) -> Callable[[], tuple[int, int]]:
-    """Put an append into the ring, with no kick; what is returned waits, and checks that nothing else was written."""
+    """Put an append into the ring without a kick. The returned function waits, and checks that only it was written."""
     memory = disk.driver.memory
     header, place, body = memory.allocate(16), memory.allocate(9), memory.allocate(len(data))
     poke(header, struct.pack("<IIQ", APPEND, 0, zone * ZONE))
@@ -326,7 +326,7 @@ def begin_append(disk: Disk, zone: int, data: bytes) -> Callable[[], tuple[int, 
 
 
 def test_appends_in_flight_at_once(disk: Disk) -> None:
-    """Each is told its own place, and the data is there; adjacent ones must not be taken for one write."""
+    """Each gets its own position, which contains its data; adjacent ones must not be merged."""
     for turn in range(8):
         zone = 3 + turn
         blocks = [pattern(512 * (1 + number % 3), 100 * turn + number) for number in range(24)]
@@ -342,7 +342,7 @@ def test_appends_in_flight_at_once(disk: Disk) -> None:
 
 
 class Model:
-    """The zones as section 5.2.6 has them."""
+    """A model of the zones according to section 5.2.6."""
 
     def __init__(self) -> None:
         self.content = bytearray(SIZE)
@@ -350,7 +350,7 @@ class Model:
         self.pointer = [0] * COUNT
 
     def write(self, zone: int, at: int, data: bytes) -> set[int]:
-        """The statuses that it may have; the model is as if it had the one that is told."""
+        """The possible statuses; the model assumes the reported one."""
         if self.state[zone] == FULL:
             return {INVALID_CMD}
         if at != self.pointer[zone]:
@@ -368,7 +368,7 @@ class Model:
         return {OK}
 
     def open(self, zone: int, wanted: int) -> int:
-        """0, or the status that refuses."""
+        """0, or an error status."""
         opened = [number for number in range(COUNT) if self.state[number] in (IOPEN, EOPEN)]
         active = [number for number in range(COUNT) if self.state[number] in (IOPEN, EOPEN, CLOSED)]
         if zone not in opened:
@@ -395,7 +395,7 @@ class Model:
         return OK
 
     def close_like(self, told: list[tuple[int, int]]) -> None:
-        """Which of the zones that were opened implicitly are closed to make room is the device's choice."""
+        """The device chooses which implicitly opened zones it closes to make room."""
         for zone, (state, _) in enumerate(told):
             if (self.state[zone], state) == (IOPEN, CLOSED):
                 self.state[zone] = CLOSED
@@ -408,7 +408,7 @@ class Model:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_any_requests_are_like_the_model(serve: Serve, folder: Path, seed: int) -> None:
+def test_any_requests_agree_with_the_model(serve: Serve, folder: Path, seed: int) -> None:
     for name in ("disk.img", "disk.img.zones"):
         (folder / name).unlink(missing_ok=True)
     draw, model = random.Random(seed), Model()
@@ -419,7 +419,7 @@ def test_any_requests_are_like_the_model(serve: Serve, folder: Path, seed: int) 
             data = draw.randbytes(512 * draw.choice([1, 8, 100, CAPACITY // 2]))
             if kind == OUT:
                 at = draw.choice([model.pointer[zone]] * 4 + [draw.randrange(CAPACITY - 200)])
-                # Within the zone, whatever the capacity.
+                # Within the zone, regardless of its capacity.
                 data = data[: (ZONE - at) * 512]
                 if not data:
                     continue
@@ -438,7 +438,7 @@ def test_any_requests_are_like_the_model(serve: Serve, folder: Path, seed: int) 
             assert told == model.zones()
         for zone in range(COUNT):
             assert disk.read(zone * ZONE, ZONE) == (OK, bytes(model.content[zone * ZONE * 512 :][: ZONE * 512]))
-    # In the next process no zone is open, and all else is as it was.
+    # In the next process no zone is open, and everything else is unchanged.
     with serve() as export, Disk(export) as disk:
         model.state = [CLOSED if state in (IOPEN, EOPEN) else state for state in model.state]
         model.state = [
@@ -447,7 +447,7 @@ def test_any_requests_are_like_the_model(serve: Serve, folder: Path, seed: int) 
         assert disk.zones() == model.zones()
 
 
-def test_resets_give_space_back(disk: Disk, folder: Path) -> None:
+def test_resets_free_space(disk: Disk, folder: Path) -> None:
     image = folder / "disk.img"
     for zone in range(3, 8):
         assert disk.write(zone * ZONE, pattern(CAPACITY * 512)) == OK
@@ -460,9 +460,9 @@ def test_resets_give_space_back(disk: Disk, folder: Path) -> None:
     assert disk.read(3 * ZONE, ZONE) == (OK, bytes(ZONE * 512))
 
 
-# Copies to a mapping know no limit of a file's size.
+# Copies to a mapping are not subject to a file size limit.
 @pytest.mark.parametrize("engine", ["aio", "io_uring"], indirect=True)
-def test_a_write_that_fails_gives_its_place_back(serve: Serve) -> None:
+def test_a_failed_write_frees_its_place(serve: Serve) -> None:
     with Disk(serve()) as disk:
         assert disk.write(3 * ZONE, pattern(512)) == OK
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -476,10 +476,10 @@ def test_a_write_that_fails_gives_its_place_back(serve: Serve) -> None:
         assert disk.append(6, pattern(512)) == (OK, 6 * ZONE)
 
 
-# What is left of it
+# The state after the process ends
 
 
-def test_pointers_are_there_after_a_restart(serve: Serve) -> None:
+def test_pointers_are_kept_across_a_restart(serve: Serve) -> None:
     export = serve()
     with Disk(export) as disk:
         assert disk.append(3, pattern(512)) == (OK, 3 * ZONE)
@@ -492,7 +492,7 @@ def test_pointers_are_there_after_a_restart(serve: Serve) -> None:
 
 
 def crash(monkeypatch: pytest.MonkeyPatch, folder: Path, boot: bytes | None) -> None:
-    """Make the files look as if the process had been killed, or, with another boot, the machine had lost its power."""
+    """Make the files look like after a kill or, with another boot, after a power cut."""
     content = bytearray((folder / "disk.img.zones").read_bytes())
     header = np.frombuffer(content, zonefile.HEADER, 1)
     header[0]["in_use"] = 1
@@ -502,13 +502,13 @@ def crash(monkeypatch: pytest.MonkeyPatch, folder: Path, boot: bytes | None) -> 
 
 
 def pause(export: ringplane.Export, folder: Path) -> bytes:
-    """The pointers' file as it is now, before the end of the process settles all."""
+    """The file of the pointers in its current state, before the exit of the process completes it."""
     return (folder / "disk.img.zones").read_bytes()
 
 
 @pytest.mark.parametrize("boot", [None, b"another"])
 def test_after_a_crash(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch, boot: bytes | None) -> None:
-    """Of the process: whatever was answered is there. Of the machine: whatever a flush that was answered covers is."""
+    """After a crash of the process completed writes are there; after one of the machine, those that a flush covers."""
     export = serve()
     with Disk(export) as disk:
         assert disk.write(3 * ZONE, pattern(4096)) == OK
@@ -528,11 +528,11 @@ def test_after_a_crash(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPat
             assert disk.zones()[3:6] == [(CLOSED, 8), (EMPTY, 0), (EMPTY, 0)]
         assert disk.read(3 * ZONE, 8) == (OK, pattern(4096))
         for zone, (_, pointer) in enumerate(disk.zones()[3:6], 3):
-            # What nobody was promised reads as never written.
+            # Data that no guarantee covers reads as never written.
             assert disk.read(zone * ZONE + pointer, ZONE - pointer) == (OK, bytes((ZONE - pointer) * 512))
 
 
-def test_without_a_cache_what_was_answered_is_stable(
+def test_without_a_cache_completed_writes_are_stable(
     serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = serve()
@@ -561,7 +561,7 @@ def test_the_write_cache_is_switched_off(serve: Serve, folder: Path, monkeypatch
 
 
 def test_a_process_that_is_killed(folder: Path) -> None:
-    """With writes in flight: each that was answered is there, whole."""
+    """With writes in flight: each completed one is there as a whole."""
     command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", folder / "disk.img", "--create", str(SIZE)]
     command += ["--socket-path", folder / "socket", "--zoned", "256K", "--num-queues", "2"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
@@ -588,10 +588,10 @@ def test_a_process_that_is_killed(folder: Path) -> None:
             assert disk.read(sector, 8) == (OK, pattern(4096, number))
 
 
-# What is refused
+# Errors
 
 
-def test_a_driver_that_does_not_know_zones(serve: Serve) -> None:
+def test_a_driver_without_zoned_support(serve: Serve) -> None:
     with pytest.raises(Refused):
         Disk(serve(), feature_bits=FEATURES & ~blk.VIRTIO_BLK_F_ZONED)
 
@@ -619,7 +619,7 @@ def test_a_read_only_disk(serve: Serve) -> None:
         assert disk.do(FLUSH) == OK
 
 
-def test_a_zoned_image_is_not_served_otherwise(serve: Serve, folder: Path) -> None:
+def test_a_zoned_image_is_only_served_as_a_zoned_disk(serve: Serve, folder: Path) -> None:
     serve().stop()
     with pytest.raises(ImageError, match=r"is a zoned disk, because disk\.img\.zones exists; serve it with --zoned"):
         serve(zoned=None)
@@ -638,7 +638,7 @@ def test_a_zoned_image_is_not_served_otherwise(serve: Serve, folder: Path) -> No
         serve()
 
 
-def test_an_image_with_data_is_not_made_a_zoned_one(serve: Serve, folder: Path) -> None:
+def test_an_image_with_data_does_not_become_a_zoned_disk(serve: Serve, folder: Path) -> None:
     image = folder / "disk.img"
     image.write_bytes(bytes(SIZE - 4096) + pattern(4096))
     with pytest.raises(ImageError, match=r"has data, but disk\.img\.zones .* is missing"):
@@ -661,13 +661,13 @@ def test_zones_that_do_not_fit_leave_nothing_behind(
     assert list(folder.iterdir()) == []
 
 
-def test_a_socket_that_cannot_be_leaves_nothing_behind(folder: Path) -> None:
+def test_an_invalid_socket_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(ListenError):
         ringplane.serve(folder / "disk.img", folder / "none" / "socket", create=SIZE, zoned=MODEL)
     assert list(folder.iterdir()) == []
 
 
-def test_another_size_is_refused(serve: Serve, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_size_is_rejected(serve: Serve, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     export = serve()
     with Disk(export) as disk:
         os.truncate(folder / "disk.img", 2 * SIZE)

@@ -1,4 +1,4 @@
-"""Everything together at random: what the device makes of a load is what a bytearray makes of it."""
+"""Random combinations of everything: the device's results for a load equal those of a bytearray."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Issued = tuple[Line, Pending, Answer]
 
 
 class Workload:
-    """Batches of random requests over several queues; disk and guest memory are compared with a model of them."""
+    """Batches of random requests on several queues; disk and guest memory are compared with a model."""
 
     def __init__(self, rig: Rig, lines: list[Line], combination: Combination, seed: int) -> None:
-        """Starts the lines, with rings of some size at some place of their laps; `rig` has a disk of CAPACITY."""
+        """Start the lines, with rings of random sizes at random places in their laps; `rig` has a disk of CAPACITY."""
         self.rig, self.lines, self.random = rig, lines, random.Random(seed)
         self.disk = bytearray(rig.content())
         rig.guest.free = 0
@@ -58,7 +58,7 @@ class Workload:
                 line.stop()
 
     def batch(self) -> None:
-        """Requests that do not touch each other's sectors, so that their order does not matter."""
+        """Requests with disjoint sectors, so that their order does not matter."""
         guest = self.rig.guest
         guest.free = self.start
         issued = self.issue()
@@ -74,12 +74,12 @@ class Workload:
         assert self.rig.content() == self.disk
 
     def issue(self) -> list[Issued]:
-        """Put requests until a ring is full or the disk is; some of them are served meanwhile, in some batches."""
+        """Put requests until a ring is full or all sectors are used; in some batches, some are served meanwhile."""
         issued: list[Issued] = []
         slices = self.random.sample(range(SLICES), self.random.randrange(SLICES))
         hasty, stream = self.random.random() < 0.5, self.random.random() < 0.2
         if stream:
-            # What adjoins becomes one I/O.
+            # Adjacent requests become one I/O.
             slices.sort(reverse=True)
         line, choice, size = self.random.choice(self.lines), self.random.random(), SLICE
         while slices:
@@ -95,7 +95,7 @@ class Workload:
         return issued
 
     def serve(self) -> None:
-        """The drivers kick where they are asked to and sleep until they are called, but do not always want to be."""
+        """The drivers kick if requested and sleep until they are called, but do not always want calls."""
         for line in self.random.sample(self.lines, len(self.lines)):
             choice = self.random.random()
             if choice < 0.3:
@@ -107,7 +107,7 @@ class Workload:
             else:
                 line.kick()
             if self.random.random() < 0.3:
-                # In the middle of what it does, some chains taken and others not.
+                # In the middle of its work, with some chains fetched and others not.
                 line.resume(base=line.stop())
         for line in self.lines:
             line.wait()
@@ -117,10 +117,10 @@ class Workload:
                 line.resume(base=base)
 
     def put(self, line: Line, choice: float, first: int, size: int) -> Issued | None:
-        """One request for `size` bytes from sector `first` on, which the model does at once; None: there is no room."""
+        """Put a request for `size` bytes from sector `first` on, and apply it to the model; None without room."""
         ring = line.ring
         direct = self.random.choice([None, 0, 1]) if ring.indirect else None
-        # Of either half of the chain at most, so that it fits at all.
+        # The maximum for each half of the chain, so that it always fits.
         pieces = max(1, min(6, ring.size // 2))
         if not ring.has_room(2 * pieces if direct is None else direct + 1):
             return None
@@ -134,7 +134,7 @@ class Workload:
         return line, line.put(kind, first, data, room, **framing), answer
 
     def choose(self, choice: float, first: int, size: int) -> tuple[int, bytes, int, Answer]:
-        """Kind, data, room, and the answer."""
+        """Choose type, data, room, and the expected answer."""
         place, nothing = slice(first * 512, first * 512 + size), bytes([NO_ANSWER])
         if choice < 0.4:
             return IN, b"", size, Answer(OK, size + 1, bytes(self.disk[place]))
