@@ -485,8 +485,8 @@ class Worker:
             if device.lost_mapping and not device.lost_reported:
                 device.lost_reported = True
                 log.warning(
-                    "%s: pages of the image were lost (it was truncated, or its file system is full); from now on it "
-                    "is served with system calls, and reads beyond its end fail",
+                    "%s: pages of the image were lost (it was truncated, or no memory is left for them); from now on "
+                    "it is served with system calls, and reads beyond its end fail",
                     device.name,
                 )
 
