@@ -1,0 +1,39 @@
+"""The documentation: the tests that it names exist."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+REPOSITORY = TESTS.parent
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def page(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+@functools.cache
+def functions(path: Path) -> set[str]:
+    """The names of the tests in a file."""
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_files_of_tests_exist(page: Path) -> None:
+    for name in re.findall(r"(?:unit|guest|storage|hostile)/[\w\-]+\.?\w*", page.read_text()):
+        assert (TESTS / name.rstrip(".")).exists(), name
+
+
+def test_tests_exist(page: Path) -> None:
+    text = page.read_text()
+    known = set.union(*(functions(path) for path in TESTS.rglob("test_*.py")))
+    for name in re.findall(r"\btest_\w+\b(?!\.py)", text):
+        assert name in known
+    for file, part in re.findall(r"(\w+/test_\w+\.py), (\w+)(?![\w/])", text):
+        assert any(part in name for name in functions(TESTS / file)), f"{file}, {part}"
