@@ -322,7 +322,7 @@ def measure(
             def check() -> None:
                 for each in started:
                     if each.process.poll() is not None:
-                        raise GuestError(f"{each.subject.name} ended by itself: {each.last_words()}")
+                        raise GuestError(f"{each.subject.name} ended by itself: {each.last_line()}")
                 watch.look()
 
             initrd = folder / "initrd"

@@ -71,18 +71,19 @@ def command(subject: Subject, image: Path, socket: Path, queues: int, shared: bo
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A back end that listens at `socket`; what it prints goes to `log`."""
+    """A back end that listens at `socket`; its standard output and error are files."""
 
     subject: Subject
     image: Path
     socket: Path
     process: subprocess.Popen[bytes]
-    log: Path
+    output: Path
+    errors: Path
 
     def last_line(self) -> str:
-        """The last line that it printed; empty if it printed nothing."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+        """The last line on its standard error; empty if there is none."""
+        lines = self.errors.read_text(errors="replace").strip().splitlines()
+        return lines[-1].strip().removeprefix("Error: ") if lines else ""
 
 
 @contextlib.contextmanager
@@ -96,27 +97,25 @@ def running(
     cpus: Collection[int] = (),
     pulse: Callable[[], None] = never,
 ) -> Iterator[Running]:
-    """Start a back end, wait until it listens, and stop it afterwards. Socket and log lie in `folder`.
+    """Start a back end, wait until it listens, and stop it afterwards. Its socket and output are in `folder`.
 
     `cpus` are those that it may use; all of this process's if empty. `pulse` is called while it starts. Raises
-    BenchError with its last line of output when it does not start.
+    BenchError with its last line on standard error when it does not start.
     """
-    number = len(list(folder.glob("*.log")))
-    socket, log = folder / f"{number}.sock", folder / f"{number}.log"
+    number = len(list(folder.glob("*.out")))
+    socket, output, errors = (folder / f"{number}.{kind}" for kind in ("sock", "out", "err"))
     words = command(subject, image, socket, queues, shared)
-    with log.open("wb") as output, pinned(cpus):
+    with output.open("wb") as out, errors.open("wb") as err, pinned(cpus):
         # In a session of its own: Ctrl-C is for the bench, which stops its back ends in order.
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    backend = Running(subject, image, socket, process, log)
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+    backend = Running(subject, image, socket, process, output, errors)
     try:
         _wait_for_socket(backend, pulse)
         yield backend
     finally:
         _end(process)
-        socket.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
+        for path in (socket, output, errors):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -149,13 +148,13 @@ def _wait_for_socket(backend: Running, pulse: Callable[[], None]) -> None:
 
 def _listens(backend: Running) -> bool:
     # ringplane's socket may exist before it can serve: the data plane is compiled first.
-    ready = backend.subject.family != RINGPLANE or READY in backend.log.read_text(errors="replace")
+    ready = backend.subject.family != RINGPLANE or READY in backend.output.read_text(errors="replace")
     return ready and backend.socket.is_socket()
 
 
 def ending(last_line: str) -> str:
     """What an error message about a back end ends with."""
-    return f"; its last line of output: {last_line}" if last_line else ""
+    return f"; its last message: {last_line}" if last_line else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

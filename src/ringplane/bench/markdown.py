@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ringplane.bench import files, machine
 from ringplane.bench.errors import BenchError
-from ringplane.bench.results import QSD, Report
+from ringplane.bench.results import QSD, SHORT, Report
 from ringplane.bench.summary import Compared, compare
-from ringplane.bench.tables import SHORT, heading, loads, number, rounds_of, steadiness
+from ringplane.bench.tables import heading, loads, number, rounds_of, steadiness
 from ringplane.values import format_size
 
 BEGIN = "<!-- ringplane bench: begin (generated: changes made by hand are lost) -->"

@@ -21,6 +21,8 @@ FORMAT = "ringplane-bench-1"
 
 # Families of programs
 RINGPLANE, QSD, FIO, SOCKET = "ringplane", "qemu-storage-daemon", "fio", "socket"
+# In tables, where its name would take a third of a line.
+SHORT = "qsd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ class Subject:
         """The value of the last of these options, `--name value` or `--name=value`; None if none was given."""
         words = [word for flag in self.flags for word in flag.split("=", 1)]
         return next((value for name, value in reversed(list(pairwise(words))) if name in names), None)
+
+
+def short(subject: Subject) -> str:
+    """A name that leaves room for figures."""
+    return subject.name.replace(QSD, SHORT) if subject.family == QSD else subject.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,7 @@ def load(path: Path) -> Report:
     except OSError as error:
         raise BenchError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise BenchError(f"{path}: is not JSON: {error}") from None
+        raise BenchError(f"{path}: is not a report that `ringplane bench --json` has written: {error}") from None
     if not isinstance(whole, dict) or whole.pop("format", None) != FORMAT:
         raise BenchError(f"{path}: is not a report that `ringplane bench --json` has written")
     try:

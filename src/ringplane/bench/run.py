@@ -13,7 +13,7 @@ from ringplane.bench.backends import ending
 from ringplane.bench.cells import BUSY, WORKLOADS, Cell
 from ringplane.bench.errors import BenchError, never
 from ringplane.bench.places import SMALLEST, Place, images
-from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, sparse
+from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, short, sparse
 from ringplane.driver import Driver, Load, Model, Result, RingBroken, Unsupported, fill, run_load
 from ringplane.driver.frontend import Refused, SharedMemory
 from ringplane.driver.load import Progress
@@ -110,10 +110,16 @@ class Disk:
         """The driver with this many queues; raises BenchError."""
         if self.driver is None or len(self.driver.queues) != queues:
             self.close()
-            with self.trouble("connecting to it"):
-                self.driver = Driver(self.socket, queues=queues, queue_size=self.queue_size, memory=self.memory)
+            with self.trouble("connecting"):
+                self.driver = self._driver(queues)
         assert self.driver is not None
         return self.driver
+
+    def _driver(self, queues: int) -> Driver:
+        try:
+            return Driver(self.socket, queues=queues, queue_size=self.queue_size, memory=self.memory)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; if it serves another front end, disconnect that first") from None
 
     def close(self) -> None:
         if self.driver is not None:
@@ -155,7 +161,7 @@ class Bench:
             memory = stack.enter_context(contextlib.closing(SharedMemory()))
             disks = []
             for subject, image in zip(programs, made, strict=True):
-                self._say(f"start {subject.name} on {place.storage.name}")
+                self._say(f"start {short(subject)} on {place.storage.name}")
                 disks.append(stack.enter_context(self._started(subject, image, folder, shared, memory)))
                 self.done += START
             self._fill(disks, shared)
@@ -211,7 +217,7 @@ class Bench:
             if shared and disk is not disks[0]:
                 disk.contents = disks[0].contents
                 continue
-            self._say(f"fill {disk.subject.name}'s image")
+            self._say(f"fill the image of {short(disk.subject)}")
             driver = disk.connect(self.settings.queues)
             if driver.capacity < SMALLEST:
                 raise BenchError(
@@ -229,7 +235,7 @@ class Bench:
         for disk in disks:
             if not disk.verify or disk.contents is None:
                 continue
-            self._say(f"check {disk.subject.name}'s image")
+            self._say(f"check the image of {short(disk.subject)}")
             load = Load(
                 block_size=1 << 20, depth=8, pattern="sequential", passes=1, verify=True,
                 model=disk.contents.model, region=disk.contents.known,
@@ -258,8 +264,8 @@ class Bench:
                 if raw and raw_in(cell, self.settings.cells):
                     turns.append(None)
                 for disk in turns if number % 2 == 0 else turns[::-1]:
-                    name = disk.subject.name if disk else fio.RAW.name
-                    self._say(f"{storage.name}, round {number + 1}: {cell}: {name}")
+                    name = short(disk.subject if disk else fio.RAW)
+                    self._say(f"measure {name}: {cell}")
                     if disk is not None:
                         row = self._measure(storage, disk, cell, number)
                     else:
@@ -338,6 +344,8 @@ class Bench:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return "nothing listens at this socket; start the back end first"
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 

@@ -11,14 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ringplane.bench.cells import WORKLOADS, Cell
-from ringplane.bench.results import QSD, RINGPLANE, Report, Storage, Subject
+from ringplane.bench.results import QSD, RINGPLANE, SHORT, Report, Storage, short
 from ringplane.bench.summary import Compared, Figures, cells_of, compare, medians, unsteady
 
 # Terminals with fewer columns than this get fewer figures.
 WIDE = 100
-
-# qemu-storage-daemon's name would take half of a narrow table.
-SHORT = "qsd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +141,6 @@ def _table(report: Report, storage: Storage, cells: list[Cell], compared: Sequen
 def _title(report: Report, storage: Storage, cell: Cell) -> str:
     rounds = rounds_of(report)
     return escape(heading(storage, cell) + (f", medians of {rounds} rounds" if rounds > 1 else ""))
-
-
-def short(subject: Subject) -> str:
-    """A name of a back end that leaves room for the figures."""
-    return subject.name.replace(QSD, SHORT) if subject.family == QSD else subject.name
 
 
 def _empty_table(title: str, columns: Sequence[Column], *, ratios: bool, wide: bool) -> Table:

@@ -282,7 +282,7 @@ def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: 
                 "DATA ON THE DISK IS LOST"
             )
     if chosen["size"] % (1 << 20) or chosen["size"] < places.SMALLEST:
-        raise click.UsageError(f"--size {chosen['size']} is not a multiple of 1M of at least {places.SMALLEST >> 20}M")
+        raise click.UsageError(f"--size must be a multiple of 1M and at least {places.SMALLEST >> 20}M")
     driver = chosen["driver"]
     return run.Settings(
         cells=cells.table(workloads, chosen["depths"], chosen["queues"], DRIVERS if driver == BOTH else (driver,)),
@@ -367,7 +367,7 @@ def progress(console: Console, session: Bench, seconds: float) -> Iterator[None]
     """Show the progress of a run, drawn between measurements and not during them."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(24), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(12), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(
         *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
     ) as bar:
