@@ -114,7 +114,7 @@ def some_bytes(size, seed=0):
 # Blocks
 
 
-def test_what_is_written_is_read(disk, image):
+def test_written_data_is_read_back(disk, image):
     assert disk.capacity == IMAGE_SIZE
     # More pieces than can be in flight, and a shorter last one.
     data = some_bytes((3 << 20) + 512)
@@ -292,7 +292,7 @@ def test_the_error_eventfd_raises_an_exception(four):
         run_load(four, Load(seconds=5))
 
 
-def test_a_refused_message_says_so(monkeypatch, socket):
+def test_a_refused_message_raises_an_exception(monkeypatch, socket):
     front_end = FrontEnd(socket)
     try:
         front_end.negotiate(1 << 32)

@@ -475,7 +475,7 @@ def test_idle_export_does_not_wake_up(export: ringplane.Export, attached: bool) 
     driver.close()
 
 
-def test_drain_that_meets_a_stop_returns(tmp_path: Path) -> None:
+def test_drain_during_a_stop_returns(tmp_path: Path) -> None:
     for number in range(10):
         export = ringplane.serve(tmp_path / f"{number}.img", tmp_path / "socket", create=1 << 20, num_queues=1)
         with attach(export) as driver:

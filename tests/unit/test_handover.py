@@ -426,7 +426,7 @@ def test_a_successor_that_ends_changes_nothing(
         assert serves_on(guest, 3)
 
 
-def test_a_successor_that_hangs_is_given_up(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successor_that_hangs_times_out(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "TAKING_PATIENCE", 0.2)
     running = serve()
     with machine(running) as guest, connect(path) as channel:

@@ -63,7 +63,7 @@ def test_create_makes_a_sparse_file_that_others_cannot_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link to nothing"])
-def test_create_never_touches_what_exists(tmp_path: Path, kind: str) -> None:
+def test_create_never_changes_existing_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "precious"
     if kind == "file":
         path.write_bytes(b"precious")
@@ -357,7 +357,7 @@ def test_a_block_device_is_served(path: Path, tmp_path: Path) -> None:
         assert path.read_bytes()[4096 : 4096 + len(data)] == data
 
 
-def test_a_device_of_4096_byte_blocks_says_what_it_needs(path: Path) -> None:
+def test_the_error_for_4096_byte_blocks_says_what_to_do(path: Path) -> None:
     with loop_device(path, "--sector-size", "4096") as device:
         assert "use --block-size 4096 or --buffered" in refusal(device)
         with contextlib.closing(Image(device, block_size=4096)) as opened:

@@ -60,7 +60,7 @@ def test_a_region_is_shared_with_the_file(fd: int) -> None:
     assert os.pread(fd, 1, 5) == b"\x63"
 
 
-def test_the_fd_stays_the_callers(fd: int) -> None:
+def test_the_fd_still_belongs_to_the_caller(fd: int) -> None:
     Region.map(0, 0, PAGE, 0, fd)
     assert os.fstat(fd).st_size == SIZE
 
@@ -147,7 +147,7 @@ def test_the_compiled_form_matches_the_regions(fd: int) -> None:
     ]
 
 
-def test_adding_and_removing_leave_the_old_table_as_it_was(fd: int) -> None:
+def test_adding_and_removing_do_not_change_the_old_table(fd: int) -> None:
     one, other = Region.map(0, 0, PAGE, 0, fd), Region.map(PAGE, PAGE, PAGE, PAGE, fd)
     first = MemoryTable([one])
     both = first.adding(other)

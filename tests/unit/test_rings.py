@@ -189,7 +189,7 @@ def test_queues_share_four_slots(make_rig: RigFactory, combination: Combination)
         pytest.param("memory", False, 64, id="memory"),
     ],
 )
-def test_any_load_is_like_the_model(
+def test_any_load_agrees_with_the_model(
     make_rig: RigFactory, combination: Combination, engine: str, direct: bool, slots: int
 ) -> None:
     """Three queues on two workers; a missing kick or call would be a hang."""

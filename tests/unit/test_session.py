@@ -1009,7 +1009,7 @@ def test_a_broken_ring_needs_a_reset_by_status_0(export: ringplane.Export) -> No
         assert guest.read(5) == sector(5)
 
 
-def test_status_0_stops_all_rings_and_keeps_what_belongs_to_the_connection(export: ringplane.Export) -> None:
+def test_status_0_stops_all_rings_and_keeps_the_state_of_the_connection(export: ringplane.Export) -> None:
     with machine(export) as guest:
         peer = guest.peer
         guest.start()

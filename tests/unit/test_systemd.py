@@ -41,7 +41,7 @@ def settings(name: str) -> list[str]:
     return [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")]
 
 
-def test_little_is_exposed() -> None:
+def test_the_exposure_is_low() -> None:
     analyze("security", "--offline=true", f"--threshold={EXPOSURE}", str(UNIT))
 
 

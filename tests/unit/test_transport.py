@@ -138,7 +138,7 @@ def test_the_back_end_channel(pair: Pair) -> None:
     assert reply.payload == U64(0)
 
 
-def test_messages_sent_back_to_back_keep_their_fds(pair: Pair, fd: int) -> None:
+def test_consecutive_messages_keep_their_fds(pair: Pair, fd: int) -> None:
     ours, theirs = pair
     # A message without fds, then one with fds: the kernel would join them for a reader that requests more bytes.
     theirs.sendall(FEATURES)

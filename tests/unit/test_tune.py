@@ -141,7 +141,7 @@ def test_a_sparse_load_ends_in_sleep() -> None:
     assert simulation.worker["policy"] == POLL, "a dense load is tried again"
 
 
-def test_a_gap_now_and_then_changes_nothing() -> None:
+def test_occasional_gaps_change_nothing() -> None:
     simulation = Simulation([30_000, 20_000, 60_000])
     simulation.run(1)
     for _ in range(3 * GAPS):
