@@ -18,8 +18,8 @@ from pathlib import Path
 from ringplane.engines.ranges import BLKDISCARD, BLKSECDISCARD
 from ringplane.engines.uring import IORING_REGISTER_ENABLE_RINGS, REGISTRATIONS
 from ringplane.image import BLKGETSIZE64
-from ringplane.native import landlock, libc, seccomp
-from ringplane.native.jit import remove_temporary_cache
+from ringplane.native import landlock, libc, procfs, seccomp
+from ringplane.native.cache import remove_temporary_cache
 from ringplane.native.seccomp import Only
 from ringplane.values import User
 
@@ -61,8 +61,11 @@ ALLOWED = (
 CLONE_VM, CLONE_SIGHAND, CLONE_THREAD = 0x100, 0x800, 0x1_0000
 CLONE_THREADS = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD
 
+# ioctl_tty(2), as isatty(3) of glibc 2.42 calls it; termios does not have it.
+TCGETS2 = 0x802C542A
+
 # Sizes and ranges of block devices; sockets and eventfds that do not wait; isatty(3).
-IOCTLS = (BLKGETSIZE64, BLKDISCARD, BLKSECDISCARD, termios.FIONBIO, termios.TCGETS)
+IOCTLS = (BLKGETSIZE64, BLKDISCARD, BLKSECDISCARD, termios.FIONBIO, termios.TCGETS, TCGETS2)
 FCNTLS = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_ADD_SEALS)
 
 # What nothing in here has a use for: who calls it is not us, and the process ends before anything comes of it.
@@ -114,7 +117,7 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
 
 def _warn_of_other_threads() -> None:
     """Numerical libraries like to start some when they are loaded."""
-    others = len(os.listdir("/proc/self/task")) - 1
+    others = procfs.other_threads()
     if others:
         log.warning("threads that had been started before (%d) keep their capabilities and access to files", others)
 
@@ -129,7 +132,8 @@ def limited() -> dict[str, Only]:
         # raise(3) of a signal that was meant for somebody else's handler, and native/interrupt.py.
         "tgkill": Only(0, (os.getpid(),)),
         "sched_setaffinity": Only(0, (0,)),
-        "prctl": Only(0, (libc.PR_SET_TIMERSLACK,)),
+        # Since 3.14 Python gives its threads names.
+        "prctl": Only(0, (libc.PR_SET_TIMERSLACK, libc.PR_SET_NAME)),
         "ioctl": Only(1, IOCTLS),
         "fcntl": Only(1, FCNTLS),
         "io_uring_register": Only(1, (IORING_REGISTER_ENABLE_RINGS, *REGISTRATIONS)),

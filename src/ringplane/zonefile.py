@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ringplane.engines.ranges import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.engines.zones import ZONE, ZONES
 from ringplane.image import Image, ImageError
-from ringplane.native import libc
+from ringplane.native import libc, procfs
 from ringplane.values import ZoneModel
 from ringplane.virtio import zoned
 from ringplane.virtio.blk import SECTOR
@@ -93,8 +93,9 @@ class ZoneFile:
                 f"{self.path}: describes other zones: {header['count']} of {header['size']} bytes "
                 f"with a capacity of {header['capacity']}, {header['conventional']} of them conventional"
             )
-        boot = _boot()
-        crashed = bytes(header["boot"]) != boot and header["in_use"]
+        boot = procfs.boot_id()
+        # Where it is unknown whether the machine was restarted, what flushes promise is kept.
+        crashed = header["in_use"] and (not boot or bytes(header["boot"]) != boot)
         pointers = (self._stable if crashed else self._reached).copy()
         if not ((pointers >= 0) & (pointers <= model.capacity // SECTOR)).all():
             raise ImageError(f"{self.path}: damaged: a write pointer is outside its zone")
@@ -278,8 +279,3 @@ def _array_size(count: int) -> int:
 
 def _file_size(count: int) -> int:
     return PAGE + 2 * _array_size(count)
-
-
-def _boot() -> bytes:
-    """The boot id, which changes with each start of the machine (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

@@ -28,6 +28,7 @@ from ringplane.driver.frontend import Refused
 from ringplane.driver.ring import peek, poke
 from ringplane.image import ImageError
 from ringplane.listener import ListenError
+from ringplane.native import procfs
 from ringplane.values import ZoneModel, parse_zones
 from ringplane.virtio import blk
 from ringplane.virtio.zoned import DESCRIPTOR, REPORT
@@ -498,7 +499,7 @@ def crash(monkeypatch: pytest.MonkeyPatch, folder: Path, boot: bytes | None) -> 
     header[0]["in_use"] = 1
     (folder / "disk.img.zones").write_bytes(content)
     if boot is not None:
-        monkeypatch.setattr(zonefile, "_boot", lambda: boot)
+        monkeypatch.setattr(procfs, "boot_id", lambda: boot)
 
 
 def pause(export: ringplane.Export, folder: Path) -> bytes:
@@ -506,7 +507,7 @@ def pause(export: ringplane.Export, folder: Path) -> bytes:
     return (folder / "disk.img.zones").read_bytes()
 
 
-@pytest.mark.parametrize("boot", [None, b"another"])
+@pytest.mark.parametrize("boot", [None, b"another", pytest.param(b"", id="unknown, without /proc")])
 def test_after_a_crash(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch, boot: bytes | None) -> None:
     """After a crash of the process completed writes are there; after one of the machine, those that a flush covers."""
     export = serve()

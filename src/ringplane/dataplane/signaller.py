@@ -64,7 +64,7 @@ class Signaller:
     def __init__(self) -> None:
         """Raises OSError where AIO is unavailable."""
         self._context = libc.io_setup(1)
-        self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._null = _open_null()
         self._iocb: npt.NDArray[np.void] = np.zeros(1, IOCB)
         self._iovec: npt.NDArray[np.void] = np.zeros(1, IOVEC)
         self._list = np.array([self._iocb.ctypes.data], np.int64)
@@ -78,3 +78,11 @@ class Signaller:
     def close(self) -> None:
         libc.io_destroy(self._context)
         os.close(self._null)
+
+
+def _open_null() -> int:
+    """/dev/null, or, in a jail without /dev, a file that is as empty."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.memfd_create("null", os.MFD_CLOEXEC)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
 
 import numpy as np
 
 from ringplane.native.numbers import NUMBERS
+from ringplane.native.procfs import mappings
 from ringplane.native.syscalls import (
     EPOLL_EVENT,
     SYS_IO_DESTROY,
@@ -96,20 +95,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise _error()
 
 
-def _mappings() -> Iterator[tuple[int, int, str, str]]:
-    """The mappings of this process: start, end, permissions and the file's path (proc(5)); nothing without /proc."""
-    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        for fields in map(str.split, maps):
-            start, end = (int(address, 16) for address in fields[0].split("-"))
-            yield start, end, fields[1], fields[-1]
-
-
 def drop_code(library: str) -> None:
     """madvise(2): release the memory of a loaded library's code; pages that are used again are loaded again.
 
     Only pages that are mapped executable and were never written: their content is in the file.
     """
-    for start, end, rights, path in _mappings():
+    for start, end, rights, path in mappings():
         if rights == "r-xp" and os.path.basename(path) == library:
             _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
@@ -119,7 +110,7 @@ def forbid_writable_code() -> None:
 
     libffi has its callback trampolines there (for Python functions that C calls), if it has no better way.
     """
-    for start, end, rights, _ in list(_mappings()):
+    for start, end, rights, _ in list(mappings()):
         if "wx" in rights and _libc.mprotect(ctypes.c_void_p(start), end - start, PROT_READ | PROT_WRITE) != 0:
             raise _error()
 
@@ -138,7 +129,7 @@ def io_destroy(context: int) -> None:
         raise _error()
 
 
-PR_SET_DUMPABLE, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 4, 29, 38
+PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 4, 15, 29, 38
 
 
 def set_timer_slack(nanoseconds: int) -> None:

@@ -1,0 +1,60 @@
+"""What a process reads about itself in /proc (proc(5)), and what is lost where it is not mounted, as in some jails."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SELF = Path("/proc/self")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def warn_if_missing() -> None:
+    """One line; each function of this file says what it returns then."""
+    if not SELF.exists():
+        log.warning(
+            "/proc is not mounted: not checked are threads that the sandbox does not cover and code that can be "
+            "written; the compiler's memory is kept; a zoned disk whose process is killed loses what was not flushed"
+        )
+
+
+def open_file(fd: int) -> Path:
+    """What opens the file again that is open as `fd`, whatever its path is by now; it does not exist without /proc."""
+    return SELF / "fd" / str(fd)
+
+
+def kind_of(fd: int) -> str:
+    """What is open as `fd`, as `anon_inode:[eventfd]`; empty without /proc."""
+    try:
+        return os.readlink(open_file(fd))
+    except FileNotFoundError:
+        return ""
+
+
+def mappings() -> Iterator[tuple[int, int, str, str]]:
+    """The mappings of this process: start, end, permissions and the file's path; nothing without /proc."""
+    with contextlib.suppress(OSError), open(SELF / "maps", encoding="utf-8", errors="replace") as maps:
+        for fields in map(str.split, maps):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            yield start, end, fields[1], fields[-1]
+
+
+def other_threads() -> int:
+    """How many threads this process has beside the calling one, not only those of Python; 0 without /proc."""
+    try:
+        return len(os.listdir(SELF / "task")) - 1
+    except FileNotFoundError:
+        return 0
+
+
+def boot_id() -> bytes:
+    """The boot id, which changes with each start of the machine (random(4)); empty without /proc."""
+    try:
+        return BOOT_ID.read_bytes().strip()
+    except FileNotFoundError:
+        return b""
