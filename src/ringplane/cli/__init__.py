@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -12,12 +14,27 @@ from ringplane import __version__
 COMMANDS = ("serve", "demo", "bench")
 
 
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What can be wrong with an installation, whatever the command."""
+    try:
+        yield
+    except ImportError as error:
+        if type(error).__name__ != "UnsupportedNumba":
+            raise
+        raise SystemExit(f"Error: {error}") from None
+
+
 class Commands(click.Group):
     """The group of COMMANDS: each is the function of its name in the file of its name."""
 
     def __init__(self, **options: Any) -> None:
         # Not what runs, which `get_command` imports: names from which click suggests one for a mistyped command.
         super().__init__(commands=[click.Command(name) for name in COMMANDS], **options)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with errors_in_one_line():
+            return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -43,4 +60,5 @@ def vhost_user_blk() -> None:
     """Entry point `ringplane-vhost-user-blk`: `ringplane serve` under the name that QEMU's conventions want."""
     from ringplane.cli.serve import serve
 
-    serve(prog_name="ringplane-vhost-user-blk")
+    with errors_in_one_line():
+        serve(prog_name="ringplane-vhost-user-blk")

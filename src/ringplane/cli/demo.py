@@ -55,7 +55,7 @@ def demo(image: Path | None, size: int, seconds: float) -> None:
 
 def run_demo(console: Console, folder: Path, image: Path, size: int, seconds: float) -> bool:
     """All steps; whether all data was right."""
-    from ringplane.native.jit import is_cached
+    from ringplane.native.cache import is_cached
 
     # The first start is a cold one: with what this machine has not compiled yet, or else with an empty cache.
     cache = {"RINGPLANE_CACHE_DIR": str(folder / "cache")} if is_cached() else {}

@@ -12,7 +12,7 @@ from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.common import IN_MEMORY
 from ringplane.memory import MemoryTable, Region
-from ringplane.native.jit import cache_directory, forget_old_versions, is_cached
+from ringplane.native.cache import VARIABLE, find_cache, forget_old_versions, is_cached
 from ringplane.native.libc import drop_code
 from ringplane.virtio.blk import SECTOR
 
@@ -26,11 +26,18 @@ def warm_up() -> None:
     """Fill the cache if it is empty. If no child process can be started, the first worker compiles."""
     if is_cached():
         return
-    log.info("compiling the data plane; only the first start after an installation does this ...")
-    environment = {**os.environ, "RINGPLANE_CACHE_DIR": str(cache_directory().parent)}
+    cache = find_cache()
+    if cache.short_lived:
+        log.warning("compiling the data plane, which takes some 20 s of CPU time, at each start: %s", cache.short_lived)
+    else:
+        log.info("compiling the data plane; only the first start after an installation does this ...")
+    if cache.folder is None:
+        return
+    environment = {**os.environ, VARIABLE: str(cache.folder.parent)}
     command = [sys.executable, "-m", "ringplane.dataplane.warm"]
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        # No input, without /dev/null, which some jails lack.
+        done = subprocess.run(command, env=environment, input=b"", capture_output=True, check=False)
     except OSError as error:
         log.warning("cannot compile in a process of its own: %s", error)
         return
@@ -51,7 +58,7 @@ def load() -> None:
     device = Device(
         fd, SIZE, read_only=False, block_size=SECTOR, alignment=(1, 1), serial="", name="warm-up", storage=IN_MEMORY
     )
-    queue = Queue(device, 0, "warm-up")
+    queue = Queue(device, 0)
     layout = RingLayout(size=1, desc=0, avail=64, used=128, base=0, features=0, write_through=False)
     worker = Worker("warm-up", slots=1)
     worker.start()

@@ -13,13 +13,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numba
-from llvmlite.binding import Linkage
-from numba.core import types
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
-from numba.core.datamodel.models import OpaqueModel
-from numba.core.types.misc import unliteral
-from numba.extending import register_model
+
+from ringplane.native.numba_version import UnsupportedNumba
+
+try:
+    from llvmlite.binding import Linkage
+    from numba.core import types
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.compiler import Compiler
+    from numba.core.datamodel.models import OpaqueModel
+    from numba.core.types.misc import unliteral
+    from numba.extending import register_model
+except ImportError as error:
+    raise UnsupportedNumba(error) from None
 
 # Division by zero gives NumPy's result instead of an exception. Rewrites are for arrays and the like, and take 0.3 s.
 OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True}

@@ -127,9 +127,9 @@ class _Guards:
     """The handler and its table: installed with the first guard, until the process ends."""
 
     def __init__(self) -> None:
-        with numba_cache_directory():
+        with numba_cache_directory() as cached:
             signature = types.void(types.int64, types.int64, types.int64)
-            self._handler = numba.cfunc(signature, nopython=True, cache=True)(_on_sigbus)
+            self._handler = numba.cfunc(signature, nopython=True, cache=cached)(_on_sigbus)
         self._table: npt.NDArray[np.void] = np.zeros(1, TABLE)
         self._table["one"] = 1
         # Free numbers below `used`: the lowest is reused first, because the handler scans all up to `used`.

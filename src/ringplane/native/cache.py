@@ -1,0 +1,164 @@
+"""The folder of compiled code: where it is, who may write to it, and which versions it keeps.
+
+Loading from it runs code, so it must belong to this user or to root, and nobody else may be able to write to it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numba
+
+PACKAGE = Path(__file__).resolve().parent.parent
+KEPT_VERSIONS = 4
+TEMPORARY = "ringplane-cache-"
+FOLDER = re.compile(r"data-plane-[0-9a-f]{20}")
+
+VARIABLE = "RINGPLANE_CACHE_DIR"
+# More than the compiled code of a version, in bytes.
+ROOM = 4 << 20
+# Of fallocate(2): what really means that there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """`folder` is for this version alone; None: nothing can be written, so each process compiles for itself.
+
+    `short_lived`: why what is compiled is lost at the end of the process, and what to do about it; empty: it is kept.
+    """
+
+    folder: Path | None
+    short_lived: str = ""
+
+
+@cache
+def version_folder() -> str:
+    """The name of the cache folder for these very sources, this Numba and this Python.
+
+    Numba notices a change of the file that holds a compiled function, not of the files that hold its callees. A folder
+    named after all sources makes a stale data plane impossible, at the price of reading some 300 kB at start. Numba
+    compares times of modification too, so they are in the name: what is in the folder is what will be loaded.
+    """
+    digest = hashlib.blake2b(f"{numba.__version__} {sys.implementation.cache_tag}".encode(), digest_size=10)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {path.stat().st_mtime_ns}".encode())
+        digest.update(path.read_bytes())
+    return f"data-plane-{digest.hexdigest()}"
+
+
+@cache
+def find_cache() -> Cache:
+    """The cache in `$RINGPLANE_CACHE_DIR`, else in `$XDG_CACHE_HOME/ringplane`, else in `~/.cache/ringplane`.
+
+    Where that is unusable (a service without a home, a read-only system) it is a temporary folder for this process
+    alone, or nowhere.
+    """
+    chosen = os.environ.get(VARIABLE)
+    base = Path(chosen) if chosen else _default_base()
+    obstacle = _obstacle(base) if base else "no home folder is known"
+    if base and not obstacle:
+        return Cache(base / version_folder())
+    why = f"{VARIABLE}={obstacle}" if chosen else f"{obstacle}; set {VARIABLE} to a folder that this user can write to"
+    temporary = _make_temporary()
+    return Cache(temporary / version_folder() if temporary else None, why)
+
+
+def _default_base() -> Path | None:
+    """None for a user without a home folder, of whom HOME and passwd(5) know nothing."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return home / "ringplane" if home.is_absolute() else None
+
+
+def cache_directory() -> Path | None:
+    """The folder of compiled code for this version; None where nothing can be written."""
+    return find_cache().folder
+
+
+def is_cached() -> bool:
+    """Whether a data plane compiled from these very sources is on disk (a start will be fast)."""
+    folder = cache_directory()
+    return folder is not None and _is_filled(folder)
+
+
+def _is_filled(folder: Path) -> bool:
+    return any(folder.rglob("loop.run-*.nbc"))
+
+
+def _obstacle(base: Path) -> str:
+    """Why this folder, which is made if it is missing, cannot be the cache, and what to do; empty: it can be."""
+    user = os.geteuid()
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = base.stat()
+        if status.st_uid not in (user, 0):
+            return f"{base} belongs to user {status.st_uid}, whose code would run here; chown it to user {user}"
+        if status.st_mode & 0o022:
+            return f"{base} can be written by other users, whose code would run here; chmod go-w it"
+        if not _is_filled(base / version_folder()):
+            _try_room(base)
+    except (FileExistsError, NotADirectoryError):
+        return f"{base} is not a folder; name one"
+    except OSError as error:
+        if error.errno in FULL:
+            return f"{base} has no room for {ROOM >> 20} MiB ({error.strerror}); make room"
+        return f"{base} cannot be written by user {user} ({error.strerror})"
+    return ""
+
+
+def _try_room(base: Path) -> None:
+    """Raises OSError where no file can be made, or none of this size."""
+    with tempfile.TemporaryFile(dir=base) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, ROOM)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+
+
+def _make_temporary() -> Path | None:
+    """A new folder wherever one can be made, removed at exit."""
+    for parent in _temporary_places():
+        with contextlib.suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            _try_room(folder)
+            return folder
+    return None
+
+
+def _temporary_places() -> Iterator[str]:
+    for name in ("TMPDIR", "XDG_RUNTIME_DIR"):
+        if os.environ.get(name):
+            yield os.environ[name]
+    yield from ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def remove_temporary_cache() -> None:
+    """Do now what is otherwise done at exit; everything that will be called has been loaded."""
+    folder = cache_directory()
+    if folder is not None and folder.parent.name.startswith(TEMPORARY):
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def forget_old_versions() -> None:
+    """Keep the cache folders of the newest few versions; older ones are never read again."""
+    current = cache_directory()
+    if current is None:
+        return
+    versions = [entry for entry in current.parent.iterdir() if FOLDER.fullmatch(entry.name) and entry != current]
+    versions.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
+    for entry in versions[KEPT_VERSIONS - 1 :]:
+        shutil.rmtree(entry, ignore_errors=True)
