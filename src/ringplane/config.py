@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
-from ringplane.export import DiskConfig, default_num_queues
+from ringplane.export import DiskConfig
 from ringplane.image import BLOCK_SIZES
 from ringplane.server import IoThread
 from ringplane.values import (
+    LOCKS,
+    MAX_QUEUES,
     check_cpus,
     check_feature,
     check_serial,
@@ -30,7 +32,6 @@ from ringplane.values import (
     parse_zones,
 )
 
-MAX_QUEUES = 64
 MAX_THREADS = 64
 
 # Converts a TOML value to the one that ringplane uses; raises a ValueError that says what is wrong and what is right.
@@ -81,7 +82,7 @@ class _Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._queues_spread = 0
+        self._disks_spread = 0
 
     def read(self, document: dict[str, Any]) -> Config:
         top = _check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
@@ -117,22 +118,22 @@ class _Reader:
                 raise ValueError(
                     f"{table.place}io-threads: no [[io-thread]] has the name {_shown(name)}{_near(name, threads)}"
                 )
-        queues = values.setdefault("num_queues", max(default_num_queues(), len(chosen)))
+        queues = values.get("num_queues", MAX_QUEUES)
         if len(chosen) > queues:
             raise ValueError(
                 f"{table.place}io-threads: names {len(chosen)} threads for {queues} queues; name at most one per queue"
             )
-        values["io_threads"] = tuple(chosen) or self._spread(queues, threads)
+        values["io_threads"] = tuple(chosen) or self._spread(threads)[:queues]
         try:
             return DiskConfig(**values)
         except ValueError as error:
             raise ValueError(f"{table.place}{error}") from None
 
-    def _spread(self, queues: int, threads: list[str]) -> tuple[str, ...]:
-        """The next threads in turn, so that many disks of one queue do not end up on the same one."""
-        first = self._queues_spread
-        self._queues_spread += queues
-        return tuple(threads[number % len(threads)] for number in range(first, first + queues))
+    def _spread(self, threads: list[str]) -> tuple[str, ...]:
+        """All threads, from the next one on: queue 0, which small guests use alone, is on another one for each disk."""
+        first = self._disks_spread % len(threads)
+        self._disks_spread += 1
+        return (*threads[first:], *threads[:first])
 
 
 def _disk_table(number: int, table: dict[str, Any]) -> _Table:
@@ -329,6 +330,7 @@ DISK_KEYS: dict[str, Check] = {
     "read-only": _flag,
     "direct": _flag,
     "share-rw": _flag,
+    "lock": _one_of(*LOCKS),
     "num-queues": _whole(1, MAX_QUEUES),
     "block-size": _one_of(*BLOCK_SIZES),
     "serial": _serial,

@@ -7,11 +7,11 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ringplane.dataplane.queue import Device, Queue
+from ringplane.dataplane.queue import Device, OpenFile, Queue
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose import AUTO, choose_storage
@@ -90,6 +90,9 @@ class Disk:
             self.storage = choose_storage(engine, image.fd)
         except ValueError as error:
             raise ImageError(f"{image.path}: {error}") from None
+        for worker in workers:
+            if self.storage == THROUGH_WORKER and worker.engine.without_io:
+                raise ImageError(f"{image.path}: no engine for files and devices here: {worker.engine.without_io}")
         alignment = (image.alignment.memory, image.alignment.block)
         self.limits = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
         try:
@@ -107,24 +110,24 @@ class Disk:
             )
         except OSError as error:
             raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
-        self._queue_fds = self._open_for_queues(num_queues)
-        self.queues = [
-            Queue(self._device, number, f"{name} queue {number}", fd) for number, fd in enumerate(self._queue_fds)
-        ]
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
+        files = self._open_for(self.workers)
+        self.queues = [Queue(self._device, number, files.get(worker)) for number, worker in enumerate(self.workers)]
         for worker in set(self.workers):
             worker.add_disk()
         self._switches = dict(switches or {})
         self._check_switches()
 
-    def _open_for_queues(self, count: int) -> list[int]:
-        """An open file of its own for each queue where the kernel's page cache tells each once what it has lost.
+    def _open_for(self, workers: Iterable[Worker]) -> dict[Worker, OpenFile]:
+        """An open file for each worker where the kernel's page cache reports to each once what it has lost (flush.py).
 
-        The first has the image's. Raises ImageError.
+        The first has the image's. Nothing where it does not matter. Raises ImageError.
         """
-        if self.image.read_only or not self._device.uses_page_cache:
-            return [self.image.fd] * count
-        return [self.image.fd, *(self.image.open_again() for _ in range(count - 1))]
+        files: dict[Worker, OpenFile] = {}
+        if not self.image.read_only and self._device.uses_page_cache:
+            for worker in dict.fromkeys(workers):
+                files[worker] = OpenFile(self.image.open_again() if files else self.image.fd)
+        return files
 
     @property
     def through_page_cache(self) -> bool:

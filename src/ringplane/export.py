@@ -29,8 +29,9 @@ from ringplane.handover import Predecessor, offer_successors, socket_beside
 from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
 from ringplane.listener import Listener, ListenError
+from ringplane.native import procfs
 from ringplane.server import IoThread, Server
-from ringplane.values import ZoneModel
+from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel
 from ringplane.vhost_user.session import Session
 from ringplane.vhost_user.snapshot import SessionSnapshot
 from ringplane.vhost_user.transport import AsyncTransport, wake
@@ -63,7 +64,8 @@ class DiskConfig:
     read_only: bool = False
     direct: bool = True
     share_rw: bool = False
-    num_queues: int = 1
+    lock: str = LOCK_AUTO
+    num_queues: int = MAX_QUEUES
     engine: str = AUTO
     block_size: int = 512
     serial: str | None = None
@@ -75,6 +77,8 @@ class DiskConfig:
             raise ValueError("give either a socket path or an fd")
         if self.fd is not None and (self.socket_mode, self.socket_group) != (None, None):
             raise ValueError("a mode and a group are for a socket path, not for an fd")
+        if self.lock not in LOCKS:
+            raise ValueError(f"lock is {self.lock!r}; it is one of {', '.join(LOCKS)}")
         if self.zoned and self.share_rw:
             raise ValueError("a zoned disk cannot be shared, as each process would have write pointers of its own")
 
@@ -156,7 +160,9 @@ class Export:
     @property
     def counters(self) -> dict[str, Counter]:
         """By kind of request: `read`, `write`, `flush` and `other`."""
-        total = [np.stack([queue.counters[kind] for queue in self.disk.queues]) for kind in range(len(KINDS))]
+        # Those that were never started share counters that stay 0.
+        counted = {id(queue.counters): queue.counters for queue in self.disk.queues}
+        total = [np.stack([each[kind] for each in counted.values()]) for kind in range(len(KINDS))]
         return {
             name: Counter(
                 int(rows["requests"].sum()),
@@ -383,7 +389,8 @@ def serve(
     read_only: bool = False,
     direct: bool = True,
     share_rw: bool = False,
-    num_queues: int | None = None,
+    lock: str = LOCK_AUTO,
+    num_queues: int = MAX_QUEUES,
     io_threads: int = 1,
     cpus: Sequence[Collection[int]] = (),
     engine: str = AUTO,
@@ -401,17 +408,17 @@ def serve(
 
     Give either `socket_path` to listen at, or `fd`, an inherited socket. The file at `socket_path` gets `socket_mode`
     and the group (its number) `socket_group` before anybody can connect; a group without a mode means 0o660.
-    `create` makes a sparse image of so many
-    bytes where there is none; an image that exists is served as it is.
-    `num_queues` defaults to one per CPU up to 4. `cpus` are the CPUs of each I/O thread, or those of all
-    if there is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
+    `create` makes a sparse image of so many bytes where there is none; an image that exists is served as it is. A front
+    end uses as many of the `num_queues` as it wants. `cpus` are the CPUs of each I/O thread, or those of all if there
+    is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
     export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
     `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
     connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
-    `give_up`: see `serve_all`.
+    `give_up`: see `serve_all`. `lock` is one of `ringplane.values.LOCKS`: QEMU's locks are taken `on` all images, on
+    none (`off`), or (`auto`) on all but those that are read-only and on a file system without locks.
 
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
@@ -428,7 +435,8 @@ def serve(
         read_only=read_only,
         direct=direct,
         share_rw=share_rw,
-        num_queues=num_queues if num_queues is not None else default_num_queues(),
+        lock=lock,
+        num_queues=num_queues,
         engine=engine,
         block_size=block_size,
         serial=serial,
@@ -457,6 +465,7 @@ def serve_all(
     for config in disks:
         if not config.io_threads or not set(config.io_threads) <= set(names):
             raise ValueError(f"{config.image}: {list(config.io_threads)} are not among the I/O threads {names}")
+    procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
         predecessor = at_last.enter_context(Predecessor(disks)) if upgrade else None
         if predecessor:
@@ -521,6 +530,7 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
         read_only=config.read_only,
         direct=config.direct,
         share_rw=config.share_rw,
+        lock=config.lock,
         block_size=config.block_size,
     )
     undo.callback(opened.close)
@@ -578,8 +588,3 @@ def _io_threads(
         IoThread(f"ringplane-io-{number}", mine, sets[number % len(sets)], poll_us, pin_memory)
         for number in range(count)
     ]
-
-
-def default_num_queues() -> int:
-    """One per CPU, up to 4."""
-    return min(4, os.cpu_count() or 1)

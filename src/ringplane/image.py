@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import stat
@@ -13,7 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringplane.native import libc
+from ringplane.native import libc, procfs
+from ringplane.values import LOCK_AUTO, LOCK_OFF, LOCK_ON
+
+log = logging.getLogger(__name__)
 
 # ioctl(2) requests of block devices, <linux/fs.h>
 BLKGETSIZE64 = 0x80081272
@@ -79,11 +83,13 @@ class Image:
         direct: bool = True,
         share_rw: bool = False,
         block_size: int = 512,
+        lock: str = LOCK_AUTO,
         fd: int | None = None,
     ) -> None:
         """Open and lock; raises ImageError.
 
-        `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards. With
+        `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards. `lock`
+        is one of LOCKS: LOCK_AUTO serves an image that is read-only without, where its file system has no locks. With
         `fd` it is open and locked already, by the process that we take over from, and ours from now on.
         """
         self.path = path
@@ -99,7 +105,7 @@ class Image:
             if not read_only:
                 _check_writable(self.fd, path)
             if fd is None:
-                _lock(self.fd, path, read_only=read_only, share_rw=share_rw)
+                _lock_as(lock, self.fd, path, read_only=read_only, share_rw=share_rw)
             self.alignment = _alignment(self.fd, path) if self.direct else UNALIGNED
             _check_block_size(self, block_size)
         except BaseException:
@@ -116,12 +122,18 @@ class Image:
 
         Raises ImageError.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if self.direct else 0)
         try:
-            # Not by its path, which may be another file's by now.
-            self._others.append(os.open(f"/proc/self/fd/{self.fd}", flags))
+            # By its path, which may be another file's by now, only where there is no /proc.
+            named = procfs.open_file(self.fd)
+            self._others.append(os.open(named if named.exists() else self.path, flags))
         except OSError as error:
-            raise ImageError(f"{self.path}: cannot be opened again for another queue: {error.strerror}") from None
+            raise ImageError(f"{self.path}: cannot be opened again for another thread: {error.strerror}") from None
+        if not os.path.sameopenfile(self._others[-1], self.fd):
+            raise ImageError(
+                f"{self.path}: is another file now, so that the image cannot be opened again for another thread, which "
+                "needs /proc then; mount /proc, or give the disk one I/O thread"
+            )
         return self._others[-1]
 
     @property
@@ -198,15 +210,32 @@ def _check_block_size(image: Image, block_size: int) -> None:
         )
 
 
+def _lock_as(lock: str, fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
+    """As LOCK_ON, LOCK_OFF and LOCK_AUTO want it; raises ImageError."""
+    if lock == LOCK_OFF:
+        return
+    try:
+        _lock(fd, path, read_only=read_only, share_rw=share_rw)
+    except OSError as error:
+        # Some network file systems have no locks, and some jails forbid them.
+        why = f"{path}: cannot be locked (fcntl(2), F_OFD_SETLK: {error.strerror})"
+        if lock == LOCK_ON or not read_only:
+            raise ImageError(
+                f"{why}; --lock off serves it without a lock: then take care that nothing else writes to it"
+            ) from None
+        log.info("%s: it is served read-only without a lock; nothing may write to it meanwhile", why)
+
+
 def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
     """Say what we do with the image and what others may not do, then look whether others said so before us.
 
     Locks are of open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
     process is killed, and two opens in one process exclude each other too. What the kernel still does for a process
-    that was killed may hold a copy for some milliseconds: so the lock is tried for a while.
+    that was killed may hold a copy for some milliseconds: so the lock is tried for a while. Raises OSError where there
+    are no locks.
     """
     deadline = time.monotonic() + LOCK_PATIENCE
-    while not _try_lock(fd, path, read_only=read_only, share_rw=share_rw):
+    while not _try_lock(fd, read_only=read_only, share_rw=share_rw):
         if time.monotonic() > deadline:
             raise ImageError(
                 f"{path}: is in use already; it can be shared if all open it --read-only, "
@@ -215,20 +244,20 @@ def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
         time.sleep(LOCK_PATIENCE / 50)
 
 
-def _try_lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> bool:
+def _try_lock(fd: int, *, read_only: bool, share_rw: bool) -> bool:
     uses = {PERMISSION_READ} if read_only else {PERMISSION_READ, PERMISSION_WRITE}
     denies = set() if share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
     try:
         for byte in [LOCK_USES + permission for permission in uses] + [LOCK_DENIES + p for p in denies]:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
-        for byte in [LOCK_DENIES + permission for permission in uses] + [LOCK_USES + p for p in denies]:
-            # A test for a write lock finds the read locks of all others.
-            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-            if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-                return False
-    except OSError as error:
-        # Some network file systems have no locks.
-        raise ImageError(f"{path}: cannot be locked: {error.strerror}") from None
+    except BlockingIOError:
+        # Some other program has a write lock.
+        return False
+    for byte in [LOCK_DENIES + permission for permission in uses] + [LOCK_USES + p for p in denies]:
+        # A test for a write lock finds the read locks of all others.
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+            return False
     return True
 
 

@@ -37,6 +37,12 @@ FEATURES = (
 OFF_BY_DEFAULT = ("in-order", "inband-notifications")
 
 MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
+# Whether an image is locked (image.py): where it has to be and can be, always, never.
+LOCKS = LOCK_AUTO, LOCK_ON, LOCK_OFF = ("auto", "on", "off")
+
+# Virtqueues of a disk. Front ends use as many of them as they want; QEMU wants one for each of its guest's CPUs, and
+# refuses a disk with fewer.
+MAX_QUEUES = 64
 
 CPU_RANGE = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
 

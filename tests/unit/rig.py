@@ -422,7 +422,7 @@ class Line:
 
     def __init__(self, rig: Rig, number: int, worker: Worker) -> None:
         self.rig, self.worker = rig, worker
-        self.queue = Queue(rig.device, number, f"disk queue {number}")
+        self.queue = Queue(rig.device, number)
         self.kick_fd, self.call_fd, self.queue.err_fd = new_eventfd(), new_eventfd(), new_eventfd()
         self.ring: Any
 

@@ -82,5 +82,5 @@ def test_the_error_without_room_for_a_context_says_what_to_do(monkeypatch: pytes
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(aio.libc, "io_setup", refuse)
-    with pytest.raises(OSError, match=r"no room for 64 more AIO requests: raise sysctl fs\.aio-max-nr"):
+    with pytest.raises(OSError, match=r"no room for 64 more AIO requests; raise sysctl fs\.aio-max-nr"):
         aio.Aio(64)

@@ -9,7 +9,7 @@ import pytest
 
 from ringplane.config import Config, ConfigError, read_config
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
-from ringplane.export import DiskConfig, default_num_queues
+from ringplane.export import DiskConfig
 from ringplane.server import IoThread
 from ringplane.values import MAX_POLL_US, format_cpus, parse_cpus, parse_poll_us
 
@@ -47,10 +47,7 @@ def spread(config: Config) -> list[list[str]]:
 def test_minimal_file(tmp_path: Path) -> None:
     config = read(tmp_path, DISK)
     assert config.io_threads == [IoThread("io0")]
-    queues = default_num_queues()
-    assert config.disks == [
-        DiskConfig(tmp_path / "a.img", ("io0",) * queues, socket_path=tmp_path / "a.sock", num_queues=queues)
-    ]
+    assert config.disks == [DiskConfig(tmp_path / "a.img", ("io0",), socket_path=tmp_path / "a.sock", num_queues=64)]
 
 
 def test_file_with_every_key(tmp_path: Path) -> None:
@@ -167,14 +164,21 @@ def test_disks_without_io_threads_take_the_threads_in_turn(tmp_path: Path) -> No
         ["io0"],
         ["io1", "io2"],
         ["io2"],
-        ["io0", "io1", "io2", "io0"],
+        ["io2", "io0", "io1"],
     ]
 
 
+def test_first_queues_of_disks_with_the_default_of_queues_are_on_different_threads(tmp_path: Path) -> None:
+    """Small guests use queue 0 alone."""
+    disks = "".join(f'[[disk]]\nimage = "{number}"\nsocket-path = "{number}.sock"\n' for number in range(4))
+    config = read(tmp_path, "[[io-thread]]\n" * 2 + disks)
+    assert spread(config) == [["io0", "io1"], ["io1", "io0"]] * 2
+
+
 def test_as_many_queues_as_named_threads(tmp_path: Path) -> None:
-    names = [f"io{number}" for number in range(9)]
-    config = read(tmp_path, "[[io-thread]]\n" * 9 + f"{DISK}io-threads = {names}")
-    assert config.disks[0].num_queues == 9
+    names = [f"io{number}" for number in range(64)]
+    config = read(tmp_path, "[[io-thread]]\n" * 64 + f"{DISK}io-threads = {names}")
+    assert config.disks[0].num_queues == 64
 
 
 @pytest.mark.parametrize("how", ["read-only", "share-rw"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 from ringplane.engines import aio, uring
 from ringplane.engines.aio import Aio
 from ringplane.engines.choose import AUTO, WORKER_ENGINES, make_engine
+from ringplane.engines.common import EngineUnavailable
 from ringplane.engines.dispatch import has_events, wait
 from ringplane.engines.uring import Uring
 
@@ -146,10 +148,47 @@ def test_aio_is_used_and_logged_if_io_uring_is_forbidden(
     with caplog.at_level(logging.INFO, "ringplane"):
         engine = make_engine(AUTO, 8)
     assert isinstance(engine, Aio)
-    assert "using Linux AIO, as io_uring is not to be had here: [Errno 1] Operation not permitted" in caplog.text
+    assert "using Linux AIO: io_uring is unavailable (io_uring_setup(2): Operation not permitted): " in caplog.text
     engine.close()
-    with pytest.raises(PermissionError):
+    with pytest.raises(EngineUnavailable, match=r"^io_uring is unavailable .*kernel\.io_uring_disabled"):
         make_engine("io_uring", 8)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EPERM, "it is forbidden; allow it"),
+        (errno.ENOSYS, "a seccomp profile hides it"),
+        (errno.EAGAIN, "no room for 8 more AIO requests; raise sysctl fs.aio-max-nr"),
+        (errno.EIO, "(io_setup(2): Input/output error)"),
+    ],
+)
+def test_an_engine_that_is_unavailable_says_why_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, code: int, words: str
+) -> None:
+    def forbid(events: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(aio.libc, "io_setup", forbid)
+    with pytest.raises(EngineUnavailable) as caught:
+        make_engine("aio", 8)
+    text = str(caught.value)
+    assert text.startswith(f"Linux AIO is unavailable (io_setup(2): {os.strerror(code)})")
+    assert words in text
+    assert caught.value.errno == code
+
+
+@pytest.mark.parametrize("failing", ["io_uring_register", "mmap_shared"])
+def test_an_io_uring_that_cannot_be_set_up_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def refuse(*arguments: int) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    need_engine("io_uring")
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(uring.libc, failing, refuse)
+    with pytest.raises(EngineUnavailable, match=r"it takes Linux 6\.1"):
+        make_engine("io_uring", 8)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_io_uring_is_the_first_choice() -> None:

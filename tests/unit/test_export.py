@@ -20,7 +20,6 @@ import ringplane
 from ringplane.driver.disk import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, Model, Result, check, fill, run_load
-from ringplane.export import default_num_queues
 from ringplane.image import ImageError
 from ringplane.listener import ListenError
 from ringplane.vhost_user.messages import ProtocolError
@@ -226,10 +225,46 @@ def test_number_of_queues(image: Path, tmp_path: Path, queues: int) -> None:
             assert driver.read(queue * 4096, 512) == bytes([queue]) * 512
 
 
-def test_default_number_of_queues(image: Path, tmp_path: Path) -> None:
-    with ringplane.serve(image, tmp_path / "socket") as export:
-        assert len(export.disk.queues) == default_num_queues()
-    assert 1 <= default_num_queues() <= 4
+@pytest.mark.parametrize("cpus", [1, 128])
+def test_default_number_of_queues_is_that_of_the_largest_guest(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: int
+) -> None:
+    """QEMU wants a queue for each CPU of the guest, whatever the host has."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    with ringplane.serve(image, tmp_path / "socket") as export, attach(export) as driver:
+        assert driver.front_end.get_queue_num() == driver.config["num_queues"] == 64
+
+
+def open_files(image: Path) -> int:
+    """How often this process has the image open."""
+    return sum(os.path.samefile(f"/proc/self/fd/{fd}", image) for fd in os.listdir("/proc/self/fd") if is_open(fd))
+
+
+def is_open(fd: str) -> bool:
+    return os.path.exists(f"/proc/self/fd/{fd}")
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_unused_queues_cost_nothing(image: Path, tmp_path: Path, direct: bool) -> None:
+    """No open file, and no counters."""
+    with ringplane.serve(image, tmp_path / "socket", direct=direct, engine="aio") as export:
+        with attach(export, 2) as driver:
+            assert open_files(image) == 1
+            for queue in range(2):
+                driver.write(queue * 4096, b"x" * 512, queue=queue)
+                driver.flush(queue=queue)
+            counted = {id(queue.counters) for queue in export.disk.queues}
+        assert len(counted) == 3, "two queues have their own, and all others share what stays 0"
+        assert (export.counters["write"].requests, export.counters["flush"].requests) == (2, 2)
+
+
+def test_each_io_thread_has_an_open_file_where_there_is_a_page_cache(image: Path, tmp_path: Path) -> None:
+    """The kernel reports to each of them once what could not be written (dataplane/flush.py)."""
+    with ringplane.serve(image, tmp_path / "socket", direct=False, engine="aio", io_threads=3) as export:
+        assert open_files(image) == 3
+        files = [queue.fd for queue in export.disk.queues]
+        assert files == (files[:3] * 22)[:64]
+        assert len(set(files)) == 3
 
 
 def test_serial(image: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class Process:
 
     def __init__(self, memory: Memory, device: Device) -> None:
         self.memory = memory
-        self.queue = Queue(device, 0, "queue")
+        self.queue = Queue(device, 0)
         record, start = self.queue.record, memory.guest.address
         record["size"], record["packed"] = memory.size, memory.packed
         for name in ("desc", "avail", "used"):

@@ -674,6 +674,9 @@ def test_a_failed_flush_is_not_forgotten(make_rig: RigFactory, direct_io: bool) 
     rig = direct_rig(make_rig) if direct_io else make_rig()
     line = rig.line().start()
     assert line.do(FLUSH).status == OK
+    if not rig.device.through_worker:
+        # An image in memory has nothing to flush.
+        return
     good, bad = int(line.queue.record["file"]), os.eventfd(0)
     line.queue.record["file"] = bad  # cannot be synchronised: EINVAL
     assert line.do(FLUSH).status == IOERR

@@ -191,7 +191,7 @@ class Drive:
     ) -> None:
         guest, size = rig.guest, 32
         self.worker, self.depth = worker, depth
-        self.queue = Queue(rig.device, seed, f"driven queue {seed}")
+        self.queue = Queue(rig.device, seed)
         self.kick_fd, self.call_fd = new_eventfd(), new_eventfd()
         self.epoll = select.epoll()
         self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)

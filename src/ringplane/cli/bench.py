@@ -344,7 +344,7 @@ def socket_of(context: click.Context, targets: tuple[str, ...]) -> Path:
 
 def described(settings: Settings, places: Sequence[Place], subjects: Sequence[Subject], seconds: float) -> str:
     """What is measured, and how long that takes."""
-    from ringplane.native.jit import is_cached
+    from ringplane.native.cache import is_cached
 
     parts = [
         counted(len(settings.cells), "cell"),

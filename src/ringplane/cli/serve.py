@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
-from ringplane.values import User, check_serial, format_size
+from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, User, check_serial, format_size
 
 if TYPE_CHECKING:
     from ringplane.dataplane.trace import TraceEvent
@@ -53,7 +53,13 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 @click.option("--fd", type=int, help="Inherited socket (its file descriptor) instead of --socket-path.")
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
 @click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if there is none yet.")
-@click.option("--num-queues", type=click.IntRange(1, 64), help="Virtqueues [default: one per CPU up to 4].")
+@click.option(
+    "--num-queues",
+    type=click.IntRange(1, MAX_QUEUES),
+    default=MAX_QUEUES,
+    show_default=True,
+    help="Virtqueues; a front end uses as many of them as it wants, and pays for no others.",
+)
 @click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads that serve them.")
 @click.option(
     "--cpus",
@@ -83,6 +89,13 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     help="Keep the guest's memory pinned: less CPU per I/O with io_uring, but all of it is allocated and stays so.",
 )
 @click.option("--direct/--buffered", default=True, help="O_DIRECT where it is possible [default], or the page cache.")
+@click.option(
+    "--lock",
+    type=click.Choice(LOCKS),
+    default=LOCK_AUTO,
+    show_default=True,
+    help="Lock the image as QEMU does; auto: not a read-only one whose file system has no locks.",
+)
 @click.option("--share-rw", is_flag=True, help="Let others that say --share-rw write to the image (a migration).")
 @click.option("--serial", help="Serial number that the guest sees, up to 20 bytes [default: from the image's path].")
 @click.option("--block-size", type=click.Choice(["512", "4096"]), default="512", show_default=True)
@@ -322,5 +335,5 @@ def announce_hint(export: Export) -> None:
             "attach QEMU with:\n"
             "  -object memory-backend-memfd,id=mem,size=2G,share=on -machine memory-backend=mem -m 2G \\\n"
             f"  -chardev socket,id=ringplane0,path={export.socket_path} \\\n"
-            f"  -device vhost-user-blk-pci,chardev=ringplane0,num-queues={len(export.disk.queues)}"
+            "  -device vhost-user-blk-pci,chardev=ringplane0"
         )

@@ -18,6 +18,7 @@ from ringplane.dataplane.state import (
     COUNTER_HISTOGRAM,
     COUNTER_SIZE,
     DEVICE,
+    FLUSHES,
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
@@ -124,7 +125,7 @@ def end_whole(worker, queue, request, result):
         record_failure(worker, queue, request, result)
         if request.operation == SYNC_ZONES:
             view(queue.device, DEVICE).flush_failed = 1
-    elif queue.write_through and request.operation <= SECURE_ERASE:
+    elif queue.flush_ranges and request.operation <= SECURE_ERASE:
         flush(worker, queue, request)
         return
     request.done = request.length if result >= 0 else 0
@@ -135,7 +136,8 @@ def end_whole(worker, queue, request, result):
 def end_flush(worker, queue, result):
     """An fdatasync(2) has ended: finish all requests that it was for, and begin one for those that came meanwhile."""
     device = view(queue.device, DEVICE)
-    slot, queue.flushing = queue.flushing, -1
+    flushes = view(queue.flushes, FLUSHES)
+    slot, flushes.flushing = flushes.flushing, -1
     if result < 0:
         device.flush_failed = 1
     status = VIRTIO_BLK_S_IOERR if device.flush_failed else VIRTIO_BLK_S_OK
@@ -143,11 +145,13 @@ def end_flush(worker, queue, result):
         request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
         slot = request.next
         request.done = request.length if status == VIRTIO_BLK_S_OK else 0
+        # Not always the queue whose flush began it.
+        asking = view(request.queue, QUEUE)
         if result < 0:
-            record_failure(worker, queue, request, result)
-        finish(worker, queue, request, status)
-    if queue.flush_first >= 0:
-        begin_flush(worker, queue)
+            record_failure(worker, asking, request, result)
+        finish(worker, asking, request, status)
+    if flushes.first >= 0:
+        begin_flush(worker, flushes)
 
 
 @compiled

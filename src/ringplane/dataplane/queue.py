@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ringplane.dataplane.failures import Failures
 from ringplane.dataplane.recover import PackedTracking, Place, SplitTracking
-from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE
+from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, FLUSHES, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
 from ringplane.engines.ranges import ZEROS_SIZE
@@ -163,32 +163,68 @@ def _was_used(ring: int, size: int) -> bool:
     return any(flag & VIRTQ_DESC_F_USED for flag in flags)
 
 
+class OpenFile:
+    """An open file of the image, and the flushes of the queues that share it, all of one worker (flush.py)."""
+
+    def __init__(self, fd: int) -> None:
+        """The fd stays the caller's; `address` is that of a FLUSHES struct."""
+        self.fd = fd
+        self._flushes: npt.NDArray[np.void] = np.zeros(1, FLUSHES)
+        self._flushes["flushing"] = self._flushes["first"] = -1
+        self.address = int(self._flushes.ctypes.data)
+
+
+# Shared by all queues that were never started: a front end uses as many of a disk's queues as it wants, and the others
+# cost nothing.
+NO_COUNTERS: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
+NO_COUNTERS.flags.writeable = False
+NO_MEMORY = MemoryTable()
+
+
 class Queue:
     """A virtqueue. Its counters live as long as the disk; its ring as long as the driver has it configured."""
 
-    def __init__(self, device: Device, number: int, name: str, fd: int = -1) -> None:
-        """`name` is the name in log lines; `fd` its own open file of the image, -1: the device's (flush.py)."""
-        self.name = name
+    def __init__(self, device: Device, number: int, file: OpenFile | None = None) -> None:
+        """`file` is shared with other queues of its worker; None: the queue has its own flushes, on the device's fd."""
         self.number = number
         self.device = device
-        self.fd = fd if fd >= 0 else device.fd
+        self._file = file
         self.array: npt.NDArray[np.void] = np.zeros(1, QUEUE)
         self.address = int(self.array.ctypes.data)
         self.record = self.array[0]
-        self.counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
+        self.counters = NO_COUNTERS
         self.record["number"] = number
         self.record["device"] = device.address
-        self.record["counters"] = self.counters.ctypes.data
-        self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
-        self.record["failures"] = self.failures.ctypes.data
-        self.record["call_fd"] = self.record["flushing"] = self.record["flush_first"] = -1
+        self.record["call_fd"] = -1
         # Keeps the mappings of the present table. The worker keeps a replaced table while requests still need it.
-        self.memory = MemoryTable()
+        self.memory = NO_MEMORY
         self.layout: RingLayout | None = None
         self.kick_fd = -1
         # The ring is broken and that was logged; the ring waits until memory that was removed is added again.
         self.broken_reported = self.suspended = False
         self.err_fd = -1
+
+    @property
+    def name(self) -> str:
+        """The name in log lines."""
+        return f"{self.device.name} queue {self.number}"
+
+    @property
+    def fd(self) -> int:
+        """The open file of the image for its I/O."""
+        return self._file.fd if self._file else self.device.fd
+
+    def prepare(self) -> None:
+        """Allocate what only a started queue needs; a second call does nothing."""
+        if self.counters is not NO_COUNTERS:
+            return
+        self._file = self._file or OpenFile(self.device.fd)
+        self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
+        self.record["flushes"], self.record["failures"] = self._file.address, self.failures.ctypes.data
+        counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
+        self.record["counters"] = counters.ctypes.data
+        # Last, because other threads read them from now on.
+        self.counters = counters
 
     @property
     def base(self) -> int:

@@ -95,11 +95,9 @@ QUEUE = _struct(
     "write_through",
     "dsync",  # writes carry RWF_DSYNC
     "flush_writes",  # writes are followed by a flush
+    "flush_ranges",  # discards and the like are followed by a flush
     "file",  # its open file of the image: what add_file() of the worker's engine returned
-    # Flushes (flush.py): slots, or -1
-    "flushing",  # the first of the requests that the running fdatasync(2) is for
-    "flush_first",  # the first of those that wait for the next one
-    "flush_last",
+    "flushes",  # FLUSHES
     "call_fd",  # or -1
     # Membership in the worker's lists
     "ready",
@@ -113,6 +111,13 @@ QUEUE = _struct(
     "next_unnotified",
     "counters",  # COUNTER structs, one per kind of request
     "failures",  # FAILURE structs, one per kind of request
+)
+
+# The flushes of the queues of one worker that share an open file of the image (flush.py). Slots, or -1.
+FLUSHES = _struct(
+    "flushing",  # the first of the requests that the running fdatasync(2) is for
+    "first",  # the first of those that wait for the next one
+    "last",
 )
 
 # Kinds of requests that are counted separately.

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ringplane.dataplane import rules
 from ringplane.dataplane.helpers import Helpers
 from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
-from ringplane.dataplane.queue import Queue, RingLayout
+from ringplane.dataplane.queue import NO_MEMORY, Queue, RingLayout
 from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import (
     ALWAYS,
@@ -51,7 +51,7 @@ from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
 from ringplane.engines.ranges import RANGE
 from ringplane.memory import BadMemory, MemoryTable
-from ringplane.native import interrupt, libc, sigbus
+from ringplane.native import interrupt, libc, procfs, sigbus
 from ringplane.native.jit import load
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
@@ -75,6 +75,8 @@ SLOTS = 512
 # the worker awake; measured in docs/performance.md.
 POLL_US = 50
 BOUNCE_BUFFERS = 16
+# The name of one in proc(5).
+EVENTFD = "anon_inode:[eventfd]"
 # The sleeps of the policy COALESCE last some 50 us. By default the kernel adds as much again.
 TIMER_SLACK_NS = 1000
 
@@ -308,11 +310,12 @@ class Worker:
 
     def _start_queue(self, queue: Queue, layout: RingLayout, memory: MemoryTable, kick_fd: int) -> None:
         try:
+            queue.prepare()
             self._prepare_queue(queue, layout, memory)
             self._watch_kicks(queue, kick_fd)
         except BaseException:
             # A ring that does not start keeps no mapping.
-            queue.memory, queue.layout = MemoryTable(), None
+            queue.memory, queue.layout = NO_MEMORY, None
             raise
         queue.record["file"] = self.engine.add_file(queue.fd)
         self._queues[queue.address] = queue
@@ -333,6 +336,7 @@ class Worker:
         record["oldest"] = -1
         record["write_through"] = layout.write_through
         record["flush_writes"] = layout.write_through and queue.device.uses_page_cache
+        record["flush_ranges"] = layout.write_through and queue.device.through_worker
         record["dsync"] = layout.write_through and not queue.device.uses_page_cache
         record["packed"] = layout.packed
         if layout.packed:
@@ -414,7 +418,7 @@ class Worker:
         queue.device.failures.take(queue.failures)
         self.engine.remove_file(int(queue.record["file"]))
         queue.record["draining"] = 0
-        queue.memory, queue.layout = MemoryTable(), None
+        queue.memory, queue.layout = NO_MEMORY, None
         self._pin()
         self._trace_queue(TRACE_STOP, queue)
 
@@ -516,10 +520,19 @@ class Worker:
 
 
 def check_eventfd(fd: int, name: str) -> None:
-    """Raise OSError if the fd is not an eventfd: others can fill up or block. (Without /proc this is not checked.)"""
-    with contextlib.suppress(FileNotFoundError):
-        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
-            raise OSError(errno.EINVAL, f"the {name} is not an eventfd")
+    """Raise OSError if the fd is not an eventfd: others can fill up or block."""
+    kind = procfs.kind_of(fd)
+    if kind != EVENTFD if kind else not _looks_like_eventfd(fd):
+        raise OSError(errno.EINVAL, f"the {name} is not an eventfd")
+
+
+def _looks_like_eventfd(fd: int) -> bool:
+    """Without /proc: whether it has the inode of all eventfds, which no file, pipe or socket has."""
+    eventfd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        return os.path.sameopenfile(fd, eventfd)
+    finally:
+        os.close(eventfd)
 
 
 def _perform(future: Future[Any], function: Callable[[], Any]) -> None:

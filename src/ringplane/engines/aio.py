@@ -21,7 +21,7 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, complete
+from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, complete
 from ringplane.memory import Mapping
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
@@ -69,6 +69,7 @@ IO_EVENT_SIZE = IO_EVENT.itemsize
 # struct aio_ring of the kernel's fs/aio.c, all fields of 32 bits
 RING_NR, RING_HEAD, RING_TAIL, RING_MAGIC, RING_INCOMPAT, RING_HEADER_LENGTH = 4, 8, 12, 16, 24, 28
 AIO_RING_MAGIC = 0xA10A10A1
+RING_WORDS = 8
 
 
 AIO_ENGINE = np.dtype(
@@ -204,10 +205,12 @@ class Aio:
     """Owns an AIO context, its eventfd and an epoll instance; `address` is the address of the AIO_ENGINE struct."""
 
     name = "aio"
+    # Why it does no I/O; empty: it does.
+    without_io = ""
 
     def __init__(self, capacity: int) -> None:
-        """Raises OSError, with advice if the kernel has no room for `capacity` requests."""
-        self._context = _io_setup(capacity)
+        """Raises EngineUnavailable where the kernel forbids AIO, or has no room for `capacity` requests."""
+        self._context = self._make_context(capacity)
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._iocbs = np.zeros(capacity, IOCB)
@@ -236,6 +239,13 @@ class Aio:
             self._engine[name] = value
         self.watch(self.event_fd, TOKEN_COMPLETIONS)
 
+    def _make_context(self, capacity: int) -> int:
+        return _io_setup(capacity)
+
+    def _destroy_context(self) -> None:
+        """Waits for what is in flight."""
+        libc.io_destroy(self._context)
+
     def attach_thread(self) -> None:
         """Called by the thread that will use the engine; AIO does not depend on it."""
 
@@ -262,10 +272,37 @@ class Aio:
     def close(self) -> None:
         """Destroy the context (waits for requests in flight) and close the fds; a second call does nothing."""
         if self._context:
-            libc.io_destroy(self._context)
+            self._destroy_context()
             os.close(self.event_fd)
             self._epoll.close()
             self._context = 0
+
+
+class Epoll(Aio):
+    """How a worker sleeps with AIO, without AIO: enough for disks whose images are memory."""
+
+    name = "epoll"
+
+    def __init__(self, capacity: int, without_io: str) -> None:
+        """`without_io`: why nothing better is available."""
+        self.without_io = without_io
+        super().__init__(capacity)
+
+    def _make_context(self, capacity: int) -> int:
+        """An AIO ring in which nothing ever completes."""
+        self._ring = np.zeros(RING_WORDS, np.uint32)
+        return int(self._ring.ctypes.data)
+
+    def _destroy_context(self) -> None:
+        pass
+
+
+REMEDIES = {
+    errno.EPERM: "it is forbidden; allow it in the seccomp profile of the container or service",
+    errno.ENOSYS: "the kernel is built without it, or a seccomp profile hides it",
+    errno.EAGAIN: "the kernel has no room for {} more AIO requests; raise sysctl fs.aio-max-nr",
+    errno.ENOMEM: "there is no memory for it; raise the memory limit of the control group",
+}
 
 
 def _has_epoll_pwait2() -> bool:
@@ -277,12 +314,11 @@ def _io_setup(capacity: int) -> int:
     try:
         context = libc.io_setup(capacity)
     except OSError as error:
-        if error.errno == errno.EAGAIN:
-            text = f"the kernel has no room for {capacity} more AIO requests: raise sysctl fs.aio-max-nr"
-            raise OSError(error.errno, text) from None
-        raise
-    header = (ctypes.c_uint32 * 8).from_address(context)
+        remedies = {code: remedy.format(capacity) for code, remedy in REMEDIES.items()}
+        raise EngineUnavailable("Linux AIO", "io_setup(2)", error, remedies) from None
+    header = (ctypes.c_uint32 * RING_WORDS).from_address(context)
     if header[RING_MAGIC // 4] != AIO_RING_MAGIC or header[RING_INCOMPAT // 4] != 0:
         libc.io_destroy(context)
-        raise OSError(errno.ENOSYS, "this kernel's AIO ring has an unknown layout")
+        unknown = OSError(errno.ENOSYS, "")
+        raise EngineUnavailable("Linux AIO", "io_setup(2)", unknown, {errno.ENOSYS: "its ring has an unknown layout"})
     return context

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from ringplane.engines import memory
-from ringplane.engines.aio import Aio
-from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
+from ringplane.engines.aio import Aio, Epoll
+from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER, EngineUnavailable
 from ringplane.engines.uring import Uring
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ ENGINES = (AUTO, *WORKER_ENGINES, MEMORY, NULL)
 def make_engine(name: str, capacity: int) -> Aio | Uring:
     """A worker's engine for `capacity` requests; disks that need none leave the choice of it open.
 
-    Raises OSError where the one that was asked for cannot be had.
+    Raises EngineUnavailable for the one that was asked for. Where AUTO finds none, the engine is without I/O.
     """
     if name in WORKER_ENGINES:
         return WORKER_ENGINES[name](capacity)
@@ -27,8 +27,13 @@ def make_engine(name: str, capacity: int) -> Aio | Uring:
         return Uring(capacity)
     except OSError as error:
         # Containers and hardened distributions forbid io_uring; kernels before 6.1 lack what it needs here.
-        log.info("using Linux AIO, as io_uring is not to be had here: %s", error)
-        return Aio(capacity)
+        without_uring = str(error)
+    try:
+        engine = Aio(capacity)
+    except EngineUnavailable as error:
+        return Epoll(capacity, f"{without_uring}; {error}")
+    log.info("using Linux AIO: %s", without_uring)
+    return engine
 
 
 def choose_storage(name: str, fd: int) -> int:

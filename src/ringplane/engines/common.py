@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import numpy as np
 
 from ringplane.native.access import view
@@ -44,6 +47,19 @@ ENGINE = np.dtype(ENGINE_FIELDS)
 # result: bytes transferred, or -errno
 COMPLETION = np.dtype([("slot", "<i8"), ("result", "<i8")])
 COMPLETION_SIZE = COMPLETION.itemsize
+
+
+class EngineUnavailable(OSError):
+    """This engine cannot be used here; the text says which system call failed, why, and what to do about it."""
+
+    def __init__(self, engine: str, call: str, error: OSError, remedies: Mapping[int, str]) -> None:
+        """`remedies`: what to do, by errno."""
+        why = f"{engine} is unavailable ({call}: {os.strerror(error.errno or 0)})"
+        remedy = remedies.get(error.errno or 0)
+        super().__init__(error.errno, f"{why}: {remedy}" if remedy else why)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 @compiled

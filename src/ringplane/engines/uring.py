@@ -32,7 +32,7 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, complete
+from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, EngineUnavailable, complete
 from ringplane.memory import Mapping
 from ringplane.native import libc
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
@@ -322,27 +322,51 @@ def reap(engine):
     return count
 
 
+def _check_features(features: int) -> None:
+    """Raises OSError where the kernel is too old."""
+    needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG
+    if features & needed != needed:
+        raise OSError(errno.EINVAL, "too old")
+
+
+REMEDIES = {
+    errno.EPERM: (
+        "it is forbidden; allow it by sysctl kernel.io_uring_disabled=0 "
+        "and in the seccomp profile of the container or service"
+    ),
+    errno.EACCES: "it is forbidden; allow it in the policy of SELinux or AppArmor",
+    errno.ENOSYS: "the kernel is built without it, or a seccomp profile hides it",
+    errno.EINVAL: "it takes Linux 6.1",
+    errno.ENOMEM: "there is no memory for it; raise the limit of locked memory (ulimit -l) or of the control group",
+}
+
+
 class Uring:
     """Owns an io_uring; `address` is the address of the URING_ENGINE struct."""
 
     name = "io_uring"
     fine_timeouts = True
+    without_io = ""
 
     def __init__(self, capacity: int) -> None:
-        """Raises OSError if the kernel is older than 6.1 or io_uring is forbidden."""
+        """Raises EngineUnavailable where the kernel is older than 6.1 or io_uring is forbidden."""
         params = (ctypes.c_uint32 * (PARAMS_SIZE // 4))()
         entries = 1 << (2 * capacity + 64 - 1).bit_length()
         flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG
         params[2] = flags | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED
-        self._fd = libc.io_uring_setup(entries, ctypes.addressof(params))
-        os.set_inheritable(self._fd, False)
+        try:
+            self._fd = libc.io_uring_setup(entries, ctypes.addressof(params))
+        except OSError as error:
+            raise EngineUnavailable("io_uring", "io_uring_setup(2)", error, REMEDIES) from None
         fields = PARAMS.unpack_from(params)
-        wanted = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG
-        if fields[5] & wanted != wanted:
+        try:
+            os.set_inheritable(self._fd, False)
+            _check_features(fields[5])
+            self._restrict()
+            self._map(fields)
+        except OSError as error:
             os.close(self._fd)
-            raise OSError(errno.ENOSYS, "this kernel's io_uring is too old")
-        self._restrict()
-        self._map(fields)
+            raise EngineUnavailable("io_uring", "io_uring_register(2) or mmap(2)", error, REMEDIES) from None
         self._make_state(capacity, fields)
         # Load it now: when `unwatch` is first called, the process may be confined and unable to load code.
         load(prepare_unwatch, self._engine[0], 0)
