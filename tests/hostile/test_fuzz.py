@@ -1,4 +1,4 @@
-"""A short run of the fuzzer; fuzz.py runs it by hand for any time."""
+"""A short run of the fuzzer; fuzz.py runs it by hand for any length of time."""
 
 from __future__ import annotations
 
