@@ -1,11 +1,11 @@
-"""Does a change cost the hot path? CPU per I/O of two source trees, side by side: the one before and this one.
+"""Does a change slow down the hot path? Compares CPU per I/O of two source trees, an earlier one and this one.
 
     git worktree add /tmp/before COMMIT --detach
     python benchmarks/compare_trees.py /tmp/before
 
-Two ringplanes of the very same sources differ by a tenth from one start to the next, for as long as they run. So each
-round starts both anew, measures them by turns, and the median of the rounds' ratios is what counts. The image is on
-tmpfs and all front ends share their memory.
+Two processes with the same sources differ by 10 % from one start to the next, for as long as they run. So each round
+starts both again and measures them in turn; the result is the median of the rounds' ratios. The image is on tmpfs, and
+all front ends use the same memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TURNS = 7
 
 @contextlib.contextmanager
 def served(tree: Path, engine: str, image: Path, memory: SharedMemory) -> Iterator[Driver]:
-    """A driver of a ringplane that runs from the sources of a tree."""
+    """A driver of a ringplane process that runs from the sources of a tree."""
     socket = image.with_name(f"{tree.name}.sock")
     command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
     command += ["--engine", engine, "--num-queues", "1", "--share-rw", "--log-level", "warning"]
@@ -50,7 +50,7 @@ def served(tree: Path, engine: str, image: Path, memory: SharedMemory) -> Iterat
 
 
 def round_of(trees: list[Path], engine: str, depths: Sequence[int], image: Path, memory: SharedMemory) -> list[float]:
-    """For each depth: CPU per I/O of the second tree over that of the first."""
+    """For each depth: CPU per I/O of the second tree divided by that of the first."""
     taken: dict[tuple[Path, int], list[float]] = {}
     with contextlib.ExitStack() as stack:
         drivers = {tree: stack.enter_context(served(tree, engine, image, memory)) for tree in trees}

@@ -1,15 +1,15 @@
-"""ringplane beside qemu-storage-daemon under real guests: fio inside user-mode Linux and QEMU, interleaved, medians.
+"""ringplane and qemu-storage-daemon with real guests: fio inside user-mode Linux and QEMU, interleaved, medians.
 
     .venv/bin/pip install -e '.[test]'
     python benchmarks/guests.py --guest uml --guest qemu --place /dev/shm --place /var/tmp
 
-One guest has a disk of each back end, so that whatever the guest and the machine do falls on all alike: in each round
-each cell is measured on one disk after the other, the order changing from round to round. What can be booted is
-described in tests/guest, whose machines these are; QEMU runs without KVM.
+One guest has a disk of each back end, so that any influence of the guest and the machine affects all of them: in each
+round each cell is measured on one disk after the other, in an order that changes from round to round. The machines are
+those of tests/guest, which describes the supported kernels; QEMU runs without KVM.
 
-User-mode Linux is several processes that take turns, one processor in all. Left alone, the host's scheduler has them
-wake each other across CPUs or not, as it happens, and figures jump between 7 and 30 thousand IOPS, whatever the back
-end; so it is confined to one CPU, and the back ends to the others.
+User-mode Linux consists of several processes that take turns, with one processor in total. By default the host's
+scheduler sometimes wakes them across CPUs and sometimes not, and the results vary between 7 and 30 thousand IOPS with
+any back end. So the guest is confined to one CPU, and the back ends to the others.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ BEGIN, END = "<!-- guests:begin -->", "<!-- guests:end -->"
 
 MIB = 1 << 20
 MEMORY_MIB = 512
-# What a guest takes to boot and end, and what a run takes beyond its seconds, at most: an emulated guest is slow.
+# The maximum time for booting and ending a guest, and for a run beyond its seconds: an emulated guest is slow.
 BOOT, OVERHEAD = 180.0, 10.0
 FIGURES = ("iops", "mean_us", "p50_us", "p99_us", "cpu_us")
-# Runs during which strangers used more of a CPU than this do not count, unless a cell has no others.
+# Runs during which other processes used more of a CPU than this do not count, unless a cell has no other runs.
 QUIET = 0.1
 TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
 
-# The guest's script says this of each run, with its number and fio's line.
+# The guest's script prints this for each run, with its number and fio's line.
 SAID = "fio-run"
-# Where figures stand in fio's terse output, version 3 ("HOWTO", terse output); reads and writes are reported as one.
+# Positions in fio's terse output, version 3 ("HOWTO", terse output); reads and writes are reported together.
 VERSION, ERROR, KIB, RUNTIME_MS, PERCENTILES, MEAN_US = 0, 4, 5, 8, slice(17, 37), 39
 
 
@@ -76,7 +76,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one run measured: latencies as the guest saw them, CPU time of the back end, in microseconds."""
+    """The results of one run: latencies as seen by the guest, and CPU time of the back end, in microseconds."""
 
     guest: str
     place: str
@@ -89,7 +89,7 @@ class Row:
     p50_us: float
     p99_us: float
     cpu_us: float
-    strangers: float  # how much of a CPU processes used that are none of ours
+    strangers: float  # share of a CPU that other processes used
     pinned: bool = False  # the guest to one CPU, the back ends to the others
 
     @property
@@ -99,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Fio:
-    """One line of fio's terse output. Latency is from before the submission until the completion was seen."""
+    """One line of fio's terse output. Latency is from before the submission until the completion is seen."""
 
     iops: float
     requests: float
@@ -109,11 +109,11 @@ class Fio:
 
 
 def parse_fio(line: str, block_size: int) -> Fio:
-    """Read a line of fio's terse output (version 3, reads and writes reported as one); raises ValueError."""
+    """Read a line of fio's terse output (version 3, reads and writes reported together); raises ValueError."""
     fields = line.split(";")
     if len(fields) <= MEAN_US or fields[VERSION] != "3":
         raise ValueError(f"this is no terse output of fio, version 3: {line!r}")
-    # fio tells whole requests a second, which is nothing for a disk that did but a few.
+    # fio reports whole requests per second, which is 0 for a disk that completed only a few.
     requests, runtime = int(fields[KIB]) * 1024 / block_size, int(fields[RUNTIME_MS])
     if fields[ERROR] != "0" or requests <= 0 or runtime <= 0:
         raise ValueError(f"fio failed or did nothing: {line!r}")
@@ -127,7 +127,7 @@ def parse_fio(line: str, block_size: int) -> Fio:
 
 
 def plan(cells: Sequence[tuple[str, int]], subjects: int, rounds: int) -> list[Turn]:
-    """All runs in order: a warm-up of each disk, then the rounds, each beginning with another disk."""
+    """All runs in order: a warm-up of each disk, then the rounds, each starting with another disk."""
     turns = [Turn(-1, *cells[0], subject) for subject in range(subjects)]
     for number in range(rounds):
         # Every other round the other way round.
@@ -141,7 +141,7 @@ def device(subject: int) -> str:
 
 
 def fio_options(turn: Turn) -> str:
-    """The options that make a cell."""
+    """The options for a cell."""
     workload = WORKLOADS[turn.workload]
     kind = {0: "write", 100: "read"}.get(workload.read_percent, "rw")
     pattern = "rand" if workload.pattern == "random" else ""
@@ -150,7 +150,7 @@ def fio_options(turn: Turn) -> str:
 
 
 def script(turns: Sequence[Turn], sizes: Sequence[int], seconds: float) -> str:
-    """What the guest runs: fio, once for each turn. `sizes` of the disks, in bytes, tell which is which."""
+    """The guest's script: it runs fio once per turn. The `sizes` of the disks, in bytes, identify them."""
     area = min(sizes) // MIB
     checks = "\n".join(f"check {device(number)} {size // 512}" for number, size in enumerate(sizes))
     runs = "\n".join(f"{number} {device(turn.subject)} {fio_options(turn)}" for number, turn in enumerate(turns))
@@ -176,7 +176,7 @@ done < /tmp/runs
 
 
 def make_guest(kind: str, folder: Path) -> Guest:
-    """A kind of machine with fio in it; raises BenchError if something is not installed."""
+    """A type of machine with fio in it; raises BenchError if something is not installed."""
     try:
         kernel = kernels.uml_kernel() if kind == "uml" else kernels.qemu_kernel()
         if kind == "qemu":
@@ -194,7 +194,7 @@ def make_guest(kind: str, folder: Path) -> Guest:
 
 
 def stranger_ticks() -> int:
-    """CPU time of the whole machine so far, but for this process and its descendants, in ticks (proc(5))."""
+    """CPU time of the whole machine so far, without this process and its descendants, in ticks (proc(5))."""
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8])
     children: dict[int, list[int]] = defaultdict(list)
     ticks: dict[int, int] = {}
@@ -213,7 +213,7 @@ def stranger_ticks() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A run that is over: what fio said, CPU time of the back end for each request in us, and the strangers' part."""
+    """A finished run: fio's result, CPU time of the back end per request in us, and that of other processes."""
 
     turn: Turn
     fio: Fio
@@ -223,10 +223,9 @@ class Measured:
 
 @dataclass
 class Watch:
-    """Reads the console while the guest runs, and the CPU time of a back end whenever a run on its disk is over.
+    """Reads the console while the guest runs, and the CPU time of a back end after each run on its disk.
 
-    Between two runs on a disk its back end does nothing while the others' are measured, so it does not matter that we
-    look only every 50 ms or so.
+    A back end is idle while the disks of the others are measured, so reading its CPU time about every 50 ms is enough.
     """
 
     console: Path
@@ -238,7 +237,7 @@ class Watch:
     before: tuple[float, int] = (0.0, 0)  # clock, strangers' ticks
 
     def look(self) -> None:
-        """Take in the lines that are new; a line that is not whole yet is left for the next look."""
+        """Read new lines; an incomplete line is left for the next call."""
         with self.console.open("rb") as file:
             file.seek(self.position)
             new = file.read()
@@ -279,7 +278,7 @@ def fill(image: Path, size: int) -> None:
 def serving(
     subjects: Sequence[Subject], place: places.Place, size: int, queues: int, cpus: Collection[int], folder: Path
 ) -> Iterator[tuple[list[backends.Running], list[int]]]:
-    """All back ends, each with a full image of its own, and the images' sizes, which differ by a little."""
+    """All back ends, each with its own full image, and the images' sizes, which differ slightly."""
     sizes = [size + number * MIB for number in range(len(subjects))]
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(places.images(place, len(subjects), size))
@@ -308,7 +307,7 @@ def measure(
     seconds: float,
     pin: bool,
 ) -> list[Row]:
-    """Boot a guest, let it measure everything on a place, and return what was found; raises BenchError."""
+    """Boot a guest, let it measure everything in one place, and return the rows; raises BenchError."""
     if place.how != "folder":
         raise BenchError(f"{place.path} is not a folder")
     # A socket's path must be short.
@@ -361,15 +360,15 @@ def row(kind: str, place: str, subjects: Sequence[Subject], measured: Measured, 
     )
 
 
-# What is shown
+# Output
 
 Medians = dict[str, dict[str, float]]  # subject, figure
 
 
 def summarize(rows: Iterable[Row]) -> dict[tuple[str, str, bool], dict[tuple[str, int], Medians]]:
-    """Medians of the quiet rounds: by guest, place and whether pinned, then by workload and depth, in a table's order.
+    """Medians of the quiet rounds by guest, place and pinning, then by workload and depth, in the order of a table.
 
-    "runs" tells how many rounds there were, "counted" how many of them were quiet; without any, all are in it.
+    "runs" is the number of rounds, "counted" the number of quiet ones; if there are none, all rounds are used.
     """
     values: dict[tuple[str, str, bool, str, int, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -397,7 +396,7 @@ def is_ours(subject: str) -> bool:
 
 
 def best(cell: Medians) -> dict[str, float] | None:
-    """The best of the others, figure by figure, so that no single one of them need be that good; None without any."""
+    """The best value of the others for each figure, which may come from different ones; None without any."""
     others = [figures for subject, figures in cell.items() if not is_ours(subject)]
     if not others:
         return None
@@ -417,7 +416,7 @@ def numbers(figures: dict[str, float]) -> list[str]:
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Every back end's medians; of ours also the ratio to the best of the others."""
+    """Every back end's medians; for ringplane also the ratio to the best of the others."""
     for about, cells in summarize(rows).items():
         shown = Table(title=f"{title(*about)}; x: against the best of the others in that figure")
         headings = ["cell", "depth", "back end"]
@@ -460,7 +459,7 @@ def markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
 
 
 def put_between_markers(text: str, section: str) -> str:
-    """The text with what stands between the markers replaced; raises BenchError without exactly one pair of them."""
+    """The text with a new part between the markers; raises BenchError without exactly one pair of markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
@@ -533,7 +532,7 @@ def main(
     """Measure all back ends' disks in real guests, side by side, and print the medians."""
     try:
         if markdown_path:
-            # Before minutes of measuring: what is there must have the markers.
+            # Before minutes of measuring, check that an existing file has the markers.
             with_section(markdown_path, "")
         if sources:
             rows, settings = load(sources)

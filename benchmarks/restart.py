@@ -2,9 +2,9 @@
 
     python benchmarks/restart.py [--image-folder /var/tmp] [--engine io_uring] [--rounds 7]
 
-Each round loads the disk twice, at each depth: once undisturbed, once while another process takes over (`serve
---upgrade`). A request that comes at the wrong moment waits until the new process goes on: that is the silence. Storage
-that takes its time now and then does so in a restart too: what ringplane adds is best seen on tmpfs.
+Each round loads the disk twice at each depth: once undisturbed, and once while another process takes over (`serve
+--upgrade`). A request that comes at the wrong moment waits until the new process resumes. Storage that is sometimes
+slow is so during a restart too: what ringplane adds is best measured on tmpfs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def start(image: Path, socket: Path, *options: str) -> subprocess.Popen[str]:
 
 
 class Restart(threading.Thread):
-    """A new process takes over from the running one, a second after the load began."""
+    """A new process takes over from the running one, one second after the load started."""
 
     def __init__(self, running: subprocess.Popen[str], image: Path, socket: Path, engine: str) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""What a request costs ringplane with many devices in one process, or many queues on one device; medians.
+"""CPU time per request with many devices in one process, or many queues on one device; medians.
 
     python benchmarks/scale.py --rounds 5
 
-One I/O thread serves them all, and the number of requests in flight is the same in all, spread over the rings. One
-thread of the driver visits the rings in turn: it takes what is done, submits as much again, and never sleeps. What is
-compared is CPU time of the daemon for each request; "busy" tells how much of the time it worked, and IOPS mean
-something only where that is nearly all. With a thread for each ring the scheduler would be measured, and with a driver
-that sleeps how many requests one call covers.
+One I/O thread serves them all. The total number of requests in flight is always the same, spread over the rings. One
+thread of the driver visits the rings in turn: it takes the completed requests, submits as many again, and never sleeps.
+The result is the daemon's CPU time per request. "busy" is the share of time that it worked; IOPS are only meaningful if
+that is nearly all. One driver thread per ring would measure the scheduler, and a driver that sleeps would measure how
+many requests one call covers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def rings(self) -> int:
-        """How many are used."""
+        """The number of rings that are used."""
         return self.active * self.queues
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement; `cpu_us` is of the daemon for each request, memory in MiB."""
+    """One measurement; `cpu_us` is the daemon's CPU time per request, memory is in MiB."""
 
     setup: str
     round: int
@@ -79,11 +79,11 @@ class Row:
 
 @compiled
 def drive_all(addresses, count, until):
-    """Visit the loads whose addresses are in an array, in turn, until all are DONE or the clock says `until`."""
+    """Visit the loads whose addresses are in an array, in turn, until all are DONE or the time is `until`."""
     while monotonic_ns() < until:
         busy = 0
         for index in range(count):
-            # It looks at the clock after one visit, and this time is over always.
+            # It returns after one visit, because this time has always passed.
             outcome = drive(load64(addresses + 8 * index), 0)
             if outcome == BROKEN:
                 return BROKEN
@@ -95,9 +95,9 @@ def drive_all(addresses, count, until):
 
 
 def write_config(folder: Path, setup: Setup, size: int, engine: str) -> Path:
-    """Images without holes, and the configuration that serves them.
+    """Write images without holes, and the configuration that serves them.
 
-    Those that are used have `size` bytes together, whatever their number: what the CPU's caches hold of them counts.
+    The used images have `size` bytes in total, whatever their number, because the CPU's caches matter.
     """
     block = os.urandom(MIB)
     lines = ["[[io-thread]]", f'engine = "{engine}"']
@@ -140,7 +140,7 @@ def serving(config: Path, setup: Setup, cpus: set[int]) -> Iterator[int]:
 
 
 def memory_mib(pid: int, field: str) -> float:
-    """A line of /proc/PID/status that is in kB."""
+    """A value of /proc/PID/status that is in kB, in MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -157,7 +157,7 @@ def drive_until(workers: Sequence[_Worker], until: int) -> int:
 
 
 def measure(config: Path, setup: Setup, in_flight: int, seconds: float, warm_up: float, pin: bool) -> tuple[float, ...]:
-    """Start the daemon, put the load on all rings, and return thousand requests a second, CPU us, and memory."""
+    """Start the daemon, load all rings, and return thousands of requests per second, CPU us, and memory."""
     driver_cpu, *others = sorted(os.sched_getaffinity(0))
     pinned = pin and others
     load = Load(depth=in_flight // setup.rings, queues=setup.queues, busy_poll=True, seconds=seconds)
@@ -173,7 +173,7 @@ def measure(config: Path, setup: Setup, in_flight: int, seconds: float, warm_up:
                 workers.append(_Worker(disk, vring, load, (0, disk.capacity // SECTOR), None))
                 stack.callback(workers[-1].free)
                 vring.ring.disable_notifications()
-        # Before any clock runs: `drive_all` is compiled or loaded.
+        # Compiles or loads `drive_all` before the measurement.
         drive_until(workers, 0)
         stack.enter_context(backends.pinned({driver_cpu} if pinned else set()))
         start = time.monotonic_ns() + int(warm_up * 1e9)

@@ -1,11 +1,11 @@
-"""What each stage of the data plane's loop costs, in nanoseconds a request.
+"""The cost of each stage of the data plane's loop, in nanoseconds per request.
 
     python benchmarks/stages.py --place /dev/shm
 
-The loop of `ringplane.dataplane.loop.run` is compiled anew with a look at the clock after each of its statements, which
-are the stages; the worker's thread runs that. It is otherwise the real thing: a worker, a socket, and a driver on the
-other core that looks at the ring all the time. What the clock itself costs is subtracted. The data plane is compiled
-for each measurement, which takes some seconds.
+The loop of `ringplane.dataplane.loop.run` is compiled again with a clock reading after each of its statements, which
+are the stages, and the worker's thread runs that. Everything else is real: a worker, a socket, and a driver on the
+other core that polls the ring. The cost of reading the clock is subtracted. The data plane is compiled for each
+measurement, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MIB = 1 << 20
 
 
 def stage_name(statement: ast.stmt) -> str:
-    """A statement by the last function that it calls."""
+    """The name of a statement: the last function that it calls."""
     calls = [node.func.id for node in ast.walk(statement) if isinstance(node, ast.Call)]
     return str(calls[-1]) if calls else ast.unparse(statement)
 
 
 def timed_loop(laps: int) -> tuple[Callable[[int], None], list[str]]:
-    """`run` with the time of each statement of its loop added up at address `laps`; and the statements' names."""
+    """`run`, with the time of each statement of its loop added up at address `laps`, and the statements' names."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(loop.run)))
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
@@ -92,7 +92,7 @@ def fill(image: IO[bytes], size: int) -> str:
 
 
 def measure(place: Path, size: int, engine: str, block_size: int, depth: int, seconds: float) -> dict[str, float]:
-    """Nanoseconds a request in each stage, and in all; the image, of `size` bytes, lies in the folder `place`."""
+    """Nanoseconds per request in each stage and in total; the image of `size` bytes is in the folder `place`."""
     laps: npt.NDArray[np.int64] = np.zeros(2 * MAX_STAGES, np.int64)
     worker_module.run, names = timed_loop(int(laps.ctypes.data))
     with (
