@@ -5,11 +5,12 @@ Each key has the name of the command-line option with the same meaning. docs/con
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,14 @@ Check = Callable[[Any], Any]
 
 
 class ConfigError(Exception):
-    """The file cannot be used; the text is one line with the file, the table, the key, and what is wrong."""
+    """The file cannot be used; `problems` are lines with the file, the table, the key, and what is wrong.
+
+    The text is the first of them.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +68,19 @@ class _Table:
 
 def read_config(path: Path) -> Config:
     """Read and check; raises ConfigError. Nothing is created or opened."""
-    try:
-        return _Reader(path.parent).read(_parse(path))
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    config, problems = examine(path)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def examine(path: Path) -> tuple[Config, list[str]]:
+    """What can be used of a file, and a line for each problem of the rest. Nothing is created or opened."""
+    reader = _Reader(path.parent)
+    config = Config((), ())
+    with reader.noting_problems():
+        config = reader.read(_parse(path))
+    return config, [f"{path}: {problem}" for problem in reader.problems]
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -78,56 +95,82 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Turns the tables of a file in `folder` into a Config. All methods raise ValueError."""
+    """Turns the tables of a file in `folder` into a Config. Whatever is wrong becomes one of `problems`."""
 
     def __init__(self, folder: Path) -> None:
+        self.problems: list[str] = []
         self._folder = folder
         self._disks_spread = 0
 
+    @contextlib.contextmanager
+    def noting_problems(self, place: str = "") -> Iterator[None]:
+        """What a ValueError says becomes a problem of `place`."""
+        try:
+            yield
+        except ValueError as error:
+            self.problems.append(f"{place}{error}")
+
     def read(self, document: dict[str, Any]) -> Config:
-        top = _check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
+        top = self._check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
         io_threads = self._io_threads(top.get("io_thread") or [{}])
-        tables = [_disk_table(number, table) for number, table in enumerate(top.get("disk", ()), 1)]
-        if not tables:
+        if "disk" not in document:
             raise ValueError("has no disk; a line [[disk]] begins each one")
-        disks = [self._disk(table, [thread.name for thread in io_threads]) for table in tables]
-        _check_sockets(tables, disks)
-        _check_images(tables, disks)
-        return Config(disks, io_threads)
+        disks: list[tuple[_Table, DiskConfig]] = []
+        for number, keys in enumerate(top.get("disk", ()), 1):
+            table = self._disk_table(number, keys)
+            if table.values.keys() >= {"image", "socket_path"}:
+                with self.noting_problems(table.place):
+                    disks.append((table, self._disk(table, [thread.name for thread in io_threads])))
+        self._check_sockets(disks)
+        self._check_images(disks)
+        return Config([disk for _, disk in disks], io_threads)
+
+    def _check_keys(self, table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
+        """The values by their Python names."""
+        values = {}
+        for key, value in table.items():
+            if key not in checks:
+                self.problems.append(f"{place}unknown key {_shown(key)}{_near(key, checks)}")
+                continue
+            with self.noting_problems(f"{place}{key}: "):
+                values[key.replace("-", "_")] = checks[key](value)
+        return values
 
     def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
         threads: dict[str, IoThread] = {}
         for number, table in enumerate(tables, 1):
-            values = {"name": f"io{number - 1}"} | _check_keys(table, IO_THREAD_KEYS, f"[[io-thread]] {number}: ")
+            place = f"[[io-thread]] {number}: "
+            values = {"name": f"io{number - 1}"} | self._check_keys(table, IO_THREAD_KEYS, place)
             if values["name"] in threads:
-                raise ValueError(
-                    f"[[io-thread]] {number}: name: {_shown(values['name'])} is the name of another I/O thread already"
-                )
+                self.problems.append(f"{place}name: {_shown(values['name'])} is the name of another I/O thread already")
             threads[values["name"]] = IoThread(**values)
-        if len(threads) > MAX_THREADS:
-            raise ValueError(f"has {len(threads)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
+        if len(tables) > MAX_THREADS:
+            self.problems.append(f"has {len(tables)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
         return list(threads.values())
 
+    def _disk_table(self, number: int, table: dict[str, Any]) -> _Table:
+        image = table.get("image")
+        place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
+        values = self._check_keys(table, DISK_KEYS, place)
+        for name in ("image", "socket-path"):
+            if name not in table:
+                self.problems.append(f"{place}{name} is missing; each disk needs one")
+        return _Table(place, values)
+
     def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
+        """Raises ValueError."""
         values = dict(table.values)
         for name in ("image", "socket_path"):
             values[name] = self._folder / values[name]
         chosen = values.get("io_threads", ())
         for name in chosen:
             if name not in threads:
-                raise ValueError(
-                    f"{table.place}io-threads: no [[io-thread]] has the name {_shown(name)}{_near(name, threads)}"
-                )
+                raise ValueError(f"io-threads: no [[io-thread]] has the name {_shown(name)}{_near(name, threads)}")
         queues = values.get("num_queues", MAX_QUEUES)
         if len(chosen) > queues:
-            raise ValueError(
-                f"{table.place}io-threads: names {len(chosen)} threads for {queues} queues; name at most one per queue"
-            )
+            raise ValueError(f"io-threads: names {len(chosen)} threads for {queues} queues; name at most one per queue")
         values["io_threads"] = tuple(chosen) or self._spread(threads)[:queues]
-        try:
-            return DiskConfig(**values)
-        except ValueError as error:
-            raise ValueError(f"{table.place}{error}") from None
+        return DiskConfig(**values)
 
     def _spread(self, threads: list[str]) -> tuple[str, ...]:
         """All threads, from the next one on: queue 0, which small guests use alone, is on another one for each disk."""
@@ -135,53 +178,28 @@ class _Reader:
         self._disks_spread += 1
         return (*threads[first:], *threads[:first])
 
+    def _check_sockets(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
+        first: dict[str, _Table] = {}
+        for table, disk in disks:
+            assert disk.socket_path is not None
+            place = os.path.join(os.path.realpath(disk.socket_path.parent), disk.socket_path.name)
+            other = first.setdefault(place, table)
+            if other is not table:
+                self.problems.append(
+                    f"{table.place}socket-path: {disk.socket_path} is also the socket of {_named(other)}; "
+                    "give each disk its own"
+                )
 
-def _disk_table(number: int, table: dict[str, Any]) -> _Table:
-    image = table.get("image")
-    place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
-    values = _check_keys(table, DISK_KEYS, place)
-    for name in ("image", "socket-path"):
-        if name not in table:
-            raise ValueError(f"{place}{name} is missing; each disk needs one")
-    return _Table(place, values)
-
-
-def _check_keys(table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
-    """The values by their Python names."""
-    values = {}
-    for key, value in table.items():
-        if key not in checks:
-            raise ValueError(f"{place}unknown key {_shown(key)}{_near(key, checks)}")
-        try:
-            values[key.replace("-", "_")] = checks[key](value)
-        except ValueError as error:
-            raise ValueError(f"{place}{key}: {error}") from None
-    return values
-
-
-def _check_sockets(tables: list[_Table], disks: list[DiskConfig]) -> None:
-    first: dict[str, _Table] = {}
-    for table, disk in zip(tables, disks, strict=True):
-        assert disk.socket_path is not None
-        place = os.path.join(os.path.realpath(disk.socket_path.parent), disk.socket_path.name)
-        other = first.setdefault(place, table)
-        if other is not table:
-            raise ValueError(
-                f"{table.place}socket-path: {disk.socket_path} is also the socket of {_named(other)}; "
-                "give each disk its own"
-            )
-
-
-def _check_images(tables: list[_Table], disks: list[DiskConfig]) -> None:
-    first: dict[object, tuple[_Table, DiskConfig]] = {}
-    for table, disk in zip(tables, disks, strict=True):
-        other, before = first.setdefault(_identity(disk.image), (table, disk))
-        shared = (disk.read_only and before.read_only) or (disk.share_rw and before.share_rw)
-        if other is not table and not shared:
-            raise ValueError(
-                f"{table.place}image: is also the image of {_named(other)}; "
-                "disks can share an image if all are read-only, or if all have share-rw (for a migration)"
-            )
+    def _check_images(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
+        first: dict[object, tuple[_Table, DiskConfig]] = {}
+        for table, disk in disks:
+            other, before = first.setdefault(_identity(disk.image), (table, disk))
+            shared = (disk.read_only and before.read_only) or (disk.share_rw and before.share_rw)
+            if other is not table and not shared:
+                self.problems.append(
+                    f"{table.place}image: is also the image of {_named(other)}; "
+                    "disks can share an image if all are read-only, or if all have share-rw (for a migration)"
+                )
 
 
 def _identity(path: Path) -> object:

@@ -86,13 +86,7 @@ class Disk:
         self.zones = zones
         self._resizing = asyncio.Lock()
         name = image.path.name
-        try:
-            self.storage = choose_storage(engine, image.fd)
-        except ValueError as error:
-            raise ImageError(f"{image.path}: {error}") from None
-        for worker in workers:
-            if self.storage == THROUGH_WORKER and worker.engine.without_io:
-                raise ImageError(f"{image.path}: no engine for files and devices here: {worker.engine.without_io}")
+        self.storage = storage_of(image, engine, workers)
         alignment = (image.alignment.memory, image.alignment.block)
         self.limits = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
         try:
@@ -116,7 +110,7 @@ class Disk:
         for worker in set(self.workers):
             worker.add_disk()
         self._switches = dict(switches or {})
-        self._check_switches()
+        check_switches(self._switches, self.limits, image, zoned=zones is not None)
 
     def _open_for(self, workers: Iterable[Worker]) -> dict[Worker, OpenFile]:
         """An open file for each worker where the kernel's page cache reports to each once what it has lost (flush.py).
@@ -211,7 +205,8 @@ class Disk:
         offered |= blk.VIRTIO_BLK_F_RO if self.image.read_only else 0
         offered |= self.needed_features
         for name, bit in BITS.items():
-            offered |= bit if self._can(name) and self.offers(name) else 0
+            possible = can_offer(name, self.limits, self.image, zoned=self.zones is not None)
+            offered |= bit if possible and self.offers(name) else 0
         if not offered & blk.VIRTIO_BLK_F_FLUSH:
             # Section 5.2.5.2: who offers the switch of the cache must offer to flush it.
             offered &= ~blk.VIRTIO_BLK_F_CONFIG_WCE
@@ -225,22 +220,6 @@ class Disk:
     def offers(self, name: str) -> bool:
         """Whether the feature of this name is to be offered, as far as people have a say in it."""
         return self._switches.get(name, name not in OFF_BY_DEFAULT)
-
-    def _can(self, name: str) -> bool:
-        """Whether the storage has what this feature offers."""
-        limits = self.limits
-        return {
-            "discard": limits.discard > 0 and not self.zones,
-            "write-zeroes": not self.image.read_only and not self.zones,
-            "secure-erase": limits.secure_erase > 0 and not self.zones,
-            "lifetime": limits.lifetime is not None,
-        }.get(name, True)
-
-    def _check_switches(self) -> None:
-        for name, on in self._switches.items():
-            check_feature(name)
-            if on and not self._can(name):
-                raise ImageError(f"{self.image.path}: {name} cannot be offered, as its storage cannot do it")
 
     def config_space(self) -> bytes:
         """struct virtio_blk_config; but for `num_queues`, fields of features that are not offered are zero."""
@@ -286,6 +265,36 @@ class Disk:
             )
             config["max_open_zones"], config["max_active_zones"] = model.max_open, model.max_active
             config["write_granularity"], config["model"] = self.block_size, VIRTIO_BLK_Z_HM
+
+
+def storage_of(image: Image, engine: str, workers: Sequence[Worker]) -> int:
+    """How a disk's I/O is done (engines.common); raises ImageError where the image cannot be served by this engine."""
+    try:
+        storage = choose_storage(engine, image.fd)
+    except ValueError as error:
+        raise ImageError(f"{image.path}: {error}") from None
+    for worker in workers:
+        if storage == THROUGH_WORKER and worker.engine.without_io:
+            raise ImageError(f"{image.path}: no engine for files and devices here: {worker.engine.without_io}")
+    return storage
+
+
+def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:
+    """Whether the storage has what the feature of this name offers."""
+    return {
+        "discard": limits.discard > 0 and not zoned,
+        "write-zeroes": not image.read_only and not zoned,
+        "secure-erase": limits.secure_erase > 0 and not zoned,
+        "lifetime": limits.lifetime is not None,
+    }.get(name, True)
+
+
+def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *, zoned: bool) -> None:
+    """Raises ImageError for a feature that is to be offered and cannot be, ValueError for one that does not exist."""
+    for name, on in switches.items():
+        check_feature(name)
+        if on and not can_offer(name, limits, image, zoned=zoned):
+            raise ImageError(f"{image.path}: {name} cannot be offered, as its storage cannot do it")
 
 
 def _nothing() -> None:

@@ -57,19 +57,54 @@ def create(path: Path, size: int) -> None:
     """Create a sparse image of `size` bytes; raises ImageError where something exists, and leaves nothing half done."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        why = "is a symbolic link whose target does not exist" if not path.exists() else "exists already"
-        raise ImageError(f"{path}: {why}; nothing is created over it") from None
     except OSError as error:
-        raise ImageError(f"{path}: cannot be created: {error.strerror}") from None
+        raise _cannot_be_created(path, error) from None
+    try:
+        _set_size(fd, path, size)
+    except ImageError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def create_nameless(path: Path, size: int, *, direct: bool) -> int | None:
+    """The fd of a file like the one that `create` would make, but without a name: it is gone when it is closed.
+
+    None if the file system does not have such files (open(2), O_TMPFILE). Raises ImageError where `create` would.
+    """
+    try:
+        if path.is_symlink():
+            raise FileExistsError
+        fd = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR) and os.access(path.parent, os.W_OK, effective_ids=True):
+            return None
+        raise _cannot_be_created(path, error) from None
+    try:
+        _set_size(fd, path, size)
+    except ImageError:
+        os.close(fd)
+        raise
+    if direct:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+    return fd
+
+
+def _cannot_be_created(path: Path, error: OSError) -> ImageError:
+    if isinstance(error, FileExistsError):
+        why = "is a symbolic link whose target does not exist" if not path.exists() else "exists already"
+        return ImageError(f"{path}: {why}; nothing is created over it")
+    return ImageError(f"{path}: cannot be created: {error.strerror}")
+
+
+def _set_size(fd: int, path: Path, size: int) -> None:
     try:
         os.ftruncate(fd, size)
     except (OSError, OverflowError) as error:
-        os.unlink(path)
         why = getattr(error, "strerror", None) or "no file can be that long"
         raise ImageError(f"{path}: cannot be made {size} bytes long: {why}") from None
-    finally:
-        os.close(fd)
 
 
 class Image:
@@ -85,8 +120,9 @@ class Image:
         block_size: int = 512,
         lock: str = LOCK_AUTO,
         fd: int | None = None,
+        rehearsal: bool = False,
     ) -> None:
-        """Open and lock; raises ImageError.
+        """Open and lock; raises ImageError. A `rehearsal` raises what would be, but opens it for reading only.
 
         `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards. `lock`
         is one of LOCKS: LOCK_AUTO serves an image that is read-only without, where its file system has no locks. With
@@ -96,7 +132,7 @@ class Image:
         self.read_only = read_only
         self._block_size = block_size
         if fd is None:
-            self.fd, self.direct = _open(path, read_only, direct)
+            self.fd, self.direct = _open(path, read_only or rehearsal, direct)
         else:
             self.fd, self.direct = fd, bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         self._others: list[int] = []
@@ -104,6 +140,8 @@ class Image:
             self.size = _size(self.fd, path)
             if not read_only:
                 _check_writable(self.fd, path)
+            if rehearsal and not read_only and not os.access(path, os.W_OK, effective_ids=True):
+                raise _not_permitted(path, read_only)
             if fd is None:
                 _lock_as(lock, self.fd, path, read_only=read_only, share_rw=share_rw)
             self.alignment = _alignment(self.fd, path) if self.direct else UNALIGNED
@@ -170,11 +208,21 @@ def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
         return os.open(path, flags), False
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file; --create SIZE makes one") from None
+    except IsADirectoryError:
+        raise _not_an_image(path) from None
     except PermissionError:
-        hint = "" if read_only else " for writing; --read-only serves it without"
-        raise ImageError(f"{path}: may not be opened{hint}") from None
+        raise _not_permitted(path, read_only) from None
     except OSError as error:
         raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def _not_permitted(path: Path, read_only: bool) -> ImageError:
+    hint = "" if read_only else " for writing; --read-only serves it without"
+    return ImageError(f"{path}: may not be opened{hint}")
+
+
+def _not_an_image(path: Path) -> ImageError:
+    return ImageError(f"{path}: neither a regular file nor a block device")
 
 
 def _size(fd: int, path: Path) -> int:
@@ -183,7 +231,7 @@ def _size(fd: int, path: Path) -> int:
         return status.st_size
     if stat.S_ISBLK(status.st_mode):
         return int(struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0])
-    raise ImageError(f"{path}: neither a regular file nor a block device")
+    raise _not_an_image(path)
 
 
 def _check_writable(fd: int, path: Path) -> None:

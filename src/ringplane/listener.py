@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 
 # The mode of a socket that is for a group.
 GROUP_MODE = 0o660
+
+# unix(7): sun_path has room for a null byte after it.
+LONGEST_PATH = 107
 
 
 class ListenError(Exception):
@@ -51,7 +55,7 @@ class Listener:
                 # Nobody can connect before this, whatever mode the file had until now.
                 sock.listen()
             except OSError as error:
-                raise ListenError(f"{path}: cannot listen on this socket: {error.strerror or error}") from None
+                raise _cannot_listen(path, error) from None
             undo.pop_all()
         return cls(sock, path)
 
@@ -88,10 +92,7 @@ def _set_access(path: Path, mode: int | None, group: int | None) -> None:
         try:
             os.chown(path, -1, group, follow_symlinks=False)
         except PermissionError:
-            raise ListenError(
-                f"{path}: its group cannot be {format_group(group)}: this user is not a member; "
-                f"join with: usermod -aG {format_group(group)} USER, then log in again"
-            ) from None
+            raise _not_a_member(path, group) from None
     if mode is not None:
         os.chmod(path, mode)
 
@@ -104,11 +105,45 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def check(path: Path, group: int | None) -> None:
+    """Raises ListenError where `Listener.at` would, but makes nothing."""
+    _is_stale(path)
+    try:
+        os.stat(f"{path.parent}/.")
+        if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise OSError("AF_UNIX path too long")
+    except OSError as error:
+        raise _cannot_listen(path, error) from None
+    if group is not None and os.geteuid() != 0 and group not in (os.getegid(), *os.getgroups()):
+        raise _not_a_member(path, group)
+
+
+def _cannot_listen(path: Path, error: OSError) -> ListenError:
+    return ListenError(f"{path}: cannot listen on this socket: {error.strerror or error}")
+
+
+def _not_a_member(path: Path, group: int) -> ListenError:
+    name = format_group(group)
+    return ListenError(
+        f"{path}: its group cannot be {name}: this user is not a member; "
+        f"join with: usermod -aG {name} USER, then log in again"
+    )
+
+
 def _remove_stale(path: Path) -> None:
+    """Raises ListenError where somebody uses it."""
+    if _is_stale(path):
+        path.unlink()
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether a socket is there that nobody listens on; raises ListenError for whatever else is there."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        return
+        return False
     if not stat.S_ISSOCK(mode):
         raise ListenError(f"{path}: exists and is not a socket; choose another path or remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -116,8 +151,7 @@ def _remove_stale(path: Path) -> None:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
-            return
+            return True
         except PermissionError:
             raise ListenError(f"{path}: a socket of another user exists; choose another path or remove it") from None
         except OSError:

@@ -202,6 +202,22 @@ def path_beside(image: Path) -> Path:
     return image.with_name(f"{image.name}.zones")
 
 
+def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
+    """Raises ImageError and OSError where a ZoneFile would, but makes and changes nothing."""
+    path = path_beside(image.path)
+    if not path.exists():
+        _count(image, model, block_size)
+        _check_blank(image)
+        return
+    reader = Image(image.path, read_only=True, block_size=block_size, fd=os.dup(image.fd))
+    try:
+        ZoneFile(reader, model, block_size=block_size).abandon()
+    finally:
+        reader.close()
+    if not image.read_only and not os.access(path, os.W_OK, effective_ids=True):
+        raise ImageError(f"{path}: may not be opened for writing")
+
+
 def check_not_zoned(image: Path) -> None:
     """Raises ImageError for the image of a zoned disk: data written without its zones would be lost."""
     if path_beside(image).exists():

@@ -11,7 +11,7 @@ import click
 
 from ringplane import __version__
 
-COMMANDS = ("serve", "demo", "bench")
+COMMANDS = ("serve", "check", "demo", "bench")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""Finds what would stop `serve`, by the code that serve uses, without making, changing or serving anything.
+
+Images are opened for reading only. An image that is still to be created is stood in for by a file without a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from ringplane import listener, zonefile
+from ringplane.config import Config
+from ringplane.dataplane.worker import Worker
+from ringplane.disk import check_switches, storage_of
+from ringplane.export import DiskConfig
+from ringplane.image import Image, ImageError, create_nameless
+from ringplane.limits import limits
+from ringplane.listener import ListenError
+
+
+def find_problems(config: Config) -> list[str]:
+    """A line for each."""
+    problems: list[str] = []
+    with contextlib.ExitStack() as undo:
+        workers: dict[str, Worker] = {}
+        # All at once, as each has some locked memory, and there may be too little for all of them.
+        for each in config.io_threads:
+            try:
+                workers[each.name] = Worker(each.name, engine=each.engine)
+                undo.callback(workers[each.name].stop)
+            except OSError as error:
+                problems.append(f"[[io-thread]] {each.name}: {error}")
+        for disk in config.disks:
+            problems += _of_disk(disk, [workers[name] for name in disk.io_threads if name in workers])
+    return problems
+
+
+def _of_disk(disk: DiskConfig, workers: Sequence[Worker]) -> list[str]:
+    problems: list[str] = []
+    for look in (partial(_look_at_image, disk, workers), partial(_look_at_socket, disk)):
+        try:
+            look()
+        except (ImageError, ListenError, OSError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _look_at_socket(disk: DiskConfig) -> None:
+    assert disk.socket_path is not None
+    listener.check(disk.socket_path, disk.socket_group)
+
+
+def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
+    image = _opened(disk)
+    if image is None:
+        return
+    with contextlib.closing(image):
+        if disk.zoned:
+            zonefile.check(image, disk.zoned, block_size=disk.block_size)
+        else:
+            zonefile.check_not_zoned(disk.image)
+        storage_of(image, disk.engine, workers)
+        if any(disk.features.values()):
+            _look_at_features(disk, image)
+
+
+def _opened(disk: DiskConfig) -> Image | None:
+    """The image, or one like that which will be created; None if there is no way to know that one."""
+    if disk.create is None or disk.image.exists():
+        return Image(
+            disk.image,
+            read_only=disk.read_only,
+            direct=disk.direct,
+            share_rw=disk.share_rw,
+            lock=disk.lock,
+            block_size=disk.block_size,
+            rehearsal=True,
+        )
+    fd = create_nameless(disk.image, disk.create, direct=disk.direct)
+    return None if fd is None else Image(disk.image, read_only=disk.read_only, block_size=disk.block_size, fd=fd)
+
+
+def _look_at_features(disk: DiskConfig, image: Image) -> None:
+    """What a file system can do is tried, which needs a file that may be written to."""
+    fd = create_nameless(disk.image, image.size, direct=False) if image.is_file else os.dup(image.fd)
+    if fd is None:
+        return
+    try:
+        found = limits(fd, read_only=disk.read_only)
+        check_switches(disk.features, found, image, zoned=disk.zoned is not None)
+    finally:
+        os.close(fd)

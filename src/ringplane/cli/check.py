@@ -1,0 +1,34 @@
+"""`ringplane check`: check a configuration file without serving its disks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ringplane.cli.types import FILE
+
+
+@click.command(short_help="Check a configuration file.")
+@click.argument("file", type=FILE)
+def check(file: Path) -> None:
+    """Check the configuration FILE of `ringplane serve --config` without serving its disks.
+
+    Prints a line for each problem and exits with status 1, or prints "ok" and exits with status 0. Nothing is created
+    or changed. Run it as the user that will serve: files that this user may not open are problems, and so are sockets
+    and images that are in use.
+    """
+    from ringplane.check import find_problems
+    from ringplane.config import examine
+
+    config, problems = examine(file)
+    problems += [f"{file}: {problem}" for problem in find_problems(config)]
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise SystemExit(1)
+    click.echo(f"ok: {_counted(len(config.disks), 'disk')}, {_counted(len(config.io_threads), 'I/O thread')}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

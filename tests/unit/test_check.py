@@ -1,0 +1,203 @@
+"""`ringplane check`: it lists all problems, makes nothing, and serve starts where it finds none, and only there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import ringplane
+from ringplane.check import find_problems
+from ringplane.cli.check import check
+from ringplane.config import ConfigError, examine, read_config
+from ringplane.image import ImageError
+from ringplane.listener import ListenError
+
+DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\nnum-queues = 1\n'
+CREATED = f'{DISK}create = "1M"\n'
+NOBODY = 65534
+
+
+def checked(folder: Path, text: str) -> Result:
+    """Of a file; the folder must be the same afterwards."""
+    path = folder / "disks.toml"
+    path.write_text(text)
+    before = everything(folder)
+    done = CliRunner().invoke(check, [str(path)])
+    assert everything(folder) == before
+    return done
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    """What is in a folder, and when and how it was changed."""
+    return {path.name: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.iterdir()}
+
+
+def serve(path: Path) -> ringplane.Server:
+    config = read_config(path)
+    return ringplane.serve_all(config.disks, config.io_threads)
+
+
+def image(folder: Path, size: int = 1 << 20) -> None:
+    with open(folder / "a.img", "wb") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CREATED,
+        f'[[io-thread]]\nengine = "aio"\n[[io-thread]]\n{CREATED}',
+        f"{CREATED}features = {{ write-zeroes = true, discard = false }}",
+        f'{CREATED}zoned = "64K"',
+        f"{CREATED}read-only = true",
+    ],
+    ids=["one disk", "two threads", "features", "zoned", "read-only"],
+)
+def test_serve_starts_where_nothing_is_wrong(tmp_path: Path, text: str) -> None:
+    # At first the image is to be created, then it is there.
+    for _ in range(2):
+        done = checked(tmp_path, text)
+        threads = "2 I/O threads" if "io-thread" in text else "1 I/O thread"
+        assert (done.exit_code, done.output) == (0, f"ok: 1 disk, {threads}\n")
+        serve(tmp_path / "disks.toml").stop()
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def folder_as_image(folder: Path) -> None:
+    (folder / "a.img").mkdir()
+
+
+def odd_image(folder: Path) -> None:
+    image(folder, 1 << 20 | 512)
+
+
+def data_without_zones(folder: Path) -> None:
+    (folder / "a.img").write_bytes(b"data" * 65536)
+
+
+def damaged_zones(folder: Path) -> None:
+    image(folder)
+    (folder / "a.img.zones").write_bytes(b"no zones")
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / "a.img").symlink_to(folder / "nothing")
+
+
+def file_as_socket(folder: Path) -> None:
+    image(folder)
+    (folder / "a.sock").touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "words"),
+    [
+        (nothing, DISK, "a.img: no such file"),
+        (folder_as_image, DISK, "a.img: neither a regular file nor a block device"),
+        (odd_image, f"{DISK}block-size = 4096", "is no multiple of the block size 4096"),
+        (nothing, f"{DISK}create = 513", "is no multiple of the block size 512"),
+        (nothing, f'{DISK}create = "9999999T"', "cannot be made "),
+        (nothing, '[[disk]]\nimage = "no/a.img"\nsocket-path = "a.sock"\ncreate = "1M"', "a.img: cannot be created"),
+        (link_to_nothing, CREATED, "is a symbolic link whose target does not exist"),
+        (nothing, CREATED.replace("a.sock", "no/a.sock"), "cannot listen on this socket: No such file or directory"),
+        (nothing, CREATED.replace("a.sock", "disks.toml/a"), "cannot listen on this socket: Not a directory"),
+        (nothing, CREATED.replace("a.sock", "a" * 200), "cannot listen on this socket: AF_UNIX path too long"),
+        (file_as_socket, DISK, "a.sock: exists and is not a socket"),
+        (data_without_zones, f'{DISK}zoned = "64K"', "has data, but "),
+        (damaged_zones, f'{DISK}zoned = "64K"', "a.img.zones: "),
+        (damaged_zones, DISK, "a.img.zones"),
+        (nothing, f"{CREATED}features = {{ lifetime = true }}", "lifetime cannot be offered"),
+        (nothing, f"{CREATED}read-only = true\nfeatures = {{ write-zeroes = true }}", "write-zeroes cannot be offered"),
+        (nothing, f"{DISK}colour = 1", 'unknown key "colour"'),
+    ],
+)
+def test_serve_does_not_start_where_something_is_wrong(tmp_path: Path, make: object, text: str, words: str) -> None:
+    """And says the same."""
+    assert callable(make)
+    make(tmp_path)
+    done = checked(tmp_path, text)
+    assert done.exit_code == 1
+    assert words in done.output
+    with pytest.raises((ConfigError, ImageError, ListenError, OSError)) as refusal:
+        serve(tmp_path / "disks.toml")
+    assert str(refusal.value) in done.output
+
+
+def test_all_problems_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "b.sock").touch()
+    second = '[[disk]]\nimage = "b.img"\nsocket-path = "b.sock"\nserial = 1\n'
+    done = checked(tmp_path, f"colour = 1\n[[io-thread]]\npoll-us = -1\n{DISK}{second}{CREATED}")
+    assert done.exit_code == 1
+    found = [line.removeprefix(f"{tmp_path / 'disks.toml'}: ") for line in done.output.splitlines()]
+    for words in (
+        'unknown key "colour"',
+        "[[io-thread]] 1: poll-us: ",
+        "[[disk]] 2 (b.img): serial: ",
+        "[[disk]] 3 (a.img): socket-path: ",
+        "[[disk]] 3 (a.img): image: is also the image of [[disk]] 1 (a.img)",
+        f"{tmp_path / 'a.img'}: no such file",
+        f"{tmp_path / 'b.img'}: no such file",
+        f"{tmp_path / 'b.sock'}: exists and is not a socket",
+    ):
+        assert any(line.startswith(words) for line in found), (words, found)
+
+
+def test_what_is_being_served_is_in_use(tmp_path: Path) -> None:
+    image(tmp_path)
+    with ringplane.serve(tmp_path / "a.img", tmp_path / "a.sock", num_queues=1):
+        done = checked(tmp_path, DISK)
+    assert "a.img: is in use already" in done.output
+    assert "a.sock: another process is listening there" in done.output
+
+
+def test_file_that_is_missing(tmp_path: Path) -> None:
+    done = CliRunner().invoke(check, [str(tmp_path / "none.toml")])
+    assert (done.exit_code, done.output) == (
+        1,
+        f"{tmp_path / 'none.toml'}: cannot be read: No such file or directory\n",
+    )
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A folder that all users can reach."""
+    with tempfile.TemporaryDirectory(prefix="ringplane-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_another_user_may_not_do(everybodys: Path) -> None:
+    image(everybodys)
+    os.chmod(everybodys / "a.img", 0o644)
+    path = everybodys / "disks.toml"
+    path.write_text(f'{DISK}[[disk]]\nimage = "b.img"\nsocket-path = "b.sock"\ncreate = "1M"')
+    found = problems_of_nobody(path)
+    assert f"{everybodys / 'a.img'}: may not be opened for writing" in found
+    assert f"{everybodys / 'a.sock'}: cannot listen on this socket: Permission denied" in found
+    assert f"{everybodys / 'b.img'}: cannot be created: Permission denied" in found
+
+
+def problems_of_nobody(path: Path) -> str:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os.write(write, "\n".join(find_problems(examine(path)[0])).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read, encoding="utf-8") as text:
+        return text.read()
