@@ -1,4 +1,4 @@
-"""What belongs to all disks of a process, or outlives a front end: one front end must not take it from the others."""
+"""Resources that all disks of a process share, or that outlive a front end: one front end must not use them up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sparse(size: int) -> Iterator[int]:
 
 
 def map_regions(front_end: FrontEnd, fd: int) -> None:
-    """As much as is accepted: halves of halves, down to a page."""
+    """Map as much as is accepted: halves of halves, down to a page."""
     size, at = LARGEST, FAR
     while size >= PAGE:
         try:
@@ -60,8 +60,8 @@ def map_area(front_end: FrontEnd, fd: int) -> None:
 @pytest.mark.parametrize(
     "order", [(map_regions, map_log, map_area), (map_area, map_log, map_regions)], ids=["regions first", "areas first"]
 )
-def test_memory_without_end(target: Target, order: tuple[Callable[[FrontEnd, int], None], ...]) -> None:
-    """A sparse file costs a front end nothing; others have room for their memory all the same."""
+def test_a_front_end_maps_as_much_as_it_can(target: Target, order: tuple[Callable[[FrontEnd, int], None], ...]) -> None:
+    """A sparse file costs a front end nothing; others must still have room for their memory."""
     attacker = target.attacker(protocol_features=AREAS)
     with sparse(LARGEST) as fd:
         for use_up in order:
@@ -79,7 +79,7 @@ def test_memory_without_end(target: Target, order: tuple[Callable[[FrontEnd, int
 
 
 def foreign_fds(target: Target, front_end: FrontEnd) -> dict[str, socket.socket]:
-    """What a front end may have that is no notifier; the connection is lost if the process keeps the first of them."""
+    """Sockets of a front end that are not notifiers; if the process keeps the first one, the connection never ends."""
     listening, unconnected = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
     listening.bind("\0" + os.urandom(8).hex())
     listening.listen()
@@ -107,8 +107,8 @@ HAND_OVER: dict[str, Callable[[FrontEnd, int], None]] = {
 
 
 @pytest.mark.parametrize("how", HAND_OVER)
-def test_an_end_of_a_connection_is_handed_over(target: Target, how: str) -> None:
-    """It is refused, whoever's it is; and when its front end goes, the next one is served, which `target` looks at."""
+def test_connection_sockets_are_refused_as_fds(target: Target, how: str) -> None:
+    """They are refused, whoever owns them; `target` checks that the next front end is served after a disconnection."""
     attacker = target.attacker(protocol_features=AREAS | CHANNEL)
     for name, sock in foreign_fds(target, attacker.front_end).items():
         with pytest.raises(Refused):
@@ -120,8 +120,8 @@ def test_an_end_of_a_connection_is_handed_over(target: Target, how: str) -> None
 
 
 @pytest.mark.parametrize("how", ["call", "error", "channel"])
-def test_a_pair_of_sockets_is_a_notifier(target: Target, how: str) -> None:
-    """As user-mode Linux has it: nobody can reach the connection through it."""
+def test_a_socket_pair_is_accepted_as_a_notifier(target: Target, how: str) -> None:
+    """User-mode Linux uses one; it gives no access to the connection."""
     attacker = target.attacker(protocol_features=CHANNEL)
     ours, theirs = socket.socketpair()
     with ours, theirs:

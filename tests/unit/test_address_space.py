@@ -1,4 +1,4 @@
-"""What the front ends of a disk may map: guaranteed shares, what is lent beside them, and that all of it comes back."""
+"""The quotas for mappings of front ends: guaranteed shares, the common rest, and that everything is returned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shares(total: int, count: int) -> list[Share]:
     return [Share(pool) for _ in range(count)]
 
 
-def test_one_user_may_have_all_but_what_is_guaranteed_to_others() -> None:
+def test_one_user_may_take_all_but_the_guaranteed_shares_of_others() -> None:
     first, second, third = shares(120, 3)
     assert first.take(81) == 80
     assert first.take(80) is None
@@ -38,7 +38,7 @@ def test_one_user_may_have_all_but_what_is_guaranteed_to_others() -> None:
     assert first.take(1) == 80
 
 
-def test_what_comes_back_is_lent_again() -> None:
+def test_returned_amounts_can_be_taken_again() -> None:
     first, second = shares(80, 2)
     assert first.take(60) is None
     assert second.take(30) == 20
@@ -47,14 +47,14 @@ def test_what_comes_back_is_lent_again() -> None:
     assert first.take(25) is not None
 
 
-def test_a_single_user_may_have_all() -> None:
+def test_a_single_user_may_take_everything() -> None:
     (share,) = shares(100, 1)
     assert share.take(100) is None
     assert share.take(1) == 100
 
 
-def test_whatever_happens_guarantees_hold() -> None:
-    """At random: no more is used than there is, and each can have its guaranteed share."""
+def test_guaranteed_shares_are_always_available() -> None:
+    """Random use: the total is never exceeded, and each can take its guaranteed share."""
     draw = random.Random(1)
     all_shares = shares(1000, 7)
     held: dict[Share, list[int]] = {share: [] for share in all_shares}
@@ -73,7 +73,7 @@ def test_whatever_happens_guarantees_hold() -> None:
 
 
 @pytest.mark.parametrize(("stack", "limit", "usable"), [(0x7FFD_0000_1000, -1, 1 << 46), (0x7F_FFFF_F000, -1, 1 << 38)])
-def test_half_of_what_the_machine_has_is_usable(
+def test_half_of_the_address_space_is_usable(
     monkeypatch: pytest.MonkeyPatch, stack: int, limit: int, usable: int
 ) -> None:
     monkeypatch.setattr("ringplane.native.libc.stack_address", lambda: stack)
@@ -100,7 +100,7 @@ def test_a_mapping_takes_whole_pages_until_it_is_unmapped(fd: int, monkeypatch: 
         Mapping(fd, 2 * PAGE, 0, quota=quota)
 
 
-def test_what_cannot_be_mapped_takes_nothing(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_mappings_take_nothing_from_the_quota(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_space, "usable_bytes", lambda: 4 * PAGE)
     monkeypatch.setattr(address_space, "usable_mappings", lambda: 1)
     quota = AddressSpace(1).quota()

@@ -1,4 +1,4 @@
-"""What `ringplane bench` prints and writes: tables that fit, words for people who do not know the code, plots."""
+"""The output of `ringplane bench`: tables that fit, texts for people who do not know the code, plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ URING = backends.qemu_storage_daemon("io_uring")
 DISK = Storage("/srv/images/a-rather-long-name-of-an-image-file.img (ext4)", "disk", "ext4")
 POLLING = backends.ringplane("--engine io_uring --poll-us always --pin-memory")
 SOMEWHERE = Subject("/run/disks/some-back-end.sock", SOCKET)
-# As wide as figures get: millions of IOPS, latencies up to a second.
+# The widest possible figures: millions of IOPS, latencies up to a second.
 LARGE = {"iops": 999_912.3, "mb_s": 43_559.2, "p50_us": 23_456.7, "p99_us": 345_678.9, "p999_us": 987_654.3}
 
 
@@ -139,7 +139,7 @@ def context_of(*words: str) -> click.Context:
 
 
 def test_help_has_the_defaults() -> None:
-    """Each value after [default: ...] is what happens without the option."""
+    """Each value after [default: ...] is used without the option."""
     context = context_of("--against", "nothing", "/tmp")
     settings = settings_of(context, context.params, only_reads=False)
     words = " ".join(bench.get_help(context).split())
