@@ -13,7 +13,7 @@ KILLS = 20
 LIFE = 2.5
 
 
-@pytest.mark.skipif(STAND_IN, reason="QEMU's own back end does not track what is in flight")
+@pytest.mark.skipif(STAND_IN, reason="QEMU's own back end does not track requests in flight")
 @pytest.mark.parametrize("ring", ["split", "packed"])
 def test_killed_under_load(
     backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, ring: str

@@ -20,7 +20,7 @@ def wake_ups(pid: int) -> int:
     return sum(int(line.split()[1]) for status in statuses for line in status.splitlines() if "_ctxt_switches" in line)
 
 
-@pytest.mark.skipif(STAND_IN, reason="only ringplane promises this; qemu-storage-daemon polls for a moment")
+@pytest.mark.skipif(STAND_IN, reason="only ringplane guarantees this; qemu-storage-daemon polls for a moment")
 @pytest.mark.parametrize("kind", ["qemu", "uml"])
 def test_no_wake_ups(kind: str, request: pytest.FixtureRequest, backend: BackendFactory, disk_image: Path) -> None:
     guest: Guest = request.getfixturevalue(kind)

@@ -101,7 +101,7 @@ def lines(served: Served, text: str) -> list[str]:
 
 def told_once(served: Served, text: str) -> None:
     """Check that the log has this text exactly once; it may appear a moment after the completion."""
-    wait_until(lambda: lines(served, text), f"not told: {text}")
+    wait_until(lambda: lines(served, text), f"not logged: {text}")
     assert len(lines(served, text)) == 1, served.told()
 
 
@@ -159,7 +159,7 @@ def check_full(served: Served, filler: Path, why: str) -> None:
         for offset in range(SIZE // 2, SIZE // 2 + SIZE // 8, BLOCK):
             assert read(driver, offset).data == pattern(offset + 1)
         assert read(driver, BLOCK).data == pattern(7)
-    wait_until(lambda: lines(served, "more writes have failed"), "the rest was not told")
+    wait_until(lambda: lines(served, "more writes have failed"), "the rest was not logged")
     assert f": {SIZE // 2 // BLOCK - 1} more writes have failed; the last one: write" in served.told()
 
 
@@ -293,7 +293,7 @@ def test_an_image_is_replaced(tmp_path: Path) -> None:
         assert write(driver, BLOCK, pattern(2)) == OK
         assert [read(driver, offset).data for offset in (0, BLOCK)] == [pattern(1), pattern(2)]
         served.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: lines(served, f"has {SIZE} bytes, as before"), "nobody looked")
+        wait_until(lambda: lines(served, f"has {SIZE} bytes, as before"), "SIGHUP was not handled")
         assert lines(
             served, "disk.img: is another file now, or gone; the one that was opened is served until a restart"
         )
@@ -420,7 +420,7 @@ def check_hanging(served: Served, fuse: FuseFile, driver: Driver, kind: str, oth
     stopping = threading.Thread(target=driver.stop)
     stopping.start()
     if others:
-        wait_until(lambda: len(lines(served, "requests in flight")) > told, "it does not say what it waits for")
+        wait_until(lambda: len(lines(served, "requests in flight")) > told, "the log does not say what it waits for")
     fuse.release()
     stopping.join(PATIENCE)
     assert not stopping.is_alive()

@@ -424,7 +424,7 @@ def test_errors_are_counted(kind, tmp_path):
         assert result.errors == 100
         assert result.first_error.startswith("writing sector")
         assert result.first_error.endswith("status 1")
-        assert (model.generations == 0).all(), "what a failed write leaves is not known"
+        assert (model.generations == 0).all(), "the data after a failed write is unknown"
         with pytest.raises(OSError, match="writes failed; the first: writing sector"):
             fill(disk)
 

@@ -322,7 +322,7 @@ def loop_device(path: Path, *options: str) -> Iterator[Path]:
     command = [losetup, "--find", "--show", *options, str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"no loop device can be made here: {made.stderr.strip()}")
+        pytest.skip(f"loop devices are unavailable: {made.stderr.strip()}")
     device = made.stdout.strip()
     try:
         yield Path(device)

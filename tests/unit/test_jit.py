@@ -94,7 +94,7 @@ def test_a_folder_for_everybody(monkeypatch: pytest.MonkeyPatch, temporary: Path
     assert cache.find_cache() == cache.Cache(tmp_path / cache.version_folder())
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make folders of somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make folders of other users")
 def test_a_folder_of_somebody_else(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
     os.chown(tmp_path, 54321, 54321)
     assert obstacle(monkeypatch, tmp_path) == ("belongs to user 54321, whose code would run here; chown it to user 0")

@@ -26,7 +26,7 @@ def test_a_file_system_with_holes(folder: str | None) -> None:
         size = os.fstat(file.fileno()).st_blksize
         found = limits(file.fileno(), read_only=False)
         assert found == Limits(physical_block=size, minimum_io=size, discard=size, punches=True)
-        assert os.fstat(file.fileno()).st_size == 5000, "asking has changed the file"
+        assert os.fstat(file.fileno()).st_size == 5000, "the probe has changed the file"
 
 
 def test_a_read_only_image_cannot_be_discarded() -> None:

@@ -61,7 +61,7 @@ def is_of_type(path: Path, magic: int) -> bool:
 def tmpfs() -> Iterator[Path]:
     shm = Path("/dev/shm")
     if not shm.is_dir() or not is_of_type(shm, libc.TMPFS_MAGIC):
-        pytest.skip("/dev/shm is no tmpfs here")
+        pytest.skip("/dev/shm is not a tmpfs here")
     folder = Path(tempfile.mkdtemp(prefix="ringplane-test-", dir=shm))
     yield folder
     shutil.rmtree(folder)
@@ -546,7 +546,7 @@ def test_a_block_device_is_not_memory_even_if_its_node_is_on_a_tmpfs(tmp_path: P
     image = sparse_image(tmp_path / "image")
     done = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"there are no loop devices here: {done.stderr.strip()}")
+        pytest.skip(f"loop devices are unavailable: {done.stderr.strip()}")
     try:
         check_refused(Path(done.stdout.strip()), socket_path)
     finally:

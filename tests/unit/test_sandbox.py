@@ -41,7 +41,7 @@ MIB = 1 << 20
 SOON = 60.0
 
 needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 # The `serve` command, but any call that the filter does not allow ends the process instead of failing, so that a test
 # notices if the filter is too strict.

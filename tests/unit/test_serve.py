@@ -522,7 +522,7 @@ def image_in_memory() -> Iterator[Path]:
         path.touch()
         os.truncate(path, IMAGE_SIZE)
         if not served_from_memory(path):
-            pytest.skip("/dev/shm is no tmpfs")
+            pytest.skip("/dev/shm is not a tmpfs")
         yield path
 
 
@@ -803,7 +803,7 @@ def test_disks_of_a_file(serve_config: Callable[..., Served], config: Path, tmp_
 
 def test_example_of_the_documentation(serve_config: Callable[..., Served], tmp_path: Path) -> None:
     if not {0, 1} <= os.sched_getaffinity(0):
-        pytest.skip("it names CPUs 0 and 1, which this process may not use")
+        pytest.skip("the example names CPUs 0 and 1, which this process may not use")
     lines = (REPOSITORY / "docs" / "config.md").read_text().splitlines()
     (tmp_path / "disks.toml").write_text("\n".join(line[4:] for line in lines if line.startswith("    ")))
     served = serve_config(Path("disks.toml"), cwd=tmp_path)
