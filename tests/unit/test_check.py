@@ -1,4 +1,4 @@
-"""`ringplane check`: it lists all problems, makes nothing, and serve starts where it finds none, and only there."""
+"""`ringplane check` lists all problems and creates nothing; `serve` starts exactly if there are none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOBODY = 65534
 
 
 def checked(folder: Path, text: str) -> Result:
-    """Of a file; the folder must be the same afterwards."""
+    """Check a configuration file; its folder must not change."""
     path = folder / "disks.toml"
     path.write_text(text)
     before = everything(folder)
@@ -33,7 +33,7 @@ def checked(folder: Path, text: str) -> Result:
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
-    """What is in a folder, and when and how it was changed."""
+    """The files in a folder, with their times of modification and sizes."""
     return {path.name: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.iterdir()}
 
 
@@ -58,8 +58,8 @@ def image(folder: Path, size: int = 1 << 20) -> None:
     ],
     ids=["one disk", "two threads", "features", "zoned", "read-only"],
 )
-def test_serve_starts_where_nothing_is_wrong(tmp_path: Path, text: str) -> None:
-    # At first the image is to be created, then it is there.
+def test_serve_starts_if_there_are_no_problems(tmp_path: Path, text: str) -> None:
+    # The first time the image is created, then it exists.
     for _ in range(2):
         done = checked(tmp_path, text)
         threads = "2 I/O threads" if "io-thread" in text else "1 I/O thread"
@@ -119,8 +119,8 @@ def file_as_socket(folder: Path) -> None:
         (nothing, f"{DISK}colour = 1", 'unknown key "colour"'),
     ],
 )
-def test_serve_does_not_start_where_something_is_wrong(tmp_path: Path, make: object, text: str, words: str) -> None:
-    """And says the same."""
+def test_serve_reports_the_same_problem(tmp_path: Path, make: object, text: str, words: str) -> None:
+    """It does not start either, with the same message."""
     assert callable(make)
     make(tmp_path)
     done = checked(tmp_path, text)
@@ -150,7 +150,7 @@ def test_all_problems_are_listed(tmp_path: Path) -> None:
         assert any(line.startswith(words) for line in found), (words, found)
 
 
-def test_what_is_being_served_is_in_use(tmp_path: Path) -> None:
+def test_a_disk_that_is_being_served_is_in_use(tmp_path: Path) -> None:
     image(tmp_path)
     with ringplane.serve(tmp_path / "a.img", tmp_path / "a.sock", num_queues=1):
         done = checked(tmp_path, DISK)
@@ -158,7 +158,7 @@ def test_what_is_being_served_is_in_use(tmp_path: Path) -> None:
     assert "a.sock: another process is listening there" in done.output
 
 
-def test_file_that_is_missing(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     done = CliRunner().invoke(check, [str(tmp_path / "none.toml")])
     assert (done.exit_code, done.output) == (
         1,
@@ -175,7 +175,7 @@ def everybodys() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_what_another_user_may_not_do(everybodys: Path) -> None:
+def test_missing_permissions_are_problems(everybodys: Path) -> None:
     image(everybodys)
     os.chmod(everybodys / "a.img", 0o644)
     path = everybodys / "disks.toml"

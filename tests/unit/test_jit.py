@@ -1,4 +1,4 @@
-"""The cache of compiled code: whose folder it is, what is deleted from it, and which Numba fills it."""
+"""The cache of compiled code: its folder, deleted files, and supported versions of Numba."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_a_folder_that_others_may_write_to_is_not_used(base: Path) -> None:
     assert cache.cache_directory().parent != base
 
 
-def test_the_folder_is_ours_and_named_after_the_version(base: Path) -> None:
+def test_the_folder_is_private_and_named_after_the_version(base: Path) -> None:
     assert cache.cache_directory() == base / cache.version_folder()
     assert cache.FOLDER.fullmatch(cache.version_folder())
 
 
-# Where it cannot be
+# Unusable folders
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def obstacle(monkeypatch: pytest.MonkeyPatch, base: Path) -> str:
-    """What is said of a folder that is asked for and cannot be the cache; a temporary one takes its place."""
+    """The message about a requested folder that is unusable; a temporary one takes its place."""
     monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(base))
     found = cache.find_cache()
     assert found.folder is not None
@@ -85,17 +85,17 @@ def test_a_file(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path
     assert obstacle(monkeypatch, tmp_path / "file" / "cache") == "is not a folder; name one"
 
 
-def test_a_folder_for_everybody(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_writable_for_others(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o775)
     assert obstacle(monkeypatch, tmp_path).endswith("whose code would run here; chmod go-w it")
-    # The advice is right.
+    # The advice helps.
     tmp_path.chmod(0o775 & ~0o022)
     cache.find_cache.cache_clear()
     assert cache.find_cache() == cache.Cache(tmp_path / cache.version_folder())
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make folders of other users")
-def test_a_folder_of_somebody_else(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_user(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
     os.chown(tmp_path, 54321, 54321)
     assert obstacle(monkeypatch, tmp_path) == ("belongs to user 54321, whose code would run here; chown it to user 0")
 
@@ -136,8 +136,8 @@ def test_a_read_only_file_system(monkeypatch: pytest.MonkeyPatch, temporary: Pat
     assert text == f"cannot be written by user {os.geteuid()} (Read-only file system)"
 
 
-def test_a_read_only_folder_that_is_filled_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As in the image of a container that was started once when it was built."""
+def test_a_read_only_cache_with_compiled_code_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For example in a container image, if ringplane was started once when it was built."""
     base = tmp_path / "base"
     filled = base / cache.version_folder() / "ringplane"
     filled.mkdir(parents=True)
@@ -151,7 +151,7 @@ def test_a_read_only_folder_that_is_filled_is_used(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
-    """expanduser(3) of a user that passwd(5) does not know leaves the ~: a folder of that name is not meant."""
+    """expanduser() keeps the ~ for a user that is not in passwd(5); a folder of that name must not be created."""
     for name in ("RINGPLANE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -182,7 +182,7 @@ def test_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch, temporary: Path
 # Numba
 
 
-def test_the_bound_in_the_package_is_what_is_checked() -> None:
+def test_the_checked_versions_match_the_package_requirement() -> None:
     bound = re.search(r'"numba>=([\d.]+),<([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
     assert bound
     assert bound[1] == "{}.{}".format(*numba_version.OLDEST)
@@ -214,7 +214,7 @@ def test_a_new_numba_that_works(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 @pytest.mark.parametrize(
     "command", [["-m", "ringplane", "serve"], ["-c", "import ringplane.cli as c; c.vhost_user_blk()"]]
 )
-def test_a_numba_without_what_is_needed_is_one_line(tmp_path: Path, missing: str, command: list[str]) -> None:
+def test_an_incompatible_numba_is_a_one_line_error(tmp_path: Path, missing: str, command: list[str]) -> None:
     module, _, name = missing.rpartition(".")
     (tmp_path / "sitecustomize.py").write_text(f"import {module}\ndel {module}.{name}\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""What an installation brings: the systemd unit, QEMU's description, man pages, and completion in the shell."""
+"""Installed files: the systemd unit, QEMU's description, man pages, and shell completion."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_qemu_finds_the_description(prefix: Path) -> None:
 
 
 def test_man_pages(prefix: Path) -> None:
-    """One for each command, which says all that its --help does."""
+    """One page per command, with everything that its --help shows."""
     pages = prefix / "share/man/man1"
     context = click.Context(main)
     names = {"ringplane": main} | {f"ringplane-{name}": main.get_command(context, name) for name in COMMANDS}
@@ -64,7 +64,7 @@ def test_man_pages(prefix: Path) -> None:
 
 
 def formatted(page: Path) -> str:
-    """As man(1) shows it, with words that are not hyphenated; it must have nothing to warn of."""
+    """The output of man(1) without hyphenation; there must be no warnings."""
     if shutil.which("man") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("man is not installed")
@@ -75,7 +75,7 @@ def formatted(page: Path) -> str:
     return done.stdout
 
 
-# compopt, which has bash complete the names of files, works only where a person types.
+# compopt, which makes bash complete file names, works only in interactive shells.
 COMPLETION = """
 compopt() { COMPREPLY=("compopt:$*"); }
 source <(_RINGPLANE_COMPLETE=bash_source "$PROGRAM")
@@ -87,7 +87,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture
 def complete(tmp_path: Path) -> Callable[..., list[str]]:
-    """What bash offers for the last word. Nothing slow may be imported for that."""
+    """The completions that bash offers for the last word. Slow modules must not be imported for that."""
     for name in ("numba", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} is imported')")
     program = str(Path(sys.executable).with_name("ringplane"))
