@@ -230,7 +230,7 @@ def test_impossible_arguments_are_reported_at_once(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--against", "qemu-storage-daemon"], "qemu-storage-daemon is not installed: apt install qemu-utils"),
+        (["--against", "qemu-storage-daemon"], "qemu-storage-daemon is not installed: apt install qemu-system-common"),
         (["--against", "nothing", "--fio"], "fio is not installed: apt install fio, or leave out --fio"),
     ],
 )

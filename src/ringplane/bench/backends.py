@@ -42,7 +42,7 @@ def qemu_storage_daemon(aio: str, iothread: bool = False) -> Subject:
 def require(subject: Subject) -> None:
     """Raise BenchError if the program is not installed."""
     if subject.family == QSD and not shutil.which(QSD):
-        raise BenchError(f"{QSD} is not installed: apt install qemu-utils, or use --against nothing")
+        raise BenchError(f"{QSD} is not installed: apt install qemu-system-common, or use --against nothing")
 
 
 def keeps_data(subject: Subject) -> bool:
