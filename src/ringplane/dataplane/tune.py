@@ -2,9 +2,9 @@
 
 Whether it pays to poll the rings before sleeping, or to coalesce notifications, depends on facts that nobody reports:
 how long waking up takes on both sides, where the scheduler puts driver and worker, what an interrupt costs the guest.
-Measured (docs/performance.md): the same policy completes twice as many requests with one driver and half as many with
-another. So now and then each policy gets short sampling periods in turn, and the one with the highest rate is kept. A
-policy that costs more has to be better by a margin: what makes no difference must not cost anything.
+Measured (docs/benchmarks/findings.md): the same policy completes twice as many requests with one driver and half as
+many with another. So now and then each policy gets short sampling periods in turn, and the one with the highest rate is
+kept. A policy that costs more has to be better by a margin: what makes no difference must not cost anything.
 """
 
 from __future__ import annotations

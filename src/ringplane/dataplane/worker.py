@@ -72,7 +72,7 @@ Result = TypeVar("Result")
 
 SLOTS = 512
 # Longer than it takes to wake up a sleeping driver (20 to 40 us in a virtual machine), so that such drivers too find
-# the worker awake; measured in docs/performance.md.
+# the worker awake; measured in docs/benchmarks/findings.md.
 POLL_US = 50
 BOUNCE_BUFFERS = 16
 # The name of one in proc(5).
