@@ -63,6 +63,14 @@ def test_medians_and_the_best_of_each_figure() -> None:
     assert (at.others[THREADS].iops, at.raw.iops) == (25.0, 400.0)
 
 
+def test_a_back_end_that_completes_nothing_has_no_latency() -> None:
+    idle = {"requests": 0, "p50_us": 0.0, "p99_us": 0.0, "p999_us": 0.0, "cpu_us": 0.0}
+    report = report_of(row(OURS, 200.0), row(NATIVE, 0.0, **idle), row(THREADS, 100.0, p50_us=20.0))
+    (at,) = summary.compare(report)
+    assert (at.others[NATIVE].p50_us, at.others[NATIVE].cpu_us) == (None, None)
+    assert (at.ratio("iops"), at.ratio("p50_us"), at.ratio("cpu_us")) == (2.0, 0.5, 1.0)
+
+
 def test_raw_fio_is_the_limit_for_both_drivers() -> None:
     busy = dataclasses.replace(CELL, driver="busy")
     report = report_of(row(OURS, 90.0), row(OURS, 80.0, cell=busy), row(fio.RAW, 100.0))

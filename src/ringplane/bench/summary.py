@@ -10,19 +10,25 @@ from dataclasses import dataclass
 from ringplane.bench.cells import BUSY, EVENT, Cell
 from ringplane.bench.results import FIO, QSD, RINGPLANE, SOCKET, Report, Row, Storage, Subject
 
+# Figures of single requests: the less, the better.
+OF_REQUESTS = ("p50_us", "p99_us", "p999_us", "cpu_us")
 # Rounds that differ by more than this factor are counted as unsteady.
 STEADY = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The medians of a cell's rounds, or the best of several back ends in each figure. Latencies and CPU time in us."""
+    """The medians of a cell's rounds, or the best of several back ends in each figure.
+
+    Latencies and CPU time (of one request) are in microseconds; None where no request was completed, and the CPU time
+    also where the process is not visible.
+    """
 
     iops: float
     mb_s: float
-    p50_us: float
-    p99_us: float
-    p999_us: float
+    p50_us: float | None
+    p99_us: float | None
+    p999_us: float | None
     cpu_us: float | None
 
 
@@ -72,12 +78,16 @@ def medians(rows: Iterable[Row]) -> dict[tuple[str, Cell, str], Figures]:
 
 
 def _median(rows: Sequence[Row]) -> Figures:
-    def of(name: str) -> float:
-        return float(statistics.median(getattr(row, name) for row in rows))
+    served = [row for row in rows if row.requests]
 
-    cpu = [row.cpu_us for row in rows if row.cpu_us is not None]
+    def of_requests(name: str) -> float | None:
+        values = [value for row in served if (value := getattr(row, name)) is not None]
+        return float(statistics.median(values)) if values else None
+
     return Figures(
-        of("iops"), of("mb_s"), of("p50_us"), of("p99_us"), of("p999_us"), statistics.median(cpu) if cpu else None
+        statistics.median(row.iops for row in rows),
+        statistics.median(row.mb_s for row in rows),
+        *(of_requests(name) for name in OF_REQUESTS),
     )
 
 
@@ -85,14 +95,12 @@ def best(figures: Sequence[Figures]) -> Figures | None:
     """The best of each figure: the most IOPS and MB/s, the least latency and CPU time."""
     if not figures:
         return None
-    cpu = [each.cpu_us for each in figures if each.cpu_us is not None]
+
+    def least(name: str) -> float | None:
+        return min((value for each in figures if (value := getattr(each, name)) is not None), default=None)
+
     return Figures(
-        iops=max(each.iops for each in figures),
-        mb_s=max(each.mb_s for each in figures),
-        p50_us=min(each.p50_us for each in figures),
-        p99_us=min(each.p99_us for each in figures),
-        p999_us=min(each.p999_us for each in figures),
-        cpu_us=min(cpu, default=None),
+        max(each.iops for each in figures), max(each.mb_s for each in figures), *(least(name) for name in OF_REQUESTS)
     )
 
 
