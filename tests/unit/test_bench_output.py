@@ -169,7 +169,7 @@ def test_a_socket_is_measured_with_reads_only_as_the_help_says() -> None:
     context = context_of("/tmp/disk.sock")
     settings = settings_of(context, context.params, only_reads=True)
     assert {cell.workload for cell in settings.cells} == {"randread"}
-    assert "without permission to write randread" in " ".join(bench.get_help(context).split())
+    assert "only randread where nothing may be written" in " ".join(bench.get_help(context).split())
 
 
 def test_full_leaves_what_was_given() -> None:

@@ -1,4 +1,4 @@
-"""The documentation: the tests that it names exist."""
+"""The documentation: the tests and files that it names exist."""
 
 from __future__ import annotations
 
@@ -37,3 +37,10 @@ def test_tests_exist(page: Path) -> None:
         assert name in known
     for file, part in re.findall(r"(\w+/test_\w+\.py), (\w+)(?![\w/])", text):
         assert any(part in name for name in functions(TESTS / file)), f"{file}, {part}"
+
+
+def test_linked_files_exist(page: Path) -> None:
+    """Relative links, in Markdown and in HTML: other pages, directories, pictures."""
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|srcset|href)="([^"#]+)"', text):
+        assert re.match(r"[a-z]+:", link) or (page.parent / link).exists(), link

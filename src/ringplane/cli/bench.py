@@ -63,7 +63,7 @@ OF_MEASURING = (
 )
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(WORKLOADS), default=("randread", "randwrite"),
-    show_default="randread, randwrite; without permission to write randread", help="Repeatable.",
+    show_default="randread, randwrite; only randread where nothing may be written", help="Load; repeatable.",
 )  # fmt: skip
 @click.option(
     "--depth", "depths", multiple=True, type=click.IntRange(1, 1024), default=DEPTHS, show_default=True,
@@ -80,9 +80,7 @@ OF_MEASURING = (
 @click.option(
     "--full", is_flag=True, help="All workloads, 1 and 2 queues, both drivers, except where these options are given."
 )
-@click.option(
-    "--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measure each cell so often."
-)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measurements of each cell.")
 @click.option("--seconds", type=SECONDS, default="1", show_default=True, help="Length of each measurement.")
 @click.option(
     "--warm-up", type=WARM_UP, default="0.2", show_default=True, help="Seconds of load before each measurement."
@@ -180,7 +178,7 @@ def check_outputs(json_path: Path | None, plot_directory: Path | None, markdown_
 def refuse(context: click.Context, names: Collection[str], why: str) -> None:
     """Raise click.UsageError if any of these parameters was given."""
     given = [
-        parameter.make_metavar(context) if isinstance(parameter, click.Argument) else parameter.opts[0]
+        parameter.human_readable_name if isinstance(parameter, click.Argument) else parameter.opts[0]
         for parameter in context.command.params
         if parameter.name in names and is_given(context, str(parameter.name))
     ]
