@@ -94,7 +94,7 @@ class ZoneFile:
                 f"with a capacity of {header['capacity']}, {header['conventional']} of them conventional"
             )
         boot = procfs.boot_id()
-        # Where it is unknown whether the machine was restarted, what flushes promise is kept.
+        # If it is unknown whether the machine was restarted, only what was flushed counts.
         crashed = header["in_use"] and (not boot or bytes(header["boot"]) != boot)
         pointers = (self._stable if crashed else self._reached).copy()
         if not ((pointers >= 0) & (pointers <= model.capacity // SECTOR)).all():
@@ -203,7 +203,7 @@ def path_beside(image: Path) -> Path:
 
 
 def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
-    """Raises ImageError and OSError where a ZoneFile would, but makes and changes nothing."""
+    """Raises ImageError and OSError as a ZoneFile would, but creates and changes nothing."""
     path = path_beside(image.path)
     if not path.exists():
         _count(image, model, block_size)
@@ -215,7 +215,7 @@ def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
     finally:
         reader.close()
     if not image.read_only and not os.access(path, os.W_OK, effective_ids=True):
-        raise ImageError(f"{path}: may not be opened for writing")
+        raise ImageError(f"{path}: not writable by this user; change its owner or mode, or serve the disk read-only")
 
 
 def check_not_zoned(image: Path) -> None:

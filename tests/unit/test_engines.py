@@ -186,7 +186,7 @@ def test_an_io_uring_that_cannot_be_set_up_leaves_nothing_open(monkeypatch: pyte
     need_engine("io_uring")
     before = set(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(uring.libc, failing, refuse)
-    with pytest.raises(EngineUnavailable, match=r"it takes Linux 6\.1"):
+    with pytest.raises(EngineUnavailable, match=r"it needs Linux 6\.1"):
         make_engine("io_uring", 8)
     assert set(os.listdir("/proc/self/fd")) == before
 

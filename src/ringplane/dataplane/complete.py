@@ -145,7 +145,7 @@ def end_flush(worker, queue, result):
         request = view(worker.requests + slot * REQUEST_SIZE, REQUEST)
         slot = request.next
         request.done = request.length if status == VIRTIO_BLK_S_OK else 0
-        # Not always the queue whose flush began it.
+        # The queues of an open file share its flushes: this request may be of another queue than the first one.
         asking = view(request.queue, QUEUE)
         if result < 0:
             record_failure(worker, asking, request, result)

@@ -183,7 +183,7 @@ def execute_flush(worker, queue, request):
         send_to_helpers(worker, request)
         return PENDING
     if device.storage == IN_MEMORY:
-        # There is nothing more stable to bring it to.
+        # The data is in memory already, and there is no storage below it.
         return VIRTIO_BLK_S_OK
     flush(worker, queue, request)
     return PENDING

@@ -164,18 +164,17 @@ def _was_used(ring: int, size: int) -> bool:
 
 
 class OpenFile:
-    """An open file of the image, and the flushes of the queues that share it, all of one worker (flush.py)."""
+    """An open file of the image, and the flushes of the queues of one worker that share it (flush.py)."""
 
     def __init__(self, fd: int) -> None:
-        """The fd stays the caller's; `address` is that of a FLUSHES struct."""
+        """The caller keeps ownership of the fd. `address` is the address of a FLUSHES struct."""
         self.fd = fd
         self._flushes: npt.NDArray[np.void] = np.zeros(1, FLUSHES)
         self._flushes["flushing"] = self._flushes["first"] = -1
         self.address = int(self._flushes.ctypes.data)
 
 
-# Shared by all queues that were never started: a front end uses as many of a disk's queues as it wants, and the others
-# cost nothing.
+# Shared by all queues that were never started, so that queues that a front end does not use cost nothing.
 NO_COUNTERS: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
 NO_COUNTERS.flags.writeable = False
 NO_MEMORY = MemoryTable()
@@ -185,7 +184,7 @@ class Queue:
     """A virtqueue. Its counters live as long as the disk; its ring as long as the driver has it configured."""
 
     def __init__(self, device: Device, number: int, file: OpenFile | None = None) -> None:
-        """`file` is shared with other queues of its worker; None: the queue has its own flushes, on the device's fd."""
+        """`file` is shared with other queues of the worker; None: the queue has its own flushes, on the device's fd."""
         self.number = number
         self.device = device
         self._file = file
@@ -211,11 +210,11 @@ class Queue:
 
     @property
     def fd(self) -> int:
-        """The open file of the image for its I/O."""
+        """The fd of the image that the queue uses for I/O."""
         return self._file.fd if self._file else self.device.fd
 
     def prepare(self) -> None:
-        """Allocate what only a started queue needs; a second call does nothing."""
+        """Allocate the structs that only a started queue needs; a second call does nothing."""
         if self.counters is not NO_COUNTERS:
             return
         self._file = self._file or OpenFile(self.device.fd)

@@ -81,7 +81,7 @@ class Signaller:
 
 
 def _open_null() -> int:
-    """/dev/null, or, in a jail without /dev, a file that is as empty."""
+    """/dev/null, or, in a jail without /dev, an empty memfd."""
     try:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

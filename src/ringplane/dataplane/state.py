@@ -95,7 +95,7 @@ QUEUE = _struct(
     "write_through",
     "dsync",  # writes carry RWF_DSYNC
     "flush_writes",  # writes are followed by a flush
-    "flush_ranges",  # discards and the like are followed by a flush
+    "flush_ranges",  # discard, write zeroes and secure erase are followed by a flush
     "file",  # its open file of the image: what add_file() of the worker's engine returned
     "flushes",  # FLUSHES
     "call_fd",  # or -1

@@ -75,7 +75,7 @@ SLOTS = 512
 # the worker awake; measured in docs/benchmarks/findings.md.
 POLL_US = 50
 BOUNCE_BUFFERS = 16
-# The name of one in proc(5).
+# What /proc/PID/fd shows for an eventfd (proc(5)).
 EVENTFD = "anon_inode:[eventfd]"
 # The sleeps of the policy COALESCE last some 50 us. By default the kernel adds as much again.
 TIMER_SLACK_NS = 1000
@@ -527,7 +527,7 @@ def check_eventfd(fd: int, name: str) -> None:
 
 
 def _looks_like_eventfd(fd: int) -> bool:
-    """Without /proc: whether it has the inode of all eventfds, which no file, pipe or socket has."""
+    """Without /proc: whether the fd has the inode that all eventfds share, and that no file, pipe or socket has."""
     eventfd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         return os.path.sameopenfile(fd, eventfd)

@@ -205,11 +205,11 @@ class Aio:
     """Owns an AIO context, its eventfd and an epoll instance; `address` is the address of the AIO_ENGINE struct."""
 
     name = "aio"
-    # Why it does no I/O; empty: it does.
+    # Why this engine cannot do I/O; empty: it can.
     without_io = ""
 
     def __init__(self, capacity: int) -> None:
-        """Raises EngineUnavailable where the kernel forbids AIO, or has no room for `capacity` requests."""
+        """Raises EngineUnavailable if the kernel forbids AIO, or has no room for `capacity` requests."""
         self._context = self._make_context(capacity)
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
@@ -243,7 +243,7 @@ class Aio:
         return _io_setup(capacity)
 
     def _destroy_context(self) -> None:
-        """Waits for what is in flight."""
+        """Waits for requests in flight."""
         libc.io_destroy(self._context)
 
     def attach_thread(self) -> None:
@@ -279,7 +279,7 @@ class Aio:
 
 
 class Epoll(Aio):
-    """How a worker sleeps with AIO, without AIO: enough for disks whose images are memory."""
+    """The epoll part of `Aio` without AIO: a worker can sleep, which is enough for disks with images in memory."""
 
     name = "epoll"
 
@@ -301,7 +301,7 @@ REMEDIES = {
     errno.EPERM: "it is forbidden; allow it in the seccomp profile of the container or service",
     errno.ENOSYS: "the kernel is built without it, or a seccomp profile hides it",
     errno.EAGAIN: "the kernel has no room for {} more AIO requests; raise sysctl fs.aio-max-nr",
-    errno.ENOMEM: "there is no memory for it; raise the memory limit of the control group",
+    errno.ENOMEM: "there is too little memory; raise the memory limit of the control group",
 }
 
 

@@ -50,7 +50,7 @@ COMPLETION_SIZE = COMPLETION.itemsize
 
 
 class EngineUnavailable(OSError):
-    """This engine cannot be used here; the text says which system call failed, why, and what to do about it."""
+    """This engine is unavailable; the message says which system call failed, why, and what to do."""
 
     def __init__(self, engine: str, call: str, error: OSError, remedies: Mapping[int, str]) -> None:
         """`remedies`: what to do, by errno."""

@@ -323,7 +323,7 @@ def reap(engine):
 
 
 def _check_features(features: int) -> None:
-    """Raises OSError where the kernel is too old."""
+    """Raises OSError if the kernel is too old."""
     needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG
     if features & needed != needed:
         raise OSError(errno.EINVAL, "too old")
@@ -336,8 +336,8 @@ REMEDIES = {
     ),
     errno.EACCES: "it is forbidden; allow it in the policy of SELinux or AppArmor",
     errno.ENOSYS: "the kernel is built without it, or a seccomp profile hides it",
-    errno.EINVAL: "it takes Linux 6.1",
-    errno.ENOMEM: "there is no memory for it; raise the limit of locked memory (ulimit -l) or of the control group",
+    errno.EINVAL: "it needs Linux 6.1",
+    errno.ENOMEM: "there is too little memory; raise the limit of locked memory (ulimit -l) or of the control group",
 }
 
 
@@ -349,7 +349,7 @@ class Uring:
     without_io = ""
 
     def __init__(self, capacity: int) -> None:
-        """Raises EngineUnavailable where the kernel is older than 6.1 or io_uring is forbidden."""
+        """Raises EngineUnavailable if the kernel is older than 6.1 or io_uring is forbidden."""
         params = (ctypes.c_uint32 * (PARAMS_SIZE // 4))()
         entries = 1 << (2 * capacity + 64 - 1).bit_length()
         flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG

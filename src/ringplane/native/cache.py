@@ -1,6 +1,6 @@
-"""The folder of compiled code: where it is, who may write to it, and which versions it keeps.
+"""The cache folder of compiled code: its location, its permissions, and the versions that it keeps.
 
-Loading from it runs code, so it must belong to this user or to root, and nobody else may be able to write to it.
+Loading from it runs code, so it must belong to this user or to root, and no other user may be able to write to it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ TEMPORARY = "ringplane-cache-"
 FOLDER = re.compile(r"data-plane-[0-9a-f]{20}")
 
 VARIABLE = "RINGPLANE_CACHE_DIR"
-# More than the compiled code of a version, in bytes.
+# The space that must be free, in bytes: more than the compiled code of a version takes.
 ROOM = 4 << 20
-# Of fallocate(2): what really means that there is no room.
+# Errors of fallocate(2) that mean that there is no space.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """`folder` is for this version alone; None: nothing can be written, so each process compiles for itself.
+    """`folder` is the folder of this version; None: nothing can be written, so each process compiles.
 
-    `short_lived`: why what is compiled is lost at the end of the process, and what to do about it; empty: it is kept.
+    `short_lived`: why compiled code is lost at the end of the process, and what to do about it; empty: it is kept.
     """
 
     folder: Path | None
@@ -46,11 +46,11 @@ class Cache:
 
 @cache
 def version_folder() -> str:
-    """The name of the cache folder for these very sources, this Numba and this Python.
+    """The name of the cache folder for exactly these sources, this Numba and this Python.
 
-    Numba notices a change of the file that holds a compiled function, not of the files that hold its callees. A folder
-    named after all sources makes a stale data plane impossible, at the price of reading some 300 kB at start. Numba
-    compares times of modification too, so they are in the name: what is in the folder is what will be loaded.
+    Numba detects a change of the file with a compiled function, but not of the files with its callees. A folder named
+    after all sources makes a stale data plane impossible, at the cost of reading some 300 kB at start. Numba also
+    compares modification times, so they are part of the name: the code in the folder is the code that will be loaded.
     """
     digest = hashlib.blake2b(f"{numba.__version__} {sys.implementation.cache_tag}".encode(), digest_size=10)
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -63,8 +63,8 @@ def version_folder() -> str:
 def find_cache() -> Cache:
     """The cache in `$RINGPLANE_CACHE_DIR`, else in `$XDG_CACHE_HOME/ringplane`, else in `~/.cache/ringplane`.
 
-    Where that is unusable (a service without a home, a read-only system) it is a temporary folder for this process
-    alone, or nowhere.
+    If that is unusable (a service without a home, a read-only system), it is a temporary folder for this process, or
+    there is none.
     """
     chosen = os.environ.get(VARIABLE)
     base = Path(chosen) if chosen else _default_base()
@@ -77,18 +77,18 @@ def find_cache() -> Cache:
 
 
 def _default_base() -> Path | None:
-    """None for a user without a home folder, of whom HOME and passwd(5) know nothing."""
+    """None for a user without a home folder in HOME or passwd(5)."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return home / "ringplane" if home.is_absolute() else None
 
 
 def cache_directory() -> Path | None:
-    """The folder of compiled code for this version; None where nothing can be written."""
+    """The folder of compiled code for this version; None if nothing can be written."""
     return find_cache().folder
 
 
 def is_cached() -> bool:
-    """Whether a data plane compiled from these very sources is on disk (a start will be fast)."""
+    """Whether a data plane compiled from exactly these sources is on disk (a start will be fast)."""
     folder = cache_directory()
     return folder is not None and _is_filled(folder)
 
@@ -98,7 +98,7 @@ def _is_filled(folder: Path) -> bool:
 
 
 def _obstacle(base: Path) -> str:
-    """Why this folder, which is made if it is missing, cannot be the cache, and what to do; empty: it can be."""
+    """Why this folder cannot be the cache, and what to do; empty: it can be. It is created if it is missing."""
     user = os.geteuid()
     try:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _obstacle(base: Path) -> str:
 
 
 def _try_room(base: Path) -> None:
-    """Raises OSError where no file can be made, or none of this size."""
+    """Raises OSError if no file of this size can be created."""
     with tempfile.TemporaryFile(dir=base) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, ROOM)
@@ -129,7 +129,7 @@ def _try_room(base: Path) -> None:
 
 
 def _make_temporary() -> Path | None:
-    """A new folder wherever one can be made, removed at exit."""
+    """A new folder in the first place where one can be created; it is removed at exit."""
     for parent in _temporary_places():
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
@@ -147,14 +147,14 @@ def _temporary_places() -> Iterator[str]:
 
 
 def remove_temporary_cache() -> None:
-    """Do now what is otherwise done at exit; everything that will be called has been loaded."""
+    """Remove the temporary folder now instead of at exit; all code that will be called has been loaded."""
     folder = cache_directory()
     if folder is not None and folder.parent.name.startswith(TEMPORARY):
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def forget_old_versions() -> None:
-    """Keep the cache folders of the newest few versions; older ones are never read again."""
+    """Keep the cache folders of the newest versions; older ones are never read again."""
     current = cache_directory()
     if current is None:
         return

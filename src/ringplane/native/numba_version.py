@@ -1,4 +1,4 @@
-"""The versions of Numba that ringplane is known to work with: native/parts.py uses what Numba does not document."""
+"""The versions of Numba that ringplane is known to work with: native/parts.py uses undocumented parts of Numba."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numba
 
 log = logging.getLogger(__name__)
 
-# The first and the last that all tests were run with.
+# The first and the last version that all tests were run with.
 OLDEST, NEWEST = (0, 61), (0, 68)
 
 
 class UnsupportedNumba(ImportError):
-    """ringplane does not work with this Numba; the text is one line."""
+    """ringplane does not work with this Numba; the message is one line."""
 
     def __init__(self, why: object) -> None:
         too_new = (NEWEST[0], NEWEST[1] + 1)
@@ -26,7 +26,7 @@ class UnsupportedNumba(ImportError):
 
 
 def check(works: Callable[[], bool]) -> None:
-    """Raises UnsupportedNumba. What no test has been run with gets one warning, and is tried out by `works`."""
+    """Raises UnsupportedNumba. An untested version gets one warning, and is tried with `works`."""
     version = tuple(map(int, re.findall(r"\d+", numba.__version__)[:2]))
     if version < OLDEST:
         raise UnsupportedNumba("it is too old")

@@ -1,4 +1,4 @@
-"""What a process reads about itself in /proc (proc(5)), and what is lost where it is not mounted, as in some jails."""
+"""What a process reads about itself in /proc (proc(5)), and what is lost if that is not mounted, as in some jails."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def warn_if_missing() -> None:
-    """One line; each function of this file says what it returns then."""
+    """Log one line if /proc is not mounted; each function of this file says what it returns then."""
     if not SELF.exists():
         log.warning(
-            "/proc is not mounted: not checked are threads that the sandbox does not cover and code that can be "
-            "written; the compiler's memory is kept; a zoned disk whose process is killed loses what was not flushed"
+            "/proc is not mounted: threads outside the sandbox and writable code are not detected; the compiler's "
+            "memory is not released; a zoned disk whose process is killed loses what was not flushed"
         )
 
 
 def open_file(fd: int) -> Path:
-    """What opens the file again that is open as `fd`, whatever its path is by now; it does not exist without /proc."""
+    """A path that opens the file of `fd` again, even if it was renamed; without /proc it does not exist."""
     return SELF / "fd" / str(fd)
 
 
 def kind_of(fd: int) -> str:
-    """What is open as `fd`, as `anon_inode:[eventfd]`; empty without /proc."""
+    """The kind of `fd` as /proc shows it, for example `anon_inode:[eventfd]`; empty without /proc."""
     try:
         return os.readlink(open_file(fd))
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def mappings() -> Iterator[tuple[int, int, str, str]]:
 
 
 def other_threads() -> int:
-    """How many threads this process has beside the calling one, not only those of Python; 0 without /proc."""
+    """How many other threads this process has, including those not started by Python; 0 without /proc."""
     try:
         return len(os.listdir(SELF / "task")) - 1
     except FileNotFoundError:
