@@ -5,16 +5,17 @@ It has a header, then two arrays of pointers (engines/zones.py says what each is
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.engines.ranges import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ringplane.engines.ranges import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, ZEROS_SIZE
 from ringplane.engines.zones import ZONE, ZONES
 from ringplane.image import Image, ImageError
 from ringplane.native import libc, procfs
@@ -48,8 +49,12 @@ MAX_APPEND_SECTORS = 2048
 class ZoneFile:
     """The zones of an image; `address` is the address of their ZONES struct."""
 
-    def __init__(self, image: Image, model: ZoneModel, *, block_size: int, shared: bool = False) -> None:
+    def __init__(
+        self, image: Image, model: ZoneModel, *, block_size: int, new: bool = False, shared: bool = False
+    ) -> None:
         """Open the file, or create it for an image without data; raises ImageError and OSError.
+
+        `new`: the image has just been created, so it has no data, whatever its file system reports.
 
         The pointers of the writes that the last process completed count, or, after a crash of the machine, those of its
         stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
@@ -60,7 +65,7 @@ class ZoneFile:
         self.count = _count(image, model, block_size)
         self.created = not self.path.exists()
         if self.created:
-            _check_blank(image)
+            _check_blank(image, new)
             _create(self.path, model, self.count)
         self._fd = os.open(self.path, os.O_CLOEXEC | (os.O_RDONLY if image.read_only else os.O_RDWR))
         try:
@@ -140,10 +145,8 @@ class ZoneFile:
         """Sectors beyond a pointer read as zeros (section 5.2.6.2), even if a write or reset was interrupted there."""
         size = self.model.size
         for index in range(self.model.conventional, self.count):
-            start = int(pointers[index]) * SECTOR
-            with contextlib.suppress(OSError):
-                mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-                libc.fallocate(self.image.fd, mode, index * size + start, size - start)
+            start = index * size + int(pointers[index]) * SECTOR
+            _forget(self.image.fd, start, (index + 1) * size)
 
     def sync(self) -> None:
         """Like `engines.zones.sync`, while no request is in flight; raises OSError."""
@@ -235,7 +238,7 @@ def _count(image: Image, model: ZoneModel, block_size: int) -> int:
         more = -image.size % model.size
         raise ImageError(
             f"{image.path}: the size is not a multiple of the zone size of {model.size} bytes; "
-            f"add {more} bytes with: truncate -s +{more} {image.path}"
+            f"add {more} bytes with: truncate -s +{more} {shlex.quote(str(image.path))}"
         )
     count = image.size // model.size
     if model.conventional >= count:
@@ -245,15 +248,32 @@ def _count(image: Image, model: ZoneModel, block_size: int) -> int:
     return count
 
 
-def _check_blank(image: Image) -> None:
+def _forget(fd: int, start: int, end: int) -> None:
+    """Have these bytes of a file read as zeros; where it makes no hole, zeros are written over its data."""
+    try:
+        libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
+        return
+    except OSError:
+        pass
+    with mmap.mmap(-1, ZEROS_SIZE) as zeros, memoryview(zeros) as view:
+        while (start := next_data(fd, start)) < end:
+            with view[: end - start] as piece:
+                start += os.pwritev(fd, [piece], start)
+
+
+def next_data(fd: int, offset: int) -> int:
+    """Where a file has data from `offset` on; after its end if it has none. All is data where nobody knows."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return sys.maxsize if error.errno == errno.ENXIO else offset
+
+
+def _check_blank(image: Image, new: bool) -> None:
     if image.read_only:
         raise ImageError(f"{image.path}: {path_beside(image.path).name} is missing, which a read-only zoned disk needs")
-    try:
-        os.lseek(image.fd, 0, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return
-        raise
+    if new or next_data(image.fd, 0) >= image.size:
+        return
     raise ImageError(
         f"{image.path}: the image has data, but {path_beside(image.path).name} with its write pointers is missing; "
         "create a zoned disk as a new image (--create)"
@@ -268,8 +288,8 @@ def _create(path: Path, model: ZoneModel, count: int) -> None:
     new = path.with_name(f"{path.name}.new")
     fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(fd, 0, _file_size(count))
-        os.pwrite(fd, header.tobytes(), 0)
+        # Written, as not every file system allocates on request.
+        os.pwrite(fd, header.tobytes().ljust(_file_size(count), b"\0"), 0)
         os.fsync(fd)
         os.rename(new, path)
     except BaseException:

@@ -75,6 +75,8 @@ class FuseFile:
         self.path = folder / NAME
         self.content = bytearray(size)
         self.rule: Rule = obey
+        # An errno for the flags of open(2), or 0.
+        self.open_rule: Callable[[int], int] = lambda flags: 0
         self.held: list[Operation] = []
         self.seen: list[Operation] = []
         self.failure: BaseException | None = None
@@ -228,7 +230,8 @@ class FuseFile:
                 self.content[size:] = bytes(max(0, size - len(self.content)))
             self._reply(unique, struct.pack("<Q2I", 0, 0, 0) + self._attributes(node))
         elif opcode == OPEN:
-            self._reply(unique, struct.pack("<QII", 1, 0, 0))
+            refused = self.open_rule(struct.unpack_from("<I", body)[0])
+            self._reply(unique, b"" if refused else struct.pack("<QII", 1, 0, 0), refused)
         elif opcode == STATFS:
             self._reply(unique, struct.pack("<5Q4I24x", 1 << 20, 1 << 19, 1 << 19, 1, 1, 4096, 255, 4096, 0))
         elif opcode in (RELEASE, DESTROY):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Disk:
     queues: int = 1
     direct: bool = True
     engine: str = "auto"
+    block_size: int = 512
+    more: str = ""  # of its table
 
 
 @dataclass
@@ -55,8 +57,8 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(*disks: Disk, engine: str = "io_uring") -> Iterator[Served]:
-    """Serve all disks on one I/O thread."""
+def serving(*disks: Disk, engine: str = "io_uring", program: Sequence[str] = ("-m", "ringplane")) -> Iterator[Served]:
+    """Serve all disks on one I/O thread; `program` is what Python runs as `ringplane`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']
@@ -64,10 +66,11 @@ def serving(*disks: Disk, engine: str = "io_uring") -> Iterator[Served]:
             tables.append(
                 f'[[disk]]\nimage = "{disk.image}"\nsocket-path = "{number}.sock"\nnum-queues = {disk.queues}\n'
                 f'direct = {str(disk.direct).lower()}\nengine = "{disk.engine}"\n'
+                f"block-size = {disk.block_size}\n{disk.more}\n"
             )
         (folder / "disks.toml").write_text("\n".join(tables))
         with (folder / "log").open("w") as log:
-            command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
+            command = [sys.executable, *program, "serve", "--config", str(folder / "disks.toml")]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None

@@ -112,7 +112,7 @@ def told_once(served: Served, text: str) -> None:
 def small_disk(folder: Path, kind: str, *options: str, mount: str = "loop") -> Iterator[Path]:
     """A file system on a loop device."""
     folder.mkdir()
-    device = sparse(folder.with_suffix(".disk"), 128 * MIB if kind == "btrfs" else 8 * MIB)
+    device = sparse(folder.with_suffix(".disk"), {"btrfs": 128, "xfs": 320}.get(kind, 8) * MIB)
     subprocess.run([f"mkfs.{kind}", "-q", *options, device], check=True)
     subprocess.run(["mount", "-o", mount, device, folder], check=True)
     try:

@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import select
+import shutil
 import socket
 import struct
 import subprocess
@@ -330,6 +331,25 @@ def small_tmpfs(folder: Path, mib: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def loop_device(path: Path, *options: str) -> Iterator[Path]:
+    """A block device over this file."""
+    if os.getuid() != 0:
+        pytest.skip("only root can make a loop device")
+    losetup = shutil.which("losetup")
+    if losetup is None:
+        pytest.skip("losetup is not installed")
+    command = [losetup, "--find", "--show", *options, str(path)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device can be made here: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        yield Path(device)
+    finally:
+        subprocess.run([losetup, "--detach", device], check=True)
 
 
 def new_eventfd() -> int:

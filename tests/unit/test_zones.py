@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -490,6 +491,46 @@ def test_pointers_are_kept_across_a_restart(serve: Serve) -> None:
     with Disk(serve()) as disk:
         assert disk.zones()[3:6] == [(CLOSED, 1), (EMPTY, 0), (FULL, ZONE)]
         assert disk.read(3 * ZONE, 2) == (OK, pattern(512) + bytes(512))
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_system_that_reports_no_holes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
+) -> None:
+    """All of a file seems to be data there, but one that has just been created has none."""
+    monkeypatch.setattr(zonefile, "next_data", lambda fd, offset: offset)
+    image = folder / "other.img"
+    if not new:
+        image.touch()
+        os.truncate(image, 16 * MODEL.size)
+
+    def serve_it() -> None:
+        ringplane.serve(image, tmp_path / "other.sock", create=16 * MODEL.size, zoned=MODEL, num_queues=1).stop()
+
+    if new:
+        serve_it()
+    else:
+        with pytest.raises(ImageError, match="has data"):
+            serve_it()
+
+
+def test_data_behind_a_pointer_is_overwritten_where_no_hole_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(zonefile.libc, "fallocate", refuse)
+    path, hole, size = tmp_path / "image", 1 << 20, 4 << 20
+    with path.open("wb") as file:
+        file.write(pattern(hole))
+        file.seek(2 * hole)
+        file.write(pattern(hole))
+        file.truncate(size)
+    with path.open("r+b") as file:
+        zonefile._forget(file.fileno(), 4096, size - 4096)
+    assert path.read_bytes() == pattern(hole)[:4096] + bytes(size - 4096)
+    assert path.stat().st_blocks * 512 < 3 * hole, "holes were filled"
 
 
 def crash(monkeypatch: pytest.MonkeyPatch, folder: Path, boot: bytes | None) -> None:

@@ -30,6 +30,7 @@ from ringplane.dataplane.zones import end_reset, end_write, record_reached
 from ringplane.engines.common import (
     COMPLETION,
     COMPLETION_SIZE,
+    DISCARD,
     ENGINE,
     FLUSH,
     READ,
@@ -42,7 +43,7 @@ from ringplane.engines.dispatch import reap
 from ringplane.histogram import count
 from ringplane.native.access import address_of, store8, view
 from ringplane.native.jit import compiled
-from ringplane.native.syscalls import EINTR, monotonic_ns
+from ringplane.native.syscalls import EINTR, EOPNOTSUPP, monotonic_ns
 from ringplane.virtio import inflight
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_notification
@@ -95,6 +96,11 @@ def progress(worker, request, result):
         transfer(worker, request)
         return
     if result <= 0:
+        if result == -EOPNOTSUPP and request.dsync and request.operation == WRITE:
+            # Storage without RWF_DSYNC: from now on a flush follows each write of this queue.
+            queue.dsync, queue.flush_writes, request.dsync = 0, 1, 0
+            transfer(worker, request)
+            return
         # 0: nothing was transferred, although something was asked for: the image has become shorter.
         record_failure(worker, queue, request, result)
         finish(worker, queue, request, VIRTIO_BLK_S_IOERR)
@@ -129,7 +135,10 @@ def end_whole(worker, queue, request, result):
         flush(worker, queue, request)
         return
     request.done = request.length if result >= 0 else 0
-    finish(worker, queue, request, VIRTIO_BLK_S_OK if result >= 0 else VIRTIO_BLK_S_IOERR)
+    # Discard is advice, after which the data may be anything: a driver that was told of an error could do nothing
+    # about it, and loses nothing. Also where the medium fails: that is found out when the range is read or written.
+    done = result >= 0 or request.operation == DISCARD
+    finish(worker, queue, request, VIRTIO_BLK_S_OK if done else VIRTIO_BLK_S_IOERR)
 
 
 @compiled

@@ -104,7 +104,8 @@ class Failures:
 
 
 CONSEQUENCES = {
-    "flush": "; earlier writes may be lost, so each flush fails until the disk is stopped and started again"
+    "discard": "; discard is advice: the range is left as it is, and the request succeeds",
+    "flush": "; earlier writes may be lost, so each flush fails until the disk is stopped and started again",
 }
 
 

@@ -78,9 +78,9 @@ def send_held(worker):
 def queue_io(worker, request, iov, iov_count):
     """Queue an I/O for the rest of the request with the worker's engine."""
     queue = view(request.queue, QUEUE)
-    dsync = request.operation == WRITE and queue.dsync
+    request.dsync = request.operation == WRITE and queue.dsync
     engine, offset = view(worker.engine, ENGINE), offset_in_image(request)
-    prepare_io(engine, request.slot, request.operation, queue.file, iov, iov_count, offset, dsync)
+    prepare_io(engine, request.slot, request.operation, queue.file, iov, iov_count, offset, request.dsync)
 
 
 @compiled

@@ -17,7 +17,7 @@ from ringplane.dataplane.recover import PackedTracking, Place, SplitTracking
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, FLUSHES, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
-from ringplane.engines.ranges import ZEROS_SIZE
+from ringplane.engines.ranges import ZEROS_SIZE, granule
 from ringplane.memory import BadMemory, Mapping, MemoryTable
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
@@ -71,6 +71,7 @@ class Device:
         record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
         record["storage"], record["fd"], record["block_device"] = storage, fd, stat.S_ISBLK(os.fstat(fd).st_mode)
         record["image"], record["zeros"] = self.mapped.address if self.mapped else 0, int(_zeros().ctypes.data)
+        record["granule"] = granule(fd, page_cache=self.uses_page_cache)
         record["zones"] = zones
         record["lifetime"] = len(lifetime)
         record["lifetime_data"][: len(lifetime)] = np.frombuffer(lifetime, np.uint8)
@@ -95,6 +96,11 @@ class Device:
     @size.setter
     def size(self, size: int) -> None:
         self._record["capacity"] = size // SECTOR
+
+    @property
+    def granule(self) -> int:
+        """Ranges are discarded in whole multiples of so many bytes."""
+        return int(self._record["granule"][0])
 
     @property
     def flush_failed(self) -> bool:

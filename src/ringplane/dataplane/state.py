@@ -17,7 +17,8 @@ def _struct(*fields: str) -> np.dtype[np.void]:
     return np.dtype([(field, "<i8") for field in fields])
 
 
-# A disk. Written by the control plane, except `flush_failed`. The last fields are a BACKING (engines/ranges.py).
+# A disk. Written by the control plane, except `flush_failed` and `refused`. The last fields are a BACKING
+# (engines/ranges.py).
 DEVICE = np.dtype(
     [
         ("capacity", "<i8"),  # in sectors of 512 bytes
@@ -93,7 +94,7 @@ QUEUE = _struct(
     "newest",
     # The driver does not flush, so each request that changes the disk completes when the change is stable:
     "write_through",
-    "dsync",  # writes carry RWF_DSYNC
+    "dsync",  # writes carry RWF_DSYNC, unless storage has refused that
     "flush_writes",  # writes are followed by a flush
     "flush_ranges",  # discard, write zeroes and secure erase are followed by a flush
     "file",  # its open file of the image: what add_file() of the worker's engine returned
@@ -175,6 +176,7 @@ REQUEST = _struct(
     "iov",  # the buffers that are still to be transferred
     "iov_count",
     "done",  # bytes transferred
+    "dsync",  # its last I/O carried RWF_DSYNC
     "joined",  # slot of the request that follows in the same merged I/O, or -1 (merge.py)
     "whole_length",  # bytes, and IOVEC structs, of the I/O that begins with this request
     "whole_iov_count",

@@ -164,10 +164,10 @@ def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
     while end < size:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError:
-            # ENXIO: a hole up to the end.
+            # ENXIO: a hole up to the end. If the call is refused: what is not marked is transferred by system calls.
             break
-        end = os.lseek(fd, start, os.SEEK_HOLE)
         present[start // PAGE : -(-end // PAGE)] = 1
     return present
 
@@ -177,4 +177,7 @@ def is_memory(fd: int) -> bool:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         # fstatfs(2) of a block device describes the file system of its node in /dev, often a tmpfs, not its data.
         return False
-    return libc.file_system_type(fd) in (libc.TMPFS_MAGIC, libc.RAMFS_MAGIC, libc.HUGETLBFS_MAGIC)
+    try:
+        return libc.file_system_type(fd) in (libc.TMPFS_MAGIC, libc.RAMFS_MAGIC, libc.HUGETLBFS_MAGIC)
+    except OSError:
+        return False
