@@ -351,6 +351,7 @@ DISK_KEYS: dict[str, Check] = {
     "lock": _one_of(*LOCKS),
     "num-queues": _whole(1, MAX_QUEUES),
     "block-size": _one_of(*BLOCK_SIZES),
+    "physical-block-size": _size,
     "serial": _serial,
     "features": _features,
     "zoned": _zones,

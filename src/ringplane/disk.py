@@ -68,6 +68,7 @@ class Disk:
         *,
         num_queues: int,
         block_size: int,
+        physical_block_size: int | None = None,
         serial: str | None = None,
         engine: str = AUTO,
         switches: Mapping[str, bool] | None = None,
@@ -75,6 +76,7 @@ class Disk:
     ) -> None:
         """`serial` is at most 20 bytes; without one it is derived from the image's path.
 
+        `physical_block_size` is reported instead of that of the storage.
         `engine` is one of ENGINES; of those that a worker has, the workers' own is used. `switches` says of features by
         their names whether to offer them. A disk with `zones` is host-managed, and served by the first worker alone,
         as they are not guarded against others. Raises ImageError where the image cannot be served so, ValueError for a
@@ -88,7 +90,7 @@ class Disk:
         name = image.path.name
         self.storage = storage_of(image, engine, workers)
         alignment = (image.alignment.memory, image.alignment.block)
-        self.limits = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
+        found = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
         try:
             self._device = Device(
                 image.fd,
@@ -99,11 +101,12 @@ class Disk:
                 serial=self.serial,
                 name=name,
                 storage=self.storage,
-                lifetime=_lifetime(self.limits),
+                lifetime=_lifetime(found),
                 zones=zones.address if zones else 0,
             )
         except OSError as error:
             raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
+        self.limits = found.for_blocks(block_size, physical_block_size, self._device.granule)
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
         files = self._open_for(self.workers)
         self.queues = [Queue(self._device, number, files.get(worker)) for number, worker in enumerate(self.workers)]
@@ -243,9 +246,9 @@ class Disk:
     def _describe_topology(self, config: np.void) -> None:
         """In blocks of the logical size; a physical block has a power of two of them."""
         limits = self.limits
-        config["physical_block_exp"] = max(0, (limits.physical_block // self.block_size).bit_length() - 1)
-        config["min_io_size"] = min(max(1, limits.minimum_io // self.block_size), 0xFFFF)
-        config["opt_io_size"] = min(limits.optimal_io // self.block_size, 0xFFFF_FFFF)
+        config["physical_block_exp"] = (limits.physical_block // self.block_size).bit_length() - 1
+        config["min_io_size"] = limits.minimum_io // self.block_size
+        config["opt_io_size"] = limits.optimal_io // self.block_size
         config["writeback"] = 1
 
     def _describe_ranges(self, config: np.void) -> None:

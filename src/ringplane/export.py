@@ -25,13 +25,14 @@ from ringplane.dataplane.warm import warm_up
 from ringplane.dataplane.worker import POLL_US, WorkerEnded
 from ringplane.disk import Disk
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
+from ringplane.formats import describe, find_format
 from ringplane.handover import Predecessor, offer_successors, socket_beside
 from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
 from ringplane.listener import Listener, ListenError
 from ringplane.native import procfs
 from ringplane.server import IoThread, Server
-from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel
+from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel, check_physical_block_size
 from ringplane.vhost_user.session import Session
 from ringplane.vhost_user.snapshot import SessionSnapshot
 from ringplane.vhost_user.transport import AsyncTransport, wake
@@ -68,6 +69,7 @@ class DiskConfig:
     num_queues: int = MAX_QUEUES
     engine: str = AUTO
     block_size: int = 512
+    physical_block_size: int | None = None
     serial: str | None = None
     features: Mapping[str, bool] = field(default_factory=dict)
     zoned: ZoneModel | None = None
@@ -81,6 +83,8 @@ class DiskConfig:
             raise ValueError(f"lock is {self.lock!r}; it is one of {', '.join(LOCKS)}")
         if self.zoned and self.share_rw:
             raise ValueError("a zoned disk cannot be shared, as each process would have write pointers of its own")
+        if self.physical_block_size is not None:
+            check_physical_block_size(self.physical_block_size, self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ class Export:
             [server.workers[name] for name in config.io_threads],
             num_queues=config.num_queues,
             block_size=config.block_size,
+            physical_block_size=config.physical_block_size,
             serial=config.serial,
             engine=config.engine,
             switches=config.features,
@@ -397,6 +402,7 @@ def serve(
     poll_us: int | None = POLL_US,
     pin_memory: bool = False,
     block_size: int = 512,
+    physical_block_size: int | None = None,
     serial: str | None = None,
     features: Mapping[str, bool] | None = None,
     zoned: ZoneModel | None = None,
@@ -415,6 +421,7 @@ def serve(
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
     export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
+    `physical_block_size` is reported to the guest instead of that of the storage.
     `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
     connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
     `give_up`: see `serve_all`. `lock` is one of `ringplane.values.LOCKS`: QEMU's locks are taken `on` all images, on
@@ -439,6 +446,7 @@ def serve(
         num_queues=num_queues,
         engine=engine,
         block_size=block_size,
+        physical_block_size=physical_block_size,
         serial=serial,
         features=features or {},
         zoned=zoned,
@@ -534,9 +542,11 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
         block_size=config.block_size,
     )
     undo.callback(opened.close)
+    if found := find_format(opened.fd, opened.size):
+        log.warning("%s", describe(found, config.image))
     zones = None
     if config.zoned:
-        zones = ZoneFile(opened, config.zoned, block_size=config.block_size)
+        zones = ZoneFile(opened, config.zoned, block_size=config.block_size, new=created)
         undo.callback(_remove, zones)
         undo.callback(zones.close)
     else:

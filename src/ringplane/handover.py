@@ -56,7 +56,17 @@ MAX_MESSAGE = 64 << 20
 READY_PATIENCE, DRAIN_PATIENCE, TAKING_PATIENCE = 120.0, 2.0, 5.0
 
 # The options of a disk that a guest sees, or that other processes rely on: a restart does not change them.
-FIXED = ("read_only", "direct", "share_rw", "num_queues", "block_size", "serial", "features", "zoned")
+FIXED = (
+    "read_only",
+    "direct",
+    "share_rw",
+    "num_queues",
+    "block_size",
+    "physical_block_size",
+    "serial",
+    "features",
+    "zoned",
+)
 
 # The values of a DiskConfig as JSON.
 Options = dict[str, Any]

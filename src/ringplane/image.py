@@ -8,12 +8,14 @@ import fcntl
 import logging
 import mmap
 import os
+import shlex
 import stat
 import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringplane.formats import find_format
 from ringplane.native import libc, procfs
 from ringplane.values import LOCK_AUTO, LOCK_OFF, LOCK_ON
 
@@ -24,6 +26,8 @@ BLKGETSIZE64 = 0x80081272
 BLKROGET = 0x125E
 
 BLOCK_SIZES = (512, 4096)
+# The largest that block devices have, so that O_DIRECT may want it.
+LARGEST_SECTOR = 64 << 10
 
 # The bytes that QEMU locks in an image (its block/file-posix.c): one range for what an opener does with the image,
 # one for what it does not allow others to do. The same bytes make QEMU and ringplane refuse each other's images.
@@ -144,11 +148,24 @@ class Image:
                 raise _not_permitted(path, read_only)
             if fd is None:
                 _lock_as(lock, self.fd, path, read_only=read_only, share_rw=share_rw)
-            self.alignment = _alignment(self.fd, path) if self.direct else UNALIGNED
+            self.alignment = self._find_alignment() if self.direct else UNALIGNED
             _check_block_size(self, block_size)
         except BaseException:
             os.close(self.fd)
             raise
+
+    def _find_alignment(self) -> Alignment:
+        """Of O_DIRECT, or UNALIGNED where that cannot even be read with, and is not used then. Raises ImageError."""
+        found = _alignment(self.fd)
+        if found is not None:
+            return found
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self.direct = False
+        try:
+            os.pread(self.fd, BLOCK_SIZES[0], 0)
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return UNALIGNED
 
     @property
     def is_file(self) -> bool:
@@ -198,13 +215,11 @@ class Image:
 def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
     # Non-blocking, so that a FIFO can be refused instead of waited for; it means nothing to files and block devices.
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+    if direct:
+        # Whatever the reason of a refusal: if it is not about O_DIRECT, it comes again.
+        with contextlib.suppress(OSError):
+            return os.open(path, flags | os.O_DIRECT), True
     try:
-        if direct:
-            try:
-                return os.open(path, flags | os.O_DIRECT), True
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
         return os.open(path, flags), False
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file; --create SIZE makes one") from None
@@ -243,19 +258,34 @@ def _check_writable(fd: int, path: Path) -> None:
 def _check_block_size(image: Image, block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
         raise ImageError(f"a block size of {block_size} is not supported; it is 512 or 4096")
+    if image.size == 0 and not image.is_file:
+        raise ImageError(f"{image.path}: this block device has a size of 0; attach its storage first")
     if image.size == 0:
         raise ImageError(f"{image.path}: is empty; truncate(1) gives it a size, --create SIZE makes a new image")
     if image.size % block_size:
-        short = -image.size % block_size
         raise ImageError(
-            f"{image.path}: its size of {image.size} bytes is no multiple of the block size {block_size}; "
-            f"add {short} bytes with: truncate -s +{short} {image.path}"
+            f"{image.path}: its size of {image.size} bytes is not a multiple of the block size {block_size}; "
+            f"{_how_to_fit(image, block_size)}"
         )
     if image.alignment.block > block_size:
+        largest = BLOCK_SIZES[-1]
+        fits = image.alignment.block <= largest and image.size % largest == 0
         raise ImageError(
             f"{image.path}: its storage transfers only blocks of {image.alignment.block} bytes with O_DIRECT; "
-            f"use --block-size {image.alignment.block} or --buffered"
+            f"use {f'--block-size {largest} or ' if fits else ''}--buffered"
         )
+
+
+def _how_to_fit(image: Image, block_size: int) -> str:
+    """How an image becomes one of whole blocks, or is served with smaller ones."""
+    found = find_format(image.fd, image.size)
+    if found and (command := found.command_for(image.path)):
+        return f"it looks like a {found.name}; make a raw image with: {command}"
+    if not image.is_file:
+        smallest = BLOCK_SIZES[0]
+        return f"use --block-size {smallest}{' --buffered' if image.alignment.block > smallest else ''}"
+    short = -image.size % block_size
+    return f"add {short} bytes with: truncate -s +{short} {shlex.quote(str(image.path))}"
 
 
 def _lock_as(lock: str, fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
@@ -309,18 +339,18 @@ def _try_lock(fd: int, *, read_only: bool, share_rw: bool) -> bool:
     return True
 
 
-def _alignment(fd: int, path: Path) -> Alignment:
+def _alignment(fd: int) -> Alignment | None:
     """What the kernel says (statx(2), STATX_DIOALIGN, since 6.1); where it says nothing, found out by reading.
 
-    Reading cannot tell what memory alignment is wanted, as a hole in the image is read without any I/O: a whole block
-    is always enough.
+    Reading does not show what memory alignment is wanted, as a hole in the image is read without any I/O: a whole block
+    is always enough. None if no read with O_DIRECT succeeds.
     """
     stated = libc.direct_io_alignment(fd)
     if stated is not None:
         return Alignment(*stated)
-    with mmap.mmap(-1, 4096) as memory, memoryview(memory) as view:
-        for block in (512, 1024, 2048, 4096):
+    with mmap.mmap(-1, LARGEST_SECTOR) as memory, memoryview(memory) as view:
+        for block in (LARGEST_SECTOR >> halvings for halvings in range(7, -1, -1)):
             with contextlib.suppress(OSError), view[:block] as part:
                 os.preadv(fd, [part], 0)
                 return Alignment(block, block)
-    raise ImageError(f"{path}: cannot be read with O_DIRECT; use --buffered")
+    return None

@@ -10,25 +10,28 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ringplane.engines.ranges import BLKSECDISCARD, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ringplane.engines.ranges import BLKDISCARD, BLKSECDISCARD, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.native import libc
 
 SYSFS = Path("/sys/dev/block")
 
-# A file system's idea of a good size (huge pages, a striped array) may be larger than what it must read and write.
-LARGEST_BLOCK = 64 * 1024
+# A physical block where nothing says what it is; databases refuse larger ones, unless a device really has them.
+USUAL_BLOCK = 4096
+
+# Limits beyond these are mistakes of whoever reports them, or of no use: guests make their read-ahead of `optimal_io`.
+LARGEST_BLOCK, LARGEST_OPTIMAL, LARGEST_GRANULARITY = 64 << 10, 64 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes in bytes; `physical_block` is what storage writes at once, a power of two, `optimal_io` 0 if it is unknown.
 
-    `discard` and `secure_erase` tell the granularity at which ranges can be discarded so, 0 where they cannot.
-    `punches` says that zeros may be holes. `lifetime` is (pre-EOL information, estimates of type A and B) as eMMC tells
-    them, if it does.
+    `discard` and `secure_erase` are the granularity at which ranges can be discarded so, 0 where they cannot.
+    `punches` says that zeros may be holes. `lifetime` is (pre-EOL information, estimates of type A and B) as eMMC
+    reports them, if it does.
     """
 
     physical_block: int = 512
@@ -39,15 +42,49 @@ class Limits:
     punches: bool = False
     lifetime: tuple[int, int, int] | None = None
 
+    def for_blocks(self, logical: int, physical: int | None = None, granule: int = 1) -> Limits:
+        """For a disk of such logical blocks, with another physical block if one is given; sizes fit each other.
+
+        Only whole granules are discarded (engines/ranges.py). Sizes that make no sense are left out: guests divide by
+        them and round to them.
+        """
+        block = max(physical or _power_of_two(self.physical_block, LARGEST_BLOCK), logical)
+        # Where it is a block, and not the share of a disk in an array, it is another one with that.
+        minimum = max(block, self.minimum_io if self.minimum_io > self.physical_block else 0)
+        return replace(
+            self,
+            physical_block=block,
+            minimum_io=minimum if minimum % block == 0 and minimum // logical <= 0xFFFF else block,
+            optimal_io=self.optimal_io if self.optimal_io % block == 0 and self.optimal_io <= LARGEST_OPTIMAL else 0,
+            discard=_granularity(self.discard, max(logical, granule)),
+            secure_erase=_granularity(self.secure_erase, max(logical, granule)),
+        )
+
+
+def _power_of_two(size: int, largest: int) -> int:
+    return size if size & (size - 1) == 0 and 512 <= size <= largest else USUAL_BLOCK
+
+
+def _granularity(size: int, smallest: int) -> int:
+    """0 stays 0."""
+    return size if size % smallest == 0 and size <= LARGEST_GRANULARITY else smallest
+
 
 def limits(fd: int, *, read_only: bool, sysfs: Path = SYSFS) -> Limits:
-    """Those of an open image; of one that is read-only nothing can be discarded. `sysfs` is where devices are told."""
+    """Those of an open image; of one that is read-only nothing can be discarded. `sysfs` has the block devices."""
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
-        return _of_device(fd, sysfs / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}", read_only)
-    block = min(status.st_blksize, LARGEST_BLOCK)
+        return _of_device(fd, _disk(sysfs, status.st_rdev), read_only)
     punches = not read_only and _can_punch(fd, status.st_size)
-    return Limits(block, block, discard=status.st_blksize if punches else 0, punches=punches)
+    # Of the device that the file system is on, if it is on one: network file systems and some others are not.
+    block = _number(_disk(sysfs, status.st_dev) / "queue/physical_block_size") or USUAL_BLOCK
+    return Limits(block, block, status.st_blksize, discard=_fragment(fd) if punches else 0, punches=punches)
+
+
+def _disk(sysfs: Path, device: int) -> Path:
+    """Its folder in sysfs; a partition has the limits of its disk."""
+    entry = sysfs / f"{os.major(device)}:{os.minor(device)}"
+    return entry.resolve().parent if (entry / "partition").exists() else entry
 
 
 def _can_punch(fd: int, size: int) -> bool:
@@ -59,29 +96,41 @@ def _can_punch(fd: int, size: int) -> bool:
     return True
 
 
-def _of_device(fd: int, entry: Path, read_only: bool) -> Limits:
-    """A partition has the limits of its disk."""
-    disk = entry.resolve().parent if (entry / "partition").exists() else entry
-    granularity = _number(disk / "queue/discard_granularity") if _number(disk / "queue/discard_max_bytes") else 0
+def _fragment(fd: int) -> int:
+    """What a file system gives back at once, which may be less than it likes to transfer (huge pages on tmpfs)."""
+    try:
+        return os.fstatvfs(fd).f_frsize or USUAL_BLOCK
+    except OSError:
+        return USUAL_BLOCK
+
+
+def _of_device(fd: int, disk: Path, read_only: bool) -> Limits:
+    granularity = _number(disk / "queue/discard_granularity")
     physical = _number(disk / "queue/physical_block_size") or 512
     return Limits(
         physical_block=physical,
         minimum_io=_number(disk / "queue/minimum_io_size") or physical,
         optimal_io=_number(disk / "queue/optimal_io_size"),
-        discard=0 if read_only else granularity,
-        secure_erase=(granularity or physical) if not read_only and _can_erase(fd) else 0,
+        discard=(granularity or physical) if not read_only and _can_discard(fd, disk) else 0,
+        secure_erase=(granularity or physical) if not read_only and _refusal(fd, BLKSECDISCARD) == errno.EINVAL else 0,
         punches=not read_only,
         lifetime=_lifetime(disk / "device"),
     )
 
 
-def _can_erase(fd: int) -> bool:
-    """Whether there is secure erase: half a sector is invalid where there is, else the request is not supported."""
+def _can_discard(fd: int, disk: Path) -> bool:
+    """By asking the device, unless it is open for reading only (`ringplane check`)."""
+    why = _refusal(fd, BLKDISCARD)
+    return why == errno.EINVAL or (why == errno.EBADF and _number(disk / "queue/discard_max_bytes") > 0)
+
+
+def _refusal(fd: int, request: int) -> int | None:
+    """The errno of discarding or erasing half a sector: EINVAL where a device can do that, otherwise another one."""
     try:
-        fcntl.ioctl(fd, BLKSECDISCARD, struct.pack("QQ", 1, 1))
+        fcntl.ioctl(fd, request, struct.pack("QQ", 1, 1))
     except OSError as error:
-        return error.errno == errno.EINVAL
-    return True
+        return error.errno
+    return None
 
 
 def _lifetime(device: Path) -> tuple[int, int, int] | None:

@@ -24,6 +24,8 @@ MAX_POLL_US = 1_000_000
 
 MAX_SECONDS = 86_400
 
+MIN_BLOCK, MAX_BLOCK = 512, 64 << 10
+
 MIN_ZONE, MAX_ZONE = 64 << 10, 1 << 40
 
 # Features that users can switch (disk.py has the bit of each), and those that are off by default, because drivers that
@@ -71,6 +73,14 @@ def format_size(size: int) -> str:
     while round(number, 2) >= 1024:
         number, unit = number / 1024, next(units)
     return f"{number:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+
+
+def check_physical_block_size(size: int, block_size: int) -> None:
+    """Raises ValueError where a disk of such logical blocks cannot report this physical block size."""
+    if not MIN_BLOCK <= size <= MAX_BLOCK or size & (size - 1):
+        raise ValueError(f"a physical block size of {size}: it must be a power of two from {MIN_BLOCK} to {MAX_BLOCK}")
+    if size < block_size:
+        raise ValueError(f"a physical block size of {size}: it must not be less than the block size, {block_size}")
 
 
 def parse_cpus(text: str) -> frozenset[int]:

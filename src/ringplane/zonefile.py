@@ -210,7 +210,7 @@ def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
     path = path_beside(image.path)
     if not path.exists():
         _count(image, model, block_size)
-        _check_blank(image)
+        _check_blank(image, new=not image.path.exists())
         return
     reader = Image(image.path, read_only=True, block_size=block_size, fd=os.dup(image.fd))
     try:

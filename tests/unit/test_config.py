@@ -74,6 +74,7 @@ def test_file_with_every_key(tmp_path: Path) -> None:
         share-rw = true
         num-queues = 3
         block-size = 4096
+        physical-block-size = "16K"
         serial = "ABC"
         features = {{ packed = false, in-order = true }}
         engine = "null"
@@ -94,6 +95,7 @@ def test_file_with_every_key(tmp_path: Path) -> None:
             share_rw=True,
             num_queues=3,
             block_size=4096,
+            physical_block_size=16384,
             serial="ABC",
             features={"packed": False, "in-order": True},
             engine="null",
@@ -204,6 +206,13 @@ def test_shared_image(tmp_path: Path, how: str) -> None:
         ("read-only = 1", "read-only: 1 is neither true nor false"),
         ('direct = "yes"', 'direct: "yes" is neither true nor false'),
         ("share-rw = []", "share-rw: [] is neither true nor false"),
+        ("physical-block-size = 1000", "a physical block size of 1000: it must be a power of two from 512 to 65536"),
+        ('physical-block-size = "128K"', "a physical block size of 131072: it must be a power of two"),
+        ("physical-block-size = 0", "physical-block-size: 0 is not a positive size"),
+        (
+            "block-size = 4096\nphysical-block-size = 512",
+            "a physical block size of 512: it must not be less than the block size, 4096",
+        ),
         ("block-size = 1024", "block-size: 1024 is not one of 512, 4096"),
         ('block-size = "512"', 'block-size: "512" is not one of 512, 4096'),
         ("block-size = true", "block-size: true is not one of 512, 4096"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import mmap
 import os
 import random
@@ -10,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ import ringplane
 from ringplane import image
 from ringplane.driver import Driver
 from ringplane.image import Image, ImageError
+
+from .rig import loop_device
 
 SIZE = 1 << 20
 
@@ -127,12 +130,15 @@ def test_direct_io_works_at_the_stated_alignment(path: Path) -> None:
     assert path.read_bytes()[block : 2 * block] == content
 
 
-def test_a_file_system_without_direct_io_is_not_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO])
+def test_a_file_system_without_direct_io_is_not_an_error(
+    path: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.open
 
     def refusing(name: Path, flags: int, mode: int = 0o777) -> int:
         if flags & os.O_DIRECT:
-            raise OSError(22, "Invalid argument")
+            raise OSError(error, os.strerror(error))
         return real(name, flags, mode)
 
     monkeypatch.setattr(os, "open", refusing)
@@ -194,7 +200,7 @@ def test_a_size_that_is_not_a_multiple_of_the_block_size(tmp_path: Path, size: i
     path = tmp_path / "odd.img"
     path.write_bytes(bytes(size))
     text = refusal(path)
-    assert "no multiple of the block size 512" in text
+    assert "not a multiple of the block size 512" in text
     # The command that the message recommends must help.
     subprocess.run(text.split("with: ")[1].split(), check=True)
     Image(path).close()
@@ -203,7 +209,7 @@ def test_a_size_that_is_not_a_multiple_of_the_block_size(tmp_path: Path, size: i
 def test_a_size_that_is_not_a_multiple_of_large_blocks(tmp_path: Path) -> None:
     path = tmp_path / "odd.img"
     path.write_bytes(bytes(4096 + 512))
-    assert "no multiple of the block size 4096" in refusal(path, block_size=4096)
+    assert "not a multiple of the block size 4096" in refusal(path, block_size=4096)
     Image(path, block_size=512, direct=False).close()
 
 
@@ -312,24 +318,6 @@ def test_ringplane_cannot_open_an_image_that_qemu_writes(path: Path) -> None:
 # Block devices.
 
 
-@contextlib.contextmanager
-def loop_device(path: Path, *options: str) -> Iterator[Path]:
-    if os.getuid() != 0:
-        pytest.skip("only root can make a loop device")
-    losetup = shutil.which("losetup")
-    if losetup is None:
-        pytest.skip("losetup is not installed")
-    command = [losetup, "--find", "--show", *options, str(path)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"loop devices are unavailable: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
-        yield Path(device)
-    finally:
-        subprocess.run([losetup, "--detach", device], check=True)
-
-
 def test_a_block_device_has_the_size_of_its_storage(path: Path) -> None:
     with loop_device(path) as device, contextlib.closing(Image(device)) as opened:
         assert opened.size == SIZE
@@ -357,9 +345,66 @@ def test_a_block_device_is_served(path: Path, tmp_path: Path) -> None:
         assert path.read_bytes()[4096 : 4096 + len(data)] == data
 
 
-def test_the_error_for_4096_byte_blocks_says_what_to_do(path: Path) -> None:
-    with loop_device(path, "--sector-size", "4096") as device:
-        assert "use --block-size 4096 or --buffered" in refusal(device)
-        with contextlib.closing(Image(device, block_size=4096)) as opened:
-            assert opened.alignment.block == 4096
-        Image(device, direct=False).close()
+OPTIONS: dict[str, dict[str, bool | int]] = {
+    "--block-size 4096": {"block_size": 4096},
+    "--block-size 512": {"block_size": 512},
+    "--block-size 512 --buffered": {"block_size": 512, "direct": False},
+    "--buffered": {"direct": False},
+}
+
+
+def advised(text: str) -> list[dict[str, bool | int]]:
+    """The options that a refusal recommends."""
+    return [OPTIONS[each] for each in text.rpartition("; use ")[2].split(" or ")]
+
+
+@pytest.mark.parametrize("sector", [1024, 2048, 4096, 8192, 16384, 65536])
+def test_a_device_of_large_sectors_says_how_it_can_be_served(path: Path, sector: int) -> None:
+    with loop_device(path, "--sector-size", str(sector)) as device:
+        for block_size in (512, 4096):
+            if block_size >= sector:
+                continue
+            text = refusal(device, block_size=block_size)
+            assert f"transfers only blocks of {sector} bytes with O_DIRECT" in text
+            ways = advised(text)
+            assert len(ways) == (2 if sector <= 4096 else 1)
+            for options in ways:
+                Image(device, **{"block_size": block_size, **options}).close()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sector", [512, 1024, 2048])
+def test_a_device_that_has_not_whole_blocks_says_how_it_can_be_served(path: Path, sector: int) -> None:
+    """A device cannot be made longer with truncate(1)."""
+    os.truncate(path, 4096 + sector)
+    with loop_device(path, "--sector-size", str(sector)) as device:
+        for block_size in (512, 4096):
+            if block_size == 512 == sector:
+                continue
+            text = refusal(device, block_size=block_size)
+            assert "truncate" not in text
+            (options,) = advised(text)
+            Image(device, **{"block_size": block_size, **options}).close()  # type: ignore[arg-type]
+
+
+def test_a_size_that_does_not_fit_in_a_folder_of_a_difficult_name(tmp_path: Path) -> None:
+    path = tmp_path / "it's an image; $HOME"
+    path.write_bytes(bytes(513))
+    subprocess.run(refusal(path).split("with: ")[1], shell=True, check=True)
+    Image(path).close()
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_an_image_that_direct_io_cannot_even_read_is_served_through_the_page_cache(
+    path: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(image.libc, "direct_io_alignment", lambda fd: None)
+    monkeypatch.setattr(image.os, "preadv", refuse)
+    with contextlib.closing(Image(path)) as opened:
+        assert not opened.direct
+        assert opened.alignment == image.UNALIGNED
+        assert not fcntl.fcntl(opened.fd, fcntl.F_GETFL) & os.O_DIRECT
+    monkeypatch.setattr(image.os, "pread", refuse)
+    assert refusal(path).endswith(f"cannot be read: {os.strerror(error)}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +16,12 @@ import pytest
 from ringplane import limits as module
 from ringplane.dataplane.worker import Worker
 from ringplane.disk import Disk
+from ringplane.engines.ranges import BLKDISCARD
 from ringplane.image import Image
 from ringplane.limits import Limits, limits
 from ringplane.virtio import blk
+
+from .rig import loop_device
 
 
 @pytest.mark.parametrize("folder", ["/dev/shm", None])
@@ -23,9 +29,10 @@ def test_a_file_system_with_holes(folder: str | None) -> None:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(5000))
         file.flush()
-        size = os.fstat(file.fileno()).st_blksize
         found = limits(file.fileno(), read_only=False)
-        assert found == Limits(physical_block=size, minimum_io=size, discard=size, punches=True)
+        assert found.punches
+        assert found.discard == os.fstatvfs(file.fileno()).f_frsize
+        assert found.optimal_io == os.fstat(file.fileno()).st_blksize
         assert os.fstat(file.fileno()).st_size == 5000, "the probe has changed the file"
 
 
@@ -73,7 +80,7 @@ def limits_of_device(folder: Path, *, read_only: bool = False) -> Limits:
         return limits(file.fileno(), read_only=read_only, sysfs=folder.parent)
 
 
-def test_a_block_device(block_device: Path) -> None:
+def test_a_block_device(block_device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device(
         block_device,
         queue__physical_block_size=4096,
@@ -82,14 +89,38 @@ def test_a_block_device(block_device: Path) -> None:
         queue__discard_granularity=8192,
         queue__discard_max_bytes=1 << 30,
     )
+    monkeypatch.setattr(
+        module, "_refusal", lambda fd, request: errno.EINVAL if request == BLKDISCARD else errno.EOPNOTSUPP
+    )
     found = limits_of_device(block_device)
     assert found == Limits(4096, 16384, 1 << 20, discard=8192, punches=True)
     assert limits_of_device(block_device, read_only=True).discard == 0
 
 
-def test_a_block_device_that_cannot_discard(block_device: Path) -> None:
-    device(block_device, queue__physical_block_size=512, queue__discard_granularity=512, queue__discard_max_bytes=0)
-    assert limits_of_device(block_device).discard == 0
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EPERM, errno.ENOTTY, errno.EINVAL])
+def test_a_block_device_that_cannot_discard(block_device: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for half a sector, which is invalid where it can."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(module.fcntl, "ioctl", refuse)
+    device(block_device, queue__physical_block_size=512, queue__discard_granularity=1024)
+    can = error == errno.EINVAL
+    found = limits_of_device(block_device)
+    assert (found.discard, found.secure_erase) == ((1024, 1024) if can else (0, 0))
+
+
+def test_a_real_block_device(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with loop_device(image, "--sector-size", "16384") as path:
+        # `ringplane check` opens it for reading.
+        for mode in ("r+b", "rb"):
+            with open(path, mode, buffering=0) as opened:
+                found = limits(opened.fileno(), read_only=False)
+            assert (found.physical_block, found.minimum_io) == (16384, 16384)
+            assert (found.discard, found.secure_erase) == (16384, 0)
 
 
 def test_a_block_device_without_limits_in_sysfs(block_device: Path) -> None:
@@ -111,6 +142,73 @@ def test_wear_of_flash_memory(block_device: Path) -> None:
 def test_invalid_wear_is_not_reported(block_device: Path) -> None:
     device(block_device, device__life_time="much", device__pre_eol_info="0x03")
     assert limits_of_device(block_device).lifetime is None
+
+
+# What a guest is told.
+
+
+@pytest.fixture
+def file_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Limits]:
+    """The limits of a file on a file system of this preferred size, on the block device 7:3 of a sysfs of our own."""
+    real = os.fstat
+
+    def make(preferred: int, fragment: int = 4096, **values: object) -> Limits:
+        def fstat(fd: int) -> os.stat_result:
+            values = list(real(fd))
+            values[stat.ST_DEV] = os.makedev(7, 3)
+            return os.stat_result(values, {"st_blksize": preferred})
+
+        monkeypatch.setattr(module.os, "fstat", fstat)
+        monkeypatch.setattr(module.os, "fstatvfs", lambda fd: SimpleNamespace(f_frsize=fragment))
+        device(tmp_path / "7:3", **values)
+        with tempfile.TemporaryFile() as file:
+            return limits(file.fileno(), read_only=False, sysfs=tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("preferred", [2 << 20, 1 << 20, 128 << 10, 64 << 10])
+def test_a_preferred_size_is_not_a_physical_block(file_on: Callable[..., Limits], preferred: int) -> None:
+    """Huge pages on tmpfs, network file systems: devices that sysfs does not have."""
+    found = file_on(preferred).for_blocks(512)
+    assert found == Limits(4096, 4096, preferred, discard=4096, punches=True)
+
+
+@pytest.mark.parametrize("size", [512, 4096, 16384])
+def test_a_physical_block_is_that_of_the_device_below(file_on: Callable[..., Limits], size: int) -> None:
+    found = file_on(4096, queue__physical_block_size=size)
+    assert found.for_blocks(512).physical_block == size
+    assert found.for_blocks(4096).physical_block == max(size, 4096)
+
+
+@pytest.mark.parametrize("nonsense", [0, 1, 100, 3 << 10, 128 << 10, 1 << 40])
+def test_sizes_that_make_no_sense(nonsense: int) -> None:
+    for logical in (512, 4096):
+        found = Limits(nonsense, nonsense, nonsense, discard=nonsense, secure_erase=nonsense).for_blocks(logical)
+        assert found.physical_block == 4096
+        assert found.minimum_io % 4096 == 0
+        assert 4096 <= found.minimum_io <= 0xFFFF * logical
+        assert found.optimal_io % 4096 == 0
+        assert found.optimal_io <= 64 << 20
+        for granularity in (found.discard, found.secure_erase):
+            assert granularity % logical == 0
+            assert (granularity > 0) == (nonsense > 0)
+            assert granularity <= 1 << 30
+
+
+def test_a_physical_block_size_of_ones_choice() -> None:
+    of_the_storage = Limits(4096, 4096, 1 << 20, discard=4096)
+    assert of_the_storage.for_blocks(512, 512) == Limits(512, 512, 1 << 20, discard=4096)
+    assert of_the_storage.for_blocks(512, 65536) == Limits(65536, 65536, 1 << 20, discard=4096)
+    # The share of one disk of an array is not a block.
+    assert Limits(512, 65536, 1 << 20).for_blocks(512, 4096) == Limits(4096, 65536, 1 << 20)
+    assert Limits(512, 65536, 96 << 10).for_blocks(512, 65536) == Limits(65536, 65536, 0)
+
+
+def test_discards_are_of_whole_pages_where_there_is_a_page_cache() -> None:
+    assert Limits(512, 512, discard=512).for_blocks(512, granule=4096).discard == 4096
+    assert Limits(512, 512, discard=8192).for_blocks(512, granule=4096).discard == 8192
+    assert Limits(512, 512, discard=0).for_blocks(512, granule=4096).discard == 0
 
 
 @pytest.mark.parametrize("block_size", [512, 4096])

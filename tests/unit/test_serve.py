@@ -472,7 +472,7 @@ def test_image_that_cannot_be_served(tmp_path: Path, path: Path) -> None:
         line = refused("--blk-file", file, "--socket-path", path, "--log-level", "error")
         assert str(file) in line
         assert words in line
-    assert "no multiple of the block size 4096" in refused(
+    assert "not a multiple of the block size 4096" in refused(
         "--blk-file", odd, "--socket-path", path, "--block-size", "4096"
     )
     assert "neither" in refused("--blk-file", tmp_path, "--socket-path", path, "--read-only")
@@ -663,6 +663,37 @@ def test_serial_that_is_not_text(image: Path, path: Path) -> None:
 )
 def test_option_out_of_its_range(image: Path, path: Path, wrong: list[str]) -> None:
     refused("--blk-file", image, "--socket-path", path, *wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["1000"], "--physical-block-size: a physical block size of 1000: it must be a power of two from 512 to 65536"),
+        (
+            ["128K"],
+            "--physical-block-size: a physical block size of 131072: it must be a power of two from 512 to 65536",
+        ),
+        (
+            ["512", "--block-size", "4096"],
+            "a physical block size of 512: it must not be less than the block size, 4096",
+        ),
+        (["0"], "'0' is not a positive size"),
+        (["-4096"], "'-4096' is not a positive size"),
+        (["big"], "'big' is not a size"),
+    ],
+)
+def test_physical_block_size_that_makes_no_sense(image: Path, path: Path, options: list[str], why: str) -> None:
+    assert why in refused("--blk-file", image, "--socket-path", path, "--physical-block-size", *options)
+
+
+@pytest.mark.parametrize(("size", "exponent"), [("512", 0), ("4K", 3), ("16384", 5), ("64K", 7)])
+def test_physical_block_size(serve: Callable[..., Served], path: Path, size: str, exponent: int) -> None:
+    serve("--physical-block-size", size)
+    with attach(path) as driver:
+        assert driver.block_size == 512
+        assert driver.config["physical_block_exp"] == exponent
+        assert driver.config["min_io_size"] == 1 << exponent
+        assert driver.config["opt_io_size"] % (1 << exponent) == 0
 
 
 def test_features_are_switched(serve: Callable[..., Served], path: Path) -> None:

@@ -17,7 +17,15 @@ from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
-from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, User, check_serial, format_size
+from ringplane.values import (
+    LOCK_AUTO,
+    LOCKS,
+    MAX_QUEUES,
+    User,
+    check_physical_block_size,
+    check_serial,
+    format_size,
+)
 
 if TYPE_CHECKING:
     from ringplane.dataplane.trace import TraceEvent
@@ -100,6 +108,12 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 @click.option("--serial", help="Serial number that the guest sees, up to 20 bytes [default: from the image's path].")
 @click.option("--block-size", type=click.Choice(["512", "4096"]), default="512", show_default=True)
 @click.option(
+    "--physical-block-size",
+    type=SIZE,
+    metavar="SIZE",
+    help="Physical block size that the guest sees, up to 64K [default: that of the storage].",
+)
+@click.option(
     "--feature",
     "features",
     type=FEATURE,
@@ -178,6 +192,8 @@ def check_options(
     io_threads: int,
     cpus: tuple[frozenset[int], ...],
     serial: str | None,
+    block_size: str,
+    physical_block_size: int | None,
     zoned: object,
     share_rw: bool,
     upgrade: bool,
@@ -205,6 +221,11 @@ def check_options(
             check_serial(serial)
         except ValueError as error:
             raise click.UsageError(f"--serial {error}") from None
+    if physical_block_size is not None:
+        try:
+            check_physical_block_size(physical_block_size, int(block_size))
+        except ValueError as error:
+            raise click.UsageError(f"--physical-block-size: {error}") from None
 
 
 def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Server:
