@@ -1,9 +1,15 @@
 """User-mode Linux with a ringplane disk: another implementation of a front end, at nearly the speed of the host."""
 
+import os
+import subprocess
 from pathlib import Path
 
+import pytest
+
+from unit.rig import loop_device, small_tmpfs
+
 from . import host, workloads
-from .backends import STAND_IN, BackendFactory
+from .backends import STAND_IN, Backend, BackendFactory
 from .machines import QemuGuest, UmlGuest
 
 
@@ -18,6 +24,56 @@ def test_probe(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None
     assert seen.value("write_cache") == ("write through" if STAND_IN else "write back")
     assert seen.value("serial")
     disk.stop()
+
+
+LIMITS = ("physical_block_size", "minimum_io_size", "optimal_io_size", "discard_granularity")
+
+
+def limits_in(guest: UmlGuest | QemuGuest, disk: Backend) -> list[int]:
+    """What the kernel of a guest has understood of its disk, and that it can discard."""
+    seen = guest.run(disk, workloads.probe(), num_queues=1)
+    assert int(seen.value("discard_max_bytes")) > 0
+    disk.stop()
+    return [int(seen.value(limit)) for limit in LIMITS]
+
+
+def sparse(path: Path, mib: int = 64) -> Path:
+    path.touch()
+    os.truncate(path, mib << 20)
+    return path
+
+
+@pytest.mark.skipif(STAND_IN, reason="about ringplane alone")
+@pytest.mark.skipif(os.geteuid() != 0, reason="file systems and loop devices are made here, which needs root")
+class TestLimitsOfTheStorage:
+    """Databases break on physical blocks above 4096 bytes."""
+
+    def test_huge_pages(self, backend: BackendFactory, uml: UmlGuest, qemu: QemuGuest, tmp_path: Path) -> None:
+        with small_tmpfs(tmp_path / "huge", 128, "huge=always") as folder:
+            image = sparse(folder / "disk.img")
+            huge = image.stat().st_blksize
+            for guest in (uml, qemu):
+                assert limits_in(guest, backend(image, num_queues=1)) == [4096, 4096, huge, 4096]
+
+    def test_a_file_on_a_device(self, backend: BackendFactory, uml: UmlGuest, tmp_path: Path) -> None:
+        device, folder = sparse(tmp_path / "device", 128), tmp_path / "mounted"
+        folder.mkdir()
+        for sector, block in ((512, 1024), (4096, 4096)):
+            with loop_device(device, "--sector-size", str(sector)) as loop:
+                subprocess.run(["mkfs.ext4", "-q", "-F", "-b", str(block), loop], check=True)
+                subprocess.run(["mount", loop, folder], check=True)
+                try:
+                    image = sparse(folder / "disk.img")
+                    disk = backend(image, num_queues=1, extra=["--buffered"])
+                    assert limits_in(uml, disk) == [sector, sector, image.stat().st_blksize, block]
+                finally:
+                    subprocess.run(["umount", folder], check=True)
+
+    def test_a_device(self, backend: BackendFactory, uml: UmlGuest, tmp_path: Path) -> None:
+        with loop_device(sparse(tmp_path / "device"), "--sector-size", "16384") as loop:
+            assert limits_in(uml, backend(loop, num_queues=1, extra=["--buffered"])) == [16384, 16384, 0, 16384]
+            extra = ["--buffered", "--physical-block-size", "4096"]
+            assert limits_in(uml, backend(loop, num_queues=1, extra=extra)) == [4096, 4096, 0, 16384]
 
 
 def test_filesystem(backend: BackendFactory, uml: UmlGuest, disk_image: Path, tmp_path: Path) -> None:

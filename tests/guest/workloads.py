@@ -349,6 +349,9 @@ echo "logical_block_size=$(cat /sys/block/vda/queue/logical_block_size)"
 echo "queues=$(ls /sys/block/vda/mq | wc -l)"
 echo "write_cache=$(cat /sys/block/vda/queue/write_cache)"
 echo "serial=$(cat /sys/block/vda/serial)"
+for limit in physical_block_size minimum_io_size optimal_io_size discard_granularity discard_max_bytes; do
+    echo "$limit=$(cat /sys/block/vda/queue/$limit)"
+done
 """
     return Workload(script(body + CLEAN_LOG))
 

@@ -323,10 +323,10 @@ def header(kind: int, sector: int) -> bytes:
 
 
 @contextlib.contextmanager
-def small_tmpfs(folder: Path, mib: int) -> Iterator[Path]:
+def small_tmpfs(folder: Path, mib: int, *options: str) -> Iterator[Path]:
     """A tmpfs of so many MiB in a new folder; needs root."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([f"size={mib}M", *options]), "tmpfs", folder], check=True)
     try:
         yield folder
     finally:

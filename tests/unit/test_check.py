@@ -102,8 +102,8 @@ def file_as_socket(folder: Path) -> None:
     [
         (nothing, DISK, "a.img: no such file"),
         (folder_as_image, DISK, "a.img: neither a regular file nor a block device"),
-        (odd_image, f"{DISK}block-size = 4096", "is no multiple of the block size 4096"),
-        (nothing, f"{DISK}create = 513", "is no multiple of the block size 512"),
+        (odd_image, f"{DISK}block-size = 4096", "is not a multiple of the block size 4096"),
+        (nothing, f"{DISK}create = 513", "is not a multiple of the block size 512"),
         (nothing, f'{DISK}create = "9999999T"', "cannot be made "),
         (nothing, '[[disk]]\nimage = "no/a.img"\nsocket-path = "a.sock"\ncreate = "1M"', "a.img: cannot be created"),
         (link_to_nothing, CREATED, "is a symbolic link whose target does not exist"),
