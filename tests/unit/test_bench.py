@@ -331,14 +331,16 @@ def test_side_by_side(tmp_path: Path) -> None:
 def test_variants_share_an_existing_image_that_may_be_destroyed(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     with image.open("wb") as file:
-        file.truncate(32 << 20)
+        file.truncate(48 << 20)
     words = ["--workload", "randrw", "--depth", "8", "--ringplane", "", "--ringplane", "--engine aio"]
     words += ["--qsd-aio", "threads"] if QSD else []
+    words += ["--markdown", str(tmp_path / "tables.md")]
     against = "qemu-storage-daemon" if QSD else "nothing"
     done = invoke("--against", against, image, "--destroy-data", *words, *QUICK)
     assert done.exit_code == 0, done.output
-    assert image.stat().st_size == 32 << 20
-    assert [path.name for path in tmp_path.iterdir()] == ["disk.img"]
+    assert image.stat().st_size == 48 << 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img", "tables.md"]
+    assert "disks of 48 MiB." in (tmp_path / "tables.md").read_text()
 
 
 def test_a_socket_is_only_read_unless_destroy_data_is_given(tmp_path: Path) -> None:

@@ -104,10 +104,11 @@ def _legend(report: Report, compared: Sequence[Compared]) -> Iterator[str]:
         + _about_others(compared)
         + (" fio k: thousand IOPS of fio on the same storage, without a virtqueue." if any(_raws(compared)) else "")
     )
+    sizes = ", ".join(format_size(size) for size in settings.get("disk_sizes", [settings["size"]]))
     medians = f"Medians of {rounds} rounds, each of" if rounds > 1 else "One round of"
     yield _wrapped(
-        f"{medians} {settings['seconds']:g} s per cell after {settings['warm_up']:g} s of warm-up; images of "
-        f"{format_size(settings['size'])}. {_checked(report)} {' '.join(steadiness(report))}"
+        f"{medians} {settings['seconds']:g} s per cell after {settings['warm_up']:g} s of warm-up; disks of "
+        f"{sizes}. {_checked(report)} {' '.join(steadiness(report))}"
     )
     yield _wrapped(f"{machine.sentence(report.machine)}.")
     yield "\n".join(f"    {line}" for line in _command(report.machine["command"])) + "\n"

@@ -258,6 +258,7 @@ class Bench:
 
     def _rounds(self, storage: Storage, disks: Sequence[Disk], raw: tuple[Path, Contents | None] | None) -> None:
         """All cells, `rounds` times; in every other round the subjects are measured in reverse order."""
+        self._record_sizes(disks)
         for number in range(self.settings.rounds):
             for cell in self.settings.cells:
                 turns: list[Disk | None] = [*disks]
@@ -273,6 +274,11 @@ class Bench:
                         row = self._measure_raw(storage, *raw, cell, number)
                     self.report.rows.append(row)
             self.save()
+
+    def _record_sizes(self, disks: Sequence[Disk]) -> None:
+        """Existing disks have sizes of their own."""
+        sizes = {disk.contents.capacity for disk in disks if disk.contents is not None}
+        self.report.settings["disk_sizes"] = sorted(sizes.union(self.report.settings.get("disk_sizes", ())))
 
     def _measure(self, storage: Storage, disk: Disk, cell: Cell, number: int) -> Row:
         settings, contents, workload = self.settings, disk.contents, WORKLOADS[cell.workload]
