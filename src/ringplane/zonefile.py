@@ -249,7 +249,7 @@ def _count(image: Image, model: ZoneModel, block_size: int) -> int:
 
 
 def _forget(fd: int, start: int, end: int) -> None:
-    """Have these bytes of a file read as zeros; where it makes no hole, zeros are written over its data."""
+    """Make these bytes of a file read as zeros; if it cannot punch a hole, zeros are written over the data."""
     try:
         libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
         return
@@ -262,7 +262,7 @@ def _forget(fd: int, start: int, end: int) -> None:
 
 
 def next_data(fd: int, offset: int) -> int:
-    """Where a file has data from `offset` on; after its end if it has none. All is data where nobody knows."""
+    """Where the next data of a file begins from `offset` on; beyond its end if there is none; `offset` if unknown."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
@@ -288,7 +288,7 @@ def _create(path: Path, model: ZoneModel, count: int) -> None:
     new = path.with_name(f"{path.name}.new")
     fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        # Written, as not every file system allocates on request.
+        # Written, because not every file system can allocate space.
         os.pwrite(fd, header.tobytes().ljust(_file_size(count), b"\0"), 0)
         os.fsync(fd)
         os.rename(new, path)

@@ -135,8 +135,8 @@ def end_whole(worker, queue, request, result):
         flush(worker, queue, request)
         return
     request.done = request.length if result >= 0 else 0
-    # Discard is advice, after which the data may be anything: a driver that was told of an error could do nothing
-    # about it, and loses nothing. Also where the medium fails: that is found out when the range is read or written.
+    # Discard is advice, after which the content is undefined: a driver could do nothing about an error, and loses
+    # nothing. This includes errors of the medium: they are found when the range is read or written.
     done = result >= 0 or request.operation == DISCARD
     finish(worker, queue, request, VIRTIO_BLK_S_OK if done else VIRTIO_BLK_S_IOERR)
 

@@ -99,7 +99,7 @@ class Device:
 
     @property
     def granule(self) -> int:
-        """Ranges are discarded in whole multiples of so many bytes."""
+        """Ranges are discarded in whole multiples of this many bytes."""
         return int(self._record["granule"][0])
 
     @property

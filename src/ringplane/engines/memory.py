@@ -166,7 +166,7 @@ def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
             start = os.lseek(fd, end, os.SEEK_DATA)
             end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError:
-            # ENXIO: a hole up to the end. If the call is refused: what is not marked is transferred by system calls.
+            # ENXIO: a hole up to the end. Any other error: pages that are not marked are accessed with system calls.
             break
         present[start // PAGE : -(-end // PAGE)] = 1
     return present
