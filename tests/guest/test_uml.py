@@ -30,7 +30,7 @@ LIMITS = ("physical_block_size", "minimum_io_size", "optimal_io_size", "discard_
 
 
 def limits_in(guest: UmlGuest | QemuGuest, disk: Backend) -> list[int]:
-    """What the kernel of a guest has understood of its disk, and that it can discard."""
+    """The limits of the disk as the guest's kernel sees them; it must be able to discard."""
     seen = guest.run(disk, workloads.probe(), num_queues=1)
     assert int(seen.value("discard_max_bytes")) > 0
     disk.stop()
@@ -43,7 +43,7 @@ def sparse(path: Path, mib: int = 64) -> Path:
     return path
 
 
-@pytest.mark.skipif(STAND_IN, reason="about ringplane alone")
+@pytest.mark.skipif(STAND_IN, reason="only for ringplane")
 @pytest.mark.skipif(os.geteuid() != 0, reason="file systems and loop devices are made here, which needs root")
 class TestLimitsOfTheStorage:
     """Databases break on physical blocks above 4096 bytes."""

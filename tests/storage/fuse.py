@@ -75,7 +75,7 @@ class FuseFile:
         self.path = folder / NAME
         self.content = bytearray(size)
         self.rule: Rule = obey
-        # An errno for the flags of open(2), or 0.
+        # Returns an errno for the flags of open(2), or 0.
         self.open_rule: Callable[[int], int] = lambda flags: 0
         self.held: list[Operation] = []
         self.seen: list[Operation] = []

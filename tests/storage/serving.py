@@ -28,7 +28,7 @@ class Disk:
     direct: bool = True
     engine: str = "auto"
     block_size: int = 512
-    more: str = ""  # of its table
+    more: str = ""  # more lines of its table
 
 
 @dataclass
@@ -58,7 +58,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 @contextlib.contextmanager
 def serving(*disks: Disk, engine: str = "io_uring", program: Sequence[str] = ("-m", "ringplane")) -> Iterator[Served]:
-    """Serve all disks on one I/O thread; `program` is what Python runs as `ringplane`."""
+    """Serve all disks on one I/O thread; `program` are the arguments of Python that run `ringplane`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']

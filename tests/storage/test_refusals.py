@@ -1,4 +1,4 @@
-"""Storage that refuses one way of doing a thing: it is done in another way, and only an error of that is reported."""
+"""Storage that refuses an operation: ringplane uses another way, and reports only errors of the last one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIB = 1 << 20
 BLOCK = 4096
 OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
 UNMAP = 1
-# Those that losetup(8) takes.
+# The sizes that losetup(8) accepts.
 SECTOR_SIZES = [512 << doublings for doublings in range(8)]
 
 
@@ -51,9 +51,9 @@ def ask(driver: Driver, kind: int, *ranges: tuple[int, int, int]) -> int:
 
 
 def check_ranges(driver: Driver, block: int, size: int = MIB, *, discards: bool = True) -> None:
-    """Of whole logical blocks at any place: zeros are zeros, nothing else changes, and each discard succeeds.
+    """Check ranges of whole logical blocks at any place: zeros are written, and each discard succeeds.
 
-    Only what lies in discarded ranges may be anything.
+    Nothing outside the ranges changes; discarded ranges may contain anything.
     """
     randomness = random.Random(block + size)
     model = bytearray(pattern(size, block))
@@ -85,7 +85,7 @@ def check_ranges(driver: Driver, block: int, size: int = MIB, *, discards: bool 
 
 @pytest.mark.parametrize("sector", SECTOR_SIZES)
 def test_ranges_of_a_device_of_any_sector_size(tmp_path: Path, sector: int) -> None:
-    """Through the page cache always, with O_DIRECT where the disk's blocks are no smaller than the device's."""
+    """Always through the page cache, and with O_DIRECT if the disk's blocks are not smaller than the device's."""
     ways = [(block, direct) for block in (512, 4096) for direct in (False, True) if block >= sector or not direct]
     with contextlib.ExitStack() as stack:
         disks = []
@@ -104,8 +104,8 @@ def test_ranges_of_a_device_of_any_sector_size(tmp_path: Path, sector: int) -> N
         assert "failed" not in served.told()
 
 
-def test_an_edge_that_is_zeroed_and_its_neighbours_that_are_written(tmp_path: Path) -> None:
-    """Of one sector of the device, at the same time and through its page cache: each keeps its own bytes."""
+def test_zeroing_part_of_a_sector_keeps_concurrent_writes_beside_it(tmp_path: Path) -> None:
+    """They share one sector of the device, at the same time and through its page cache: all bytes are right."""
     file = tmp_path / "disk.img"
     file.touch()
     os.truncate(file, MIB)
@@ -152,19 +152,19 @@ def test_ranges_of_a_file(tmp_path: Path, kind: str, block: int, direct: bool) -
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV])
-def test_a_refusal_for_good_is_remembered(fuse: FuseFile, error: int) -> None:
-    """Zeros are written instead; discards are left alone; nobody asks again each time."""
+def test_a_permanent_refusal_is_remembered(fuse: FuseFile, error: int) -> None:
+    """Zeros are written instead, discards are ignored, and the operation is not tried again each time."""
     with serving(Disk(fuse.path)) as served, served.driver() as driver:
         assert driver.features & VIRTIO_BLK_F_DISCARD
         fuse.rule = only("allocate", error)
         fuse.seen.clear()
         check_ranges(driver, SECTOR)
-        # Two modes, one refusal each; the kernel itself remembers some.
+        # Two modes with one refusal each; the kernel itself remembers some.
         assert 0 <= len([each for each in fuse.seen if each.kind == "allocate"]) <= 2
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO, errno.ENOSPC, errno.EBUSY, errno.ETXTBSY, errno.ENOMEM])
-def test_what_fails_once_is_tried_again(fuse: FuseFile, error: int) -> None:
+def test_a_temporary_failure_is_retried_at_the_next_request(fuse: FuseFile, error: int) -> None:
     with serving(Disk(fuse.path)) as served, served.driver() as driver:
         fuse.rule = only("allocate", error)
         check_ranges(driver, SECTOR)
@@ -175,20 +175,20 @@ def test_what_fails_once_is_tried_again(fuse: FuseFile, error: int) -> None:
             assert [each.kind for each in fuse.seen] == ["allocate"]
 
 
-def test_an_error_of_the_zeros_themselves_is_the_drivers(fuse: FuseFile) -> None:
+def test_an_error_of_writing_zeros_is_reported(fuse: FuseFile) -> None:
     with serving(Disk(fuse.path)) as served, served.driver() as driver:
         driver.write(0, pattern(MIB))
         for error in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             bad = only("write", error, 8 * BLOCK, 9 * BLOCK)
             fuse.rule = lambda each, bad=bad: errno.EPERM if each.kind == "allocate" else bad(each)
             assert ask(driver, VIRTIO_BLK_T_WRITE_ZEROES, (64, 8, 0)) == IOERR
-            # What comes behind a range that failed is not done; what does not touch the bad place is.
+            # Requests that do not touch the bad place succeed.
             assert ask(driver, VIRTIO_BLK_T_WRITE_ZEROES, (0, 8, 0)) == OK
             text = f"write_zeroes of {BLOCK} bytes at {8 * BLOCK} failed: {os.strerror(error)}"
             wait_until(lambda text=text: text in served.told(), text)
 
 
-def test_a_part_that_was_done_before_the_failure_is_zeros_in_the_end(fuse: FuseFile) -> None:
+def test_a_partly_failed_range_is_zeroed_by_writing(fuse: FuseFile) -> None:
     def half(operation: Operation) -> int | None:
         if operation.kind != "allocate":
             return None
@@ -206,7 +206,7 @@ def test_a_part_that_was_done_before_the_failure_is_zeros_in_the_end(fuse: FuseF
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EINVAL])
-def test_a_discard_that_fails_succeeds_and_is_logged(fuse: FuseFile, error: int) -> None:
+def test_a_failed_discard_is_logged_and_the_request_succeeds(fuse: FuseFile, error: int) -> None:
     with serving(Disk(fuse.path)) as served, served.driver() as driver:
         driver.write(0, pattern(MIB))
         fuse.rule = only("allocate", error, 0, BLOCK)
@@ -251,7 +251,7 @@ def test_fallocate_is_forbidden(tmp_path: Path, engine: str) -> None:
         for number in range(len(disks)):
             with served.driver(number) as driver:
                 assert driver.features & VIRTIO_BLK_F_WRITE_ZEROES
-                # A hole in a file takes fallocate(2); a device is discarded by ioctl(2).
+                # A hole in a file needs fallocate(2); a device is discarded by ioctl(2).
                 discards = bool(driver.features & VIRTIO_BLK_F_DISCARD)
                 assert discards == (number == 2)
                 check_ranges(driver, SECTOR, discards=discards)
@@ -283,9 +283,9 @@ def test_zones_are_reset_by_writing_zeros(fuse: FuseFile, tmp_path: Path) -> Non
 
 
 def test_a_file_system_without_synchronous_writes(fuse: FuseFile) -> None:
-    """RWF_DSYNC is refused: a flush follows each write, so that it is stable when it is answered.
+    """RWF_DSYNC is refused: a flush follows each write, which is then stable when it is completed.
 
-    Not with io_uring, as Linux 6.18 repeats a write of this file system that ends with EOPNOTSUPP for ever, by itself.
+    Not with io_uring, because Linux 6.18 itself endlessly repeats a write that fails with EOPNOTSUPP here.
     """
 
     def refuse(operation: Operation) -> int | None:

@@ -1,6 +1,6 @@
-"""Runs a command for which system calls fail: `python jail.py CALL=ERRNO[,CALL=ERRNO]... COMMAND...`.
+"""Runs a command in which system calls fail: `python jail.py CALL=ERRNO[,CALL=ERRNO]... COMMAND...`.
 
-`fcntl:37=ENOLCK` is about the calls whose second argument is 37 alone.
+`fcntl:37=ENOLCK` applies only to calls whose second argument is 37.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LOAD_NUMBER = (seccomp.LOAD, 0, 0, seccomp.NUMBER)
 
 
 def failing(call: str, code: str) -> list[seccomp.Instruction]:
-    """What a filter does about one call; it begins and ends with the call's number loaded."""
+    """The filter's instructions for one call; the call's number is loaded at their start and end."""
     name, _, argument = call.partition(":")
     fail = (seccomp.RETURN, 0, 0, seccomp.SECCOMP_RET_ERRNO | getattr(errno, code))
     if not argument:

@@ -335,7 +335,7 @@ def small_tmpfs(folder: Path, mib: int, *options: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def loop_device(path: Path, *options: str) -> Iterator[Path]:
-    """A block device over this file."""
+    """A loop device with this file."""
     if os.getuid() != 0:
         pytest.skip("only root can make a loop device")
     losetup = shutil.which("losetup")
@@ -344,7 +344,7 @@ def loop_device(path: Path, *options: str) -> Iterator[Path]:
     command = [losetup, "--find", "--show", *options, str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"no loop device can be made here: {made.stderr.strip()}")
+        pytest.skip(f"loop devices are unavailable: {made.stderr.strip()}")
     device = made.stdout.strip()
     try:
         yield Path(device)

@@ -1,4 +1,4 @@
-"""Images that begin like another format: one line of the log says so, its command works, and nothing else changes."""
+"""Images that look like another format: one log line says so, its command works, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ MAKERS = {
 
 
 def to_block(image: Path, size: int = 512) -> None:
-    """Serve it as it is nevertheless: a size that is not a multiple of the block size is an error."""
+    """Round up the size, because a size that is not a multiple of the block size is an error."""
     os.truncate(image, -(-image.stat().st_size // size) * size)
 
 
 @pytest.fixture
 def warnings_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Callable[[Path], list[str]]]:
-    """Serve the image for a moment; the warnings that the log has of it."""
+    """Serve an image for a moment, and return the logged warnings."""
 
     def serve(image: Path, **options: object) -> list[str]:
         before = len(caplog.records)
@@ -72,7 +72,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Ca
             ringplane.serve(image, tmp_path / "socket", num_queues=1, **options),
             Driver(tmp_path / "socket") as driver,
         ):  # type: ignore[arg-type]
-            # Raw, whatever it looks like.
+            # It is served as raw bytes.
             with image.open("rb") as file:
                 assert driver.read(0, 4096) == file.read(4096)
             assert driver.capacity >= 4096
@@ -82,10 +82,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Ca
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_command_of_the_log_makes_a_raw_image(
-    name: str, tmp_path: Path, warnings_of: Callable[..., list[str]]
-) -> None:
-    """Also of a name with a space in it."""
+def test_the_logged_command_makes_a_raw_image(name: str, tmp_path: Path, warnings_of: Callable[..., list[str]]) -> None:
+    """This includes a path with a space."""
     raw, image = tmp_path / "content", tmp_path / "an image"
     raw.write_bytes(CONTENT)
     MAKERS[name](raw, image)
@@ -94,7 +92,7 @@ def test_a_command_of_the_log_makes_a_raw_image(
     shutil.copy(image, padded)
     to_block(padded, 4096)
     if "fixed" in name:
-        # Its end is what it is known by.
+        # This format is recognised by its end.
         padded = image
     if padded.stat().st_size < 4096:
         os.truncate(padded, 4096)
@@ -120,7 +118,7 @@ def test_a_command_of_the_log_makes_a_raw_image(
     assert warnings_of(raw) == []
 
 
-def test_an_encrypted_container_may_be_what_is_wanted(tmp_path: Path, warnings_of: Callable[..., list[str]]) -> None:
+def test_an_encrypted_container_may_be_intended(tmp_path: Path, warnings_of: Callable[..., list[str]]) -> None:
     image = tmp_path / "luks"
     image.write_bytes(b"LUKS\xba\xbe\0\2" + bytes(SIZE - 8))
     (line,) = warnings_of(image)
@@ -135,7 +133,7 @@ def test_an_encrypted_container_may_be_what_is_wanted(tmp_path: Path, warnings_o
 def test_an_image_on_a_block_device(
     tmp_path: Path, sector: int, direct: bool, warnings_of: Callable[..., list[str]]
 ) -> None:
-    """O_DIRECT wants whole sectors, and the command does not write beside the device's node."""
+    """O_DIRECT needs whole sectors; the command must not write to the folder of the device's node."""
     file = tmp_path / "file"
     file.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(SIZE - 8))
     with loop_device(file, "--sector-size", str(sector)) as device:
@@ -177,10 +175,10 @@ def test_a_raw_image_is_not_mentioned(tmp_path: Path, content: bytes, warnings_o
     assert warnings_of(path) == []
 
 
-def test_a_guest_that_writes_another_format_into_its_disk_has_a_raw_disk(
+def test_a_guest_that_writes_another_format_keeps_a_raw_disk(
     tmp_path: Path, warnings_of: Callable[..., list[str]]
 ) -> None:
-    """What it wrote is read back by the next process, which has a line about it and nothing else."""
+    """The next process serves the same bytes, and only logs one more line."""
     path = tmp_path / "image"
     path.write_bytes(bytes(SIZE))
     header = b"QFI\xfb\0\0\0\3" + b"/etc/passwd".rjust(504, b"\0")
@@ -191,7 +189,7 @@ def test_a_guest_that_writes_another_format_into_its_disk_has_a_raw_disk(
     assert path.read_bytes() == header + bytes(SIZE - 512)
 
 
-def test_an_image_that_cannot_be_read_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_of_an_unreadable_image_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image"
     path.write_bytes(bytes(SIZE))
 

@@ -354,12 +354,12 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 
 
 def advised(text: str) -> list[dict[str, bool | int]]:
-    """The options that a refusal recommends."""
+    """The options that an error message recommends."""
     return [OPTIONS[each] for each in text.rpartition("; use ")[2].split(" or ")]
 
 
 @pytest.mark.parametrize("sector", [1024, 2048, 4096, 8192, 16384, 65536])
-def test_a_device_of_large_sectors_says_how_it_can_be_served(path: Path, sector: int) -> None:
+def test_the_error_for_large_sectors_says_what_to_do(path: Path, sector: int) -> None:
     with loop_device(path, "--sector-size", str(sector)) as device:
         for block_size in (512, 4096):
             if block_size >= sector:
@@ -373,8 +373,8 @@ def test_a_device_of_large_sectors_says_how_it_can_be_served(path: Path, sector:
 
 
 @pytest.mark.parametrize("sector", [512, 1024, 2048])
-def test_a_device_that_has_not_whole_blocks_says_how_it_can_be_served(path: Path, sector: int) -> None:
-    """A device cannot be made longer with truncate(1)."""
+def test_the_error_for_a_device_of_partial_blocks_says_what_to_do(path: Path, sector: int) -> None:
+    """truncate(1) cannot extend a device, so the message must not recommend it."""
     os.truncate(path, 4096 + sector)
     with loop_device(path, "--sector-size", str(sector)) as device:
         for block_size in (512, 4096):
@@ -386,7 +386,7 @@ def test_a_device_that_has_not_whole_blocks_says_how_it_can_be_served(path: Path
             Image(device, **{"block_size": block_size, **options}).close()  # type: ignore[arg-type]
 
 
-def test_a_size_that_does_not_fit_in_a_folder_of_a_difficult_name(tmp_path: Path) -> None:
+def test_the_recommended_command_quotes_the_path(tmp_path: Path) -> None:
     path = tmp_path / "it's an image; $HOME"
     path.write_bytes(bytes(513))
     subprocess.run(refusal(path).split("with: ")[1], shell=True, check=True)
@@ -394,7 +394,7 @@ def test_a_size_that_does_not_fit_in_a_folder_of_a_difficult_name(tmp_path: Path
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
-def test_an_image_that_direct_io_cannot_even_read_is_served_through_the_page_cache(
+def test_an_image_that_direct_io_cannot_read_uses_the_page_cache(
     path: Path, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:

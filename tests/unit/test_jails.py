@@ -31,7 +31,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can make the
 
 
 class Served:
-    """A process that serves an image at `socket`, in a jail that `prefix` makes; `status` is set if it refused to."""
+    """A process that serves an image at `socket` in the jail of `prefix`; `status` is set if it failed to start."""
 
     def __init__(self, prefix: Sequence[str], image: Path, *arguments: str, environment: dict[str, str] | None) -> None:
         self.socket = image.with_name("socket")
@@ -70,7 +70,7 @@ class Served:
         assert not self.socket.exists()
 
     def refusal(self) -> str:
-        """The one line that says why it does not serve."""
+        """The one-line error of a process that failed to start."""
         assert self.status == 1, self.errors
         (line,) = self.errors
         assert line.startswith("Error: ")
@@ -122,7 +122,7 @@ def image_in_memory() -> Iterator[Path]:
 
 
 def in_namespace(*commands: str) -> list[str]:
-    """After these commands of a shell, in a mount namespace of its own."""
+    """A prefix that runs these shell commands first, in a new mount namespace."""
     # /proc may be mounted several times over each other.
     return ["unshare", "--mount", "bash", "-euc", "; ".join([*commands, 'exec "$@"']), "jail"]
 
@@ -146,7 +146,7 @@ def test_without_proc_disks_are_served_with_one_warning(serve: Serve, options: l
 
 
 @needs_root
-def test_without_sys_and_dev_nothing_is_missing(serve: Serve) -> None:
+def test_without_sys_and_dev_disks_are_served_without_a_warning(serve: Serve) -> None:
     served = serve(in_namespace(WITHOUT_SYS, WITHOUT_DEV))
     served.exercise()
     assert served.warnings() == []
@@ -154,7 +154,7 @@ def test_without_sys_and_dev_nothing_is_missing(serve: Serve) -> None:
 
 @needs_root
 def test_several_disks_on_a_thread_without_dev(serve: Serve, tmp_path: Path) -> None:
-    """The thread signals front ends with the help of a file that is always empty: elsewhere /dev/null."""
+    """The thread signals front ends with the help of an empty file, which is /dev/null if that exists."""
     config = tmp_path / "disks.toml"
     disk = '[[disk]]\nimage = "{0}.img"\nsocket-path = "{0}.sock"\ncreate = "1M"\n'
     config.write_text(disk.format("a") + disk.format("b"))
@@ -184,7 +184,7 @@ def test_an_image_that_was_replaced_is_not_opened_again_by_its_path(image: Path,
         image.write_bytes(bytes(IMAGE_SIZE))
         with pytest.raises(ImageError, match=r"is another file now.* mount /proc, or give the disk one I/O thread"):
             opened.open_again()
-        # The advice is right.
+        # The advice helps.
         image.unlink()
         with pytest.raises(ImageError, match="cannot be opened again for another thread: No such file"):
             opened.open_again()
@@ -212,12 +212,12 @@ def test_only_eventfds_are_eventfds_without_proc(without_proc: None, image: Path
     os.close(eventfd)
 
 
-def test_what_proc_says_is_empty_without_it(without_proc: None) -> None:
+def test_values_from_proc_are_empty_without_it(without_proc: None) -> None:
     found = (list(procfs.mappings()), procfs.other_threads(), procfs.boot_id(), procfs.kind_of(0))
     assert found == ([], 0, b"", "")
 
 
-# Locks that are refused
+# Unavailable locks
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EPERM", "EIO"])
@@ -226,7 +226,7 @@ def test_a_writable_image_without_locks_is_refused_and_served_with_lock_off(serv
     line = serve(jail).refusal()
     assert "/image: cannot be locked (fcntl(2), F_OFD_SETLK: " in line
     assert line.endswith("; --lock off serves it without a lock: then take care that nothing else writes to it")
-    # The advice is right.
+    # The advice helps.
     served = serve(jail, "--lock", "off")
     served.exercise()
     assert served.warnings() == []
@@ -243,12 +243,12 @@ def test_a_read_only_image_without_locks_is_served_with_one_line(serve: Serve) -
     )
 
 
-def test_lock_on_wants_a_lock_for_read_only_images_too(serve: Serve) -> None:
+def test_lock_on_needs_a_lock_for_read_only_images_too(serve: Serve) -> None:
     assert "cannot be locked" in serve([*JAIL, NO_LOCKS], "--read-only", "--lock", "on").refusal()
 
 
 @pytest.mark.parametrize(("lock", "excludes"), [("auto", True), ("on", True), ("off", False)])
-def test_who_is_locked_out(image: Path, lock: str, excludes: bool) -> None:
+def test_opens_that_are_locked_out(image: Path, lock: str, excludes: bool) -> None:
     with contextlib.closing(Image(image, lock=lock)):
         if excludes:
             with pytest.raises(ImageError, match="is in use already"):
@@ -263,8 +263,8 @@ def test_who_is_locked_out(image: Path, lock: str, excludes: bool) -> None:
             Image(image, lock=lock).close()
 
 
-def test_a_write_lock_of_some_other_program_excludes(image: Path) -> None:
-    """lockf(3), say; QEMU has read locks only."""
+def test_a_write_lock_of_another_program_excludes_ringplane(image: Path) -> None:
+    """For example lockf(3); QEMU uses only read locks."""
     program = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)"
     command = [sys.executable, "-c", f"{program}; print('locked', flush=True); sys.stdin.read()", str(image)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -281,7 +281,7 @@ def test_a_lock_that_does_not_exist(image: Path) -> None:
         ringplane.serve(image, image.with_name("socket"), lock="maybe")
 
 
-# Engines that are forbidden
+# Forbidden engines
 
 
 @pytest.mark.parametrize("code", ["EPERM", "ENOSYS"])
@@ -295,7 +295,7 @@ def test_no_engine_for_a_file(serve: Serve, code: str) -> None:
 
 
 def test_without_an_engine_images_in_memory_are_served(serve: Serve, image_in_memory: Path) -> None:
-    """The I/O thread copies them itself, and needs no more than epoll to sleep."""
+    """The I/O thread copies the data itself, and only needs epoll to sleep."""
     served = serve([*JAIL, "io_uring_setup=EPERM,io_setup=EPERM"], disk=image_in_memory)
     served.exercise()
     assert served.warnings() == []
@@ -310,19 +310,19 @@ def test_without_io_uring_aio_is_used_and_one_line_says_why(serve: Serve) -> Non
 @pytest.mark.parametrize(
     ("engine", "call"), [("io_uring", "io_uring_setup"), ("aio", "io_setup"), ("io_uring", "io_uring_register")]
 )
-def test_an_engine_that_is_asked_for_and_forbidden(serve: Serve, image: Path, engine: str, call: str) -> None:
+def test_a_requested_engine_that_is_forbidden(serve: Serve, image: Path, engine: str, call: str) -> None:
     line = serve([*JAIL, f"{call}=EPERM"], "--engine", engine).refusal()
     assert f"is unavailable ({call}(2)" in line
     assert "Operation not permitted): it is forbidden; allow it " in line
     assert not image.with_name("socket").exists()
 
 
-# Without a home, or a folder to write to
+# Without a home or a writable folder
 
 
 @pytest.fixture
 def folder_of_somebody() -> Iterator[Path]:
-    """With an image. Not below the folders of tests, which are root's alone."""
+    """A folder of another user, with an image. It is not below pytest's folders, which only root can access."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "image")
         image.touch()
@@ -334,7 +334,7 @@ def folder_of_somebody() -> Iterator[Path]:
 
 @needs_root
 def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_of_somebody: Path) -> None:
-    """A uid that passwd(5) does not know, a read-only system, no HOME, no place for temporary files."""
+    """A uid that is not in passwd(5), a read-only system, no HOME, no folder for temporary files."""
     folder = folder_of_somebody
     everything_read_only = (
         "mount -t tmpfs -o mode=755 tmpfs /dev/shm",
@@ -343,7 +343,7 @@ def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_
         f"mount --bind {folder} {folder}",
         f"mount -o remount,bind,rw {folder}",
     )
-    # It may read whatever there is: Python may be installed in somebody's home.
+    # It may read everything, because Python may be installed in a home directory.
     somebody = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
     somebody += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
     environment = {"PATH": os.environ["PATH"]}
@@ -356,8 +356,8 @@ def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_
     assert warning.endswith("; set RINGPLANE_CACHE_DIR to a folder that this user can write to")
 
 
-def test_a_cache_folder_that_is_unusable_is_said_before_compiling(tmp_path: Path) -> None:
-    """The whole command; that it compiles then is another test's business."""
+def test_an_unusable_cache_folder_is_logged_before_compiling(tmp_path: Path) -> None:
+    """The warning of the whole command; other tests cover compiling."""
     program = (
         "import logging, subprocess; logging.basicConfig()\n"
         "from ringplane.dataplane import warm\n"

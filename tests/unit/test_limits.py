@@ -99,7 +99,7 @@ def test_a_block_device(block_device: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EPERM, errno.ENOTTY, errno.EINVAL])
 def test_a_block_device_that_cannot_discard(block_device: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked for half a sector, which is invalid where it can."""
+    """The probe discards half a sector, which is EINVAL on devices that can discard."""
 
     def refuse(*_: object) -> None:
         raise OSError(error, os.strerror(error))
@@ -144,12 +144,12 @@ def test_invalid_wear_is_not_reported(block_device: Path) -> None:
     assert limits_of_device(block_device).lifetime is None
 
 
-# What a guest is told.
+# The limits that a guest sees.
 
 
 @pytest.fixture
 def file_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Limits]:
-    """The limits of a file on a file system of this preferred size, on the block device 7:3 of a sysfs of our own."""
+    """The limits of a file on a file system with this preferred size, on the block device 7:3 of a simulated sysfs."""
     real = os.fstat
 
     def make(preferred: int, fragment: int = 4096, **values: object) -> Limits:
@@ -169,20 +169,20 @@ def file_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Li
 
 @pytest.mark.parametrize("preferred", [2 << 20, 1 << 20, 128 << 10, 64 << 10])
 def test_a_preferred_size_is_not_a_physical_block(file_on: Callable[..., Limits], preferred: int) -> None:
-    """Huge pages on tmpfs, network file systems: devices that sysfs does not have."""
+    """For example on tmpfs with huge pages and on network file systems, whose devices are not in sysfs."""
     found = file_on(preferred).for_blocks(512)
     assert found == Limits(4096, 4096, preferred, discard=4096, punches=True)
 
 
 @pytest.mark.parametrize("size", [512, 4096, 16384])
-def test_a_physical_block_is_that_of_the_device_below(file_on: Callable[..., Limits], size: int) -> None:
+def test_the_physical_block_is_that_of_the_device_below(file_on: Callable[..., Limits], size: int) -> None:
     found = file_on(4096, queue__physical_block_size=size)
     assert found.for_blocks(512).physical_block == size
     assert found.for_blocks(4096).physical_block == max(size, 4096)
 
 
 @pytest.mark.parametrize("nonsense", [0, 1, 100, 3 << 10, 128 << 10, 1 << 40])
-def test_sizes_that_make_no_sense(nonsense: int) -> None:
+def test_invalid_sizes_in_sysfs(nonsense: int) -> None:
     for logical in (512, 4096):
         found = Limits(nonsense, nonsense, nonsense, discard=nonsense, secure_erase=nonsense).for_blocks(logical)
         assert found.physical_block == 4096
@@ -196,16 +196,16 @@ def test_sizes_that_make_no_sense(nonsense: int) -> None:
             assert granularity <= 1 << 30
 
 
-def test_a_physical_block_size_of_ones_choice() -> None:
+def test_a_chosen_physical_block_size() -> None:
     of_the_storage = Limits(4096, 4096, 1 << 20, discard=4096)
     assert of_the_storage.for_blocks(512, 512) == Limits(512, 512, 1 << 20, discard=4096)
     assert of_the_storage.for_blocks(512, 65536) == Limits(65536, 65536, 1 << 20, discard=4096)
-    # The share of one disk of an array is not a block.
+    # The stripe unit of an array is not a physical block.
     assert Limits(512, 65536, 1 << 20).for_blocks(512, 4096) == Limits(4096, 65536, 1 << 20)
     assert Limits(512, 65536, 96 << 10).for_blocks(512, 65536) == Limits(65536, 65536, 0)
 
 
-def test_discards_are_of_whole_pages_where_there_is_a_page_cache() -> None:
+def test_discards_through_the_page_cache_are_whole_pages() -> None:
     assert Limits(512, 512, discard=512).for_blocks(512, granule=4096).discard == 4096
     assert Limits(512, 512, discard=8192).for_blocks(512, granule=4096).discard == 8192
     assert Limits(512, 512, discard=0).for_blocks(512, granule=4096).discard == 0

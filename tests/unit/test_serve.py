@@ -682,7 +682,7 @@ def test_option_out_of_its_range(image: Path, path: Path, wrong: list[str]) -> N
         (["big"], "'big' is not a size"),
     ],
 )
-def test_physical_block_size_that_makes_no_sense(image: Path, path: Path, options: list[str], why: str) -> None:
+def test_invalid_physical_block_size(image: Path, path: Path, options: list[str], why: str) -> None:
     assert why in refused("--blk-file", image, "--socket-path", path, "--physical-block-size", *options)
 
 

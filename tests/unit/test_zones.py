@@ -497,7 +497,7 @@ def test_pointers_are_kept_across_a_restart(serve: Serve) -> None:
 def test_a_file_system_that_reports_no_holes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
 ) -> None:
-    """All of a file seems to be data there, but one that has just been created has none."""
+    """The whole file seems to be data, but a new file has none."""
     monkeypatch.setattr(zonefile, "next_data", lambda fd, offset: offset)
     image = folder / "other.img"
     if not new:
@@ -514,7 +514,7 @@ def test_a_file_system_that_reports_no_holes(
             serve_it()
 
 
-def test_data_behind_a_pointer_is_overwritten_where_no_hole_can_be_made(
+def test_data_behind_a_pointer_is_overwritten_if_holes_are_impossible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: int) -> None:
