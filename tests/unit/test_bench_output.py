@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from ringplane.bench import backends, cells, fio, markdown, places, plots, run, tables
 from ringplane.bench.results import SOCKET, Report, Storage, Subject
-from ringplane.cli.bench import bench, described, settings_of
+from ringplane.cli.bench import bench, described, progress, settings_of
 
 from .reports import NATIVE, OURS, THREADS, report_of, row
 
@@ -129,6 +130,18 @@ def test_a_run_is_described_in_singular_and_plural() -> None:
     more = run.Settings(cells=cells.table(["randread"], [1, 8], [1], ["event"]), rounds=3)
     words = described(more, [place, place], [OURS, NATIVE], 125)
     assert words.startswith("2 cells x 2 back ends x 3 rounds x 2 places: about 2 minutes")
+
+
+def test_progress_keeps_its_bar_beside_a_long_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringplane.cli.bench.REDRAW", -1)
+    console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    session = run.Bench(run.Settings(cells=[]), report_of())
+    with progress(console, session, 10.0):
+        session.announce(5.0, f"measure {POLLING.name}: randwrite depth 128, 16 queues, event [with more of it]")
+    lines = re.split(r"[\r\n]|\x1b\[[0-9;?]*[a-zA-Z]", console.file.getvalue())  # type: ignore[attr-defined]
+    drawn = next(line for line in lines if "measure" in line)
+    assert re.match(r"[━ ]{12} [\d:-]{7} measure ringplane --engine io_uring", drawn)
+    assert "…" not in drawn
 
 
 # The help

@@ -365,7 +365,9 @@ def progress(console: Console, session: Bench, seconds: float) -> Iterator[None]
     """Show the progress of a run, drawn between measurements and not during them."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(12), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(12), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
+    # A longer description would squeeze the bar and the time.
+    room = console.width - 12 - len(" 0:00:00 ") - 1
     with Progress(
         *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
     ) as bar:
@@ -375,7 +377,7 @@ def progress(console: Console, session: Bench, seconds: float) -> Iterator[None]
         def announce(done: float, text: str) -> None:
             nonlocal drawn
             if time.monotonic() - drawn > REDRAW:
-                bar.update(task, completed=done, description=text, refresh=True)
+                bar.update(task, completed=done, description=text[:room], refresh=True)
                 drawn = time.monotonic()
 
         session.announce = announce
