@@ -87,7 +87,6 @@ class Disk:
         self.serial = serial if serial is not None else default_serial(image)
         self.zones = zones
         self._resizing = asyncio.Lock()
-        name = image.path.name
         self.storage = storage_of(image, engine, workers)
         alignment = (image.alignment.memory, image.alignment.block)
         found = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
@@ -99,7 +98,7 @@ class Disk:
                 block_size=block_size,
                 alignment=alignment,
                 serial=self.serial,
-                name=name,
+                name=self.name,
                 storage=self.storage,
                 lifetime=_lifetime(found),
                 zones=zones.address if zones else 0,
@@ -125,6 +124,11 @@ class Disk:
             for worker in dict.fromkeys(workers):
                 files[worker] = OpenFile(self.image.open_again() if files else self.image.fd)
         return files
+
+    @property
+    def name(self) -> str:
+        """How log lines call it: the name of the image."""
+        return self.image.path.name
 
     @property
     def through_page_cache(self) -> bool:
@@ -193,7 +197,7 @@ class Disk:
             try:
                 self.zones.close()
             except OSError as error:
-                log.error("%s: %s", self.zones.path, error)
+                log.error("%s: %s", self.zones.path, error, extra={"disk": self.name})
         self.image.close()
 
     def report_failures(self) -> None:

@@ -30,6 +30,7 @@ from ringplane.handover import Predecessor, offer_successors, socket_beside
 from ringplane.image import Image, ImageError
 from ringplane.image import create as create_image
 from ringplane.listener import Listener, ListenError
+from ringplane.logs import DiskLog
 from ringplane.native import procfs
 from ringplane.server import IoThread, Server
 from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel, check_physical_block_size
@@ -134,6 +135,7 @@ class Export:
             switches=config.features,
             zones=opened.zones,
         )
+        self._logger = DiskLog(log, self.disk.name)
         self._listener = opened.listener
         self._quota = quota
         self._accepting: asyncio.Future[None] | None = None
@@ -235,7 +237,7 @@ class Export:
         try:
             await self._serve()
         except Exception:
-            log.exception("%s: served no more, by a fault of ringplane's own; please report it", self.disk.image.path)
+            self._logger.exception("served no more, by a fault of ringplane's own; please report it")
         finally:
             self.disk.close()
             self._finished.set()
@@ -248,7 +250,7 @@ class Export:
                 await self._serve_front_end(listener.sock)
                 return
             if self._session is not None:
-                log.info("%s: goes on with a front end of the process before", self.disk.image.path.name)
+                self._logger.info("goes on with a front end of the process before")
                 await self._run_session(self._session)
             listener.sock.setblocking(False)
             while not self._stopping:
@@ -268,7 +270,7 @@ class Export:
             pass
         except OSError as error:
             # Too many open files, say: the front end waits in the queue until that has passed.
-            log.warning("%s: cannot accept a front end: %s", self.disk.image.path.name, error)
+            self._logger.warning("cannot accept a front end: %s", error)
             await asyncio.sleep(ACCEPT_AGAIN)
         return None
 
@@ -285,31 +287,29 @@ class Export:
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
         self._transport = AsyncTransport(sock)
-        name = self.disk.image.path.name
         try:
             self._session = Session(self._transport, self.disk, self._quota)
         except OSError as error:
             # Too many open files, say: the next one may have more luck.
-            log.warning("%s: cannot serve a front end: %s", name, error)
+            self._logger.warning("cannot serve a front end: %s", error)
             self._transport.close()
             self._transport = None
             return
-        log.info("%s: front end attached", name)
+        self._logger.info("front end attached")
         await self._run_session(self._session)
 
     async def _run_session(self, session: Session) -> None:
-        name = self.disk.image.path.name
         try:
             if not self._stopping:
                 await session.run()
         except Exception:
-            log.exception("%s: front end dropped, by a fault of ringplane's own; please report it", name)
+            self._logger.exception("front end dropped, by a fault of ringplane's own; please report it")
         finally:
             if self._transport:
                 self._transport.close()
             self._session = self._transport = None
             self.disk.report_failures()
-            log.info("%s: front end detached", name)
+            self._logger.info("front end detached")
 
     # For handover.py.
 
@@ -358,23 +358,22 @@ class Export:
             if self._session:
                 await self._session.drain()
         except WorkerEnded as error:
-            log.warning("%s: cannot be drained: %s", self.disk.image.path.name, error)
+            self._logger.warning("cannot be drained: %s", error)
         finally:
             drained.set()
 
     async def _refresh_size(self) -> None:
-        name = self.disk.image.path.name
         if self.disk.image.is_replaced:
-            log.warning("%s: is another file now, or gone; the one that was opened is served until a restart", name)
+            self._logger.warning("is another file now, or gone; the one that was opened is served until a restart")
         try:
             if not await self.disk.refresh_size():
-                log.info("%s: has %d bytes, as before", name, self.disk.image.size)
+                self._logger.info("has %d bytes, as before", self.disk.image.size)
                 return
-            log.info("%s: has %d bytes now", name, self.disk.image.size)
+            self._logger.info("has %d bytes now", self.disk.image.size)
             if self._session:
                 await self._session.notify_config_change()
         except (ImageError, OSError, WorkerEnded) as error:
-            log.warning("%s: its new size cannot be served: %s", name, error)
+            self._logger.warning("its new size cannot be served: %s", error)
 
     def _close_sockets(self) -> None:
         if self._transport:

@@ -103,6 +103,8 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
     """
     absent = missing()
     remove_temporary_cache()
+    # As many as glibc makes.
+    libc.limit_arenas(8 * (os.cpu_count() or 1))
     libc.forbid_core_dumps()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc.forbid_writable_code()

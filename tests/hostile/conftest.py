@@ -29,6 +29,7 @@ from ringplane.driver import Driver
 from unit.combinations import FORMATS
 from unit.rig import (
     IN,
+    LOGGING_AT_ONCE,
     OK,
     PATIENCE,
     WRITE_ZEROES,
@@ -165,7 +166,7 @@ def serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that serves the disks of `folder`/disks.toml. It must exit with status 0 on SIGTERM, or be killed."""
     disks = (folder / "disks.toml").read_text().count("[[disk]]")
     with (folder / "log").open("a") as log:
-        command = [sys.executable, "-m", "ringplane", "serve", "--config", str(folder / "disks.toml")]
+        command = [sys.executable, "-c", LOGGING_AT_ONCE, "serve", "--config", str(folder / "disks.toml")]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None

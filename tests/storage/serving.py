@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ringplane.driver import Driver
 from ringplane.driver.process import cpu_ns
+from unit.rig import LOGGING_AT_ONCE
 
 # Longer than any intended wait in these tests.
 PATIENCE = 30.0
@@ -57,8 +58,8 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(*disks: Disk, engine: str = "io_uring", program: Sequence[str] = ("-m", "ringplane")) -> Iterator[Served]:
-    """Serve all disks on one I/O thread; `program` are the arguments of Python that run `ringplane`."""
+def serving(*disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ONCE) -> Iterator[Served]:
+    """Serve all disks on one I/O thread; `program` is what Python runs as `ringplane`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']
@@ -70,7 +71,7 @@ def serving(*disks: Disk, engine: str = "io_uring", program: Sequence[str] = ("-
             )
         (folder / "disks.toml").write_text("\n".join(tables))
         with (folder / "log").open("w") as log:
-            command = [sys.executable, *program, "serve", "--config", str(folder / "disks.toml")]
+            command = [sys.executable, "-c", program, "serve", "--config", str(folder / "disks.toml")]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None

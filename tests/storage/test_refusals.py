@@ -247,7 +247,7 @@ def test_fallocate_is_forbidden(tmp_path: Path, engine: str) -> None:
             os.truncate(file, MIB)
         images.append(stack.enter_context(loop_device(files[-1])))
         disks = [Disk(image, direct=image != images[-1], engine=engine) for image in images]
-        served = stack.enter_context(serving(*disks, engine="aio", program=("-c", FORBIDDING)))
+        served = stack.enter_context(serving(*disks, engine="aio", program=FORBIDDING))
         for number in range(len(disks)):
             with served.driver(number) as driver:
                 assert driver.features & VIRTIO_BLK_F_WRITE_ZEROES

@@ -45,6 +45,17 @@ NO_INTERRUPT = NO_NOTIFY = 1
 
 SERIAL = "serial-0123456789"
 
+# `ringplane` for tests that read what is logged as soon as they are answered: each line is written before the
+# answer, by whoever logs it, and all repeated lines come out. tests/hostile/test_log.py tests the log itself.
+LOGGING_AT_ONCE = """
+from ringplane import repeats
+from ringplane.cli import main
+from ringplane.outlet import Outlet
+repeats.BURST = 1 << 40
+Outlet.start = lambda self: None
+main()
+"""
+
 # A test that waits for so many seconds has found a hang.
 PATIENCE = 20.0
 

@@ -442,6 +442,7 @@ def exercise(served: Served, *, discards: bool = True) -> None:
     [
         ("--engine", "io_uring", "--num-queues", "2", "--io-threads", "2", "--cpus", "0"),
         ("--engine", "aio", "--num-queues", "2", "--trace"),
+        ("--num-queues", "8", "--io-threads", "8"),
         ("--engine", "io_uring", "--pin-memory", "--buffered"),
         ("--engine", "aio", "--feature", "packed=off", "--block-size", "4096"),
         ("--engine", "io_uring", "--feature", "in-order=on", "--feature", "inband-notifications=on"),

@@ -6,6 +6,9 @@ import contextlib
 import os
 import socket
 
+# Seconds.
+PATIENCE = 5.0
+
 
 class ServiceManager:
     """Whoever started us and wants to know when we are ready; nobody, where NOTIFY_SOCKET is not set."""
@@ -27,5 +30,7 @@ class ServiceManager:
         """Front ends may connect from now on. What is started after us may need to."""
         if self._sock is not None:
             with self._sock, contextlib.suppress(OSError):
+                # A manager that does not read must not keep us from stopping.
+                self._sock.settimeout(PATIENCE)
                 self._sock.send(b"READY=1")
             self._sock = None

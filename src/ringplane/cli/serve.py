@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.logs import FORMATS, Logs
 from ringplane.values import (
     LOCK_AUTO,
     LOCKS,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "trace", "print_capabilities")
+BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "log_format", "trace", "print_capabilities")
 
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
@@ -139,6 +139,13 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     help="Take over from the running ringplane that serves these disks, with its guests, who notice nothing.",
 )
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="Of log lines on standard error: text, or an object of JSON per line.",
+)
 @click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
 @click.option(
     "--print-capabilities", is_flag=True, is_eager=True, expose_value=False, callback=print_capabilities,
@@ -153,6 +160,7 @@ def serve(
     sandbox: bool | None,
     user: User | None,
     log_level: str,
+    log_format: str,
     trace: bool,
     **options: Any,
 ) -> None:
@@ -160,17 +168,17 @@ def serve(
 
     One disk by the options, or those of a configuration file. SIGHUP: images that grew or shrank get their new size.
     """
-    logging.basicConfig(level=logging.WARNING, format="ringplane: %(levelname)s: %(message)s", stream=sys.stderr)
-    # Ours alone: Numba and asyncio have debug messages of their own.
-    logging.getLogger("ringplane").setLevel(log_level.upper())
-    if config is not None:
-        refuse_other_options(context)
-        serve_until_signal(lambda: start_config(config, upgrade, rights(sandbox, user)), trace)
-    else:
-        check_options(**options, upgrade=upgrade)
-        options["block_size"] = int(options["block_size"])
-        options["features"] = dict(options["features"])
-        serve_until_signal(lambda: start_disk(**options, upgrade=upgrade, give_up=rights(sandbox, user)), trace)
+    with Logs(log_level, log_format) as logs:
+        if config is not None:
+            refuse_other_options(context)
+            serve_until_signal(lambda: start_config(config, upgrade, rights(sandbox, user, logs)), logs, trace)
+        else:
+            check_options(**options, upgrade=upgrade)
+            options["block_size"] = int(options["block_size"])
+            options["features"] = dict(options["features"])
+            serve_until_signal(
+                lambda: start_disk(**options, upgrade=upgrade, give_up=rights(sandbox, user, logs)), logs, trace
+            )
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -236,7 +244,7 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
     return serve(blk_file, socket_path, **options, upgradable=True).server
 
 
-def rights(sandbox: bool | None, user: User | None) -> GiveUp:
+def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     """What gives up the rights that these options are about; raises SandboxError where not all can be that must."""
     from ringplane import sandbox as box
 
@@ -253,6 +261,7 @@ def rights(sandbox: bool | None, user: User | None) -> GiveUp:
             box.change_user(user)
         if sandbox is not False:
             box.confine(folders)
+        logs.start()
 
     return give_up
 
@@ -276,7 +285,7 @@ def raise_fd_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
+def serve_until_signal(start: Callable[[], Server], logs: Logs, trace: bool) -> None:
     """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
     # Threads that nobody here needs: NumPy starts one per CPU when it is imported, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -304,12 +313,11 @@ def serve_until_signal(start: Callable[[], Server], trace: bool) -> None:
         raise click.ClickException(str(error)) from None
     with servers[0] as server:
         if trace:
-            server.trace(trace_printer(server))
+            server.trace(trace_printer(server, logs))
         for export in server.exports:
-            announce(export)
+            announce(export, logs)
         if len(server.exports) == 1:
-            announce_hint(server.exports[0])
-        sys.stdout.flush()
+            announce_hint(server.exports[0], logs)
         manager.notify_ready()
         obey(server, signalled)
         server.wait()
@@ -328,31 +336,31 @@ def obey(server: Server, signalled: int) -> None:
     server.call_when_readable(signalled, obey_one)
 
 
-def trace_printer(server: Server) -> Callable[[TraceEvent | str], None]:
+def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:
     """Prints events on standard error; where there are several disks, each with the name of its image."""
     names = {export.device: f"{export.disk.image.path.name} " for export in server.exports}
 
     def print_event(event: TraceEvent | str) -> None:
         disk = names[event.device] if len(names) > 1 and not isinstance(event, str) else ""
-        print(f"{disk}{event}", file=sys.stderr, flush=True)
+        logs.trace(f"{disk}{event}")
 
     return print_event
 
 
-def announce(export: Export) -> None:
+def announce(export: Export, logs: Logs) -> None:
     """Say what is served where."""
     disk, image = export.disk, export.disk.image
     if export.config.direct and disk.through_page_cache:
-        click.echo(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
+        logs.say(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
     mode = disk.how + (", read-only" if image.read_only else "")
-    click.echo(f"serving {image.path} ({format_size(image.size)}, {mode}, {len(disk.queues)} queues)")
-    click.echo(f"listening on {export.socket_path or 'an inherited socket'}")
+    logs.say(f"serving {image.path} ({format_size(image.size)}, {mode}, {len(disk.queues)} queues)")
+    logs.say(f"listening on {export.socket_path or 'an inherited socket'}")
 
 
-def announce_hint(export: Export) -> None:
+def announce_hint(export: Export, logs: Logs) -> None:
     """Say how to attach a guest."""
     if export.socket_path is not None:
-        click.echo(
+        logs.say(
             "attach QEMU with:\n"
             "  -object memory-backend-memfd,id=mem,size=2G,share=on -machine memory-backend=mem -m 2G \\\n"
             f"  -chardev socket,id=ringplane0,path={export.socket_path} \\\n"

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ringplane.dataplane.merge import offset_in_image
 from ringplane.dataplane.state import FAILURE, FAILURE_SIZE, KIND_FLUSH, KIND_READ, KINDS
+from ringplane.logs import DiskLog
 from ringplane.native.access import view
 from ringplane.native.jit import compiled
 
@@ -64,7 +65,7 @@ class Failures:
     """Logs the failures of one disk. Any thread may call."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._logger = DiskLog(log, name)
         self._lock = threading.Lock()
         self._reported = {kind: _Reported() for kind in KINDS}
 
@@ -82,7 +83,7 @@ class Failures:
             reported.last = _describe(kind, failure)
             if int(failure["result"]) not in reported.errors:
                 reported.errors.add(int(failure["result"]))
-                log.error("%s: %s%s", self._name, reported.last, CONSEQUENCES.get(kind, ""))
+                self._logger.error("%s%s", reported.last, CONSEQUENCES.get(kind, ""))
                 reported.report_at = monotonic() + REPORT_INTERVAL_S
                 count -= 1
         reported.more += count
@@ -98,7 +99,7 @@ class Failures:
     def _report_more(self, kind: str, reported: _Reported) -> None:
         if reported.more:
             what = NAMES.get(kind, f"requests ({kind})")
-            log.error("%s: %d more %s have failed; the last one: %s", self._name, reported.more, what, reported.last)
+            self._logger.error("%d more %s have failed; the last one: %s", reported.more, what, reported.last)
         reported.more = 0
         reported.report_at = monotonic() + REPORT_INTERVAL_S
 

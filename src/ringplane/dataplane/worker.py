@@ -50,6 +50,7 @@ from ringplane.dataplane.state import (
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
 from ringplane.engines.ranges import RANGE
+from ringplane.logs import DiskLog
 from ringplane.memory import BadMemory, MemoryTable
 from ringplane.native import interrupt, libc, procfs, sigbus
 from ringplane.native.jit import load
@@ -384,7 +385,7 @@ class Worker:
         self._check_all_queues()
         self._draining.setdefault(queue.address, []).append(drained)
         if queue.in_flight:
-            log.debug("%s: draining %d requests", queue.name, queue.in_flight)
+            log.debug("%s: draining %d requests", queue.name, queue.in_flight, extra=_about(queue))
 
     def _watch_kicks(self, queue: Queue, kick_fd: int) -> None:
         check_eventfd(kick_fd, "kick fd")
@@ -430,7 +431,9 @@ class Worker:
             self._place_ring(queue, queue.layout, memory)
         except BadMemory as error:
             # A front end may remove memory and add it again: until then the ring keeps its place in the old table.
-            log.warning("%s: suspended: the ring is not in the shared memory: %s", queue.name, error)
+            log.warning(
+                "%s: suspended: the ring is not in the shared memory: %s", queue.name, error, extra=_about(queue)
+            )
             if queue.running:
                 queue.suspended = True
                 queue.record["running"] = 0
@@ -439,7 +442,7 @@ class Worker:
         self._retire(queue, old)
         self._pin()
         if queue.suspended:
-            log.info("%s: resumed: the ring is in the shared memory again", queue.name)
+            log.info("%s: resumed: the ring is in the shared memory again", queue.name, extra=_about(queue))
             queue.suspended = False
             queue.record["running"] = 1
             self._check_all_queues()
@@ -481,17 +484,18 @@ class Worker:
                 queue.broken_reported = True
                 head = int(queue.record["broken_head"])
                 where = f" (chain {head})" if head >= 0 else ""
-                log.warning("%s: ring broken by the driver: %s%s", queue.name, rules.MESSAGES[rule], where)
+                log.warning(
+                    "%s: ring broken by the driver: %s%s", queue.name, rules.MESSAGES[rule], where, extra=_about(queue)
+                )
                 self._signal_error(queue)
 
     def _report_lost_mappings(self) -> None:
         for device in {queue.device for queue in self._queues.values()}:
             if device.lost_mapping and not device.lost_reported:
                 device.lost_reported = True
-                log.warning(
-                    "%s: pages of the image were lost (it was truncated, or no memory is left for them); from now on "
-                    "it is served with system calls, and reads beyond its end fail",
-                    device.name,
+                DiskLog(log, device.name).warning(
+                    "pages of the image were lost (it was truncated, or no memory is left for them); from now on "
+                    "it is served with system calls, and reads beyond its end fail"
                 )
 
     def _report_failures(self) -> None:
@@ -514,9 +518,13 @@ class Worker:
         return TraceReader(self._trace)
 
     def _trace_queue(self, event: int, queue: Queue) -> None:
-        log.debug("%s: %s", queue.name, EVENT_NAMES[event])
+        log.debug("%s: %s", queue.name, EVENT_NAMES[event], extra=_about(queue))
         if self._trace is not None:
             self._trace.add(event, queue.array)
+
+
+def _about(queue: Queue) -> dict[str, str]:
+    return {"disk": queue.device.name}
 
 
 def check_eventfd(fd: int, name: str) -> None:

@@ -24,6 +24,8 @@ MADV_DONTNEED, MADV_DONTDUMP = 4, 16
 MAP_FAILED = ctypes.c_void_p(-1).value
 # <elf.h>: the address of 16 bytes that the kernel has put on the stack of the first thread.
 AT_RANDOM = 25
+# <malloc.h>
+M_ARENA_MAX = -8
 
 # struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
 SIGACTION = np.dtype(
@@ -135,6 +137,15 @@ PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 4, 15, 29
 def set_timer_slack(nanoseconds: int) -> None:
     """prctl(2), PR_SET_TIMERSLACK: how late the kernel may wake up the calling thread; the default is 50 us."""
     _libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
+
+
+def limit_arenas(count: int) -> None:
+    """Have malloc(3) make at most so many heaps (mallopt(3)).
+
+    By itself glibc makes one per thread, and opens files to count the CPUs when it makes the ninth.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(M_ARENA_MAX, count)
 
 
 def forbid_core_dumps() -> None:

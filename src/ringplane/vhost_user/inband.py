@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
 
+from ringplane.logs import DiskLog
 from ringplane.vhost_user.connection import Connection, Role
 from ringplane.vhost_user.messages import BackendRequest, Empty, Payload, ProtocolError, VringState
 from ringplane.vhost_user.transport import AsyncTransport
-
-log = logging.getLogger(__name__)
 
 # Seconds that a front end may take to read a message whose answer nobody waits for.
 PATIENCE = 2.0
@@ -66,12 +64,12 @@ class BackendChannel:
 class InbandSignal:
     """An eventfd whose signals become messages about a ring; the data plane knows only the eventfd."""
 
-    def __init__(self, ask: Ask, request: BackendRequest, ring: int) -> None:
+    def __init__(self, ask: Ask, request: BackendRequest, ring: int, logger: DiskLog) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signalled, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
         asyncio.get_running_loop().add_reader(self.fd, self._note)
-        self._task = asyncio.create_task(self._forward(ask, request, ring))
+        self._task = asyncio.create_task(self._forward(ask, request, ring, logger))
 
     def _note(self) -> None:
         os.eventfd_read(self.fd)
@@ -84,7 +82,7 @@ class InbandSignal:
             self._note()
         await self._idle.wait()
 
-    async def _forward(self, ask: Ask, request: BackendRequest, ring: int) -> None:
+    async def _forward(self, ask: Ask, request: BackendRequest, ring: int, logger: DiskLog) -> None:
         """Signals that arrive while a message is under way share the next one."""
         try:
             while True:
@@ -94,7 +92,7 @@ class InbandSignal:
                 if not self._signalled.is_set():
                     self._idle.set()
         except (OSError, ProtocolError) as error:
-            log.warning("%s of ring %d can no longer be sent: %s", request.name, ring, error)
+            logger.warning("%s of ring %d can no longer be sent: %s", request.name, ring, error)
             self._idle.set()
 
     def close(self) -> None:

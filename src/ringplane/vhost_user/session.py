@@ -18,6 +18,7 @@ from ringplane.address_space import Quota
 from ringplane.dataplane.queue import DirtyLog, RingLayout
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.disk import Disk
+from ringplane.logs import DiskLog
 from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
 from ringplane.vhost_user import inflight, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
@@ -109,6 +110,7 @@ class Session:
         self._transport = transport
         self._disk = disk
         self._quota = quota
+        self._logger = DiskLog(log, disk.name)
         self._offered = disk.features | VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
@@ -138,9 +140,9 @@ class Session:
             while await self._serve_one_message():
                 pass
         except (ProtocolError, Refused) as error:
-            log.warning("front end dropped: %s", error)
+            self._logger.warning("front end dropped: %s", error)
         except OSError as error:
-            log.info("front end lost: %s", error)
+            self._logger.info("front end lost: %s", error)
         finally:
             loop.remove_reader(self._alarm.fd)
             await self._close()
@@ -149,7 +151,7 @@ class Session:
     def _end_without_memory(self) -> None:
         """Requests may have been done with zeros in the place of their data: this device cannot go on."""
         asyncio.get_running_loop().remove_reader(self._alarm.fd)
-        log.warning("front end dropped: it has taken away memory that it shares with this disk (ftruncate(2))")
+        self._logger.warning("front end dropped: it truncated memory that it shares with this disk (ftruncate(2))")
         self._transport.close()
 
     async def drain(self) -> None:
@@ -168,7 +170,7 @@ class Session:
             try:
                 await self._start_or_stop(vring)
             except (BadMemory, OSError) as error:
-                log.warning("%s: cannot go on: %s", vring.queue.name, error)
+                self._logger.warning("queue %d: cannot go on: %s", vring.queue.number, error)
 
     # Handing over to another process, and taking over from one.
 
@@ -271,12 +273,12 @@ class Session:
     async def notify_config_change(self) -> None:
         """Tell the front end, if it can hear it, that the configuration space is to be read again."""
         if self._channel is None or ProtocolFeature.CONFIG not in self._protocol_features:
-            log.info("the front end cannot be told; the driver sees the new size when it starts anew")
+            self._logger.info("the front end cannot be told; the driver sees the new size when it starts anew")
             return
         try:
             await self._channel.notify(BackendRequest.CONFIG_CHANGE_MSG)
         except OSError as error:
-            log.warning("the front end could not be told of the new size: %s", error or "it does not read")
+            self._logger.warning("the front end could not be told of the new size: %s", error or "it does not read")
 
     async def _close(self) -> None:
         self._transport.close()
@@ -285,7 +287,7 @@ class Session:
             results = await asyncio.gather(*(self._forget(vring) for vring in self._vrings), return_exceptions=True)
             for error in results:
                 if error is not None:
-                    log.error("a queue could not be stopped: %s", error)
+                    self._logger.error("a queue could not be stopped: %s", error)
             self._memory, self._inflight, self._log = MemoryTable(), None, None
             self._close_channel()
             # Tasks that were cancelled may hold this object until somebody looks for garbage, but no fd with it.
@@ -303,7 +305,7 @@ class Session:
         if message is None:
             return False
         with message:
-            log.debug("%s %s", message.name, message.payload)
+            self._logger.debug("%s %s", message.name, message.payload)
             async with self._busy:
                 reply = await self._answer(message)
             # Not under the lock: a front end that does not read its replies holds up nobody but itself.
@@ -332,10 +334,10 @@ class Session:
     def _refuse(self, message: Message, why: Refused) -> Payload:
         """Say no where the front end can hear it, else end the connection, as its idea of us would be wrong."""
         if message.request in NOES:
-            log.warning("%s", why)
+            self._logger.warning("%s", why)
             return NOES[message.request]
         if self._wants_ack(message) and rule_of(message.request).reply is None:
-            log.warning("%s", why)
+            self._logger.warning("%s", why)
             return U64(1)
         try:
             raise why
@@ -666,7 +668,7 @@ class Session:
             await self._set_err_fd(vring, self._begin_signal(vring, BackendRequest.VRING_ERR))
 
     def _begin_signal(self, vring: Vring, request: BackendRequest) -> int:
-        signal = vring.signals[request] = InbandSignal(self._ask_front_end, request, vring.queue.number)
+        signal = vring.signals[request] = InbandSignal(self._ask_front_end, request, vring.queue.number, self._logger)
         return signal.fd
 
     async def _ask_front_end(self, request: BackendRequest, payload: Payload) -> None:
@@ -736,7 +738,9 @@ class Session:
             try:
                 await asyncio.wait_for(self._done(drained), TELL_AFTER)
             except TimeoutError:
-                log.warning("%s: waiting for %d requests in flight", vring.queue.name, vring.queue.in_flight)
+                self._logger.warning(
+                    "queue %d: waiting for %d requests in flight", vring.queue.number, vring.queue.in_flight
+                )
                 await self._done(drained)
             vring.running = False
             vring.base = vring.queue.base

@@ -1,0 +1,129 @@
+"""Lines for standard output or standard error that are written without ever making anybody wait.
+
+If nobody reads what the process writes, a pipe fills up and write(2) waits; so does it on storage that hangs. Lines are
+queued here, at most so many, and a thread of the outlet's own writes them. Lines that find the queue full are dropped
+and counted, and the count is written when there is room again.
+
+logging.handlers.QueueListener is not used because its end waits for its thread without a limit, and because its thread
+holds the lock of a handler in write(2), which logging.shutdown waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+# Lines that may wait. One that is queued takes some 200 bytes.
+LIMIT = 10_000
+
+
+class Outlet:
+    """A file descriptor to write lines to; any thread may call.
+
+    Until `start`, who puts a line writes what there is room for, so that no thread is needed before a process is
+    confined. `describe_lost` makes a line that says how many were lost. `tick` is called on the thread whenever it is
+    woken, and says after how many seconds it wants to be called again.
+    """
+
+    def __init__(
+        self, fd: int, describe_lost: Callable[[int], str], tick: Callable[[], float | None] = lambda: None
+    ) -> None:
+        self._fd, self._describe_lost, self._tick = fd, describe_lost, tick
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        # What is left of the line that is being written; its owner is whoever holds the lock.
+        self._rest = b""
+        self._writing = threading.Lock()
+        # Reentrant: a finalizer may log at any time.
+        self._counting = threading.RLock()
+        self._lost, self._writable = 0, True
+        self._thread: threading.Thread | None = None
+
+    def put(self, line: str, limit: int = LIMIT) -> None:
+        """Have the line written, unless `limit` lines are waiting already."""
+        self._write_what_fits()
+        if self._lines.qsize() >= limit:
+            self._lose()
+            return
+        self._report_lost()
+        self._lines.put(_encode(line))
+        self._write_what_fits()
+
+    def wake(self) -> None:
+        """Have `tick` called soon."""
+        self._lines.put(b"")
+
+    def start(self) -> None:
+        """Have a thread write from now on."""
+        self._thread = threading.Thread(target=self._main, name="ringplane-log", daemon=True)
+        self._thread.start()
+
+    def stop(self, deadline: float) -> None:
+        """Return when all lines have been written, or when time.monotonic() reaches the deadline."""
+        if self._thread is None:
+            self._write_what_fits(max(0.0, deadline - time.monotonic()))
+            return
+        self._lines.put(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _main(self) -> None:
+        while True:
+            try:
+                line = self._lines.get(timeout=self._tick())
+            except Empty:
+                continue
+            if line is None:
+                return
+            with self._writing:
+                self._rest += line
+                self._write_rest(None)
+            if self._lines.empty():
+                self._report_lost()
+
+    def _write_what_fits(self, patience: float = 0.0) -> None:
+        """As long as there is no thread; `patience` is for each piece, in seconds."""
+        if self._thread is None and self._writing.acquire(blocking=False):
+            try:
+                while self._write_rest(patience) and not self._lines.empty():
+                    self._rest = self._lines.get() or b""
+            finally:
+                self._writing.release()
+
+    def _write_rest(self, patience: float | None) -> bool:
+        """Whether all of it was written, or had to be given up; a pipe takes PIPE_BUF bytes at once if any."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        while self._rest:
+            if not poll.poll(None if patience is None else patience * 1000):
+                return False
+            try:
+                self._rest = self._rest[os.write(self._fd, self._rest[: select.PIPE_BUF]) :]
+                self._writable = True
+            except BlockingIOError:
+                # Another process has written to it in between.
+                continue
+            except OSError:
+                # Nobody can read it any more, or the disk is full.
+                self._rest, self._writable = b"", False
+                self._lose()
+        return True
+
+    def _lose(self) -> None:
+        with self._counting:
+            self._lost += 1
+
+    def _report_lost(self) -> None:
+        """Unless that would be lost too."""
+        if not self._writable:
+            return
+        with self._counting:
+            lost, self._lost = self._lost, 0
+        if lost:
+            self._lines.put(_encode(self._describe_lost(lost)))
+
+
+def _encode(line: str) -> bytes:
+    return f"{line}\n".encode(errors="backslashreplace")
