@@ -1,4 +1,4 @@
-"""Measurements of vhost-user-blk back ends, side by side: what `ringplane bench` does, for use from Python.
+"""Measurements of vhost-user-blk back ends, side by side: `ringplane bench` for use from Python.
 
 `cells` are what is measured, `places` where the images lie, `backends` the programs; `run` measures them in interleaved
 rounds into a `results.Report`, of which `summary` takes medians and ratios, and `tables`, `markdown` and `plots` show

@@ -20,7 +20,7 @@ from ringplane.values import format_cpus
 QSD_AIO = ("native", "io_uring", "threads")
 # A first start of ringplane compiles the data plane.
 START_DEADLINE = 120.0
-# What ringplane prints when it is ready.
+# The line that ringplane prints when it is ready.
 READY = "listening on"
 STOP_DEADLINE = 20.0
 
@@ -46,7 +46,7 @@ def require(subject: Subject) -> None:
 
 
 def keeps_data(subject: Subject) -> bool:
-    """Whether what was written can be read again; the engine `null` does no I/O at all."""
+    """Whether written data can be read again; the engine `null` does no I/O at all."""
     return subject.option("--engine") != "null"
 
 
@@ -153,7 +153,7 @@ def _listens(backend: Running) -> bool:
 
 
 def ending(last_line: str) -> str:
-    """What an error message about a back end ends with."""
+    """The end of an error message about a back end."""
     return f"; its last message: {last_line}" if last_line else ""
 
 

@@ -30,7 +30,7 @@ ROOM = 2.75
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What the panels of one half of the picture show: one of the Figures, divided by `unit`."""
+    """The quantity in the panels of one half of the picture: one of the Figures, divided by `unit`."""
 
     title: str
     name: str

@@ -1,4 +1,4 @@
-"""What is measured: workloads, and the cells of a table."""
+"""Workloads, and the cells of a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends a bench early."""
+"""Exceptions that end a bench early."""
 
 from __future__ import annotations
 

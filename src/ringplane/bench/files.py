@@ -35,7 +35,7 @@ def _check_writable(path: Path, directory: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file; what was there is replaced when the new text is complete. Raises BenchError."""
+    """Write a file; an existing one is replaced when the new text is complete. Raises BenchError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text)

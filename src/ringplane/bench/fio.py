@@ -1,4 +1,4 @@
-"""Raw fio on an image: what the storage gives without any virtqueue, as the limit."""
+"""Raw fio on an image: the performance of the storage without a virtqueue, as the limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringplane.bench.results import FIO, Subject
 from ringplane.histogram import BUCKETS, STEP_BITS, STEPS, percentile
 
 RAW = Subject("raw fio", FIO)
-# What it takes beyond warm-up and measurement, in seconds: starting, and waiting for its processes.
+# Its time beyond warm-up and measurement, in seconds: starting, and waiting for its processes.
 OVERHEAD = 0.7
 
 

@@ -1,4 +1,4 @@
-"""What a bench ran on: for the report, because figures are true for one machine only."""
+"""The machine of a bench: for the report, because figures are true for one machine only."""
 
 from __future__ import annotations
 

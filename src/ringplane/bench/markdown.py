@@ -21,7 +21,7 @@ WIDTH = 100
 
 
 def write(path: Path, report: Report) -> None:
-    """Replace what is between the markers of a file, or make the file; raises BenchError without the markers."""
+    """Replace the text between the markers of a file, or create the file; raises BenchError without the markers."""
     before, after = _around(path)
     files.write(path, f"{before}{BEGIN}\n\n{render(report)}\n{END}\n{after}")
 
@@ -33,7 +33,7 @@ def check(path: Path) -> None:
 
 
 def _around(path: Path) -> tuple[str, str]:
-    """What a file has before and after the markers; raises BenchError unless it has exactly one pair of them."""
+    """The text before and after the markers of a file; raises BenchError unless it has exactly one pair of them."""
     if not path.exists():
         return "", ""
     try:
@@ -97,7 +97,7 @@ def _line(at: Compared, *, others: bool, raw: bool) -> Iterator[tuple[str, str]]
 
 
 def _legend(report: Report, compared: Sequence[Compared]) -> Iterator[str]:
-    """What the columns mean, what was measured, and on what machine."""
+    """The meaning of the columns, the settings, and the machine."""
     settings, rounds = report.settings, rounds_of(report)
     yield _wrapped(
         f"{loads(report)} CPU us: CPU time of the back end per request, in microseconds; p50 and p99: latency."

@@ -46,7 +46,7 @@ def short(subject: Subject) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where images lie: `name` as it is shown, `kind` is tmpfs, disk or loop, `medium` what stores the bytes.
+    """Where images lie: `name` as it is shown, `kind` is tmpfs, disk or loop, `medium` stores the bytes.
 
     `medium` is the name of a file system, or "block device".
     """
@@ -109,7 +109,7 @@ def _shallow(record: Any) -> dict[str, Any]:
 
 
 def load(path: Path) -> Report:
-    """Read what `Report.save` wrote; raises BenchError."""
+    """Read a file that `Report.save` has written; raises BenchError."""
     try:
         whole = json.loads(path.read_text())
     except OSError as error:

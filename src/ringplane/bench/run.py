@@ -23,12 +23,12 @@ from ringplane.virtio.blk import VIRTIO_BLK_F_RO
 
 # The part of an image whose contents are always known; the rest is measured.
 CHECKED = 64 << 20
-# What a measurement takes beyond its seconds, and a back end to start and stop, in seconds.
+# The time of a measurement beyond its seconds, and of a back end's start and stop, in seconds.
 OVERHEAD, START = 0.06, 1.0
 # How fast images are filled and swept, in bytes per second: a guess, for the estimate.
 SWEEP_RATE = 400e6
 
-# What the driver raises when a back end or its storage fails, does not answer, or breaks the protocol.
+# Exceptions of the driver: a back end or its storage fails, does not answer, or breaks the protocol.
 BROKEN = (RingBroken, Refused, ProtocolError, Unsupported, OSError, ValueError, MemoryError, BufferError)
 
 
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Contents:
-    """What is known of an image. Measured loads do not use its first part once something has been written."""
+    """The known contents of an image. Measured loads do not use its first part once something has been written."""
 
     capacity: int
     model: Model | None = None
@@ -75,12 +75,12 @@ class Contents:
 
     @property
     def known(self) -> tuple[int, int]:
-        """Offset and length of what the model still describes."""
+        """Offset and length of the part that the model still describes."""
         return (0, self._boundary if self.written else self.capacity)
 
     @property
     def measured(self) -> tuple[int, int]:
-        """Offset and length of what measured loads use: all, if nothing is known that they could overwrite."""
+        """Offset and length of the part for measured loads: all, if nothing is known that they could overwrite."""
         return (0, self.capacity) if self.model is None else (self._boundary, self.capacity - self._boundary)
 
     @property
@@ -128,7 +128,7 @@ class Disk:
 
     @contextlib.contextmanager
     def trouble(self, doing: str) -> Iterator[None]:
-        """Turn what the driver raises into a BenchError that names the back end."""
+        """Turn exceptions of the driver into a BenchError that names the back end."""
         try:
             yield
         except BROKEN as error:
@@ -139,13 +139,13 @@ class Disk:
 
 @dataclass(slots=True)
 class Bench:
-    """A run: its settings, its results so far, and what it calls as it progresses."""
+    """A run: its settings, its results so far, and callbacks for its progress."""
 
     settings: Settings
     report: Report
-    announce: Callable[[float, str], None] = lambda seconds, text: None  # how much is done, and what is next
+    announce: Callable[[float, str], None] = lambda seconds, text: None  # the work done so far, and the next step
     save: Callable[[], None] = never  # called after each round
-    pulse: Callable[[], None] = never  # called several times a second; what it raises ends the run
+    pulse: Callable[[], None] = never  # called several times a second; an exception from it ends the run
     done: float = 0.0
 
     # Places

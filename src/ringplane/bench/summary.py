@@ -34,7 +34,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One variant of ringplane (or the back end at a socket) in one cell, and what was measured beside it.
+    """One variant of ringplane (or the back end at a socket) in one cell, and the figures of the others there.
 
     `others` are the variants of qemu-storage-daemon; `raw` is raw fio.
     """

@@ -84,7 +84,7 @@ def steadiness(report: Report) -> Iterator[str]:
 
 
 def groups(report: Report) -> list[tuple[Storage, list[Cell]]]:
-    """What goes into one table: the cells of a storage with the same number of queues and the same driver."""
+    """The cells of each table: of one storage, with the same number of queues and the same driver."""
     kinds = dict.fromkeys((cell.queues, cell.driver) for cell in cells_of(report))
     return [
         (storage, [cell for cell in cells_of(report) if (cell.queues, cell.driver) == kind])
@@ -101,7 +101,7 @@ def heading(storage: Storage, cell: Cell) -> str:
 
 
 def loads(report: Report) -> str:
-    """What the names of the loads mean."""
+    """The meaning of the names of the loads."""
     names = dict.fromkeys(cell.workload for cell in cells_of(report))
     return "; ".join(f"{name}: {WORKLOADS[name].title}" for name in names) + "."
 

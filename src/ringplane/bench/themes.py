@@ -10,7 +10,7 @@ from ringplane.bench.results import FIO, QSD, Subject
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of the page, its text, less important text, ringplane's variants, and what they are compared with."""
+    """Colours of the page, its text, less important text, ringplane's variants, and the other back ends."""
 
     page: str
     text: str

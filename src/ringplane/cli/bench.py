@@ -28,7 +28,7 @@ DRIVERS = (EVENT, BUSY)
 WORKLOADS = ("randread", "randwrite", "randrw", "seqread", "seqwrite")
 DEPTHS = (1, 8, 32, 128)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# The progress bar is drawn at most this often, in seconds: nothing but what is measured should run.
+# The progress bar is drawn at most this often, in seconds: nothing else should run during a measurement.
 REDRAW = 0.25
 # Of tables where there is no terminal, in columns.
 WIDTH = 100
@@ -163,7 +163,7 @@ def bench(
 
 
 def check_outputs(json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None) -> None:
-    """Raise BenchError for what cannot be written: before anything is measured."""
+    """Raise BenchError for files that cannot be written: before anything is measured."""
     from ringplane.bench import files, markdown, plots
 
     if json_path:
@@ -294,7 +294,7 @@ def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: 
 
 
 def subjects_of(against: str, options: dict[str, Any]) -> list[Subject]:
-    """All that is measured side by side; raises BenchError for what is not installed."""
+    """The back ends that are measured side by side; raises BenchError for programs that are not installed."""
     from ringplane.bench import backends, fio
 
     subjects = [backends.ringplane(flags) for flags in options["variants"] or [""]]
@@ -341,7 +341,7 @@ def socket_of(context: click.Context, targets: tuple[str, ...]) -> Path:
 
 
 def described(settings: Settings, places: Sequence[Place], subjects: Sequence[Subject], seconds: float) -> str:
-    """What is measured, and how long that takes."""
+    """The number of measurements, and about how long they take."""
     from ringplane.native.cache import is_cached
 
     parts = [
