@@ -18,6 +18,9 @@ from ringplane.native import libc
 
 SYSFS = Path("/sys/dev/block")
 
+# ioctl(2) request of block devices, <linux/fs.h>
+BLKPBSZGET = 0x127B
+
 # A physical block where nothing says what it is; databases refuse larger ones, unless a device really has them.
 USUAL_BLOCK = 4096
 
@@ -106,7 +109,8 @@ def _fragment(fd: int) -> int:
 
 def _of_device(fd: int, disk: Path, read_only: bool) -> Limits:
     granularity = _number(disk / "queue/discard_granularity")
-    physical = _number(disk / "queue/physical_block_size") or 512
+    # Where there is no sysfs the device itself has its block size, but not the rest.
+    physical = _number(disk / "queue/physical_block_size") or _physical_block(fd)
     return Limits(
         physical_block=physical,
         minimum_io=_number(disk / "queue/minimum_io_size") or physical,
@@ -116,6 +120,13 @@ def _of_device(fd: int, disk: Path, read_only: bool) -> Limits:
         punches=not read_only,
         lifetime=_lifetime(disk / "device"),
     )
+
+
+def _physical_block(fd: int) -> int:
+    try:
+        return int(struct.unpack("I", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))[0])
+    except OSError:
+        return USUAL_BLOCK
 
 
 def _can_discard(fd: int, disk: Path) -> bool:

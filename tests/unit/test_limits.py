@@ -111,6 +111,14 @@ def test_a_block_device_that_cannot_discard(block_device: Path, error: int, monk
     assert (found.discard, found.secure_erase) == ((1024, 1024) if can else (0, 0))
 
 
+def test_a_real_block_device_without_sysfs(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with loop_device(image, "--sector-size", "8192") as path, open(path, "r+b", buffering=0) as opened:
+        found = limits(opened.fileno(), read_only=False, sysfs=tmp_path)
+    assert found == Limits(8192, 8192, discard=8192, punches=True)
+
+
 def test_a_real_block_device(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
@@ -124,7 +132,7 @@ def test_a_real_block_device(tmp_path: Path) -> None:
 
 
 def test_a_block_device_without_limits_in_sysfs(block_device: Path) -> None:
-    assert limits_of_device(block_device) == Limits(512, 512, 0, punches=True)
+    assert limits_of_device(block_device) == Limits(4096, 4096, 0, punches=True)
 
 
 def test_a_partition_is_like_its_disk(block_device: Path, tmp_path: Path) -> None:
