@@ -14,9 +14,10 @@ from ringplane import listener, zonefile
 from ringplane.config import Config
 from ringplane.dataplane.worker import Worker
 from ringplane.disk import check_switches, storage_of
+from ringplane.engines.common import NOWHERE
 from ringplane.export import DiskConfig
 from ringplane.image import Image, ImageError, create_nameless
-from ringplane.limits import limits
+from ringplane.limits import Limits, limits
 from ringplane.listener import ListenError
 
 
@@ -61,9 +62,10 @@ def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
             zonefile.check(image, disk.zoned, block_size=disk.block_size)
         else:
             zonefile.check_not_zoned(disk.image)
-        storage_of(image, disk.engine, workers)
-        if any(disk.features.values()):
-            _look_at_features(disk, image)
+        storage = storage_of(image, disk.engine, workers)
+        found = Limits() if storage == NOWHERE else _limits(disk, image)
+        if found:
+            check_switches(disk.features, found, image, zoned=disk.zoned is not None)
 
 
 def _opened(disk: DiskConfig) -> Image | None:
@@ -82,13 +84,17 @@ def _opened(disk: DiskConfig) -> Image | None:
     return None if fd is None else Image(disk.image, read_only=disk.read_only, block_size=disk.block_size, fd=fd)
 
 
-def _look_at_features(disk: DiskConfig, image: Image) -> None:
-    """What a file system can do is tried, which needs a file that may be written to."""
-    fd = create_nameless(disk.image, image.size, direct=False) if image.is_file else os.dup(image.fd)
-    if fd is None:
-        return
+def _limits(disk: DiskConfig, image: Image) -> Limits | None:
+    """What a file system can do is tried with a file that may be written to; None if none can be created beside it."""
+    if not image.is_file:
+        return limits(image.fd, read_only=disk.read_only)
     try:
-        found = limits(fd, read_only=disk.read_only)
-        check_switches(disk.features, found, image, zoned=disk.zoned is not None)
+        fd = create_nameless(image.path.resolve(), image.size, direct=False)
+    except ImageError:
+        return None
+    if fd is None:
+        return None
+    try:
+        return limits(fd, read_only=disk.read_only)
     finally:
         os.close(fd)

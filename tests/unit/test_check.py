@@ -115,6 +115,7 @@ def file_as_socket(folder: Path) -> None:
         (damaged_zones, f'{DISK}zoned = "64K"', "a.img.zones: "),
         (damaged_zones, DISK, "a.img.zones"),
         (nothing, f"{CREATED}features = {{ lifetime = true }}", "lifetime cannot be offered"),
+        (nothing, f'{CREATED}engine = "null"\nfeatures = {{ discard = true }}', "discard cannot be offered"),
         (nothing, f"{CREATED}read-only = true\nfeatures = {{ write-zeroes = true }}", "write-zeroes cannot be offered"),
         (nothing, f"{DISK}colour = 1", 'unknown key "colour"'),
     ],

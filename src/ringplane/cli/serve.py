@@ -49,39 +49,39 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 
 
 @click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--config", type=FILE, metavar="FILE", help="Serve the disks that this TOML file describes (docs/config.md)."
-)
+@click.option("--config", type=FILE, metavar="FILE", help="Serve the disks of this TOML file (docs/config.md).")
 @click.option("--blk-file", "--image", type=FILE, help="Raw image file or block device to serve.")
-@click.option("--socket-path", type=FILE, help="UNIX socket to listen at.")
-@click.option("--socket-mode", type=MODE, metavar="MODE", help="Mode of the socket, as 0660 [default: by the umask].")
+@click.option("--socket-path", type=FILE, help="UNIX socket to listen on.")
 @click.option(
-    "--socket-group", type=GROUP, metavar="GROUP", help="Group of the socket; its mode is then 0660 unless given."
+    "--socket-mode", type=MODE, metavar="MODE", help="Mode of the socket, for example 0660 [default: by the umask]."
 )
-@click.option("--fd", type=int, help="Inherited socket (its file descriptor) instead of --socket-path.")
+@click.option(
+    "--socket-group", type=GROUP, metavar="GROUP", help="Group of the socket; the mode is then 0660 by default."
+)
+@click.option("--fd", type=int, help="File descriptor of an inherited socket, instead of --socket-path.")
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
-@click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if there is none yet.")
+@click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if none exists.")
 @click.option(
     "--num-queues",
     type=click.IntRange(1, MAX_QUEUES),
     default=MAX_QUEUES,
     show_default=True,
-    help="Virtqueues; a front end uses as many of them as it wants, and pays for no others.",
+    help="Number of virtqueues; unused ones cost nothing.",
 )
-@click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads that serve them.")
+@click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of I/O threads.")
 @click.option(
     "--cpus",
     type=CPUS,
     multiple=True,
     metavar="LIST",
-    help="CPUs that the I/O threads run on, as 2-3 or 0,2; given again, of the next I/O thread [default: all].",
+    help="CPUs of the I/O threads, for example 2-3 or 0,2; repeat it for the next I/O thread [default: all].",
 )
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
     default="auto",
     show_default=True,
-    help="How I/O is done: by the kernel, for images on tmpfs by copying, or (null) not at all, to measure the rest.",
+    help="I/O by io_uring or Linux AIO; memory: copies, for images on tmpfs; null: no I/O, for measurements.",
 )
 @click.option(
     "--poll-us",
@@ -89,29 +89,33 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     default="50",
     show_default=True,
     metavar="N|always",
-    help="Look at the rings for up to N microseconds before sleeping, as long as that pays; always: never sleep.",
+    help="Poll the rings for up to N microseconds before sleeping, if that pays off; always: never sleep.",
 )
 @click.option(
     "--pin-memory",
     is_flag=True,
-    help="Keep the guest's memory pinned: less CPU per I/O with io_uring, but all of it is allocated and stays so.",
+    help="Pin guest memory once instead of per I/O: less CPU with io_uring, but all of it stays allocated.",
 )
-@click.option("--direct/--buffered", default=True, help="O_DIRECT where it is possible [default], or the page cache.")
+@click.option("--direct/--buffered", default=True, help="Use O_DIRECT if possible [default], or the page cache.")
 @click.option(
     "--lock",
     type=click.Choice(LOCKS),
     default=LOCK_AUTO,
     show_default=True,
-    help="Lock the image as QEMU does; auto: not a read-only one whose file system has no locks.",
+    help="Lock the image as QEMU does; auto: except a read-only image on a file system without locks.",
 )
-@click.option("--share-rw", is_flag=True, help="Let others that say --share-rw write to the image (a migration).")
-@click.option("--serial", help="Serial number that the guest sees, up to 20 bytes [default: from the image's path].")
-@click.option("--block-size", type=click.Choice(["512", "4096"]), default="512", show_default=True)
+@click.option(
+    "--share-rw", is_flag=True, help="Let other processes with --share-rw write to the image (for migration)."
+)
+@click.option("--serial", help="Serial number for the guest, up to 20 bytes [default: from the image path].")
+@click.option(
+    "--block-size", type=click.Choice(["512", "4096"]), default="512", show_default=True, help="Logical block size."
+)
 @click.option(
     "--physical-block-size",
     type=SIZE,
     metavar="SIZE",
-    help="Physical block size that the guest sees, up to 64K [default: that of the storage].",
+    help="Physical block size for the guest, up to 64K [default: that of the storage].",
 )
 @click.option(
     "--feature",
@@ -119,37 +123,39 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     type=FEATURE,
     multiple=True,
     metavar="NAME=on|off",
-    help="Offer a feature, or not: packed=off, in-order=on; docs/features.md has their names.",
+    help="Offer a feature or not, for example packed=off; docs/features.md lists the names.",
 )
 @click.option(
     "--zoned",
     type=ZONES,
     metavar="SIZE[,...]",
-    help="A zoned disk of such zones, on a new image: 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
+    help="Zoned disk on a new image, for example 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
 )
 @click.option(
     "--sandbox/--no-sandbox",
     default=None,
-    help="Give up files, network, programs, new code: all that serving does not need [default: as far as possible].",
+    help="Give up all rights that serving does not need: files, network, programs [default: as far as possible].",
 )
-@click.option("--user", type=USER, metavar="NAME[:GROUP]", help="Become this user when everything has been opened.")
+@click.option("--user", type=USER, metavar="NAME[:GROUP]", help="Change to this user after opening everything.")
 @click.option(
     "--upgrade",
     is_flag=True,
-    help="Take over from the running ringplane that serves these disks, with its guests, who notice nothing.",
+    help="Take over these disks from the running ringplane, without an interruption for its guests.",
 )
-@click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
+@click.option(
+    "--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True, help="Least level of log lines."
+)
 @click.option(
     "--log-format",
     type=click.Choice(FORMATS),
     default="text",
     show_default=True,
-    help="Of log lines on standard error: text, or an object of JSON per line.",
+    help="Format of log lines on standard error; json: an object per line.",
 )
-@click.option("--trace", is_flag=True, help="Print each request's fetch and completion on standard error.")
+@click.option("--trace", is_flag=True, help="Print the fetch and completion of each request on standard error.")
 @click.option(
     "--print-capabilities", is_flag=True, is_eager=True, expose_value=False, callback=print_capabilities,
-    help="Print what this back end can do, as JSON, and exit.",
+    help="Print the capabilities of this back end as JSON, and exit.",
 )  # fmt: skip
 @click.pass_context
 def serve(
@@ -166,7 +172,7 @@ def serve(
 ) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
-    One disk by the options, or those of a configuration file. SIGHUP: images that grew or shrank get their new size.
+    The options describe one disk, a configuration file any number. SIGHUP re-reads the sizes of the images.
     """
     with Logs(log_level, log_format) as logs:
         if config is not None:
