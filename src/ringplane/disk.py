@@ -282,7 +282,8 @@ def storage_of(image: Image, engine: str, workers: Sequence[Worker]) -> int:
         raise ImageError(f"{image.path}: {error}") from None
     for worker in workers:
         if storage == THROUGH_WORKER and worker.engine.without_io:
-            raise ImageError(f"{image.path}: no engine for files and devices here: {worker.engine.without_io}")
+            why = worker.engine.without_io
+            raise ImageError(f"{image.path}: no engine for files and devices here, only for images on tmpfs: {why}")
     return storage
 
 

@@ -98,7 +98,7 @@ class Disturbed:
 
 
 class BackendFactory(Protocol):
-    """The type of the fixture `backend`."""
+    """The type of the fixture `backend`; 0 queues: the back end's default."""
 
     def __call__(
         self, image: Path, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False
@@ -108,7 +108,8 @@ class BackendFactory(Protocol):
 def ringplane(image: Path, socket: Path, num_queues: int, read_only: bool) -> list[str]:
     return [
         *(sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)),
-        *("--num-queues", str(num_queues), *(["--read-only"] if read_only else [])),
+        *(("--num-queues", str(num_queues)) if num_queues else ()),
+        *(["--read-only"] if read_only else []),
     ]
 
 
@@ -121,7 +122,7 @@ def stand_in(image: Path, socket: Path, num_queues: int, read_only: bool) -> lis
     export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable={writable}"
     return [
         *(str(program), "--blockdev", disk, "--blockdev", f"driver=raw,node-name=d,file=f,read-only={switch}"),
-        *("--export", f"{export},num-queues={num_queues}"),
+        *("--export", f"{export},num-queues={num_queues or 64}"),
     ]
 
 

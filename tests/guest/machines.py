@@ -81,11 +81,14 @@ class Guest:
         deadline: float = DEADLINE,
         status: int = 0,
     ) -> Result:
-        """Run a workload and return its result, which must have the expected exit status."""
+        """Run a workload and return its result, which must have the expected exit status.
+
+        The disk has as many queues as the machine has processors, or `num_queues`; 0: QEMU's default.
+        """
         self.runs += 1
         initrd = self.folder / f"initrd-{self.runs}"
         initrd.write_bytes(with_script(self.initramfs(workload), workload.script))
-        command = self.command([disk.socket], initrd, memory_mib, num_queues or self.cpus)
+        command = self.command([disk.socket], initrd, memory_mib, self.cpus if num_queues is None else num_queues)
         result = self.run_command(command, self.folder / f"console-{self.runs}.txt", deadline, disk.check_alive)
         initrd.unlink()
         if result.status != status:
@@ -131,12 +134,13 @@ class QemuGuest(Guest):
     boots_from_disk: bool = False
 
     def command(self, sockets: Sequence[Path], initrd: Path, memory_mib: int, num_queues: int) -> list[str]:
-        more = f",{self.properties}" if self.properties else ""
+        more = f",num-queues={num_queues}" if num_queues else ""
+        more += f",{self.properties}" if self.properties else ""
         kernel = ["-kernel", str(self.kernel), "-initrd", str(initrd), "-append", self.kernel_options]
         disks: list[str] = []
         for number, socket in enumerate(sockets):
             disks += ["-chardev", f"socket,id=disk{number},path={socket}{self.chardev and ','}{self.chardev}"]
-            disks += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={num_queues}{more}"]
+            disks += ["-device", f"vhost-user-blk-pci,chardev=disk{number}{more}"]
         return [
             *("qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),
             *("-cpu", "qemu64,+rdrand", "-smp", str(self.cpus)),

@@ -30,6 +30,14 @@ def test_probe(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> No
     disk.stop()
 
 
+@pytest.mark.parametrize("wanted", [0, 64])
+def test_default_number_of_queues(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, wanted: int) -> None:
+    """By default QEMU takes one queue per processor, and Linux uses no more if QEMU takes all."""
+    disk = backend(disk_image, num_queues=0)
+    assert qemu.run(disk, workloads.probe(), num_queues=wanted).value("queues") == str(qemu.cpus)
+    disk.stop()
+
+
 def test_filesystem(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path) -> None:
     disk = backend(disk_image, num_queues=2)
     qemu.run(disk, workloads.filesystem())

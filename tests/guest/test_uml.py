@@ -76,6 +76,12 @@ class TestLimitsOfTheStorage:
             assert limits_in(uml, backend(loop, num_queues=1, extra=extra)) == [4096, 4096, 0, 16384]
 
 
+def test_default_number_of_queues(backend: BackendFactory, uml: UmlGuest, disk_image: Path) -> None:
+    disk = backend(disk_image, num_queues=0)
+    assert uml.run(disk, workloads.probe()).value("queues") == "1"
+    disk.stop()
+
+
 def test_filesystem(backend: BackendFactory, uml: UmlGuest, disk_image: Path, tmp_path: Path) -> None:
     disk = backend(disk_image, num_queues=1)
     uml.run(disk, workloads.filesystem())

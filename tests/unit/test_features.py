@@ -93,7 +93,7 @@ def test_all_ring_features_are_offered_or_can_be_switched_on(path: Path, worker:
 def test_option_values_are_parsed() -> None:
     assert parse_feature("packed=off") == ("packed", False)
     assert parse_feature("in-order=on") == ("in-order", True)
-    with pytest.raises(ValueError, match="is in-order meant"):
+    with pytest.raises(ValueError, match="did you mean in-order"):
         parse_feature("inorder=on")
     with pytest.raises(ValueError, match="there is indirect-desc, event-idx"):
         parse_feature("xyz=on")

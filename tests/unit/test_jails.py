@@ -288,7 +288,7 @@ def test_a_lock_that_does_not_exist(image: Path) -> None:
 def test_no_engine_for_a_file(serve: Serve, code: str) -> None:
     line = serve([*JAIL, f"io_uring_setup={code},io_setup={code}"]).refusal()
     why = {"EPERM": "Operation not permitted", "ENOSYS": "Function not implemented"}[code]
-    assert "/image: no engine for files and devices here: " in line
+    assert "/image: no engine for files and devices here, only for images on tmpfs: " in line
     assert f"io_uring is unavailable (io_uring_setup(2): {why}): " in line
     assert f"Linux AIO is unavailable (io_setup(2): {why}): " in line
     assert line.count("seccomp profile") == 2

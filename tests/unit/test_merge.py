@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringplane.dataplane.merge import MERGE_BYTES, MERGE_IOVECS
+from ringplane.dataplane.queue import OpenFile
 
 from .combinations import EVERY
 from .rig import (
@@ -160,7 +161,7 @@ def test_the_parts_of_a_failed_write_are_retried(make_rig: RigFactory) -> None:
     rig = make_rig()
     line = rig.line()
     fd = os.open(rig.path, os.O_RDONLY)
-    line.queue.fd = fd
+    line.queue.file = OpenFile(fd)
     line.start()
     answers, count = on_one(line, *stream(OUT, 512, 512, 512))
     line.stop()

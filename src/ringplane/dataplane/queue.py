@@ -193,7 +193,7 @@ class Queue:
         """`file` is shared with other queues of the worker; None: the queue has its own flushes, on the device's fd."""
         self.number = number
         self.device = device
-        self._file = file
+        self.file = file
         self.array: npt.NDArray[np.void] = np.zeros(1, QUEUE)
         self.address = int(self.array.ctypes.data)
         self.record = self.array[0]
@@ -217,15 +217,15 @@ class Queue:
     @property
     def fd(self) -> int:
         """The fd of the image that the queue uses for I/O."""
-        return self._file.fd if self._file else self.device.fd
+        return self.file.fd if self.file else self.device.fd
 
     def prepare(self) -> None:
         """Allocate the structs that only a started queue needs; a second call does nothing."""
         if self.counters is not NO_COUNTERS:
             return
-        self._file = self._file or OpenFile(self.device.fd)
+        self.file = self.file or OpenFile(self.device.fd)
         self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
-        self.record["flushes"], self.record["failures"] = self._file.address, self.failures.ctypes.data
+        self.record["flushes"], self.record["failures"] = self.file.address, self.failures.ctypes.data
         counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
         self.record["counters"] = counters.ctypes.data
         # Last, because other threads read them from now on.

@@ -759,7 +759,8 @@ class Session:
         """Stop the ring and give back all that the front end gave us for it."""
         try:
             await self._reset(vring)
-            await self._done(vring.worker.set_call_fd(vring.queue, -1))
+            if vring.queue.record["call_fd"] >= 0:
+                await self._done(vring.worker.set_call_fd(vring.queue, -1))
         finally:
             # Also where the worker has ended: nobody uses them any more.
             vring.kick_fd = replace_fd(vring.kick_fd, -1)
