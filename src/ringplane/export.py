@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from ringplane import histogram
+from ringplane import histogram, peers
 from ringplane.address_space import AddressSpace, Quota
 from ringplane.dataplane.state import KINDS
 from ringplane.dataplane.trace import TraceEvent
@@ -45,6 +45,11 @@ log = logging.getLogger(__name__)
 GiveUp = Callable[[Collection[Path]], None]
 
 ACCEPT_AGAIN = 0.1
+
+# Seconds for which a front end may wait for another one without being spoken of.
+WAITING_PATIENCE = 1.0
+WAITS = "a second front end (%s) waits until the first one (%s) detaches; SIGUSR1 detaches the first one"
+
 DRAIN_LOOK = 0.1
 
 
@@ -144,6 +149,9 @@ class Export:
         self._go.set()
         self._session: Session | None = None
         self._transport: AsyncTransport | None = None
+        # Who is attached, for log lines; and who was accepted meanwhile, to be served next.
+        self._attached = ""
+        self._next: socket.socket | None = None
         self._stopping = False
         self._finished = threading.Event()
 
@@ -191,6 +199,10 @@ class Export:
     def refresh_size(self) -> None:
         """Have the size of the image looked at again, as it grew or shrank; the front end is told if it did."""
         self.server.start_task(self._refresh_size)
+
+    def make_way(self) -> None:
+        """Have the front end detached that is attached, if another one waits."""
+        self.server.soon(self._make_way)
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
         """Call `receive` with each trace event from now on, or a sentence about lost ones, on the control thread."""
@@ -254,13 +266,47 @@ class Export:
                 await self._run_session(self._session)
             listener.sock.setblocking(False)
             while not self._stopping:
-                sock = await self._accept(listener.sock)
+                sock = await self._take_next()
                 if sock is not None:
                     await self._serve_front_end(sock)
         finally:
+            self._drop_next()
             listener.close()
 
-    async def _accept(self, listening: socket.socket) -> socket.socket | None:
+    async def _take_next(self) -> socket.socket | None:
+        """The front end to be served next; None where there is none after all."""
+        if self._next is None:
+            return await self._accept()
+        await self._wait_while_frozen()
+        sock, self._next = self._next, None
+        return sock
+
+    async def _watch_next(self) -> None:
+        """While a front end is attached, accept the next one, so that the log can say who waits for whom."""
+        while not self._stopping:
+            self._next = self._next or await self._accept()
+            if self._next is not None:
+                await self._report_waiting(self._next)
+                self._drop_next()
+
+    async def _report_waiting(self, sock: socket.socket) -> None:
+        """Return when it does not wait any more. One that connects again at once does not wait for itself for long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WAITING_PATIENCE):
+                await peers.gone(sock)
+                return
+        waiting = peers.describe(sock)
+        self._logger.warning(WAITS, waiting, self._attached)
+        await peers.gone(sock)
+        self._logger.info("the second front end (%s) has gone; it was not served", waiting)
+
+    def _drop_next(self) -> None:
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+
+    async def _accept(self) -> socket.socket | None:
+        listening = self._listener.sock
         try:
             await self._wait_for_one(listening)
             # Nothing else runs between this and the session, so that none is accepted after `freeze`.
@@ -282,10 +328,17 @@ class Export:
             await self._accepting
         finally:
             loop.remove_reader(listening)
+        await self._wait_while_frozen()
+
+    async def _wait_while_frozen(self) -> None:
         while not self._go.is_set():
             await self._go.wait()
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
+        if self._stopping:
+            sock.close()
+            return
+        self._attached = peers.describe(sock)
         self._transport = AsyncTransport(sock)
         try:
             self._session = Session(self._transport, self.disk, self._quota)
@@ -295,10 +348,11 @@ class Export:
             self._transport.close()
             self._transport = None
             return
-        self._logger.info("front end attached")
+        self._logger.info("front end attached (%s)", self._attached)
         await self._run_session(self._session)
 
     async def _run_session(self, session: Session) -> None:
+        watching = None if self._listener.connected else asyncio.create_task(self._watch_next())
         try:
             if not self._stopping:
                 await session.run()
@@ -310,6 +364,9 @@ class Export:
             self._session = self._transport = None
             self.disk.report_failures()
             self._logger.info("front end detached")
+            if watching is not None:
+                watching.cancel()
+                await asyncio.wait([watching])
 
     # For handover.py.
 
@@ -320,6 +377,11 @@ class Export:
     @property
     def session(self) -> Session | None:
         return self._session
+
+    @property
+    def next_front_end(self) -> socket.socket | None:
+        """That which waits until the one that is attached detaches."""
+        return self._next
 
     async def freeze(self) -> None:
         """Have nothing happen until `thaw`: nobody is accepted, and `Session.freeze`; raises what that does."""
@@ -347,9 +409,15 @@ class Export:
         self.request_stop()
         self._go.set()
 
+    def resume_waiting(self, fd: int) -> None:
+        """Serve a front end later that waits in the process before; the fd stays the caller's. Raises OSError."""
+        self._next = socket.socket(fileno=os.dup(fd))
+
     def resume_from(self, saved: SessionSnapshot) -> None:
         """Serve a front end that another process hands over, from the start on; raises what Session's does."""
-        self._transport = AsyncTransport(socket.socket(fileno=os.dup(saved.socket.number)))
+        sock = socket.socket(fileno=os.dup(saved.socket.number))
+        self._attached = peers.describe(sock)
+        self._transport = AsyncTransport(sock)
         self._session = Session(self._transport, self.disk, self._quota)
         self._session.resume_from(saved)
 
@@ -374,6 +442,15 @@ class Export:
                 await self._session.notify_config_change()
         except (ImageError, OSError, WorkerEnded) as error:
             self._logger.warning("its new size cannot be served: %s", error)
+
+    def _make_way(self) -> None:
+        if self._transport is None:
+            return
+        if self._next is None:
+            self._logger.info("front end (%s) stays attached: no other one waits", self._attached)
+            return
+        self._logger.warning("front end (%s) is detached on request, because another one waits", self._attached)
+        self._transport.close()
 
     def _close_sockets(self) -> None:
         if self._transport:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ringplane import peers
 from ringplane.listener import Listener
 from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
 from ringplane.virtio import blk
@@ -92,9 +93,7 @@ class Channel:
     @property
     def peer(self) -> tuple[int, int]:
         """The process and its user (unix(7), SO_PEERCRED)."""
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, uid, _ = struct.unpack("iii", credentials)
-        return pid, uid
+        return peers.credentials(self._sock)
 
     def send(self, message: Mapping[str, Any], patience: float = TAKING_PATIENCE) -> None:
         """The fds stay the caller's. Raises OSError, TimeoutError after so many seconds."""
@@ -267,6 +266,7 @@ def _state(export: Export) -> dict[str, Any]:
         "flush_failed": disk.flush_failed,
         "zones": disk.zones.snapshot() if disk.zones else None,
         "front_end": export.session.snapshot() if export.session else None,
+        "next_front_end": Fd(export.next_front_end.fileno()) if export.next_front_end else None,
     }
 
 
@@ -409,6 +409,8 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
         export.disk.zones.resume_from(saved["zones"])
     if saved["front_end"]:
         export.resume_from(SessionSnapshot.from_json(saved["front_end"]))
+    if saved.get("next_front_end"):
+        export.resume_waiting(saved["next_front_end"].number)
 
 
 def _listener(fd: Fd, path: Path | None) -> Listener:

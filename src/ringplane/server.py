@@ -114,6 +114,11 @@ class Server:
         for export in self.exports:
             export.refresh_size()
 
+    def make_way(self) -> None:
+        """Have front ends detached for which others wait; may be called from a signal handler."""
+        for export in self.exports:
+            export.make_way()
+
     def request_stop(self) -> None:
         """Begin to stop all disks and return at once; may be called from a signal handler."""
         for export in self.exports:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 
@@ -11,8 +12,9 @@ import pytest
 
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused
 from ringplane.vhost_user.messages import Inflight, MemoryRegion, ProtocolFeature, Request, VringFd
+from unit.rig import PATIENCE, eventually
 
-from .conftest import DISK, Target
+from .conftest import DISK, Target, Victim
 
 PAGE = 4096
 AREAS = WANTED_PROTOCOL_FEATURES | ProtocolFeature.LOG_SHMFD | ProtocolFeature.INFLIGHT_SHMFD
@@ -127,3 +129,39 @@ def test_a_socket_pair_is_accepted_as_a_notifier(target: Target, how: str) -> No
     with ours, theirs:
         HAND_OVER[how](attacker.front_end, theirs.fileno())
         attacker.check_honest_ring(DISK)
+
+
+# One that holds its own end where nobody can see it.
+
+
+def hide(front_end: FrontEnd) -> None:
+    """Queue the front end's own end on a socket of which this process holds the other end from now on."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        HAND_OVER["channel"](front_end, theirs.fileno())
+        socket.send_fds(ours, [b"x"], [front_end.sock.fileno()])
+
+
+def test_an_end_that_is_hidden_costs_a_signal(victim: Victim) -> None:
+    """The front end has gone, but its connection has not; the log says how the next one is served."""
+    before = victim.resources()
+    with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as front_end:
+        front_end.negotiate(0, CHANNEL)
+        hide(front_end)
+    with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as following:
+        assert eventually(lambda: "bad.img: a second front end (process " in victim.told())
+        assert "SIGUSR1 detaches the first one" in victim.told()
+        victim.process.send_signal(signal.SIGUSR1)
+        assert following.get_features()
+    victim.check()
+    victim.wait_for_resources(before)
+
+
+def test_a_signal_detaches_nobody_for_nobody(victim: Victim) -> None:
+    with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as front_end:
+        assert front_end.get_features()
+        victim.process.send_signal(signal.SIGUSR1)
+        assert eventually(lambda: "bad.img: front end (process " in victim.told())
+        assert "stays attached: no other one waits" in victim.told()
+        assert front_end.get_features()
+    victim.check()

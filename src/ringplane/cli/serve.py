@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 # Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
+# Signals that do not stop the process.
+REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "log_format", "trace", "print_capabilities")
 
@@ -172,7 +175,8 @@ def serve(
 ) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
-    The options describe one disk, a configuration file any number. SIGHUP re-reads the sizes of the images.
+    The options describe one disk, a configuration file any number. SIGHUP re-reads the sizes of the images. SIGUSR1
+    detaches a front end from its disk if another one waits for it.
     """
     with Logs(log_level, log_format) as logs:
         if config is not None:
@@ -303,7 +307,7 @@ def serve_until_signal(start: Callable[[], Server], logs: Logs, trace: bool) -> 
     manager = ServiceManager()
 
     def on_signal(number: int, frame: object) -> None:
-        if not servers and number != signal.SIGHUP:
+        if not servers and number not in REQUESTS:
             # Still compiling, or opening the image: what was made is undone on the way out.
             raise SystemExit(0)
 
@@ -311,7 +315,7 @@ def serve_until_signal(start: Callable[[], Server], logs: Logs, trace: bool) -> 
     # thread happens to wake up, which a lock wait does not always do.
     signalled, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, *REQUESTS):
         signal.signal(number, on_signal)
     try:
         servers.append(start())
@@ -330,14 +334,18 @@ def serve_until_signal(start: Callable[[], Server], logs: Logs, trace: bool) -> 
 
 
 def obey(server: Server, signalled: int) -> None:
-    """Stop when a signal comes through the fd `signalled`; after SIGHUP look at the images' sizes and go on."""
+    """Do what a signal asks for that comes through the fd `signalled`; stop, unless it is one of REQUESTS."""
 
     def obey_one() -> None:
-        if set(os.read(signalled, 64)) <= {signal.SIGHUP}:
-            server.refresh_size()
-            server.call_when_readable(signalled, obey_one)
-        else:
+        came = set(os.read(signalled, 64))
+        if not came <= set(REQUESTS):
             server.request_stop()
+            return
+        if signal.SIGHUP in came:
+            server.refresh_size()
+        if signal.SIGUSR1 in came:
+            server.make_way()
+        server.call_when_readable(signalled, obey_one)
 
     server.call_when_readable(signalled, obey_one)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 from pathlib import Path
 
+from ringplane.peers import credentials
+
 # include/linux/posix-timers.h: the clock of a whole process is its pid's complement, shifted, and this kind of clock.
 CPUCLOCK_SCHED = 2
-UCRED = struct.Struct("=iII")
 
 
 def cpu_ns(pid: int) -> int:
@@ -47,5 +47,4 @@ def peer_pid(sock: socket.socket) -> int:
 
     0 if it is not visible from our pid namespace. A daemon that inherited its listening socket shows its parent's.
     """
-    pid: int = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[0]
-    return pid
+    return credentials(sock)[0]
