@@ -9,10 +9,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from matplotlib.text import Text
 from rich.console import Console
 
-from ringplane.bench import backends, cells, fio, markdown, places, plots, run, tables
+from ringplane.bench import backends, bars, cells, fio, markdown, places, plots, run, tables
 from ringplane.bench.results import SOCKET, Report, Storage, Subject
+from ringplane.bench.themes import LIGHT
 from ringplane.cli.bench import bench, described, progress, settings_of
 
 from .reports import NATIVE, OURS, THREADS, report_of, row
@@ -232,6 +234,25 @@ def test_plots_are_for_light_and_for_dark_pages(drawn: Path) -> None:
     assert "fill: #ffffff" in light
     assert "fill: #ffffff" not in dark
     assert "fill: #0d1117" in dark
+
+
+@pytest.mark.parametrize("depths", [[32], [1, 32], [1, 8, 32, 128]])
+@pytest.mark.parametrize("subjects", [(OURS,), (OURS, NATIVE, URING, THREADS), (POLLING, OURS, NATIVE), (SOMEWHERE,)])
+def test_plots_have_room_for_their_text(depths: list[int], subjects: tuple[Subject, ...]) -> None:
+    rows = [
+        row(subject, cell=cell, cpu_us=99.99, **LARGE)
+        for cell in cells.table(["randrw", "seqwrite"], depths, [1], ["event"])
+        for subject in subjects
+    ]
+    report = report_of(*rows, subjects=subjects)
+    report.machine["cpu"] = "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz"
+    figure = bars.draw(report, 1, "event", LIGHT)
+    figure.draw_without_rendering()
+    page = figure.bbox
+    for text in figure.findobj(Text):
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, text.get_text()
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1, text.get_text()
 
 
 def test_the_same_report_is_the_same_plot(tmp_path: Path) -> None:

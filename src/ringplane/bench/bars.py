@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Sizes in inches: a bar, the gap below a panel, a panel at least, the labels left of the panels, the headings.
-BAR, GAP, PANEL, LABELS, HEADINGS = 0.19, 0.16, 1.42, 1.35, 0.5
+# Sizes in inches: a bar, the gap below a panel, a panel and half of the picture at least, the labels, the headings.
+BAR, GAP, PANEL, HALF, LABELS, HEADINGS = 0.19, 0.16, 1.42, 3.3, 1.35, 0.5
 # A line of the legend, its letters and the rest of its entries; a line of the footnote and its letters.
 LINE, LETTER, ENTRY, SMALL_LINE, SMALL_LETTER = 0.22, 0.066, 0.45, 0.16, 0.06
 # How much of a panel's width the longest bar leaves to the figures.
@@ -70,7 +70,7 @@ class _Picture:
             for workload in dict.fromkeys(cell.workload for cell in cells)
             if any(row.storage == storage.name and row.cell.workload == workload for row in report.rows)
         ]
-        self._panel = max(PANEL, 2 * PANEL / len(depths))
+        self._panel = max(PANEL, HALF / len(depths))
         self._width = LABELS + self._panel * len(self._columns)
         longest = max(len(subject.name) for subject in self._subjects)
         self._in_a_line = max(1, int(self._width / (longest * LETTER + ENTRY)))
