@@ -83,7 +83,7 @@ class Guest:
     ) -> Result:
         """Run a workload and return its result, which must have the expected exit status.
 
-        The disk has as many queues as the machine has processors, or `num_queues`; 0: QEMU's default.
+        The disk has `num_queues` queues; by default one per processor; 0 means QEMU's default.
         """
         self.runs += 1
         initrd = self.folder / f"initrd-{self.runs}"

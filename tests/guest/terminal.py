@@ -1,4 +1,4 @@
-"""A shell on a terminal, as a person has it: what is typed can be a command, or keys for the program that runs."""
+"""An interactive shell on a terminal: the input can be commands, or keys for the running program."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ PATIENCE = 300.0
 
 
 class Terminal:
-    """bash on a pseudoterminal; background jobs write to it too. `text` is all that it has shown."""
+    """bash on a pseudoterminal; background jobs write to it too. `text` is all output so far."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self._pid, self._fd = pty.fork()
@@ -26,14 +26,14 @@ class Terminal:
         self.run("stty -echo")
 
     def run(self, command: str) -> str:
-        """Types a command and returns what was shown until it has ended, which it must do with status 0."""
+        """Type a command, wait until it ends with status 0, and return its output."""
         start = len(self.text)
         self.type(command + "\n")
         return self.finish(start)
 
     def finish(self, start: int) -> str:
-        """As `run`, for a command that was typed before, when `text` had the length `start`."""
-        # Nothing else may read what is typed then.
+        """Like `run`, for a command that was already typed when `text` had the length `start`."""
+        # No other program may read the input at this time.
         self._wait(lambda: os.tcgetpgrp(self._fd) == self._pid, "the end of the command", start)
         self._commands += 1
         self.type(f'echo "ended-"{self._commands} $?\n')
@@ -45,7 +45,7 @@ class Terminal:
         os.write(self._fd, keys.encode())
 
     def wait_for(self, pattern: str, start: int) -> re.Match[str]:
-        """What matches in the text from `start` on."""
+        """Wait for a match in the text from `start` on."""
         sought = re.compile(pattern)
         self._wait(lambda: sought.search(self.text, start), repr(pattern), start)
         found = sought.search(self.text, start)
@@ -60,7 +60,7 @@ class Terminal:
                 self.text += os.read(self._fd, 65536).decode(errors="replace")
 
     def close(self) -> None:
-        """Ends the shell and whatever it has started."""
+        """Kill the shell and everything that it has started."""
         for job in self._jobs():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job, signal.SIGKILL)

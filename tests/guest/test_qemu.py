@@ -32,7 +32,7 @@ def test_probe(backend: BackendFactory, qemu: QemuGuest, disk_image: Path) -> No
 
 @pytest.mark.parametrize("wanted", [0, 64])
 def test_default_number_of_queues(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, wanted: int) -> None:
-    """By default QEMU takes one queue per processor, and Linux uses no more if QEMU takes all."""
+    """By default QEMU uses one queue per processor; if it uses all, Linux still uses one per processor."""
     disk = backend(disk_image, num_queues=0)
     assert qemu.run(disk, workloads.probe(), num_queues=wanted).value("queues") == str(qemu.cpus)
     disk.stop()

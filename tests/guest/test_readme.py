@@ -1,4 +1,4 @@
-"""README.md, followed to the letter: its blocks are typed in their order into one shell, in a fresh copy, and again."""
+"""README.md, followed literally: its blocks are pasted in order into one shell, in a fresh copy, twice."""
 
 import os
 import re
@@ -19,20 +19,20 @@ from .terminal import Terminal
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()
 
-# Otherwise it measures for minutes, on images of 1 GiB.
+# By default it measures for minutes, with images of 1 GiB.
 BRIEFLY = " --rounds 1 --seconds 0.1 --size 64M --workload randread --depth 8"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a language."""
+    """A code block and its language."""
 
     language: str
     text: str
 
     @property
     def program(self) -> str:
-        """The first word."""
+        """The first word of the block."""
         return self.text.split()[0]
 
 
@@ -42,7 +42,7 @@ SET_UP, TESTS, *REST = BLOCKS
 
 @pytest.fixture
 def fresh_copy() -> Iterator[Path]:
-    """Of the files that git knows, in a folder whose name leaves room for sockets."""
+    """A copy of the tracked files, in a folder whose path is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="readme-") as folder:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
         for name in filter(None, listed.stdout.split("\0")):
@@ -68,9 +68,9 @@ def group_exists(name: str) -> bool:
     return subprocess.run(["getent", "group", name], capture_output=True).returncode == 0
 
 
-# An installation, four guests and a cold start: minutes, where CPUs are few.
+# An installation, four guests and a cold start take minutes on a few CPUs.
 @pytest.mark.timeout(1800)
-def test_everything_can_be_typed_as_it_stands(terminal: Terminal, fresh_copy: Path, tmp_path: Path) -> None:
+def test_all_commands_can_be_pasted(terminal: Terminal, fresh_copy: Path, tmp_path: Path) -> None:
     assert "verified: all" in terminal.run(SET_UP.text)
     if preload := UmlGuest(tmp_path, lambda _: b"", kernels.uml_kernel().image).preload():
         settings = " ".join(f"{name}={value}" for name, value in preload.items())
@@ -99,7 +99,7 @@ def follow(terminal: Terminal, block: Block, folder: Path) -> None:
 def attach_qemu(terminal: Terminal, command: str) -> None:
     start = len(terminal.text)
     terminal.type(command + "\n")
-    # SeaBIOS has read the first sector.
+    # Until SeaBIOS has read the first sector.
     terminal.wait_for("Booting from Hard Disk", start)
     terminal.type("\x01x")
     assert "front end attached" in terminal.finish(start)

@@ -1,4 +1,4 @@
-"""A log that nobody reads holds up nobody, and a front end cannot fill the disk with lines."""
+"""A log that nobody reads blocks nobody, and a front end cannot fill the disk with log lines."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ num-queues = 1
 PIPE_SIZE = 4096
 
 SERVE = "from ringplane.cli.serve import serve; serve()"
-# What takes ten seconds takes a moment.
+# With a short period.
 SOON = f"from ringplane import repeats; repeats.PERIOD = 0.2; {SERVE}"
-# Not only counted, so that they fill a pipe.
+# All lines are logged, so that they fill a pipe.
 WITHOUT_LIMIT = f"from ringplane import repeats; repeats.BURST = 1 << 40; {SERVE}"
 
-# And of these only 20 may wait.
+# In addition, only 20 lines may be queued.
 SHORT_QUEUE = f"from ringplane.outlet import Outlet; Outlet.put.__defaults__ = (20,); {WITHOUT_LIMIT}"
 
 
@@ -57,7 +57,7 @@ class Running:
         self.process = subprocess.Popen(words, stdout=output, stderr=errors)
 
     def is_ready(self) -> bool:
-        """Whether it answers, also where it cannot say that it listens."""
+        """Whether it replies, even if it cannot print that it listens."""
         with contextlib.suppress(OSError), contextlib.closing(FrontEnd(self.folder / "b.sock", 60)) as front_end:
             return front_end.get_features() != 0
         return False
@@ -95,7 +95,7 @@ def running(command: str, output: int, errors: int, *options: str) -> Iterator[R
 
 @contextlib.contextmanager
 def small_pipe() -> Iterator[tuple[int, int]]:
-    """Of one page."""
+    """A pipe of one page."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     try:
@@ -112,8 +112,8 @@ def be_refused(front_end: FrontEnd, count: int) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--trace",), ("--log-level", "debug"), ("--log-format", "json")], ids=str)
-def test_nobody_reads_what_is_written(options: tuple[str, ...]) -> None:
-    """From the first line on: front ends are served, and SIGTERM is obeyed."""
+def test_serving_does_not_depend_on_a_reader_of_the_log(options: tuple[str, ...]) -> None:
+    """The pipes are full from the start, yet front ends are served, and SIGTERM ends the process."""
     with small_pipe() as (_, output), small_pipe() as (_, errors):
         for pipe in (output, errors):
             os.write(pipe, bytes(PIPE_SIZE))
@@ -124,8 +124,8 @@ def test_nobody_reads_what_is_written(options: tuple[str, ...]) -> None:
             served.stop()
 
 
-def test_the_reader_of_the_log_comes_back() -> None:
-    """It gets what there was room for, how much was lost, and what came afterwards."""
+def test_the_reader_of_the_log_resumes() -> None:
+    """It gets the lines that had room, the number of lost ones, and all later ones."""
     with small_pipe() as (reading, errors):
         with running(SHORT_QUEUE, subprocess.DEVNULL, errors) as served:
             with contextlib.closing(served.front_end()) as front_end:
@@ -149,7 +149,7 @@ def test_the_reader_of_the_log_comes_back() -> None:
 
 
 def test_a_flood_of_lines_is_summed_up() -> None:
-    """By disk and kind of line, whether the front end stays or connects again; at the latest when the process ends."""
+    """By disk and kind of line, even if front ends reconnect; at the latest when the process ends."""
     with tempfile.TemporaryFile("w+") as log:
         with running(SERVE, subprocess.DEVNULL, log.fileno()) as served:
             for _ in range(20):
@@ -170,7 +170,7 @@ def test_a_flood_of_lines_is_summed_up() -> None:
     assert sum("b.img: SET_VRING_NUM: queue 99" in line for line in lines) == 1
 
 
-def test_the_sum_comes_when_the_flood_has_ended() -> None:
+def test_the_sum_is_logged_after_the_flood() -> None:
     with tempfile.NamedTemporaryFile("w+") as log, running(SOON, subprocess.DEVNULL, log.fileno()) as served:
         with contextlib.closing(served.front_end()) as front_end:
             be_refused(front_end, 100)

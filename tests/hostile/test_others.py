@@ -142,7 +142,7 @@ def hide(front_end: FrontEnd) -> None:
         socket.send_fds(ours, [b"x"], [front_end.sock.fileno()])
 
 
-def test_an_end_that_is_hidden_costs_a_signal(victim: Victim) -> None:
+def test_a_hidden_connection_needs_a_signal(victim: Victim) -> None:
     """The front end has gone, but its connection has not; the log says how the next one is served."""
     before = victim.resources()
     with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as front_end:
@@ -157,7 +157,7 @@ def test_an_end_that_is_hidden_costs_a_signal(victim: Victim) -> None:
     victim.wait_for_resources(before)
 
 
-def test_a_signal_detaches_nobody_for_nobody(victim: Victim) -> None:
+def test_a_signal_without_a_waiting_front_end_detaches_nobody(victim: Victim) -> None:
     with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as front_end:
         assert front_end.get_features()
         victim.process.send_signal(signal.SIGUSR1)

@@ -45,8 +45,8 @@ NO_INTERRUPT = NO_NOTIFY = 1
 
 SERIAL = "serial-0123456789"
 
-# `ringplane` for tests that read what is logged as soon as they are answered: each line is written before the
-# answer, by whoever logs it, and all repeated lines come out. tests/hostile/test_log.py tests the log itself.
+# `ringplane` for tests that read the log right after a reply: each line is written before the reply, by the thread that
+# logs it, and repeated lines are not summed up. tests/hostile/test_log.py tests the log itself.
 LOGGING_AT_ONCE = """
 from ringplane import repeats
 from ringplane.cli import main

@@ -187,7 +187,7 @@ def test_a_socket_is_measured_with_reads_only_as_the_help_says() -> None:
     assert "only randread where nothing may be written" in " ".join(bench.get_help(context).split())
 
 
-def test_full_leaves_what_was_given() -> None:
+def test_full_keeps_given_options() -> None:
     context = context_of("--full", "--queues", "1", "--depth", "8", "/tmp")
     measured = settings_of(context, context.params, only_reads=False).cells
     assert {(cell.depth, cell.queues) for cell in measured} == {(8, 1)}

@@ -1,4 +1,4 @@
-"""What log lines look like, and what becomes one."""
+"""The format of log lines, and the messages that go through the log."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_json_is_an_object_per_line() -> None:
     assert "disk" not in json.loads(formatter.format(record(logging.ERROR, "lost")))
 
 
-def test_a_name_does_not_make_a_line_of_its_own() -> None:
+def test_control_characters_are_escaped() -> None:
     line = LineFormatter(journal=True).format(record(logging.INFO, "attached: %s", "x\n<0>y\x1b[2J"))
     assert line == "<6>attached: x\\x0a<0>y\\x1b[2J"
 
@@ -69,8 +69,8 @@ def test_lines_about_a_disk_begin_with_it(caplog: pytest.LogCaptureFixture) -> N
     assert made.disk == "100%s.img"  # type: ignore[attr-defined]
 
 
-def test_whether_standard_error_is_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """systemd.exec(5): JOURNAL_STREAM is inherited by those whose standard error is something else, too."""
+def test_standard_error_is_the_journal_only_if_it_is_that_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd.exec(5): processes with another standard error inherit JOURNAL_STREAM, too."""
     reading, writing = os.pipe()
     status = os.fstat(writing)
     monkeypatch.delenv("JOURNAL_STREAM", raising=False)
@@ -111,7 +111,7 @@ with Logs("INFO", {style!r}) as logs:
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_all_that_python_has_to_say_goes_through_the_log(style: str) -> None:
+def test_all_messages_of_python_go_through_the_log(style: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SPEAKERS.format(style=style)], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Lines that are written without waiting: order, loss, and what becomes of them at the end."""
+"""Lines that are written without blocking: order, loss, and the end of the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .rig import PATIENCE, eventually, fill
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Its two ends; the writing one blocks."""
+    """The two ends of a pipe; the writing end blocks."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     yield reading, writing
@@ -40,7 +40,7 @@ def read_all(fd: int) -> bytes:
 
 
 def in_time(work: Callable[[], None]) -> bool:
-    """Whether it ends; a thread that hangs is left behind."""
+    """Whether the function ends in time; a thread that hangs is left behind."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(PATIENCE)
@@ -52,7 +52,7 @@ def soon() -> float:
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_lines_come_out_in_order_by_the_end(pipe: tuple[int, int], started: bool) -> None:
+def test_lines_are_written_in_order(pipe: tuple[int, int], started: bool) -> None:
     outlet = Outlet(pipe[1], lost)
     if started:
         outlet.start()
@@ -62,7 +62,7 @@ def test_lines_come_out_in_order_by_the_end(pipe: tuple[int, int], started: bool
     assert read_all(pipe[0]).decode().splitlines() == [f"line {number}" for number in range(100)]
 
 
-def test_what_was_put_before_the_start_comes_first(pipe: tuple[int, int]) -> None:
+def test_lines_from_before_the_start_come_first(pipe: tuple[int, int]) -> None:
     fill(pipe[1])
     os.set_blocking(pipe[1], True)
     outlet = Outlet(pipe[1], lost)
@@ -75,8 +75,8 @@ def test_what_was_put_before_the_start_comes_first(pipe: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_nobody_waits_for_a_reader(pipe: tuple[int, int], started: bool) -> None:
-    """What finds no room is counted, and the count comes with the first line that does."""
+def test_a_full_pipe_blocks_nobody(pipe: tuple[int, int], started: bool) -> None:
+    """Lines without room are counted, and the count is written with the first line that has room."""
     fill(pipe[1])
     os.set_blocking(pipe[1], True)
     outlet = Outlet(pipe[1], lost)
@@ -107,7 +107,7 @@ def test_nobody_waits_for_a_reader(pipe: tuple[int, int], started: bool) -> None
     assert len(kept) + counted + lines.count("more") == 2 * LIMIT + next(more) - 1
 
 
-def test_the_count_comes_without_another_line(pipe: tuple[int, int]) -> None:
+def test_the_count_is_written_without_another_line(pipe: tuple[int, int]) -> None:
     fill(pipe[1])
     os.set_blocking(pipe[1], True)
     outlet = Outlet(pipe[1], lost)
@@ -126,7 +126,7 @@ def test_the_count_comes_without_another_line(pipe: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_the_end_does_not_wait_for_a_reader(pipe: tuple[int, int], started: bool) -> None:
+def test_stopping_does_not_wait_for_a_reader(pipe: tuple[int, int], started: bool) -> None:
     fill(pipe[1])
     os.set_blocking(pipe[1], True)
     outlet = Outlet(pipe[1], lost)
@@ -137,8 +137,8 @@ def test_the_end_does_not_wait_for_a_reader(pipe: tuple[int, int], started: bool
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_a_reader_that_has_gone(pipe: tuple[int, int], started: bool) -> None:
-    """Nobody is bothered, and nothing spins."""
+def test_a_closed_pipe(pipe: tuple[int, int], started: bool) -> None:
+    """There is no error, and nothing spins."""
     outlet = Outlet(pipe[1], lost)
     if started:
         outlet.start()
@@ -151,7 +151,7 @@ def test_a_reader_that_has_gone(pipe: tuple[int, int], started: bool) -> None:
     assert time.thread_time() - before < PATIENCE
 
 
-def test_a_disk_that_is_full(pipe: tuple[int, int]) -> None:
+def test_a_full_disk(pipe: tuple[int, int]) -> None:
     with open("/dev/full", "wb") as full:
         outlet = Outlet(full.fileno(), lost)
         for _ in range(3):
@@ -162,7 +162,7 @@ def test_a_disk_that_is_full(pipe: tuple[int, int]) -> None:
         assert read_all(pipe[0]) == b"first\nlost 3\nsecond\n"
 
 
-def test_long_lines_and_odd_ones(pipe: tuple[int, int]) -> None:
+def test_long_and_undecodable_lines(pipe: tuple[int, int]) -> None:
     outlet = Outlet(pipe[1], lost)
     outlet.start()
     outlet.put("x" * 50_000)
@@ -172,7 +172,7 @@ def test_long_lines_and_odd_ones(pipe: tuple[int, int]) -> None:
 
 
 def test_ticks() -> None:
-    """On the thread: when it is woken, and as often as it asks for it."""
+    """They run in the thread, when it is woken and as often as they request."""
     came = threading.Semaphore(0)
 
     def tick() -> float:

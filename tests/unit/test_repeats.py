@@ -1,4 +1,4 @@
-"""Repeated log lines: the first come out, the others are counted per disk and place in the code, and summed up."""
+"""Repeated log lines: the first ones are logged, the others are counted per disk and place in the code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
 
 
 class Log:
-    """A logger whose records go through Repeats; `texts` came out."""
+    """A logger whose records pass through Repeats; `texts` are the logged ones."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -50,7 +50,7 @@ def log() -> Log:
     return Log()
 
 
-def test_the_first_come_out_at_once_then_a_sum(log: Log) -> None:
+def test_the_first_lines_are_logged_at_once_then_a_sum(log: Log) -> None:
     for number in range(1000):
         log.refuse("a.img", number)
     assert log.texts == [f"a.img: refused {number}" for number in range(BURST)]
@@ -63,7 +63,7 @@ def test_the_first_come_out_at_once_then_a_sum(log: Log) -> None:
     assert log.sums() == []
 
 
-def test_a_flood_without_end_is_two_lines_per_period(log: Log) -> None:
+def test_an_endless_flood_is_two_lines_per_period(log: Log) -> None:
     total = 0
     for _ in range(100):
         for _ in range(50):
@@ -74,7 +74,7 @@ def test_a_flood_without_end_is_two_lines_per_period(log: Log) -> None:
     assert log.woken <= 100
 
 
-def test_each_disk_and_each_kind_counts_by_itself(log: Log) -> None:
+def test_each_disk_and_each_kind_of_line_is_counted_separately(log: Log) -> None:
     for _ in range(BURST + 5):
         log.refuse("a.img", 1)
     log.refuse("b.img", 2)
@@ -82,8 +82,8 @@ def test_each_disk_and_each_kind_counts_by_itself(log: Log) -> None:
     assert log.texts[BURST:] == ["b.img: refused 2", "a.img: attached"]
 
 
-def test_patience_is_rewarded(log: Log) -> None:
-    """After a quiet time as many come out at once as at first."""
+def test_lines_are_logged_at_once_again_after_a_quiet_time(log: Log) -> None:
+    """After a quiet time as many are logged at once as at first."""
     for _ in range(2):
         log.texts.clear()
         for _ in range(BURST + 1):
@@ -104,7 +104,7 @@ def test_the_sum_comes_before_the_next_line(log: Log) -> None:
     assert len(log.texts) == BURST + 1
 
 
-def test_at_the_end_all_sums_come_out(log: Log) -> None:
+def test_all_sums_are_logged_at_the_end(log: Log) -> None:
     for _ in range(BURST + 3):
         log.attach("a.img")
         log.refuse("b.img", 1)
@@ -112,7 +112,7 @@ def test_at_the_end_all_sums_come_out(log: Log) -> None:
     assert log.repeats.sums(all_of_them=True) == []
 
 
-def test_what_is_for_debugging_is_not_counted(log: Log) -> None:
+def test_debug_lines_are_not_counted(log: Log) -> None:
     for _ in range(3 * BURST):
         log.disks["a.img"].debug("message")
     assert len(log.texts) == 3 * BURST

@@ -1,4 +1,4 @@
-"""A second front end of a disk: the log says that it waits and for whom; it is served next, or at once on request."""
+"""A second front end of a disk: the log says that it waits and for which process; it is served next."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def comes(log: pytest.LogCaptureFixture, text: str, count: int = 1) -> bool:
     return eventually(lambda: log.text.count(text) == count)
 
 
-def test_the_log_says_who_waits_for_whom(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_both_front_ends(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
     with connect(export) as first:
         served(first)
         with connect(export):
@@ -71,8 +71,8 @@ def test_the_log_says_who_waits_for_whom(export: ringplane.Export, log: pytest.L
         served(first)
 
 
-def test_it_is_served_when_the_first_one_goes(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
-    """Also what it has said meanwhile is answered, and there may be more of them."""
+def test_the_second_front_end_is_served_next(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
+    """The messages that it has sent meanwhile are answered, and more front ends may wait."""
     with connect(export) as first, connect(export) as second, connect(export) as third:
         served(first)
         assert comes(log, WAITS)
@@ -85,7 +85,7 @@ def test_it_is_served_when_the_first_one_goes(export: ringplane.Export, log: pyt
     assert log.text.count("image: front end attached (") == 3
 
 
-def test_those_that_give_up_make_room_for_others(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
+def test_front_ends_that_give_up_are_replaced(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
     with connect(export) as first:
         served(first)
         for number in range(1, 4):
@@ -99,8 +99,8 @@ def test_those_that_give_up_make_room_for_others(export: ringplane.Export, log: 
             served(second)
 
 
-def test_the_first_one_makes_way_on_request(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
-    """But only for another one."""
+def test_the_first_front_end_is_detached_on_request(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
+    """This happens only if another one waits."""
     export.server.make_way()
     with connect(export) as first:
         served(first)
@@ -116,10 +116,10 @@ def test_the_first_one_makes_way_on_request(export: ringplane.Export, log: pytes
                 served(first)
 
 
-def test_one_that_waits_is_handed_over(
+def test_a_waiting_front_end_is_handed_over(
     export: ringplane.Export, image: Path, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    """It goes on waiting in the next process, and the one behind it in the socket's queue too."""
+    """It continues to wait in the next process, and so does the next one in the socket's queue."""
     with contextlib.ExitStack() as undo, connect(export) as first, connect(export) as second, connect(export) as third:
 
         def serve(**options: object) -> ringplane.Export:
@@ -140,7 +140,7 @@ def test_one_that_waits_is_handed_over(
         assert eventually(lambda: following.state == "listening")
 
 
-def test_one_that_connects_again_is_not_spoken_of(
+def test_a_reconnection_is_not_logged_as_waiting(
     export: ringplane.Export, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ringplane.export.WAITING_PATIENCE", PATIENCE)
@@ -150,12 +150,12 @@ def test_one_that_connects_again_is_not_spoken_of(
             again = undo.enter_context(connect(export))
             before.close()
             before = served(again)
-            # One that looks whether somebody listens.
+            # A probe whether a process listens.
             connect(export).__enter__().close()
     assert WAITS not in log.text
 
 
-def test_it_is_dropped_with_the_disk(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
+def test_a_waiting_front_end_is_dropped_with_its_disk(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
     with connect(export) as first, connect(export) as second:
         served(first)
         assert comes(log, WAITS)
@@ -163,7 +163,7 @@ def test_it_is_dropped_with_the_disk(export: ringplane.Export, log: pytest.LogCa
         assert second.sock.recv(1) == b""
 
 
-def test_who_is_at_the_other_end() -> None:
+def test_the_peer_of_a_socket() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert peers.credentials(ours) == (os.getpid(), os.geteuid())
@@ -171,7 +171,7 @@ def test_who_is_at_the_other_end() -> None:
 
 
 def test_a_process_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the sandbox, say."""
+    """For example in the sandbox."""
 
     def refuse(path: str) -> str:
         raise PermissionError
