@@ -85,7 +85,7 @@ def test_a_file(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path
     assert obstacle(monkeypatch, tmp_path / "file" / "cache") == "is not a folder; name one"
 
 
-def test_a_folder_that_is_writable_for_others(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_writable_by_others(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o775)
     assert obstacle(monkeypatch, tmp_path).endswith("whose code would run here; chmod go-w it")
     # The advice helps.
