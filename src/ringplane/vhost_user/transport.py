@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import stat
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +25,9 @@ _NO_PAYLOAD = Empty()
 def receive_part(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """Read at most `size` bytes and the fds that came with them, close-on-exec; no bytes at the end of the stream.
 
-    Raises ProtocolError, with nothing left open, if the kernel had to drop fds: the peer sent more than there is room
-    for, or this process may not open more. Raises what recvmsg raises, except that a reset connection is an end.
+    Raises ProtocolError, with nothing left open, if the kernel had to drop fds (the peer sent more than there is room
+    for, or this process may not open more), or if one of them is an end of a connection like this one. Raises
+    what recvmsg raises, except that a reset connection is an end.
     """
     try:
         data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC | flags)
@@ -38,7 +40,31 @@ def receive_part(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes,
         raise ProtocolError(
             "fds were lost: a message came with too many of them, or this process has too many open files"
         )
+    try:
+        for fd in fds:
+            _refuse_connection(fd)
+    except ProtocolError:
+        for fd in fds:
+            os.close(fd)
+        raise
     return data, fds
+
+
+def _refuse_connection(fd: int) -> None:
+    """Raise ProtocolError if the fd may be an end of the connection that it came by, or of another one to this process.
+
+    A process that keeps the other end of its own connection open, even with half a message, never sees it close. Such
+    an end is connected to a socket with a name, or not connected yet. The sockets of socketpair(2) have no names.
+    """
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            peer = sock.getpeername()
+        except OSError:
+            raise ProtocolError("an fd is a socket that is not connected; use one of socketpair(2)") from None
+        if sock.family != socket.AF_UNIX or peer:
+            raise ProtocolError(f"an fd is a socket connected to {peer!r}; use one of socketpair(2)")
 
 
 def send_part(sock: socket.socket, data: memoryview, fds: Sequence[int], flags: int = 0) -> int:
