@@ -95,7 +95,7 @@ def test_option_values_are_parsed() -> None:
     assert parse_feature("in-order=on") == ("in-order", True)
     with pytest.raises(ValueError, match="did you mean in-order"):
         parse_feature("inorder=on")
-    with pytest.raises(ValueError, match="there is indirect-desc, event-idx"):
+    with pytest.raises(ValueError, match="the features are indirect-desc, event-idx"):
         parse_feature("xyz=on")
     with pytest.raises(ValueError, match="neither packed=on nor packed=off"):
         parse_feature("packed")
