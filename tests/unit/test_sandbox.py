@@ -26,6 +26,7 @@ from click.testing import CliRunner
 from ringplane import sandbox
 from ringplane.cli.serve import serve as serve_command
 from ringplane.driver import Driver, Load, run_load
+from ringplane.driver.frontend import FrontEnd
 from ringplane.engines.uring import OPERATIONS, SQE_SIZE, Uring, prepare_flush, reap, wait
 from ringplane.native import landlock, libc, seccomp
 from ringplane.native.numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
@@ -82,6 +83,10 @@ class Served:
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
         lines = {task.name: (task / "status").read_text().splitlines() for task in tasks}
         return {task: dict(line.split(":\t", 1) for line in each if ":\t" in line) for task, each in lines.items()}
+
+    def log(self) -> str:
+        """The content of standard error."""
+        return self._errors.read_text()
 
     def end(self, number: int = signal.SIGTERM) -> str:
         """Stop it and return its standard error; it must exit with status 0."""
@@ -434,6 +439,16 @@ def exercise(served: Served, *, discards: bool = True) -> None:
                 driver.discard(MIB, MIB)
                 assert driver.read(4096, 8192) == bytes(8192)
             run_load(driver, Load(depth=32, read_percent=50, region=(0, MIB), seconds=0.2, verify=True))
+
+
+@needs_all
+def test_a_front_end_that_waits_needs_nothing_forbidden(serve: Callable[..., Served]) -> None:
+    served = serve(strict=True)
+    with served.attach(), contextlib.closing(FrontEnd(served.socket)) as second:
+        wait_until(lambda: "waits until the first one" in served.log())
+        served.process.send_signal(signal.SIGUSR1)
+        assert second.get_features()
+    served.end()
 
 
 @needs_all
