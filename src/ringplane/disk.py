@@ -14,7 +14,8 @@ import numpy as np
 from ringplane.dataplane.queue import Device, OpenFile, Queue
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
-from ringplane.engines.choose import AUTO, choose_storage
+from ringplane.engines import memory
+from ringplane.engines.choose import AUTO, WORKER_ENGINES, choose_storage
 from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
 from ringplane.image import Image, ImageError
 from ringplane.limits import Limits, limits
@@ -24,6 +25,9 @@ from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
 from ringplane.zonefile import ZoneFile
 
 log = logging.getLogger(__name__)
+
+# Any engine that does not map images; the workers have their own.
+UNMAPPED = next(iter(WORKER_ENGINES))
 
 # Ours takes any size that a chain may have; the kernel transfers so many bytes at a time (read(2)).
 SIZE_MAX = 0x7FFFF000
@@ -88,23 +92,13 @@ class Disk:
         self.zones = zones
         self._resizing = asyncio.Lock()
         self.storage = storage_of(image, engine, workers)
-        alignment = (image.alignment.memory, image.alignment.block)
         found = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
         try:
-            self._device = Device(
-                image.fd,
-                image.size,
-                read_only=image.read_only,
-                block_size=block_size,
-                alignment=alignment,
-                serial=self.serial,
-                name=self.name,
-                storage=self.storage,
-                lifetime=_lifetime(found),
-                zones=zones.address if zones else 0,
-            )
+            self._device = self._make_device(found)
         except OSError as error:
-            raise ImageError(f"{image.path}: cannot be mapped: {error.strerror} (huge pages are reserved)") from None
+            self._check_unmapped(engine, error)
+            self.storage = storage_of(image, UNMAPPED, workers)
+            self._device = self._make_device(found)
         self.limits = found.for_blocks(block_size, physical_block_size, self._device.granule)
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
         files = self._open_for(self.workers)
@@ -113,6 +107,31 @@ class Disk:
             worker.add_disk()
         self._switches = dict(switches or {})
         check_switches(self._switches, self.limits, image, zoned=zones is not None)
+
+    def _make_device(self, found: Limits) -> Device:
+        """Raises OSError where an image in memory cannot be mapped."""
+        image = self.image
+        return Device(
+            image.fd,
+            image.size,
+            read_only=image.read_only,
+            block_size=self.block_size,
+            alignment=(image.alignment.memory, image.alignment.block),
+            serial=self.serial,
+            name=self.name,
+            storage=self.storage,
+            lifetime=_lifetime(found),
+            zones=self.zones.address if self.zones else 0,
+        )
+
+    def _check_unmapped(self, engine: str, error: OSError) -> None:
+        """Whether an image in memory that cannot be mapped may be served by system calls; raises ImageError."""
+        why = f"{self.image.path}: cannot be mapped: {error.strerror}"
+        if memory.has_huge_pages(self.image.fd):
+            raise ImageError(f"{why} (huge pages are reserved)")
+        if engine != AUTO:
+            raise ImageError(f"{why}; --engine auto serves it by system calls")
+        log.warning("%s; it is served by system calls, which take more CPU per I/O", why)
 
     def _open_for(self, workers: Iterable[Worker]) -> dict[Worker, OpenFile]:
         """An open file for each worker where the kernel's page cache reports to each once what it has lost (flush.py).

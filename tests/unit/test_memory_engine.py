@@ -19,20 +19,23 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.driver.disk import Driver
+from ringplane.driver.disk import Driver, segments
 from ringplane.driver.load import Load, check, fill, run_load
 from ringplane.engines import memory
 from ringplane.export import serve
 from ringplane.image import ImageError
 from ringplane.native import libc, sigbus
+from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES
 
 from .rig import (
+    DISCARD,
     FLUSH,
     IN,
     IOERR,
     OK,
     OUT,
     PATIENCE,
+    WRITE_ZEROES,
     Answer,
     Line,
     RigFactory,
@@ -585,6 +588,45 @@ def test_more_huge_pages_than_there_are(hugetlbfs: Path, socket_path: Path) -> N
         serve(image, socket_path)
     assert str(image) in str(raised.value)
     assert not socket_path.exists()
+
+
+@pytest.mark.parametrize("flags", [0, 1], ids=["written", "may be holes"])
+def test_zeros_in_huge_pages(hugetlbfs: Path, make_rig: RigFactory, flags: int) -> None:
+    """hugetlbfs has neither write(2) nor ranges that are marked as zeros; holes are of whole pages."""
+    size, huge = 8 << 20, 2 << 20
+    line = (
+        make_rig(size, hugetlbfs / "disk.img").line().start(features=VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES)
+    )
+    model = bytearray(pattern(size))
+    for start in range(0, size, SIZE):
+        assert line.do(OUT, start // 512, bytes(model[start : start + SIZE])).status == OK
+    for start, length in ((0, 512), (huge - 512, 1024), (512, 3 * huge), (huge, huge), (0, size)):
+        assert line.do(WRITE_ZEROES, data=segments((start // 512, length // 512, flags))).status == OK
+        model[start : start + length] = bytes(length)
+        found = b"".join(line.do(IN, place // 512, room=SIZE).data for place in range(0, size, SIZE))
+        assert found == model
+        assert line.do(DISCARD, data=segments((start // 512, length // 512, 0))).status == OK
+        assert line.do(OUT, start // 512, pattern(512)).status == OK
+        model[start : start + 512] = pattern(512)
+
+
+def test_an_image_that_cannot_be_mapped_is_served_by_system_calls(
+    tmpfs: Path, socket_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is larger than the address space."""
+    size = 1 << 50
+    image = sparse_image(tmpfs / "image", size)
+    with pytest.raises(ImageError, match=r"cannot be mapped: .*; --engine auto serves it by system calls"):
+        serve(image, socket_path, engine="memory")
+    with serve(image, socket_path, num_queues=1) as export, Driver(socket_path, memory_size=MEMORY_SIZE) as driver:
+        assert "engine memory" not in export.disk.how
+        driver.write(size - PAGE, pattern(PAGE))
+        driver.write_zeroes(size - PAGE, 512)
+        driver.flush()
+        assert driver.read(size - PAGE, PAGE) == bytes(512) + pattern(PAGE)[512:]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{image}: cannot be mapped: Cannot allocate memory; it is served by system calls, which take more CPU per I/O"
+    ]
 
 
 def test_truncated_huge_pages(hugetlbfs: Path, make_rig: RigFactory) -> None:

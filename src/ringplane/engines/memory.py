@@ -12,6 +12,7 @@ Facts that this file depends on:
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
@@ -123,7 +124,7 @@ class MappedImage:
     def map(self, size: int) -> None:
         """Map `size` bytes from now on; raises OSError."""
         page = os.fstat(self._fd).st_blksize
-        huge = libc.file_system_type(self._fd) == libc.HUGETLBFS_MAGIC
+        huge = has_huge_pages(self._fd)
         length = max(page, -(-size // page) * page if huge else size)
         present = np.ones(-(-size // PAGE), np.uint8) if huge else pages_with_memory(self._fd, size)
         base = libc.mmap_shared(self._fd, length, 0, writable=not self._read_only, reserve=huge)
@@ -159,7 +160,10 @@ def _unmap(guard: int, base: int, length: int) -> None:
 
 def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
     """One byte per page of a file, 1 if the page is not in a hole (lseek(2), SEEK_DATA)."""
-    present = np.zeros(-(-size // PAGE), np.uint8)
+    try:
+        present = np.zeros(-(-size // PAGE), np.uint8)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from None
     end = 0
     while end < size:
         try:
@@ -170,6 +174,11 @@ def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
             break
         present[start // PAGE : -(-end // PAGE)] = 1
     return present
+
+
+def has_huge_pages(fd: int) -> bool:
+    """Whether a file is on hugetlbfs. Raises OSError."""
+    return libc.file_system_type(fd) == libc.HUGETLBFS_MAGIC
 
 
 def is_memory(fd: int) -> bool:
