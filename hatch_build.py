@@ -34,7 +34,7 @@ def write(folder: Path) -> None:
     from click_man.core import write_man_pages
 
     from ringplane import __version__
-    from ringplane.cli import main
+    from ringplane.cli.commands import main
     from ringplane.cli.serve import serve
 
     context = click.Context(main)

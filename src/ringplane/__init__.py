@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0.dev0"
 __all__ = ["DiskConfig", "Export", "IoThread", "Server", "serve", "serve_all"]
 
+# That of typing, without the time that importing it takes: a command catches signals after this (signals.py).
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from ringplane.export import DiskConfig, Export, serve, serve_all
     from ringplane.server import IoThread, Server
 

@@ -2,4 +2,4 @@
 
 from ringplane.cli import main
 
-main(prog_name="ringplane")
+main()

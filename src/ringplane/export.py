@@ -23,6 +23,7 @@ from ringplane.dataplane.state import KINDS
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import warm_up
 from ringplane.dataplane.worker import POLL_US, WorkerEnded
+from ringplane.descriptors import occupy
 from ringplane.disk import Disk
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.formats import describe, find_format
@@ -33,6 +34,7 @@ from ringplane.listener import Listener, ListenError
 from ringplane.logs import DiskLog
 from ringplane.native import procfs
 from ringplane.server import IoThread, Server
+from ringplane.signals import NONE, Signals
 from ringplane.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel, check_physical_block_size
 from ringplane.vhost_user.session import Session
 from ringplane.vhost_user.snapshot import SessionSnapshot
@@ -117,7 +119,8 @@ class _Opened:
 
     image: Image
     zones: ZoneFile | None
-    listener: Listener
+    # None: at a path, where it appears when the disk can be served.
+    listener: Listener | None
     # Just now, as there was none.
     created: bool
 
@@ -125,23 +128,13 @@ class _Opened:
 class Export:
     """A disk served on a socket by threads of this process. Made by `serve` and `serve_all`."""
 
-    def __init__(self, config: DiskConfig, opened: _Opened, server: Server, quota: Quota) -> None:
+    def __init__(self, config: DiskConfig, disk: Disk, listener: Listener, server: Server, quota: Quota) -> None:
         self.config = config
-        self.socket_path = opened.listener.path
+        self.socket_path = listener.path
         self.server = server
-        self.disk = Disk(
-            opened.image,
-            [server.workers[name] for name in config.io_threads],
-            num_queues=config.num_queues,
-            block_size=config.block_size,
-            physical_block_size=config.physical_block_size,
-            serial=config.serial,
-            engine=config.engine,
-            switches=config.features,
-            zones=opened.zones,
-        )
-        self._logger = DiskLog(log, self.disk.name)
-        self._listener = opened.listener
+        self.disk = disk
+        self._logger = DiskLog(log, disk.name)
+        self._listener = listener
         self._quota = quota
         self._accepting: asyncio.Future[None] | None = None
         # Cleared while nobody is to be accepted, as another process may take over.
@@ -485,6 +478,7 @@ def serve(
     upgradable: bool = False,
     upgrade: bool = False,
     give_up: GiveUp | None = None,
+    signals: Signals = NONE,
 ) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
@@ -500,8 +494,9 @@ def serve(
     `physical_block_size` is reported to the guest instead of that of the storage.
     `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
     connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
-    `give_up`: see `serve_all`. `lock` is one of `ringplane.values.LOCKS`: QEMU's locks are taken `on` all images, on
+    `lock` is one of `ringplane.values.LOCKS`: QEMU's locks are taken `on` all images, on
     none (`off`), or (`auto`) on all but those that are read-only and on a file system without locks.
+    `give_up`, `signals`: see `serve_all`.
 
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
@@ -527,7 +522,10 @@ def serve(
         features=features or {},
         zoned=zoned,
     )
-    return serve_all([config], threads, upgradable=upgradable, upgrade=upgrade, give_up=give_up).exports[0]
+    server = serve_all(
+        [config], threads, upgradable=upgradable, upgrade=upgrade, give_up=give_up, signals=signals
+    )  # fmt: skip
+    return server.exports[0]
 
 
 def serve_all(
@@ -537,12 +535,15 @@ def serve_all(
     upgradable: bool = False,
     upgrade: bool = False,
     give_up: GiveUp | None = None,
+    signals: Signals = NONE,
 ) -> Server:
     """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
 
     `give_up` is called when everything has been opened and loaded and no thread has begun yet, with the folders in
-    which sockets are removed at the end: a program that is there for nothing else gives up its rights then.
+    which sockets are removed at the end: a program that is there for nothing else gives up its rights then. `signals`
+    can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end.
     """
+    occupy()
     names = [thread.name for thread in io_threads]
     if len(set(names)) < len(names):
         raise ValueError(f"the I/O threads {names} are not named differently")
@@ -551,16 +552,22 @@ def serve_all(
             raise ValueError(f"{config.image}: {list(config.io_threads)} are not among the I/O threads {names}")
     procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
-        predecessor = at_last.enter_context(Predecessor(disks)) if upgrade else None
-        if predecessor:
-            opened = [_take_over(config, predecessor, index, undo) for index, config in enumerate(disks)]
-        else:
-            opened = [_open(config, undo) for config in disks]
-        warm_up()
+        predecessor = at_last.enter_context(Predecessor(disks, signals)) if upgrade else None
+        opened = []
+        for index, config in enumerate(disks):
+            signals.check()
+            opened.append(_take_over(config, predecessor, index, undo) if predecessor else _open(config, undo))
+        warm_up(signals)
         server = Server(io_threads)
         undo.callback(server.stop)
+        server.at_end.callback(signals.wake)
         space = AddressSpace(len(disks))
-        exports = [Export(config, parts, server, space.quota()) for config, parts in zip(disks, opened, strict=True)]
+        served = [_disk(config, parts, server) for config, parts in zip(disks, opened, strict=True)]
+        # What was created cannot be removed any more by a process that has given up its rights.
+        signals.check()
+        # Front ends that connect from now on are answered at once.
+        listeners = [_listen(config, parts, undo) for config, parts in zip(disks, opened, strict=True)]
+        exports = [Export(*each, server, space.quota()) for each in zip(disks, served, listeners, strict=True)]
         successors = _listen_for_successors(disks, undo) if upgradable and not predecessor else None
         if give_up is not None:
             give_up({config.socket_path.parent for config in disks if config.socket_path})
@@ -628,11 +635,34 @@ def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
     else:
         check_not_zoned(config.image)
     if config.socket_path:
-        listener = Listener.at(config.socket_path, config.socket_mode, config.socket_group)
-    else:
-        listener = Listener.inherited(config.fd or 0)
+        Listener.rehearse(config.socket_path, config.socket_mode, config.socket_group)
+        return _Opened(opened, zones, None, created)
+    listener = Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
     return _Opened(opened, zones, listener, created)
+
+
+def _disk(config: DiskConfig, opened: _Opened, server: Server) -> Disk:
+    return Disk(
+        opened.image,
+        [server.workers[name] for name in config.io_threads],
+        num_queues=config.num_queues,
+        block_size=config.block_size,
+        physical_block_size=config.physical_block_size,
+        serial=config.serial,
+        engine=config.engine,
+        switches=config.features,
+        zones=opened.zones,
+    )
+
+
+def _listen(config: DiskConfig, opened: _Opened, undo: contextlib.ExitStack) -> Listener:
+    if opened.listener:
+        return opened.listener
+    assert config.socket_path
+    listener = Listener.at(config.socket_path, config.socket_mode, config.socket_group)
+    undo.callback(listener.close)
+    return listener
 
 
 def _create_if_missing(config: DiskConfig, undo: contextlib.ExitStack) -> bool:

@@ -36,6 +36,7 @@ import numpy as np
 
 from ringplane import peers
 from ringplane.listener import Listener
+from ringplane.signals import NONE, Signals
 from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
 from ringplane.virtio import blk
 
@@ -94,6 +95,9 @@ class Channel:
     def peer(self) -> tuple[int, int]:
         """The process and its user (unix(7), SO_PEERCRED)."""
         return peers.credentials(self._sock)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def send(self, message: Mapping[str, Any], patience: float = TAKING_PATIENCE) -> None:
         """The fds stay the caller's. Raises OSError, TimeoutError after so many seconds."""
@@ -284,16 +288,17 @@ def options_of(config: DiskConfig) -> Options:
 class Predecessor:
     """The running process, seen by its successor. Used in a `with`; leaving it before `take` changes nothing."""
 
-    def __init__(self, configs: Sequence[DiskConfig]) -> None:
-        """Find the process that serves these disks; raises HandoverError."""
+    def __init__(self, configs: Sequence[DiskConfig], signals: Signals = NONE) -> None:
+        """Find the process that serves these disks; raises HandoverError, Interrupted."""
         self._configs = configs
+        self._signals = signals
         self._path, sock = _connect([config.socket_path for config in configs if config.socket_path])
         self._channel = Channel(sock)
         try:
             with _in_words():
                 self.pid = self._channel.peer[0]
                 self._channel.send({"hello": VERSION})
-                offer = self._channel.receive("disks", TAKING_PATIENCE)
+                offer = self._answer(TAKING_PATIENCE)
                 self._listener: Fd = offer["listener"]
                 self._disks = _in_order(offer["disks"], configs)
         except BaseException:
@@ -311,14 +316,15 @@ class Predecessor:
     def take(self, exports: Sequence[Export]) -> Listener:
         """Resume all front ends from where they are; returns the socket for our own successor.
 
-        Raises HandoverError. The disks are served by nobody from now on until the exports are.
+        Raises HandoverError, and Interrupted up to the moment when the running process lets go. The disks are served by
+        nobody from then on until the exports are.
         """
         with _in_words():
             for export, disk in zip(exports, self._disks, strict=True):
                 _check_config_space(export, disk["config_space"])
             self._channel.send({"ready": True})
             # The requests in flight may take long; a refusal because of that arrives after they have ended.
-            state = self._channel.receive("disks", READY_PATIENCE)
+            state = self._answer(READY_PATIENCE)
             for export, disk in zip(exports, self._disks, strict=True):
                 _resume_from(export, disk, state["disks"][disk["number"]])
             self._channel.send({"taking": True})
@@ -329,6 +335,12 @@ class Predecessor:
         for listener in [mine, *(export.listener for export in exports)]:
             listener.owned = True
         return mine
+
+    def _answer(self, patience: float) -> dict[str, Any]:
+        """The running process says something of its disks. Raises what `Channel.receive` does, and Interrupted."""
+        if not self._signals.wait(self._channel.fileno(), patience):
+            raise TimeoutError
+        return self._channel.receive("disks", patience)
 
     def __enter__(self) -> Self:
         return self

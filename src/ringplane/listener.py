@@ -10,10 +10,14 @@ import socket
 import stat
 from pathlib import Path
 
+from ringplane.descriptors import move_socket
 from ringplane.values import format_group
 
 log = logging.getLogger(__name__)
 
+
+# Bytes of a name in unix(7)'s sun_path, without the zero at its end.
+LONGEST_PATH = 107
 
 # The mode of a socket that is for a group.
 GROUP_MODE = 0o660
@@ -41,27 +45,34 @@ class Listener:
     def at(cls, path: Path, mode: int | None = None, group: int | None = None) -> Listener:
         """Listen at `path`; raises ListenError.
 
+        When the file appears, front ends can connect.
         By default the file has the mode that umask(2) leaves, and the group of this process. With a `group` its members
         can connect, unless `mode` says something else.
         """
         _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.ExitStack() as undo:
-            undo.callback(sock.close)
-            try:
-                sock.bind(str(path))
-                undo.callback(path.unlink)
-                _set_access(path, GROUP_MODE if mode is None and group is not None else mode, group)
-                # Nobody can connect before this, whatever mode the file had until now.
-                sock.listen()
-            except OSError as error:
-                raise _cannot_listen(path, error) from None
-            undo.pop_all()
+        place = _place_beside(path)
+        sock = _bound(place, path, mode, group)
+        try:
+            _move(place, path)
+        except OSError as error:
+            sock.close()
+            raise _cannot_listen(path, error) from None
+        finally:
+            place.unlink(missing_ok=True)
         return cls(sock, path)
+
+    @staticmethod
+    def rehearse(path: Path, mode: int | None = None, group: int | None = None) -> None:
+        """Raise the ListenError that `at` would raise now, without a socket at `path`: as nobody can be served yet."""
+        _remove_stale(path)
+        place = _place_beside(path)
+        _bound(place, path, mode, group).close()
+        place.unlink()
 
     @classmethod
     def inherited(cls, fd: int) -> Listener:
         """Serve the socket that was inherited as `fd`; raises ListenError."""
+        fd = move_socket(fd)
         try:
             sock = socket.socket(fileno=fd)
         except (OSError, ValueError, OverflowError) as error:
@@ -86,15 +97,54 @@ class Listener:
         return str(self.path) if self.path else "an inherited socket"
 
 
-def _set_access(path: Path, mode: int | None, group: int | None) -> None:
+def _bound(place: Path, path: Path, mode: int | None, group: int | None) -> socket.socket:
+    """A socket that listens at `place`; raises ListenError, which is about `path`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.ExitStack() as undo:
+        undo.callback(sock.close)
+        try:
+            sock.bind(str(place))
+            undo.callback(place.unlink)
+            _set_access(place, path, GROUP_MODE if mode is None and group is not None else mode, group)
+            sock.listen()
+        except OSError as error:
+            raise _cannot_listen(path, error) from None
+        undo.pop_all()
+    return sock
+
+
+def _place_beside(path: Path) -> Path:
+    """Where the socket is until it listens: `disk.sock~`, or where there is no room for a longer name, `disk.soc~`.
+
+    It is also what ss(8) shows.
+    """
+    place = path.with_name(f"{path.name}~")
+    if len(os.fsencode(place)) > LONGEST_PATH:
+        place = path.with_name(path.name[:-1] + ("#" if path.name.endswith("~") else "~"))
+    _remove_stale(place)
+    return place
+
+
+def _move(place: Path, path: Path) -> None:
+    """Nothing at `path` is replaced. Raises OSError."""
+    try:
+        os.link(place, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without hard links.
+        os.rename(place, path)
+
+
+def _set_access(place: Path, path: Path, mode: int | None, group: int | None) -> None:
     """Set what is not None; raises ListenError and OSError."""
     if group is not None:
         try:
-            os.chown(path, -1, group, follow_symlinks=False)
+            os.chown(place, -1, group, follow_symlinks=False)
         except PermissionError:
             raise _not_a_member(path, group) from None
     if mode is not None:
-        os.chmod(path, mode)
+        os.chmod(place, mode)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

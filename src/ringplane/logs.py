@@ -140,6 +140,10 @@ class Logs(logging.Handler):
         threading.excepthook, sys.unraisablehook = self._hooks
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(self)
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left, as long as somebody reads it."""
         for record in self._repeats.sums(all_of_them=True):
             self.emit(record)
         deadline = time.monotonic() + PATIENCE

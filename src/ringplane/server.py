@@ -156,10 +156,6 @@ class Server:
         """Have the coroutine of `work` run on the control thread; it is cancelled when all disks have stopped."""
         self.soon(lambda: self._start_task(work))
 
-    def call_when_readable(self, fd: int, function: Callable[[], object]) -> None:
-        """Have `function` called on the control thread, once, when there is something to read from `fd`."""
-        self.soon(lambda: self._loop.add_reader(fd, self._readable, fd, function))
-
     # On the control thread.
 
     def _main(self) -> None:
@@ -179,10 +175,6 @@ class Server:
         task = self._loop.create_task(work())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _readable(self, fd: int, function: Callable[[], object]) -> None:
-        self._loop.remove_reader(fd)
-        function()
 
     def _end(self) -> None:
         self._loop.close()

@@ -59,8 +59,10 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(*disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ONCE) -> Iterator[Served]:
-    """Serve all disks on one I/O thread; `program` is what Python runs as `ringplane`."""
+def serving(
+    *disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ONCE, status: int = 0
+) -> Iterator[Served]:
+    """Serve all disks on one I/O thread; `program` is what Python runs as `ringplane`, `status` what it ends with."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']
@@ -87,7 +89,7 @@ def serving(*disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ON
                 os.close(os.open(disk.image, os.O_RDONLY))
             yield Served(process, folder, announced)
             process.terminate()
-            assert process.wait(PATIENCE) == 0, (folder / "log").read_text()
+            assert process.wait(PATIENCE) == status, (folder / "log").read_text()
         finally:
             process.kill()
             # Storage that hangs blocks even this, until it is unmounted afterwards.

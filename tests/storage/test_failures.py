@@ -427,6 +427,25 @@ def check_hanging(served: Served, fuse: FuseFile, driver: Driver, kind: str, oth
     assert all(is_done(driver, each) and each[0].written()[-1] == OK for each in asked)
 
 
+@engines
+def test_a_stop_that_a_hanging_device_holds_up(fuse: FuseFile, engine: str) -> None:
+    """It says what it waits for; a second signal after that ends it, and what was completed is there."""
+    with serving(Disk(fuse.path), engine=engine, status=1) as served, served.driver() as driver:
+        assert write(driver, 0, pattern(1)) == OK
+        fuse.rule = only("read", HOLD)
+        submit(driver, VIRTIO_BLK_T_IN, 64 * BLOCK, room=BLOCK)
+        wait_until(lambda: fuse.held, "nothing came")
+        for _ in range(3):
+            served.process.send_signal(signal.SIGINT)
+        wait_until(lambda: lines(served, "again ends the process"), "it does not say what can be done")
+        assert served.process.poll() is None
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: lines(served, "stopped by a second signal: 1 request"), "it does not say that it ends")
+        wait_until(lambda: not (served.folder / "0.sock").exists(), "its socket stays")
+        fuse.release()
+        assert fuse.content[:BLOCK] == pattern(1)
+
+
 def check_served(driver: Driver) -> None:
     for number in range(50):
         assert write(driver, number * BLOCK, pattern(number)) == OK

@@ -707,13 +707,15 @@ def is_mapped(address: int, fd: int) -> bool:
 
 
 def listens(path: Path) -> bool:
-    """Whether a process listens there (proc(5), /proc/net/unix); the socket's file exists a little earlier.
+    """Whether a process listens there (proc(5), /proc/net/unix); other back ends make the file a little earlier.
 
-    This does not connect, because that would be the first front end of a back end.
+    This does not connect, because that would be the first front end of a back end. ringplane's file is called otherwise
+    until it listens.
     """
     sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    names = ([str(path)], [f"{path}~"])
     # __SO_ACCEPTCON
-    return any(fields[7:] == [str(path)] and int(fields[3], 16) & 0x1_0000 for fields in sockets)
+    return path.exists() and any(fields[7:] in names and int(fields[3], 16) & 0x1_0000 for fields in sockets)
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

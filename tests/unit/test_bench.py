@@ -22,9 +22,10 @@ from click.testing import CliRunner, Result
 
 from ringplane import histogram
 from ringplane.bench import backends, cells, curves, fio, markdown, places, results, run, summary
-from ringplane.bench.errors import BenchError, Interrupted
+from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Report
 from ringplane.cli.bench import bench
+from ringplane.signals import Interrupted
 
 from .reports import CELL, NATIVE, OURS, THREADS, report_of, row
 
@@ -501,7 +502,7 @@ def test_the_full_table_has_all_cells() -> None:
 
 def test_serving_imports_nothing_of_the_bench() -> None:
     code = (
-        "import sys; from ringplane.cli import main; "
+        "import sys; from ringplane.cli.commands import main; "
         "main(['serve', '--help'], standalone_mode=False); "
         "print([name for name in sys.modules if name.startswith(('rich', 'matplotlib', 'ringplane.bench'))])"
     )

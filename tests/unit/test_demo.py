@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from click.testing import CliRunner
 from ringplane.cli.demo import demo
 from ringplane.driver import load
 
+from .interrupts import children, wait_until
+
 QUICK = ["--size", "8M", "--seconds", "0.1"]
 
 
@@ -23,7 +27,7 @@ def test_demo_verifies_and_measures(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "verified: all 16,384 sectors" in done.stdout
     assert "no mismatch, no error" in done.stdout
-    for text in ("random read", "70/30, verified", "CPU us per I/O", "start to listening: cold"):
+    for text in ("random read", "70/30, verified", "CPU us per I/O", "serving a new disk of 8 MiB"):
         assert text in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -46,6 +50,42 @@ def test_a_wrong_byte_makes_the_exit_status_1(tmp_path: Path, monkeypatch: pytes
     told = " ".join(done.output.split())
     assert re.search(r"FAILED: \d+ sectors wrong, 0 requests failed; the first: sector 2048", told), told
     assert not image.exists()
+
+
+def test_a_second_run_compiles_nothing() -> None:
+    """It uses the ordinary cache, as the first run did."""
+    command = [sys.executable, "-m", "ringplane", "demo", *QUICK]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "80"})
+    assert "compil" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", ["compiling", "serving"])
+def test_a_signal_ends_it_and_leaves_nothing(tmp_path: Path, stage: str, number: signal.Signals) -> None:
+    """The exit status is that of a command that a signal has ended, and one line says so."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    if stage == "compiling":
+        environment["RINGPLANE_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "ringplane", "demo", "--size", "8M", "--seconds", "60"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        while not (line := process.stdout.readline()).startswith(stage):
+            assert line
+        wait_until(lambda: bool(children(process.pid)))
+        (child,) = children(process.pid)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.startswith(f"interrupted by {number.name}; ")
+    assert len(errors.splitlines()) == 1
+    assert not Path(f"/proc/{child}").exists()
+    assert list(temporary.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_read_only_cache_with_compiled_code_is_used(monkeypatch: pytest.Monkey
     base = tmp_path / "base"
     filled = base / cache.version_folder() / "ringplane"
     filled.mkdir(parents=True)
-    (filled / "loop.run-1.py311.1.nbc").touch()
+    (filled.parent / "data-plane.complete").touch()
     monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(base))
     with read_only(base):
         cache.find_cache.cache_clear()

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from ringplane.cli import COMMANDS, main
+from ringplane.cli.commands import COMMANDS, main
 from ringplane.cli.serve import ENGINES
 
 from .test_systemd import analyze

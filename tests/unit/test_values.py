@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from ringplane.cli import COMMANDS, main
+from ringplane.cli.commands import COMMANDS, main
 from ringplane.values import format_size, parse_size
 
 

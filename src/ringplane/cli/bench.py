@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ import click
 from click.core import ParameterSource
 
 from ringplane.cli.types import CPUS, FILE, FOLDER, SECONDS, SIZE, WARM_UP
+from ringplane.signals import Interrupted, Signals, end_line
+from ringplane.signals import of as signals_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,6 @@ EVENT, BUSY, BOTH = "event", "busy", "both"
 DRIVERS = (EVENT, BUSY)
 WORKLOADS = ("randread", "randwrite", "randrw", "seqread", "seqwrite")
 DEPTHS = (1, 8, 32, 128)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The progress bar is drawn at most this often, in seconds: nothing else should run during a measurement.
 REDRAW = 0.25
 # Of tables where there is no terminal, in columns.
@@ -132,12 +132,15 @@ def bench(
     devices; needs root), a new file, or with --destroy-data an existing image or block device, which all back ends then
     share. In each round each cell (workload, depth, queues, driver) is measured on one back end after the other, in
     alternating order. Before each measurement a short load of the same kind is verified, and at the end the whole
-    image. The exit status is 1 if any byte was wrong.
+    image.
+
+    The exit status is 0 if all data was right, 1 if any byte was wrong or something failed, 2 for wrong options, and
+    128 plus the number of the signal that interrupted it (130 after Ctrl-C, 143 after SIGTERM).
     """
     from rich.console import Console
 
     from ringplane.bench import results
-    from ringplane.bench.errors import BenchError, Interrupted
+    from ringplane.bench.errors import BenchError
 
     started = time.time()
     terminal = Console(highlight=False)
@@ -148,16 +151,17 @@ def bench(
             refuse(context, OF_MEASURING, "--report measures nothing")
             report = results.load(report_path)
         else:
-            with signals() as pulse:
-                report = measured(context, console, pulse, targets, json_path, **options)
+            report = measured(context, console, signals_of(context.obj), targets, json_path, **options)
         put_out(console, report, json_path, plot_directory, markdown_path)
     except BenchError as error:
         raise click.ClickException(str(error)) from None
     except Interrupted as interrupted:
         saved = json_path is not None and json_path.exists() and json_path.stat().st_mtime >= started
         kept = f"; complete rounds are in {json_path}" if saved else ""
-        click.echo(f"interrupted{kept}", err=True)
-        raise SystemExit(128 + interrupted.number) from None
+        stopped = "; back ends have been stopped and images removed" if options["against"] else ""
+        end_line(interrupted.number)
+        click.echo(f"{interrupted}{stopped}{kept}", err=True)
+        raise SystemExit(interrupted.status) from None
     if report.problems:
         raise SystemExit(1)
 
@@ -209,30 +213,10 @@ def put_out(
         markdown.write(markdown_path, report)
 
 
-@contextlib.contextmanager
-def signals() -> Iterator[Callable[[], None]]:
-    """Catch the signals that end a run; yields a function that raises Interrupted once one has arrived."""
-    from ringplane.bench.errors import Interrupted
-
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
-
-    def pulse() -> None:
-        if came:
-            raise Interrupted(came[0])
-
-    try:
-        yield pulse
-        pulse()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def measured(
     context: click.Context,
     console: Console,
-    pulse: Callable[[], None],
+    signals: Signals,
     targets: tuple[str, ...],
     json_path: Path | None,
     against: str | None,
@@ -241,10 +225,14 @@ def measured(
 ) -> Report:
     """Do what the options say; raises BenchError, Interrupted, and click.UsageError for options that do not fit."""
     from ringplane.bench import machine, results, run
+    from ringplane.bench.errors import never
+    from ringplane.driver.warm import warm_up
 
     settings = settings_of(context, options, only_reads=against is None and not destroy_data)
     report = results.Report(machine.describe(), settings.described())
-    session = run.Bench(settings, report, pulse=pulse, save=lambda: report.save(json_path) if json_path else None)
+    save = (lambda: report.save(json_path)) if json_path else never
+    session = run.Bench(settings, report, pulse=signals.check, save=save)
+    warm_up(signals)
     if against is None:
         socket = socket_of(context, targets)
         seconds = settings.rounds * len(settings.cells) * run.turn(settings)

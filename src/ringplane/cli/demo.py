@@ -4,102 +4,167 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ringplane.cli.types import FILE, SIZE
+from ringplane.signals import Interrupted, Signals, end_line
+from ringplane.signals import of as signals_of
 from ringplane.values import format_size
 
 if TYPE_CHECKING:
     from ringplane.driver.load import Load, Model, Result
 
 DEPTHS = (1, 32, 128)
-READY = "listening on"
+READY = b"listening on"
+# Seconds
+STOP_PATIENCE = 20.0
 
 
 @click.command(short_help="Try ringplane without a guest.")
 @click.option("--image", type=FILE, help="Where to make the image [default: a temporary folder]; removed afterwards.")
 @click.option("--size", type=SIZE, default="256M", show_default=True, help="Of the image.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Of each measurement.")
-def demo(image: Path | None, size: int, seconds: float) -> None:
+@click.pass_context
+def demo(context: click.Context, image: Path | None, size: int, seconds: float) -> None:
     """Try ringplane without a guest: start a disk, write and verify every block, then measure it.
 
     A real `ringplane serve` process serves a new image; this process drives it over the socket as a guest would.
-    Exits with status 1 if a single byte comes back wrong.
+
+    The exit status is 0 if all data was right, 1 if a single byte came back wrong or something failed, 2 for wrong
+    options, and 128 plus the number of the signal that interrupted it (130 after Ctrl-C, 143 after SIGTERM).
     """
     console = Console(highlight=False)
     if image and image.exists():
         raise click.ClickException(f"{image}: exists already; the demo overwrites nothing, name a new file")
     if size < 4 << 20 or size % 4096:
         raise click.ClickException(f"--size {size} is not a multiple of 4096 of at least 4M")
-    with tempfile.TemporaryDirectory(prefix="ringplane-demo-") as folder:
-        path = image or Path(folder, "disk.img")
-        try:
-            good = run_demo(console, Path(folder), path, size, seconds)
-        finally:
-            path.unlink(missing_ok=True)
+    signals = signals_of(context.obj)
+    with interruptible("the next start compiles instead"):
+        compile_first(console, signals)
+    with interruptible("the disk has been stopped and its image removed"):
+        good = run_demo(console, signals, image, size, seconds)
     if not good:
         raise SystemExit(1)
 
 
-def run_demo(console: Console, folder: Path, image: Path, size: int, seconds: float) -> bool:
-    """All steps; whether all data was right."""
-    from ringplane.native.cache import is_cached
+@contextlib.contextmanager
+def interruptible(consequence: str) -> Iterator[None]:
+    """Say in one line what a signal has come to, and exit."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        end_line(interrupted.number)
+        click.echo(f"{interrupted}; {consequence}", err=True)
+        raise SystemExit(interrupted.status) from None
 
-    # The first start is a cold one: with what this machine has not compiled yet, or else with an empty cache.
-    cache = {"RINGPLANE_CACHE_DIR": str(folder / "cache")} if is_cached() else {}
-    console.print("cold start: compiling the data plane ...")
-    with serving(folder, image, ["--create", str(size)], cache) as cold:
-        pass
-    with serving(folder, image, [], cache) as warm:
-        console.print(f"serving {image} ({format_size(size)}) at {folder / 'socket'}; compiling the driver ...")
-        results, good = exercise(console, folder / "socket", seconds)
+
+def run_demo(console: Console, signals: Signals, image: Path | None, size: int, seconds: float) -> bool:
+    """All steps; whether all data was right. Raises Interrupted."""
+    with tempfile.TemporaryDirectory(prefix="ringplane-demo-") as folder:
+        path = image or Path(folder, "disk.img")
+        socket = Path(folder, "socket")
+        try:
+            with serving(signals, path, socket, size) as started:
+                console.print(f"serving a new disk of {format_size(size)}, {started:.2f} s after its start:")
+                console.print(f"  image   {path}\n  socket  {socket}", soft_wrap=True)
+                results, good = exercise(console, signals, socket, seconds)
+        finally:
+            path.unlink(missing_ok=True)
     console.print(results)
-    console.print(f"start to listening: cold {cold:.1f} s (compiles), warm {warm:.2f} s")
     return good
 
 
+def compile_first(console: Console, signals: Signals) -> None:
+    """What the first start would compile, so that its user sees what takes long."""
+    from ringplane.dataplane import warm as data_plane
+    from ringplane.driver import warm as driver
+    from ringplane.native.cache import DATA_PLANE, DRIVER, find_cache, is_cached
+
+    parts = (("data plane", DATA_PLANE, data_plane, 20), ("driver", DRIVER, driver, 5))
+    for name, cached, warm, seconds in parts:
+        if not is_cached(cached):
+            once = "" if find_cache().short_lived else ", once per installation"
+            console.print(f"compiling the {name}{once}: about {seconds} s ...")
+            started = time.monotonic()
+            warm.warm_up(signals)
+            console.print(f"compiled the {name} in {time.monotonic() - started:.0f} s")
+
+
 @contextlib.contextmanager
-def serving(folder: Path, image: Path, extra: list[str], environment: dict[str, str]) -> Iterator[float]:
-    """A `ringplane serve` process; yields the seconds that it took to listen."""
-    command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--log-level", "warning"]
-    command += ["--socket-path", str(folder / "socket"), "--num-queues", "1", *extra]
+def serving(signals: Signals, image: Path, socket: Path, size: int) -> Iterator[float]:
+    """A `ringplane serve` process; yields the seconds that it took to listen. Raises Interrupted."""
+    from ringplane.native.cache import VARIABLE, cache_directory
+
+    command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
+    command += ["--create", str(size), "--num-queues", "1", "--log-level", "warning"]
+    # It may be a folder of this process alone.
+    folder = cache_directory()
+    environment = {**os.environ, VARIABLE: str(folder.parent)} if folder else None
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    # In a group of its own: Ctrl-C is for this process, which stops it in order.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, process_group=0)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(READY):
-                break
-        else:
-            raise click.ClickException(f"`ringplane serve` ended with status {process.wait()} before it listened")
+        wait_until_it_listens(process, signals)
         yield time.monotonic() - started
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
+        end(process)
     if process.returncode != 0:
         raise click.ClickException(f"`ringplane serve` ended with status {process.returncode}")
 
 
-def exercise(console: Console, socket: Path, seconds: float) -> tuple[Table, bool]:
+def wait_until_it_listens(process: subprocess.Popen[bytes], signals: Signals) -> None:
+    """Raises Interrupted, and ClickException if the process ends."""
+    assert process.stdout is not None
+    announced = b""
+    while READY not in announced:
+        signals.wait(process.stdout.fileno())
+        part = os.read(process.stdout.fileno(), 4096)
+        if not part:
+            raise click.ClickException(f"`ringplane serve` ended with status {process.wait()} before it listened")
+        announced += part
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop the disk, by force if its storage hangs."""
+    process.terminate()
+    try:
+        process.communicate(timeout=STOP_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+
+
+class Bars(Progress):
+    """What moves a bar raises Interrupted when a signal has come."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, signals: Signals) -> None:
+        super().__init__(*columns, console=console)
+        self._signals = signals
+
+    def update(self, *arguments: Any, **options: Any) -> None:
+        self._signals.check()
+        super().update(*arguments, **options)
+
+
+def exercise(console: Console, signals: Signals, socket: Path, seconds: float) -> tuple[Table, bool]:
     """Write and verify the whole disk, then load it; the table, and whether all data was right."""
     from ringplane.driver.disk import Driver
     from ringplane.driver.load import check, fill
 
     table = results_table()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.fields[rate]:>16}"))
-    with Driver(socket) as disk, Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with Driver(socket) as disk, Bars(*columns, TimeElapsedColumn(), console=console, signals=signals) as progress:
         task = progress.add_task("write every block", total=disk.capacity, rate="")
         model, written = fill(disk, progress=lambda now: show(progress, task, now.bytes, now))
         show(progress, task, disk.capacity, written)

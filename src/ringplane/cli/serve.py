@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.descriptors import move_socket
 from ringplane.logs import FORMATS, Logs
+from ringplane.signals import WOKEN, CaughtSignals, Interrupted, end_line
+from ringplane.signals import name as signal_name
 from ringplane.values import (
     LOCK_AUTO,
     LOCKS,
@@ -40,6 +46,11 @@ REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "log_format", "trace", "print_capabilities")
 
+# Seconds after which a stop that takes long is spoken of.
+STOP_PATIENCE = 2.0
+
+log = logging.getLogger(__name__)
+
 # QEMU's docs/interop/vhost-user.json, VHostUserBackendCapabilities
 CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
 
@@ -49,6 +60,11 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
     if wanted and not context.resilient_parsing:
         click.echo(json.dumps(CAPABILITIES))
         context.exit()
+
+
+def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None) -> int | None:
+    """An eager option: from now on nothing that is printed reaches a front end, whose socket may be standard output."""
+    return fd if fd is None or context.resilient_parsing else move_socket(fd)
 
 
 @click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,7 +77,10 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 @click.option(
     "--socket-group", type=GROUP, metavar="GROUP", help="Group of the socket; the mode is then 0660 by default."
 )
-@click.option("--fd", type=int, help="File descriptor of an inherited socket, instead of --socket-path.")
+@click.option(
+    "--fd", type=int, is_eager=True, callback=inherited_socket,
+    help="File descriptor of an inherited socket, instead of --socket-path.",
+)  # fmt: skip
 @click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
 @click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if none exists.")
 @click.option(
@@ -177,18 +196,26 @@ def serve(
 
     The options describe one disk, a configuration file any number. SIGHUP re-reads the sizes of the images. SIGUSR1
     detaches a front end from its disk if another one waits for it.
+
+    The exit status is 0 after SIGTERM or SIGINT, 1 if something failed, 2 for wrong options.
     """
+    if config is not None:
+        refuse_other_options(context)
+        start = functools.partial(start_config, config)
+    else:
+        check_options(**options, upgrade=upgrade)
+        options["block_size"] = int(options["block_size"])
+        options["features"] = dict(options["features"])
+        start = functools.partial(start_disk, **options)
     with Logs(log_level, log_format) as logs:
-        if config is not None:
-            refuse_other_options(context)
-            serve_until_signal(lambda: start_config(config, upgrade, rights(sandbox, user, logs)), logs, trace)
-        else:
-            check_options(**options, upgrade=upgrade)
-            options["block_size"] = int(options["block_size"])
-            options["features"] = dict(options["features"])
-            serve_until_signal(
-                lambda: start_disk(**options, upgrade=upgrade, give_up=rights(sandbox, user, logs)), logs, trace
-            )
+        # Where it is not one of our entry points that calls us, nothing has caught signals yet.
+        serve_until_signal(
+            context.obj or CaughtSignals(),
+            lambda signals: start(upgrade=upgrade, give_up=rights(sandbox, user, logs), signals=signals),
+            config or options["blk_file"],
+            logs,
+            trace,
+        )
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -262,9 +289,7 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     if sandbox and missing:
         raise box.SandboxError(f"there is no {' and no '.join(missing)} here, which --sandbox asks for")
     if missing:
-        logging.getLogger(__name__).warning(
-            "the sandbox goes without %s, which cannot be had here", " and ".join(missing)
-        )
+        log.warning("the sandbox goes without %s, which cannot be had here", " and ".join(missing))
 
     def give_up(folders: Collection[Path]) -> None:
         if user is not None:
@@ -276,7 +301,7 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     return give_up
 
 
-def start_config(path: Path, upgrade: bool, give_up: GiveUp) -> Server:
+def start_config(path: Path, **options: Any) -> Server:
     """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
     from ringplane.config import ConfigError, read_config
     from ringplane.export import serve_all
@@ -286,7 +311,7 @@ def start_config(path: Path, upgrade: bool, give_up: GiveUp) -> Server:
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     raise_fd_limit()
-    return serve_all(config.disks, config.io_threads, upgradable=True, upgrade=upgrade, give_up=give_up)
+    return serve_all(config.disks, config.io_threads, upgradable=True, **options)
 
 
 def raise_fd_limit() -> None:
@@ -295,33 +320,22 @@ def raise_fd_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve_until_signal(start: Callable[[], Server], logs: Logs, trace: bool) -> None:
+def serve_until_signal(
+    signals: CaughtSignals, start: Callable[[CaughtSignals], Server], what: Path, logs: Logs, trace: bool
+) -> None:
     """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
     # Threads that nobody here needs: NumPy starts one per CPU when it is imported, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from ringplane.handover import HandoverError
-    from ringplane.image import ImageError
-    from ringplane.listener import ListenError
-
-    servers: list[Server] = []
+    signals.pass_on(REQUESTS)
     manager = ServiceManager()
-
-    def on_signal(number: int, frame: object) -> None:
-        if not servers and number not in REQUESTS:
-            # Still compiling, or opening the image: what was made is undone on the way out.
-            raise SystemExit(0)
-
-    # The C handler writes to this from whatever thread the kernel picked; a Python handler runs only when the main
-    # thread happens to wake up, which a lock wait does not always do.
-    signalled, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, *REQUESTS):
-        signal.signal(number, on_signal)
     try:
-        servers.append(start())
-    except (ImageError, ListenError, HandoverError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
-    with servers[0] as server:
+        with start_errors():
+            server = start(signals)
+    except Interrupted as interrupted:
+        end_line(interrupted.number)
+        log.info("stopped by %s while starting; %s was not served", signal_name(interrupted.number), what)
+        return
+    with server:
         if trace:
             server.trace(trace_printer(server, logs))
         for export in server.exports:
@@ -329,25 +343,83 @@ def serve_until_signal(start: Callable[[], Server], logs: Logs, trace: bool) -> 
         if len(server.exports) == 1:
             announce_hint(server.exports[0], logs)
         manager.notify_ready()
-        obey(server, signalled)
-        server.wait()
+        attend(server, signals, logs)
 
 
-def obey(server: Server, signalled: int) -> None:
-    """Do what a signal asks for that comes through the fd `signalled`; stop, unless it is one of REQUESTS."""
+@contextlib.contextmanager
+def start_errors() -> Iterator[None]:
+    """What can be wrong with disks, sockets and the machine is an error message for the user."""
+    from ringplane.handover import HandoverError
+    from ringplane.image import ImageError
+    from ringplane.listener import ListenError
 
-    def obey_one() -> None:
-        came = set(os.read(signalled, 64))
-        if not came <= set(REQUESTS):
-            server.request_stop()
-            return
-        if signal.SIGHUP in came:
+    try:
+        yield
+    except (ImageError, ListenError, HandoverError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:
+    """Do what signals ask for until the server has ended."""
+    while (number := signals.next()) in REQUESTS:
+        if number == signal.SIGHUP:
             server.refresh_size()
-        if signal.SIGUSR1 in came:
+        else:
             server.make_way()
-        server.call_when_readable(signalled, obey_one)
+    if number:
+        stop(server, signals, number, logs)
+    server.wait()
 
-    server.call_when_readable(signalled, obey_one)
+
+def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> None:
+    """Stop because of a signal, and say what was stopped.
+
+    What is in flight is waited for, as long as it takes: but where storage hangs the user may say that it is enough.
+    """
+    end_line(number)
+    attached = sum(export.state == "attached" for export in server.exports)
+    server.request_stop()
+    if not ends_within(signals, STOP_PATIENCE):
+        log.warning(
+            "waiting for %d requests in flight, as storage has not completed them; "
+            "%s again ends the process without them (the guest gets no answer)",
+            in_flight(server), signal_name(number),
+        )  # fmt: skip
+        if not ends_before_signal(signals):
+            abandon(server, logs)
+    detached = f", {attached} front end{'s' * (attached > 1)} detached" if attached else ""
+    disks = ", ".join(f"{export.disk.image.path} ({export.listener})" for export in server.exports)
+    log.info("stopped by %s: %s%s", signal_name(number), disks, detached)
+
+
+def ends_within(signals: CaughtSignals, seconds: float) -> bool:
+    """Whether the server does. More signals mean nothing: a terminal and a parent process may both send one."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if signals.next(left) == WOKEN:
+            return True
+    return False
+
+
+def ends_before_signal(signals: CaughtSignals) -> bool:
+    """Whether the server ends before the user asks for it once more."""
+    while (number := signals.next()) not in (WOKEN, *signals.ending):
+        pass
+    return number == WOKEN
+
+
+def in_flight(server: Server) -> int:
+    return sum(export.in_flight for export in server.exports)
+
+
+def abandon(server: Server, logs: Logs) -> NoReturn:
+    """End at once, as a crash would: nothing that was completed is lost, the rest the next process finds."""
+    log.warning("stopped by a second signal: %d requests in flight are left without an answer", in_flight(server))
+    for export in server.exports:
+        export.listener.close()
+    server.at_end.close()
+    logs.close()
+    os._exit(1)
 
 
 def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:

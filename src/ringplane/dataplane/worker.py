@@ -53,6 +53,7 @@ from ringplane.engines.ranges import RANGE
 from ringplane.logs import DiskLog
 from ringplane.memory import BadMemory, MemoryTable
 from ringplane.native import interrupt, libc, procfs, sigbus
+from ringplane.native.cache import DATA_PLANE, mark_cached
 from ringplane.native.jit import load
 from ringplane.native.syscalls import IOVEC
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
@@ -207,6 +208,7 @@ class Worker:
         load(run, int(self._state.ctypes.data))
         load(mark_ready, self._state[0], np.zeros(1, QUEUE)[0])
         load(signal, 0, 0, 0)
+        mark_cached(DATA_PLANE)
         sigbus.install()
         interrupt.install()
 

@@ -27,6 +27,8 @@ TEMPORARY = "ringplane-cache-"
 FOLDER = re.compile(r"data-plane-[0-9a-f]{20}")
 
 VARIABLE = "RINGPLANE_CACHE_DIR"
+# What is compiled, each as a whole: what serves disks, and the load generator.
+DATA_PLANE, DRIVER = "data-plane", "driver"
 # The space that must be free, in bytes: more than the compiled code of a version takes.
 ROOM = 4 << 20
 # Errors of fallocate(2) that mean that there is no space.
@@ -87,14 +89,24 @@ def cache_directory() -> Path | None:
     return find_cache().folder
 
 
-def is_cached() -> bool:
-    """Whether a data plane compiled from exactly these sources is on disk (a start will be fast)."""
+def is_cached(what: str = DATA_PLANE) -> bool:
+    """Whether `what`, compiled from exactly these sources, is on disk as a whole (a start will be fast)."""
     folder = cache_directory()
-    return folder is not None and _is_filled(folder)
+    return folder is not None and _mark(folder, what).exists()
 
 
-def _is_filled(folder: Path) -> bool:
-    return any(folder.rglob("loop.run-*.nbc"))
+def mark_cached(what: str) -> None:
+    """All of `what` is in the cache: after a compilation that was ended half-way, the next start compiles the rest."""
+    folder = cache_directory()
+    if folder is not None:
+        # It may be root's.
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _mark(folder, what).touch()
+
+
+def _mark(folder: Path, what: str) -> Path:
+    return folder / f"{what}.complete"
 
 
 def _obstacle(base: Path) -> str:
@@ -107,7 +119,7 @@ def _obstacle(base: Path) -> str:
             return f"{base} belongs to user {status.st_uid}, whose code would run here; chown it to user {user}"
         if status.st_mode & 0o022:
             return f"{base} can be written by other users, whose code would run here; chmod go-w it"
-        if not _is_filled(base / version_folder()):
+        if not _mark(base / version_folder(), DATA_PLANE).exists():
             _try_room(base)
     except (FileExistsError, NotADirectoryError):
         return f"{base} is not a folder; name one"

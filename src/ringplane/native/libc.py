@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 
 import numpy as np
@@ -131,7 +132,7 @@ def io_destroy(context: int) -> None:
         raise _error()
 
 
-PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 4, 15, 29, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 29, 38
 
 
 def set_timer_slack(nanoseconds: int) -> None:
@@ -146,6 +147,11 @@ def limit_arenas(count: int) -> None:
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(M_ARENA_MAX, count)
+
+
+def end_with_parent() -> None:
+    """prctl(2), PR_SET_PDEATHSIG: this process is killed when the thread that started it ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
 
 
 def forbid_core_dumps() -> None:

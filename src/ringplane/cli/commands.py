@@ -1,0 +1,45 @@
+"""The command line: one file for each command, imported when it runs, so that each starts quickly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from ringplane import __version__
+from ringplane.signals import CaughtSignals
+
+COMMANDS = ("serve", "check", "demo", "bench")
+# They look for signals themselves; the others are ended by one wherever they are.
+INTERRUPTIBLE = ("serve", "demo", "bench")
+
+
+class Commands(click.Group):
+    """The group of COMMANDS: each is the function of its name in the file of its name."""
+
+    def __init__(self, **options: Any) -> None:
+        # Not what runs, which `get_command` imports: names from which click suggests one for a mistyped command.
+        super().__init__(commands=[click.Command(name) for name in COMMANDS], **options)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"ringplane.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(
+    cls=Commands,
+    short_help="Virtual disks for virtual machines.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Virtual disks for virtual machines: a vhost-user-blk back end."""
+    if context.invoked_subcommand not in INTERRUPTIBLE and isinstance(context.obj, CaughtSignals):
+        context.obj.default()

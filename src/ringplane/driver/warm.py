@@ -1,0 +1,27 @@
+"""Compiling the load generator in advance, in a child process."""
+
+from __future__ import annotations
+
+from ringplane.driver.generator import drive
+from ringplane.driver.ring import reap_at
+from ringplane.native.apart import compile_apart, run_child
+from ringplane.native.cache import DRIVER, is_cached, mark_cached
+from ringplane.native.jit import load
+from ringplane.signals import NONE, Signals
+
+
+def warm_up(signals: Signals = NONE) -> None:
+    """Fill the cache if it is empty. Raises Interrupted."""
+    if not is_cached(DRIVER):
+        compile_apart(__name__, signals)
+
+
+def load_all() -> None:
+    """Compile what takes long."""
+    load(drive, 0, 0)
+    load(reap_at, 0)
+    mark_cached(DRIVER)
+
+
+if __name__ == "__main__":
+    run_child(load_all)

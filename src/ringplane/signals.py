@@ -1,0 +1,166 @@
+"""Signals that end a command, from its first moment to its last.
+
+Nothing is raised in a signal handler, which runs between any two bytecodes, also inside callbacks of the compiler. The
+interpreter writes the number of each signal to a pipe at once, on whatever thread. Work that takes long calls `check`
+between its steps and `wait` where it would sleep: only there Interrupted is raised, and what was begun is undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator
+
+# SIGHUP ends a command whose terminal has gone; `serve` uses it for something else.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# What `CaughtSignals.next` returns for no signal.
+WOKEN = 0
+
+
+class Interrupted(Exception):
+    """A signal asked for the end before the work was done."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {name(number)}")
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status of a command that did not finish its work, as a shell reports it."""
+        return 128 + self.number
+
+
+def name(number: int) -> str:
+    """As `SIGTERM`."""
+    return signal.Signals(number).name
+
+
+class Signals:
+    """None at all: for work in a program that has signal handlers of its own."""
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come that ends the work."""
+
+    def wait(self, fd: int, timeout: float | None = None) -> bool:
+        """Wait until `fd` can be read; False when the seconds are over. Raises Interrupted."""
+        return _poll([fd], timeout)
+
+    def wake(self) -> None:
+        """Have `CaughtSignals.next` return WOKEN; may be called from any thread."""
+
+
+class CaughtSignals(Signals):
+    """Those of this process, from now on. Made once, by the main thread."""
+
+    def __init__(self) -> None:
+        self.ending = set(ENDING)
+        self._came: list[int] = []
+        self._woken = False
+        self._fd, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        for number in ENDING:
+            # nohup(1) has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _do_nothing)
+        # Whoever started us may have held them back until this moment: env --block-signal.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+    def pass_on(self, numbers: Collection[int]) -> None:
+        """These do not end the work; `next` returns them."""
+        self.ending.difference_update(numbers)
+        for number in numbers:
+            signal.signal(number, _do_nothing)
+
+    def check(self) -> None:
+        self._collect()
+        for number in self._came:
+            if number in self.ending:
+                raise Interrupted(number)
+
+    def wait(self, fd: int, timeout: float | None = None) -> bool:
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.check()
+            left = None if end is None else end - time.monotonic()
+            if _poll([fd], 0):
+                return True
+            if left is not None and left <= 0:
+                return False
+            _poll([fd, self._fd], left)
+
+    def next(self, timeout: float | None = None) -> int | None:
+        """Wait for a signal; its number, WOKEN after `wake`, or None when the seconds are over."""
+        if not self._came and not self._woken:
+            _poll([self._fd], timeout)
+            self._collect()
+        if self._came:
+            return self._came.pop(0)
+        return WOKEN if self._woken else None
+
+    def wake(self) -> None:
+        self._woken = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wakeup, bytes([WOKEN]))
+
+    def _collect(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._came += filter(None, os.read(self._fd, 4096))
+
+    def default(self) -> None:
+        """Have signals end the process where it is, as those do that have come already."""
+        for number in ENDING:
+            if signal.getsignal(number) == _do_nothing:
+                signal.signal(number, signal.SIG_DFL)
+        self._collect()
+        for came in self._came:
+            os.kill(os.getpid(), came)
+
+    def ignore(self) -> None:
+        """The process ends with the status that it has: Python, on its way out, would let signals kill it."""
+        for number in signal.valid_signals():
+            if signal.getsignal(number) == _do_nothing:
+                signal.signal(number, signal.SIG_IGN)
+
+
+NONE = Signals()
+
+
+def of(command: object) -> Signals:
+    """Those that the entry point has caught for a command (click's `Context.obj`)."""
+    return command if isinstance(command, Signals) else NONE
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Have a child process that is started meanwhile never get ENDING: it is this process that ends it.
+
+    A signal mask outlives execve(2). A handler would not, and a terminal signals children too.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_line(number: int) -> None:
+    """Let what is printed next begin a line of its own: a terminal shows a Ctrl-C as ^C wherever its cursor is."""
+    if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+        sys.stderr.write("\n")
+        sys.stderr.flush()
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    pass
+
+
+def _poll(fds: list[int], timeout: float | None) -> bool:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))

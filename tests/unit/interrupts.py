@@ -1,0 +1,190 @@
+"""Starts of `ringplane serve` that are interrupted at random moments: each ends with status 0 and leaves nothing.
+
+test_start.py runs some. More run by hand, also with an empty cache of compiled code:
+
+    cd tests && python -m unit.interrupts --starts 300
+    cd tests && python -m unit.interrupts --starts 30 --cold
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ringplane.driver.frontend import FrontEnd
+
+SOON = 120.0
+# How much longer than an undisturbed start it may take until the signal is sent.
+LONGEST = 1.2
+SERVE = (sys.executable, "-m", "ringplane", "serve")
+SCRIPT = (str(Path(sys.executable).with_name("ringplane-vhost-user-blk")),)
+DISKS = """
+[[disk]]
+image = "a.img"
+socket-path = "a.sock"
+create = "1M"
+[[disk]]
+image = "b.img"
+socket-path = "b.sock"
+create = "64M"
+zoned = "1M"
+"""
+# What a start may log beside its end.
+USUAL = ("compiling the data plane", "created")
+
+
+def disk(folder: Path) -> list[str]:
+    return ["--blk-file", str(folder / "disk.img"), "--create", "16M", "--socket-path", str(folder / "disk.sock")]
+
+
+def as_command(folder: Path) -> list[str]:
+    return [*SERVE, *disk(folder)]
+
+
+def as_script(folder: Path) -> list[str]:
+    return [*SCRIPT, *disk(folder)]
+
+
+def zoned(folder: Path) -> list[str]:
+    return [*SERVE, *disk(folder), "--zoned", "1M"]
+
+
+def several(folder: Path) -> list[str]:
+    config = folder / "disks.toml"
+    config.write_text(DISKS)
+    return [*SERVE, "--config", str(config)]
+
+
+FRESH = (as_command, as_script, zoned, several)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal (proc(5))."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("\nSigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
+def children(pid: int) -> list[int]:
+    """Those that the main thread has started (proc(5))."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.001)
+
+
+def interrupted(command: list[str], number: int, moment: float, environment: dict[str, str]) -> bool:
+    """Start, send the signal after so many seconds; whether the disks were served."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        wait_until(lambda: catches(process.pid, number))
+        time.sleep(moment)
+        process.send_signal(number)
+        out, log = process.communicate(timeout=SOON)
+    assert process.returncode == 0, (process.returncode, out, log)
+    served = "listening on" in out
+    usual = (*USUAL, "front end") if served else USUAL
+    lines = [line for line in log.splitlines() if not any(text in line for text in usual) or "stopped" in line]
+    assert len(lines) == 1, log
+    assert f"stopped by {signal.Signals(number).name}" in lines[0]
+    assert served != ("while starting" in lines[0])
+    assert served or out == ""
+    return served
+
+
+def check_fresh(command: Callable[[Path], list[str]], number: int, moment: float, environment: dict[str, str]) -> bool:
+    """Interrupt a start that makes an image; whether it was served."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = command(folder)
+        before = set(folder.iterdir())
+        served = interrupted(words, number, moment, environment)
+        left = set(folder.iterdir()) - before
+        assert not [path for path in left if path.is_socket()], left
+        assert served or not left, left
+    return served
+
+
+def check_upgrade(number: int, moment: float, environment: dict[str, str]) -> bool:
+    """Interrupt a start that takes over: the running process continues, or the new one has served."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with running(folder, environment) as process, contextlib.closing(FrontEnd(folder / "disk.sock")) as front_end:
+            before = front_end.get_features()
+            taken = interrupted([*as_command(folder), "--upgrade"], number, moment, environment)
+            if taken:
+                assert process.wait(SOON) == 0
+            else:
+                assert front_end.get_features() == before
+                process.terminate()
+                assert process.wait(SOON) == 0
+        assert [path.name for path in folder.iterdir()] == ["disk.img"]
+    return taken
+
+
+@contextlib.contextmanager
+def running(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        as_command(folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout
+            while not process.stdout.readline().startswith("listening on"):
+                assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+def start_seconds(cold: bool) -> float:
+    """What an undisturbed start takes on this machine."""
+    with tempfile.TemporaryDirectory() as name:
+        began = time.monotonic()
+        environment = os.environ | ({"RINGPLANE_CACHE_DIR": name} if cold else {})
+        with running(Path(name), environment):
+            return time.monotonic() - began
+
+
+def interrupt_starts(starts: int, seed: int, cold: bool = False) -> list[bool]:
+    """Of each start, whether the disks were served when it ended."""
+    randomness = random.Random(seed)
+    longest = LONGEST * start_seconds(cold)
+    results = []
+    for _ in range(starts):
+        number = randomness.choice([signal.SIGTERM, signal.SIGINT])
+        moment = randomness.uniform(0, longest)
+        chosen = randomness.randrange(5)
+        with tempfile.TemporaryDirectory() as name:
+            environment = os.environ | {"TMPDIR": name}
+            if cold:
+                # Nobody can write there: the cache is a temporary folder.
+                environment["RINGPLANE_CACHE_DIR"] = os.devnull
+            if chosen == len(FRESH) and not cold:
+                results.append(check_upgrade(number, moment, environment))
+            else:
+                results.append(check_fresh(FRESH[chosen % len(FRESH)], number, moment, environment))
+            assert list(Path(name).iterdir()) == []
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--starts", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cold", action="store_true")
+    options = parser.parse_args()
+    results = interrupt_starts(options.starts, options.seed, options.cold)
+    print(f"{len(results)} starts interrupted, {sum(results)} of them when the disks were served already")
