@@ -83,7 +83,7 @@ def test_a_front_end_maps_as_much_as_it_can(target: Target, order: tuple[Callabl
 
 @contextlib.contextmanager
 def foreign_ends(target: Target, own: socket.socket) -> Iterator[list[socket.socket]]:
-    """Sockets that are or may become connected to us. If the process keeps the first, its connection never ends."""
+    """Sockets that are or may become connected to ringplane. If it keeps the first, the connection never ends."""
     listening, unconnected, other = (socket.socket(socket.AF_UNIX) for _ in range(3))
     with listening, unconnected, other, socket.socket(socket.AF_INET) as tcp:
         listening.bind("\0" + os.urandom(8).hex())
@@ -125,7 +125,7 @@ def test_connection_sockets_are_refused_as_fds(target: Target, how: str) -> None
 
 
 def test_a_connection_socket_with_half_a_message_is_refused(target: Target) -> None:
-    """The fds of half a message are kept until the rest arrives, which is never."""
+    """The fds of half a message are kept until the rest arrives, which never happens here."""
     with contextlib.closing(connected(target)) as front_end:
         message = encode_request(Request.SET_VRING_CALL, VringFd(0))
         socket.send_fds(front_end.sock, [message[:5]], [front_end.sock.fileno()])

@@ -592,7 +592,7 @@ def test_more_huge_pages_than_there_are(hugetlbfs: Path, socket_path: Path) -> N
 
 @pytest.mark.parametrize("flags", [0, 1], ids=["written", "may be holes"])
 def test_zeros_in_huge_pages(hugetlbfs: Path, make_rig: RigFactory, flags: int) -> None:
-    """hugetlbfs has neither write(2) nor ranges that are marked as zeros; holes are of whole pages."""
+    """hugetlbfs supports neither write(2) nor FALLOC_FL_ZERO_RANGE; holes are whole pages."""
     size, huge = 8 << 20, 2 << 20
     line = (
         make_rig(size, hugetlbfs / "disk.img").line().start(features=VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES)

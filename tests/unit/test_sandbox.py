@@ -442,7 +442,7 @@ def exercise(served: Served, *, discards: bool = True) -> None:
 
 
 @needs_all
-def test_a_front_end_that_waits_needs_nothing_forbidden(serve: Callable[..., Served]) -> None:
+def test_a_waiting_front_end_needs_no_forbidden_call(serve: Callable[..., Served]) -> None:
     served = serve(strict=True)
     with served.attach(), contextlib.closing(FrontEnd(served.socket)) as second:
         wait_until(lambda: "waits until the first one" in served.log())
