@@ -212,6 +212,10 @@ def test_the_running_process_continues_if_a_takeover_is_rejected(
                 "read-only is False in the running process and True here",
             ),
             (
+                ("--image", image, "--socket-path", path, "--num-queues", 2, "--physical-block-size", "16K"),
+                "physical-block-size is None in the running process and 16384 here",
+            ),
+            (
                 ("--image", other, "--socket-path", path, "--num-queues", 2),
                 "is not the image that the running process serves",
             ),
@@ -261,6 +265,16 @@ def test_takeover_without_a_front_end(serve: Serve) -> None:
     with machine(running) as guest:
         guest.start()
         assert guest.read(3) == sector(3)
+
+
+def test_an_image_of_another_format_is_mentioned_once(
+    serve: Serve, image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with image.open("r+b") as file:
+        file.write(b"QFI\xfb\0\0\0\3")
+    running = serve(physical_block_size=16384)
+    take_over(serve, running, physical_block_size=16384)
+    assert len([record for record in caplog.records if "looks like a qcow2 image" in record.getMessage()]) == 1
 
 
 def test_the_state_of_a_front_end_is_handed_over(serve: Serve) -> None:
