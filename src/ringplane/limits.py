@@ -1,4 +1,4 @@
-"""What the storage behind an image can do besides reading and writing, and what sizes it likes.
+"""What the storage behind an image supports besides reading and writing, and its preferred sizes.
 
 Source of the block devices' part: the kernel's Documentation/ABI/stable/sysfs-block.
 """
@@ -21,20 +21,19 @@ SYSFS = Path("/sys/dev/block")
 # ioctl(2) request of block devices, <linux/fs.h>
 BLKPBSZGET = 0x127B
 
-# A physical block where nothing says what it is; databases refuse larger ones, unless a device really has them.
+# The physical block size if it is unknown. A larger value would be wrong for databases, unless the device has it.
 USUAL_BLOCK = 4096
 
-# Limits beyond these are mistakes of whoever reports them, or of no use: guests make their read-ahead of `optimal_io`.
+# Larger values are reported by mistake, or are of no use: guests derive their read-ahead from `optimal_io`.
 LARGEST_BLOCK, LARGEST_OPTIMAL, LARGEST_GRANULARITY = 64 << 10, 64 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes in bytes; `physical_block` is what storage writes at once, a power of two, `optimal_io` 0 if it is unknown.
+    """Sizes in bytes; `physical_block` is the unit that storage writes, a power of two; `optimal_io` is 0 if unknown.
 
-    `discard` and `secure_erase` are the granularity at which ranges can be discarded so, 0 where they cannot.
-    `punches` says that zeros may be holes. `lifetime` is (pre-EOL information, estimates of type A and B) as eMMC
-    reports them, if it does.
+    `discard` and `secure_erase` are the granularities of these operations, 0 if they are unsupported. `punches` says
+    whether zeros may be holes. `lifetime` is (pre-EOL information, estimates of type A and B), if an eMMC reports it.
     """
 
     physical_block: int = 512
@@ -46,13 +45,13 @@ class Limits:
     lifetime: tuple[int, int, int] | None = None
 
     def for_blocks(self, logical: int, physical: int | None = None, granule: int = 1) -> Limits:
-        """For a disk of such logical blocks, with another physical block if one is given; sizes fit each other.
+        """The limits of a disk with this logical block size, and this physical one if given, made consistent.
 
-        Only whole granules are discarded (engines/ranges.py). Sizes that make no sense are left out: guests divide by
-        them and round to them.
+        Only whole granules are discarded (engines/ranges.py). Implausible sizes are dropped, because guests divide by
+        sizes and round to them.
         """
         block = max(physical or _power_of_two(self.physical_block, LARGEST_BLOCK), logical)
-        # Where it is a block, and not the share of a disk in an array, it is another one with that.
+        # A larger minimum is a property of the storage (a disk's share of an array) and is kept; else it is the block.
         minimum = max(block, self.minimum_io if self.minimum_io > self.physical_block else 0)
         return replace(
             self,
@@ -74,24 +73,24 @@ def _granularity(size: int, smallest: int) -> int:
 
 
 def limits(fd: int, *, read_only: bool, sysfs: Path = SYSFS) -> Limits:
-    """Those of an open image; of one that is read-only nothing can be discarded. `sysfs` has the block devices."""
+    """The limits of an open image; a read-only one supports no discard. `sysfs` is the folder of block devices."""
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
         return _of_device(fd, _disk(sysfs, status.st_rdev), read_only)
     punches = not read_only and _can_punch(fd, status.st_size)
-    # Of the device that the file system is on, if it is on one: network file systems and some others are not.
+    # Of the device below the file system, if there is one: network file systems and some others have none.
     block = _number(_disk(sysfs, status.st_dev) / "queue/physical_block_size") or USUAL_BLOCK
     return Limits(block, block, status.st_blksize, discard=_fragment(fd) if punches else 0, punches=punches)
 
 
 def _disk(sysfs: Path, device: int) -> Path:
-    """Its folder in sysfs; a partition has the limits of its disk."""
+    """The folder of a block device in sysfs; for a partition that of its disk, which has the limits."""
     entry = sysfs / f"{os.major(device)}:{os.minor(device)}"
     return entry.resolve().parent if (entry / "partition").exists() else entry
 
 
 def _can_punch(fd: int, size: int) -> bool:
-    """Whether the file system makes holes: asked for one beyond the end of the file, which is there anyway."""
+    """Whether the file system can punch holes, tried beyond the end of the file, where it changes nothing."""
     try:
         libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, -(-size // 4096) * 4096, 4096)
     except OSError:
@@ -100,7 +99,7 @@ def _can_punch(fd: int, size: int) -> bool:
 
 
 def _fragment(fd: int) -> int:
-    """What a file system gives back at once, which may be less than it likes to transfer (huge pages on tmpfs)."""
+    """The unit that a file system deallocates; it may be less than the preferred I/O size (tmpfs with huge pages)."""
     try:
         return os.fstatvfs(fd).f_frsize or USUAL_BLOCK
     except OSError:
@@ -109,7 +108,7 @@ def _fragment(fd: int) -> int:
 
 def _of_device(fd: int, disk: Path, read_only: bool) -> Limits:
     granularity = _number(disk / "queue/discard_granularity")
-    # Where there is no sysfs the device itself has its block size, but not the rest.
+    # Without sysfs the device itself reports its block size, but not the rest.
     physical = _number(disk / "queue/physical_block_size") or _physical_block(fd)
     return Limits(
         physical_block=physical,
@@ -130,13 +129,13 @@ def _physical_block(fd: int) -> int:
 
 
 def _can_discard(fd: int, disk: Path) -> bool:
-    """By asking the device, unless it is open for reading only (`ringplane check`)."""
+    """Whether the device supports discard. It is tried, unless the fd is read-only (`ringplane check`)."""
     why = _refusal(fd, BLKDISCARD)
     return why == errno.EINVAL or (why == errno.EBADF and _number(disk / "queue/discard_max_bytes") > 0)
 
 
 def _refusal(fd: int, request: int) -> int | None:
-    """The errno of discarding or erasing half a sector: EINVAL where a device can do that, otherwise another one."""
+    """The errno of discarding or erasing half a sector: EINVAL if the device supports the operation, else another."""
     try:
         fcntl.ioctl(fd, request, struct.pack("QQ", 1, 1))
     except OSError as error:
@@ -154,7 +153,7 @@ def _lifetime(device: Path) -> tuple[int, int, int] | None:
 
 
 def _number(path: Path) -> int:
-    """What a file of sysfs says; 0 where it says nothing."""
+    """The number in a file of sysfs; 0 if there is none."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What a process that serves disks gives up before it serves the first front end, so that who takes it over has little.
+"""The privileges that a process gives up before it serves the first front end, so that an attacker gains little.
 
-Everything has been opened and loaded by then, and the I/O threads have not begun: Landlock and capabilities are a
-thread's own, which those that it starts inherit. docs/security.md says what is promised.
+Everything has been opened and loaded by then, and the I/O threads have not been started: Landlock and capabilities
+belong to a thread, and new threads inherit them. docs/security.md says what is guaranteed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ringplane.values import User
 
 log = logging.getLogger(__name__)
 
-# System calls that are allowed whatever their arguments. Those of each request come first, as kernels before 5.11 go
-# through the filter for each of them.
+# System calls that are allowed with any arguments. Those of each request come first, because kernels before 5.11 run
+# the filter for each call.
 ALLOWED = (
-    # The I/O threads: engines, kicks and calls, copies into holes.
+    # The I/O threads: engines, kicks and notifications, copies into holes.
     *("io_uring_enter", "io_submit", "epoll_pwait", "epoll_pwait2", "read", "write", "preadv", "pwritev", "vmsplice"),
-    # All threads: locks, and memory, but for what is below.
+    # All threads: locks and memory (see also `limited`).
     *("futex", "madvise", "munmap", "mremap", "brk"),
     # The helper threads, flushes and resizes.
     *("fdatasync", "fallocate", "lseek", "ftruncate", "fsync", "pread64", "pwrite64", "fstatfs"),
@@ -47,28 +47,28 @@ ALLOWED = (
         "getsockopt",
     ),
     *("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "eventfd2", "memfd_create", "dup", "close", "preadv2"),
-    # Handing over to the next process.
+    # The handover to the next process.
     *("geteuid", "getcwd"),
-    # What a file is, and the end of a socket's.
+    # The status of files, and removing the socket's file.
     *("fstat", "stat", "lstat", "newfstatat", "statx", "readlink", "readlinkat", "unlink", "unlinkat"),
-    # The life of threads, signals, time, chance.
+    # Threads, signals, time, random numbers.
     *("set_robust_list", "rseq", "exit", "exit_group", "io_destroy", "getpid", "gettid", "sched_yield"),
     *("rt_sigreturn", "rt_sigaction", "rt_sigprocmask", "sigaltstack", "restart_syscall", "sched_getaffinity"),
     *("clock_gettime", "gettimeofday", "clock_nanosleep", "getrandom", "readv", "writev"),
 )
 
-# include/uapi/linux/sched.h; only threads of this process may be made, with nothing of their own.
+# include/uapi/linux/sched.h; only threads of this process may be created, which share its memory and handlers.
 CLONE_VM, CLONE_SIGHAND, CLONE_THREAD = 0x100, 0x800, 0x1_0000
 CLONE_THREADS = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD
 
-# ioctl_tty(2), as isatty(3) of glibc 2.42 calls it; termios does not have it.
+# ioctl_tty(2), which isatty(3) of glibc 2.42 uses; Python's termios lacks it.
 TCGETS2 = 0x802C542A
 
-# Sizes and ranges of block devices; sockets and eventfds that do not wait; isatty(3).
+# Sizes and ranges of block devices; non-blocking sockets and eventfds; isatty(3).
 IOCTLS = (BLKGETSIZE64, BLKDISCARD, BLKSECDISCARD, termios.FIONBIO, termios.TCGETS, TCGETS2)
 FCNTLS = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_ADD_SEALS)
 
-# What nothing in here has a use for: who calls it is not us, and the process ends before anything comes of it.
+# Calls that ringplane never makes: a caller is an attacker, and the process ends before the call has an effect.
 DEADLY = (
     *("execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev"),
     *("mount", "setns", "unshare", "bpf", "init_module", "finit_module"),
@@ -76,11 +76,11 @@ DEADLY = (
 
 
 class SandboxError(RuntimeError):
-    """What was asked for cannot be given up; the text is one line for the person who asked."""
+    """The requested privileges cannot be given up; the message is one line for the user."""
 
 
 def missing() -> list[str]:
-    """What this kernel, or whatever confines us already, does not let us use."""
+    """The parts that this kernel, or an outer sandbox, does not let us use."""
     parts = {"Landlock": landlock.version() > 0, "seccomp filters": seccomp.available()}
     return [name for name, there in parts.items() if not there]
 
@@ -92,14 +92,14 @@ def change_user(user: User) -> None:
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
     except OSError as error:
-        raise SandboxError(f"cannot become user {user.name}: {error.strerror}; it takes root to do so") from None
+        raise SandboxError(f"cannot become user {user.name}: {error.strerror}; only root can change the user") from None
 
 
 def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> None:
-    """Give up, for ever, all that is given up; raises OSError.
+    """Give up all these privileges permanently; raises OSError.
 
-    Files can be removed in the folders `removing_in`, where the sockets are. `otherwise` is what becomes of a system
-    call that is neither allowed nor deadly. Parts that are `missing` are left out.
+    Files can still be removed in the folders `removing_in`, where the sockets are. `otherwise` is the result of a
+    system call that is neither allowed nor deadly. Parts that are `missing` are left out.
     """
     absent = missing()
     remove_temporary_cache()
@@ -118,23 +118,23 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
 
 
 def _warn_of_other_threads() -> None:
-    """Numerical libraries like to start some when they are loaded."""
+    """Numerical libraries may start threads when they are loaded."""
     others = procfs.other_threads()
     if others:
-        log.warning("threads that had been started before (%d) keep their capabilities and access to files", others)
+        log.warning("threads started earlier (%d) keep their capabilities and access to files", others)
 
 
 def limited() -> dict[str, Only]:
-    """System calls that are allowed for some purposes."""
+    """System calls that are allowed only with certain arguments."""
     no_code = Only(2, (0,), mask=mmap.PROT_EXEC)
     return {
         "mmap": no_code,
         "mprotect": no_code,
         "clone": Only(0, (CLONE_THREADS,), mask=CLONE_THREADS),
-        # raise(3) of a signal that was meant for somebody else's handler, and native/interrupt.py.
+        # raise(3) of a signal for a previous handler (native/sigbus.py), and native/interrupt.py.
         "tgkill": Only(0, (os.getpid(),)),
         "sched_setaffinity": Only(0, (0,)),
-        # Since 3.14 Python gives its threads names.
+        # Python names its threads since 3.14.
         "prctl": Only(0, (libc.PR_SET_TIMERSLACK, libc.PR_SET_NAME)),
         "ioctl": Only(1, IOCTLS),
         "fcntl": Only(1, FCNTLS),

@@ -502,7 +502,8 @@ def check_refused(image: Path, socket_path: Path) -> None:
     with pytest.raises(ImageError) as raised:
         serve(image, socket_path, engine="memory")
     assert (
-        str(raised.value) == f"{image}: the engine memory serves images on tmpfs and hugetlbfs alone; this one is not"
+        str(raised.value)
+        == f"{image}: engine memory serves only images on tmpfs and hugetlbfs; use --engine auto for this image"
     )
     assert not socket_path.exists()
     with serve(image, socket_path) as export, Driver(socket_path, memory_size=MEMORY_SIZE) as driver:

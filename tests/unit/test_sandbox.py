@@ -360,7 +360,7 @@ def test_threads_that_started_too_early_are_reported() -> None:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, timeout=SOON)
     assert done.returncode == 0
-    assert "threads that had been started before (1) keep their capabilities and access to files" in done.stderr
+    assert "threads started earlier (1) keep their capabilities and access to files" in done.stderr
     assert "json.decoder.JSONDecodeError: Expecting value" in done.stderr
     assert "decoder.py" in done.stderr
 
@@ -672,7 +672,7 @@ def test_switching_the_user_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "setgroups", refuse)
-    with pytest.raises(sandbox.SandboxError, match="cannot become user daemon: Operation not permitted; it takes root"):
+    with pytest.raises(sandbox.SandboxError, match="cannot become user daemon: Operation not permitted; only root"):
         sandbox.change_user(parse_user("daemon"))
 
 

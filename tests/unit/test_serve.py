@@ -582,7 +582,10 @@ def test_engine_memory_is_not_for_every_image(image: Path, path: Path) -> None:
     if served_from_memory(image):
         pytest.skip("the temporary folder is a tmpfs")
     line = refused("--blk-file", image, "--socket-path", path, "--engine", "memory")
-    assert line == f"Error: {image}: the engine memory serves images on tmpfs and hugetlbfs alone; this one is not"
+    assert (
+        line
+        == f"Error: {image}: engine memory serves only images on tmpfs and hugetlbfs; use --engine auto for this image"
+    )
     assert not path.exists()
     new = image.with_name("new")
     refused("--blk-file", new, "--create", "1M", "--socket-path", path, "--engine", "memory")

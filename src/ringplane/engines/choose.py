@@ -1,4 +1,4 @@
-"""Which engine a worker and a disk get: the one that was asked for, or the best that kernel and image allow."""
+"""The choice of an engine for a worker and for a disk: the requested one, or the best that kernel and image allow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ ENGINES = (AUTO, *WORKER_ENGINES, MEMORY, NULL)
 
 
 def make_engine(name: str, capacity: int) -> Aio | Uring:
-    """A worker's engine for `capacity` requests; disks that need none leave the choice of it open.
+    """A worker's engine for `capacity` requests; for disks that do not use it, any one will do.
 
-    Raises EngineUnavailable for the one that was asked for. Where AUTO finds none, the engine is without I/O.
+    Raises EngineUnavailable if a requested engine is unavailable. If AUTO finds none, the result is `Epoll`, without
+    I/O.
     """
     if name in WORKER_ENGINES:
         return WORKER_ENGINES[name](capacity)
@@ -37,7 +38,7 @@ def make_engine(name: str, capacity: int) -> Aio | Uring:
 
 
 def choose_storage(name: str, fd: int) -> int:
-    """How a disk's I/O is done (engines.common); raises ValueError where the image cannot be served by this engine."""
+    """How a disk's I/O is done (engines.common); raises ValueError if this engine cannot serve the image."""
     if name == NULL:
         return NOWHERE
     if name in WORKER_ENGINES:
@@ -45,5 +46,5 @@ def choose_storage(name: str, fd: int) -> int:
     if memory.is_memory(fd):
         return IN_MEMORY
     if name == MEMORY:
-        raise ValueError("the engine memory serves images on tmpfs and hugetlbfs alone; this one is not")
+        raise ValueError("engine memory serves only images on tmpfs and hugetlbfs; use --engine auto for this image")
     return THROUGH_WORKER

@@ -1,19 +1,20 @@
-"""Ranges of an image discarded, or filled with zeros: system calls that wait, so for helper threads alone.
+"""Discarding ranges of an image, and filling them with zeros: system calls that block, so only for helper threads.
 
 Sources: fallocate(2), which block devices know as well; the ioctls of <linux/fs.h>; the kernel's block/fops.c.
 Facts that this file depends on:
 - Storage may refuse any of these calls, with any errno: EOPNOTSUPP is only one of them, EPERM comes from seccomp
-  profiles and some network file systems, EINVAL from block devices for a part of a sector. So an errno of a cheap way
-  is never reported to the driver: zeros are written over the whole range instead, also if the call failed half way.
-- A block device does whole sectors. On kernels before 6.15 a buffered write to a page that is not cached does not
+  profiles and some network file systems, EINVAL from block devices for a part of a sector. So an errno of a cheap call
+  (one that need not write the zeros) is never reported to the driver: zeros are written over the whole range instead,
+  even if the call failed half way.
+- A block device handles whole sectors. On kernels before 6.15 a buffered write to a page that is not cached does not
   exclude fallocate(2) of another part of the same page: it reads the page, and writes old data back where the device
-  has zeros by then. So where I/O goes through the page cache, cheap ways get whole pages alone.
-- The edges that remain are written with pwritev(2). Neither of its two ways needs a read-modify-write of ours.
-  Through the page cache the kernel does it, under the lock of the page that all buffered writes take, so a concurrent
-  write to the neighbouring sectors is not lost. With O_DIRECT a range is a multiple of the logical block size, and an
-  image whose storage transfers larger blocks than that is not served (image.py).
-- For a block device fallocate(2) and BLKDISCARD drop the page cache of the range while they hold it locked: what is
-  read later comes from the device. Files are their file system's affair.
+  has zeros by then. So if I/O goes through the page cache, cheap calls get only whole pages.
+- The edges that remain are written with pwritev(2), which never needs a read-modify-write by us. Through the page cache
+  the kernel does it, under the lock of the page that all buffered writes take, so a concurrent write to the adjacent
+  sectors is not lost. With O_DIRECT a range is a multiple of the logical block size, and an image whose storage
+  transfers larger blocks than that is not served (image.py).
+- For a block device fallocate(2) and BLKDISCARD drop the page cache of the range while they hold it locked: later reads
+  come from the device. For files the file system takes care of that.
 """
 
 from __future__ import annotations
@@ -49,21 +50,21 @@ from ringplane.native.syscalls import (
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 BLKSSZGET, BLKDISCARD, BLKSECDISCARD = 0x1268, 0x1277, 0x127D
 
-# start and length in bytes, the layout that the ioctls want; unmap: zeros may be holes
+# start and length in bytes, the layout that the ioctls require; unmap: zeros may be holes
 RANGE = np.dtype([("start", "<i8"), ("length", "<i8"), ("unmap", "<i8")])
 RANGE_SIZE = RANGE.itemsize
 
-# Zeros are written in pieces of this size at most, from memory that fits O_DIRECT.
+# Zeros are written in pieces of at most this size, from memory that is aligned for O_DIRECT.
 ZEROS_SIZE = 1 << 20
 
-# What helper threads know of an image. image: its MAPPED_IMAGE, or 0; zeros: address of ZEROS_SIZE bytes of them;
-# granule: cheap ways are for whole multiples of so many bytes; refused: the modes of fallocate(2) that storage has
-# refused for good, one bit each (helpers write it: of two that do so at a time one may be lost, and is found again).
+# The part of a DEVICE that helper threads use. image: its MAPPED_IMAGE, or 0; zeros: address of ZEROS_SIZE zero bytes;
+# granule: cheap calls are used for whole multiples of this many bytes; refused: the modes of fallocate(2) that storage
+# has refused for good, one bit each (helpers write it; if two do at once, one bit may be lost, and is found again).
 BACKING = np.dtype([(name, "<i8") for name in ("fd", "block_device", "image", "zeros", "granule", "refused")])
 
 
 def granule(fd: int, *, page_cache: bool) -> int:
-    """The BACKING's of an open image, whose I/O goes through the page cache or not."""
+    """The `granule` of a BACKING for this open image; `page_cache`: its I/O goes through the page cache."""
     if not stat.S_ISBLK(os.fstat(fd).st_mode):
         return 1
     sector = int(struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0])
@@ -72,7 +73,7 @@ def granule(fd: int, *, page_cache: bool) -> int:
 
 @compiled
 def apply(backing, operation, ranges, count, vector):
-    """Do this with each of `count` RANGE structs at `ranges`; 0, or the first -errno. `vector` is room for an IOVEC."""
+    """Apply the operation to `count` RANGE structs at `ranges`; 0 or the first -errno. `vector`: room for an IOVEC."""
     failed = 0
     for index in range(count):
         result = apply_one(backing, operation, view(ranges + index * RANGE_SIZE, RANGE), view(vector, IOVEC))
@@ -94,7 +95,7 @@ def apply_one(backing, operation, piece, vector):
     return call_device(backing, BLKSECDISCARD, piece)
 
 
-# Whole granules: where those of a range begin and end; there are none if that is not before.
+# Where the whole granules of a range begin and end. There are none if the end is not beyond the begin.
 
 
 @compiled
@@ -109,20 +110,20 @@ def end_of_granules(backing, piece):
 
 @compiled
 def discard(backing, piece):
-    """Discard what can be: it is advice. The result is for the log; no errno of it is the driver's (complete.py)."""
+    """Discard as much as possible: it is advice. An error is only logged, not reported to the driver (complete.py)."""
     start, end = first_granule(backing, piece), end_of_granules(backing, piece)
     if start >= end:
         return 0
     if backing.block_device:
         piece.start, piece.length = start, end - start
         return call_device(backing, BLKDISCARD, piece)
-    # The log has a refusal for good from when it came.
+    # A permanent refusal was logged when it came.
     return 0 if backing.refused & FALLOC_FL_PUNCH_HOLE else allocate(backing, FALLOC_FL_PUNCH_HOLE, start, end - start)
 
 
 @compiled
 def zero(backing, piece, vector):
-    """Have zeros made of the whole granules of the range, and write the rest; all of it where that fails."""
+    """Zero the whole granules of the range with a cheap call, and write the rest; if the call fails, write it all."""
     start, end = piece.start, piece.start + piece.length
     middle, middle_end = first_granule(backing, piece), end_of_granules(backing, piece)
     if middle >= middle_end or not zero_cheaply(backing, middle, middle_end - middle, piece.unmap):
@@ -133,9 +134,9 @@ def zero(backing, piece, vector):
 
 @compiled
 def zero_cheaply(backing, start, length, unmap):
-    """By the first way that the storage knows: a hole where that is allowed, a range marked as zeros; whether it did.
+    """Punch a hole if that is allowed, else have the range marked as zeros; returns whether one of them succeeded.
 
-    On block devices the kernel writes the zeros in the second way, if the device cannot.
+    On block devices that cannot do the second, the kernel writes the zeros.
     """
     if unmap and allocate(backing, FALLOC_FL_PUNCH_HOLE, start, length) == 0:
         return True
@@ -152,7 +153,7 @@ def allocate(backing, mode, start, length):
         if result != -EINTR:
             break
     if mode == FALLOC_FL_PUNCH_HOLE and backing.image:
-        # Also if it failed: it may have done a part. A page that is there all the same is reached by system calls.
+        # Even if it failed: a part may be done. Pages that still have memory can be accessed with system calls.
         memory.mark_absent(view(backing.image, MAPPED_IMAGE), start, length)
     if is_final(result):
         backing.refused |= mode
@@ -170,10 +171,10 @@ def call_device(backing, request, piece):
 
 @compiled
 def is_final(result):
-    """Whether storage that returns this -errno will never do what was asked for.
+    """Whether storage that returns this -errno will refuse this call for every range.
 
-    It does not know the call (EOPNOTSUPP, ENOSYS, ENOTTY, ENODEV), or is not allowed it (EPERM, EACCES). All else may
-    be about this range (EINVAL, EIO) or this moment (ENOSPC, EBUSY, ENOMEM), and the next range is tried again.
+    The call is not supported (EOPNOTSUPP, ENOSYS, ENOTTY, ENODEV) or not permitted (EPERM, EACCES). Other errors may
+    concern this range (EINVAL, EIO) or this moment (ENOSPC, EBUSY, ENOMEM), so the call is used again for the next one.
     """
     return (
         result == -EOPNOTSUPP
@@ -187,7 +188,7 @@ def is_final(result):
 
 @compiled
 def write_zeros(backing, start, end, vector):
-    """Write the bytes from `start` on and before `end`; 0 or -errno."""
+    """Write zeros from `start` up to but not including `end`; 0 or -errno."""
     while start < end:
         vector.base = backing.zeros
         vector.len = min(end - start, ZEROS_SIZE)
@@ -199,7 +200,7 @@ def write_zeros(backing, start, end, vector):
         if result == -EINTR:
             continue
         if result <= 0:
-            # Nothing at all, although something was asked for, is no success.
+            # 0: nothing was written, although something was asked for.
             return result if result < 0 else -EIO
         start += result
     return 0

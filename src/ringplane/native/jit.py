@@ -1,4 +1,4 @@
-"""The `compiled` decorator: Numba without the GIL, cached in a folder that a change of any source file invalidates."""
+"""The `compiled` decorator: compiles with Numba, runs without the GIL, and caches until any source file changes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @contextlib.contextmanager
 def numba_cache_directory() -> Iterator[bool]:
-    """Numba reads its setting when a function is decorated; a program that embeds us keeps its own setting.
+    """Set Numba's cache folder, which it reads when a function is decorated; an embedding program keeps its setting.
 
-    The value is whether there is a folder, so whether to cache.
+    The value is whether there is a folder, and so whether to cache.
     """
     before, folder = numba.config.CACHE_DIR, cache_directory()
     numba.config.CACHE_DIR = str(folder or "")
@@ -32,9 +32,9 @@ def numba_cache_directory() -> Iterator[bool]:
 
 
 class _Compiled:
-    """A compiled function: a part of each compiled function that calls it, a whole of its own for Python."""
+    """A compiled function: a part of each compiled function that calls it, and a whole if Python calls it."""
 
-    # Workers begin at the same time, and Numba's setting is the whole process's.
+    # Workers start at the same time, and Numba's setting is global.
     _making = threading.Lock()
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -47,7 +47,7 @@ class _Compiled:
         return self.whole()(*args)
 
     def whole(self) -> Any:
-        """Few functions are called from Python, and for each of them Numba looks for its cache on disk."""
+        """Made when it is first needed: Python calls few functions, and Numba searches its cache on disk for each."""
         return self._whole or self._make_whole()
 
     def _make_whole(self) -> Any:
@@ -66,7 +66,7 @@ def compiled(function: Function) -> Function:
 
 
 def load(function: Callable[..., Any], *args: Any) -> None:
-    """Compile, or load from the cache, what a call of a compiled function with such arguments will run."""
+    """Compile, or load from the cache, the code for a call of `function` with arguments of these types."""
     dispatcher: Any = function.whole() if isinstance(function, _Compiled) else function
     dispatcher.compile(tuple(map(numba.typeof, args)))
 
@@ -82,7 +82,7 @@ def _increment_twice(number):
 
 
 def _works() -> bool:
-    """Whether a function that Python calls, with parts behind it, is compiled as it was written."""
+    """Whether a function that Python calls, with parts behind it, is compiled correctly."""
     tried: Any = _increment_twice
     return bool(whole(tried.__wrapped__, cache=False)(40) == 42)
 

@@ -1,7 +1,7 @@
-"""landlock(7): the calling thread, and each that it starts, gives up to open and change files, and to reach others.
+"""landlock(7): the calling thread, and the threads that it starts, give up access to files and to other processes.
 
-What is open stays usable. Each version of the kernel's interface knows more than the one before; what a kernel does not
-know cannot be given up.
+Open files stay usable. Each version of the kernel's ABI supports more rights; rights that a kernel does not support
+cannot be given up.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
 LANDLOCK_ACCESS_FS_REMOVE_FILE = 1 << 5
 
-# The version of the interface that brought something, and that and all before it as bits: rights to files (executing to
-# making symbolic links; moving to another folder; truncating; ioctls of devices), TCP (bind, connect), and what is
-# beyond the own domain (abstract UNIX sockets, signals).
+# For each ABI version that added rights: all rights up to it, as bits. Rights to files (from executing to making
+# symbolic links; moving to another folder; truncating; ioctls of devices), to TCP (bind, connect), and to what is
+# outside the Landlock domain (abstract UNIX sockets, signals).
 FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 TCP_RIGHTS = {4: (1 << 2) - 1}
 SCOPES = {6: (1 << 2) - 1}
@@ -32,7 +32,7 @@ PATH_BENEATH_ATTR = struct.Struct("=Qi")
 
 
 def version() -> int:
-    """That of the kernel's interface, 0 where there is no Landlock."""
+    """The version of the kernel's Landlock ABI, 0 if there is no Landlock."""
     try:
         return system_call(NUMBERS["landlock_create_ruleset"], 0, 0, LANDLOCK_CREATE_RULESET_VERSION)
     except OSError:
@@ -40,7 +40,7 @@ def version() -> int:
 
 
 def give_up_files(but_removing_in: Collection[Path]) -> None:
-    """Keep nothing but the right to remove files in these folders. Raises OSError; needs `forbid_new_rights` before."""
+    """Keep only the right to remove files in these folders. Raises OSError. Call `forbid_new_rights` before."""
     known = version()
     attr = RULESET_ATTR.pack(*(_of_version(rights, known) for rights in (FILE_RIGHTS, TCP_RIGHTS, SCOPES)))
     ruleset = system_call(NUMBERS["landlock_create_ruleset"], attr, len(attr), 0)

@@ -141,9 +141,9 @@ def set_timer_slack(nanoseconds: int) -> None:
 
 
 def limit_arenas(count: int) -> None:
-    """Have malloc(3) make at most so many heaps (mallopt(3)).
+    """Limit the number of heaps of malloc(3) (mallopt(3)).
 
-    By itself glibc makes one per thread, and opens files to count the CPUs when it makes the ninth.
+    By default glibc makes one per thread, and opens files to count the CPUs when it makes the ninth.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(M_ARENA_MAX, count)

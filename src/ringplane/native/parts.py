@@ -1,9 +1,9 @@
-"""How Numba compiles the data plane: function by function into parts, and optimised once, as the whole that is called.
+"""How Numba compiles the data plane: each function is translated into a *part*; LLVM optimises only the *whole*.
 
-Numba on its own compiles each function as if it were the program: it optimises it together with all that it calls,
-makes machine code and two wrappers of that, saves them, and does all of this again in each caller. For the 150
-functions behind `run` this took 17 s of CPU time, 10 of them in LLVM. A part is only translated, once for all arguments
-of the same types; what it calls is linked, and LLVM asked, where the whole is made: 6 s, 1.5 of them in LLVM.
+By default Numba compiles each function like a program: it optimises it together with all that it calls, makes machine
+code and two wrappers, saves them, and does all of this again in each caller. For the 150 functions behind `run` this
+took 17 s of CPU time, 10 of them in LLVM. A part is only translated to LLVM's language, once for all arguments of the
+same types. A whole is a function that Python calls: only there the parts are linked and optimised: 6 s, 1.5 in LLVM.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ try:
 except ImportError as error:
     raise UnsupportedNumba(error) from None
 
-# Division by zero gives NumPy's result instead of an exception. Rewrites are for arrays and the like, and take 0.3 s.
+# Division by zero gives NumPy's result instead of an exception. Rewrites are only for arrays, and take 0.3 s.
 OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True}
 
 
 class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """The code of one function, as it was translated."""
+    """The code of one function after its translation."""
 
-    # There is no machine code in which the function's environment, which nothing here needs, could be set.
+    # Numba sets a function's environment in its machine code. There is none, and these functions need no environment.
     codegen = SimpleNamespace(set_env=lambda name, environment: None)
 
     def _optimize_functions(self, module: Any) -> None:
@@ -48,7 +48,7 @@ class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
 
 
 class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """The code of a function that Python calls, with all parts behind it."""
+    """The code of a function that Python calls, with all its parts."""
 
     def __init__(self, codegen: Any, name: str) -> None:
         super().__init__(codegen, name)
@@ -61,8 +61,8 @@ class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
         super().finalize()
 
     def _optimize_final_module(self) -> None:
-        # Nobody else calls them: so LLVM may inline those with one caller whatever their size, and drop the checks of
-        # what they return when it is always the same. The code is a third smaller for it.
+        # Nothing else calls these functions, so LLVM may inline those with one caller whatever their size, and drop
+        # checks of constant results. That makes the code a third smaller.
         for function in self._final_module.functions:
             if function.linkage == Linkage.linkonce_odr:
                 function.linkage = Linkage.internal
@@ -89,9 +89,9 @@ class _WholeCompiler(Compiler):  # type: ignore[misc]
 
 
 class PartType(types.Dispatcher):
-    """What compiled code sees of a part: a function that does not care whether an argument is a constant.
+    """The type of a part in compiled code: calls with constants use the same code as other calls.
 
-    Numba would compile it again for each constant, 27 times for `run`. LLVM knows the constant where it inlines.
+    Numba would compile it again for each constant, 27 times for `run`. LLVM uses the constants when it inlines.
     """
 
     def get_call_type(self, context: Any, args: Any, kws: Any) -> Any:
@@ -104,7 +104,7 @@ register_model(PartType)(OpaqueModel)
 def part(function: Callable[..., Any]) -> Any:
     """The dispatcher of a function that only compiled code calls.
 
-    That is a whole: what is compiled by Numba alone can call those parts that call no others.
+    The caller is a whole. Code compiled by Numba's own pipeline can call only parts that call no other parts.
     """
     return numba.njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, **OPTIONS)(function)
 

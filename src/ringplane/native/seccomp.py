@@ -1,11 +1,11 @@
-"""seccomp(2): a filter of system calls, which is a program that the kernel runs for each call of the process.
+"""seccomp(2): a filter of system calls: a program that the kernel runs for each system call of the process.
 
-The program reads a struct seccomp_data (number of the call, kind of machine, arguments) and returns what is to happen.
+The program reads a struct seccomp_data (number of the call, architecture, arguments) and returns an action.
 Facts that this file depends on:
-- Since Linux 5.11 the kernel finds out once which calls the program always allows without a look at their arguments,
-  and does not run it for these: so their order does not matter. Before, it runs for each call.
-- A jump goes forward, over 255 instructions at most; here each call's instructions are together, so none is long.
-- Arguments that are filtered here have 32 bits as far as the kernel is concerned, so their lower half is enough.
+- Since Linux 5.11 the kernel determines once which calls the program always allows without reading arguments, and does
+  not run it for these: so their order does not matter. Older kernels run it for each call.
+- A jump goes forward, over at most 255 instructions. The instructions for each call are adjacent, so no jump is long.
+- The kernel uses only 32 bits of the arguments that are filtered here, so their lower half is enough.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 0x8000_0000, 0x
 # include/uapi/linux/audit.h
 AUDIT_ARCH = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}[MACHINE]
 
-# struct seccomp_data: where things are; both machines have the lower half of an argument first.
+# Offsets in struct seccomp_data; on both architectures the lower half of an argument comes first.
 NUMBER, ARCH, ARGUMENTS = 0, 4, 16
 
-# struct sock_filter: operation, how far to jump if it is true and if not, operand (include/uapi/linux/bpf_common.h)
+# struct sock_filter: operation, jump offsets if true and if false, operand (include/uapi/linux/bpf_common.h)
 INSTRUCTION = struct.Struct("=HBBI")
-# struct sock_fprog: how many of them, and their address
+# struct sock_fprog: the number of instructions, and their address
 FPROG = struct.Struct("=H6xQ")
 LOAD, AND, RETURN, IF_EQUAL, IF_NOT_LESS = 0x20, 0x54, 0x06, 0x15, 0x35
 Instruction = tuple[int, int, int, int]
@@ -43,7 +43,7 @@ UNKNOWN = SECCOMP_RET_ERRNO | errno.ENOSYS
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """A call is allowed if those bits of argument number `argument` that `mask` has are one of `values`."""
+    """A call is allowed if argument number `argument`, masked with `mask`, is one of `values`."""
 
     argument: int
     values: Collection[int]
@@ -51,7 +51,7 @@ class Only:
 
 
 def available() -> bool:
-    """Whether this kernel has such filters, and lets us ask for it."""
+    """Whether this kernel supports such filters, and permits seccomp(2)."""
     try:
         system_call(NUMBERS["seccomp"], SECCOMP_GET_ACTION_AVAIL, 0, struct.pack("I", SECCOMP_RET_KILL_PROCESS))
     except OSError:
@@ -62,9 +62,9 @@ def available() -> bool:
 def program(
     allowed: Iterable[str], limited: Mapping[str, Only], deadly: Iterable[str], otherwise: int = REFUSE
 ) -> list[Instruction]:
-    """Allow some calls, some with these arguments alone; `deadly` ones end the process; all others do as `otherwise`.
+    """Allow some calls, some only with certain arguments; `deadly` ones end the process; others return `otherwise`.
 
-    But calls that are newer than Linux 5.1 are told not to exist: whoever tries them knows how to do without.
+    Calls that are newer than Linux 5.1 fail with ENOSYS: programs that try them have a fallback for older kernels.
     """
     return [
         (LOAD, 0, 0, ARCH),
@@ -74,7 +74,7 @@ def program(
         *(step for name in allowed for step in _if_number(name, [(RETURN, 0, 0, SECCOMP_RET_ALLOW)])),
         *(step for name, only in limited.items() for step in _if_number(name, _limit(only, otherwise))),
         *(step for name in deadly for step in _if_number(name, [(RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS)])),
-        # Those of the x32 machine too, as they have a high bit set.
+        # This includes calls of the x32 ABI, whose numbers have a high bit set.
         (IF_NOT_LESS, 0, 1, FIRST_COMMON),
         (RETURN, 0, 0, UNKNOWN),
         (RETURN, 0, 0, otherwise),
@@ -82,7 +82,7 @@ def program(
 
 
 def _if_number(name: str, steps: list[Instruction]) -> list[Instruction]:
-    """Steps, which end the program, for the call of this name; none on a machine without it."""
+    """Instructions for the call of this name, which end the program; none on an architecture without it."""
     return [(IF_EQUAL, 0, len(steps), NUMBERS[name]), *steps] if name in NUMBERS else []
 
 
@@ -98,14 +98,14 @@ def _limit(only: Only, otherwise: int) -> list[Instruction]:
 
 
 def install(instructions: list[Instruction]) -> None:
-    """Filter the calls of all threads of the process, for ever; raises OSError. Needs `forbid_new_rights` before.
+    """Filter the calls of all threads of the process permanently; raises OSError. Call `forbid_new_rights` before.
 
-    Nobody else's code runs here, from whose guesses at our memory some processors would slow us down to be safe
-    (SPEC_ALLOW; Linux before 5.16).
+    No untrusted code runs in this process, so the mitigation of speculative store bypass, which costs time, is not
+    needed (SPEC_ALLOW; default before Linux 5.16).
     """
     code = ctypes.create_string_buffer(b"".join(INSTRUCTION.pack(*instruction) for instruction in instructions))
     flags = SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_SPEC_ALLOW
     fprog = FPROG.pack(len(instructions), ctypes.addressof(code))
     thread = system_call(NUMBERS["seccomp"], SECCOMP_SET_MODE_FILTER, flags, fprog)
     if thread:
-        raise OSError(errno.EBUSY, f"thread {thread} has a filter of its own")
+        raise OSError(errno.EBUSY, f"thread {thread} already has a different filter")
