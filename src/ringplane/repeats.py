@@ -56,7 +56,7 @@ class Repeats(logging.Filter):
                 seen.credit -= 1
                 return True
             first = seen.more == 0
-            seen.more, seen.last = seen.more + 1, record
+            seen.more, seen.last = seen.more + 1, _as_text(record)
             seen.due = now + PERIOD if first else seen.due
         if first:
             self._counting()
@@ -80,10 +80,20 @@ def _kind(record: logging.LogRecord) -> Kind:
     return getattr(record, "disk", None), record.name, record.lineno
 
 
+def _as_text(record: logging.LogRecord) -> logging.LogRecord:
+    """The same without its arguments: an exception among them holds frames, and through them a front end's memory."""
+    plain = copy.copy(record)
+    try:
+        plain.msg = record.getMessage()
+    except Exception:
+        plain.msg = str(record.msg)
+    plain.args = plain.exc_info = plain.exc_text = None
+    return plain
+
+
 def _sum(seen: _Seen) -> logging.LogRecord:
-    assert seen.last is not None
-    record = copy.copy(seen.last)
-    record.msg = f"{record.msg} (the last of {seen.more} more like this)"
-    record.exc_info = record.exc_text = None
+    record, count = seen.last, seen.more
+    assert record is not None
+    record.msg += f" (the last of {count} more like this)"
     seen.more, seen.last = 0, None
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 
@@ -127,3 +128,27 @@ def test_a_sum_has_no_traceback(log: Log) -> None:
     (record,) = log.repeats.sums(all_of_them=True)
     assert record.exc_info is None
     assert record.getMessage() == "a.img: failed: 100 % (the last of 2 more like this)"
+
+
+class Error(ValueError):
+    """An exception with a weak reference; in the log, each holds frames, and through them memory of a front end."""
+
+
+def test_what_is_counted_holds_nothing(log: Log) -> None:
+    held = []
+    for _ in range(BURST + 1):
+        try:
+            raise Error("why")
+        except Error as error:
+            log.disks["a.img"].warning("failed: %s", error, exc_info=error)
+            held.append(weakref.ref(error))
+    assert held[-1]() is None
+    (record,) = log.repeats.sums(all_of_them=True)
+    assert record.getMessage() == "a.img: failed: why (the last of 1 more like this)"
+
+
+def test_a_line_that_cannot_be_formatted_is_counted_too(log: Log) -> None:
+    for _ in range(BURST + 1):
+        log.repeats.filter(log.logger.makeRecord("test", logging.INFO, "test.py", 1, "%d", ("no number",), None))
+    (record,) = log.repeats.sums(all_of_them=True)
+    assert record.getMessage() == "%d (the last of 1 more like this)"
