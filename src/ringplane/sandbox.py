@@ -103,7 +103,7 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
     """
     absent = missing()
     remove_temporary_cache()
-    # As many as glibc makes.
+    # The number that glibc would use.
     libc.limit_arenas(8 * (os.cpu_count() or 1))
     libc.forbid_core_dumps()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -256,7 +256,7 @@ def test_without_a_child_process_nothing_is_compiled_ahead(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     apart.compile_apart("ringplane.dataplane.warm", NONE)
-    assert "cannot compile in a process of its own" in caplog.text
+    assert "cannot start a process that compiles" in caplog.text
 
 
 def test_other_commands_are_ended_by_a_signal(start: Start) -> None:

@@ -24,7 +24,7 @@ SIZE = 4096
 def warm_up(signals: Signals = NONE) -> None:
     """Fill the cache if it is empty; raises Interrupted. If no child process can be started, the first worker compiles.
 
-    That cannot be interrupted, as nothing can be raised in the middle of it.
+    That compilation cannot be interrupted, because an exception must not be raised in the middle of it.
     """
     if is_cached():
         return

@@ -17,7 +17,7 @@ def warm_up(signals: Signals = NONE) -> None:
 
 
 def load_all() -> None:
-    """Compile what takes long."""
+    """Compile or load the functions that take long to compile."""
     load(drive, 0, 0)
     load(reap_at, 0)
     mark_cached(DRIVER)

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def compile_apart(module: str, signals: Signals = NONE) -> None:
-    """Run the module, which fills the cache. Without a cache or a child process this process compiles when it must.
+    """Run the module, which fills the cache. Without a cache or a child process, this process compiles when needed.
 
     Raises Interrupted; the child process has ended then.
     """
@@ -28,13 +28,13 @@ def compile_apart(module: str, signals: Signals = NONE) -> None:
     environment = {**os.environ, VARIABLE: str(folder.parent)}
     command = [sys.executable, "-m", module]
     try:
-        # A group of its own: Ctrl-C is for us alone.
+        # In its own process group, so that Ctrl-C signals only this process.
         with held_back():
             child = subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
             )
     except OSError as error:
-        log.warning("cannot compile in a process of its own: %s", error)
+        log.warning("cannot start a process that compiles: %s; compiling in this process", error)
         return
     said = _result(child, signals)
     if child.returncode != 0:
@@ -42,7 +42,7 @@ def compile_apart(module: str, signals: Signals = NONE) -> None:
 
 
 def _result(child: subprocess.Popen[bytes], signals: Signals) -> bytes:
-    """What the child process has printed when it has ended."""
+    """Wait for the child process; returns what it has printed."""
     assert child.stdout is not None
     said = b""
     try:

@@ -27,7 +27,7 @@ TEMPORARY = "ringplane-cache-"
 FOLDER = re.compile(r"data-plane-[0-9a-f]{20}")
 
 VARIABLE = "RINGPLANE_CACHE_DIR"
-# What is compiled, each as a whole: what serves disks, and the load generator.
+# The two units that are compiled: the data plane, and the load generator.
 DATA_PLANE, DRIVER = "data-plane", "driver"
 # The space that must be free, in bytes: more than the compiled code of a version takes.
 ROOM = 4 << 20
@@ -96,10 +96,10 @@ def is_cached(what: str = DATA_PLANE) -> bool:
 
 
 def mark_cached(what: str) -> None:
-    """All of `what` is in the cache: after a compilation that was ended half-way, the next start compiles the rest."""
+    """Mark `what` as complete in the cache: after an interrupted compilation, the next start compiles the rest."""
     folder = cache_directory()
     if folder is not None:
-        # It may be root's.
+        # The folder may belong to root.
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
             _mark(folder, what).touch()
