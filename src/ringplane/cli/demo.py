@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DEPTHS = (1, 32, 128)
 READY = b"listening on"
+# In columns; a line has room for the ^C that a terminal shows at its end, which would move all lines.
+BAR = 16
 # Seconds
 STOP_PATIENCE = 20.0
 
@@ -163,7 +165,7 @@ def exercise(console: Console, signals: Signals, socket: Path, seconds: float) -
     from ringplane.driver.load import check, fill
 
     table = results_table()
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.fields[rate]:>16}"))
+    columns = (TextColumn("{task.description:<34}"), BarColumn(BAR), TextColumn("{task.fields[rate]:>16}"))
     with Driver(socket) as disk, Bars(*columns, TimeElapsedColumn(), console=console, signals=signals) as progress:
         task = progress.add_task("write every block", total=disk.capacity, rate="")
         model, written = fill(disk, progress=lambda now: show(progress, task, now.bytes, now))
