@@ -677,7 +677,7 @@ def need_engine(name: str) -> str:
     try:
         make_engine(name, 8).close()
     except OSError as error:
-        reason = f"the engine {name} is not to be had on this machine: {error}"
+        reason = f"the engine {name} is unavailable on this machine: {error}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

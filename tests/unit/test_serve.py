@@ -157,7 +157,7 @@ def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number:
         driver.write(0, b"x" * 512)
     status, out, err = served.end(number)
     assert status == 0
-    # QEMU asks for a queue per CPU of the guest, unless it is told a number.
+    # QEMU asks for a queue per CPU of the guest, unless it gets a number.
     assert "vhost-user-blk-pci,chardev=ringplane0\n" in out
     assert f"path={path}" in out
     assert not path.exists()
