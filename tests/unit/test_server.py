@@ -223,7 +223,7 @@ def test_affinity_of_a_single_disk(tmp_path: Path) -> None:
     [
         ([[0], [0]], "given 2 times"),
         ([[]], "no CPU is named"),
-        ([[65535]], "CPU 65535 is none that this process may use"),
+        ([[65535]], "CPU 65535 is not available to this process"),
     ],
 )
 def test_invalid_affinity(tmp_path: Path, cpus: list[list[int]], words: str) -> None:
