@@ -100,6 +100,10 @@ def _cannot_be_created(path: Path, error: OSError) -> ImageError:
     if isinstance(error, FileExistsError):
         why = "is a symbolic link whose target does not exist" if not path.exists() else "exists already"
         return ImageError(f"{path}: {why}; nothing is created over it")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ImageError(f"{path}: the folder {path.parent} does not exist; create it or choose another path")
+    if isinstance(error, PermissionError):
+        return ImageError(f"{path}: user {os.geteuid()} may not create a file in the folder {path.parent}")
     return ImageError(f"{path}: cannot be created: {error.strerror}")
 
 
@@ -222,7 +226,7 @@ def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
     try:
         return os.open(path, flags), False
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file; --create SIZE makes one") from None
+        raise ImageError(f"{path}: no such file; --create SIZE (in a configuration file: create) makes one") from None
     except IsADirectoryError:
         raise _not_an_image(path) from None
     except PermissionError:

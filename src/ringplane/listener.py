@@ -22,9 +22,6 @@ LONGEST_PATH = 107
 # The mode of a socket that is for a group.
 GROUP_MODE = 0o660
 
-# unix(7): sun_path has room for a null byte after it.
-LONGEST_PATH = 107
-
 
 class ListenError(Exception):
     """There is no socket to serve on; the text is one line for the person who named it."""
@@ -171,6 +168,12 @@ def check(path: Path, group: int | None) -> None:
 
 
 def _cannot_listen(path: Path, error: OSError) -> ListenError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ListenError(f"{path}: the folder {path.parent} does not exist; create it or choose another path")
+    if isinstance(error, PermissionError):
+        return ListenError(f"{path}: user {os.geteuid()} may not create a socket in the folder {path.parent}")
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        return ListenError(f"{path}: the path of a socket has at most {LONGEST_PATH} bytes; choose a shorter one")
     return ListenError(f"{path}: cannot listen on this socket: {error.strerror or error}")
 
 

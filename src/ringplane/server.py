@@ -17,8 +17,9 @@ from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import release_compiler
 from ringplane.dataplane.worker import POLL_US, Worker
 from ringplane.engines.choose import AUTO
+from ringplane.notes import doing
 from ringplane.tracing import report_trace
-from ringplane.values import check_cpus
+from ringplane.values import check_cpus, format_cpus
 
 if TYPE_CHECKING:
     from ringplane.export import Export
@@ -62,7 +63,8 @@ class Server:
         # Closed together with the threads.
         self.at_end = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
+        with doing("set up the control thread"):
+            self._loop = asyncio.new_event_loop()
         # By default asyncio creates it on first use, and reads files to do so (sandbox.py).
         self._loop.set_default_executor(ThreadPoolExecutor(SYNCING_THREADS, "ringplane-sync"))
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
@@ -74,10 +76,11 @@ class Server:
 
     def _make_workers(self) -> None:
         for each in self._io_threads:
-            worker = self.workers[each.name] = Worker(
-                each.name, engine=each.engine, poll_us=each.poll_us, pin_memory=each.pin_memory
-            )
-            worker.load()
+            with doing(f"set up the I/O thread {each.name}"):
+                worker = self.workers[each.name] = Worker(
+                    each.name, engine=each.engine, poll_us=each.poll_us, pin_memory=each.pin_memory
+                )
+                worker.load()
         release_compiler()
 
     def start_io_threads(self) -> None:
@@ -87,8 +90,10 @@ class Server:
         """
         for worker in self.workers.values():
             worker.start()
-        for ready in [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self._io_threads]:
-            ready.result()
+        bound = [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self._io_threads]
+        for each, ready in zip(self._io_threads, bound, strict=True):
+            with doing(f"run the I/O thread {each.name} on the CPUs {format_cpus(each.cpus or ())}"):
+                ready.result()
 
     def start(self, exports: Sequence[Export]) -> None:
         """Start the control thread, which serves these disks until each has been stopped."""

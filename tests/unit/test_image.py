@@ -82,7 +82,7 @@ def test_create_never_changes_existing_files(tmp_path: Path, kind: str) -> None:
 
 
 def test_create_in_a_folder_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="cannot be created: No such file or directory"):
+    with pytest.raises(ImageError, match="missing does not exist; create it or choose another path"):
         image.create(tmp_path / "missing" / "new.img", SIZE)
 
 
@@ -151,7 +151,9 @@ def test_a_file_system_without_direct_io_is_not_an_error(
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "no.img") == f"{tmp_path / 'no.img'}: no such file; --create SIZE makes one"
+    assert refusal(tmp_path / "no.img") == (
+        f"{tmp_path / 'no.img'}: no such file; --create SIZE (in a configuration file: create) makes one"
+    )
 
 
 @pytest.mark.parametrize("read_only", [False, True])

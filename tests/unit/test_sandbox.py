@@ -655,6 +655,19 @@ def test_another_user(folder_of_nobody: Path, options: list[str]) -> None:
 
 
 @needs_root
+def test_a_folder_that_another_user_cannot_enter(folder_of_nobody: Path) -> None:
+    """It can be served in, but nothing can be removed there at the end."""
+    os.chmod(folder_of_nobody, 0o700)
+    (folder_of_nobody / "image").write_bytes(bytes(IMAGE_SIZE))
+    served = Served(folder_of_nobody, ["-m", "ringplane", "serve"], "--user", "nobody")
+    try:
+        exercise(served)
+        assert "WARNING" not in served.end()
+    finally:
+        served.close()
+
+
+@needs_root
 def test_the_folder_of_another_user(folder_of_nobody: Path) -> None:
     os.chown(folder_of_nobody, pwd.getpwnam("nobody").pw_uid, -1)
     (folder_of_nobody / "image").write_bytes(bytes(IMAGE_SIZE))

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from ringplane.cli.serve import ENGINES as OPTION_ENGINES
+from ringplane.cli.serve import FEWEST_FILES
 from ringplane.cli.serve import serve as serve_command
 from ringplane.driver.disk import Driver
 from ringplane.driver.frontend import FrontEnd
@@ -311,9 +312,16 @@ def test_mode_of_an_inherited_socket(image: Path) -> None:
     assert line == "Error: --socket-mode and --socket-group are for the socket of --socket-path, not for --fd"
 
 
-@pytest.mark.parametrize("name", ["nowhere/socket", "x" * 120])
-def test_invalid_socket_paths(image: Path, tmp_path: Path, name: str) -> None:
-    assert "cannot listen on this socket" in refused("--blk-file", image, "--socket-path", tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere/socket", "nowhere does not exist; create it or choose another path"),
+        ("x" * 120, "the path of a socket has at most 107 bytes; choose a shorter one"),
+    ],
+    ids=["missing folder", "long name"],
+)
+def test_invalid_socket_paths(image: Path, tmp_path: Path, name: str, words: str) -> None:
+    assert words in refused("--blk-file", image, "--socket-path", tmp_path / name)
 
 
 def test_inherited_listening_socket(serve: Callable[..., Served], path: Path) -> None:
@@ -963,3 +971,26 @@ def test_without_home_it_works(serve: Callable[..., Served], path: Path) -> None
     serve(env=environment)
     with attach(path) as driver:
         driver.read(0, 512)
+
+
+# Where this process may open few files
+
+
+def limited(files: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+
+@pytest.mark.parametrize("files", [8, 12, 20, FEWEST_FILES - 1])
+def test_too_few_files(image: Path, path: Path, files: int) -> None:
+    line = refused("--blk-file", image, "--socket-path", path, preexec_fn=limited(files))
+    expected = f"this process may open only {files} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)"
+    assert line == f"Error: {expected}"
+    assert not path.exists()
+
+
+def test_as_few_files_as_advised(image: Path, path: Path, serve: Callable[..., Served]) -> None:
+    serve(preexec_fn=limited(FEWEST_FILES))
+    with attach(path) as driver:
+        driver.write(0, b"x" * 512)
+        driver.flush()
+        assert driver.read(0, 512) == b"x" * 512

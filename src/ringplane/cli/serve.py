@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import json
 import logging
@@ -10,17 +10,19 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
+from ringplane.cli.errors import start_errors
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
 from ringplane.descriptors import move_socket
 from ringplane.logs import FORMATS, Logs
+from ringplane.notes import doing
 from ringplane.signals import WOKEN, CaughtSignals, Interrupted, end_line
 from ringplane.signals import name as signal_name
 from ringplane.values import (
@@ -48,6 +50,9 @@ BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "log_forma
 
 # Seconds after which a stop that takes long is spoken of.
 STOP_PATIENCE = 2.0
+
+# Open at a time, with one disk and one front end that has a few queues.
+FEWEST_FILES = 64
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +300,8 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
         if user is not None:
             box.change_user(user)
         if sandbox is not False:
-            box.confine(folders)
+            with doing("confine the process (--no-sandbox serves without)"):
+                box.confine(folders)
         logs.start()
 
     return give_up
@@ -315,9 +321,14 @@ def start_config(path: Path, **options: Any) -> Server:
 
 
 def raise_fd_limit() -> None:
-    """Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory."""
+    """Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory.
+
+    Raises OSError where not even one disk with one front end can be served.
+    """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if 0 <= hard < FEWEST_FILES:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def serve_until_signal(
@@ -344,19 +355,6 @@ def serve_until_signal(
             announce_hint(server.exports[0], logs)
         manager.notify_ready()
         attend(server, signals, logs)
-
-
-@contextlib.contextmanager
-def start_errors() -> Iterator[None]:
-    """What can be wrong with disks, sockets and the machine is an error message for the user."""
-    from ringplane.handover import HandoverError
-    from ringplane.image import ImageError
-    from ringplane.listener import ListenError
-
-    try:
-        yield
-    except (ImageError, ListenError, HandoverError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
 
 
 def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:

@@ -53,7 +53,11 @@ def give_up_files(but_removing_in: Collection[Path]) -> None:
 
 
 def _allow_removing(ruleset: int, folder: Path) -> None:
-    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        # A user who may not even look into the folder (`--user`) cannot remove anything there, with a rule or without.
+        return
     try:
         rule = PATH_BENEATH_ATTR.pack(LANDLOCK_ACCESS_FS_REMOVE_FILE, fd)
         system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)

@@ -1,0 +1,46 @@
+"""What ends the start of a disk, in one line for the person who started it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+
+import click
+
+# By errno, whatever was refused: it is the process, or the machine, that has no more of something.
+REMEDIES = {
+    errno.EMFILE: "this process may open only {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
+    errno.ENFILE: "the machine has too many open files; raise sysctl fs.file-max",
+    errno.ENOMEM: "there is not enough memory; raise the limit (ulimit -v, systemd's MemoryMax=)",
+}
+NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's TasksMax=)"
+
+
+@contextlib.contextmanager
+def start_errors() -> Iterator[None]:
+    """Turn what can be wrong with disks, sockets and the machine into a ClickException."""
+    from ringplane.handover import HandoverError
+    from ringplane.image import ImageError
+    from ringplane.listener import ListenError
+
+    try:
+        yield
+    except (ImageError, ListenError, HandoverError) as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(in_words(error)) from None
+    except MemoryError:
+        raise click.ClickException(REMEDIES[errno.ENOMEM]) from None
+    except RuntimeError as error:
+        raise click.ClickException(NO_THREAD if "start new thread" in str(error) else str(error)) from None
+
+
+def in_words(error: OSError) -> str:
+    """What was being done (the notes of the error, see `ringplane.notes`), to which file, what failed, what to do."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    why = REMEDIES[error.errno].format(limit) if error.errno in REMEDIES else error.strerror or str(error)
+    name = [os.fsdecode(error.filename)] if error.filename is not None else []
+    return ": ".join([*getattr(error, "__notes__", ()), *name, why])

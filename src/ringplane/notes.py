@@ -1,0 +1,16 @@
+"""What was being done when the system refused something: the kernel's own words do not name it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Add a note to an OSError from the block: `cannot WHAT`."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(f"cannot {what}")
+        raise

@@ -1,0 +1,38 @@
+"""What ends a start names what was being done, to what, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+import click
+import pytest
+
+from ringplane.cli.errors import NO_THREAD, start_errors
+from ringplane.notes import doing
+
+
+def message(error: BaseException, what: str = "") -> str:
+    with pytest.raises(click.ClickException) as raised, start_errors(), doing(what):
+        raise error
+    return raised.value.message
+
+
+def test_error_without_a_context() -> None:
+    error = OSError(errno.EPERM, os.strerror(errno.EPERM))
+    assert message(error, "confine the process") == "cannot confine the process: Operation not permitted"
+
+
+def test_error_of_a_file() -> None:
+    error = OSError(errno.EACCES, os.strerror(errno.EACCES), "/some/where")
+    assert message(error, "open it") == "cannot open it: /some/where: Permission denied"
+
+
+def test_limits_of_process_and_machine() -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert f"this process may open only {limit} files; raise the limit" in message(OSError(errno.EMFILE, ""), "x")
+    assert "fs.file-max" in message(OSError(errno.ENFILE, ""), "x")
+    assert "not enough memory" in message(OSError(errno.ENOMEM, ""), "x")
+    assert "not enough memory" in message(MemoryError())
+    assert message(RuntimeError("can't start new thread")) == NO_THREAD
