@@ -473,7 +473,7 @@ def test_image_that_cannot_be_served(tmp_path: Path, path: Path) -> None:
     for file, words in (
         (empty, "is empty"),
         (odd, "truncate -s +24 "),
-        (tmp_path, "cannot be opened"),
+        (tmp_path, "neither a regular file nor a block device"),
         (tmp_path / "missing", "no such file"),
         (Path("/dev/null"), "neither a regular file nor a block device"),
     ):
@@ -604,7 +604,7 @@ def test_engine_memory_of_a_file_is_not_for_every_image(config: Path) -> None:
     if served_from_memory(config):
         pytest.skip("the temporary folder is a tmpfs")
     config.write_text(f'{DISKS}engine = "memory"')
-    assert f"{config.with_name('b.img')}: the engine memory serves images" in refused("--config", config)
+    assert f"{config.with_name('b.img')}: engine memory serves only images" in refused("--config", config)
     assert [path.name for path in config.parent.iterdir()] == ["disks.toml"]
 
 
