@@ -255,7 +255,7 @@ class Export:
                 await self._serve_front_end(listener.sock)
                 return
             if self._session is not None:
-                self._logger.info("goes on with a front end of the process before")
+                self._logger.info("resumed a front end of the previous process")
                 await self._run_session(self._session)
             listener.sock.setblocking(False)
             while not self._stopping:

@@ -155,7 +155,7 @@ def test_repeated_takeovers_under_load(processes: Callable[..., Served], image: 
         another.read(0, BLOCK)
     status, _, errors = running.end()
     assert status == 0
-    assert "goes on with a front end" in errors
+    assert "resumed a front end of the previous process" in errors
     assert "WARNING" not in errors
     assert not path.exists()
     assert not socket_beside(path).exists()
@@ -357,7 +357,7 @@ def test_takeover_waits_for_the_reply_to_an_in_band_call(serve: Serve, monkeypat
         guest.ring.publish()
         guest.kick()
         guest.reap()
-        with pytest.raises(HandoverError, match="does not read what it is told"):
+        with pytest.raises(HandoverError, match="does not read its messages"):
             serve(upgrade=True, features=switches)
         assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
         guest.read_by_messages(2)

@@ -577,7 +577,7 @@ def test_missing_parts_are_logged(tmp_path: Path) -> None:
         assert (
             served.end()
             .splitlines()[0]
-            .endswith("WARNING: the sandbox goes without Landlock, which cannot be had here")
+            .endswith("WARNING: the sandbox goes without Landlock, which is unavailable here")
         )
     finally:
         served.close()

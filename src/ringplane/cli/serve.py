@@ -294,7 +294,7 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     if sandbox and missing:
         raise box.SandboxError(f"there is no {' and no '.join(missing)} here, which --sandbox asks for")
     if missing:
-        log.warning("the sandbox goes without %s, which cannot be had here", " and ".join(missing))
+        log.warning("the sandbox goes without %s, which is unavailable here", " and ".join(missing))
 
     def give_up(folders: Collection[Path]) -> None:
         if user is not None:

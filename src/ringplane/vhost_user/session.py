@@ -190,7 +190,7 @@ class Session:
             if any(vring.queue.suspended for vring in self._vrings):
                 raise Refused("the front end has removed the memory of a ring, to add it again")
             held.push_async_callback(self._start_again, await self._stop_all())
-            with _refusing("the front end does not read what it is told"):
+            with _refusing("the front end does not read its messages"):
                 async with asyncio.timeout(FREEZE_PATIENCE):
                     await self._quieten(held)
             self._held = held.pop_all()
