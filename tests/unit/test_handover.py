@@ -267,9 +267,7 @@ def test_takeover_without_a_front_end(serve: Serve) -> None:
         assert guest.read(3) == sector(3)
 
 
-def test_an_image_of_another_format_is_mentioned_once(
-    serve: Serve, image: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_format_is_logged_once(serve: Serve, image: Path, caplog: pytest.LogCaptureFixture) -> None:
     with image.open("r+b") as file:
         file.write(b"QFI\xfb\0\0\0\3")
     running = serve(physical_block_size=16384)

@@ -134,7 +134,7 @@ class Error(ValueError):
     """An exception with a weak reference; in the log, each holds frames, and through them memory of a front end."""
 
 
-def test_what_is_counted_holds_nothing(log: Log) -> None:
+def test_counted_lines_hold_no_objects(log: Log) -> None:
     held = []
     for _ in range(BURST + 1):
         try:
