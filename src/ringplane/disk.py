@@ -321,7 +321,7 @@ def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *
     for name, on in switches.items():
         check_feature(name)
         if on and not can_offer(name, limits, image, zoned=zoned):
-            raise ImageError(f"{image.path}: {name} cannot be offered, as its storage cannot do it")
+            raise ImageError(f"{image.path}: {name} cannot be offered, because the storage does not support it")
 
 
 def _nothing() -> None:

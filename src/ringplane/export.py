@@ -1,4 +1,4 @@
-"""A disk being served: `serve` starts it in the background of a program, an `Export` is the handle to it."""
+"""A disk being served: `serve` starts it in the background of a program, and an `Export` is its handle."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GiveUp = Callable[[Collection[Path]], None]
 
 ACCEPT_AGAIN = 0.1
 
-# Seconds for which a front end may wait for another one without being spoken of.
+# Seconds after which a front end that waits for another one is logged.
 WAITING_PATIENCE = 1.0
 WAITS = "a second front end (%s) waits until the first one (%s) detaches; SIGUSR1 detaches the first one"
 
@@ -97,7 +97,7 @@ class DiskConfig:
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """What was counted of one kind of request, over all queues and front ends of an export.
+    """Counters of one kind of request, over all queues and front ends of an export.
 
     `requests` have been answered, `errors` of them with a status other than OK; `bytes` were transferred.
     `histogram` counts nanoseconds from fetch to answer in the buckets of `ringplane.histogram`.
@@ -115,13 +115,13 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What a disk is made of."""
+    """The parts of a disk."""
 
     image: Image
     zones: ZoneFile | None
     # None: at a path, where it appears when the disk can be served.
     listener: Listener | None
-    # Just now, as there was none.
+    # By this start, because it did not exist.
     created: bool
 
 
@@ -137,7 +137,7 @@ class Export:
         self._listener = listener
         self._quota = quota
         self._accepting: asyncio.Future[None] | None = None
-        # Cleared while nobody is to be accepted, as another process may take over.
+        # Cleared while no front end may be accepted, because another process may take over.
         self._go = asyncio.Event()
         self._go.set()
         self._session: Session | None = None
@@ -157,18 +157,18 @@ class Export:
 
     @property
     def device(self) -> int:
-        """What trace events call this disk."""
+        """The number of this disk in trace events."""
         return int(self.disk.queues[0].record["device"])
 
     @property
     def in_flight(self) -> int:
-        """Requests fetched from the rings and not yet answered."""
+        """Requests fetched from the rings and not yet completed."""
         return sum(queue.in_flight for queue in self.disk.queues)
 
     @property
     def counters(self) -> dict[str, Counter]:
         """By kind of request: `read`, `write`, `flush` and `other`."""
-        # Those that were never started share counters that stay 0.
+        # Queues that were never started share counters that stay 0.
         counted = {id(queue.counters): queue.counters for queue in self.disk.queues}
         total = [np.stack([each[kind] for each in counted.values()]) for kind in range(len(KINDS))]
         return {
@@ -182,7 +182,7 @@ class Export:
         }
 
     def drain(self) -> None:
-        """Return when all that was fetched has been answered; nothing is fetched meanwhile."""
+        """Return when all fetched requests have completed; nothing is fetched meanwhile."""
         drained = threading.Event()
         self.server.start_task(lambda: self._drain(drained))
         # A stop drains too.
@@ -190,15 +190,15 @@ class Export:
             pass
 
     def refresh_size(self) -> None:
-        """Have the size of the image looked at again, as it grew or shrank; the front end is told if it did."""
+        """Pick up the new size of the image; the front end is notified if it has changed."""
         self.server.start_task(self._refresh_size)
 
     def make_way(self) -> None:
-        """Have the front end detached that is attached, if another one waits."""
+        """Detach the attached front end if another one waits."""
         self.server.soon(self._make_way)
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
-        """Call `receive` with each trace event from now on, or a sentence about lost ones, on the control thread."""
+        """Call `receive` with each trace event from now on, or a text about lost ones, on the control thread."""
         if self.state == "stopped":
             return
 
@@ -219,7 +219,7 @@ class Export:
             self.server.soon(self._close_sockets)
 
     def stop(self) -> None:
-        """Fetch nothing more, answer what is in flight, let go of front end, socket and image. May be called again.
+        """Fetch nothing more, complete what is in flight, release front end, socket and image. May be called again.
 
         The last disk of a server takes the threads along.
         """
@@ -238,17 +238,17 @@ class Export:
     # On the control thread.
 
     async def run(self) -> None:
-        """Serve until stopped; the server does this. What fails here is this disk's alone."""
+        """Serve until stopped; called by the server. A failure here affects only this disk."""
         try:
             await self._serve()
         except Exception:
-            self._logger.exception("served no more, by a fault of ringplane's own; please report it")
+            self._logger.exception("stopped serving because of an internal error; please report it")
         finally:
             self.disk.close()
             self._finished.set()
 
     async def _serve(self) -> None:
-        """One front end after the other; those that connect meanwhile wait in the socket's queue."""
+        """One front end after the other; others that connect meanwhile wait in the socket's queue."""
         listener = self._listener
         try:
             if listener.connected:
@@ -267,7 +267,7 @@ class Export:
             listener.close()
 
     async def _take_next(self) -> socket.socket | None:
-        """The front end to be served next; None where there is none after all."""
+        """The front end to be served next; None if it has disconnected."""
         if self._next is None:
             return await self._accept()
         await self._wait_while_frozen()
@@ -275,7 +275,7 @@ class Export:
         return sock
 
     async def _watch_next(self) -> None:
-        """While a front end is attached, accept the next one, so that the log can say who waits for whom."""
+        """While a front end is attached, accept the next one, so that the log can name both."""
         while not self._stopping:
             self._next = self._next or await self._accept()
             if self._next is not None:
@@ -283,7 +283,7 @@ class Export:
                 self._drop_next()
 
     async def _report_waiting(self, sock: socket.socket) -> None:
-        """Return when it does not wait any more. One that connects again at once does not wait for itself for long."""
+        """Return when it no longer waits. A front end that reconnects waits only briefly for its old connection."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WAITING_PATIENCE):
                 await peers.gone(sock)
@@ -302,13 +302,13 @@ class Export:
         listening = self._listener.sock
         try:
             await self._wait_for_one(listening)
-            # Nothing else runs between this and the session, so that none is accepted after `freeze`.
+            # Nothing else runs between this and the session, so no front end is accepted after `freeze`.
             return None if self._stopping else listening.accept()[0]
         except BlockingIOError:
-            # It went away again.
+            # It has disconnected again.
             pass
         except OSError as error:
-            # Too many open files, say: the front end waits in the queue until that has passed.
+            # For example too many open files: the front end waits in the queue until that has passed.
             self._logger.warning("cannot accept a front end: %s", error)
             await asyncio.sleep(ACCEPT_AGAIN)
         return None
@@ -336,7 +336,7 @@ class Export:
         try:
             self._session = Session(self._transport, self.disk, self._quota)
         except OSError as error:
-            # Too many open files, say: the next one may have more luck.
+            # For example too many open files: the next one may succeed.
             self._logger.warning("cannot serve a front end: %s", error)
             self._transport.close()
             self._transport = None
@@ -350,7 +350,7 @@ class Export:
             if not self._stopping:
                 await session.run()
         except Exception:
-            self._logger.exception("front end dropped, by a fault of ringplane's own; please report it")
+            self._logger.exception("front end dropped because of an internal error; please report it")
         finally:
             if self._transport:
                 self._transport.close()
@@ -373,11 +373,11 @@ class Export:
 
     @property
     def next_front_end(self) -> socket.socket | None:
-        """That which waits until the one that is attached detaches."""
+        """The front end that waits until the attached one detaches."""
         return self._next
 
     async def freeze(self) -> None:
-        """Have nothing happen until `thaw`: nobody is accepted, and `Session.freeze`; raises what that does."""
+        """Stop all activity until `thaw`: no front end is accepted; raises the same as `Session.freeze`."""
         self._go.clear()
         try:
             if self._session:
@@ -387,13 +387,13 @@ class Export:
             raise
 
     async def thaw(self) -> None:
-        """Go on after `freeze`."""
+        """Continue after `freeze`."""
         if self._session:
             await self._session.thaw()
         self._go.set()
 
     async def abandon(self) -> None:
-        """After `freeze`: stop, and leave all as it is to the process that goes on with it."""
+        """After `freeze`: stop, and leave everything unchanged to the process that takes over."""
         self._listener.owned = False
         if self.disk.zones:
             self.disk.zones.abandon()
@@ -403,11 +403,11 @@ class Export:
         self._go.set()
 
     def resume_waiting(self, fd: int) -> None:
-        """Serve a front end later that waits in the process before; the fd stays the caller's. Raises OSError."""
+        """Serve later a front end that waits in the previous process; the fd stays the caller's. Raises OSError."""
         self._next = socket.socket(fileno=os.dup(fd))
 
     def resume_from(self, saved: SessionSnapshot) -> None:
-        """Serve a front end that another process hands over, from the start on; raises what Session's does."""
+        """Serve from the start a front end that another process hands over; raises the same as Session.resume_from."""
         sock = socket.socket(fileno=os.dup(saved.socket.number))
         self._attached = peers.describe(sock)
         self._transport = AsyncTransport(sock)
@@ -425,10 +425,12 @@ class Export:
 
     async def _refresh_size(self) -> None:
         if self.disk.image.is_replaced:
-            self._logger.warning("is another file now, or gone; the one that was opened is served until a restart")
+            self._logger.warning(
+                "its path leads to another file now, or to none; the opened one is served until a restart"
+            )
         try:
             if not await self.disk.refresh_size():
-                self._logger.info("has %d bytes, as before", self.disk.image.size)
+                self._logger.info("has %d bytes, unchanged", self.disk.image.size)
                 return
             self._logger.info("has %d bytes now", self.disk.image.size)
             if self._session:
@@ -489,10 +491,10 @@ def serve(
     is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
-    io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, which the
-    export's `disk.image.direct` tells. `features` switches those of `ringplane.values.FEATURES` on or off.
+    io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, as the
+    export's `disk.image.direct` shows. `features` switches those of `ringplane.values.FEATURES` on or off.
     `physical_block_size` is reported to the guest instead of that of the storage.
-    `zoned` makes a host-managed zoned disk of a new image, or goes on with one. When this returns, front ends can
+    `zoned` makes a host-managed zoned disk of a new image, or serves an existing one. When this returns, front ends can
     connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
     `lock` is one of `ringplane.values.LOCKS`: QEMU's locks are taken `on` all images, on
     none (`off`), or (`auto`) on all but those that are read-only and on a file system without locks.
@@ -546,7 +548,7 @@ def serve_all(
     occupy()
     names = [thread.name for thread in io_threads]
     if len(set(names)) < len(names):
-        raise ValueError(f"the I/O threads {names} are not named differently")
+        raise ValueError(f"two of the I/O threads {names} have the same name")
     for config in disks:
         if not config.io_threads or not set(config.io_threads) <= set(names):
             raise ValueError(f"{config.image}: {list(config.io_threads)} are not among the I/O threads {names}")
@@ -563,9 +565,9 @@ def serve_all(
         server.at_end.callback(signals.wake)
         space = AddressSpace(len(disks))
         served = [_disk(config, parts, server) for config, parts in zip(disks, opened, strict=True)]
-        # What was created cannot be removed any more by a process that has given up its rights.
+        # A process that has given up its rights can no longer remove what it has created.
         signals.check()
-        # Front ends that connect from now on are answered at once.
+        # Front ends that connect from now on get an answer at once.
         listeners = [_listen(config, parts, undo) for config, parts in zip(disks, opened, strict=True)]
         exports = [Export(*each, server, space.quota()) for each in zip(disks, served, listeners, strict=True)]
         successors = _listen_for_successors(disks, undo) if upgradable and not predecessor else None
@@ -585,7 +587,7 @@ def serve_all(
 
 
 def _listen_for_successors(disks: Sequence[DiskConfig], undo: contextlib.ExitStack) -> Listener | None:
-    """Beside the first disk's socket, if it has one, and if there is room for a longer name (unix(7)) and right."""
+    """Beside the first disk's socket, if it has one, and if path length (unix(7)) and permissions allow it."""
     path = disks[0].socket_path
     if path is None:
         return None
@@ -599,7 +601,7 @@ def _listen_for_successors(disks: Sequence[DiskConfig], undo: contextlib.ExitSta
 
 
 def _take_over(config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack) -> _Opened:
-    """As `_open`, from the process that serves it now."""
+    """Like `_open`, from the process that serves it now."""
     fd, size = predecessor.image(index)
     image = Image(config.image, read_only=config.read_only, block_size=config.block_size, fd=fd)
     undo.callback(image.close)
@@ -614,7 +616,7 @@ def _take_over(config: DiskConfig, predecessor: Predecessor, index: int, undo: c
 
 
 def _open(config: DiskConfig, undo: contextlib.ExitStack) -> _Opened:
-    """Whatever is made or opened here, `undo` takes back."""
+    """Open the parts of a disk; `undo` closes or removes them."""
     created = _create_if_missing(config, undo)
     opened = Image(
         config.image,
@@ -666,7 +668,7 @@ def _listen(config: DiskConfig, opened: _Opened, undo: contextlib.ExitStack) -> 
 
 
 def _create_if_missing(config: DiskConfig, undo: contextlib.ExitStack) -> bool:
-    """Whether it was: a service says `create` at each start, and at later ones its image is left as it is."""
+    """Returns whether it was: a service has `create` at each start, and later starts leave the image as it is."""
     if config.create is None or config.image.exists():
         return False
     create_image(config.image, config.create)
@@ -685,7 +687,7 @@ def _report_created(config: DiskConfig, opened: _Opened) -> None:
 
 
 def _remove(made: Path | ZoneFile) -> None:
-    """Undo that it was made; who has given up the right to do so leaves it there, and tells the error that led here."""
+    """Remove what was made; a process that has given up the right to do so leaves it, and reports the first error."""
     with contextlib.suppress(OSError):
         made.unlink()
 
@@ -695,7 +697,7 @@ def _io_threads(
 ) -> list[IoThread]:
     """Raises ValueError."""
     if engine not in ENGINES:
-        raise ValueError(f"there is no engine {engine!r}; there is {', '.join(ENGINES)}")
+        raise ValueError(f"{engine!r} is not an engine; the engines are {', '.join(ENGINES)}")
     if len(cpus) not in (0, 1, count):
         raise ValueError(f"CPUs are given {len(cpus)} times; give them once, or once for each of {count} I/O threads")
     sets: Sequence[frozenset[int] | None] = [frozenset(each) for each in cpus] or [None]

@@ -293,9 +293,9 @@ def test_an_image_is_replaced(tmp_path: Path) -> None:
         assert write(driver, BLOCK, pattern(2)) == OK
         assert [read(driver, offset).data for offset in (0, BLOCK)] == [pattern(1), pattern(2)]
         served.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: lines(served, f"has {SIZE} bytes, as before"), "SIGHUP was not handled")
+        wait_until(lambda: lines(served, f"has {SIZE} bytes, unchanged"), "SIGHUP was not handled")
         assert lines(
-            served, "disk.img: is another file now, or gone; the one that was opened is served until a restart"
+            served, "disk.img: its path leads to another file now, or to none; the opened one is served until a restart"
         )
         assert image.read_bytes()[: 2 * BLOCK] == bytes(2 * BLOCK)
 

@@ -355,7 +355,7 @@ def test_takeover_waits_for_the_reply_to_an_in_band_call(serve: Serve, monkeypat
         guest.ring.publish()
         guest.kick()
         guest.reap()
-        with pytest.raises(HandoverError, match="does not read its messages"):
+        with pytest.raises(HandoverError, match="does not read the back-end channel"):
             serve(upgrade=True, features=switches)
         assert guest.hear() == (BackendRequest.VRING_CALL, VringState(0, 0))
         guest.read_by_messages(2)

@@ -723,7 +723,7 @@ def test_feature_that_cannot_be_switched(image: Path, path: Path, wrong: str) ->
 
 def test_feature_that_the_storage_lacks(image: Path, path: Path) -> None:
     line = refused("--blk-file", image, "--socket-path", path, "--feature", "secure-erase=on")
-    assert line.endswith("secure-erase cannot be offered, as its storage cannot do it")
+    assert line.endswith("secure-erase cannot be offered, because the storage does not support it")
 
 
 def test_trace_prints_each_request_up_to_the_last(serve: Callable[..., Served], path: Path) -> None:

@@ -292,9 +292,9 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
 
     missing = box.missing() if sandbox is not False else []
     if sandbox and missing:
-        raise box.SandboxError(f"there is no {' and no '.join(missing)} here, which --sandbox asks for")
+        raise box.SandboxError(f"--sandbox needs {' and '.join(missing)}, which this system does not have")
     if missing:
-        log.warning("the sandbox goes without %s, which is unavailable here", " and ".join(missing))
+        log.warning("the sandbox is incomplete: this system does not have %s", " and ".join(missing))
 
     def give_up(folders: Collection[Path]) -> None:
         if user is not None:

@@ -35,7 +35,7 @@ def _cpu_ns_from_stat(pid: int) -> int:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
-        raise ProcessLookupError(f"there is no process {pid}") from None
+        raise ProcessLookupError(f"process {pid} does not exist") from None
     # The second field, the program's name in parentheses, may hold anything. utime and stime are the 14th and 15th.
     fields = stat[stat.rindex(")") + 1 :].split()
     ticks = int(fields[11]) + int(fields[12])

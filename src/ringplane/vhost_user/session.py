@@ -67,13 +67,13 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.LOG_SHMFD
 )
 
-# What in-band notifications need beside themselves (section "In-band notifications").
+# Features that in-band notifications need too (section "In-band notifications").
 INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 
 # The device status, of virtio 1.2 section 2.1.
 FEATURES_OK, DEVICE_NEEDS_RESET, STATUS_MASK = 8, 64, 0xFF
 
-# How requests that are always answered are answered with a no: failed, with no fd.
+# The negative reply to requests that always get a reply: failed, with no fd.
 NOES: dict[int, Payload] = {
     Request.GET_CONFIG: messages.Empty(),
     Request.GET_SHARED_OBJECT: messages.Opaque(),
@@ -83,24 +83,24 @@ NOES: dict[int, Payload] = {
     Request.CHECK_DEVICE_STATE: U64(1),
 }
 
-# As many as KVM gives a guest (KVM_USER_MEM_SLOTS of x86), so as many as any front end asks for.
+# KVM gives a guest this many (KVM_USER_MEM_SLOTS of x86), and no front end asks for more.
 MAX_MEMORY_SLOTS = 509
 
-# Where the driver writes whether it flushes
+# Offset of the field in which the driver writes whether it flushes
 WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
 
-# Seconds after which a drain that takes long is spoken of.
+# Seconds after which a slow drain is logged.
 TELL_AFTER = 2.0
 
-# Seconds after which it is looked at whether a front end holds up a worker.
+# Seconds after which a front end is suspected of holding up a worker.
 LOOK_AFTER = 0.1
 
-# Seconds in which a front end has to have taken what is being sent to it, when it is to be handed over.
+# Seconds that a front end has to read what is being sent to it, before it is handed over.
 FREEZE_PATIENCE = 1.0
 
 
 class Refused(Exception):
-    """A request that cannot be carried out; the text says why. The front end is told where it asked for a reply."""
+    """A request that cannot be carried out; the text says why. The front end gets a negative reply, if any."""
 
 
 class Session:
@@ -125,17 +125,17 @@ class Session:
         self._vrings = [Vring(queue, worker) for queue, worker in zip(disk.queues, disk.workers, strict=True)]
         self._write_back = True
         self._busy = asyncio.Lock()
-        # For `freeze`: `_paused` while no message is taken, and none is wanted before `_go`.
+        # For `freeze`: `_paused` is set while no message is taken; the next one is taken when `_go` is set.
         self._paused, self._go = asyncio.Event(), asyncio.Event()
         self._go.set()
         self._held = contextlib.AsyncExitStack()
 
     async def run(self) -> None:
-        """Serve the front end until it goes away or breaks the protocol; then nothing of it is left."""
+        """Serve the front end until it disconnects or breaks the protocol; then free all that belongs to it."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._alarm.fd, self._end_without_memory)
         try:
-            # Those of a front end that was taken over.
+            # The rings of a front end that was taken over.
             await self._start_again(self._vrings)
             while await self._serve_one_message():
                 pass
@@ -149,13 +149,13 @@ class Session:
             self._paused.set()
 
     def _end_without_memory(self) -> None:
-        """Requests may have been done with zeros in the place of their data: this device cannot go on."""
+        """Requests may have been executed with zeros in place of their data, so this device cannot continue."""
         asyncio.get_running_loop().remove_reader(self._alarm.fd)
         self._logger.warning("front end dropped: it truncated memory that it shares with this disk (ftruncate(2))")
         self._transport.close()
 
     async def drain(self) -> None:
-        """Answer all that has been fetched while nothing more is fetched, then go on."""
+        """Complete all fetched requests while nothing more is fetched, then continue."""
         async with self._busy:
             await self._start_again(await self._stop_all())
 
@@ -170,12 +170,12 @@ class Session:
             try:
                 await self._start_or_stop(vring)
             except (BadMemory, OSError) as error:
-                self._logger.warning("queue %d: cannot go on: %s", vring.queue.number, error)
+                self._logger.warning("queue %d: cannot be started again: %s", vring.queue.number, error)
 
     # Handing over to another process, and taking over from one.
 
     async def freeze(self) -> None:
-        """Have nothing happen until `thaw`: no message is taken, no ring runs, and all that was fetched is answered.
+        """Stop all activity until `thaw`: no message is taken, no ring runs, and all fetched requests are completed.
 
         Raises Refused where the front end is in the middle of something. This takes as long as the requests in flight.
         """
@@ -188,25 +188,25 @@ class Session:
                     await self._paused.wait()
                     await held.enter_async_context(self._busy)
             if any(vring.queue.suspended for vring in self._vrings):
-                raise Refused("the front end has removed the memory of a ring, to add it again")
+                raise Refused("the front end has removed the memory of a ring and has not added it again yet")
             held.push_async_callback(self._start_again, await self._stop_all())
-            with _refusing("the front end does not read its messages"):
+            with _refusing("the front end does not read the back-end channel"):
                 async with asyncio.timeout(FREEZE_PATIENCE):
                     await self._quieten(held)
             self._held = held.pop_all()
 
     async def _quieten(self, held: contextlib.AsyncExitStack) -> None:
-        """Have nothing under way on the channel to the front end."""
+        """Wait until nothing is under way on the channel to the front end."""
         await asyncio.gather(*(signal.forwarded() for vring in self._vrings for signal in vring.signals.values()))
         if self._channel is not None:
             await held.enter_async_context(self._channel.quiet)
 
     async def thaw(self) -> None:
-        """Go on after `freeze`."""
+        """Continue after `freeze`."""
         await self._held.aclose()
 
     async def abandon(self) -> None:
-        """End, as somebody else goes on with this front end, after `freeze`: nobody is told, nothing is taken."""
+        """End after `freeze`, because another process resumes this front end: nothing is sent and nothing is read."""
         self._transport.close()
         for vring in self._vrings:
             vring.enabled = False
@@ -218,7 +218,7 @@ class Session:
         self._paused.clear()
 
     def snapshot(self) -> SessionSnapshot:
-        """All that another process has to know to go on; after `freeze`."""
+        """The state that another process needs to resume; after `freeze`."""
         unfinished, fds = self._transport.connection.unfinished
         area = self._inflight
         return SessionSnapshot(
@@ -271,26 +271,26 @@ class Session:
             vring.resume_from(each)
 
     async def notify_config_change(self) -> None:
-        """Tell the front end, if it can hear it, that the configuration space is to be read again."""
+        """Notify the front end, if it has a back-end channel, that the configuration space has changed."""
         if self._channel is None or ProtocolFeature.CONFIG not in self._protocol_features:
-            self._logger.info("the front end cannot be told; the driver sees the new size when it starts anew")
+            self._logger.info("the front end cannot be notified; the driver sees the new size when it starts again")
             return
         try:
             await self._channel.notify(BackendRequest.CONFIG_CHANGE_MSG)
         except OSError as error:
-            self._logger.warning("the front end could not be told of the new size: %s", error or "it does not read")
+            self._logger.warning("the front end could not be notified of the new size: %s", error or "it does not read")
 
     async def _close(self) -> None:
         self._transport.close()
         async with self._busy:
-            # Each of them, whatever becomes of the others.
+            # Each of them, even if others fail.
             results = await asyncio.gather(*(self._forget(vring) for vring in self._vrings), return_exceptions=True)
             for error in results:
                 if error is not None:
                     self._logger.error("a queue could not be stopped: %s", error)
             self._memory, self._inflight, self._log = MemoryTable(), None, None
             self._close_channel()
-            # Tasks that were cancelled may hold this object until somebody looks for garbage, but no fd with it.
+            # Cancelled tasks may hold this object until the next garbage collection, but they must not hold the fd.
             del self._alarm
 
     async def _serve_one_message(self) -> bool:
@@ -308,7 +308,7 @@ class Session:
             self._logger.debug("%s %s", message.name, message.payload)
             async with self._busy:
                 reply = await self._answer(message)
-            # Not under the lock: a front end that does not read its replies holds up nobody but itself.
+            # Not under the lock: a front end that does not read its replies must hold up only itself.
             if reply is not None:
                 await self._reply(message, reply)
         return True
@@ -332,7 +332,7 @@ class Session:
                 os.close(fd)
 
     def _refuse(self, message: Message, why: Refused) -> Payload:
-        """Say no where the front end can hear it, else end the connection, as its idea of us would be wrong."""
+        """Send a negative reply, or, if there is none, end the connection: its view of our state would be wrong."""
         if message.request in NOES:
             self._logger.warning("%s", why)
             return NOES[message.request]
@@ -342,8 +342,8 @@ class Session:
         try:
             raise why
         finally:
-            # An exception that a frame of its own traceback holds, and with it this front end's memory, stays until
-            # somebody looks for garbage.
+            # If a frame of its own traceback refers to it, the exception, and with it this front end's memory, stays
+            # until the next garbage collection.
             del why
 
     async def _handle(self, message: Message) -> Payload | None:
@@ -370,7 +370,7 @@ class Session:
             raise Refused(f"feature bits {wanted & ~self._offered:#x} were not offered")
         missing = self._disk.needed_features & ~wanted
         if missing:
-            raise Refused(f"the driver did not take the feature bits {missing:#x}, so it does not know zoned disks")
+            raise Refused(f"the driver did not accept the feature bits {missing:#x}, so it does not know zoned disks")
         self._features_refused = False
         self._features = wanted
         for vring in self._vrings:
@@ -384,7 +384,7 @@ class Session:
         return U64(int(self._offered_protocol_features))
 
     async def _on_set_protocol_features(self, message: Message) -> None:
-        # With integers: the complement of an IntFlag loses the bits that have no name.
+        # As integers: the complement of an IntFlag loses the bits that have no name.
         wanted = _u64(message)
         unknown = wanted & ~int(self._offered_protocol_features)
         if unknown:
@@ -414,13 +414,13 @@ class Session:
         await self._disable_all()
 
     async def _on_reset_device(self, message: Message) -> None:
-        # As after GET_VRING_BASE: nothing of the rings that were is left, in the in-flight area neither.
+        # As after GET_VRING_BASE: nothing of the old rings is left, in the in-flight area either.
         await asyncio.gather(*(self._end_ring(vring) for vring in self._vrings))
         await asyncio.gather(*(self._forget(vring) for vring in self._vrings))
         self._write_back = True
 
     async def _on_set_backend_req_fd(self, message: Message) -> None:
-        """User-mode Linux insists on telling us, even where nothing is ever sent there."""
+        """User-mode Linux always sends it, even if nothing is ever sent there."""
         (fd,) = message.take_fds()
         self._close_channel()
         self._channel = BackendChannel(fd)
@@ -439,12 +439,12 @@ class Session:
         """
         status = _u64(message)
         if status & ~STATUS_MASK:
-            raise Refused(f"{status:#x} is no device status, which has 8 bits")
+            raise Refused(f"{status:#x} is not a device status, which has 8 bits")
         if status == 0:
             for vring in self._vrings:
                 vring.enabled = False
             await asyncio.gather(*(self._end_ring(vring) for vring in self._vrings))
-        # Section 3.1.1: a driver that reads it back without FEATURES_OK knows that its features were refused.
+        # Section 3.1.1: a driver that reads it back without FEATURES_OK knows that its features were rejected.
         self._status = status & ~(FEATURES_OK if self._features_refused else 0)
 
     async def _on_get_status(self, message: Message) -> Payload:
@@ -462,16 +462,16 @@ class Session:
         return Config(asked.offset, asked.size, 0, bytes(space[asked.offset : asked.offset + asked.size]))
 
     async def _on_set_config(self, message: Message) -> None:
-        """One field can be written, whether the driver flushes (section 5.2.5.2)."""
+        """Only one field can be written: whether the driver flushes (section 5.2.5.2)."""
         asked = _expect(message, Config)
         if (asked.offset, asked.size) != (WRITEBACK, 1) or asked.payload not in (b"\0", b"\1"):
-            raise Refused(f"of the configuration space only `writeback` can be written, the byte at {WRITEBACK}")
+            raise Refused(f"only `writeback` of the configuration space can be written, the byte at {WRITEBACK}")
         if not self._features & VIRTIO_BLK_F_CONFIG_WCE:
             raise Refused("`writeback` is written although the driver did not accept CONFIG_WCE")
         await self._set_write_back(asked.payload == b"\1")
 
     async def _set_write_back(self, write_back: bool) -> None:
-        """Without it nothing that is answered from now on may be lost, nor what was answered before."""
+        """Without it, neither requests that are completed from now on nor earlier ones may be lost."""
         if write_back == self._write_back:
             return
         running = await self._stop_all()
@@ -521,10 +521,10 @@ class Session:
     # Migration.
 
     async def _on_set_log_base(self, message: Message) -> Payload:
-        """That it is to be used SET_FEATURES tells; later a larger one may take its place while rings run."""
+        """SET_FEATURES starts its use; later a larger log may replace it while rings run."""
         described = _expect(message, LogRegion)
         if described.size == 0 or described.size + described.offset >= 1 << 62:
-            raise Refused(f"a dirty log of {described.size} bytes at {described.offset}")
+            raise Refused(f"impossible dirty log: {described.size} bytes at {described.offset}")
         self._log = self._map_log(message.fds[0], described.size, described.offset)
         for vring in self._vrings:
             if vring.running and self._uses_changed(vring):
@@ -533,13 +533,13 @@ class Session:
         return U64(0)
 
     async def _on_set_log_fd(self, message: Message) -> None:
-        """An eventfd for a log that the front end cannot look at by itself; ours can all be."""
+        """An eventfd to announce changes of the log; the front end can read ours at any time."""
 
     @property
     def _logs(self) -> bool:
         return bool(self._features & VHOST_F_LOG_ALL)
 
-    # In-flight I/O: what a crash of ours must not lose.
+    # In-flight I/O, which must survive a crash of this process.
 
     async def _on_get_inflight_fd(self, message: Message) -> Payload:
         asked = _expect(message, Inflight)
@@ -548,7 +548,7 @@ class Session:
         return described
 
     async def _on_set_inflight_fd(self, message: Message) -> None:
-        """Of a ring that is running it counts from its next start on."""
+        """A running ring uses it from its next start."""
         self._inflight = self._map_inflight(_expect(message, Inflight), message.fds[0])
 
     # Rings.
@@ -560,7 +560,7 @@ class Session:
         if not 0 < size <= MAX_QUEUE_SIZE:
             raise Refused(f"ring size {size} is not from 1 to {MAX_QUEUE_SIZE}")
         if size & (size - 1) and not self._packed:
-            raise Refused(f"ring size {size} is no power of two")
+            raise Refused(f"ring size {size} is not a power of two")
         if vring.running and size != vring.size:
             raise Refused("the ring is running")
         vring.size = size
@@ -594,7 +594,7 @@ class Session:
         return VringState(vring.queue.number, vring.base)
 
     async def _end_ring(self, vring: Vring) -> None:
-        """Stop it, not to go on: a ring that is started again is described again, by whatever driver comes next."""
+        """Stop it for good: the next driver, whichever it is, describes the ring again before it starts it."""
         await self._reset(vring)
         if self._inflight is not None:
             self._inflight.forget(vring.queue.number)
@@ -611,7 +611,7 @@ class Session:
         described = _expect(message, VringFd)
         vring = self._vring(described.index)
         if described.no_fd and not self._in_band:
-            raise Refused("rings without a kick fd, to be polled, are not supported")
+            raise Refused("rings without a kick fd, which would have to be polled, are not supported")
         await self._stop(vring)
         if described.no_fd:
             vring.kick_fd = replace_fd(vring.kick_fd, -1)
@@ -621,7 +621,7 @@ class Session:
         await self._start_or_stop(vring)
 
     async def _on_vring_kick(self, message: Message) -> None:
-        """In band: the first one starts the ring. The data plane is kicked through an eventfd all the same."""
+        """In band: the first one starts the ring. The data plane is still kicked through an eventfd."""
         vring = self._vring(_expect(message, VringState).index)
         if vring.kick_fd < 0:
             vring.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -636,7 +636,7 @@ class Session:
         finally:
             vring.call_fd = replace_fd(vring.call_fd, fd)
         self._end_signal(vring, BackendRequest.VRING_CALL)
-        # What completed before this fd was known is announced now; QEMU's own tests rely on it.
+        # Requests that completed before this fd was known are announced now; QEMU's own tests rely on it.
         if vring.call_fd >= 0:
             await self._done(vring.worker.signal(vring.call_fd))
 
@@ -657,7 +657,7 @@ class Session:
         return ProtocolFeature.INBAND_NOTIFICATIONS in self._protocol_features
 
     async def _signal_in_band(self, vring: Vring) -> None:
-        """Have the front end told by messages what it has given us no fd for."""
+        """Notify the front end by messages where it has given us no fd."""
         if not self._in_band:
             return
         if not vring.call_told and BackendRequest.VRING_CALL not in vring.signals:
@@ -673,11 +673,11 @@ class Session:
 
     async def _ask_front_end(self, request: BackendRequest, payload: Payload) -> None:
         if self._channel is None:
-            raise ConnectionError("there was no SET_BACKEND_REQ_FD")
+            raise ConnectionError("the front end has not sent SET_BACKEND_REQ_FD")
         await self._channel.ask(request, payload)
 
     def _end_signal(self, vring: Vring, request: BackendRequest) -> None:
-        """The worker does not use its fd any more."""
+        """Close its fd, which the worker no longer uses."""
         signal = vring.signals.pop(request, None)
         if signal is not None:
             signal.close()
@@ -688,7 +688,7 @@ class Session:
         return self._vrings[index]
 
     async def _start_or_stop(self, vring: Vring) -> None:
-        """Bring the ring into the state that the messages so far ask for; a broken one stays stopped until a reset."""
+        """Bring the ring into the state that the messages ask for; a broken one stays stopped until a reset."""
         if not vring.enabled:
             await self._stop(vring)
         elif vring.running or vring.queue.broken:
@@ -700,7 +700,7 @@ class Session:
             vring.running = True
 
     def _uses_changed(self, vring: Vring) -> bool:
-        """Whether the features that were just set change how a running ring is to be used."""
+        """Whether the features that were just set change the use of a running ring."""
         layout = vring.queue.layout
         if layout is None or vring.address is None:
             return False
@@ -726,13 +726,13 @@ class Session:
 
     @property
     def _write_through(self) -> bool:
-        """Whether writes must be stable when they are answered: the driver cannot flush, or says that it will not."""
+        """Whether writes must be stable when they complete: the driver cannot flush, or says that it will not."""
         # Sections 5.2.5.2 and 5.2.6.2
         chosen = bool(self._features & VIRTIO_BLK_F_CONFIG_WCE) and not self._write_back
         return chosen or not self._features & VIRTIO_BLK_F_FLUSH
 
     async def _stop(self, vring: Vring) -> None:
-        """Stop fetching and wait until all that was fetched is answered."""
+        """Stop fetching and wait until all fetched requests have completed."""
         if vring.running:
             drained = vring.worker.stop_queue(vring.queue)
             try:
@@ -746,7 +746,7 @@ class Session:
             vring.base = vring.queue.base
 
     async def _reset(self, vring: Vring) -> None:
-        """Stop the ring; what broke it, if anything, is forgotten."""
+        """Stop the ring and clear its error, if it was broken."""
         await self._stop(vring)
         vring.queue.record["broken"] = 0
 
@@ -756,13 +756,13 @@ class Session:
             await self._stop(vring)
 
     async def _forget(self, vring: Vring) -> None:
-        """Stop the ring and give back all that the front end gave us for it."""
+        """Stop the ring and release all that the front end has given us for it."""
         try:
             await self._reset(vring)
             if vring.queue.record["call_fd"] >= 0:
                 await self._done(vring.worker.set_call_fd(vring.queue, -1))
         finally:
-            # Also where the worker has ended: nobody uses them any more.
+            # Also if the worker has ended: nobody uses them any longer.
             vring.kick_fd = replace_fd(vring.kick_fd, -1)
             vring.call_fd = replace_fd(vring.call_fd, -1)
             vring.err_fd = replace_fd(vring.err_fd, -1)
@@ -812,7 +812,7 @@ def _only_fd(message: Message) -> int:
 
 @contextlib.contextmanager
 def _refusing(why: str) -> Iterator[None]:
-    """Where time runs out inside."""
+    """Turn a TimeoutError inside into a Refused."""
     try:
         yield
     except TimeoutError:
