@@ -142,7 +142,7 @@ def test_without_proc_disks_are_served_with_one_warning(serve: Serve, options: l
     served = serve(in_namespace(WITHOUT_PROC), "--buffered", "--io-threads", "2", "--sandbox", *options)
     served.exercise()
     (warning,) = served.warnings()
-    assert warning.startswith("ringplane: WARNING: /proc is not mounted: ")
+    assert " WARNING: /proc is not mounted: " in warning
 
 
 @needs_root
@@ -350,18 +350,16 @@ def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_
     served = serve([*in_namespace(*everything_read_only), *somebody], disk=folder / "image", environment=environment)
     served.exercise()
     (warning,) = served.warnings()
-    assert warning.startswith(
-        "ringplane: WARNING: compiling the data plane, which takes some 20 s of CPU time, at each start: "
-    )
+    assert " WARNING: compiling the data plane, which takes some 20 s of CPU time, at each start: " in warning
     assert warning.endswith("; set RINGPLANE_CACHE_DIR to a folder that this user can write to")
 
 
 def test_an_unusable_cache_folder_is_logged_before_compiling(tmp_path: Path) -> None:
     """The warning of the whole command; other tests cover compiling."""
     program = (
-        "import logging, subprocess; logging.basicConfig()\n"
+        "import logging; logging.basicConfig()\n"
         "from ringplane.dataplane import warm\n"
-        "warm.subprocess.run = lambda *a, **o: subprocess.CompletedProcess(a, 0)\n"
+        "warm.compile_apart = lambda *arguments: None\n"
         "warm.warm_up()\n"
     )
     (tmp_path / "file").touch()
