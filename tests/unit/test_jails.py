@@ -72,7 +72,8 @@ class Served:
     def refusal(self) -> str:
         """The one-line error of a process that failed to start."""
         assert self.status == 1, self.errors
-        (line,) = self.errors
+        # The first start after an installation reports that it compiles.
+        (line,) = (line for line in self.errors if " INFO: " not in line)
         assert line.startswith("Error: ")
         return line
 
