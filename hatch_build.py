@@ -10,7 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# click keeps the line breaks of a paragraph after this; groff calls it "no fill".
+# click keeps the line breaks of a paragraph that follows this mark; groff calls that "no fill".
 VERBATIM = re.compile(r"^\x08\n(.*?)\n(?=\.PP$|\.SH)", re.DOTALL | re.MULTILINE)
 
 

@@ -1,8 +1,8 @@
 """How much address space, and how many mappings, the front end of each disk may use.
 
 A front end may describe as much memory as it likes: a sparse file costs it nothing. All disks of a process share one
-address space, so each disk has a quota: half of what there is is divided equally and guaranteed, the other half is lent
-to whoever asks first.
+address space, so each disk has a quota: one half is divided equally and guaranteed, the other half is lent to the disks
+that ask first.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ringplane.native import libc
 from ringplane.native.sigbus import MAX_GUARDS
 from ringplane.values import format_size
 
-# The default of Linux, for where /proc/sys cannot be read.
+# The default of Linux, used if /proc/sys cannot be read.
 MAX_MAP_COUNT = 65530
 
 
 def usable_bytes() -> int:
-    """Half of the address space, the other half is for what the process maps for itself.
+    """Half of the address space; the other half is for the mappings of the process itself.
 
-    The stack is at its top, which is 2^47 on x86-64 and, by the kernel's configuration, 2^39 or 2^48 on aarch64.
+    The stack is at its top: 2^47 on x86-64; 2^39 or 2^48 on aarch64, depending on the kernel's configuration.
     """
     size = 1 << libc.stack_address().bit_length()
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -33,7 +33,10 @@ def usable_bytes() -> int:
 
 
 def usable_mappings() -> int:
-    """Each has a guard (native/sigbus.py), an fd, and may fall into pieces when its file is truncated."""
+    """How many mappings front ends may use.
+
+    Each has a guard (native/sigbus.py) and an fd, and may fall into pieces when its file is truncated.
+    """
     count = MAX_MAP_COUNT
     with contextlib.suppress(OSError, ValueError):
         count = int(Path("/proc/sys/vm/max_map_count").read_text())
@@ -48,11 +51,11 @@ class Pool:
         self.guaranteed = total // 2 // users
         self._to_lend = total - self.guaranteed * users
         self._lock = threading.Lock()
-        # Amounts come back from finalizers, which may interrupt any code, also that which holds the lock.
+        # Finalizers give amounts back; they may interrupt any code, including code that holds the lock.
         self._returned: deque[tuple[Share, int]] = deque()
 
     def take(self, share: Share, amount: int) -> int | None:
-        """Add the amount to what is used of this share, or return the limit that it would exceed."""
+        """Add the amount to the use of this share, or return the limit that it would exceed."""
         with self._lock:
             self._collect()
             limit = max(self.guaranteed, share.used) + self._to_lend
@@ -62,7 +65,7 @@ class Pool:
             return None
 
     def give_back(self, share: Share, amount: int) -> None:
-        """The amount is not used any more."""
+        """Return an amount that is not used any more."""
         self._returned.append((share, amount))
 
     def _collect(self) -> None:
@@ -79,40 +82,40 @@ class Pool:
 
 
 class Share:
-    """What one user has of a Pool."""
+    """One user's share of a Pool."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.used = 0
 
     def take(self, amount: int) -> int | None:
-        """As Pool.take."""
+        """See Pool.take."""
         return self.pool.take(self, amount)
 
     def give_back(self, amount: int) -> None:
-        """As Pool.give_back."""
+        """See Pool.give_back."""
         self.pool.give_back(self, amount)
 
 
 class AddressSpace:
-    """That of this process, for so many disks. Made before the process is confined, because it reads /proc."""
+    """The address space of this process, for `disks` disks. Created before the sandbox, because it reads /proc."""
 
     def __init__(self, disks: int) -> None:
         self._bytes, self._mappings = Pool(usable_bytes(), disks), Pool(usable_mappings(), disks)
 
     def quota(self) -> Quota:
-        """Of one of the disks."""
+        """The quota of one more disk."""
         return Quota(Share(self._bytes), Share(self._mappings))
 
 
 class Quota:
-    """What the front ends of one disk may map."""
+    """The limit on the mappings of one disk's front ends."""
 
     def __init__(self, size: Share, mappings: Share) -> None:
         self._size, self._mappings = size, mappings
 
     def reserve(self, size: int) -> None:
-        """Before a mapping of `size` bytes is made; raises BadMemory where it exceeds the quota."""
+        """Call before mapping `size` bytes; raises BadMemory if the quota would be exceeded."""
         limit = self._mappings.take(1)
         if limit is not None:
             raise BadMemory(f"one more mapping exceeds the limit of this disk's front end, which is {limit}")
@@ -125,6 +128,6 @@ class Quota:
             )
 
     def release(self, size: int) -> None:
-        """When the mapping has been unmapped."""
+        """Call after unmapping."""
         self._size.give_back(size)
         self._mappings.give_back(1)

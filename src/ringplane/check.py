@@ -1,6 +1,6 @@
-"""Finds what would stop `serve`, by the code that serve uses, without making, changing or serving anything.
+"""Finds the problems that would stop `serve`, with the code of serve, but creates, changes and serves nothing.
 
-Images are opened for reading only. An image that is still to be created is stood in for by a file without a name.
+Images are opened for reading only. A file without a name takes the place of an image that is not created yet.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ringplane.listener import ListenError
 
 
 def find_problems(config: Config) -> list[str]:
-    """A line for each."""
+    """One line for each problem."""
     problems: list[str] = []
     with contextlib.ExitStack() as undo:
         workers: dict[str, Worker] = {}
-        # All at once, as each has some locked memory, and there may be too little for all of them.
+        # All exist at the same time, because each locks memory, and there may be too little for all of them.
         for each in config.io_threads:
             try:
                 workers[each.name] = Worker(each.name, engine=each.engine)
@@ -69,7 +69,7 @@ def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
 
 
 def _opened(disk: DiskConfig) -> Image | None:
-    """The image, or one like that which will be created; None if there is no way to know that one."""
+    """The image, or a nameless one like the image that will be created; None if there is neither."""
     if disk.create is None or disk.image.exists():
         return Image(
             disk.image,
@@ -85,7 +85,7 @@ def _opened(disk: DiskConfig) -> Image | None:
 
 
 def _limits(disk: DiskConfig, image: Image) -> Limits | None:
-    """What a file system can do is tried with a file that may be written to; None if none can be created beside it."""
+    """The limits, tried on a writable nameless file beside the image; None if none can be created there."""
     if not image.is_file:
         return limits(image.fd, read_only=disk.read_only)
     try:

@@ -1,7 +1,7 @@
-"""The standard file descriptors, 0 to 2: closed ones are occupied, and what is printed reaches no front end.
+"""The standard file descriptors, 0 to 2: closed ones are occupied, and printed text reaches no front end.
 
-A process may be started with some of them closed. What it opens first gets their numbers then: a guest's disk would be
-file descriptor 2, and anything that prints an error writes into it.
+A process may be started with some of them closed. The first files that it opens then get their numbers: a guest's disk
+could be file descriptor 2, and printing an error would write into it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STANDARD = (0, 1, 2)
 
 
 class Nowhere(io.TextIOBase):
-    """What is printed here is dropped."""
+    """A stream that discards its text."""
 
     def writable(self) -> bool:
         return True
@@ -27,23 +27,23 @@ class Nowhere(io.TextIOBase):
 
 
 def occupy() -> None:
-    """Have no file that is opened from now on be a standard one. Child processes inherit what is there instead."""
+    """Open /dev/null as every closed standard fd, so that no later file is one. Child processes inherit it."""
     while (fd := _open_null()) in STANDARD:
         os.set_inheritable(fd, True)
     os.close(fd)
 
 
 def occupy_streams() -> None:
-    """The same in a process that is ours, where Python has no `sys.stdout` and `sys.stderr` for closed ones."""
+    """As `occupy`, in a process of our own; also replaces `sys.stdout` and `sys.stderr`, which are None if closed."""
     occupy()
     sys.stdout = sys.stdout or Nowhere()
     sys.stderr = sys.stderr or Nowhere()
 
 
 def move_socket(fd: int) -> int:
-    """The number of an inherited socket that may be a standard one: none is that socket any more afterwards.
+    """The new number of an inherited socket; no standard descriptor refers to that socket afterwards.
 
-    As inetd(8) and systemd have it, standard input, output and error may all be the connection.
+    Under inetd(8) and systemd, standard input, output and error may all be the connection.
     """
     if not _is_socket(fd):
         return fd
@@ -59,7 +59,7 @@ def move_socket(fd: int) -> int:
 def _open_null() -> int:
     with contextlib.suppress(OSError):
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    # In a jail without /dev: an empty file that stays so. Writing fails, as it does where nothing is open.
+    # In a jail without /dev: a file that stays empty. Writing fails, as it does with a closed descriptor.
     fd = os.memfd_create("null", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW)
     return fd

@@ -26,21 +26,21 @@ from ringplane.zonefile import ZoneFile
 
 log = logging.getLogger(__name__)
 
-# Any engine that does not map images; the workers have their own.
+# Any engine that does not map images; each worker uses its own.
 UNMAPPED = next(iter(WORKER_ENGINES))
 
-# Ours takes any size that a chain may have; the kernel transfers so many bytes at a time (read(2)).
+# The data plane accepts segments of any size; the kernel transfers at most this many bytes at a time (read(2)).
 SIZE_MAX = 0x7FFFF000
 
-# What drivers from the time of cylinders believe in, as everybody answers them.
+# The geometry for drivers that still use cylinders; other devices report the same.
 HEADS, SECTORS_PER_TRACK, MAX_CYLINDERS = 16, 63, 16383
 
-# What a driver without indirect descriptors can fit into a ring of 128, the smallest that front ends use by default:
-# Linux never gets a longer request through such a ring. Chains that are longer are served all the same.
+# The segments that fit into a ring of 128, the smallest that front ends use by default, without indirect descriptors:
+# Linux never gets a longer request through such a ring. Longer chains are served as well.
 SEG_MAX = 126
 
 
-# The bits of the features that people can switch; the others are the protocol's.
+# The bits of the features that users can switch; the protocol determines the others.
 BITS = {
     "indirect-desc": features.VIRTIO_F_INDIRECT_DESC,
     "event-idx": features.VIRTIO_F_EVENT_IDX,
@@ -81,10 +81,10 @@ class Disk:
         """`serial` is at most 20 bytes; without one it is derived from the image's path.
 
         `physical_block_size` is reported instead of that of the storage.
-        `engine` is one of ENGINES; of those that a worker has, the workers' own is used. `switches` says of features by
-        their names whether to offer them. A disk with `zones` is host-managed, and served by the first worker alone,
-        as they are not guarded against others. Raises ImageError where the image cannot be served so, ValueError for a
-        feature that cannot be switched.
+        `engine` is one of ENGINES; if it is a worker's engine, each worker uses its own. `switches` maps names of
+        features to whether they are offered. A disk with `zones` is host-managed; only the first worker serves it,
+        because zones are not protected against other threads. Raises ImageError if the image cannot be served this
+        way, ValueError for a feature that cannot be switched.
         """
         self.image = image
         self.block_size = block_size
@@ -109,7 +109,7 @@ class Disk:
         check_switches(self._switches, self.limits, image, zoned=zones is not None)
 
     def _make_device(self, found: Limits) -> Device:
-        """Raises OSError where an image in memory cannot be mapped."""
+        """Raises OSError if an image in memory cannot be mapped."""
         image = self.image
         return Device(
             image.fd,
@@ -125,7 +125,7 @@ class Disk:
         )
 
     def _check_unmapped(self, engine: str, error: OSError) -> None:
-        """Whether an image in memory that cannot be mapped may be served by system calls; raises ImageError."""
+        """Raise ImageError unless system calls may serve an image in memory that cannot be mapped."""
         why = f"{self.image.path}: cannot be mapped: {error.strerror}"
         if memory.has_huge_pages(self.image.fd):
             raise ImageError(f"{why} (huge pages are reserved)")
@@ -134,9 +134,9 @@ class Disk:
         log.warning("%s; it is served by system calls, which take more CPU per I/O", why)
 
     def _open_for(self, workers: Iterable[Worker]) -> dict[Worker, OpenFile]:
-        """An open file for each worker where the kernel's page cache reports to each once what it has lost (flush.py).
+        """An open file for each worker: the page cache reports lost writes once to each open file (flush.py).
 
-        The first has the image's. Nothing where it does not matter. Raises ImageError.
+        The first worker uses the image's own. Empty if no worker needs one. Raises ImageError.
         """
         files: dict[Worker, OpenFile] = {}
         if not self.image.read_only and self._device.uses_page_cache:
@@ -146,17 +146,17 @@ class Disk:
 
     @property
     def name(self) -> str:
-        """How log lines call it: the name of the image."""
+        """The name of the disk in log lines: that of the image."""
         return self.image.path.name
 
     @property
     def through_page_cache(self) -> bool:
-        """Whether I/O goes through the page cache, as `direct` was not asked for or not possible."""
+        """Whether I/O goes through the page cache, because `direct` was not requested or not possible."""
         return self.storage == THROUGH_WORKER and not self.image.direct
 
     @property
     def how(self) -> str:
-        """How I/O is done, for people."""
+        """How I/O is done, for users."""
         if self.storage == IN_MEMORY:
             return "engine memory"
         if self.storage == NOWHERE:
@@ -165,7 +165,7 @@ class Disk:
         return f"engine {engines}, {'O_DIRECT' if self.image.direct else 'buffered'}"
 
     async def refresh_size(self) -> bool:
-        """Serve the size that the image has now; whether it is another. Raises ImageError, OSError and WorkerEnded."""
+        """Pick up the image's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
         if self.zones:
             raise ImageError(f"{self.image.path}: a zoned disk cannot get another size")
         async with self._resizing:
@@ -173,28 +173,28 @@ class Disk:
 
     async def _take_size(self) -> bool:
         self.image.refresh_size()
-        # Not with what was seen last time: that may not have been mapped.
+        # Compared with the size in use; a size that was read earlier may not have been mapped.
         if self.image.size == self._device.size:
             return False
-        # What is beyond a nearer end is an error at once.
+        # If the image shrank, requests beyond its new end fail at once.
         self._device.size = min(self._device.size, self.image.size)
         self._device.map(self.image.size)
-        # Whoever sees the new size must not use an older mapping: each worker passes here in between.
+        # A worker that sees the new size must not use an older mapping, so each worker runs a call in between.
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
         self._device.size = self.image.size
         return True
 
     @property
     def flush_failed(self) -> bool:
-        """Whether a flush has failed, so that none can be promised any more (fsync(2))."""
+        """Whether a flush has failed; later ones cannot be guaranteed then (fsync(2))."""
         return self._device.flush_failed
 
     def set_flush_failed(self) -> None:
-        """One has failed in the process before."""
+        """Store that a flush has failed in the previous process."""
         self._device.set_flush_failed()
 
     def sync(self) -> None:
-        """fdatasync(2): what was answered is stable afterwards. Raises OSError, also where an earlier flush failed."""
+        """fdatasync(2): completed requests are stable afterwards. Raises OSError, also if an earlier flush failed."""
         if self.storage == NOWHERE or self.image.read_only:
             return
         if self.flush_failed:
@@ -209,7 +209,7 @@ class Disk:
             raise
 
     def close(self) -> None:
-        """Let go of the image; no queue may be running. A second call does nothing."""
+        """Close the image; no queue may be running. A second call does nothing."""
         self._device.close()
         self.report_failures()
         if self.zones:
@@ -220,7 +220,7 @@ class Disk:
         self.image.close()
 
     def report_failures(self) -> None:
-        """Have the log say how many of its requests storage has failed since it last said so."""
+        """Log the number of failed requests since the last such log line."""
         self._device.failures.report_rest()
 
     @property
@@ -234,21 +234,21 @@ class Disk:
             possible = can_offer(name, self.limits, self.image, zoned=self.zones is not None)
             offered |= bit if possible and self.offers(name) else 0
         if not offered & blk.VIRTIO_BLK_F_FLUSH:
-            # Section 5.2.5.2: who offers the switch of the cache must offer to flush it.
+            # Section 5.2.5.2: a device that offers the switch of the cache must offer to flush it.
             offered &= ~blk.VIRTIO_BLK_F_CONFIG_WCE
         return offered
 
     @property
     def needed_features(self) -> int:
-        """Without which no driver can be served: sequential zones are not for those that do not know them."""
+        """The features that a driver must accept: only drivers that support zones can use sequential ones."""
         return blk.VIRTIO_BLK_F_ZONED if self.zones else 0
 
     def offers(self, name: str) -> bool:
-        """Whether the feature of this name is to be offered, as far as people have a say in it."""
+        """Whether the user's switches, or else the defaults, offer the feature of this name."""
         return self._switches.get(name, name not in OFF_BY_DEFAULT)
 
     def config_space(self) -> bytes:
-        """struct virtio_blk_config; but for `num_queues`, fields of features that are not offered are zero."""
+        """struct virtio_blk_config; fields of features that are not offered are zero, except `num_queues`."""
         config = np.zeros(1, blk.CONFIG)[0]
         capacity = self._device.size // blk.SECTOR
         config["capacity"] = capacity
@@ -267,7 +267,7 @@ class Disk:
         return bytes(config.tobytes())
 
     def _describe_topology(self, config: np.void) -> None:
-        """In blocks of the logical size; a physical block has a power of two of them."""
+        """Fill in the topology in logical blocks; a physical block has a power of two of them."""
         limits = self.limits
         config["physical_block_exp"] = (limits.physical_block // self.block_size).bit_length() - 1
         config["min_io_size"] = limits.minimum_io // self.block_size
@@ -275,7 +275,7 @@ class Disk:
         config["writeback"] = 1
 
     def _describe_ranges(self, config: np.void) -> None:
-        """Discard, write zeroes and secure erase."""
+        """Fill in the limits of discard, write zeroes and secure erase."""
         for name in ("discard", "write_zeroes", "secure_erase"):
             config[f"max_{name}_sectors"], config[f"max_{name}_seg"] = MAX_RANGE_SECTORS, MAX_RANGES
         config["discard_sector_alignment"] = max(self.limits.discard, self.block_size) // blk.SECTOR
@@ -294,7 +294,7 @@ class Disk:
 
 
 def storage_of(image: Image, engine: str, workers: Sequence[Worker]) -> int:
-    """How a disk's I/O is done (engines.common); raises ImageError where the image cannot be served by this engine."""
+    """How a disk's I/O is done (engines.common); raises ImageError if this engine cannot serve the image."""
     try:
         storage = choose_storage(engine, image.fd)
     except ValueError as error:
@@ -307,7 +307,7 @@ def storage_of(image: Image, engine: str, workers: Sequence[Worker]) -> int:
 
 
 def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:
-    """Whether the storage has what the feature of this name offers."""
+    """Whether the storage supports the feature of this name."""
     return {
         "discard": limits.discard > 0 and not zoned,
         "write-zeroes": not image.read_only and not zoned,
@@ -317,7 +317,7 @@ def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:
 
 
 def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *, zoned: bool) -> None:
-    """Raises ImageError for a feature that is to be offered and cannot be, ValueError for one that does not exist."""
+    """Raises ImageError for a switched-on feature that cannot be offered, ValueError for one that does not exist."""
     for name, on in switches.items():
         check_feature(name)
         if on and not can_offer(name, limits, image, zoned=zoned):
@@ -325,15 +325,15 @@ def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *
 
 
 def _nothing() -> None:
-    """A worker that has called this has left compiled code and entered it again."""
+    """A call that makes a worker leave compiled code and enter it again."""
 
 
 def _lifetime(limits: Limits) -> bytes:
-    """struct virtio_blk_lifetime, or nothing where the storage tells nothing."""
+    """struct virtio_blk_lifetime, or no bytes if the storage does not report it."""
     return b"" if limits.lifetime is None else np.array([limits.lifetime], blk.LIFETIME).tobytes()
 
 
 def default_serial(image: Image) -> str:
-    """The same for the same path, so that /dev/disk/by-id in the guest is stable."""
+    """A serial number derived from the path, so that /dev/disk/by-id in the guest is stable."""
     digest = hashlib.blake2b(str(image.path.resolve()).encode(), digest_size=5).hexdigest()
     return f"ringplane-{digest}"

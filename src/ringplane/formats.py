@@ -1,7 +1,7 @@
-"""Images that begin like another format than raw: what they look like, and which command makes a raw image of them.
+"""Images that look like another format than raw: their formats, and the commands that make raw images of them.
 
-They are served as raw bytes all the same. What a guest writes into its disk must never decide how the disk is opened
-(as in CVE-2026-27211), so a format that is found here leads to a log line or a better error message, nothing else.
+They are still served as raw bytes. Data that a guest writes into its disk must never decide how the disk is opened
+(see CVE-2026-27211), so a format that is found here leads to a log line or a better error message, nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-# As much as O_DIRECT may want of an image that can be served (image.py); the kernel reads some more ahead.
+# The largest block that O_DIRECT requires of an image that can be served (image.py); the kernel reads some more ahead.
 PIECE, READ_AHEAD = 4096, 64 << 10
 FOOTER = 512
 
@@ -30,7 +30,7 @@ class Format:
     offset: int = 0
 
     def command_for(self, path: Path) -> str:
-        """The command for this image; nothing where there is none."""
+        """The command for this image; empty if there is none."""
         raw = f"{path}.raw" if path.is_file() else f"{path.name}.raw"
         return self.command.format(image=shlex.quote(str(path)), raw=shlex.quote(raw))
 
@@ -61,13 +61,13 @@ FORMATS = (
     Format("Zstandard file", _unpacked_by("zstd"), b"\x28\xb5\x2f\xfd"),
     *(Format("bzip2 file", _unpacked_by("bzip2"), b"BZh%d1AY&SY" % level) for level in range(1, 10)),
     Format("VHD image", _qemu_img("vpc"), b"conectix"),
-    # A VHD of fixed size has nothing at its start.
+    # A VHD of fixed size has its magic only at its end.
     Format("VHD image", _qemu_img("vpc"), b"conectix", offset=-FOOTER),
 )
 
 
 def find_format(fd: int, size: int) -> Format | None:
-    """What an open image of `size` bytes looks like, if not raw; with O_DIRECT too. Reads twice 4 KiB."""
+    """The format of an open image of `size` bytes; None for raw. Reads 4 KiB twice, and works with O_DIRECT."""
     last = max(0, size - 1) // PIECE * PIECE
     start, end = _read(fd, 0), _read(fd, last)[: size - last]
     for each in FORMATS:
@@ -78,7 +78,7 @@ def find_format(fd: int, size: int) -> Format | None:
 
 
 def _read(fd: int, offset: int) -> bytes:
-    """The next PIECE bytes, as far as there are any; nothing where they cannot be read.
+    """PIECE bytes from `offset`, or fewer at the end; empty if they cannot be read.
 
     They do not stay in the page cache: another host may still write to the image (a migration).
     """

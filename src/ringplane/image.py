@@ -1,4 +1,4 @@
-"""The raw image or block device behind a disk: creating, opening, locking, its size and what O_DIRECT wants of it."""
+"""The raw image or block device behind a disk: creating, opening, locking, its size and O_DIRECT's requirements."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BLKGETSIZE64 = 0x80081272
 BLKROGET = 0x125E
 
 BLOCK_SIZES = (512, 4096)
-# The largest that block devices have, so that O_DIRECT may want it.
+# The largest sector of block devices, and so the largest block that O_DIRECT may require.
 LARGEST_SECTOR = 64 << 10
 
-# The bytes that QEMU locks in an image (its block/file-posix.c): one range for what an opener does with the image,
-# one for what it does not allow others to do. The same bytes make QEMU and ringplane refuse each other's images.
+# The bytes that QEMU locks in an image (its block/file-posix.c): one range for an opener's own uses of the image,
+# one for the uses that it denies to others. With the same bytes, QEMU and ringplane refuse each other's images.
 LOCK_USES, LOCK_DENIES = 100, 200
 PERMISSION_READ, PERMISSION_WRITE, PERMISSION_RESIZE = 0, 1, 3
 
@@ -48,7 +48,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """What O_DIRECT wants, in bytes: `memory` of a buffer's address, `block` of each buffer's length and the offset."""
+    """O_DIRECT's alignment in bytes: `memory` for a buffer's address, `block` for a buffer's length and the offset."""
 
     memory: int
     block: int
@@ -58,7 +58,7 @@ UNALIGNED = Alignment(1, 1)
 
 
 def create(path: Path, size: int) -> None:
-    """Create a sparse image of `size` bytes; raises ImageError where something exists, and leaves nothing half done."""
+    """Create a sparse image of `size` bytes; raises ImageError if the path exists. A failure leaves no file behind."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -73,9 +73,9 @@ def create(path: Path, size: int) -> None:
 
 
 def create_nameless(path: Path, size: int, *, direct: bool) -> int | None:
-    """The fd of a file like the one that `create` would make, but without a name: it is gone when it is closed.
+    """The fd of a file like that of `create`, but without a name: it disappears when it is closed.
 
-    None if the file system does not have such files (open(2), O_TMPFILE). Raises ImageError where `create` would.
+    None if the file system does not have such files (open(2), O_TMPFILE). Raises ImageError if `create` would.
     """
     try:
         if path.is_symlink():
@@ -116,7 +116,7 @@ def _set_size(fd: int, path: Path, size: int) -> None:
 
 
 class Image:
-    """An open image. It is raw whatever is in it: formats are never probed."""
+    """An open image. It is always raw: formats are never probed."""
 
     def __init__(
         self,
@@ -130,11 +130,11 @@ class Image:
         fd: int | None = None,
         rehearsal: bool = False,
     ) -> None:
-        """Open and lock; raises ImageError. A `rehearsal` raises what would be, but opens it for reading only.
+        """Open and lock; raises ImageError. A `rehearsal` raises the same errors, but opens it for reading only.
 
-        `direct` is a wish: where the file system refuses O_DIRECT, `direct` of the object is False afterwards. `lock`
-        is one of LOCKS: LOCK_AUTO serves an image that is read-only without, where its file system has no locks. With
-        `fd` it is open and locked already, by the process that we take over from, and ours from now on.
+        `direct` is a wish: if the file system refuses O_DIRECT, `direct` of the object is False afterwards. `lock` is
+        one of LOCKS: LOCK_AUTO serves a read-only image without a lock if its file system has no locks. With `fd` it
+        is open already, locked by the process that we take over from; the fd is ours from now on.
         """
         self.path = path
         self.read_only = read_only
@@ -159,7 +159,7 @@ class Image:
             raise
 
     def _find_alignment(self) -> Alignment:
-        """Of O_DIRECT, or UNALIGNED where that cannot even be read with, and is not used then. Raises ImageError."""
+        """O_DIRECT's alignment; if no read with it succeeds, switch it off: UNALIGNED. Raises ImageError."""
         found = _alignment(self.fd)
         if found is not None:
             return found
@@ -173,7 +173,7 @@ class Image:
 
     @property
     def is_file(self) -> bool:
-        """A regular file, and no block device."""
+        """Whether it is a regular file, not a block device."""
         return stat.S_ISREG(os.fstat(self.fd).st_mode)
 
     def open_again(self) -> int:
@@ -183,7 +183,7 @@ class Image:
         """
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if self.direct else 0)
         try:
-            # By its path, which may be another file's by now, only where there is no /proc.
+            # Its path, which may be another file's by now, is used only without /proc.
             named = procfs.open_file(self.fd)
             self._others.append(os.open(named if named.exists() else self.path, flags))
         except OSError as error:
@@ -197,14 +197,14 @@ class Image:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether its path is not that of the file that was opened any more."""
+        """Whether its path does not lead to the opened file any more."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self.fd))
         except OSError:
             return True
 
     def refresh_size(self) -> None:
-        """Take note of the size that the image has now, in whole blocks. Raises ImageError."""
+        """Re-read the size of the image, in whole blocks. Raises ImageError."""
         self.size = _size(self.fd, self.path) // self._block_size * self._block_size
 
     def close(self) -> None:
@@ -217,10 +217,10 @@ class Image:
 
 
 def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
-    # Non-blocking, so that a FIFO can be refused instead of waited for; it means nothing to files and block devices.
+    # Non-blocking, so that a FIFO is rejected instead of waited for; files and block devices ignore the flag.
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
     if direct:
-        # Whatever the reason of a refusal: if it is not about O_DIRECT, it comes again.
+        # Any error is suppressed: one that is not about O_DIRECT comes again below.
         with contextlib.suppress(OSError):
             return os.open(path, flags | os.O_DIRECT), True
     try:
@@ -254,7 +254,7 @@ def _size(fd: int, path: Path) -> int:
 
 
 def _check_writable(fd: int, path: Path) -> None:
-    """A read-only block device may be opened for writing; the error would come with the first write."""
+    """Raise ImageError for a read-only block device: open(2) allows writing, and only the first write would fail."""
     if stat.S_ISBLK(os.fstat(fd).st_mode) and struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0]:
         raise ImageError(f"{path}: this block device is read-only; --read-only serves it")
 
@@ -281,7 +281,7 @@ def _check_block_size(image: Image, block_size: int) -> None:
 
 
 def _how_to_fit(image: Image, block_size: int) -> str:
-    """How an image becomes one of whole blocks, or is served with smaller ones."""
+    """The advice for an image that does not consist of whole blocks."""
     found = find_format(image.fd, image.size)
     if found and (command := found.command_for(image.path)):
         return f"it looks like a {found.name}; make a raw image with: {command}"
@@ -293,7 +293,7 @@ def _how_to_fit(image: Image, block_size: int) -> str:
 
 
 def _lock_as(lock: str, fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
-    """As LOCK_ON, LOCK_OFF and LOCK_AUTO want it; raises ImageError."""
+    """Lock according to LOCK_ON, LOCK_OFF or LOCK_AUTO; raises ImageError."""
     if lock == LOCK_OFF:
         return
     try:
@@ -309,12 +309,11 @@ def _lock_as(lock: str, fd: int, path: Path, *, read_only: bool, share_rw: bool)
 
 
 def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
-    """Say what we do with the image and what others may not do, then look whether others said so before us.
+    """Lock our uses of the image and those that we deny, then test for conflicting locks of others.
 
-    Locks are of open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
-    process is killed, and two opens in one process exclude each other too. What the kernel still does for a process
-    that was killed may hold a copy for some milliseconds: so the lock is tried for a while. Raises OSError where there
-    are no locks.
+    Locks belong to open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
+    process is killed, and two opens in one process exclude each other too. The kernel's work for a killed process may
+    hold a copy for some milliseconds, so the lock is tried for a while. Raises OSError if there are no locks.
     """
     deadline = time.monotonic() + LOCK_PATIENCE
     while not _try_lock(fd, read_only=read_only, share_rw=share_rw):
@@ -333,7 +332,7 @@ def _try_lock(fd: int, *, read_only: bool, share_rw: bool) -> bool:
         for byte in [LOCK_USES + permission for permission in uses] + [LOCK_DENIES + p for p in denies]:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
     except BlockingIOError:
-        # Some other program has a write lock.
+        # Another program has a write lock.
         return False
     for byte in [LOCK_DENIES + permission for permission in uses] + [LOCK_USES + p for p in denies]:
         # A test for a write lock finds the read locks of all others.
@@ -344,9 +343,9 @@ def _try_lock(fd: int, *, read_only: bool, share_rw: bool) -> bool:
 
 
 def _alignment(fd: int) -> Alignment | None:
-    """What the kernel says (statx(2), STATX_DIOALIGN, since 6.1); where it says nothing, found out by reading.
+    """The alignment that the kernel reports (statx(2), STATX_DIOALIGN, since 6.1), or else the one that reads show.
 
-    Reading does not show what memory alignment is wanted, as a hole in the image is read without any I/O: a whole block
+    Reads do not show the required memory alignment, because a hole in the image is read without any I/O; a whole block
     is always enough. None if no read with O_DIRECT succeeds.
     """
     stated = libc.direct_io_alignment(fd)

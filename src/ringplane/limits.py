@@ -1,4 +1,4 @@
-"""What the storage behind an image supports besides reading and writing, and its preferred sizes.
+"""The operations that the storage of an image supports besides reading and writing, and its preferred sizes.
 
 Source of the block devices' part: the kernel's Documentation/ABI/stable/sysfs-block.
 """
@@ -24,7 +24,7 @@ BLKPBSZGET = 0x127B
 # The physical block size if it is unknown. A larger value would be wrong for databases, unless the device has it.
 USUAL_BLOCK = 4096
 
-# Larger values are reported by mistake, or are of no use: guests derive their read-ahead from `optimal_io`.
+# Larger values are mistakes of the device, or are useless: guests derive their read-ahead from `optimal_io`.
 LARGEST_BLOCK, LARGEST_OPTIMAL, LARGEST_GRANULARITY = 64 << 10, 64 << 20, 1 << 30
 
 
@@ -32,7 +32,7 @@ LARGEST_BLOCK, LARGEST_OPTIMAL, LARGEST_GRANULARITY = 64 << 10, 64 << 20, 1 << 3
 class Limits:
     """Sizes in bytes; `physical_block` is the unit that storage writes, a power of two; `optimal_io` is 0 if unknown.
 
-    `discard` and `secure_erase` are the granularities of these operations, 0 if they are unsupported. `punches` says
+    `discard` and `secure_erase` are the granularities of these operations, 0 if they are unsupported. `punches` is
     whether zeros may be holes. `lifetime` is (pre-EOL information, estimates of type A and B), if an eMMC reports it.
     """
 
@@ -51,7 +51,7 @@ class Limits:
         sizes and round to them.
         """
         block = max(physical or _power_of_two(self.physical_block, LARGEST_BLOCK), logical)
-        # A larger minimum is a property of the storage (a disk's share of an array) and is kept; else it is the block.
+        # A larger minimum is a property of the storage (the chunk of an array) and is kept; else it is the block.
         minimum = max(block, self.minimum_io if self.minimum_io > self.physical_block else 0)
         return replace(
             self,
@@ -68,7 +68,7 @@ def _power_of_two(size: int, largest: int) -> int:
 
 
 def _granularity(size: int, smallest: int) -> int:
-    """0 stays 0."""
+    """0 stays 0 (unsupported)."""
     return size if size % smallest == 0 and size <= LARGEST_GRANULARITY else smallest
 
 
@@ -78,7 +78,7 @@ def limits(fd: int, *, read_only: bool, sysfs: Path = SYSFS) -> Limits:
     if stat.S_ISBLK(status.st_mode):
         return _of_device(fd, _disk(sysfs, status.st_rdev), read_only)
     punches = not read_only and _can_punch(fd, status.st_size)
-    # Of the device below the file system, if there is one: network file systems and some others have none.
+    # The device below the file system, if any: network file systems and some others have none.
     block = _number(_disk(sysfs, status.st_dev) / "queue/physical_block_size") or USUAL_BLOCK
     return Limits(block, block, status.st_blksize, discard=_fragment(fd) if punches else 0, punches=punches)
 

@@ -16,15 +16,15 @@ from ringplane.values import format_group
 log = logging.getLogger(__name__)
 
 
-# Bytes of a name in unix(7)'s sun_path, without the zero at its end.
+# The longest name in unix(7)'s sun_path in bytes, without the zero at its end.
 LONGEST_PATH = 107
 
-# The mode of a socket that is for a group.
+# The mode of a group's socket.
 GROUP_MODE = 0o660
 
 
 class ListenError(Exception):
-    """There is no socket to serve on; the text is one line for the person who named it."""
+    """The socket cannot be used; the text is one line for the person who named it."""
 
 
 class Listener:
@@ -34,7 +34,7 @@ class Listener:
         self.sock = sock
         self.path = path
         self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        # Whether its file is ours to remove: not while another process listens on it (handover.py).
+        # Whether we remove its file: not while another process listens on it (handover.py).
         self.owned = True
         self._identity = _identity(path) if path else None
 
@@ -60,7 +60,7 @@ class Listener:
 
     @staticmethod
     def rehearse(path: Path, mode: int | None = None, group: int | None = None) -> None:
-        """Raise the ListenError that `at` would raise now, without a socket at `path`: as nobody can be served yet."""
+        """Raise the ListenError that `at` would raise now, without a socket at `path`: nobody can be served yet."""
         _remove_stale(path)
         place = _place_beside(path)
         _bound(place, path, mode, group).close()
@@ -81,7 +81,7 @@ class Listener:
         return cls(sock)
 
     def close(self) -> None:
-        """Close the socket and remove its file, if it is still the one that we made."""
+        """Close the socket and remove its file, if it is still the one that we created."""
         self.sock.close()
         if self.owned and self.path and self._identity and _identity(self.path) == self._identity:
             try:
@@ -95,7 +95,7 @@ class Listener:
 
 
 def _bound(place: Path, path: Path, mode: int | None, group: int | None) -> socket.socket:
-    """A socket that listens at `place`; raises ListenError, which is about `path`."""
+    """A socket that listens at `place`; raises a ListenError that names `path`."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.ExitStack() as undo:
         undo.callback(sock.close)
@@ -111,9 +111,9 @@ def _bound(place: Path, path: Path, mode: int | None, group: int | None) -> sock
 
 
 def _place_beside(path: Path) -> Path:
-    """Where the socket is until it listens: `disk.sock~`, or where there is no room for a longer name, `disk.soc~`.
+    """The path of the socket until it listens: `disk.sock~`, or `disk.soc~` if there is no room for a longer name.
 
-    It is also what ss(8) shows.
+    ss(8) shows this path.
     """
     place = path.with_name(f"{path.name}~")
     if len(os.fsencode(place)) > LONGEST_PATH:
@@ -123,18 +123,18 @@ def _place_beside(path: Path) -> Path:
 
 
 def _move(place: Path, path: Path) -> None:
-    """Nothing at `path` is replaced. Raises OSError."""
+    """Move the socket without replacing anything at `path`. Raises OSError."""
     try:
         os.link(place, path)
     except FileExistsError:
         raise
     except OSError:
-        # A file system without hard links.
+        # The file system has no hard links.
         os.rename(place, path)
 
 
 def _set_access(place: Path, path: Path, mode: int | None, group: int | None) -> None:
-    """Set what is not None; raises ListenError and OSError."""
+    """Set `mode` and `group` if they are not None; raises ListenError and OSError."""
     if group is not None:
         try:
             os.chown(place, -1, group, follow_symlinks=False)
@@ -153,7 +153,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def check(path: Path, group: int | None) -> None:
-    """Raises ListenError where `Listener.at` would, but makes nothing."""
+    """Raises ListenError if `Listener.at` would, but creates nothing."""
     _is_stale(path)
     try:
         os.stat(f"{path.parent}/.")
@@ -186,13 +186,13 @@ def _not_a_member(path: Path, group: int) -> ListenError:
 
 
 def _remove_stale(path: Path) -> None:
-    """Raises ListenError where somebody uses it."""
+    """Remove a socket that nobody listens on; raises ListenError if the path is in use."""
     if _is_stale(path):
         path.unlink()
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether a socket is there that nobody listens on; raises ListenError for whatever else is there."""
+    """Whether the path is a socket that nobody listens on; raises ListenError for anything else there."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:

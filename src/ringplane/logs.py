@@ -1,6 +1,6 @@
-"""The log of a process: what its lines look like, and that nobody waits for who reads them.
+"""The log of a process: the format of its lines, and writing that never waits for a slow reader.
 
-Lines go to standard error, in the journal's format where that is the journal (sd-daemon(3)).
+Lines go to standard error, in the journal's format if that is the journal (sd-daemon(3)).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ FORMATS = ("text", "json")
 
 STDOUT, STDERR = 1, 2
 
-# Seconds that whoever reads standard output and standard error has at the end to take what is left.
+# Seconds that the readers of standard output and standard error have at the end to take the remaining lines.
 PATIENCE = 2.0
 
-# Beside log lines; as many trace events as an I/O thread keeps, twice.
+# Trace events that may wait besides log lines: twice as many as an I/O thread keeps.
 TRACE_LIMIT = 1 << 17
 
-# Of syslog(3)
+# syslog(3)
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
-# What a name may have in it must not look like another line.
+# Control characters in a name must not look like another line.
 CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ else:
 
 
 class DiskLog(Adapter):
-    """A logger for lines about one disk, which they begin with."""
+    """A logger for lines about one disk; each line begins with its name."""
 
     def __init__(self, logger: logging.Logger, disk: str) -> None:
         super().__init__(logger, {"disk": disk})
@@ -55,7 +55,7 @@ class DiskLog(Adapter):
 
 
 class LineFormatter(logging.Formatter):
-    """Text: with a time stamp, or a priority for the journal, which has its own time stamps."""
+    """Plain text with a time stamp; for the journal, which has its own, with a priority instead."""
 
     def __init__(self, *, journal: bool) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object per line."""
+    """One JSON object per line."""
 
     def __init__(self, *, journal: bool) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class Logs(logging.Handler):
-    """Everything that a process writes while it serves; used in a `with`, at whose end it is written.
+    """All output of a process while it serves; a `with` writes the rest at its end.
 
-    No thread is started before `start`. What Python has to say of itself becomes a log line too.
+    No thread is started before `start`. Python's own warnings and unhandled exceptions become log lines too.
     """
 
     def __init__(self, level: str = "INFO", style: str = "text") -> None:
@@ -102,20 +102,20 @@ class Logs(logging.Handler):
         self._errors = Outlet(STDERR, self._lost, self._sum_up)
         self._repeats = Repeats(self._errors.wake)
         self.addFilter(self._repeats)
-        # Ours alone: Numba and asyncio have debug messages of their own.
+        # Only for our own loggers: Numba and asyncio have debug messages too.
         logging.getLogger("ringplane").setLevel(level.upper())
 
     def start(self) -> None:
-        """Have threads write from now on, when the process has been confined."""
+        """Start the threads that write; called when the process has been confined."""
         self._output.start()
         self._errors.start()
 
     def say(self, text: str) -> None:
-        """Print it on standard output."""
+        """Print a line on standard output."""
         self._output.put(text)
 
     def trace(self, text: str) -> None:
-        """A line about a request, on standard error."""
+        """Print a line about a request on standard error."""
         line = self.format(_record(logging.DEBUG, text)) if self._style == "json" else text
         self._errors.put(line, LIMIT + TRACE_LIMIT)
 
@@ -123,7 +123,7 @@ class Logs(logging.Handler):
         try:
             line = self.format(record)
         except Exception:
-            # A mistake in our own code; logging's own way would be to print a traceback.
+            # This is a mistake in our own code; by default, logging would print a traceback.
             line = self.format(_record(logging.ERROR, f"line {record.lineno} of {record.pathname} cannot be formatted"))
         self._errors.put(line)
 
@@ -143,7 +143,7 @@ class Logs(logging.Handler):
         self.close()
 
     def close(self) -> None:
-        """Write what is left, as long as somebody reads it."""
+        """Write the remaining lines, as long as they are read."""
         for record in self._repeats.sums(all_of_them=True):
             self.emit(record)
         deadline = time.monotonic() + PATIENCE
@@ -166,7 +166,7 @@ def is_journal(fd: int) -> bool:
 
 
 def _log_exception(hooked: Any) -> None:
-    """Of a thread that ends by it, or of a finalizer, where nobody can catch it."""
+    """Log an exception that ends a thread or is raised in a finalizer."""
     log.error("internal error; please report it", exc_info=(hooked.exc_type, hooked.exc_value, hooked.exc_traceback))
 
 

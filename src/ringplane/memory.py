@@ -1,4 +1,4 @@
-"""Guest memory: shared regions, translation of guest-physical and user addresses to our own."""
+"""Guest memory: shared regions, translation of guest-physical and user addresses to addresses of this process."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ringplane.native.jit import compiled
 if TYPE_CHECKING:
     from ringplane.address_space import Quota
 
-# One region as the data plane sees it; a table is an array of these. Addresses and sizes in bytes.
+# A region for the data plane; a table is an array of these. Addresses and sizes are in bytes.
 REGION = np.dtype([("guest", "<i8"), ("size", "<i8"), ("host", "<i8")])
 REGION_SIZE = REGION.itemsize
 
-# Compiled code adds offsets to addresses as int64, where an overflow is undefined: the end must still be one.
+# Compiled code adds offsets to int64 addresses, and an overflow is undefined: the end of a region must fit as well.
 MAX_ADDRESS = (1 << 63) - 1
 
 
 class BadMemory(ValueError):
-    """The front end described memory that cannot be: the text says what is wrong with it."""
+    """The front end described impossible memory; the text says what is wrong."""
 
 
 class Alarm:
-    """An eventfd that is signalled when memory which was shared with us has gone; closed with the last reference."""
+    """An eventfd that is signalled when shared memory has gone; closed with the last reference."""
 
     fd = -1
 
     def __init__(self) -> None:
-        """Raises OSError where this process may not open more files."""
+        """Raises OSError if this process may not open more files."""
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __del__(self) -> None:
@@ -49,14 +49,14 @@ class Alarm:
 class Mapping:
     """A shared mapping of `size` bytes of `fd` from `offset`; unmapped when the last table that uses it is gone.
 
-    Reference counting is the point: a table that was replaced is kept by the worker as long as requests that were
-    translated with it are in flight, and with it the mapping. Where the file is truncated under it, pages of zeros take
-    the place of those that are touched, and `alarm` is signalled (native/sigbus.py). `fd` is a duplicate of its own, by
-    which another process can map the same (handover.py). What is mapped counts against `quota`.
+    References keep a mapping alive: a worker keeps a replaced table, and with it the mapping, as long as requests that
+    were translated with it are in flight. If the file is truncated, pages of zeros take the place of missing pages when
+    they are accessed, and `alarm` is signalled (native/sigbus.py). `fd` is a duplicate, with which another process can
+    map the same memory (handover.py). The mapping counts against `quota`.
     """
 
     def __init__(self, fd: int, size: int, offset: int, alarm: Alarm | None = None, quota: Quota | None = None) -> None:
-        """Map; raises BadMemory when the file is too short or the quota is used up, OSError when the kernel refuses."""
+        """Map; raises BadMemory if the file is too short or the quota is used up, OSError if the kernel refuses."""
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and offset + size > status.st_size:
             raise BadMemory(f"region of {size} bytes at {offset} of a file of only {status.st_size} bytes")
@@ -72,8 +72,8 @@ class Mapping:
             undo.callback(libc.munmap, start, length)
             self.fd = os.dup(fd)
             undo.callback(os.close, self.fd)
-            # Kept until the guard has been released: its eventfd, and the word where it notes the loss, of which
-            # nobody needs to know more.
+            # Kept until the guard has been released: its eventfd, and the word in which it records the loss, which
+            # nobody reads.
             kept = (alarm, np.zeros(1, np.int64))
             alarm_fd = alarm.fd if alarm is not None else -1
             guard = sigbus.guard(start, length, page, int(kept[1].ctypes.data), alarm_fd)
@@ -93,7 +93,7 @@ def _unmap(guard: int, start: int, length: int, fd: int, kept: object, quota: Qu
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where one piece of guest memory is in the guest, in the front end and here."""
+    """The addresses of one piece of guest memory in the guest, in the front end and in this process."""
 
     guest_address: int
     user_address: int
@@ -111,7 +111,7 @@ class Region:
         alarm: Alarm | None = None,
         quota: Quota | None = None,
     ) -> Region:
-        """Check what the front end says and map it; raises BadMemory or OSError. The fd stays the caller's."""
+        """Check the front end's description and map it; raises BadMemory or OSError. The fd stays the caller's."""
         if size == 0:
             raise BadMemory("a region of zero bytes")
         for name, value in (("guest address", guest_address), ("user address", user_address), ("offset", mmap_offset)):
@@ -143,7 +143,7 @@ class MemoryTable:
         self.count = len(self.regions)
 
     def user_to_host(self, user_address: int, size: int) -> int:
-        """Our address of `size` bytes at the front end's `user_address` (how it names rings); raises BadMemory."""
+        """Our address of `size` bytes at the front end's `user_address` (used for rings); raises BadMemory."""
         for region in self.regions:
             offset = user_address - region.user_address
             if offset >= 0 and offset + size <= region.size:
@@ -151,7 +151,7 @@ class MemoryTable:
         raise BadMemory(f"{size} bytes at user address {user_address:#x} are not inside one region")
 
     def adding(self, region: Region) -> MemoryTable:
-        """This table and one region more; raises BadMemory when they overlap."""
+        """This table plus one region; raises BadMemory when they overlap."""
         return MemoryTable((*self.regions, region))
 
     def removing(self, guest_address: int, user_address: int, size: int) -> MemoryTable:
@@ -165,7 +165,7 @@ class MemoryTable:
 
 @compiled
 def find_region(regions, count, guest, last):
-    """The index of the region that holds guest-physical address `guest`, looked for at `last` first; -1 if none."""
+    """The index of the region that holds guest-physical address `guest`, trying the region `last` first; -1 if none."""
     if last < count:
         region = view(regions + last * REGION_SIZE, REGION)
         if region.guest <= guest and guest - region.guest < region.size:

@@ -1,4 +1,4 @@
-"""What was being done when the system refused something: the kernel's own words do not name it."""
+"""Names the operation that failed with a system error, because the kernel's own message does not."""
 
 from __future__ import annotations
 

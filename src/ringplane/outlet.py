@@ -1,8 +1,8 @@
-"""Lines for standard output or standard error that are written without ever making anybody wait.
+"""Writes lines to standard output or standard error without ever blocking the caller.
 
-If nobody reads what the process writes, a pipe fills up and write(2) waits; so does it on storage that hangs. Lines are
-queued here, at most so many, and a thread of the outlet's own writes them. Lines that find the queue full are dropped
-and counted, and the count is written when there is room again.
+If nobody reads the output, a pipe fills up and write(2) blocks; it also blocks if storage hangs. This module has a
+bounded queue of lines and a thread that writes them. Lines that find the queue full are dropped and counted, and the
+count is written when there is room again.
 
 logging.handlers.QueueListener is not used because its end waits for its thread without a limit, and because its thread
 holds the lock of a handler in write(2), which logging.shutdown waits for.
@@ -17,16 +17,16 @@ import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-# Lines that may wait. One that is queued takes some 200 bytes.
+# Lines that may wait. A queued line takes some 200 bytes.
 LIMIT = 10_000
 
 
 class Outlet:
     """A file descriptor to write lines to; any thread may call.
 
-    Until `start`, who puts a line writes what there is room for, so that no thread is needed before a process is
-    confined. `describe_lost` makes a line that says how many were lost. `tick` is called on the thread whenever it is
-    woken, and says after how many seconds it wants to be called again.
+    Until `start`, `put` itself writes as much as there is room for, so that no thread is needed before a process is
+    confined. `describe_lost` returns a line with the number of lost lines. The thread calls `tick` when it wakes up;
+    `tick` returns the seconds until its next call.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Outlet:
     ) -> None:
         self._fd, self._describe_lost, self._tick = fd, describe_lost, tick
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
-        # What is left of the line that is being written; its owner is whoever holds the lock.
+        # The rest of the line that is being written; it belongs to the holder of the lock.
         self._rest = b""
         self._writing = threading.Lock()
         # Reentrant: a finalizer may log at any time.
@@ -43,7 +43,7 @@ class Outlet:
         self._thread: threading.Thread | None = None
 
     def put(self, line: str, limit: int = LIMIT) -> None:
-        """Have the line written, unless `limit` lines are waiting already."""
+        """Queue a line to be written, unless `limit` lines are waiting already."""
         self._write_what_fits()
         if self._lines.qsize() >= limit:
             self._lose()
@@ -53,11 +53,11 @@ class Outlet:
         self._write_what_fits()
 
     def wake(self) -> None:
-        """Have `tick` called soon."""
+        """Make the thread call `tick` soon."""
         self._lines.put(b"")
 
     def start(self) -> None:
-        """Have a thread write from now on."""
+        """Start the thread, which writes from now on."""
         self._thread = threading.Thread(target=self._main, name="ringplane-log", daemon=True)
         self._thread.start()
 
@@ -84,7 +84,7 @@ class Outlet:
                 self._report_lost()
 
     def _write_what_fits(self, patience: float = 0.0) -> None:
-        """As long as there is no thread; `patience` is for each piece, in seconds."""
+        """Write queued lines if there is no thread; `patience` is the time for each piece, in seconds."""
         if self._thread is None and self._writing.acquire(blocking=False):
             try:
                 while self._write_rest(patience) and not self._lines.empty():
@@ -93,7 +93,7 @@ class Outlet:
                 self._writing.release()
 
     def _write_rest(self, patience: float | None) -> bool:
-        """Whether all of it was written, or had to be given up; a pipe takes PIPE_BUF bytes at once if any."""
+        """Write or lose the rest; False if some must wait. A writable pipe accepts PIPE_BUF bytes at once."""
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         while self._rest:
@@ -106,7 +106,7 @@ class Outlet:
                 # Another process has written to it in between.
                 continue
             except OSError:
-                # Nobody can read it any more, or the disk is full.
+                # The reader has gone, or the disk is full.
                 self._rest, self._writable = b"", False
                 self._lose()
         return True
@@ -116,7 +116,7 @@ class Outlet:
             self._lost += 1
 
     def _report_lost(self) -> None:
-        """Unless that would be lost too."""
+        """Queue a line about lost lines, unless it would be lost too."""
         if not self._writable:
             return
         with self._counting:

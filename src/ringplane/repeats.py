@@ -1,8 +1,8 @@
-"""Log lines that come again and again: the first few come out, then they are counted and summed up.
+"""Repeated log lines: the first few are written, then they are counted and summed up.
 
-A front end or a driver can provoke most log lines as often as it likes, and must not fill the disk with them. What is
-counted is a kind of line: the place in the code that it comes from, and the disk that it is about. So a front end that
-connects again changes nothing.
+A front end or a driver can provoke most log lines as often as it likes, and must not fill the disk with them. Lines
+are counted by kind: the place in the code that they come from, and the disk that they are about. So the count of a
+front end that connects again continues.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
-# Of each kind so many lines come out at once, then one more and a sum per PERIOD, in seconds.
+# BURST lines of each kind are written at once, then one more and a sum per PERIOD, in seconds.
 BURST = 10
 PERIOD = 10.0
 
@@ -23,7 +23,7 @@ Kind = tuple[object, str, int]
 
 @dataclass(slots=True)
 class _Seen:
-    """Of one kind. `credit` is how many lines may come out, as of `at`; `last` is the newest of the `more` others."""
+    """One kind of line. `credit` lines may be written, as of `at`; `last` is the newest of the `more` others."""
 
     credit: float
     at: float
@@ -33,9 +33,9 @@ class _Seen:
 
 
 class Repeats(logging.Filter):
-    """Filters out repeated records; whoever uses it asks for the sums. Any thread may call.
+    """Filters out repeated records; the user of the filter asks for the sums. Any thread may call.
 
-    `counting` is called when there will be a sum for which `next_due` has not accounted yet.
+    `counting` is called when there will be a sum that the last result of `next_due` does not include.
     """
 
     def __init__(self, counting: Callable[[], object] = lambda: None, clock: Callable[[], float] = monotonic) -> None:
@@ -45,7 +45,7 @@ class Repeats(logging.Filter):
         self._seen: dict[Kind, _Seen] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is to come out now. What is for debugging always is."""
+        """Whether to write the record now; always true for debug records."""
         if record.levelno <= logging.DEBUG:
             return True
         with self._lock:
@@ -63,14 +63,14 @@ class Repeats(logging.Filter):
         return False
 
     def sums(self, *, all_of_them: bool = False) -> list[logging.LogRecord]:
-        """Those that are due, as records, in the order of the last that each is about."""
+        """The sums that are due, as records, ordered by the last record of each."""
         with self._lock:
             now = self._clock()
             due = [_sum(seen) for seen in self._seen.values() if seen.more and (all_of_them or seen.due <= now)]
         return sorted(due, key=lambda record: record.created)
 
     def next_due(self) -> float | None:
-        """In how many seconds there is a sum; None for never, as things stand."""
+        """The seconds until the next sum is due; None if there is none."""
         with self._lock:
             due = min((seen.due for seen in self._seen.values() if seen.more), default=None)
             return None if due is None else max(0.0, due - self._clock())
@@ -81,7 +81,7 @@ def _kind(record: logging.LogRecord) -> Kind:
 
 
 def _as_text(record: logging.LogRecord) -> logging.LogRecord:
-    """The same without its arguments: an exception among them holds frames, and through them a front end's memory."""
+    """The record without its arguments: an exception among them refers to frames, and so to a front end's memory."""
     plain = copy.copy(record)
     try:
         plain.msg = record.getMessage()

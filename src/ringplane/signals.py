@@ -1,8 +1,8 @@
 """Signals that end a command, from its first moment to its last.
 
 Nothing is raised in a signal handler, which runs between any two bytecodes, also inside callbacks of the compiler. The
-interpreter writes the number of each signal to a pipe at once, on whatever thread. Work that takes long calls `check`
-between its steps and `wait` where it would sleep: only there Interrupted is raised, and what was begun is undone.
+interpreter writes the number of each signal to a pipe at once, on any thread. Work that takes long calls `check`
+between its steps and `wait` instead of sleeping: only these raise Interrupted, and the work is then undone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Collection, Iterator
 # SIGHUP ends a command whose terminal has gone; `serve` uses it for something else.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# What `CaughtSignals.next` returns for no signal.
+# The result of `CaughtSignals.next` without a signal.
 WOKEN = 0
 
 
 class Interrupted(Exception):
-    """A signal asked for the end before the work was done."""
+    """A signal ended the work early."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {name(number)}")
@@ -36,26 +36,26 @@ class Interrupted(Exception):
 
 
 def name(number: int) -> str:
-    """As `SIGTERM`."""
+    """The name of a signal, for example `SIGTERM`."""
     return signal.Signals(number).name
 
 
 class Signals:
-    """None at all: for work in a program that has signal handlers of its own."""
+    """Ignores signals: for work in a program that has its own signal handlers."""
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come that ends the work."""
 
     def wait(self, fd: int, timeout: float | None = None) -> bool:
-        """Wait until `fd` can be read; False when the seconds are over. Raises Interrupted."""
+        """Wait until `fd` can be read; False after `timeout` seconds. Raises Interrupted."""
         return _poll([fd], timeout)
 
     def wake(self) -> None:
-        """Have `CaughtSignals.next` return WOKEN; may be called from any thread."""
+        """Make `CaughtSignals.next` return WOKEN; may be called from any thread."""
 
 
 class CaughtSignals(Signals):
-    """Those of this process, from now on. Made once, by the main thread."""
+    """Catches the signals of this process from now on. Created once, by the main thread."""
 
     def __init__(self) -> None:
         self.ending = set(ENDING)
@@ -64,14 +64,14 @@ class CaughtSignals(Signals):
         self._fd, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in ENDING:
-            # nohup(1) has SIGHUP ignored.
+            # nohup(1) makes its command ignore SIGHUP.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, _do_nothing)
-        # Whoever started us may have held them back until this moment: env --block-signal.
+        # The parent process may have blocked them until now: env --block-signal.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
     def pass_on(self, numbers: Collection[int]) -> None:
-        """These do not end the work; `next` returns them."""
+        """Make `next` return these signals; they do not end the work any more."""
         self.ending.difference_update(numbers)
         for number in numbers:
             signal.signal(number, _do_nothing)
@@ -94,7 +94,7 @@ class CaughtSignals(Signals):
             _poll([fd, self._fd], left)
 
     def next(self, timeout: float | None = None) -> int | None:
-        """Wait for a signal; its number, WOKEN after `wake`, or None when the seconds are over."""
+        """Wait for a signal; returns its number, WOKEN after `wake`, or None after `timeout` seconds."""
         if not self._came and not self._woken:
             _poll([self._fd], timeout)
             self._collect()
@@ -112,7 +112,7 @@ class CaughtSignals(Signals):
             self._came += filter(None, os.read(self._fd, 4096))
 
     def default(self) -> None:
-        """Have signals end the process where it is, as those do that have come already."""
+        """Restore the default: signals end the process, also those that have arrived already."""
         for number in ENDING:
             if signal.getsignal(number) == _do_nothing:
                 signal.signal(number, signal.SIG_DFL)
@@ -121,7 +121,7 @@ class CaughtSignals(Signals):
             os.kill(os.getpid(), came)
 
     def ignore(self) -> None:
-        """The process ends with the status that it has: Python, on its way out, would let signals kill it."""
+        """Ignore signals while the process exits, to keep its exit status: Python would let them kill it."""
         for number in signal.valid_signals():
             if signal.getsignal(number) == _do_nothing:
                 signal.signal(number, signal.SIG_IGN)
@@ -131,13 +131,13 @@ NONE = Signals()
 
 
 def of(command: object) -> Signals:
-    """Those that the entry point has caught for a command (click's `Context.obj`)."""
+    """The signals that the entry point has caught for a command (click's `Context.obj`)."""
     return command if isinstance(command, Signals) else NONE
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Have a child process that is started meanwhile never get ENDING: it is this process that ends it.
+    """Block ENDING in child processes that are started meanwhile: this process ends them.
 
     A signal mask outlives execve(2). A handler would not, and a terminal signals children too.
     """
@@ -149,7 +149,7 @@ def held_back() -> Iterator[None]:
 
 
 def end_line(number: int) -> None:
-    """Let what is printed next begin a line of its own: a terminal shows a Ctrl-C as ^C wherever its cursor is."""
+    """Start a new line on a terminal, which shows a Ctrl-C as ^C at its cursor."""
     if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
         sys.stderr.write("\n")
         sys.stderr.flush()

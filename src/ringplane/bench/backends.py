@@ -1,4 +1,4 @@
-"""Back end processes: ringplane and qemu-storage-daemon, started on an image, stopped, and why one did not start."""
+"""Back end processes: starts and stops ringplane and qemu-storage-daemon, and reports why one did not start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ringplane.bench.results import QSD, RINGPLANE, Subject
 from ringplane.values import format_cpus
 
 QSD_AIO = ("native", "io_uring", "threads")
-# A first start of ringplane compiles the data plane.
+# The first start of ringplane compiles the data plane.
 START_DEADLINE = 120.0
 # The line that ringplane prints when it is ready.
 READY = "listening on"
@@ -26,7 +26,7 @@ STOP_DEADLINE = 20.0
 
 
 def ringplane(flags: str = "") -> Subject:
-    """ringplane with more flags of `ringplane serve`, as they are typed; raises BenchError."""
+    """ringplane with more options of `ringplane serve`, written as on a command line; raises BenchError."""
     try:
         words = tuple(shlex.split(flags))
     except ValueError as error:
@@ -51,7 +51,7 @@ def keeps_data(subject: Subject) -> bool:
 
 
 def command(subject: Subject, image: Path, socket: Path, queues: int, shared: bool) -> list[str]:
-    """The command line of a back end with `queues` queues; `shared`: others have the image open too."""
+    """The command line of a back end with `queues` queues; `shared`: other processes have the image open too."""
     if subject.family == RINGPLANE:
         serve = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
         share = ["--share-rw"] if shared else []
@@ -99,14 +99,14 @@ def running(
 ) -> Iterator[Running]:
     """Start a back end, wait until it listens, and stop it afterwards. Its socket and output are in `folder`.
 
-    `cpus` are those that it may use; all of this process's if empty. `pulse` is called while it starts. Raises
-    BenchError with its last line on standard error when it does not start.
+    `cpus` are the CPUs that it may use; empty: all CPUs of this process. `pulse` is called while it starts. Raises
+    BenchError with its last line on standard error if it does not start.
     """
     number = len(list(folder.glob("*.out")))
     socket, output, errors = (folder / f"{number}.{kind}" for kind in ("sock", "out", "err"))
     words = command(subject, image, socket, queues, shared)
     with output.open("wb") as out, errors.open("wb") as err, pinned(cpus):
-        # In a session of its own: Ctrl-C is for the bench, which stops its back ends in order.
+        # It has its own session: Ctrl-C must signal only the bench, which stops its back ends in order.
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
     backend = Running(subject, image, socket, process, output, errors)
     try:
@@ -120,7 +120,7 @@ def running(
 
 @contextlib.contextmanager
 def pinned(cpus: Collection[int]) -> Iterator[None]:
-    """Let this thread, and the processes that it starts meanwhile, use only some CPUs; raises BenchError."""
+    """Restrict this thread, and the processes that it starts meanwhile, to some CPUs; raises BenchError."""
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, cpus or before)
@@ -133,7 +133,7 @@ def pinned(cpus: Collection[int]) -> Iterator[None]:
 
 
 def _wait_for_socket(backend: Running, pulse: Callable[[], None]) -> None:
-    # A connection as a probe would be the first front end that the back end sees.
+    # A probe by connect(2) would be the first front end of the back end.
     deadline = time.monotonic() + START_DEADLINE
     while not _listens(backend):
         if backend.process.poll() is not None:

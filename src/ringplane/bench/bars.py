@@ -1,6 +1,6 @@
 """The picture of IOPS and CPU time per I/O: a small panel of bars for each storage, workload and depth.
 
-Each panel has its own scale, and each bar its figure: a depth of 1 and one of 128 differ by a factor of 50.
+Each panel has its own scale, because depths of 1 and 128 differ by a factor of 50. Each bar shows its figure.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Sizes in inches: a bar, the gap below a panel, a panel and half of the picture at least, the labels, the headings.
+# Sizes in inches: a bar, the gap below a panel, the minimum of a panel and of half the picture, labels, headings.
 BAR, GAP, PANEL, HALF, LABELS, HEADINGS = 0.19, 0.16, 1.42, 3.3, 1.35, 0.5
 # A line of the legend, its letters and the rest of its entries; a line of the footnote and its letters.
 LINE, LETTER, ENTRY, SMALL_LINE, SMALL_LETTER = 0.22, 0.066, 0.45, 0.16, 0.06
-# How much of a panel's width the longest bar leaves to the figures.
+# The width of a panel, in lengths of its longest bar: the rest is for the figures.
 ROOM = 2.75
 
 
@@ -50,7 +50,7 @@ QUANTITIES = (
 
 
 def draw(report: Report, queues: int, driver: str, theme: Theme) -> Figure:
-    """The picture of all cells with so many queues and this driver."""
+    """The picture of all cells with this number of queues and this driver."""
     return _Picture(report, queues, driver, theme).draw()
 
 

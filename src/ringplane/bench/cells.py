@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """Sorts as a table is read."""
+        """The key that sorts cells in the order of a table."""
         return self.queues, DRIVERS.index(self.driver), list(WORKLOADS).index(self.workload), self.depth
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Percentiles of a curve, and the marks on its axis.
 PERCENTILES = 100 - np.logspace(2, -2, 200)
 MARKS = (0, 50, 90, 99, 99.9, 99.99)
-# The depth that is shown: the one that is nearest to this.
+# The measured depth nearest to this is shown.
 DEPTH = 32
 
 
@@ -74,7 +74,7 @@ def _style(axis: Axes, title: str, theme: Theme) -> None:
 
 
 def _position(percentiles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """On the axis, where each further nine takes the same room."""
+    """The position on the axis, on which each further nine takes the same width."""
     return 100 / (100 - percentiles)
 
 

@@ -1,4 +1,4 @@
-"""Exceptions that end a bench early; a signal does it by ringplane.signals.Interrupted."""
+"""Exceptions that end a bench early; a signal raises ringplane.signals.Interrupted instead."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class BenchError(Exception):
 
 
 def never() -> None:
-    """Nothing interrupts this bench."""
+    """A callback that does nothing."""

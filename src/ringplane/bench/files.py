@@ -1,4 +1,4 @@
-"""The files that a bench writes: checked before anything is measured, replaced when the new text is complete."""
+"""The files that a bench writes. They are checked before measuring and replaced when the new text is complete."""
 
 from __future__ import annotations
 

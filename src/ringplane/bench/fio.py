@@ -1,4 +1,4 @@
-"""Raw fio on an image: the performance of the storage without a virtqueue, as the limit."""
+"""Raw fio on an image: the performance of the storage without a virtqueue, which is the limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ringplane.bench.results import FIO, Subject
 from ringplane.histogram import BUCKETS, STEP_BITS, STEPS, percentile
 
 RAW = Subject("raw fio", FIO)
-# Its time beyond warm-up and measurement, in seconds: starting, and waiting for its processes.
+# fio's time beyond warm-up and measurement, in seconds: it starts, and waits for its processes.
 OVERHEAD = 0.7
 
 
@@ -71,7 +71,7 @@ def measure(
     warm_up: float,
     pulse: Callable[[], None] = never,
 ) -> Measured:
-    """Run fio in one cell; writes over `region` if the workload writes. `pulse` is called now and then.
+    """Run fio in one cell; writes over `region` if the workload writes. `pulse` is called regularly.
 
     Raises BenchError.
     """
@@ -82,7 +82,7 @@ def measure(
     try:
         output, errors = _wait(process, pulse)
     except BaseException:
-        # Its jobs are processes too.
+        # fio's jobs are processes too.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -90,7 +90,7 @@ def measure(
     if process.returncode != 0:
         last = (errors.strip() or output.strip() or f"exit status {process.returncode}").splitlines()[-1]
         raise BenchError(f"fio failed on {image}: {last}")
-    # Warnings may stand before the JSON.
+    # Warnings may precede the JSON.
     return parse(json.loads(output[output.index("{") :])["jobs"][0])
 
 
@@ -103,7 +103,7 @@ def _wait(process: subprocess.Popen[str], pulse: Callable[[], None]) -> tuple[st
 
 
 def parse(job: dict[str, Any]) -> Measured:
-    """The figures in a job of fio's output (--output-format=json+ --group_reporting)."""
+    """The figures of one job in fio's output (--output-format=json+ --group_reporting)."""
     mixed = job["mixed"]
     histogram = _histogram(mixed["lat_ns"].get("bins", {}))
     requests = int(mixed["total_ios"])
@@ -117,18 +117,18 @@ def parse(job: dict[str, Any]) -> Measured:
         p50_us=p50,
         p99_us=p99,
         p999_us=p999,
-        # Percent of the time of all jobs together, which is in milliseconds.
+        # A percentage of the time of all jobs together, in milliseconds.
         cpu_us=(job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] * 1000 / max(1, requests),
         histogram=histogram,
     )
 
 
 def _histogram(bins: dict[str, int]) -> npt.NDArray[np.int64]:
-    """fio's bins (a value in nanoseconds: how many), as a histogram of ringplane.histogram."""
+    """fio's bins (nanoseconds: count), converted to a histogram of ringplane.histogram."""
     counts = np.zeros(BUCKETS, np.int64)
     for text, number in bins.items():
         value = int(text)
-        # As ringplane.histogram.count does it.
+        # The same rule as in ringplane.histogram.count.
         exponent = max(0, value.bit_length() - STEP_BITS)
         counts[exponent * STEPS + ((value >> max(0, exponent - 1)) & (STEPS - 1))] += number
     return counts

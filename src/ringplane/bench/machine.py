@@ -1,4 +1,4 @@
-"""The machine of a bench: for the report, because figures are true for one machine only."""
+"""The machine of a bench, for the report: figures are valid for one machine only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def describe() -> dict[str, object]:
-    """The machine and the versions of everything that matters, as JSON can hold them."""
+    """The machine and the relevant versions, as values for JSON."""
     import ringplane
 
     return {
@@ -37,7 +37,7 @@ def describe() -> dict[str, object]:
 
 
 def _first_line(command: list[str]) -> str:
-    """The first line that a program prints; empty when it is not there or fails."""
+    """The first line that a program prints; empty if it is missing or fails."""
     if not shutil.which(command[0]):
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A report as Markdown tables, put between two marker comments of a file whose other text is left alone."""
+"""A report as Markdown tables, written between two marker comments of a file; its other text stays unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(path: Path, report: Report) -> None:
 
 
 def check(path: Path) -> None:
-    """Raise BenchError unless `write` will succeed: before anything is measured."""
+    """Raise BenchError unless `write` will succeed; called before measuring."""
     files.check(path)
     _around(path)
 
@@ -47,7 +47,7 @@ def _around(path: Path) -> tuple[str, str]:
 
 
 def render(report: Report) -> str:
-    """The tables, and how they were measured."""
+    """The tables, with a description of the measurement."""
     compared = compare(report)
     parts = []
     for _, group in itertools.groupby(
@@ -60,7 +60,7 @@ def render(report: Report) -> str:
 
 
 def _position(report: Report, at: Compared) -> tuple[int, ...]:
-    """Where it stands: its table, then its line."""
+    """The position of a cell: its table, then its line."""
     queues, driver, *line = at.cell.order
     return report.storages.index(at.storage), report.subjects.index(at.subject), queues, driver, *line
 
@@ -140,7 +140,7 @@ def _wrapped(text: str) -> str:
 
 
 def _command(command: str) -> list[str]:
-    """A command that is typed again as it stands, over as many lines as it needs."""
+    """A command that can be copied into a shell, on as many lines as it needs."""
     lines = _filled([shlex.quote(word) for word in shlex.split(command)])
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 

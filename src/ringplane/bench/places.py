@@ -1,4 +1,4 @@
-"""Where images lie: a directory, a new file, a loop device, or an existing target; created, and removed afterwards."""
+"""Places for images: a directory, a new file, a loop device, or an existing target. Images are removed afterwards."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ringplane.values import format_size
 LOOP = "loop:"
 # The images of a bench need room for a part that is checked and one that is measured, at any depth.
 SMALLEST = 32 << 20
-# File systems that live in memory.
+# File systems in memory.
 MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the images of a bench lie.
+    """A place for the images of a bench.
 
     `how` is folder (files in a new folder inside `path`), loop (such files, each behind a loop device), new (`path` and
     `path`.2 and so on) or existing (`path`, a file or block device that all back ends share, since it is only one).
@@ -40,7 +40,7 @@ class Place:
 
 
 def parse(text: str, *, destroy: bool = False) -> Place:
-    """A place as it is typed: DIRECTORY, loop:DIRECTORY, or IMAGE (with `destroy` it may exist); raises BenchError."""
+    """Parse DIRECTORY, loop:DIRECTORY, or IMAGE (with `destroy` it may exist); raises BenchError."""
     path = Path(text.removeprefix(LOOP))
     if text.startswith(LOOP):
         if not path.is_dir():
@@ -81,7 +81,7 @@ def _existing(path: Path) -> Storage:
 
 
 def _refuse_used_device(path: Path) -> None:
-    """Raise BenchError for a block device that is mounted or otherwise the kernel's (O_EXCL, open(2))."""
+    """Raise BenchError for a block device that is mounted or otherwise used by the kernel (O_EXCL, open(2))."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
@@ -123,7 +123,7 @@ def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
 
 
 def rehearse(place: Place, count: int, size: int) -> None:
-    """Raise BenchError if the images cannot be created: before anything is measured anywhere."""
+    """Raise BenchError if the images cannot be created; called before measuring anything."""
     if place.how != "existing":
         _check_room(place.path if place.path.is_dir() else place.path.parent, count * size)
         with images(place, 1, 1 << 20):
@@ -165,7 +165,7 @@ def _file(path: Path, size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loop_device(path: Path) -> Iterator[Path]:
-    """A loop device over a file, with direct I/O where the file system has it; raises BenchError."""
+    """A loop device over a file, with direct I/O if the file system supports it; raises BenchError."""
     if not shutil.which("losetup"):
         raise BenchError("losetup is not installed, and loop devices need it: apt install mount")
     device = _attach(path)
@@ -189,7 +189,7 @@ def _attach(path: Path) -> Path:
 
 
 def _detach_from(path: Path) -> None:
-    """Where direct I/O is refused, losetup may leave the device attached."""
+    """Detach the loop device of a file: if direct I/O is refused, losetup may leave it attached."""
     done = subprocess.run(
         ["losetup", "--noheadings", "--output", "NAME", "--associated", str(path)],
         capture_output=True, text=True, check=False,

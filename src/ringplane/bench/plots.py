@@ -59,7 +59,7 @@ def pictures(report: Report) -> Iterator[tuple[str, Paint]]:
 def _write(directory: Path, name: str, paint: Paint) -> Iterator[Path]:
     import matplotlib
 
-    # The same picture is the same file, whenever it is drawn.
+    # The file does not depend on when the picture is drawn.
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ringplane"}):
         for suffix, theme in ((".svg", LIGHT), ("-dark.svg", DARK), (".png", LIGHT)):
             path = directory / f"{name}{suffix}"

@@ -1,4 +1,4 @@
-"""The results of a bench: one row for each measurement; to JSON and back."""
+"""The results of a bench: one row for each measurement; saved as JSON and loaded again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = "ringplane-bench-1"
 
 # Families of programs
 RINGPLANE, QSD, FIO, SOCKET = "ringplane", "qemu-storage-daemon", "fio", "socket"
-# In tables, where its name would take a third of a line.
+# For tables, because the full name would take a third of a line.
 SHORT = "qsd"
 
 
@@ -40,13 +40,13 @@ class Subject:
 
 
 def short(subject: Subject) -> str:
-    """A name that leaves room for figures."""
+    """A short name, which leaves room for figures."""
     return subject.name.replace(QSD, SHORT) if subject.family == QSD else subject.name
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where images lie: `name` as it is shown, `kind` is tmpfs, disk or loop, `medium` stores the bytes.
+    """The storage of images: `name` is shown, `kind` is tmpfs, disk or loop, `medium` stores the bytes.
 
     `medium` is the name of a file system, or "block device".
     """
@@ -96,7 +96,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write it as JSON; raises BenchError."""
-        # Not asdict for the many rows: it copies deeply and slowly.
+        # asdict would be slow for the many rows, because it copies deeply.
         rows = [{**_shallow(row), "cell": _shallow(row.cell)} for row in self.rows]
         whole = {"format": FORMAT, **_shallow(self), "rows": rows}
         whole["storages"] = [asdict(storage) for storage in self.storages]

@@ -21,11 +21,11 @@ from ringplane.values import format_size
 from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_F_RO
 
-# The part of an image whose contents are always known; the rest is measured.
+# The part of an image whose contents are always known; the rest is for measured loads.
 CHECKED = 64 << 20
 # The time of a measurement beyond its seconds, and of a back end's start and stop, in seconds.
 OVERHEAD, START = 0.06, 1.0
-# How fast images are filled and swept, in bytes per second: a guess, for the estimate.
+# The speed of filling and reading an image, in bytes per second: a guess, for the estimate.
 SWEEP_RATE = 400e6
 
 # Exceptions of the driver: a back end or its storage fails, does not answer, or breaks the protocol.
@@ -50,16 +50,16 @@ class Settings:
 
     @property
     def queues(self) -> int:
-        """As many as any cell needs."""
+        """The largest number of queues of any cell."""
         return max(cell.queues for cell in self.cells)
 
     @property
     def depth(self) -> int:
-        """The largest."""
+        """The largest depth of any cell."""
         return max(cell.depth for cell in self.cells)
 
     def described(self) -> dict[str, object]:
-        """All but the cells, as JSON can hold it."""
+        """All settings except the cells, as values for JSON."""
         values = asdict(self)
         del values["cells"]
         return {**values, "backend_cpus": sorted(self.backend_cpus), "driver_cpus": sorted(self.driver_cpus)}
@@ -80,7 +80,7 @@ class Contents:
 
     @property
     def measured(self) -> tuple[int, int]:
-        """Offset and length of the part for measured loads: all, if nothing is known that they could overwrite."""
+        """Offset and length of the part for measured loads: the whole image if it has no known contents to preserve."""
         return (0, self.capacity) if self.model is None else (self._boundary, self.capacity - self._boundary)
 
     @property
@@ -100,10 +100,10 @@ class Disk:
     socket: Path
     queue_size: int
     memory: SharedMemory
-    pid: int | None = None  # None: that of the process at the socket
+    pid: int | None = None  # None: the process at the socket
     contents: Contents | None = None
     verify: bool = True
-    last_line: Callable[[], str] = lambda: ""  # of its output
+    last_line: Callable[[], str] = lambda: ""  # the last line of its output
     driver: Driver | None = field(default=None, init=False)
 
     def connect(self, queues: int) -> Driver:
@@ -231,7 +231,7 @@ class Bench:
             self.done += driver.capacity / SWEEP_RATE
 
     def _final_check(self, storage: Storage, disks: Sequence[Disk]) -> None:
-        """Read all that is known of each image once more."""
+        """Read and compare all known contents of each image once more."""
         for disk in disks:
             if not disk.verify or disk.contents is None:
                 continue
@@ -276,7 +276,7 @@ class Bench:
             self.save()
 
     def _record_sizes(self, disks: Sequence[Disk]) -> None:
-        """Existing disks have sizes of their own."""
+        """Record the sizes of existing disks, which the settings do not determine."""
         sizes = {disk.contents.capacity for disk in disks if disk.contents is not None}
         self.report.settings["disk_sizes"] = sorted(sizes.union(self.report.settings.get("disk_sizes", ())))
 
@@ -315,7 +315,7 @@ class Bench:
         )
 
     def _verified_pass(self, storage: Storage, disk: Disk, cell: Cell, number: int) -> int:
-        """A short load of the cell's shape whose data is compared; how many sectors were. Writes are read back."""
+        """A short load like the cell's whose data is compared; returns the number of sectors. Writes are read back."""
         contents, workload = disk.contents, WORKLOADS[cell.workload]
         if contents is None or contents.model is None or not disk.verify:
             return 0
@@ -356,12 +356,12 @@ def _reason(error: Exception) -> str:
 
 
 def queue_size(depth: int) -> int:
-    """A ring of 256 descriptors, or more where `depth` needs it (with indirect descriptors: one per request)."""
+    """256 descriptors, or more if `depth` needs them (with indirect descriptors: one per request)."""
     return max(256, 1 << (depth - 1).bit_length())
 
 
 def raw_in(cell: Cell, cells: Sequence[Cell]) -> bool:
-    """Whether raw fio is measured with a cell: once, not again for another way to drive the ring."""
+    """Whether raw fio is measured with a cell: once, and not again for another driver."""
     return cell.driver == cells[0].driver
 
 

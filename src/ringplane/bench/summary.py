@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ringplane.bench.cells import BUSY, EVENT, Cell
 from ringplane.bench.results import FIO, QSD, RINGPLANE, SOCKET, Report, Row, Storage, Subject
 
-# Figures of single requests: the less, the better.
+# Figures per request: less is better.
 OF_REQUESTS = ("p50_us", "p99_us", "p999_us", "cpu_us")
 # Rounds that differ by more than this factor are counted as unsteady.
 STEADY = 1.25
@@ -20,8 +20,8 @@ STEADY = 1.25
 class Figures:
     """The medians of a cell's rounds, or the best of several back ends in each figure.
 
-    Latencies and CPU time (of one request) are in microseconds; None where no request was completed, and the CPU time
-    also where the process is not visible.
+    Latencies and CPU time (of one request) are in microseconds. They are None if no request was completed; the CPU time
+    is also None if the process is not visible.
     """
 
     iops: float
@@ -48,7 +48,7 @@ class Compared:
 
     @property
     def best(self) -> Figures | None:
-        """The best of the others in each figure, each from whichever variant has it; None without any."""
+        """The best of the others in each figure, possibly from different variants; None without any."""
         return best(list(self.others.values()))
 
     @property
@@ -127,7 +127,7 @@ def compare(report: Report) -> list[Compared]:
 
 
 def unsteady(rows: Iterable[Row]) -> tuple[int, int]:
-    """How many measured cells have a round with more than STEADY times the IOPS of another, and how many there are."""
+    """The number of cells in which one round has more than STEADY times the IOPS of another, and that of all cells."""
     grouped: dict[tuple[str, Cell, str], list[float]] = defaultdict(list)
     for row in rows:
         grouped[row.storage, row.cell, row.subject].append(row.iops)

@@ -20,7 +20,7 @@ WIDE = 100
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One of the Figures as a column, in `unit`; whether it has a ratio, and whether narrow terminals show it."""
+    """A column for one of the Figures, in `unit`; whether it has a ratio, and whether narrow terminals show it."""
 
     heading: str
     figure: str
@@ -30,7 +30,7 @@ class Column:
     unit: float = 1
 
     def text(self, figures: Figures) -> str:
-        """The figure, or nothing."""
+        """The figure as text, or an empty string."""
         value = getattr(figures, self.figure)
         return "" if value is None else number(value / self.unit, self.decimals)
 
@@ -74,7 +74,7 @@ def show_problems(console: Console, report: Report) -> None:
 
 
 def steadiness(report: Report) -> Iterator[str]:
-    """How far the rounds of a cell differ, in words; nothing where they do not, or where there is only one."""
+    """A sentence about how far the rounds of a cell differ; empty if they do not, or if there is only one round."""
     restless, total = unsteady(report.rows)
     if restless:
         yield (
@@ -94,7 +94,7 @@ def groups(report: Report) -> list[tuple[Storage, list[Cell]]]:
 
 
 def heading(storage: Storage, cell: Cell) -> str:
-    """Of a table of all cells with the queues and driver of `cell`."""
+    """The heading of the table of all cells with the queues and driver of `cell`."""
     queues = "one queue" if cell.queues == 1 else f"{cell.queues} queues"
     driver = "event-driven" if cell.driver == "event" else "busy-polling"
     return f"{storage.name}, {queues}, {driver} driver"
@@ -112,7 +112,7 @@ def rounds_of(report: Report) -> int:
 
 
 def number(value: float | None, decimals: int) -> str:
-    """A figure with the digits that matter, or nothing."""
+    """A figure with its significant digits, or an empty string."""
     if value is None:
         return ""
     return f"{value:.{0 if value >= 1000 else min(decimals, 1) if value >= 100 else decimals}f}"

@@ -1,7 +1,7 @@
-"""The command line. Here its commands begin: `ringplane` (`python -m ringplane`) and `ringplane-vhost-user-blk`.
+"""The command line: the entry points of `ringplane` (`python -m ringplane`) and `ringplane-vhost-user-blk`.
 
-Signals are caught before anything else is imported, as that takes longer than to press Ctrl-C. Until then a signal ends
-the process, which has not done anything yet.
+Signals are caught before anything else is imported, because imports take long enough for a Ctrl-C. Before that, a
+signal ends the process, which has not done anything yet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def vhost_user_blk() -> None:
-    """Entry point `ringplane-vhost-user-blk`: `ringplane serve` under the name that QEMU's conventions want."""
+    """Entry point `ringplane-vhost-user-blk`: `ringplane serve` under the name that QEMU's conventions require."""
     _run(_serve)
 
 

@@ -1,4 +1,4 @@
-"""`ringplane bench`: measure back ends, one at its socket or several side by side, and check their data."""
+"""`ringplane bench`: measures back ends, one at its socket or several side by side, and checks their data."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ WORKLOADS = ("randread", "randwrite", "randrw", "seqread", "seqwrite")
 DEPTHS = (1, 8, 32, 128)
 # The progress bar is drawn at most this often, in seconds: nothing else should run during a measurement.
 REDRAW = 0.25
-# Of tables where there is no terminal, in columns.
+# The width of tables if there is no terminal, in columns.
 WIDTH = 100
 
-# Parameters that are for some uses only.
+# Parameters that are valid for some uses only.
 OF_QSD = ("qsd_aio", "qsd_iothread")
 OF_STARTED = (*OF_QSD, "variants", "with_fio", "pin_back_end", "size")
 OF_MEASURING = (
@@ -167,7 +167,7 @@ def bench(
 
 
 def check_outputs(json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None) -> None:
-    """Raise BenchError for files that cannot be written: before anything is measured."""
+    """Raise BenchError for files that cannot be written; called before measuring."""
     from ringplane.bench import files, markdown, plots
 
     if json_path:
@@ -198,7 +198,7 @@ def is_given(context: click.Context, name: str) -> bool:
 def put_out(
     console: Console, report: Report, json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None
 ) -> None:
-    """Print a report and write it to the files that were asked for."""
+    """Print a report and write it to the files given by options."""
     from ringplane.bench import machine, markdown, plots, tables
 
     console.print(machine.sentence(report.machine), markup=False)
@@ -223,7 +223,7 @@ def measured(
     destroy_data: bool,
     **options: Any,
 ) -> Report:
-    """Do what the options say; raises BenchError, Interrupted, and click.UsageError for options that do not fit."""
+    """Run the bench of these options; raises BenchError, Interrupted, and click.UsageError for conflicting options."""
     from ringplane.bench import machine, results, run
     from ringplane.bench.errors import never
     from ringplane.driver.warm import warm_up
@@ -252,7 +252,7 @@ def measured(
 
 
 def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: bool) -> Settings:
-    """The cells and times that were asked for; raises click.UsageError for writes where only reads are allowed."""
+    """The cells and times given by options; raises click.UsageError for writes if only reads are allowed."""
     from ringplane.bench import cells, places, run
 
     full = {"workloads": WORKLOADS, "queues": cells.FULL_QUEUES, "driver": BOTH} if options["full"] else {}
@@ -282,7 +282,7 @@ def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: 
 
 
 def subjects_of(against: str, options: dict[str, Any]) -> list[Subject]:
-    """The back ends that are measured side by side; raises BenchError for programs that are not installed."""
+    """The back ends to measure side by side; raises BenchError for programs that are not installed."""
     from ringplane.bench import backends, fio
 
     subjects = [backends.ringplane(flags) for flags in options["variants"] or [""]]
@@ -300,7 +300,7 @@ def subjects_of(against: str, options: dict[str, Any]) -> list[Subject]:
 
 
 def places_of(targets: tuple[str, ...], destroy: bool, images: int, size: int) -> list[Place]:
-    """The places that were named, with room for the images; raises BenchError and click.UsageError."""
+    """The given places, with room for the images; raises BenchError and click.UsageError."""
     from ringplane.bench import places
 
     if not targets:
@@ -314,7 +314,7 @@ def places_of(targets: tuple[str, ...], destroy: bool, images: int, size: int) -
 
 
 def socket_of(context: click.Context, targets: tuple[str, ...]) -> Path:
-    """The socket that was named; raises click.UsageError when something else was."""
+    """The given socket; raises click.UsageError if the argument is something else."""
     if len(targets) != 1:
         raise click.UsageError(f"name one SOCKET, or start back ends with --against {QSD} PLACE")
     path = Path(targets[0])

@@ -11,15 +11,15 @@ from ringplane import __version__
 from ringplane.signals import CaughtSignals
 
 COMMANDS = ("serve", "check", "demo", "bench")
-# They look for signals themselves; the others are ended by one wherever they are.
+# These commands check for signals themselves; a signal ends the others at any point.
 INTERRUPTIBLE = ("serve", "demo", "bench")
 
 
 class Commands(click.Group):
-    """The group of COMMANDS: each is the function of its name in the file of its name."""
+    """The group of COMMANDS: each is a function with the name of its file."""
 
     def __init__(self, **options: Any) -> None:
-        # Not what runs, which `get_command` imports: names from which click suggests one for a mistyped command.
+        # Only names, from which click suggests one for a mistyped command; `get_command` imports the commands.
         super().__init__(commands=[click.Command(name) for name in COMMANDS], **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -1,4 +1,4 @@
-"""`ringplane demo`: no guest, no root: serve a temporary image, verify every block of it, and measure."""
+"""`ringplane demo`: serves a temporary image without guest or root, verifies every block, and measures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEPTHS = (1, 32, 128)
 READY = b"listening on"
-# In columns; a line has room for the ^C that a terminal shows at its end, which would move all lines.
+# In columns. A line leaves room at its end for the ^C that a terminal shows, which would otherwise move all lines.
 BAR = 16
 # Seconds
 STOP_PATIENCE = 20.0
@@ -62,7 +62,7 @@ def demo(context: click.Context, image: Path | None, size: int, seconds: float) 
 
 @contextlib.contextmanager
 def interruptible(consequence: str) -> Iterator[None]:
-    """Say in one line what a signal has come to, and exit."""
+    """Print one line about the effect of a signal, and exit."""
     try:
         yield
     except Interrupted as interrupted:
@@ -72,7 +72,7 @@ def interruptible(consequence: str) -> Iterator[None]:
 
 
 def run_demo(console: Console, signals: Signals, image: Path | None, size: int, seconds: float) -> bool:
-    """All steps; whether all data was right. Raises Interrupted."""
+    """Run all steps; returns whether all data was right. Raises Interrupted."""
     with tempfile.TemporaryDirectory(prefix="ringplane-demo-") as folder:
         path = image or Path(folder, "disk.img")
         socket = Path(folder, "socket")
@@ -88,7 +88,7 @@ def run_demo(console: Console, signals: Signals, image: Path | None, size: int, 
 
 
 def compile_first(console: Console, signals: Signals) -> None:
-    """What the first start would compile, so that its user sees what takes long."""
+    """Compile in advance for the first start, so that the user sees what takes long."""
     from ringplane.dataplane import warm as data_plane
     from ringplane.driver import warm as driver
     from ringplane.native.cache import DATA_PLANE, DRIVER, find_cache, is_cached
@@ -110,11 +110,11 @@ def serving(signals: Signals, image: Path, socket: Path, size: int) -> Iterator[
 
     command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
     command += ["--create", str(size), "--num-queues", "1", "--log-level", "warning"]
-    # It may be a folder of this process alone.
+    # The cache may be a temporary folder of this process.
     folder = cache_directory()
     environment = {**os.environ, VARIABLE: str(folder.parent)} if folder else None
     started = time.monotonic()
-    # In a group of its own: Ctrl-C is for this process, which stops it in order.
+    # It has its own process group: Ctrl-C must signal only this process, which stops it in order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, process_group=0)
     try:
         wait_until_it_listens(process, signals)
@@ -126,7 +126,7 @@ def serving(signals: Signals, image: Path, socket: Path, size: int) -> Iterator[
 
 
 def wait_until_it_listens(process: subprocess.Popen[bytes], signals: Signals) -> None:
-    """Raises Interrupted, and ClickException if the process ends."""
+    """Return when it listens; raises Interrupted, and ClickException if the process ends."""
     assert process.stdout is not None
     announced = b""
     while READY not in announced:
@@ -138,7 +138,7 @@ def wait_until_it_listens(process: subprocess.Popen[bytes], signals: Signals) ->
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Stop the disk, by force if its storage hangs."""
+    """Stop the process, by force if its storage hangs."""
     process.terminate()
     try:
         process.communicate(timeout=STOP_PATIENCE)
@@ -148,7 +148,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Bars(Progress):
-    """What moves a bar raises Interrupted when a signal has come."""
+    """Progress bars; updating one raises Interrupted after a signal."""
 
     def __init__(self, *columns: ProgressColumn, console: Console, signals: Signals) -> None:
         super().__init__(*columns, console=console)
@@ -160,7 +160,7 @@ class Bars(Progress):
 
 
 def exercise(console: Console, signals: Signals, socket: Path, seconds: float) -> tuple[Table, bool]:
-    """Write and verify the whole disk, then load it; the table, and whether all data was right."""
+    """Write and verify the whole disk, then load it; returns the table, and whether all data was right."""
     from ringplane.driver.disk import Driver
     from ringplane.driver.load import check, fill
 
@@ -181,7 +181,7 @@ def exercise(console: Console, signals: Signals, socket: Path, seconds: float) -
 
 
 def loads(depth: int, seconds: float, model: Model) -> list[tuple[str, Load]]:
-    """What is measured at one depth; the mixed load verifies each sector that it reads."""
+    """The loads at one depth; the mixed load verifies each sector that it reads."""
     from ringplane.driver.load import Load
 
     return [
@@ -191,7 +191,7 @@ def loads(depth: int, seconds: float, model: Model) -> list[tuple[str, Load]]:
 
 
 def measure(progress: Progress, disk: object, name: str, load: Load, seconds: float) -> Result:
-    """One load, with its progress shown."""
+    """Run one load and show its progress."""
     from ringplane.driver.disk import Driver
     from ringplane.driver.load import run_load
 
@@ -203,7 +203,7 @@ def measure(progress: Progress, disk: object, name: str, load: Load, seconds: fl
 
 
 def show(progress: Progress, task: object, completed: float, now: object) -> None:
-    """Move a bar on; `now` is a Progress or Result of the load generator."""
+    """Update a bar; `now` is a Progress or Result of the load generator."""
     seconds, requests, size = (getattr(now, name) for name in ("seconds", "requests", "bytes"))
     rate = ""
     if seconds > 0:
@@ -234,7 +234,7 @@ def add_row(table: Table, name: str, depth: int, result: Result) -> None:
 
 
 def report(console: Console, capacity: int, results: list[Result]) -> bool:
-    """Say whether the data was right."""
+    """Print whether the data was right."""
     mismatches, errors = sum(r.mismatches for r in results), sum(r.errors for r in results)
     checked = sum(result.sectors_checked for result in results)
     if not mismatches and not errors:

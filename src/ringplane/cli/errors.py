@@ -1,4 +1,4 @@
-"""What ends the start of a disk, in one line for the person who started it."""
+"""Errors at the start of a disk, as one line for the person who started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import click
 
-# By errno, whatever was refused: it is the process, or the machine, that has no more of something.
+# By errno, for any system call: the process or the machine has run out of a resource.
 REMEDIES = {
     errno.EMFILE: "this process may open only {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
     errno.ENFILE: "the machine has too many open files; raise sysctl fs.file-max",
@@ -21,7 +21,7 @@ NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's Tas
 
 @contextlib.contextmanager
 def start_errors() -> Iterator[None]:
-    """Turn what can be wrong with disks, sockets and the machine into a ClickException."""
+    """Turn errors of disks, sockets and the machine into a ClickException."""
     from ringplane.handover import HandoverError
     from ringplane.image import ImageError
     from ringplane.listener import ListenError
@@ -39,7 +39,7 @@ def start_errors() -> Iterator[None]:
 
 
 def in_words(error: OSError) -> str:
-    """What was being done (the notes of the error, see `ringplane.notes`), to which file, what failed, what to do."""
+    """The operation (the notes of the error, see `ringplane.notes`), the file, the error, and the advice."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     why = REMEDIES[error.errno].format(limit) if error.errno in REMEDIES else error.strerror or str(error)
     name = [os.fsdecode(error.filename)] if error.filename is not None else []

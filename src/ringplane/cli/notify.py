@@ -11,12 +11,12 @@ PATIENCE = 5.0
 
 
 class ServiceManager:
-    """Whoever started us and wants to know when we are ready; nobody, where NOTIFY_SOCKET is not set."""
+    """The service manager that waits until we are ready; without NOTIFY_SOCKET there is none."""
 
     def __init__(self) -> None:
-        """Connect now, as the sandbox does not let anybody do so later."""
+        """Connect now, because the sandbox forbids it later."""
         self._sock: socket.socket | None = None
-        # Nobody else is to use it.
+        # Child processes must not use it.
         address = os.environ.pop("NOTIFY_SOCKET", "")
         if address:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -27,10 +27,10 @@ class ServiceManager:
                 sock.close()
 
     def notify_ready(self) -> None:
-        """Front ends may connect from now on. What is started after us may need to."""
+        """Report that front ends may connect from now on; services that start after us may depend on it."""
         if self._sock is not None:
             with self._sock, contextlib.suppress(OSError):
-                # A manager that does not read must not keep us from stopping.
+                # A manager that does not read must not prevent us from stopping.
                 self._sock.settimeout(PATIENCE)
                 self._sock.send(b"READY=1")
             self._sock = None

@@ -1,4 +1,4 @@
-"""`ringplane serve`: serve disks in the foreground, following QEMU's back-end program conventions."""
+"""`ringplane serve`: serves disks in the foreground, following QEMU's back-end program conventions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ringplane.export import Export, GiveUp
     from ringplane.server import Server
 
-# Those of engines.choose, without importing NumPy: `ringplane --help` shall be quick.
+# The engines of engines.choose, repeated here because `ringplane --help` must not import NumPy: it shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 # Signals that do not stop the process.
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
@@ -48,10 +48,10 @@ REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "log_format", "trace", "print_capabilities")
 
-# Seconds after which a stop that takes long is spoken of.
+# Seconds after which a slow stop is logged.
 STOP_PATIENCE = 2.0
 
-# Open at a time, with one disk and one front end that has a few queues.
+# The open files of one disk with one front end that has a few queues.
 FEWEST_FILES = 64
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool)
 
 
 def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None) -> int | None:
-    """An eager option: from now on nothing that is printed reaches a front end, whose socket may be standard output."""
+    """An eager option: a front end's socket may be standard output; nothing printed from now on reaches it."""
     return fd if fd is None or context.resilient_parsing else move_socket(fd)
 
 
@@ -213,7 +213,7 @@ def serve(
         options["features"] = dict(options["features"])
         start = functools.partial(start_disk, **options)
     with Logs(log_level, log_format) as logs:
-        # Where it is not one of our entry points that calls us, nothing has caught signals yet.
+        # If the caller is not one of our entry points, signals are not caught yet.
         serve_until_signal(
             context.obj or CaughtSignals(),
             lambda signals: start(upgrade=upgrade, give_up=rights(sandbox, user, logs), signals=signals),
@@ -224,7 +224,7 @@ def serve(
 
 
 def refuse_other_options(context: click.Context) -> None:
-    """With --config, what is about a single disk is the file's to say; raises UsageError."""
+    """Raise UsageError for options of a single disk beside --config: they belong in the file."""
     given = [
         "/".join([parameter.opts[0], *parameter.secondary_opts])
         for parameter in context.command.params
@@ -251,7 +251,7 @@ def check_options(
     socket_group: int | None,
     **_: Any,
 ) -> None:
-    """What click cannot see by one option alone; raises UsageError."""
+    """Check combinations of options, which click does not check; raises UsageError."""
     if blk_file is None:
         raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
     if (socket_path is None) == (fd is None):
@@ -279,7 +279,7 @@ def check_options(
 
 
 def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Server:
-    """Serve the one disk that the options are about."""
+    """Serve the one disk that the options describe."""
     from ringplane.export import serve
 
     raise_fd_limit()
@@ -287,7 +287,7 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
-    """What gives up the rights that these options are about; raises SandboxError where not all can be that must."""
+    """A function that gives up rights as these options require; raises SandboxError if --sandbox is impossible."""
     from ringplane import sandbox as box
 
     missing = box.missing() if sandbox is not False else []
@@ -308,7 +308,7 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
 
 
 def start_config(path: Path, **options: Any) -> Server:
-    """Serve the disks of a configuration file; raises ClickException where it cannot be used."""
+    """Serve the disks of a configuration file; raises ClickException if it cannot be used."""
     from ringplane.config import ConfigError, read_config
     from ringplane.export import serve_all
 
@@ -321,9 +321,10 @@ def start_config(path: Path, **options: Any) -> Server:
 
 
 def raise_fd_limit() -> None:
-    """Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory.
+    """Raise the soft limit to the hard limit.
 
-    Raises OSError where not even one disk with one front end can be served.
+    Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory. Raises
+    OSError if the limit is too low for one disk with one front end.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -334,8 +335,8 @@ def raise_fd_limit() -> None:
 def serve_until_signal(
     signals: CaughtSignals, start: Callable[[CaughtSignals], Server], what: Path, logs: Logs, trace: bool
 ) -> None:
-    """Start, say how to attach, and wait until a signal or an inherited connection's end stops it."""
-    # Threads that nobody here needs: NumPy starts one per CPU when it is imported, and they would not be confined.
+    """Start, print how to attach, and wait until a signal or the end of an inherited connection stops the server."""
+    # NumPy would start one thread per CPU when it is imported. Nobody needs them, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signals.pass_on(REQUESTS)
     manager = ServiceManager()
@@ -358,7 +359,7 @@ def serve_until_signal(
 
 
 def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:
-    """Do what signals ask for until the server has ended."""
+    """Handle signals until the server has ended."""
     while (number := signals.next()) in REQUESTS:
         if number == signal.SIGHUP:
             server.refresh_size()
@@ -370,9 +371,9 @@ def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:
 
 
 def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> None:
-    """Stop because of a signal, and say what was stopped.
+    """Stop because of a signal, and log what was stopped.
 
-    What is in flight is waited for, as long as it takes: but where storage hangs the user may say that it is enough.
+    Requests in flight are waited for without a limit; if storage hangs, a second signal ends the wait.
     """
     end_line(number)
     attached = sum(export.state == "attached" for export in server.exports)
@@ -391,7 +392,7 @@ def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> Non
 
 
 def ends_within(signals: CaughtSignals, seconds: float) -> bool:
-    """Whether the server does. More signals mean nothing: a terminal and a parent process may both send one."""
+    """Whether the server ends in time. Further signals are ignored: a terminal and a parent may both send one."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         if signals.next(left) == WOKEN:
@@ -400,7 +401,7 @@ def ends_within(signals: CaughtSignals, seconds: float) -> bool:
 
 
 def ends_before_signal(signals: CaughtSignals) -> bool:
-    """Whether the server ends before the user asks for it once more."""
+    """Whether the server ends before the user sends another signal."""
     while (number := signals.next()) not in (WOKEN, *signals.ending):
         pass
     return number == WOKEN
@@ -411,7 +412,7 @@ def in_flight(server: Server) -> int:
 
 
 def abandon(server: Server, logs: Logs) -> NoReturn:
-    """End at once, as a crash would: nothing that was completed is lost, the rest the next process finds."""
+    """End at once, like a crash: no completed request is lost, and the next process recovers the others."""
     log.warning("stopped by a second signal: %d requests in flight are left without an answer", in_flight(server))
     for export in server.exports:
         export.listener.close()
@@ -421,7 +422,7 @@ def abandon(server: Server, logs: Logs) -> NoReturn:
 
 
 def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:
-    """Prints events on standard error; where there are several disks, each with the name of its image."""
+    """A function that prints events on standard error; with several disks, each with the name of its image."""
     names = {export.device: f"{export.disk.image.path.name} " for export in server.exports}
 
     def print_event(event: TraceEvent | str) -> None:
@@ -432,7 +433,7 @@ def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], No
 
 
 def announce(export: Export, logs: Logs) -> None:
-    """Say what is served where."""
+    """Print the disk and its socket."""
     disk, image = export.disk, export.disk.image
     if export.config.direct and disk.through_page_cache:
         logs.say(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
@@ -442,7 +443,7 @@ def announce(export: Export, logs: Logs) -> None:
 
 
 def announce_hint(export: Export, logs: Logs) -> None:
-    """Say how to attach a guest."""
+    """Print how to attach a guest."""
     if export.socket_path is not None:
         logs.say(
             "attach QEMU with:\n"

@@ -1,4 +1,4 @@
-"""What the options' values are, read by the parsers of `ringplane.values`."""
+"""Types of the options' values, parsed by `ringplane.values`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ringplane.values import (
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
-    """A value that a parser makes of a text; its ValueError says what is wrong with it."""
+    """The type of values that `parse` returns for a text; its ValueError is the error message."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -42,7 +42,7 @@ def _usable_cpus(text: str) -> frozenset[int]:
     return cpus
 
 
-# Completed by the shell; whether there is such a file is checked by the code that opens it.
+# The shell completes it; the code that opens the file checks whether it exists.
 FILE = click.Path(readable=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, readable=False, path_type=Path)
 SIZE = Parsed("size", parse_size)

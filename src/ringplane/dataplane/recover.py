@@ -45,7 +45,7 @@ class SplitTracking:
     """The region of a split ring: `entries` are the heads of the chains in flight, oldest first."""
 
     def __init__(self, region: int, size: int, used_idx: int) -> None:
-        """`used_idx` is that of the used ring: what it says was used. Raises BadMemory for an invalid region."""
+        """`used_idx` is the idx field of the used ring. Raises BadMemory for an invalid region."""
         self._head = _view(region, REGION_SPLIT, 1)[0]
         self._states = _view(region + SPLIT_SIZE, STATE_SPLIT, size)
         self.is_new = _is_new(self._head, size)
@@ -60,7 +60,7 @@ class SplitTracking:
         self.last_batch_head = int(self._head["last_batch_head"])
 
     def _end_last_batch(self, used_idx: int, size: int) -> None:
-        """Chains that the used ring has, but that the region does not show as used yet, are not in flight."""
+        """Chains that are in the used ring, but are not marked as used in the region yet, are not in flight."""
         head = int(self._head["last_batch_head"])
         for _ in range(min((used_idx - int(self._head["used_idx"])) & INDEX_MASK, size)):
             if head >= size:
@@ -73,12 +73,12 @@ class SplitTracking:
 class PackedTracking:
     """The region of a packed ring: `entries` are the first entries of the chains in flight, oldest first.
 
-    `used` is where the next used descriptor goes and `avail` where the next chain is; `places` (what PLACES holds),
+    `used` is the position of the next used descriptor, `avail` that of the next chain; `places` (the value of PLACES),
     `links`, `lasts` and `counts` are the fields that virtio/inflight.py requires.
     """
 
     def __init__(self, region: int, size: int, ring: int, used: Place) -> None:
-        """`ring` is the address of the descriptors, `used` where a new region begins. Raises BadMemory."""
+        """`ring` is the address of the descriptors, `used` the first position of a new region. Raises BadMemory."""
         self._size = size
         self._head = _view(region, REGION_PACKED, 1)[0]
         self._word = _view(region + PLACES, np.dtype(np.int64), 1)
@@ -101,7 +101,7 @@ class PackedTracking:
         return int(self._head["free_head"])
 
     def _begin(self, used: Place) -> None:
-        """Make all entries free; the last one links to the ring's size, which is no entry."""
+        """Make all entries free; the last one links to the ring's size, which is not an entry."""
         head = self._head
         self._states[:] = np.zeros(1, STATE_PACKED)
         self._states["next"] = np.arange(1, self._size + 1)
@@ -116,7 +116,7 @@ class PackedTracking:
         return place
 
     def _settle_last_batch(self, ring: int) -> None:
-        """If the driver can see that the batch is used, it is used, even if the region does not show it yet."""
+        """Record the last batch as used if the driver can see that it is, even if the region does not show it yet."""
         old = self._places("old_used")
         flags = ctypes.c_uint16.from_address(ring + old.index * DESC_SIZE + DESC_FLAGS).value
         available = VIRTQ_DESC_F_AVAIL if old.wrap else VIRTQ_DESC_F_USED
@@ -152,7 +152,7 @@ class PackedTracking:
         return found
 
     def _walk(self, entry: int, most: int | None = None) -> list[int]:
-        """The linked entries from this one on; raises BadMemory for a list without an end."""
+        """The linked entries, starting with this one; raises BadMemory for a list without an end."""
         walked: list[int] = []
         while entry != self._size and (most is None or len(walked) < most):
             if entry > self._size or len(walked) == self._size:
@@ -177,7 +177,7 @@ def _is_new(head: np.void, size: int) -> bool:
 def _oldest_first(in_flight: npt.NDArray[np.intp], states: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.intp], int]:
     """These entries in the order in which their chains were fetched, and the counter of the next one."""
     counters = states["counter"][in_flight]
-    # The front end may have written anything there, and our counter is signed.
+    # The front end may have written any value there, and our counter is signed.
     following = (int(counters.max()) + 1) & ((1 << 62) - 1) if len(counters) else 0
     return in_flight[np.argsort(counters, kind="stable")], following
 

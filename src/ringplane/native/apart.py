@@ -1,4 +1,4 @@
-"""Compiling in a child process: the compiler's memory (some 90 MB) is freed with it, and a signal can end it."""
+"""Compiling in a child process: its end frees the compiler's memory (some 90 MB), and a signal can end it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compile_apart(module: str, signals: Signals = NONE) -> None:
 
 
 def _result(child: subprocess.Popen[bytes], signals: Signals) -> bytes:
-    """Wait for the child process; returns what it has printed."""
+    """Wait for the child process; returns its output."""
     assert child.stdout is not None
     said = b""
     try:
@@ -61,6 +61,6 @@ def _result(child: subprocess.Popen[bytes], signals: Signals) -> bytes:
 def run_child(load: Callable[[], None]) -> None:
     """The main function of such a module."""
     end_with_parent()
-    # Compiling leaves hardly any cyclic garbage; collecting it takes 0.3 s of 6, and the process ends soon.
+    # Compiling leaves hardly any cyclic garbage. Collecting it takes 0.3 s of 6, and the process ends soon.
     gc.disable()
     load()

@@ -29,9 +29,9 @@ FOLDER = re.compile(r"data-plane-[0-9a-f]{20}")
 VARIABLE = "RINGPLANE_CACHE_DIR"
 # The two units that are compiled: the data plane, and the load generator.
 DATA_PLANE, DRIVER = "data-plane", "driver"
-# The space that must be free, in bytes: more than the compiled code of a version takes.
+# The space that must be free, in bytes: more than the compiled code of a version.
 ROOM = 4 << 20
-# Errors of fallocate(2) that mean that there is no space.
+# Errors of fallocate(2) for lack of space.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -1,4 +1,4 @@
-"""What a process reads about itself in /proc (proc(5)), and what is lost if that is not mounted, as in some jails."""
+"""A process's information about itself in /proc (proc(5)), which is not mounted in some jails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def warn_if_missing() -> None:
-    """Log one line if /proc is not mounted; each function of this file says what it returns then."""
+    """Log one line if /proc is not mounted; each function of this file documents what it returns then."""
     if not SELF.exists():
         log.warning(
             "/proc is not mounted: threads outside the sandbox and writable code are not detected; the compiler's "

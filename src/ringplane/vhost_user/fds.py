@@ -1,4 +1,4 @@
-"""What the file descriptors of a front end may be, by the message that brings them (transport.py: which sockets)."""
+"""The allowed kinds of a front end's file descriptors, for each message (sockets: transport.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BadFd(ValueError):
 
 
 def check_fds(message: Message) -> None:
-    """Check all fds of a message that are used for something; raises BadFd, and OSError for what is not an eventfd."""
+    """Check all fds of a message that are used; raises BadFd, and OSError for one that must be an eventfd."""
     check = CHECKS.get(message.request)
     if check is not None:
         for fd in message.fds:
@@ -28,7 +28,7 @@ def _check_kick(fd: int) -> None:
 
 
 def _check_notifier(fd: int) -> None:
-    """User-mode Linux has pipes and sockets for eventfds."""
+    """Check an fd for notifications; user-mode Linux uses pipes and sockets instead of eventfds."""
     mode = os.fstat(fd).st_mode
     if not stat.S_ISSOCK(mode) and not stat.S_ISFIFO(mode):
         check_eventfd(fd, "fd")

@@ -24,9 +24,9 @@ class InflightArea:
     """The area that an Inflight message describes, mapped."""
 
     def __init__(self, described: Inflight, fd: int, alarm: Alarm, quota: Quota) -> None:
-        """The fd stays the caller's; `alarm` and `quota` are as for a Mapping.
+        """The fd stays the caller's; for `alarm` and `quota` see Mapping.
 
-        Raises BadMemory for impossible sizes, OSError when it cannot be mapped.
+        Raises BadMemory for impossible sizes, OSError if it cannot be mapped.
         """
         size, offset, queues = described.mmap_size, described.mmap_offset, described.num_queues
         if size == 0 or size + offset >= 1 << 62 or not 0 < described.queue_size <= MAX_QUEUE_SIZE or queues == 0:
@@ -37,7 +37,7 @@ class InflightArea:
         self.described = described
         self._mapping = Mapping(fd, size, offset, alarm, quota)
         self._queues = queues
-        # All regions have the same size, whichever back end has created them.
+        # All regions have the same size, no matter which back end has created them.
         self._stride = size // queues // ALIGNMENT * ALIGNMENT
 
     @property
@@ -46,7 +46,7 @@ class InflightArea:
         return self._mapping.fd
 
     def region(self, index: int, size: int, *, packed: bool) -> InflightRegion:
-        """The region of ring `index` with `size` descriptors; raises BadMemory where there is no room for it."""
+        """The region of ring `index` with `size` descriptors; raises BadMemory if there is no room for it."""
         if index >= self._queues or region_bytes(size, packed=packed) > self._stride:
             raise BadMemory(f"the in-flight area has no room for ring {index} of {size} descriptors")
         address = self._mapping.address + index * self._stride
@@ -55,7 +55,7 @@ class InflightArea:
         return InflightRegion(address, self._mapping)
 
     def forget(self, index: int) -> None:
-        """The ring has been drained and ends: the next one in this region starts empty, where the front end says."""
+        """Reset the region of a drained ring: the next ring starts empty, at the index that the front end sets."""
         if index < self._queues and self._stride >= REGION_SPLIT.itemsize:
             ctypes.c_uint16.from_address(self._mapping.address + index * self._stride + VERSION_OFFSET).value = 0
 
@@ -68,7 +68,7 @@ def create(num_queues: int, queue_size: int) -> tuple[Inflight, int]:
     fd = os.memfd_create("ringplane-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        # Nobody can shrink it under us.
+        # The front end cannot shrink it.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except BaseException:
         os.close(fd)

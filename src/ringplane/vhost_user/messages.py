@@ -320,7 +320,7 @@ class MemoryRegion:
     """Section "Memory region description": four u64, in bytes; never sent alone.
 
     The region covers `size` bytes from `guest_address` in the guest and from `user_address` in the front end, and
-    begins `mmap_offset` bytes into the fd that comes with it. Sums may exceed 64 bits: whoever maps it checks that.
+    begins `mmap_offset` bytes into the fd that comes with it. Sums may exceed 64 bits; the mapping code checks that.
     """
 
     guest_address: int
@@ -362,7 +362,7 @@ class MemoryTable(Payload):
         if count > MAX_REGIONS:
             raise ProtocolError(f"it says {count} regions, at most {MAX_REGIONS} are allowed")
         regions = data[_COUNT_AND_PADDING.size :]
-        # More room than regions is no error: user-mode Linux always sends room for two.
+        # More room than regions is not an error: user-mode Linux always sends room for two.
         if len(regions) < count * _REGION.size:
             raise ProtocolError(f"it says {count} regions, but carries {len(regions) // _REGION.size}")
         regions = regions[: count * _REGION.size]
@@ -438,8 +438,8 @@ _CONFIG_HEAD = Struct("=III")
 class Config(Payload):
     """Section "Virtio device config space": offset, size and flags u32, then `size` bytes of the config space.
 
-    A GET_CONFIG request carries as many (meaningless) bytes as it asks for: see `asking_for`. In a reply, an empty
-    `payload` is how some back ends report failure; others reply with `Empty`.
+    A GET_CONFIG request carries as many (meaningless) bytes as it requests: see `asking_for`. Some back ends report
+    failure by a reply with an empty `payload`, others by `Empty`.
     """
 
     #: Values of `flags`, used by SET_CONFIG.
@@ -541,7 +541,7 @@ class DeviceState(Payload):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What one request looks like and what answers it.
+    """The format of one request and of its reply.
 
     `reply` is None for a request that is answered only if it has the NEED_REPLY flag, then by a U64 without fds.
     `min_fds` and `max_fds` bound the fds of the request (its payload may say more exactly: `Payload.fd_count`);
@@ -578,7 +578,7 @@ RULES: dict[Request, Rule] = {
     Request.SET_VRING_KICK: Rule(VringFd, None, 0, 1),
     Request.SET_VRING_CALL: Rule(VringFd, None, 0, 1),
     Request.SET_VRING_ERR: Rule(VringFd, None, 0, 1),
-    # The next two and SET_VRING_ENABLE need VHOST_USER_F_PROTOCOL_FEATURES, which is no protocol feature itself.
+    # The next two and SET_VRING_ENABLE need VHOST_USER_F_PROTOCOL_FEATURES, which is not a protocol feature itself.
     Request.GET_PROTOCOL_FEATURES: Rule(Empty, U64),
     Request.SET_PROTOCOL_FEATURES: Rule(U64),
     Request.GET_QUEUE_NUM: Rule(Empty, U64, feature=_F.MQ),

@@ -67,7 +67,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.LOG_SHMFD
 )
 
-# Features that in-band notifications need too (section "In-band notifications").
+# Other features that in-band notifications require (section "In-band notifications").
 INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 
 # The device status, of virtio 1.2 section 2.1.
@@ -83,7 +83,7 @@ NOES: dict[int, Payload] = {
     Request.CHECK_DEVICE_STATE: U64(1),
 }
 
-# KVM gives a guest this many (KVM_USER_MEM_SLOTS of x86), and no front end asks for more.
+# KVM's limit for a guest (KVM_USER_MEM_SLOTS of x86); front ends do not need more.
 MAX_MEMORY_SLOTS = 509
 
 # Offset of the field in which the driver writes whether it flushes
@@ -95,7 +95,7 @@ TELL_AFTER = 2.0
 # Seconds after which a front end is suspected of holding up a worker.
 LOOK_AFTER = 0.1
 
-# Seconds that a front end has to read what is being sent to it, before it is handed over.
+# Seconds that a front end has to read a message that is being sent, before it is handed over.
 FREEZE_PATIENCE = 1.0
 
 
@@ -131,11 +131,11 @@ class Session:
         self._held = contextlib.AsyncExitStack()
 
     async def run(self) -> None:
-        """Serve the front end until it disconnects or breaks the protocol; then free all that belongs to it."""
+        """Serve the front end until it disconnects or breaks the protocol; then free all its resources."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._alarm.fd, self._end_without_memory)
         try:
-            # The rings of a front end that was taken over.
+            # A front end that was taken over has rings to start.
             await self._start_again(self._vrings)
             while await self._serve_one_message():
                 pass
@@ -149,7 +149,7 @@ class Session:
             self._paused.set()
 
     def _end_without_memory(self) -> None:
-        """Requests may have been executed with zeros in place of their data, so this device cannot continue."""
+        """Stop: requests may have been executed with zeros in place of their data, so this device cannot continue."""
         asyncio.get_running_loop().remove_reader(self._alarm.fd)
         self._logger.warning("front end dropped: it truncated memory that it shares with this disk (ftruncate(2))")
         self._transport.close()
@@ -177,7 +177,7 @@ class Session:
     async def freeze(self) -> None:
         """Stop all activity until `thaw`: no message is taken, no ring runs, and all fetched requests are completed.
 
-        Raises Refused where the front end is in the middle of something. This takes as long as the requests in flight.
+        Raises Refused if the front end does not read, or has removed a ring's memory. Waits for all requests in flight.
         """
         async with contextlib.AsyncExitStack() as held:
             self._go.clear()
@@ -244,7 +244,7 @@ class Session:
     def resume_from(self, saved: SessionSnapshot) -> None:
         """Take over a front end from another process, before `run`, which starts its rings.
 
-        Raises Refused, BadMemory, OSError and ProtocolError, where they do not fit together.
+        Raises Refused, BadMemory, OSError and ProtocolError if the state does not fit this disk.
         """
         if saved.features & ~self._offered or saved.protocol_features & ~int(self._offered_protocol_features):
             raise Refused("the front end uses features that this disk does not offer")
@@ -283,7 +283,7 @@ class Session:
     async def _close(self) -> None:
         self._transport.close()
         async with self._busy:
-            # Each of them, even if others fail.
+            # Stop each ring, even if others fail.
             results = await asyncio.gather(*(self._forget(vring) for vring in self._vrings), return_exceptions=True)
             for error in results:
                 if error is not None:
@@ -308,7 +308,7 @@ class Session:
             self._logger.debug("%s %s", message.name, message.payload)
             async with self._busy:
                 reply = await self._answer(message)
-            # Not under the lock: a front end that does not read its replies must hold up only itself.
+            # Without the lock: a front end that does not read its replies must hold up only itself.
             if reply is not None:
                 await self._reply(message, reply)
         return True
@@ -384,7 +384,7 @@ class Session:
         return U64(int(self._offered_protocol_features))
 
     async def _on_set_protocol_features(self, message: Message) -> None:
-        # As integers: the complement of an IntFlag loses the bits that have no name.
+        # Use integers: the complement of an IntFlag loses the bits that have no name.
         wanted = _u64(message)
         unknown = wanted & ~int(self._offered_protocol_features)
         if unknown:
@@ -414,7 +414,7 @@ class Session:
         await self._disable_all()
 
     async def _on_reset_device(self, message: Message) -> None:
-        # As after GET_VRING_BASE: nothing of the old rings is left, in the in-flight area either.
+        # Like after GET_VRING_BASE, nothing of the old rings is left, not even in the in-flight area.
         await asyncio.gather(*(self._end_ring(vring) for vring in self._vrings))
         await asyncio.gather(*(self._forget(vring) for vring in self._vrings))
         self._write_back = True
@@ -435,7 +435,7 @@ class Session:
     async def _on_set_status(self, message: Message) -> None:
         """0 is a reset: QEMU sends it whenever it stops the device, also when the guest is only paused.
 
-        So what it does not say anew stays: memory, notifiers, and whether the driver flushes.
+        QEMU does not send everything again, so memory, notifiers, and whether the driver flushes are kept.
         """
         status = _u64(message)
         if status & ~STATUS_MASK:
@@ -471,7 +471,7 @@ class Session:
         await self._set_write_back(asked.payload == b"\1")
 
     async def _set_write_back(self, write_back: bool) -> None:
-        """Without it, neither requests that are completed from now on nor earlier ones may be lost."""
+        """Set whether the driver flushes. If it does not, all completed requests must be stable, earlier ones too."""
         if write_back == self._write_back:
             return
         running = await self._stop_all()
@@ -521,7 +521,7 @@ class Session:
     # Migration.
 
     async def _on_set_log_base(self, message: Message) -> Payload:
-        """SET_FEATURES starts its use; later a larger log may replace it while rings run."""
+        """Set the dirty log. SET_FEATURES starts its use; later a larger log may replace it while rings run."""
         described = _expect(message, LogRegion)
         if described.size == 0 or described.size + described.offset >= 1 << 62:
             raise Refused(f"impossible dirty log: {described.size} bytes at {described.offset}")
@@ -594,7 +594,7 @@ class Session:
         return VringState(vring.queue.number, vring.base)
 
     async def _end_ring(self, vring: Vring) -> None:
-        """Stop it for good: the next driver, whichever it is, describes the ring again before it starts it."""
+        """Stop it for good: the next driver describes the ring again before it starts it."""
         await self._reset(vring)
         if self._inflight is not None:
             self._inflight.forget(vring.queue.number)
@@ -621,7 +621,7 @@ class Session:
         await self._start_or_stop(vring)
 
     async def _on_vring_kick(self, message: Message) -> None:
-        """In band: the first one starts the ring. The data plane is still kicked through an eventfd."""
+        """A kick in band: the first one starts the ring. The data plane is still kicked through an eventfd."""
         vring = self._vring(_expect(message, VringState).index)
         if vring.kick_fd < 0:
             vring.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -657,7 +657,7 @@ class Session:
         return ProtocolFeature.INBAND_NOTIFICATIONS in self._protocol_features
 
     async def _signal_in_band(self, vring: Vring) -> None:
-        """Notify the front end by messages where it has given us no fd."""
+        """Notify the front end by messages if it has not sent an fd."""
         if not self._in_band:
             return
         if not vring.call_told and BackendRequest.VRING_CALL not in vring.signals:
@@ -688,7 +688,7 @@ class Session:
         return self._vrings[index]
 
     async def _start_or_stop(self, vring: Vring) -> None:
-        """Bring the ring into the state that the messages ask for; a broken one stays stopped until a reset."""
+        """Bring the ring into the state that the messages require; a broken one stays stopped until a reset."""
         if not vring.enabled:
             await self._stop(vring)
         elif vring.running or vring.queue.broken:
@@ -700,7 +700,7 @@ class Session:
             vring.running = True
 
     def _uses_changed(self, vring: Vring) -> bool:
-        """Whether the features that were just set change the use of a running ring."""
+        """Whether the new features change the use of a running ring."""
         layout = vring.queue.layout
         if layout is None or vring.address is None:
             return False
@@ -726,7 +726,7 @@ class Session:
 
     @property
     def _write_through(self) -> bool:
-        """Whether writes must be stable when they complete: the driver cannot flush, or says that it will not."""
+        """Whether writes must be stable when they complete: the driver cannot flush, or has announced not to flush."""
         # Sections 5.2.5.2 and 5.2.6.2
         chosen = bool(self._features & VIRTIO_BLK_F_CONFIG_WCE) and not self._write_back
         return chosen or not self._features & VIRTIO_BLK_F_FLUSH
@@ -756,7 +756,7 @@ class Session:
             await self._stop(vring)
 
     async def _forget(self, vring: Vring) -> None:
-        """Stop the ring and release all that the front end has given us for it."""
+        """Stop the ring and release all resources that the front end has sent for it."""
         try:
             await self._reset(vring)
             if vring.queue.record["call_fd"] >= 0:
@@ -773,10 +773,10 @@ class Session:
             vring.size, vring.base, vring.address, vring.enabled = 0, 0, None, False
 
     async def _done(self, future: Future[Result]) -> Result:
-        """Wait for what a worker was asked for, which it does also when nobody waits any more.
+        """Wait for an operation of a worker, which completes it even when nobody waits any more.
 
-        A front end must not be able to keep it from that by a notifier that is full (signaller.py). Whether it does
-        cannot be seen, but that it could.
+        A front end must not be able to block the worker with a full notifier (signaller.py). Whether one blocks it
+        cannot be seen, only whether one could.
         """
         waiting = asyncio.wrap_future(future)
         try:
@@ -802,8 +802,8 @@ def _u64(message: Message) -> int:
 def _only_fd(message: Message) -> int:
     """The fd that came with the message, non-blocking, or -1.
 
-    A front end must not be able to stop our thread with an eventfd, pipe or socket (user-mode Linux's) that is full.
-    O_NONBLOCK is the file's, so it could take it away again: signaller.py has what is done about that.
+    A front end must not be able to block our thread with a full eventfd, pipe or socket (user-mode Linux's).
+    O_NONBLOCK belongs to the file, so the front end could clear it again: signaller.py handles that.
     """
     for fd in message.fds:
         os.set_blocking(fd, False)

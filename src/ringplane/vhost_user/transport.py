@@ -17,7 +17,7 @@ from ringplane.vhost_user.connection import AnyRequest, Connection, Message, Rol
 from ringplane.vhost_user.messages import MAX_FDS, Empty, Payload, ProtocolError, UsageError
 
 _INT_SIZE = array("i").itemsize
-# Room for one more than a message may have, to detect too many.
+# Room for one fd more than a message may have, to detect too many.
 _ANCILLARY_SPACE = socket.CMSG_SPACE((MAX_FDS + 1) * _INT_SIZE)
 _NO_PAYLOAD = Empty()
 
@@ -96,7 +96,7 @@ def _receive_some(sock: socket.socket, connection: Connection, flags: int = 0) -
 
 
 class Interrupted(Exception):
-    """`AsyncTransport.interrupt` was called. Nothing is lost: the next call continues where this one was."""
+    """`AsyncTransport.interrupt` was called. Nothing is lost: the next call resumes where this one left off."""
 
 
 class AsyncTransport:
@@ -104,7 +104,7 @@ class AsyncTransport:
 
     The transport owns the socket. One task may receive at a time; any number may send, and their messages go out whole,
     one after the other. A wait can be cancelled or have a time limit (`asyncio.timeout`). Nothing relies on O_NONBLOCK:
-    of a socket that came from the front end (SET_BACKEND_REQ_FD), it could take that away again.
+    a front end could clear it on a socket that it has sent (SET_BACKEND_REQ_FD).
     """
 
     def __init__(self, sock: socket.socket, connection: Connection | None = None) -> None:
@@ -113,7 +113,7 @@ class AsyncTransport:
         self._sock = sock
         self._receiving = self._interrupted = False
         self._sending = asyncio.Lock()
-        # What each waiting future has registered with the loop, as a call that takes it back.
+        # For each waiting future, the call that removes its registration from the loop.
         self._waits: dict[asyncio.Future[None], Callable[[], object]] = {}
 
     @property
@@ -131,7 +131,7 @@ class AsyncTransport:
             raise UsageError("another task is receiving on this transport")
         self._receiving = True
         try:
-            # A peer that always has a next message ready must not keep the loop from everything else.
+            # A peer that always has another message ready must not block the loop.
             await asyncio.sleep(0)
             return await self._receive()
         finally:
@@ -176,7 +176,7 @@ class AsyncTransport:
             return rest
 
     def interrupt(self) -> None:
-        """Have the call of `receive` that is waiting, or the next one, raise Interrupted."""
+        """Make the waiting call of `receive`, or the next one, raise Interrupted."""
         self._interrupted = True
         for future in self._waits:
             # A sender checks and waits again.

@@ -16,7 +16,7 @@ from ringplane.vhost_user.snapshot import Fd, VringSnapshot
 
 @dataclass(slots=True)
 class Vring:
-    """A ring; fds are -1 where there are none, and whoever replaces one closes it."""
+    """A ring; a missing fd is -1, and the code that replaces an fd closes it."""
 
     queue: Queue
     worker: Worker
@@ -28,7 +28,7 @@ class Vring:
     err_fd: int = -1
     enabled: bool = False
     running: bool = False
-    # Notifications sent in band, by message; `call_told`: a SET_VRING_CALL has said how to notify the driver.
+    # Notifications sent in band, by message; `call_told`: a SET_VRING_CALL has set how to notify the driver.
     signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
     call_told: bool = False
 
@@ -54,7 +54,7 @@ class Vring:
         )
 
     def resume_from(self, saved: VringSnapshot) -> None:
-        """Raises OSError when there are too many fds."""
+        """Take over the state of another process; raises OSError if there are too many fds."""
         self.size, self.base = saved.size, saved.base
         self.address = VringAddr(*saved.address) if saved.address is not None else None
         self.kick_fd, self.call_fd, self.err_fd = (_duplicate(fd) for fd in (saved.kick, saved.call, saved.err))
