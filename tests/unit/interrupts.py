@@ -90,7 +90,8 @@ def interrupted(command: list[str], number: int, moment: float, environment: dic
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        wait_until(lambda: catches(process.pid, number))
+        # Not SIGINT, which Python itself catches from its own first moment on.
+        wait_until(lambda: catches(process.pid, signal.SIGTERM))
         time.sleep(moment)
         process.send_signal(number)
         out, log = process.communicate(timeout=SOON)
