@@ -431,8 +431,9 @@ def test_a_successor_that_ends_changes_nothing(
                 assert state["disks"][0]["front_end"]["vrings"][0]["size"] == guest.ring.size
         assert eventually(lambda: "could not take over" in caplog.text)
         assert serves_on(guest, 2)
-        assert eventually(lambda: open_fds().keys() == fds.keys())
-        assert shared_mappings() == mappings
+        # Files of earlier tests may be closed only now.
+        assert eventually(lambda: open_fds().keys() <= fds.keys())
+        assert shared_mappings() <= mappings
         # And another one may take over.
         take_over(serve, running)
         assert serves_on(guest, 3)
