@@ -335,5 +335,6 @@ def _lifetime(limits: Limits) -> bytes:
 
 def default_serial(image: Image) -> str:
     """A serial number derived from the path, so that /dev/disk/by-id in the guest is stable."""
-    digest = hashlib.blake2b(str(image.path.resolve()).encode(), digest_size=5).hexdigest()
+    # Its bytes, which need not be UTF-8.
+    digest = hashlib.blake2b(os.fsencode(image.path.resolve()), digest_size=5).hexdigest()
     return f"ringplane-{digest}"

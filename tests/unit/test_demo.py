@@ -103,3 +103,10 @@ def test_invalid_sizes(tmp_path: Path) -> None:
         assert done.exit_code == 1
         assert "not a multiple of 4096 of at least 4M" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_invalid_seconds() -> None:
+    for seconds in ("nan", "inf", "0", "-1", "x"):
+        done = CliRunner().invoke(demo, ["--seconds", seconds])
+        assert done.exit_code == 2
+        assert f"Invalid value for '--seconds': '{seconds}'" in done.output

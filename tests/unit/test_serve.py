@@ -434,6 +434,19 @@ def test_existing_image_is_served_unchanged(
     assert ("exists with 3145728 bytes, not the 1048576 of create" in errors) == (size == "1M")
 
 
+def test_names_that_are_not_text(serve: Callable[..., Served], tmp_path: Path) -> None:
+    """Linux has file names of any bytes; the log has one line about each event all the same."""
+    image, path = (tmp_path / os.fsdecode(name) for name in (b"\xff\n.img", b"\xfe.sock"))
+    served = serve("--create", "1M", disk=image, at=path)
+    with attach(path) as driver:
+        assert driver.serial().startswith("ringplane-")
+    status, _, errors = served.end()
+    assert status == 0
+    assert all("ringplane: INFO: " in line for line in errors.splitlines())
+    missing = refused("--blk-file", tmp_path / os.fsdecode(b"\xfd"), "--socket-path", path)
+    assert "no such file" in missing
+
+
 def test_nothing_is_created_over_a_link(image: Path, path: Path) -> None:
     link = image.with_name("link")
     link.symlink_to(image.with_name("nothing"))

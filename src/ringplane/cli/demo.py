@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ringplane.cli.types import FILE, SIZE
+from ringplane.cli.types import FILE, SECONDS, SIZE
 from ringplane.signals import Interrupted, Signals, end_line
 from ringplane.signals import of as signals_of
 from ringplane.values import format_size
@@ -36,7 +36,7 @@ STOP_PATIENCE = 20.0
 @click.command(short_help="Try ringplane without a guest.")
 @click.option("--image", type=FILE, help="Where to make the image [default: a temporary folder]; removed afterwards.")
 @click.option("--size", type=SIZE, default="256M", show_default=True, help="Of the image.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Of each measurement.")
+@click.option("--seconds", type=SECONDS, default="2", show_default=True, help="Length of each measurement.")
 @click.pass_context
 def demo(context: click.Context, image: Path | None, size: int, seconds: float) -> None:
     """Try ringplane without a guest: start a disk, write and verify every block, then measure it.
