@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -432,6 +433,17 @@ def test_existing_image_is_served_unchanged(
     errors = second.end()[2]
     assert "created" not in errors
     assert ("exists with 3145728 bytes, not the 1048576 of create" in errors) == (size == "1M")
+
+
+def test_the_hint_can_be_pasted(serve: Callable[..., Served], tmp_path: Path) -> None:
+    """Into a shell, whose words QEMU splits at single commas."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    served = serve(at=folder / "c,d.sock")
+    _, out, _ = served.end()
+    hint = out[out.index("attach QEMU with:\n") :].partition("\n")[2]
+    assert f"socket,id=ringplane0,path={folder}/c,,d.sock" in shlex.split(hint)
+    assert "memory-backend-memfd,id=mem,size=2G,share=on" in shlex.split(hint)
 
 
 def test_names_that_are_not_text(serve: Callable[..., Served], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection
@@ -445,9 +446,12 @@ def announce(export: Export, logs: Logs) -> None:
 def announce_hint(export: Export, logs: Logs) -> None:
     """Print how to attach a guest."""
     if export.socket_path is not None:
+        # QEMU has a comma doubled in a value.
+        path = str(export.socket_path).replace(",", ",,")
         logs.say(
             "attach QEMU with:\n"
-            "  -object memory-backend-memfd,id=mem,size=2G,share=on -machine memory-backend=mem -m 2G \\\n"
-            f"  -chardev socket,id=ringplane0,path={export.socket_path} \\\n"
+            "  -object memory-backend-memfd,id=mem,size=2G,share=on \\\n"
+            "  -machine memory-backend=mem -m 2G \\\n"
+            f"  -chardev {shlex.quote(f'socket,id=ringplane0,path={path}')} \\\n"
             "  -device vhost-user-blk-pci,chardev=ringplane0"
         )
