@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,6 +77,12 @@ def file_of(process: subprocess.Popen[str], fd: int) -> str:
     return os.readlink(f"/proc/{process.pid}/fd/{fd}")
 
 
+def writable(process: subprocess.Popen[str], fd: int) -> bool:
+    flags = re.search(r"flags:\s+0(\d+)", Path(f"/proc/{process.pid}/fdinfo/{fd}").read_text())
+    assert flags
+    return int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
+
+
 # Closed standard file descriptors
 
 
@@ -112,7 +119,9 @@ def test_a_program_with_closed_file_descriptors(start: Start, image: Path, path:
     wait_until(path.exists)
     with contextlib.closing(FrontEnd(path)) as front_end:
         front_end.get_features()
-        assert {file_of(process, fd) for fd in STANDARD} == {os.devnull}
+        # What Python has opened before it imports ringplane is a file that is only read: a newer libffi opens itself.
+        for fd in STANDARD:
+            assert file_of(process, fd) == os.devnull or not writable(process, fd)
 
 
 @pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
