@@ -10,7 +10,7 @@ import numba
 
 log = logging.getLogger(__name__)
 
-# The first and the last version that all tests were run with.
+# The first version that the tests of the compiled code were run with, and the last one that all tests were run with.
 OLDEST, NEWEST = (0, 61), (0, 68)
 
 
