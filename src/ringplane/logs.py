@@ -100,6 +100,7 @@ class Logs(logging.Handler):
         self._style = style
         self._output = Outlet(STDOUT, "{} lines were lost".format)
         self._errors = Outlet(STDERR, self._lost, self._sum_up)
+        self._limit = LIMIT
         self._repeats = Repeats(self._errors.wake)
         self.addFilter(self._repeats)
         # Only for our own loggers: Numba and asyncio have debug messages too.
@@ -117,7 +118,9 @@ class Logs(logging.Handler):
     def trace(self, text: str) -> None:
         """Print a line about a request on standard error."""
         line = self.format(_record(logging.DEBUG, text)) if self._style == "json" else text
-        self._errors.put(line, LIMIT + TRACE_LIMIT)
+        # A log line must find room whatever is traced.
+        self._limit = LIMIT + TRACE_LIMIT
+        self._errors.put(line, TRACE_LIMIT)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -125,7 +128,7 @@ class Logs(logging.Handler):
         except Exception:
             # This is a mistake in our own code; by default, logging would print a traceback.
             line = self.format(_record(logging.ERROR, f"line {record.lineno} of {record.pathname} cannot be formatted"))
-        self._errors.put(line)
+        self._errors.put(line, self._limit)
 
     def __enter__(self) -> Self:
         logging.getLogger().addHandler(self)

@@ -10,6 +10,7 @@ holds the lock of a handler in write(2), which logging.shutdown waits for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -19,6 +20,9 @@ from queue import Empty, SimpleQueue
 
 # Lines that may wait. A queued line takes some 200 bytes.
 LIMIT = 10_000
+
+# Lines that one write(2) is for, at most.
+BATCH = 100
 
 
 class Outlet:
@@ -78,10 +82,23 @@ class Outlet:
             if line is None:
                 return
             with self._writing:
-                self._rest += line
+                self._rest += line + self._take_waiting()
                 self._write_rest(None)
             if self._lines.empty():
                 self._report_lost()
+
+    def _take_waiting(self) -> bytes:
+        """Lines that wait behind the one that was taken, up to a batch of them."""
+        lines: list[bytes] = []
+        with contextlib.suppress(Empty):
+            while len(lines) < BATCH:
+                line = self._lines.get_nowait()
+                if line is None:
+                    # The end, which comes after them.
+                    self._lines.put(None)
+                    break
+                lines.append(line)
+        return b"".join(lines)
 
     def _write_what_fits(self, patience: float = 0.0) -> None:
         """Write queued lines if there is no thread; `patience` is the time for each piece, in seconds."""
@@ -107,13 +124,13 @@ class Outlet:
                 continue
             except OSError:
                 # The reader has gone, or the disk is full.
+                self._lose(self._rest.count(b"\n"))
                 self._rest, self._writable = b"", False
-                self._lose()
         return True
 
-    def _lose(self) -> None:
+    def _lose(self, lines: int = 1) -> None:
         with self._counting:
-            self._lost += 1
+            self._lost += lines
 
     def _report_lost(self) -> None:
         """Queue a line about lost lines, unless it would be lost too."""
