@@ -43,7 +43,7 @@ SOON = f"from ringplane import repeats; repeats.PERIOD = 0.2; {SERVE}"
 WITHOUT_LIMIT = f"from ringplane import repeats; repeats.BURST = 1 << 40; {SERVE}"
 
 # In addition, only 20 lines may be queued.
-SHORT_QUEUE = f"from ringplane.outlet import Outlet; Outlet.put.__defaults__ = (20,); {WITHOUT_LIMIT}"
+SHORT_QUEUE = f"from ringplane import logs; logs.LIMIT = 20; {WITHOUT_LIMIT}"
 
 
 class Running:
