@@ -31,12 +31,12 @@ from rich.table import Table
 
 from ringplane.bench import backends
 from ringplane.bench.errors import BenchError
-from ringplane.driver.disk import Driver
+from ringplane.compiler.jit import compiled
+from ringplane.driver.driver import Driver
 from ringplane.driver.generator import AGAIN, BROKEN, DONE, FOREVER, drive
 from ringplane.driver.load import Load, _Worker
 from ringplane.driver.process import cpu_ns
 from ringplane.native.access import load64
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.blk import SECTOR
 

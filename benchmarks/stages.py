@@ -29,11 +29,11 @@ from rich.table import Table
 
 import ringplane
 from ringplane.bench import machine
+from ringplane.compiler.pipeline import whole
 from ringplane.dataplane import loop
 from ringplane.dataplane import worker as worker_module
 from ringplane.driver import Driver, Load, run_load
 from ringplane.native.access import load64, store64
-from ringplane.native.parts import whole
 from ringplane.native.syscalls import monotonic_ns
 
 ENGINES = ("null", "memory", "io_uring", "aio")

@@ -5,20 +5,20 @@ from __future__ import annotations
 __version__ = "0.1.0.dev0"
 __all__ = ["DiskConfig", "Export", "IoThread", "Server", "serve", "serve_all"]
 
-# That of typing, without the time that importing it takes: a command catches signals after this (signals.py).
+# That of typing, without the time that importing it takes: a command catches signals after this (system/signals.py).
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ringplane.export import DiskConfig, Export, serve, serve_all
-    from ringplane.server import IoThread, Server
+    from ringplane.control.export import DiskConfig, Export, serve, serve_all
+    from ringplane.control.server import IoThread, Server
 
 
 def __getattr__(name: str) -> Any:
     # Numba takes a quarter of a second to import; `ringplane --help` shall not wait for it.
     if name in __all__:
-        from ringplane import export
+        from ringplane.control import export
 
         return getattr(export, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import MAX_RANGES
 from ringplane.driver import Driver
 from unit.combinations import FORMATS
@@ -254,9 +254,9 @@ class Target:
         attacker, before = line.rig, len(self.victim.told())
         memory = attacker.memory_beside_rings()
         line.kick()
-        wait_for_event(line.err_fd, f"the error: {rules.MESSAGES[rule]}")
+        wait_for_event(line.err_fd, f"the error: {ring_rules.MESSAGES[rule]}")
         told = self.victim.told()[before:]
-        assert f"bad.img queue {line.number}: ring broken by the driver: {rules.MESSAGES[rule]}" in told, told
+        assert f"bad.img queue {line.number}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in told, told
         assert told.count("ring broken") == 1
         assert attacker.memory_beside_rings() == memory
         assert not list(line.ring.take_used())

@@ -9,8 +9,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import address_of, load64, store16, store32, store64, view
-from ringplane.native.jit import compiled
 
 CHOICES = 8
 

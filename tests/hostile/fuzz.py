@@ -34,6 +34,7 @@ import click
 
 from ringplane.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
+from ringplane.inflight.tracking import region_bytes
 from ringplane.vhost_user.messages import (
     HEADER,
     RULES,
@@ -45,7 +46,6 @@ from ringplane.vhost_user.messages import (
     Request,
     VringState,
 )
-from ringplane.virtio.inflight import region_bytes
 from unit.combinations import FEATURES
 from unit.packed import PackedRing
 from unit.rig import (

@@ -17,7 +17,7 @@ import pytest
 
 from ringplane.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
-from ringplane.repeats import BURST
+from ringplane.log.repeats import BURST
 from unit.rig import PATIENCE, eventually
 
 CONFIG = """\

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import MAX_IOVECS, MAX_RANGES
 from ringplane.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused
@@ -237,7 +237,7 @@ def test_more_segments_than_seg_max(target: Target, ring_class: Any, direct: int
         assert answer == Answer(OK, len(data) + 1, data)
         attacker.guest.free = 1 << 17
     line.put(IN, 8, room=512 * MAX_IOVECS, writable=[*[512] * MAX_IOVECS, 1], direct=direct)
-    target.assert_breaks(line, rules.TOO_MANY_SEGMENTS)
+    target.assert_breaks(line, ring_rules.TOO_MANY_SEGMENTS)
 
 
 # Each of these tests has its own process.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import ring_rules
 from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import MemoryRegion
 from unit.packed import PackedRing
@@ -102,7 +102,7 @@ def test_loops_in_a_split_ring_and_an_indirect_table(target: Target) -> None:
             else:
                 attacker.guest.write(line.ring.desc, descriptors(chain))
                 line.ring.put_available(0)
-            target.assert_breaks(line, rules.LOOP)
+            target.assert_breaks(line, ring_rules.LOOP)
 
 
 @pytest.mark.row("descriptor loop")
@@ -114,7 +114,7 @@ def test_a_packed_chain_without_an_end(target: Target) -> None:
         buffers = Buffers(attacker)
         buffer = (*buffers.read[:2], flags)
         offer(line, [buffers.header, *[buffer] * 14, (*buffer[:2], flags | NEXT)])
-        target.assert_breaks(line, rules.LOOP)
+        target.assert_breaks(line, ring_rules.LOOP)
 
 
 @pytest.mark.row("zero-length descriptor")
@@ -127,7 +127,7 @@ def test_a_length_of_zero_at_each_position(target: Target, ring_class: Any, dire
         address, _, flags = chain[position]
         chain[position] = (address, 0, flags)
         offer(line, chain, direct)
-        target.assert_breaks(line, rules.ZERO_LENGTH)
+        target.assert_breaks(line, ring_rules.ZERO_LENGTH)
 
 
 @pytest.mark.row("malformed chain parsed repeatedly")
@@ -163,13 +163,17 @@ def test_a_chain_of_only_a_head(target: Target, ring_class: Any) -> None:
     attacker = target.attacker(ring_class=ring_class)
     line = attacker.lines[0]
     for direct in (None, 0):
-        for which, rule in [("header", rules.NO_STATUS), ("read", rules.NO_STATUS), ("status", rules.NO_HEADER)]:
+        for which, rule in [
+            ("header", ring_rules.NO_STATUS),
+            ("read", ring_rules.NO_STATUS),
+            ("status", ring_rules.NO_HEADER),
+        ]:
             buffers = Buffers(attacker)
             before = line.put(IN, 4, room=512)
             offer(line, [getattr(buffers, which)], direct)
             line.kick()
             wait_for_event(line.err_fd, "the error")
-            assert rules.MESSAGES[rule] in target.told().splitlines()[-1]
+            assert ring_rules.MESSAGES[rule] in target.told().splitlines()[-1]
             done: list[Any] = []
             assert eventually(lambda done=done: done.extend(line.ring.collect()) or len(done) > 0)
             assert done == [before]
@@ -190,7 +194,7 @@ def test_lengths_whose_sum_wraps(target: Target, ring_class: Any) -> None:
             whole = (GUEST_BASE, gib, flags)
             data = buffers.write if kind == IN else buffers.read
             offer(line, [buffers.header, data, *[whole] * 4, buffers.status], direct)
-            target.assert_breaks(line, rules.TOO_MANY_BYTES)
+            target.assert_breaks(line, ring_rules.TOO_MANY_BYTES)
             offer(line, [buffers.header, *[whole] * 3, (GUEST_BASE, gib - 17, flags), buffers.status], direct)
             line.kick()
             assert eventually(lambda place=buffers.status[0] - GUEST_BASE: attacker.guest.memory[place] == IOERR)
@@ -207,21 +211,21 @@ def test_the_avail_index_jumps(target: Target, event_idx: bool, jump: int) -> No
         for number in range(laps):
             assert line.do(IN, number, room=512) == Answer(OK, 513, sector(number))
         line.ring.avail_idx = (line.ring.avail_idx + jump) % 65536
-        target.assert_breaks(line, rules.AVAIL_INDEX)
+        target.assert_breaks(line, ring_rules.AVAIL_INDEX)
 
 
 TABLES = {
-    "nested": rules.INDIRECT_NESTED,
-    "next": rules.INDIRECT_NEXT,
-    "length-0": rules.INDIRECT_LENGTH,
-    "length-1": rules.INDIRECT_LENGTH,
-    "length-15": rules.INDIRECT_LENGTH,
-    "length-65": rules.INDIRECT_LENGTH,
-    "unmapped": rules.INDIRECT_ADDRESS,
-    "half-unmapped": rules.INDIRECT_ADDRESS,
-    "over-two-regions": rules.INDIRECT_ADDRESS,
-    "longer-than-memory": rules.INDIRECT_ADDRESS,
-    "longer-than-allowed": rules.TOO_MANY_SEGMENTS,
+    "nested": ring_rules.INDIRECT_NESTED,
+    "next": ring_rules.INDIRECT_NEXT,
+    "length-0": ring_rules.INDIRECT_LENGTH,
+    "length-1": ring_rules.INDIRECT_LENGTH,
+    "length-15": ring_rules.INDIRECT_LENGTH,
+    "length-65": ring_rules.INDIRECT_LENGTH,
+    "unmapped": ring_rules.INDIRECT_ADDRESS,
+    "half-unmapped": ring_rules.INDIRECT_ADDRESS,
+    "over-two-regions": ring_rules.INDIRECT_ADDRESS,
+    "longer-than-memory": ring_rules.INDIRECT_ADDRESS,
+    "longer-than-allowed": ring_rules.TOO_MANY_SEGMENTS,
 }
 
 
@@ -268,7 +272,7 @@ def test_an_indirect_table_without_the_feature(target: Target, ring_class: Any) 
     attacker = target.attacker(ring_class=ring_class, indirect=False)
     for direct in (0, 1):
         offer(attacker.lines[0], Buffers(attacker).good, direct)
-        target.assert_breaks(attacker.lines[0], rules.INDIRECT_NOT_NEGOTIATED)
+        target.assert_breaks(attacker.lines[0], ring_rules.INDIRECT_NOT_NEGOTIATED)
 
 
 # Address and length: across each edge of each region, into and across the hole, and around 2^64.
@@ -310,7 +314,7 @@ def test_ranges_outside_the_memory(target: Target, ring_class: Any, position: st
             WRITE * (position in ("write", "status")),
         )
         offer(line, chain, number % 2 if number % 3 else None)
-        target.assert_breaks(line, rules.ADDRESS)
+        target.assert_breaks(line, ring_rules.ADDRESS)
 
 
 @pytest.mark.row("address range outside the guest's memory")
@@ -412,21 +416,21 @@ def test_chains_shorter_than_a_header(target: Target, ring_class: Any, direct: i
         buffers = Buffers(attacker)
         pieces = [(buffers.header[0], size, 0) for size in sizes]
         offer(attacker.lines[0], [*pieces, buffers.write, buffers.status], direct)
-        target.assert_breaks(attacker.lines[0], rules.NO_HEADER)
+        target.assert_breaks(attacker.lines[0], ring_rules.NO_HEADER)
     buffers = Buffers(attacker)
     offer(attacker.lines[0], [buffers.header, buffers.status, buffers.read], direct)
-    target.assert_breaks(attacker.lines[0], rules.ORDER)
+    target.assert_breaks(attacker.lines[0], ring_rules.ORDER)
 
 
 @pytest.mark.row("truncated chain treated as complete")
 @FRAMINGS
-@pytest.mark.parametrize("rule", [rules.ADDRESS, rules.ZERO_LENGTH], ids=["address", "length"])
+@pytest.mark.parametrize("rule", [ring_rules.ADDRESS, ring_rules.ZERO_LENGTH], ids=["address", "length"])
 def test_a_bad_third_descriptor(target: Target, ring_class: Any, direct: int | None, rule: int) -> None:
     """Without it, each would be a valid request: a read, and a write that must not happen."""
     attacker = target.attacker(ring_class=ring_class)
     for kind in (IN, OUT):
         chain = two_of_a_request(attacker, kind)
-        bad = (NOWHERE, 1, WRITE) if rule == rules.ADDRESS else (chain[1][0], 0, WRITE)
+        bad = (NOWHERE, 1, WRITE) if rule == ring_rules.ADDRESS else (chain[1][0], 0, WRITE)
         offer(attacker.lines[0], [*chain, bad], direct)
         target.assert_breaks(attacker.lines[0], rule)
 
@@ -449,7 +453,7 @@ def test_next_outside_a_split_table(target: Target, in_table: bool) -> None:
             else:
                 attacker.guest.write(line.ring.desc, descriptors(chain))
                 line.ring.put_available(0)
-            target.assert_breaks(line, rules.NEXT_RANGE)
+            target.assert_breaks(line, ring_rules.NEXT_RANGE)
 
 
 def two_of_a_request(attacker: Attacker, kind: int) -> list[Descriptor]:
@@ -492,7 +496,7 @@ def test_more_chains_in_flight_than_descriptors(target: Target, ring_class: Any)
         line.ring.put_available(requests[0].head)
         line.kick()
         select.select([line.err_fd], [], [], 0.2)
-        if rules.MESSAGES[rules.TOO_MANY_IN_FLIGHT] in target.told():
+        if ring_rules.MESSAGES[ring_rules.TOO_MANY_IN_FLIGHT] in target.told():
             break
         line.reset()
     else:

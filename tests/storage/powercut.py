@@ -31,7 +31,7 @@ import click
 import numpy as np
 
 from ringplane.driver import Driver
-from ringplane.driver.disk import FEATURES, segments
+from ringplane.driver.driver import FEATURES, segments
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_F_FLUSH,

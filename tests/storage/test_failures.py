@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ringplane.driver import Driver
-from ringplane.driver.disk import FEATURES, Answer, Ticket, segments
+from ringplane.driver.driver import FEATURES, Answer, Ticket, segments
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_F_FLUSH,

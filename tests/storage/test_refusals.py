@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ringplane.driver import Driver
-from ringplane.driver.disk import FEATURES, segments
+from ringplane.driver.driver import FEATURES, segments
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_F_DISCARD,
@@ -222,8 +222,9 @@ def test_a_failed_discard_is_logged_and_the_request_succeeds(fuse: FuseFile, err
 
 FORBIDDING = """
 import sys
-from ringplane.native import libc, seccomp
-from ringplane.native.numbers import NUMBERS
+from ringplane.system import libc
+from ringplane.system import seccomp
+from ringplane.system.syscall_numbers import NUMBERS
 libc.forbid_new_rights()
 seccomp.install([
     (seccomp.LOAD, 0, 0, seccomp.NUMBER),

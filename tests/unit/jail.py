@@ -9,8 +9,8 @@ import errno
 import os
 import sys
 
-from ringplane.native import libc, seccomp
-from ringplane.native.numbers import NUMBERS
+from ringplane.system import libc, seccomp
+from ringplane.system.syscall_numbers import NUMBERS
 
 LOAD_NUMBER = (seccomp.LOAD, 0, 0, seccomp.NUMBER)
 

@@ -15,7 +15,7 @@ MAX_BYTES = 2**32
 
 
 class Broken(Exception):
-    """The driver broke a rule; `args[0]` is the name of the rule in dataplane/rules.py."""
+    """The driver broke a rule; `args[0]` is the name of the rule in dataplane/ring_rules.py."""
 
 
 def need_event(event: int, new: int, old: int) -> bool:

@@ -22,13 +22,13 @@ from typing import Any
 import numba
 import pytest
 
+from ringplane.block.image import Image
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import POLL_US, Worker
 from ringplane.engines.choose import MEMORY, make_engine
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
-from ringplane.image import Image
-from ringplane.memory import MemoryTable, Region
+from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.access import fence, store16
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
@@ -48,9 +48,9 @@ SERIAL = "serial-0123456789"
 # `ringplane` for tests that read the log right after a reply: each line is written before the reply, by the thread that
 # logs it, and repeated lines are not summed up. tests/hostile/test_log.py tests the log itself.
 LOGGING_AT_ONCE = """
-from ringplane import repeats
+from ringplane.log import repeats
 from ringplane.cli import main
-from ringplane.outlet import Outlet
+from ringplane.log.outlet import Outlet
 repeats.BURST = 1 << 40
 Outlet.start = lambda self: None
 main()

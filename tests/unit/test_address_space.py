@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ringplane import address_space
-from ringplane.address_space import AddressSpace, Pool, Share
-from ringplane.memory import BadMemory, Mapping, Region
+from ringplane.guest_memory import address_space
+from ringplane.guest_memory.address_space import AddressSpace, Pool, Share
+from ringplane.guest_memory.regions import BadMemory, Mapping, Region
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -76,7 +76,7 @@ def test_guaranteed_shares_are_always_available() -> None:
 def test_half_of_the_address_space_is_usable(
     monkeypatch: pytest.MonkeyPatch, stack: int, limit: int, usable: int
 ) -> None:
-    monkeypatch.setattr("ringplane.native.libc.stack_address", lambda: stack)
+    monkeypatch.setattr("ringplane.system.libc.stack_address", lambda: stack)
     monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
     assert address_space.usable_bytes() == usable
 

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from ringplane import histogram
 from ringplane.bench import backends, cells, curves, fio, markdown, places, results, run, summary
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Report
 from ringplane.cli.bench import bench
-from ringplane.signals import Interrupted
+from ringplane.dataplane import histogram
+from ringplane.system.signals import Interrupted
 
 from .reports import CELL, NATIVE, OURS, THREADS, report_of, row
 

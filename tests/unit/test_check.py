@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import ringplane
-from ringplane.check import find_problems
+from ringplane.block.image import ImageError
 from ringplane.cli.check import check
-from ringplane.config import ConfigError, examine, read_config
-from ringplane.image import ImageError
-from ringplane.listener import ListenError
+from ringplane.control.check import find_problems
+from ringplane.control.config import ConfigError, examine, read_config
+from ringplane.control.listener import ListenError
 
 DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\nnum-queues = 1\n'
 CREATED = f'{DISK}create = "1M"\n'

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.config import Config, ConfigError, read_config
+from ringplane.control.config import Config, ConfigError, read_config
+from ringplane.control.export import DiskConfig
+from ringplane.control.server import IoThread
 from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
-from ringplane.export import DiskConfig
-from ringplane.server import IoThread
-from ringplane.values import MAX_POLL_US, format_cpus, parse_cpus, parse_poll_us
+from ringplane.options.values import MAX_POLL_US, format_cpus, parse_cpus, parse_poll_us
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\n'
@@ -115,7 +115,7 @@ def documented_example() -> str:
 
 
 def test_every_key_is_documented() -> None:
-    from ringplane.config import DISK_KEYS, IO_THREAD_KEYS
+    from ringplane.control.config import DISK_KEYS, IO_THREAD_KEYS
 
     rows = [
         line.split("`")[1] for line in (REPOSITORY / "docs" / "config.md").read_text().splitlines() if "| `" in line

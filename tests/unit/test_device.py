@@ -133,7 +133,7 @@ def test_a_switch_that_cannot_be_made_stable_is_refused(
 
 
 def test_without_flush_there_is_no_write_cache(export: ringplane.Export) -> None:
-    from ringplane.driver.disk import FEATURES
+    from ringplane.driver.driver import FEATURES
 
     with attach(export, feature_bits=FEATURES & ~VIRTIO_BLK_F_FLUSH):
         assert layouts(export) == [True, True]
@@ -151,7 +151,7 @@ def test_no_other_configuration_field_can_be_written(export: ringplane.Export, o
 
 
 def test_the_write_cache_switch_needs_the_feature(export: ringplane.Export) -> None:
-    from ringplane.driver.disk import FEATURES
+    from ringplane.driver.driver import FEATURES
 
     with attach(export, feature_bits=FEATURES & ~VIRTIO_BLK_F_CONFIG_WCE) as driver:
         with pytest.raises(Refused):

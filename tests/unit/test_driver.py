@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ringplane.driver.content import Model, first_word, mix, origin, word_at
-from ringplane.driver.disk import Driver, Unsupported
+from ringplane.driver.driver import Driver, Unsupported
 from ringplane.driver.frontend import FrontEnd, Refused, RingBroken, SharedMemory
 from ringplane.driver.load import Load, check, fill, run_load
 from ringplane.driver.process import cpu_ns

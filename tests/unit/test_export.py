@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 import ringplane
-from ringplane.driver.disk import Driver
+from ringplane.block.image import ImageError
+from ringplane.control.listener import ListenError
+from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, Model, Result, check, fill, run_load
-from ringplane.image import ImageError
-from ringplane.listener import ListenError
 from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringplane.block.image import Image, ImageError
 from ringplane.dataplane.worker import Worker
-from ringplane.disk import BITS, Disk
-from ringplane.image import Image, ImageError
-from ringplane.values import FEATURES, OFF_BY_DEFAULT, parse_feature
+from ringplane.device.disk import BITS, Disk
+from ringplane.options.values import FEATURES, OFF_BY_DEFAULT, parse_feature
 from ringplane.vhost_user.messages import ProtocolFeature
 from ringplane.virtio import blk, features
 

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.state import MAX_IOVECS, QUEUE, REQUEST
-from ringplane.memory import REGION
+from ringplane.guest_memory.regions import REGION
 from ringplane.native.syscalls import IOVEC
 
 from . import model
 from .model import INDIRECT, NEXT, WRITE, Area, Broken, Buffer, Descriptor
 
-RULE_OF_NAME = {name: value for name, value in vars(rules).items() if type(value) is int and name != "MAX_IOVECS"}
+RULE_OF_NAME = {name: value for name, value in vars(ring_rules).items() if type(value) is int and name != "MAX_IOVECS"}
 NAME_OF_RULE = {value: name for name, value in RULE_OF_NAME.items()}
 GUARD = 64
 
@@ -88,7 +88,7 @@ def by_the_model(areas: list[Area], table: list[Descriptor], head: int, indirect
 def by_gather(areas: list[Area], table: list[Descriptor], head: int, indirect: bool) -> model.Request | str:
     fetcher = Fetcher(areas, table, indirect=indirect)
     rule = fetcher.gather(head)
-    return fetcher.fetched() if rule == rules.OK else NAME_OF_RULE[rule]
+    return fetcher.fetched() if rule == ring_rules.OK else NAME_OF_RULE[rule]
 
 
 def assert_like_the_model(areas: list[Area], table: list[Descriptor], head: int, indirect: bool) -> None:
@@ -287,14 +287,14 @@ def test_an_indirect_descriptor_needs_the_feature() -> None:
     areas = plain_memory()
     areas[2].content[:32] = HEADER.pack() + STATUS.pack()
     ring = ring_of(Descriptor(TABLE, 32, INDIRECT, 0))
-    assert Fetcher(areas, ring, indirect=True).gather(0) == rules.OK
-    assert Fetcher(areas, ring, indirect=False).gather(0) == rules.INDIRECT_NOT_NEGOTIATED
+    assert Fetcher(areas, ring, indirect=True).gather(0) == ring_rules.OK
+    assert Fetcher(areas, ring, indirect=False).gather(0) == ring_rules.INDIRECT_NOT_NEGOTIATED
 
 
 def test_every_rule_has_an_example() -> None:
     elsewhere = {"OK", "INDIRECT_NOT_NEGOTIATED", "AVAIL_INDEX", "TOO_MANY_IN_FLIGHT"}
     assert set(BROKEN) == set(RULE_OF_NAME) - elsewhere
-    assert set(rules.MESSAGES) == set(NAME_OF_RULE) - {rules.OK}
+    assert set(ring_rules.MESSAGES) == set(NAME_OF_RULE) - {ring_rules.OK}
 
 
 # Edge cases that random choice would rarely hit.
@@ -303,7 +303,7 @@ def test_every_rule_has_an_example() -> None:
 @pytest.mark.parametrize("length", [0, 8, 15, 17, 2**32 - 16])
 def test_a_bad_length_of_an_indirect_table(length: int) -> None:
     rule = Fetcher(plain_memory(), ring_of(Descriptor(TABLE, length, INDIRECT, 0))).gather(0)
-    assert rule == (rules.INDIRECT_ADDRESS if length == 2**32 - 16 else rules.INDIRECT_LENGTH)
+    assert rule == (ring_rules.INDIRECT_ADDRESS if length == 2**32 - 16 else ring_rules.INDIRECT_LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -311,30 +311,32 @@ def test_a_bad_length_of_an_indirect_table(length: int) -> None:
 )
 def test_an_address_outside_breaks_the_ring(addr: int) -> None:
     ring = ring_of(HEADER, STATUS._replace(addr=addr))
-    assert Fetcher(plain_memory(), ring).gather(0) == rules.ADDRESS
+    assert Fetcher(plain_memory(), ring).gather(0) == ring_rules.ADDRESS
 
 
 @pytest.mark.parametrize(("addr", "length"), [(0x2FFF, 2), (0x1000, 0x2001), (0x17FFF, 2), (0x8000, 2**32 - 16)])
 def test_a_range_that_runs_out_of_memory_breaks_the_ring(addr: int, length: int) -> None:
     ring = ring_of(HEADER, STATUS._replace(addr=addr, length=length))
-    assert Fetcher(plain_memory(), ring).gather(0) == rules.ADDRESS
+    assert Fetcher(plain_memory(), ring).gather(0) == ring_rules.ADDRESS
 
 
 def test_a_range_may_end_at_the_last_address_but_not_one_byte_later() -> None:
     areas = [*plain_memory(), Area(2**63 - 17, bytearray(16))]
     good = ring_of(HEADER, STATUS._replace(addr=2**63 - 17, length=16))
-    assert Fetcher(areas, good).gather(0) == rules.OK
+    assert Fetcher(areas, good).gather(0) == ring_rules.OK
     bad = ring_of(HEADER, STATUS._replace(addr=2**63 - 17, length=17))
-    assert Fetcher(areas, bad).gather(0) == rules.ADDRESS
+    assert Fetcher(areas, bad).gather(0) == ring_rules.ADDRESS
 
 
 def test_without_memory_every_address_is_outside() -> None:
     fetcher = Fetcher(plain_memory(), ring_of(HEADER, STATUS))
     fetcher.queue["region_count"] = 0
-    assert fetcher.gather(0) == rules.ADDRESS
+    assert fetcher.gather(0) == ring_rules.ADDRESS
 
 
-@pytest.mark.parametrize(("cuts", "rule"), [(1024, rules.OK), (1027, rules.OK), (1028, rules.TOO_MANY_SEGMENTS)])
+@pytest.mark.parametrize(
+    ("cuts", "rule"), [(1024, ring_rules.OK), (1027, ring_rules.OK), (1028, ring_rules.TOO_MANY_SEGMENTS)]
+)
 def test_the_largest_number_of_segments(cuts: int, rule: int) -> None:
     """A header and `cuts` more descriptors in an indirect table that is longer than the ring."""
     areas = plain_memory()
@@ -343,25 +345,25 @@ def test_the_largest_number_of_segments(cuts: int, rule: int) -> None:
     areas[2].content[: 16 * len(entries)] = b"".join(entry.pack() for entry in entries)
     fetcher = Fetcher(areas, ring_of(Descriptor(TABLE, 16 * len(entries), INDIRECT, 0)))
     assert fetcher.gather(0) == rule
-    if rule == rules.OK:
+    if rule == ring_rules.OK:
         assert fetcher.request["writable_count"] == cuts - 1
 
 
 def test_a_chain_of_the_whole_ring_is_not_a_loop() -> None:
     ring = [Descriptor(0x1000, 16, NEXT, number + 1) for number in range(7)] + [STATUS]
-    assert Fetcher(plain_memory(), ring).gather(0) == rules.OK
+    assert Fetcher(plain_memory(), ring).gather(0) == ring_rules.OK
 
 
 def test_a_loop_of_the_whole_ring_is_detected_before_a_descriptor_is_read_again() -> None:
     ring = [HEADER, STATUS._replace(flags=WRITE | NEXT, next=0)]
-    assert Fetcher(plain_memory(), ring).gather(0) == rules.LOOP
+    assert Fetcher(plain_memory(), ring).gather(0) == ring_rules.LOOP
 
 
 def test_nothing_is_left_of_the_previous_chain() -> None:
     fetcher = Fetcher(plain_memory(), ring_of(HEADER, STATUS._replace(length=100)))
-    assert fetcher.gather(0) == rules.OK
+    assert fetcher.gather(0) == ring_rules.OK
     first = fetcher.fetched()
-    assert fetcher.gather(0) == rules.OK
+    assert fetcher.gather(0) == ring_rules.OK
     assert fetcher.fetched() == first
 
 
@@ -389,15 +391,15 @@ class Huge:
 @pytest.mark.parametrize(
     ("lengths", "rule"),
     [
-        ((2**32 - 16,), rules.OK),
-        ((2**32 - 15,), rules.TOO_MANY_BYTES),
-        ((2**31, 2**31 - 16), rules.OK),
-        ((2**31, 2**31 - 15), rules.TOO_MANY_BYTES),
-        ((2**32 - 1, 2**32 - 1), rules.TOO_MANY_BYTES),
+        ((2**32 - 16,), ring_rules.OK),
+        ((2**32 - 15,), ring_rules.TOO_MANY_BYTES),
+        ((2**31, 2**31 - 16), ring_rules.OK),
+        ((2**31, 2**31 - 15), ring_rules.TOO_MANY_BYTES),
+        ((2**32 - 1, 2**32 - 1), ring_rules.TOO_MANY_BYTES),
     ],
 )
 def test_a_chain_has_at_most_2_to_the_32_bytes(lengths: tuple[int, ...], rule: int) -> None:
     huge = Huge()
     assert huge.gather(*lengths) == rule
-    if rule == rules.OK:
+    if rule == ring_rules.OK:
         assert huge.fetcher.request["writable_bytes"] == sum(lengths) - 1

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import ringplane
+from ringplane.block.formats import FORMATS, Format, find_format
+from ringplane.block.image import Image, ImageError
 from ringplane.driver import Driver
-from ringplane.formats import FORMATS, Format, find_format
-from ringplane.image import Image, ImageError
 
 from .rig import loop_device, pattern
 from .test_image import needs

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 import ringplane
-from ringplane import handover
+from ringplane.control import handover
+from ringplane.control.handover import Channel, HandoverError, socket_beside
 from ringplane.driver import Driver
-from ringplane.driver.disk import FEATURES
+from ringplane.driver.driver import FEATURES
 from ringplane.driver.ring import poke
-from ringplane.handover import Channel, HandoverError, socket_beside
-from ringplane.values import ZoneModel
+from ringplane.options.values import ZoneModel
 from ringplane.vhost_user.messages import HEADER, BackendRequest, Request, VringState
 from ringplane.vhost_user.snapshot import Fd
 from ringplane.virtio.split import AVAIL_IDX

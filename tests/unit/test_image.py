@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import ringplane
-from ringplane import image
+from ringplane.block import image
+from ringplane.block.image import Image, ImageError
 from ringplane.driver import Driver
-from ringplane.image import Image, ImageError
 
 from .rig import loop_device
 
@@ -261,7 +261,7 @@ def test_a_refused_opener_does_not_lock(path: Path) -> None:
 
 
 def test_another_process_is_refused_and_a_killed_one_leaves_no_lock(path: Path) -> None:
-    program = "import sys, pathlib; from ringplane.image import Image; i = Image(pathlib.Path(sys.argv[1]))"
+    program = "import sys, pathlib; from ringplane.block.image import Image; i = Image(pathlib.Path(sys.argv[1]))"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{program}; print('open', flush=True); sys.stdin.read()", str(path)],
         stdin=subprocess.PIPE,

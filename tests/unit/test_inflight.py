@@ -16,14 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringplane.dataplane.queue import Device, InflightRegion, Queue
-from ringplane.memory import BadMemory, Mapping
+from ringplane.guest_memory.regions import BadMemory, Mapping
+from ringplane.inflight import tracking
 from ringplane.native import access
-from ringplane.virtio import inflight, packed, ring, split
+from ringplane.virtio import packed, ring, split
 
 from .packed import PackedRing
 from .rig import Guest, Piece, Ring
 
-MODULES = (inflight, packed, ring, split)
+MODULES = (tracking, packed, ring, split)
 WIDTHS = {"8": ctypes.c_uint8, "16": ctypes.c_uint16, "32": ctypes.c_uint32, "64": ctypes.c_int64}
 
 
@@ -88,7 +89,7 @@ class Memory:
         self.guest = Guest(4 << 20)
         self.size, self.packed = size, ring_class is PackedRing
         self.ring = ring_class(self.guest, size)
-        length = inflight.region_bytes(size, packed=self.packed)
+        length = tracking.region_bytes(size, packed=self.packed)
         self.fd = os.memfd_create("region")
         os.ftruncate(self.fd, length)
         mapping = Mapping(self.fd, length, 0)
@@ -165,8 +166,8 @@ class Process:
         """The id of a chain according to its copied descriptors, and their number."""
         count = ctypes.c_int64.from_address(int(self.state.counts) + 8 * entry).value
         for _ in range(count):
-            _, _, name, _ = inflight.read_copy(self.state, entry)
-            entry = inflight.next_free(self.state, entry)
+            _, _, name, _ = tracking.read_copy(self.state, entry)
+            entry = tracking.next_free(self.state, entry)
         return name, count
 
     def fetch(self) -> bool:
@@ -176,17 +177,17 @@ class Process:
             return False
         if not self.memory.packed:
             head = split.take_head(state)
-            inflight.fetch_split(state, head)
+            tracking.fetch_split(state, head)
             self.in_flight.append((head, head, 1))
             self.memory.order.append(self.memory.numbers[head])
             return True
         index, entry, count, flags = int(state.last_avail), int(state.free_head), 0, split.VIRTQ_DESC_F_NEXT
         while flags & split.VIRTQ_DESC_F_NEXT:
             addr, length, name, flags = packed.read_desc(int(state.desc), index)
-            entry = inflight.copy_descriptor(state, entry, addr, length, name, flags)
+            entry = tracking.copy_descriptor(state, entry, addr, length, name, flags)
             index, count = (index + 1) % self.memory.size, count + 1
         packed.take(state, count)
-        entry = inflight.fetch_packed(state, count)
+        entry = tracking.fetch_packed(state, count)
         self.in_flight.append((name, entry, count))
         self.memory.order.append(self.memory.numbers[name])
         return True
@@ -194,10 +195,10 @@ class Process:
     def complete(self, which: int) -> None:
         if self.in_flight:
             name, entry, count = self.in_flight.pop(which % len(self.in_flight))
-            inflight.use(self.state, entry, name, count, 0)
+            tracking.use(self.state, entry, name, count, 0)
 
     def publish(self) -> None:
-        inflight.publish(self.state)
+        tracking.publish(self.state)
 
 
 def check_recovery(memory: Memory, process: Process) -> None:
@@ -300,9 +301,9 @@ def broken_region(memory: Memory, device: Device, harm: Callable[[Any, Any], Non
     process.complete(0)
     process.publish()
     kinds = (
-        (inflight.REGION_PACKED, inflight.STATE_PACKED)
+        (tracking.REGION_PACKED, tracking.STATE_PACKED)
         if memory.packed
-        else (inflight.REGION_SPLIT, inflight.STATE_SPLIT)
+        else (tracking.REGION_SPLIT, tracking.STATE_SPLIT)
     )
     content = (ctypes.c_uint8 * memory.region.mapping.size).from_address(memory.region.address)
     head = np.frombuffer(memoryview(content).cast("B"), kinds[0], 1)
@@ -371,6 +372,6 @@ def test_random_bytes_in_a_region_are_accepted_or_rejected(
 
 def test_layouts() -> None:
     """The layouts of the specification's C structs, which other back ends use."""
-    assert (inflight.SPLIT_SIZE, inflight.SPLIT_STATE_SIZE) == (16, 16)
-    assert (inflight.PACKED_SIZE, inflight.PACKED_STATE_SIZE) == (32, 32)
-    assert inflight.region_bytes(128, packed=False) == 2112
+    assert (tracking.SPLIT_SIZE, tracking.SPLIT_STATE_SIZE) == (16, 16)
+    assert (tracking.PACKED_SIZE, tracking.PACKED_STATE_SIZE) == (32, 32)
+    assert tracking.region_bytes(128, packed=False) == 2112

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import ringplane
+from ringplane.block.image import Image, ImageError
 from ringplane.dataplane import worker
 from ringplane.driver import Driver
-from ringplane.image import Image, ImageError
-from ringplane.native import procfs
+from ringplane.system import procfs
 
 IMAGE_SIZE = MEMORY_SIZE = 16 << 20
 SOON = 240.0

@@ -17,7 +17,7 @@ from typing import Any
 import numba
 import pytest
 
-from ringplane.native import cache, jit, numba_version
+from ringplane.compiler import cache, jit, numba_version
 
 REPOSITORY = Path(__file__).parents[2]
 

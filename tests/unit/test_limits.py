@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ringplane import limits as module
+from ringplane.block import storage_limits as module
+from ringplane.block.image import Image
+from ringplane.block.storage_limits import Limits, limits
 from ringplane.dataplane.worker import Worker
-from ringplane.disk import Disk
+from ringplane.device.disk import Disk
 from ringplane.engines.ranges import BLKDISCARD
-from ringplane.image import Image
-from ringplane.limits import Limits, limits
 from ringplane.virtio import blk
 
 from .rig import loop_device

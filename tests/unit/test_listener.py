@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.listener import Listener, ListenError
+from ringplane.control.listener import Listener, ListenError
 
 NOBODY = 65534
 

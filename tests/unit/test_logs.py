@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ringplane.logs import DiskLog, JsonFormatter, LineFormatter, is_journal
+from ringplane.log.logs import DiskLog, JsonFormatter, LineFormatter, is_journal
 
 TIME = datetime(2026, 11, 26, 3, 40, 12, 345_000, UTC).timestamp()
 
@@ -85,7 +85,7 @@ def test_standard_error_is_the_journal_only_if_it_is_that_stream(monkeypatch: py
 
 SPEAKERS = """
 import logging, threading, warnings
-from ringplane.logs import Logs
+from ringplane.log.logs import Logs
 
 class Broken:
     def __del__(self):

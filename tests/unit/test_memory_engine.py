@@ -19,12 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.driver.disk import Driver, segments
+from ringplane.block.image import ImageError
+from ringplane.control.export import serve
+from ringplane.driver.driver import Driver, segments
 from ringplane.driver.load import Load, check, fill, run_load
 from ringplane.engines import memory
-from ringplane.export import serve
-from ringplane.image import ImageError
-from ringplane.native import libc, sigbus
+from ringplane.native import sigbus
+from ringplane.system import libc
 from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES
 
 from .rig import (
@@ -649,7 +650,8 @@ ELSEWHERE = """
 import ctypes, mmap, os, signal, sys, tempfile
 from pathlib import Path
 {before}
-from ringplane.native import sigbus, libc
+from ringplane.native import sigbus
+from ringplane.system import libc
 file = tempfile.TemporaryFile(dir="/dev/shm")
 file.truncate(8192)
 guarded = libc.mmap_shared(file.fileno(), 8192, 0)
@@ -768,8 +770,8 @@ def test_repeated_starts_and_stops_leave_nothing_behind(tmpfs: Path, socket_path
 
 
 def test_a_rejected_disk_beside_one_in_memory_leaves_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
-    from ringplane.export import DiskConfig, serve_all
-    from ringplane.server import IoThread
+    from ringplane.control.export import DiskConfig, serve_all
+    from ringplane.control.server import IoThread
 
     good, bad = sparse_image(tmpfs / "good"), sparse_image(socket_path.with_name("bad"))
     if is_of_type(bad, libc.TMPFS_MAGIC):

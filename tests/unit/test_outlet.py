@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ringplane.outlet import LIMIT, Outlet
+from ringplane.log.outlet import LIMIT, Outlet
 
 from .rig import PATIENCE, eventually, fill
 

@@ -12,7 +12,7 @@ import pytest
 from ringplane.dataplane import worker as worker_module
 from ringplane.engines import uring
 from ringplane.engines.uring import Uring
-from ringplane.native import libc
+from ringplane.system import libc
 
 from .rig import (
     IN,

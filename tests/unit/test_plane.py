@@ -21,7 +21,7 @@ from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_
 from ringplane.dataplane.worker import BOUNCE_BUFFERS
 from ringplane.engines.aio import IOCB_CMD_FDSYNC, RWF_DSYNC, Aio
 from ringplane.engines.uring import IORING_OP_FSYNC, SQE, Uring
-from ringplane.memory import BadMemory, MemoryTable, Region
+from ringplane.guest_memory.regions import BadMemory, MemoryTable, Region
 
 from .rig import (
     FLUSH,

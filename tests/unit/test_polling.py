@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import ENGINE_TURNS
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.state import COALESCE, NEVER, POLL, SLEEP
@@ -31,7 +32,6 @@ from ringplane.driver.ring import (
     used_count,
 )
 from ringplane.native.access import load8, relax, store8, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EPOLL_EVENT, epoll_wait, monotonic_ns, write
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 

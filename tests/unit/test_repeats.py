@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 
-from ringplane.logs import DiskLog
-from ringplane.repeats import BURST, PERIOD, Repeats
+from ringplane.log.logs import DiskLog
+from ringplane.log.repeats import BURST, PERIOD, Repeats
 
 
 class Clock:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.loop import FIRST_TURN
 from ringplane.dataplane.state import BOUNCE_SIZE
 from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES
@@ -502,21 +502,21 @@ TABLE = GUEST_BASE + 0x3000
 # Descriptors of a chain (address, length, flags; NEXT if another one follows), and the rule that it breaks.
 CHAINS = [
     # All descriptors of the ring, with a loop from the last one to the first.
-    ([HEADER] * 15 + [(HEADER[0], 16, NEXT)], rules.LOOP),
-    ([(NOWHERE, 16, 0), STATUS], rules.ADDRESS),
-    ([HEADER, (NOWHERE, 1, WRITE)], rules.ADDRESS),
-    ([HEADER, (TABLE, 0, 0), STATUS], rules.ZERO_LENGTH),
-    ([HEADER, STATUS, HEADER], rules.ORDER),
-    ([(TABLE, 15, 0), STATUS], rules.NO_HEADER),
-    ([HEADER], rules.NO_STATUS),
+    ([HEADER] * 15 + [(HEADER[0], 16, NEXT)], ring_rules.LOOP),
+    ([(NOWHERE, 16, 0), STATUS], ring_rules.ADDRESS),
+    ([HEADER, (NOWHERE, 1, WRITE)], ring_rules.ADDRESS),
+    ([HEADER, (TABLE, 0, 0), STATUS], ring_rules.ZERO_LENGTH),
+    ([HEADER, STATUS, HEADER], ring_rules.ORDER),
+    ([(TABLE, 15, 0), STATUS], ring_rules.NO_HEADER),
+    ([HEADER], ring_rules.NO_STATUS),
 ]
 TABLES = [
-    ([(TABLE, 0, INDIRECT)], rules.INDIRECT_LENGTH),
-    ([(TABLE, 17, INDIRECT)], rules.INDIRECT_LENGTH),
-    ([(TABLE, 16, INDIRECT), STATUS], rules.INDIRECT_NEXT),
-    ([(NOWHERE, 16, INDIRECT)], rules.INDIRECT_ADDRESS),
+    ([(TABLE, 0, INDIRECT)], ring_rules.INDIRECT_LENGTH),
+    ([(TABLE, 17, INDIRECT)], ring_rules.INDIRECT_LENGTH),
+    ([(TABLE, 16, INDIRECT), STATUS], ring_rules.INDIRECT_NEXT),
+    ([(NOWHERE, 16, INDIRECT)], ring_rules.INDIRECT_ADDRESS),
     # The table refers to another table.
-    ([HEADER, (TABLE, 16, INDIRECT)], rules.INDIRECT_NESTED),
+    ([HEADER, (TABLE, 16, INDIRECT)], ring_rules.INDIRECT_NESTED),
 ]
 
 
@@ -528,7 +528,7 @@ def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureF
         wait_for_event(line.queue.err_fd, "the error")
     assert not line.queue.running
     assert int(line.queue.record["broken"]) == rule
-    assert f"{line.queue.name}: ring broken by the driver: {rules.MESSAGES[rule]}" in caplog.text
+    assert f"{line.queue.name}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in caplog.text
     if line.ring.has_room(3):
         # Nothing that the driver does changes that.
         line.put(IN, room=512)
@@ -569,7 +569,7 @@ def test_an_indirect_table_without_the_feature(
 ) -> None:
     line, other = two_lines(make_rig, combination)
     line.put(IN, room=512, direct=direct)
-    assert_breaks(line, other, rules.INDIRECT_NOT_NEGOTIATED, caplog)
+    assert_breaks(line, other, ring_rules.INDIRECT_NOT_NEGOTIATED, caplog)
 
 
 def test_a_head_outside_the_ring(
@@ -577,7 +577,7 @@ def test_a_head_outside_the_ring(
 ) -> None:
     line, other = two_lines(make_rig, combination)
     line.ring.put_bad_head()
-    assert_breaks(line, other, rules.HEAD_RANGE, caplog)
+    assert_breaks(line, other, ring_rules.HEAD_RANGE, caplog)
     assert "(chain 16)" in caplog.text or line.ring.layout().packed
 
 
@@ -613,7 +613,7 @@ def test_more_chains_in_flight_than_descriptors(
         fetch_only(line.worker)
     line.kick()
     wait_for_event(line.queue.err_fd, "the error")
-    assert rules.MESSAGES[rules.TOO_MANY_IN_FLIGHT] in caplog.text
+    assert ring_rules.MESSAGES[ring_rules.TOO_MANY_IN_FLIGHT] in caplog.text
     line.stop()
     assert len(line.ring.collect()) == 2
 

@@ -23,15 +23,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from ringplane import sandbox
 from ringplane.cli.serve import serve as serve_command
+from ringplane.control import sandbox
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.frontend import FrontEnd
 from ringplane.engines.uring import OPERATIONS, SQE_SIZE, Uring, prepare_flush, reap, wait
-from ringplane.native import landlock, libc, seccomp
-from ringplane.native.numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
-from ringplane.native.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
-from ringplane.values import User, parse_user
+from ringplane.options.values import User, parse_user
+from ringplane.system import landlock, libc, seccomp
+from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
+from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.zoned import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
 
 from .rig import need_engine
@@ -48,9 +48,9 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become a
 # notices if the filter is too strict.
 STRICT = """
 import functools
-from ringplane import sandbox
+from ringplane.control import sandbox
 from ringplane.cli.serve import serve
-from ringplane.native.seccomp import SECCOMP_RET_KILL_PROCESS
+from ringplane.system.seccomp import SECCOMP_RET_KILL_PROCESS
 sandbox.confine = functools.partial(sandbox.confine, otherwise=SECCOMP_RET_KILL_PROCESS)
 serve()
 """
@@ -195,9 +195,10 @@ ATTEMPTS = """
 import errno, json, mmap, os, socket, sys
 from concurrent.futures import Future
 import ringplane
-from ringplane import sandbox
-from ringplane.native import landlock, libc
-from ringplane.native.numbers import NUMBERS
+from ringplane.control import sandbox
+from ringplane.system import landlock
+from ringplane.system import libc
+from ringplane.system.syscall_numbers import NUMBERS
 
 folder, how = sys.argv[1:]
 elsewhere = os.path.join(os.path.dirname(folder), "elsewhere")
@@ -335,9 +336,10 @@ def open_abstract() -> Iterator[None]:
 def test_deadly_calls_end_the_process(call: str) -> None:
     code = (
         "import os\n"
-        "from ringplane.native.libc import system_call\n"
-        "from ringplane.native.numbers import NUMBERS\n"
-        f"from ringplane.sandbox import confine\nconfine([])\nprint('confined', flush=True)\n{call}\nprint('alive')"
+        "from ringplane.system.libc import system_call\n"
+        "from ringplane.system.syscall_numbers import NUMBERS\n"
+        f"from ringplane.control.sandbox import confine\nconfine([])\n"
+        f"print('confined', flush=True)\n{call}\nprint('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON)
     assert (done.returncode, done.stdout) == (-signal.SIGSYS, "confined\n"), done.stderr
@@ -345,7 +347,7 @@ def test_deadly_calls_end_the_process(call: str) -> None:
 
 LATE = """
 import json, logging, threading, time
-from ringplane.sandbox import confine
+from ringplane.control.sandbox import confine
 logging.basicConfig()
 threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
 confine([])
@@ -561,7 +563,7 @@ def test_nothing_forbidden_is_called_for_a_successor(serve: Callable[..., Served
 # Kernels without parts of it
 
 BARE = """
-from ringplane.native import landlock
+from ringplane.system import landlock
 landlock.version = lambda: 0
 from ringplane.cli.serve import serve
 serve()

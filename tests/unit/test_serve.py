@@ -23,13 +23,13 @@ from click.testing import CliRunner
 from ringplane.cli.serve import ENGINES as OPTION_ENGINES
 from ringplane.cli.serve import FEWEST_FILES
 from ringplane.cli.serve import serve as serve_command
-from ringplane.driver.disk import Driver
+from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.process import peer_pid
 from ringplane.engines.choose import ENGINES
 from ringplane.engines.memory import is_memory
-from ringplane.values import format_cpus
+from ringplane.options.values import format_cpus
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
 from .rig import need_engine

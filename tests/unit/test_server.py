@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 import ringplane
+from ringplane.block.image import ImageError
+from ringplane.control.export import DiskConfig, serve_all
+from ringplane.control.listener import ListenError
+from ringplane.control.server import IoThread, Server
 from ringplane.dataplane.state import TRACE_FETCH
-from ringplane.driver.disk import Driver
+from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
 from ringplane.driver.load import Load, Result, check, fill, run_load
-from ringplane.export import DiskConfig, serve_all
-from ringplane.image import ImageError
-from ringplane.listener import ListenError
-from ringplane.server import IoThread, Server
-from ringplane.values import parse_cpus
+from ringplane.options.values import parse_cpus
 from ringplane.vhost_user.messages import ProtocolError
 
 IMAGE_SIZE = 4 << 20
@@ -244,7 +244,7 @@ def test_failed_start_leaves_nothing_behind(tmp_path: Path, wrong: str, monkeypa
     elif wrong == "socket":
         (tmp_path / "2.sock").touch()
     else:
-        monkeypatch.setattr("ringplane.server._run_on", _refuse)
+        monkeypatch.setattr("ringplane.control.server._run_on", _refuse)
     left = sorted(tmp_path.iterdir())
     with pytest.raises((ImageError, ListenError, PermissionError)):
         serve_all(configs, [IoThread("io0"), IoThread("io1")])
@@ -412,7 +412,7 @@ def test_error_in_a_session_ends_only_that_session(
 
     with attach(second) as driver:
         with monkeypatch.context() as patch:
-            patch.setattr("ringplane.export.Session.run", fail)
+            patch.setattr("ringplane.control.export.Session.run", fail)
             with pytest.raises((OSError, ProtocolError)):
                 attach(first)
         wait_until(lambda: "0.img: front end dropped because of an internal error" in caplog.text)

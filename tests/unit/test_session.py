@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 
 import ringplane
-from ringplane.driver.disk import Driver
+from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused, SharedMemory, Vring
 from ringplane.driver.load import Load, Result, run_load
 from ringplane.driver.ring import Ring, peek, poke
-from ringplane.memory import Mapping
+from ringplane.guest_memory.regions import Mapping
 from ringplane.vhost_user.connection import encode_request
 from ringplane.vhost_user.messages import (
     HEADER,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringplane.dataplane import rules
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import QUEUE
 from ringplane.virtio import split
 
@@ -235,7 +235,7 @@ def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
 def test_an_available_index_that_jumps(make_rig: RigFactory, caplog: pytest.LogCaptureFixture, jump: int) -> None:
     line = make_rig().line().start(size=16, base=65530)
     line.ring.avail_idx = (65530 + jump) % 65536
-    assert rules.MESSAGES[rules.AVAIL_INDEX] in broken(line, caplog)
+    assert ring_rules.MESSAGES[ring_rules.AVAIL_INDEX] in broken(line, caplog)
     assert line.ring.device_used_idx() == 65530
 
 

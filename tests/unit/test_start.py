@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ringplane import descriptors
-from ringplane.driver.disk import Driver
+from ringplane.compiler import apart
+from ringplane.control.listener import Listener, ListenError
+from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
-from ringplane.listener import Listener, ListenError
-from ringplane.native import apart
-from ringplane.signals import NONE
+from ringplane.system import standard_fds
+from ringplane.system.signals import NONE
 from ringplane.vhost_user.connection import encode_request
 from ringplane.vhost_user.messages import HEADER, HEADER_SIZE, REPLY, VERSION, Request
 
@@ -158,7 +158,7 @@ def test_without_dev_null_an_empty_file_stands_in(tmp_path: Path) -> None:
     """A jail without /dev: children inherit it, reading finds the end, writing fails and nothing grows."""
     code = (
         "import os, subprocess, sys; os.devnull = '/nowhere/null'\n"
-        "from ringplane.descriptors import occupy_streams; occupy_streams()\n"
+        "from ringplane.system.standard_fds import occupy_streams; occupy_streams()\n"
         "print('lost', flush=True); print('lost', file=sys.stderr, flush=True)\n"
         "assert os.read(0, 1) == b''\n"
         "try: os.write(2, b'x')\n"
@@ -174,7 +174,7 @@ def test_without_dev_null_an_empty_file_stands_in(tmp_path: Path) -> None:
 def test_what_is_open_stays_as_it_is() -> None:
     before = [os.fstat(fd) for fd in STANDARD]
     fds = len(os.listdir("/proc/self/fd"))
-    descriptors.occupy()
+    standard_fds.occupy()
     assert [os.fstat(fd) for fd in STANDARD] == before
     assert len(os.listdir("/proc/self/fd")) == fds
 
@@ -270,7 +270,7 @@ def test_without_a_child_process_nothing_is_compiled_ahead(
 
 def test_other_commands_are_ended_by_a_signal(start: Start) -> None:
     """Those that do not look for signals, also by one that has come before."""
-    code = "import time; from ringplane.signals import CaughtSignals; s = CaughtSignals(); {}; s.default(); {}"
+    code = "import time; from ringplane.system.signals import CaughtSignals; s = CaughtSignals(); {}; s.default(); {}"
     sleep, ready = "time.sleep(60)", "print('ready', flush=True)"
     process = start(sys.executable, "-c", code.format("pass", f"{ready}; {sleep}"))
     assert process.stdout

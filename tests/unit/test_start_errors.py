@@ -10,7 +10,7 @@ import click
 import pytest
 
 from ringplane.cli.errors import NO_THREAD, start_errors
-from ringplane.notes import doing
+from ringplane.system.notes import doing
 
 
 def message(error: BaseException, what: str = "") -> str:

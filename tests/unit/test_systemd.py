@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringplane import sandbox
+from ringplane.control import sandbox
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNIT = REPOSITORY / "share" / "systemd" / "ringplane@.service"

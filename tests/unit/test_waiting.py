@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import ringplane
-from ringplane import peers
 from ringplane.driver.frontend import FrontEnd
+from ringplane.vhost_user import peers
 from ringplane.vhost_user.messages import ProtocolError
 
 from .rig import PATIENCE, eventually
@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def export(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ringplane.Export]:
-    monkeypatch.setattr("ringplane.export.WAITING_PATIENCE", 0)
+    monkeypatch.setattr("ringplane.control.export.WAITING_PATIENCE", 0)
     with ringplane.serve(image, tmp_path / "socket", num_queues=1, upgradable=True) as export:
         yield export
 
@@ -143,7 +143,7 @@ def test_a_waiting_front_end_is_handed_over(
 def test_a_reconnection_is_not_logged_as_waiting(
     export: ringplane.Export, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ringplane.export.WAITING_PATIENCE", PATIENCE)
+    monkeypatch.setattr("ringplane.control.export.WAITING_PATIENCE", PATIENCE)
     with contextlib.ExitStack() as undo:
         before = served(undo.enter_context(connect(export)))
         for _ in range(20):

@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ringplane
-from ringplane import zonefile
+from ringplane.block import zonefile
+from ringplane.block.image import ImageError
+from ringplane.control.listener import ListenError
 from ringplane.driver import Driver
-from ringplane.driver.disk import FEATURES
+from ringplane.driver.driver import FEATURES
 from ringplane.driver.frontend import Refused
 from ringplane.driver.ring import peek, poke
-from ringplane.image import ImageError
-from ringplane.listener import ListenError
-from ringplane.native import procfs
-from ringplane.values import ZoneModel, parse_zones
+from ringplane.options.values import ZoneModel, parse_zones
+from ringplane.system import procfs
 from ringplane.virtio import blk
 from ringplane.virtio.zoned import DESCRIPTOR, REPORT
 

@@ -1,4 +1,4 @@
-"""Exceptions that end a bench early; a signal raises ringplane.signals.Interrupted instead."""
+"""Exceptions that end a bench early; a signal raises ringplane.system.signals.Interrupted instead."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from typing import Literal
 
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Storage
-from ringplane.image import ImageError, create
-from ringplane.values import format_size
+from ringplane.block.image import ImageError, create
+from ringplane.options.values import format_size
 
 LOOP = "loop:"
 # The images of a bench need room for a part that is checked and one that is measured, at any depth.

@@ -7,8 +7,8 @@ signal ends the process, which has not done anything yet.
 from __future__ import annotations
 
 from ringplane import TYPE_CHECKING
-from ringplane.descriptors import occupy_streams
-from ringplane.signals import CaughtSignals, Signals
+from ringplane.system.signals import CaughtSignals, Signals
+from ringplane.system.standard_fds import occupy_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable

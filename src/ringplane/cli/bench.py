@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from ringplane.cli.types import CPUS, FILE, FOLDER, SECONDS, SIZE, WARM_UP
-from ringplane.signals import Interrupted, Signals, end_line
-from ringplane.signals import of as signals_of
+from ringplane.system.signals import Interrupted, Signals, end_line
+from ringplane.system.signals import of as signals_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -330,7 +330,7 @@ def socket_of(context: click.Context, targets: tuple[str, ...]) -> Path:
 
 def described(settings: Settings, places: Sequence[Place], subjects: Sequence[Subject], seconds: float) -> str:
     """The number of measurements, and about how long they take."""
-    from ringplane.native.cache import is_cached
+    from ringplane.compiler.cache import is_cached
 
     parts = [
         counted(len(settings.cells), "cell"),

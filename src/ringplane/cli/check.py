@@ -18,8 +18,8 @@ def check(file: Path) -> None:
     or changed. Run it as the user that will serve: files that this user may not open are problems, and so are sockets
     and images that are in use.
     """
-    from ringplane.check import find_problems
-    from ringplane.config import examine
+    from ringplane.control.check import find_problems
+    from ringplane.control.config import examine
 
     config, problems = examine(file)
     problems += [f"{file}: {problem}" for problem in find_problems(config)]

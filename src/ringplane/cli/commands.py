@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ringplane import __version__
-from ringplane.signals import CaughtSignals
+from ringplane.system.signals import CaughtSignals
 
 COMMANDS = ("serve", "check", "demo", "bench")
 # These commands check for signals themselves; a signal ends the others at any point.

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Table
 
 from ringplane.cli.types import FILE, SECONDS, SIZE
-from ringplane.signals import Interrupted, Signals, end_line
-from ringplane.signals import of as signals_of
-from ringplane.values import format_size
+from ringplane.options.values import format_size
+from ringplane.system.signals import Interrupted, Signals, end_line
+from ringplane.system.signals import of as signals_of
 
 if TYPE_CHECKING:
     from ringplane.driver.load import Load, Model, Result
@@ -89,9 +89,9 @@ def run_demo(console: Console, signals: Signals, image: Path | None, size: int, 
 
 def compile_first(console: Console, signals: Signals) -> None:
     """Compile in advance for the first start, so that the user sees what takes long."""
+    from ringplane.compiler.cache import DATA_PLANE, DRIVER, find_cache, is_cached
     from ringplane.dataplane import warm as data_plane
     from ringplane.driver import warm as driver
-    from ringplane.native.cache import DATA_PLANE, DRIVER, find_cache, is_cached
 
     parts = (("data plane", DATA_PLANE, data_plane, 20), ("driver", DRIVER, driver, 5))
     for name, cached, warm, seconds in parts:
@@ -106,7 +106,7 @@ def compile_first(console: Console, signals: Signals) -> None:
 @contextlib.contextmanager
 def serving(signals: Signals, image: Path, socket: Path, size: int) -> Iterator[float]:
     """A `ringplane serve` process; yields the seconds that it took to listen. Raises Interrupted."""
-    from ringplane.native.cache import VARIABLE, cache_directory
+    from ringplane.compiler.cache import VARIABLE, cache_directory
 
     command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
     command += ["--create", str(size), "--num-queues", "1", "--log-level", "warning"]
@@ -161,7 +161,7 @@ class Bars(Progress):
 
 def exercise(console: Console, signals: Signals, socket: Path, seconds: float) -> tuple[Table, bool]:
     """Write and verify the whole disk, then load it; returns the table, and whether all data was right."""
-    from ringplane.driver.disk import Driver
+    from ringplane.driver.driver import Driver
     from ringplane.driver.load import check, fill
 
     table = results_table()
@@ -192,7 +192,7 @@ def loads(depth: int, seconds: float, model: Model) -> list[tuple[str, Load]]:
 
 def measure(progress: Progress, disk: object, name: str, load: Load, seconds: float) -> Result:
     """Run one load and show its progress."""
-    from ringplane.driver.disk import Driver
+    from ringplane.driver.driver import Driver
     from ringplane.driver.load import run_load
 
     assert isinstance(disk, Driver)

@@ -22,9 +22,9 @@ NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's Tas
 @contextlib.contextmanager
 def start_errors() -> Iterator[None]:
     """Turn errors of disks, sockets and the machine into a ClickException."""
-    from ringplane.handover import HandoverError
-    from ringplane.image import ImageError
-    from ringplane.listener import ListenError
+    from ringplane.block.image import ImageError
+    from ringplane.control.handover import HandoverError
+    from ringplane.control.listener import ListenError
 
     try:
         yield
@@ -39,7 +39,7 @@ def start_errors() -> Iterator[None]:
 
 
 def in_words(error: OSError) -> str:
-    """The operation (the notes of the error, see `ringplane.notes`), the file, the error, and the advice."""
+    """The operation (the notes of the error, see `ringplane.system.notes`), the file, the error, and the advice."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     why = REMEDIES[error.errno].format(limit) if error.errno in REMEDIES else error.strerror or str(error)
     name = [os.fsdecode(error.filename)] if error.filename is not None else []

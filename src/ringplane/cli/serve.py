@@ -21,12 +21,8 @@ from click.core import ParameterSource
 from ringplane.cli.errors import start_errors
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
-from ringplane.descriptors import move_socket
-from ringplane.logs import FORMATS, Logs
-from ringplane.notes import doing
-from ringplane.signals import WOKEN, CaughtSignals, Interrupted, end_line
-from ringplane.signals import name as signal_name
-from ringplane.values import (
+from ringplane.log.logs import FORMATS, Logs
+from ringplane.options.values import (
     LOCK_AUTO,
     LOCKS,
     MAX_QUEUES,
@@ -35,11 +31,15 @@ from ringplane.values import (
     check_serial,
     format_size,
 )
+from ringplane.system.notes import doing
+from ringplane.system.signals import WOKEN, CaughtSignals, Interrupted, end_line
+from ringplane.system.signals import name as signal_name
+from ringplane.system.standard_fds import move_socket
 
 if TYPE_CHECKING:
+    from ringplane.control.export import Export, GiveUp
+    from ringplane.control.server import Server
     from ringplane.dataplane.trace import TraceEvent
-    from ringplane.export import Export, GiveUp
-    from ringplane.server import Server
 
 # The engines of engines.choose, repeated here because `ringplane --help` must not import NumPy: it shall be quick.
 ENGINES = ("auto", "io_uring", "aio", "memory", "null")
@@ -281,7 +281,7 @@ def check_options(
 
 def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Server:
     """Serve the one disk that the options describe."""
-    from ringplane.export import serve
+    from ringplane.control.export import serve
 
     raise_fd_limit()
     return serve(blk_file, socket_path, **options, upgradable=True).server
@@ -289,7 +289,7 @@ def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Serv
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     """A function that gives up rights as these options require; raises SandboxError if --sandbox is impossible."""
-    from ringplane import sandbox as box
+    from ringplane.control import sandbox as box
 
     missing = box.missing() if sandbox is not False else []
     if sandbox and missing:
@@ -310,8 +310,8 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
 
 def start_config(path: Path, **options: Any) -> Server:
     """Serve the disks of a configuration file; raises ClickException if it cannot be used."""
-    from ringplane.config import ConfigError, read_config
-    from ringplane.export import serve_all
+    from ringplane.control.config import ConfigError, read_config
+    from ringplane.control.export import serve_all
 
     try:
         config = read_config(path)

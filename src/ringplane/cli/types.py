@@ -1,4 +1,4 @@
-"""Types of the options' values, parsed by `ringplane.values`."""
+"""Types of the options' values, parsed by `ringplane.options.values`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ringplane.values import (
+from ringplane.options.values import (
     check_cpus,
     parse_cpus,
     parse_feature,

@@ -7,8 +7,8 @@ chain *used*, and may **notify** the driver through another eventfd, which becom
 
 Read the files in the order of a request's life: `state` (the structs), `fetch` (ring to request), `execute` (request
 to engine), `complete` (engine to ring), `loop` (the event loop over all of it), `worker` (the thread around the loop).
-What they use: `rules` (the errors of a driver that break a ring), `merge` and `flush` (I/O for several requests),
-`helpers` (threads for operations that would block), `zones` (zoned disks), `failures` and `trace` (what the log gets),
-`dirty` (migration), `recover` (requests of a process that has ended), `signaller` (notifications that never block),
-`tune` (the choice of a polling policy), `queue` (the Python owners of disks and queues).
+What they use: `ring_rules` (the errors of a driver that break a ring), `merge` and `flush` (I/O for several requests),
+`helper_threads` (for operations that would block), `zones` (zoned disks), `failures` and `trace` (what the log gets),
+`dirty` (migration), `signaller` (notifications that never block), `tune` (the choice of a polling policy), `histogram`
+(latencies), `queue` (the Python owners of disks and queues).
 """

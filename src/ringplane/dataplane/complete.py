@@ -5,12 +5,14 @@ The used elements of a turn of the loop are published together, and each driver 
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane import dirty
 from ringplane.dataplane.execute import give_bounce, transfer
 from ringplane.dataplane.failures import record_failure
 from ringplane.dataplane.fetch import consume, copy_to_front
 from ringplane.dataplane.flush import begin_flush, flush
-from ringplane.dataplane.helpers import send_to_helpers
+from ringplane.dataplane.helper_threads import send_to_helpers
+from ringplane.dataplane.histogram import count
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.state import (
     COALESCE,
@@ -40,11 +42,9 @@ from ringplane.engines.common import (
     WRITE,
 )
 from ringplane.engines.dispatch import reap
-from ringplane.histogram import count
+from ringplane.inflight import tracking
 from ringplane.native.access import address_of, store8, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, EOPNOTSUPP, monotonic_ns
-from ringplane.virtio import inflight
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_notification
 from ringplane.virtio.zoned import APPEND_SECTOR_SIZE, VIRTIO_BLK_T_ZONE_APPEND
@@ -199,7 +199,7 @@ def use(worker, queue, request):
     length = used_length(request)
     if queue.inflight:
         entry = request.entry if queue.packed else request.head
-        inflight.use(queue, entry, request.head, request.descriptors, length)
+        tracking.use(queue, entry, request.head, request.descriptors, length)
     else:
         put_used(queue, request.head, request.descriptors, length)
     mark_unpublished(worker, queue)
@@ -298,7 +298,7 @@ def publish_all(worker):
         worker.unpublished = queue.next_unpublished
         queue.unpublished = 0
         if queue.inflight:
-            inflight.publish(queue)
+            tracking.publish(queue)
         else:
             publish_used(queue)
         if queue.log:

@@ -7,9 +7,9 @@ buffers are recorded when it is fetched, because the memory table may have been 
 
 from __future__ import annotations
 
-from ringplane.memory import REGION, REGION_SIZE
+from ringplane.compiler.jit import compiled
+from ringplane.guest_memory.regions import REGION, REGION_SIZE
 from ringplane.native.access import atomic_or8, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
 from ringplane.virtio.split import DESC_SIZE, USED_ELEM_SIZE, USED_RING
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane import zones
 from ringplane.dataplane.fetch import copy_from_front, copy_to_front
 from ringplane.dataplane.flush import flush
-from ringplane.dataplane.helpers import send_to_helpers
+from ringplane.dataplane.helper_threads import send_to_helpers
 from ringplane.dataplane.merge import hold, offset_in_image, queue_io
 from ringplane.dataplane.state import (
     BOUNCE_SIZE,
@@ -43,7 +44,6 @@ from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.engines.ranges import RANGE, RANGE_SIZE
 from ringplane.engines.zones import ZONES
 from ringplane.native.access import address_of, load64, store64, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
 from ringplane.virtio.blk import (
     LIFETIME_SIZE,

@@ -16,11 +16,11 @@ from time import monotonic
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.merge import offset_in_image
 from ringplane.dataplane.state import FAILURE, FAILURE_SIZE, KIND_FLUSH, KIND_READ, KINDS
-from ringplane.logs import DiskLog
+from ringplane.log.logs import DiskLog
 from ringplane.native.access import view
-from ringplane.native.jit import compiled
 
 log = logging.getLogger(__name__)
 

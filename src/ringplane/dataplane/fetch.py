@@ -1,18 +1,19 @@
 """From the available ring to a request: walk the chain, check and translate each descriptor, split off the header.
 
 The driver is not trusted: each value is read once into a local variable, then checked, then used (the compiler cannot
-repeat the loads of native.access). A function that finds a broken rule returns its number (rules.py), otherwise 0.
+repeat the loads of native.access). A function that finds a broken rule returns its number (ring_rules.py), otherwise 0.
 """
 
 from __future__ import annotations
 
-from ringplane.dataplane import rules
+from ringplane.compiler.jit import compiled
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import MAX_IOVECS, REQUEST_HEADER
-from ringplane.memory import REGION, REGION_SIZE, find_region
+from ringplane.guest_memory.regions import REGION, REGION_SIZE, find_region
+from ringplane.inflight import tracking
 from ringplane.native.access import address_of, copy, load64, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
-from ringplane.virtio import inflight, packed
+from ringplane.virtio import packed
 from ringplane.virtio.blk import HEADER_SIZE
 from ringplane.virtio.split import (
     DESC_SIZE,
@@ -31,31 +32,31 @@ def gather(queue, request):
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
     if request.head >= queue.size:
-        return rules.HEAD_RANGE
+        return ring_rules.HEAD_RANGE
     table, entries, index = queue.desc, queue.size, request.head
     seen = 0
     nested = False
     while True:
         if seen == entries:
-            return rules.LOOP
+            return ring_rules.LOOP
         seen += 1
         addr, length, flags, following = read_desc(table, index)
         if flags & VIRTQ_DESC_F_INDIRECT:
             rule = check_indirect(queue, nested, length, flags)
-            if rule != rules.OK:
+            if rule != ring_rules.OK:
                 return rule
             table = translate_table(queue, addr, length)
             if table == 0:
-                return rules.INDIRECT_ADDRESS
+                return ring_rules.INDIRECT_ADDRESS
             entries, index, seen, nested = length // DESC_SIZE, 0, 0, True
             continue
         rule = add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
-        if rule != rules.OK:
+        if rule != ring_rules.OK:
             return rule
         if not flags & VIRTQ_DESC_F_NEXT:
             break
         if following >= entries:
-            return rules.NEXT_RANGE
+            return ring_rules.NEXT_RANGE
         index = following
     return split_off_header_and_status(request)
 
@@ -70,36 +71,36 @@ def gather_packed(queue, request):
     for seen in range(1, queue.size + 1):
         addr, length, identifier, flags = packed.read_desc(queue.desc, index)
         rule = add_descriptor(queue, request, addr, length, flags)
-        if rule != rules.OK:
+        if rule != ring_rules.OK:
             return rule
         if queue.inflight:
             if entry == queue.size:
-                return rules.TOO_MANY_IN_FLIGHT
-            entry = inflight.copy_descriptor(queue, entry, addr, length, identifier, flags)
+                return ring_rules.TOO_MANY_IN_FLIGHT
+            entry = tracking.copy_descriptor(queue, entry, addr, length, identifier, flags)
         if not flags & VIRTQ_DESC_F_NEXT:
             if identifier >= queue.size:
-                return rules.HEAD_RANGE
+                return ring_rules.HEAD_RANGE
             request.head, request.descriptors = identifier, seen
             packed.take(queue, seen)
             return split_off_header_and_status(request)
         index = index + 1 if index + 1 < queue.size else 0
-    return rules.LOOP
+    return ring_rules.LOOP
 
 
 @compiled
 def gather_copy(queue, request):
-    """Like `gather_packed`, for a chain whose descriptors were copied when first fetched (virtio/inflight.py)."""
+    """Like `gather_packed`, for a chain whose descriptors were copied when first fetched (inflight/tracking.py)."""
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
     entry, count = request.entry, load64(queue.counts + 8 * request.entry)
     for _ in range(count):
-        addr, length, request.head, flags = inflight.read_copy(queue, entry)
+        addr, length, request.head, flags = tracking.read_copy(queue, entry)
         rule = add_descriptor(queue, request, addr, length, flags)
-        if rule != rules.OK:
+        if rule != ring_rules.OK:
             return rule
-        entry = inflight.next_free(queue, entry)
+        entry = tracking.next_free(queue, entry)
     if request.head >= queue.size:
-        return rules.HEAD_RANGE
+        return ring_rules.HEAD_RANGE
     request.descriptors = count
     return split_off_header_and_status(request)
 
@@ -110,7 +111,7 @@ def add_descriptor(queue, request, addr, length, flags):
     if not flags & VIRTQ_DESC_F_INDIRECT:
         return add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
     rule = check_indirect(queue, False, length, flags)
-    return add_table(queue, request, addr, length) if rule == rules.OK else rule
+    return add_table(queue, request, addr, length) if rule == ring_rules.OK else rule
 
 
 @compiled
@@ -118,29 +119,29 @@ def add_table(queue, request, addr, length):
     """Add the buffers of a packed ring's indirect table: one after the other, without NEXT (section 2.8.7)."""
     table = translate_table(queue, addr, length)
     if table == 0:
-        return rules.INDIRECT_ADDRESS
+        return ring_rules.INDIRECT_ADDRESS
     for index in range(length // DESC_SIZE):
         addr, length, _, flags = packed.read_desc(table, index)
         if flags & VIRTQ_DESC_F_INDIRECT:
-            return rules.INDIRECT_NESTED
+            return ring_rules.INDIRECT_NESTED
         rule = add_buffer(queue, request, addr, length, flags & VIRTQ_DESC_F_WRITE)
-        if rule != rules.OK:
+        if rule != ring_rules.OK:
             return rule
-    return rules.OK
+    return ring_rules.OK
 
 
 @compiled
 def check_indirect(queue, nested, length, flags):
     """The rules of section 2.7.5.3 for the descriptor that refers to an indirect table."""
     if not queue.indirect:
-        return rules.INDIRECT_NOT_NEGOTIATED
+        return ring_rules.INDIRECT_NOT_NEGOTIATED
     if nested:
-        return rules.INDIRECT_NESTED
+        return ring_rules.INDIRECT_NESTED
     if flags & VIRTQ_DESC_F_NEXT:
-        return rules.INDIRECT_NEXT
+        return ring_rules.INDIRECT_NEXT
     if length == 0 or length % DESC_SIZE != 0:
-        return rules.INDIRECT_LENGTH
-    return rules.OK
+        return ring_rules.INDIRECT_LENGTH
+    return ring_rules.OK
 
 
 @compiled
@@ -158,11 +159,11 @@ def translate_table(queue, addr, length):
 def add_buffer(queue, request, addr, length, writable):
     """Translate one descriptor's buffer; it becomes several IOVEC structs where it spans adjacent regions."""
     if length == 0:
-        return rules.ZERO_LENGTH
+        return ring_rules.ZERO_LENGTH
     if not writable and request.writable_count > 0:
-        return rules.ORDER
+        return ring_rules.ORDER
     if request.readable_bytes + request.writable_bytes + length > MAX_CHAIN_BYTES:
-        return rules.TOO_MANY_BYTES
+        return ring_rules.TOO_MANY_BYTES
     if writable:
         request.writable_bytes += length
     else:
@@ -170,10 +171,10 @@ def add_buffer(queue, request, addr, length, writable):
     while length > 0:
         count = request.readable_count + request.writable_count
         if count == MAX_IOVECS:
-            return rules.TOO_MANY_SEGMENTS
+            return ring_rules.TOO_MANY_SEGMENTS
         index = find_region(queue.regions, queue.region_count, addr, queue.last_region)
         if index < 0:
-            return rules.ADDRESS
+            return ring_rules.ADDRESS
         queue.last_region = index
         region = view(queue.regions + index * REGION_SIZE, REGION)
         offset = addr - region.guest
@@ -186,7 +187,7 @@ def add_buffer(queue, request, addr, length, writable):
             request.readable_count += 1
         addr += iovec.len
         length -= iovec.len
-    return rules.OK
+    return ring_rules.OK
 
 
 @compiled
@@ -197,9 +198,9 @@ def split_off_header_and_status(request):
     a descriptor of its own, or at the end of the last data buffer.
     """
     if request.readable_bytes < HEADER_SIZE:
-        return rules.NO_HEADER
+        return ring_rules.NO_HEADER
     if request.writable_bytes == 0:
-        return rules.NO_STATUS
+        return ring_rules.NO_STATUS
     writable = request.iovecs + request.readable_count * IOVEC_SIZE
     last = view(writable + (request.writable_count - 1) * IOVEC_SIZE, IOVEC)
     last.len -= 1
@@ -211,7 +212,7 @@ def split_off_header_and_status(request):
     copy_from_front(request, address_of(request) + REQUEST_HEADER, HEADER_SIZE)
     consume(request, HEADER_SIZE)
     request.readable_bytes -= HEADER_SIZE
-    return rules.OK
+    return ring_rules.OK
 
 
 # The buffers that are still to be transferred: request.iov_count IOVEC structs from address request.iov on.

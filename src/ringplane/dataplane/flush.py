@@ -4,18 +4,19 @@ Facts that this file depends on:
 - When pages cannot be written, the kernel reports the error once per open file, to the first caller (fsync(2);
   errseq_t). Of two fdatasync(2) at the same time one fails, and the other, for the same pages, reports success. So
   there is one at a time for each open file. With a page cache each worker has its own open file, which its queues of
-  the disk share (disk.py), and writes of a driver that does not flush end with an fdatasync(2), not with RWF_DSYNC.
+  the disk share (device/disk.py), and writes of a driver that does not flush end with an fdatasync(2), not with
+  RWF_DSYNC.
 - Then the kernel drops the pages, and a later fdatasync(2) succeeds ("fsyncgate"). Drives lose their caches as well
   when they fail to flush. A flush is a promise for all earlier writes, so after one that failed no other may succeed.
 """
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.state import FLUSHES, QUEUE, REQUEST, REQUEST_SIZE
 from ringplane.engines.common import ENGINE, FLUSH
 from ringplane.engines.dispatch import prepare_flush
 from ringplane.native.access import view
-from ringplane.native.jit import compiled
 
 
 @compiled

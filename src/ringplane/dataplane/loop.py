@@ -7,11 +7,12 @@ worker may sleep before a turn, according to its polling policy (tune.py).
 
 from __future__ import annotations
 
-from ringplane.dataplane import dirty, rules
+from ringplane.compiler.jit import compiled
+from ringplane.dataplane import dirty, ring_rules
 from ringplane.dataplane.complete import complete_all, finish, notify_all, publish_all, queue_up
 from ringplane.dataplane.execute import do_copies, execute
 from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
-from ringplane.dataplane.helpers import take_from_helpers
+from ringplane.dataplane.helper_threads import take_from_helpers
 from ringplane.dataplane.merge import send_held
 from ringplane.dataplane.state import (
     ALWAYS,
@@ -29,10 +30,9 @@ from ringplane.dataplane.trace import trace
 from ringplane.dataplane.tune import count_gap, end_sample
 from ringplane.engines.common import ENGINE
 from ringplane.engines.dispatch import has_events, submit, wait
+from ringplane.inflight import tracking
 from ringplane.native.access import address_of, load64, relax, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import monotonic_ns
-from ringplane.virtio import inflight
 from ringplane.virtio.ring import available, disable_kicks, enable_kicks, known
 from ringplane.virtio.split import take_head
 
@@ -247,7 +247,7 @@ def fetch_available(worker, queue):
     if queue.resubmits and not resubmit(worker, queue):
         return queue.running != 0
     if available(queue) > queue.size:
-        break_ring(worker, queue, rules.AVAIL_INDEX, -1)
+        break_ring(worker, queue, ring_rules.AVAIL_INDEX, -1)
         return False
     for _ in range(queue.turn):
         if not known(queue):
@@ -274,7 +274,7 @@ def fetch_one(worker, queue):
     """Take one chain and start its request; False when it breaks the ring."""
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
     rule = take_chain(queue, request)
-    if rule == rules.OK and queue.inflight:
+    if rule == ring_rules.OK and queue.inflight:
         record_fetched(queue, request)
     return start(worker, queue, request, rule)
 
@@ -282,15 +282,15 @@ def fetch_one(worker, queue):
 @compiled
 def record_fetched(queue, request):
     if queue.packed:
-        request.entry = inflight.fetch_packed(queue, request.descriptors)
+        request.entry = tracking.fetch_packed(queue, request.descriptors)
     else:
-        inflight.fetch_split(queue, request.head)
+        tracking.fetch_split(queue, request.head)
 
 
 @compiled
 def start(worker, queue, request, rule):
     """Start the request whose chain was gathered; False if the chain breaks `rule`, and so the ring."""
-    if rule != rules.OK:
+    if rule != ring_rules.OK:
         break_ring(worker, queue, rule, request.head)
         return False
     worker.free = request.next
@@ -317,9 +317,9 @@ def take_chain(queue, request):
     if queue.packed:
         # A packed chain's id is known only at its last descriptor.
         request.head = -1
-        return rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request)
+        return ring_rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request)
     request.head = take_head(queue)
-    return rules.TOO_MANY_IN_FLIGHT if full else gather(queue, request)
+    return ring_rules.TOO_MANY_IN_FLIGHT if full else gather(queue, request)
 
 
 @compiled

@@ -7,11 +7,11 @@ completed separately. If it was not transferred whole, each request is retried a
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_SIZE
 from ringplane.engines.common import ENGINE, READ, WRITE
 from ringplane.engines.dispatch import prepare_io
 from ringplane.native.access import copy, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC_SIZE
 from ringplane.virtio.blk import SECTOR
 

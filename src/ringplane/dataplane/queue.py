@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane.failures import Failures
-from ringplane.dataplane.recover import PackedTracking, Place, SplitTracking
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, FLUSHES, KINDS, QUEUE
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
 from ringplane.engines.ranges import ZEROS_SIZE, granule
-from ringplane.memory import BadMemory, Mapping, MemoryTable
+from ringplane.guest_memory.regions import BadMemory, Mapping, MemoryTable
+from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
@@ -119,7 +119,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class InflightRegion:
-    """The in-flight region of a ring (virtio/inflight.py): its address, in a mapping that this object keeps."""
+    """The in-flight region of a ring (inflight/tracking.py): its address, in a mapping that this object keeps."""
 
     address: int
     mapping: Mapping

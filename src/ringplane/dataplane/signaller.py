@@ -15,10 +15,9 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.engines.aio import IOCB, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, RING_HEAD, RING_TAIL
-from ringplane.native import libc
 from ringplane.native.access import load32, store32, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import (
     EINVAL,
     ENOTSOCK,
@@ -31,6 +30,7 @@ from ringplane.native.syscalls import (
     vmsplice,
     write,
 )
+from ringplane.system import libc
 
 # context: AIO's; iocb: address of the one IOCB; list: address of that address; iovec: address of an IOVEC
 SIGNALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iovec")])

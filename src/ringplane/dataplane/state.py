@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ringplane.dataplane.histogram import BUCKETS
 from ringplane.engines.ranges import BACKING
-from ringplane.histogram import BUCKETS
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
 
 
@@ -62,7 +62,7 @@ QUEUE = _struct(
     "batch_flags",
     "uncounted",
     "indirect",
-    # The in-flight region, in memory that outlives this process: the fields that virtio/inflight.py requires
+    # The in-flight region, in memory that outlives this process: the fields that inflight/tracking.py requires
     "inflight",  # or 0: the ring has none
     "counter",
     "batch_list",
@@ -155,7 +155,7 @@ REQUEST = _struct(
     "queue",  # QUEUE
     "head",  # the chain: index of its first descriptor (split ring) or buffer id (packed ring)
     "descriptors",  # how many descriptors of a packed ring the chain takes
-    "entry",  # the chain's first entry in the in-flight region of a packed ring (virtio/inflight.py)
+    "entry",  # the chain's first entry in the in-flight region of a packed ring (inflight/tracking.py)
     "iovecs",  # room for MAX_IOVECS IOVEC structs of this slot
     # From the chain, filled by fetch: the driver's buffers as IOVEC structs, readable ones before writable ones
     "readable_count",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.state import (
     TRACE,
     TRACE_CAPACITY,
@@ -20,7 +21,6 @@ from ringplane.dataplane.state import (
     WORKER_TRACED,
 )
 from ringplane.native.access import address_of, store64_release, view
-from ringplane.native.jit import compiled
 
 EVENT_NAMES = {TRACE_FETCH: "fetch", TRACE_COMPLETE: "complete", TRACE_START: "start", TRACE_STOP: "stop"}
 TYPE_NAMES = {

@@ -9,9 +9,9 @@ kept. A policy that costs more has to be better by a margin: what makes no diffe
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.state import POLICIES, SLEEP, TALLY, TALLY_SIZE
 from ringplane.native.access import view
-from ringplane.native.jit import compiled
 
 # The length of a sampling period. It is extended while fewer than ENOUGH requests were completed: too few to compare.
 SAMPLE_NS, ENOUGH = 1_000_000, 64

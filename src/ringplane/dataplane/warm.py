@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 
+from ringplane.compiler.apart import compile_apart, run_child
+from ringplane.compiler.cache import find_cache, forget_old_versions, is_cached
 from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.common import IN_MEMORY
-from ringplane.memory import MemoryTable, Region
-from ringplane.native.apart import compile_apart, run_child
-from ringplane.native.cache import find_cache, forget_old_versions, is_cached
-from ringplane.native.libc import drop_code
-from ringplane.signals import NONE, Signals
+from ringplane.guest_memory.regions import MemoryTable, Region
+from ringplane.system.libc import drop_code
+from ringplane.system.signals import NONE, Signals
 from ringplane.virtio.blk import SECTOR
 
 log = logging.getLogger(__name__)

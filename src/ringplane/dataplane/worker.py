@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.dataplane import rules
-from ringplane.dataplane.helpers import Helpers
+from ringplane.compiler.cache import DATA_PLANE, mark_cached
+from ringplane.compiler.jit import load
+from ringplane.dataplane import ring_rules
+from ringplane.dataplane.helper_threads import Helpers
 from ringplane.dataplane.loop import FIRST_TURN, mark_ready, run
 from ringplane.dataplane.queue import NO_MEMORY, Queue, RingLayout
 from ringplane.dataplane.signaller import Signaller, signal
@@ -50,12 +52,11 @@ from ringplane.dataplane.state import (
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.engines.choose import AUTO, make_engine
 from ringplane.engines.ranges import RANGE
-from ringplane.logs import DiskLog
-from ringplane.memory import BadMemory, MemoryTable
-from ringplane.native import interrupt, libc, procfs, sigbus
-from ringplane.native.cache import DATA_PLANE, mark_cached
-from ringplane.native.jit import load
+from ringplane.guest_memory.regions import BadMemory, MemoryTable
+from ringplane.log.logs import DiskLog
+from ringplane.native import interrupt, sigbus
 from ringplane.native.syscalls import IOVEC
+from ringplane.system import libc, procfs
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
 from ringplane.virtio.split import (
@@ -482,12 +483,16 @@ class Worker:
     def _report_broken_rings(self) -> None:
         for queue in self._queues.values():
             rule = int(queue.record["broken"])
-            if rule != rules.OK and not queue.broken_reported:
+            if rule != ring_rules.OK and not queue.broken_reported:
                 queue.broken_reported = True
                 head = int(queue.record["broken_head"])
                 where = f" (chain {head})" if head >= 0 else ""
                 log.warning(
-                    "%s: ring broken by the driver: %s%s", queue.name, rules.MESSAGES[rule], where, extra=_about(queue)
+                    "%s: ring broken by the driver: %s%s",
+                    queue.name,
+                    ring_rules.MESSAGES[rule],
+                    where,
+                    extra=_about(queue),
                 )
                 self._signal_error(queue)
 

@@ -7,13 +7,13 @@ advances when a write is accepted, not when it has ended: the next write may com
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.fetch import consume, copy_to_front
-from ringplane.dataplane.helpers import send_to_helpers
+from ringplane.dataplane.helper_threads import send_to_helpers
 from ringplane.dataplane.state import DEVICE, PENDING, REQUEST_SECTOR
 from ringplane.engines.common import READ, RESET_ZONES
 from ringplane.engines.zones import ZONE, ZONES, zone_at
 from ringplane.native.access import address_of, load64, store64, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOVEC_SIZE
 from ringplane.virtio.blk import (
     SECTOR,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import view, wrapping_add, wrapping_mul
-from ringplane.native.jit import compiled
 from ringplane.virtio.blk import SECTOR
 
 # Content. A 64-bit word of a sector is first_word + position * WORD_STEP; first_word is a one-to-one mix of seed,

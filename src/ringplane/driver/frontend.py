@@ -1,7 +1,7 @@
 """A vhost-user front end: shared memory, one method for each message, and the notifiers of a ring.
 
-Each message is a small method that sends its arguments, right or wrong: tests use them to misbehave. disk.py uses them
-as a well-behaved driver does. Source: QEMU's docs/interop/vhost-user.rst.
+Each message is a small method that sends its arguments, right or wrong: tests use them to misbehave. driver.py uses
+them as a well-behaved driver does. Source: QEMU's docs/interop/vhost-user.rst.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ringplane.driver.ring import Ring
-from ringplane.memory import Mapping
+from ringplane.guest_memory.regions import Mapping
 from ringplane.vhost_user.messages import (
     U64,
     VHOST_USER_F_PROTOCOL_FEATURES,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringplane import histogram
+from ringplane.compiler.jit import compiled
+from ringplane.dataplane import histogram
 from ringplane.driver.content import (
     BUSY,
     GENERATION_MASK,
@@ -15,7 +16,7 @@ from ringplane.driver.content import (
     word_at,
     write_content,
 )
-from ringplane.driver.disk import NO_STATUS
+from ringplane.driver.driver import NO_STATUS
 from ringplane.driver.ring import (
     BAD_USED,
     NO_ROOM,
@@ -30,7 +31,6 @@ from ringplane.driver.ring import (
     used_count,
 )
 from ringplane.native.access import address_of, load8, load32, load64, store8, store32, store64, view, wrapping_add
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import EINTR, EPOLL_EVENT, epoll_wait, monotonic_ns, write
 from ringplane.virtio.blk import (
     HEADER,

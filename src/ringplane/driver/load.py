@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ringplane import histogram
+from ringplane.dataplane import histogram
 from ringplane.driver.content import Model, origin
-from ringplane.driver.disk import Driver
+from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import Vring
 from ringplane.driver.generator import BROKEN, DONE, EVENTS, FOREVER, RUN, SLOT, drive
 from ringplane.driver.process import cpu_ns

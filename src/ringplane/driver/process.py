@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from ringplane.peers import credentials
+from ringplane.vhost_user.peers import credentials
 
 # include/linux/posix-timers.h: the clock of a whole process is its pid's complement, shifted, and this kind of clock.
 CPUCLOCK_SCHED = 2

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import (
     fence,
     load16,
@@ -23,7 +24,6 @@ from ringplane.native.access import (
     store64,
     view,
 )
-from ringplane.native.jit import compiled
 from ringplane.virtio.split import (
     AVAIL_FLAGS,
     AVAIL_IDX,

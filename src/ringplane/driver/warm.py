@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ringplane.compiler.apart import compile_apart, run_child
+from ringplane.compiler.cache import DRIVER, is_cached, mark_cached
+from ringplane.compiler.jit import load
 from ringplane.driver.generator import drive
 from ringplane.driver.ring import reap_at
-from ringplane.native.apart import compile_apart, run_child
-from ringplane.native.cache import DRIVER, is_cached, mark_cached
-from ringplane.native.jit import load
-from ringplane.signals import NONE, Signals
+from ringplane.system.signals import NONE, Signals
 
 
 def warm_up(signals: Signals = NONE) -> None:

@@ -21,11 +21,10 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, complete
-from ringplane.memory import Mapping
-from ringplane.native import libc
+from ringplane.guest_memory.regions import Mapping
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import (
     EAGAIN,
     EINTR,
@@ -38,6 +37,7 @@ from ringplane.native.syscalls import (
     epoll_wait,
     io_submit,
 )
+from ringplane.system import libc
 
 EPOLL_EVENT_SIZE = EPOLL_EVENT.itemsize
 

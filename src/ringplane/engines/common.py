@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import view
-from ringplane.native.jit import compiled
 
 # The operation of a request on storage. From FLUSH on operations have no partial results; from DISCARD on they are
 # performed by a helper thread (engines/ranges.py, engines/zones.py).

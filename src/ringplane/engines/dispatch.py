@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.engines import aio, uring
 from ringplane.engines.aio import AIO_ENGINE
 from ringplane.engines.common import IO_URING
 from ringplane.engines.uring import URING_ENGINE
 from ringplane.native.access import address_of, view
-from ringplane.native.jit import compiled
 
 
 @compiled

@@ -21,11 +21,12 @@ import weakref
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled
 from ringplane.engines.common import READ
-from ringplane.native import libc, sigbus
+from ringplane.native import sigbus
 from ringplane.native.access import address_of, copy, load8, load64, prefetch, store8, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, preadv, pwritev
+from ringplane.system import libc
 
 PAGE_BITS = 12
 PAGE = 1 << PAGE_BITS

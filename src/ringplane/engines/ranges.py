@@ -12,7 +12,7 @@ Facts that this file depends on:
 - The edges that remain are written with pwritev(2), which never needs a read-modify-write by us. Through the page cache
   the kernel does it, under the lock of the page that all buffered writes take, so a concurrent write to the adjacent
   sectors is not lost. With O_DIRECT a range is a multiple of the logical block size, and an image whose storage
-  transfers larger blocks than that is not served (image.py).
+  transfers larger blocks than that is not served (block/image.py).
 - For a block device fallocate(2) and BLKDISCARD drop the page cache of the range while they hold it locked: later reads
   come from the device. For files the file system takes care of that.
 """
@@ -27,11 +27,11 @@ import struct
 
 import numpy as np
 
+from ringplane.compiler.jit import compiled
 from ringplane.engines import memory
 from ringplane.engines.common import DISCARD, WRITE, ZERO
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.native.access import address_of, view
-from ringplane.native.jit import compiled
 from ringplane.native.syscalls import (
     EACCES,
     EINTR,

@@ -32,12 +32,12 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.compiler.jit import compiled, load
 from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, EngineUnavailable, complete
-from ringplane.memory import Mapping
-from ringplane.native import libc
+from ringplane.guest_memory.regions import Mapping
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
-from ringplane.native.jit import compiled, load
 from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, io_uring_enter
+from ringplane.system import libc
 
 # include/uapi/linux/io_uring.h
 SQE = np.dtype(

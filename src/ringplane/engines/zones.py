@@ -3,18 +3,18 @@
 Each pointer is stored twice, in a mapped file. `reached` is where the completed writes end: it outlives the process.
 `stable` is where the writes end that are certainly on stable storage: it counts after a power cut, when it is unknown
 which of the pages in memory had been written. So the data is synced first; then `stable` is set to the pointers from
-before that, and is synced itself. zonefile.py is about the file.
+before that, and is synced itself. block/zonefile.py is about the file.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ringplane.compiler.jit import compiled
 from ringplane.engines import ranges
 from ringplane.engines.common import ZERO
 from ringplane.engines.ranges import RANGE
 from ringplane.native.access import address_of, load64, store64, view
-from ringplane.native.jit import compiled
 from ringplane.native.mutex import MUTEX_SIZE, lock, unlock
 from ringplane.native.syscalls import IOVEC, fdatasync
 from ringplane.virtio.blk import SECTOR

@@ -7,7 +7,7 @@ import ctypes
 import signal
 import threading
 
-from ringplane.native import libc
+from ringplane.system import libc
 
 # By default this signal is ignored, so it is harmless; but only a signal with a handler ends a system call.
 SIGNAL = signal.SIGURG

@@ -21,10 +21,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ringplane.native import libc
+from ringplane.compiler.jit import numba_cache_directory
 from ringplane.native.access import INT64, external, load32, load64, store64, view
-from ringplane.native.jit import numba_cache_directory
 from ringplane.native.syscalls import mmap_anonymous_page, write
+from ringplane.system import libc
 
 # As many mappings as Linux lets a process have (vm.max_map_count, 65530 by default).
 MAX_GUARDS = 1 << 16

@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import INT64, external
-from ringplane.native.jit import compiled
-from ringplane.native.numbers import MACHINE, NUMBERS
+from ringplane.system.syscall_numbers import MACHINE, NUMBERS
 
 SYS_READ = NUMBERS["read"]
 SYS_WRITE = NUMBERS["write"]

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 
-from ringplane.logs import DiskLog
+from ringplane.log.logs import DiskLog
 from ringplane.vhost_user.connection import Connection, Role
 from ringplane.vhost_user.messages import BackendRequest, Empty, Payload, ProtocolError, VringState
 from ringplane.vhost_user.transport import AsyncTransport

@@ -14,17 +14,17 @@ from concurrent.futures import Future
 from dataclasses import astuple
 from typing import TypeVar
 
-from ringplane.address_space import Quota
 from ringplane.dataplane.queue import DirtyLog, RingLayout
 from ringplane.dataplane.worker import WorkerEnded
-from ringplane.disk import Disk
-from ringplane.logs import DiskLog
-from ringplane.memory import Alarm, BadMemory, Mapping, MemoryTable, Region
-from ringplane.vhost_user import inflight, messages
+from ringplane.device.disk import Disk
+from ringplane.guest_memory.address_space import Quota
+from ringplane.guest_memory.regions import Alarm, BadMemory, Mapping, MemoryTable, Region
+from ringplane.log.logs import DiskLog
+from ringplane.vhost_user import inflight_area, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.fds import BadFd, check_fds
 from ringplane.vhost_user.inband import BackendChannel, InbandSignal
-from ringplane.vhost_user.inflight import InflightArea
+from ringplane.vhost_user.inflight_area import InflightArea
 from ringplane.vhost_user.messages import (
     MAX_CONFIG_SIZE,
     U64,
@@ -543,7 +543,7 @@ class Session:
 
     async def _on_get_inflight_fd(self, message: Message) -> Payload:
         asked = _expect(message, Inflight)
-        described, fd = inflight.create(asked.num_queues, asked.queue_size)
+        described, fd = inflight_area.create(asked.num_queues, asked.queue_size)
         self._reply_fds = [fd]
         return described
 

@@ -1,6 +1,6 @@
 """The state of a front end that a process hands to its successor, which resumes it unnoticed.
 
-All of it is plain values and fds (`Fd`), which handover.py sends. The fds stay their owner's: the process that
+All of it is plain values and fds (`Fd`), which control/handover.py sends. The fds stay their owner's: the process that
 resumes a front end duplicates them.
 """
 

@@ -11,6 +11,7 @@ descriptor to take and to overwrite) with `avail_wrap` and `used_wrap` (1 in the
 
 from __future__ import annotations
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import (
     fence,
     load16,
@@ -21,7 +22,6 @@ from ringplane.native.access import (
     store16_release,
     store32,
 )
-from ringplane.native.jit import compiled
 from ringplane.virtio.split import DESC_SIZE, VIRTQ_DESC_F_WRITE, need_event
 
 # struct pvirtq_desc, section 2.8.13: addr, len, id, flags

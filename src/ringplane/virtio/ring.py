@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringplane.native.jit import compiled
+from ringplane.compiler.jit import compiled
 from ringplane.virtio import packed, split
 
 

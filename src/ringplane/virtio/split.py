@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ringplane.compiler.jit import compiled
 from ringplane.native.access import (
     fence,
     load16,
@@ -24,7 +25,6 @@ from ringplane.native.access import (
     store16_release,
     store32,
 )
-from ringplane.native.jit import compiled
 
 # struct virtq_desc, section 2.7.5
 DESC = np.dtype([("addr", "<i8"), ("len", "<u4"), ("flags", "<u2"), ("next", "<u2")])

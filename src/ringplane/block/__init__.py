@@ -1,0 +1,1 @@
+"""Images and what their storage can do."""

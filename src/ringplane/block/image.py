@@ -1,0 +1,359 @@
+"""The raw image or block device behind a disk: creating, opening, locking, its size and O_DIRECT's requirements."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import shlex
+import stat
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringplane.block.formats import find_format
+from ringplane.options.values import LOCK_AUTO, LOCK_OFF, LOCK_ON
+from ringplane.system import libc, procfs
+
+log = logging.getLogger(__name__)
+
+# ioctl(2) requests of block devices, <linux/fs.h>
+BLKGETSIZE64 = 0x80081272
+BLKROGET = 0x125E
+
+BLOCK_SIZES = (512, 4096)
+# The largest sector of block devices, and so the largest block that O_DIRECT may require.
+LARGEST_SECTOR = 64 << 10
+
+# The bytes that QEMU locks in an image (its block/file-posix.c): one range for an opener's own uses of the image,
+# one for the uses that it denies to others. With the same bytes, QEMU and ringplane refuse each other's images.
+LOCK_USES, LOCK_DENIES = 100, 200
+PERMISSION_READ, PERMISSION_WRITE, PERMISSION_RESIZE = 0, 1, 3
+
+# fcntl(2): struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+FLOCK = struct.Struct("hhqqi4x")
+
+
+# Seconds
+LOCK_PATIENCE = 0.5
+
+
+class ImageError(Exception):
+    """The image cannot be served; the text is one line for the person who named it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """O_DIRECT's alignment in bytes: `memory` for a buffer's address, `block` for a buffer's length and the offset."""
+
+    memory: int
+    block: int
+
+
+UNALIGNED = Alignment(1, 1)
+
+
+def create(path: Path, size: int) -> None:
+    """Create a sparse image of `size` bytes; raises ImageError if the path exists. A failure leaves no file behind."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _cannot_be_created(path, error) from None
+    try:
+        _set_size(fd, path, size)
+    except ImageError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def create_nameless(path: Path, size: int, *, direct: bool) -> int | None:
+    """The fd of a file like that of `create`, but without a name: it disappears when it is closed.
+
+    None if the file system does not have such files (open(2), O_TMPFILE). Raises ImageError if `create` would.
+    """
+    try:
+        if path.is_symlink():
+            raise FileExistsError
+        fd = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR) and os.access(path.parent, os.W_OK, effective_ids=True):
+            return None
+        raise _cannot_be_created(path, error) from None
+    try:
+        _set_size(fd, path, size)
+    except ImageError:
+        os.close(fd)
+        raise
+    if direct:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+    return fd
+
+
+def _cannot_be_created(path: Path, error: OSError) -> ImageError:
+    if isinstance(error, FileExistsError):
+        why = "is a symbolic link whose target does not exist" if not path.exists() else "exists already"
+        return ImageError(f"{path}: {why}; nothing is created over it")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ImageError(f"{path}: the folder {path.parent} does not exist; create it or choose another path")
+    if isinstance(error, PermissionError):
+        return ImageError(f"{path}: user {os.geteuid()} may not create a file in the folder {path.parent}")
+    return ImageError(f"{path}: cannot be created: {error.strerror}")
+
+
+def _set_size(fd: int, path: Path, size: int) -> None:
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or "no file can be that long"
+        raise ImageError(f"{path}: cannot be made {size} bytes long: {why}") from None
+
+
+class Image:
+    """An open image. It is always raw: formats are never probed."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        read_only: bool = False,
+        direct: bool = True,
+        share_rw: bool = False,
+        block_size: int = 512,
+        lock: str = LOCK_AUTO,
+        fd: int | None = None,
+        rehearsal: bool = False,
+    ) -> None:
+        """Open and lock; raises ImageError. A `rehearsal` raises the same errors, but opens it for reading only.
+
+        `direct` is a wish: if the file system refuses O_DIRECT, `direct` of the object is False afterwards. `lock` is
+        one of LOCKS: LOCK_AUTO serves a read-only image without a lock if its file system has no locks. With `fd` it
+        is open already, locked by the process that we take over from; the fd is ours from now on.
+        """
+        self.path = path
+        self.read_only = read_only
+        self._block_size = block_size
+        if fd is None:
+            self.fd, self.direct = _open(path, read_only or rehearsal, direct)
+        else:
+            self.fd, self.direct = fd, bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        self._others: list[int] = []
+        try:
+            self.size = _size(self.fd, path)
+            if not read_only:
+                _check_writable(self.fd, path)
+            if rehearsal and not read_only and not os.access(path, os.W_OK, effective_ids=True):
+                raise _not_permitted(path, read_only)
+            if fd is None:
+                _lock_as(lock, self.fd, path, read_only=read_only, share_rw=share_rw)
+            self.alignment = self._find_alignment() if self.direct else UNALIGNED
+            _check_block_size(self, block_size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _find_alignment(self) -> Alignment:
+        """O_DIRECT's alignment; if no read with it succeeds, switch it off: UNALIGNED. Raises ImageError."""
+        found = _alignment(self.fd)
+        if found is not None:
+            return found
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self.direct = False
+        try:
+            os.pread(self.fd, BLOCK_SIZES[0], 0)
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return UNALIGNED
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file, not a block device."""
+        return stat.S_ISREG(os.fstat(self.fd).st_mode)
+
+    def open_again(self) -> int:
+        """The fd of another open file of the same image, for reading and writing; closed with this one.
+
+        Raises ImageError.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if self.direct else 0)
+        try:
+            # Its path, which may be another file's by now, is used only without /proc.
+            named = procfs.open_file(self.fd)
+            self._others.append(os.open(named if named.exists() else self.path, flags))
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be opened again for another thread: {error.strerror}") from None
+        if not os.path.sameopenfile(self._others[-1], self.fd):
+            raise ImageError(
+                f"{self.path}: is another file now, so that the image cannot be opened again for another thread, which "
+                "needs /proc then; mount /proc, or give the disk one I/O thread"
+            )
+        return self._others[-1]
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether its path does not lead to the opened file any more."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except OSError:
+            return True
+
+    def refresh_size(self) -> None:
+        """Re-read the size of the image, in whole blocks. Raises ImageError."""
+        self.size = _size(self.fd, self.path) // self._block_size * self._block_size
+
+    def close(self) -> None:
+        """Close, which gives up the locks; a second call does nothing."""
+        while self._others:
+            os.close(self._others.pop())
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
+    # Non-blocking, so that a FIFO is rejected instead of waited for; files and block devices ignore the flag.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+    if direct:
+        # Any error is suppressed: one that is not about O_DIRECT comes again below.
+        with contextlib.suppress(OSError):
+            return os.open(path, flags | os.O_DIRECT), True
+    try:
+        return os.open(path, flags), False
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file; --create SIZE (in a configuration file: create) makes one") from None
+    except IsADirectoryError:
+        raise _not_an_image(path) from None
+    except PermissionError:
+        raise _not_permitted(path, read_only) from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def _not_permitted(path: Path, read_only: bool) -> ImageError:
+    hint = "" if read_only else " for writing; --read-only serves it without"
+    return ImageError(f"{path}: may not be opened{hint}")
+
+
+def _not_an_image(path: Path) -> ImageError:
+    return ImageError(f"{path}: neither a regular file nor a block device")
+
+
+def _size(fd: int, path: Path) -> int:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    if stat.S_ISBLK(status.st_mode):
+        return int(struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0])
+    raise _not_an_image(path)
+
+
+def _check_writable(fd: int, path: Path) -> None:
+    """Raise ImageError for a read-only block device: open(2) allows writing, and only the first write would fail."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode) and struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0]:
+        raise ImageError(f"{path}: this block device is read-only; --read-only serves it")
+
+
+def _check_block_size(image: Image, block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ImageError(f"a block size of {block_size} is not supported; it is 512 or 4096")
+    if image.size == 0 and not image.is_file:
+        raise ImageError(f"{image.path}: this block device has a size of 0; attach its storage first")
+    if image.size == 0:
+        raise ImageError(f"{image.path}: is empty; truncate(1) gives it a size, --create SIZE makes a new image")
+    if image.size % block_size:
+        raise ImageError(
+            f"{image.path}: its size of {image.size} bytes is not a multiple of the block size {block_size}; "
+            f"{_how_to_fit(image, block_size)}"
+        )
+    if image.alignment.block > block_size:
+        largest = BLOCK_SIZES[-1]
+        fits = image.alignment.block <= largest and image.size % largest == 0
+        raise ImageError(
+            f"{image.path}: its storage transfers only blocks of {image.alignment.block} bytes with O_DIRECT; "
+            f"use {f'--block-size {largest} or ' if fits else ''}--buffered"
+        )
+
+
+def _how_to_fit(image: Image, block_size: int) -> str:
+    """The advice for an image that does not consist of whole blocks."""
+    found = find_format(image.fd, image.size)
+    if found and (command := found.command_for(image.path)):
+        return f"it looks like a {found.name}; make a raw image with: {command}"
+    if not image.is_file:
+        smallest = BLOCK_SIZES[0]
+        return f"use --block-size {smallest}{' --buffered' if image.alignment.block > smallest else ''}"
+    short = -image.size % block_size
+    return f"add {short} bytes with: truncate -s +{short} {shlex.quote(str(image.path))}"
+
+
+def _lock_as(lock: str, fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
+    """Lock according to LOCK_ON, LOCK_OFF or LOCK_AUTO; raises ImageError."""
+    if lock == LOCK_OFF:
+        return
+    try:
+        _lock(fd, path, read_only=read_only, share_rw=share_rw)
+    except OSError as error:
+        # Some network file systems have no locks, and some jails forbid them.
+        why = f"{path}: cannot be locked (fcntl(2), F_OFD_SETLK: {error.strerror})"
+        if lock == LOCK_ON or not read_only:
+            raise ImageError(
+                f"{why}; --lock off serves it without a lock: then take care that nothing else writes to it"
+            ) from None
+        log.info("%s: it is served read-only without a lock; nothing may write to it meanwhile", why)
+
+
+def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
+    """Lock our uses of the image and those that we deny, then test for conflicting locks of others.
+
+    Locks belong to open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
+    process is killed, and two opens in one process exclude each other too. The kernel's work for a killed process may
+    hold a copy for some milliseconds, so the lock is tried for a while. Raises OSError if there are no locks.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while not _try_lock(fd, read_only=read_only, share_rw=share_rw):
+        if time.monotonic() > deadline:
+            raise ImageError(
+                f"{path}: is in use already; it can be shared if all open it --read-only, "
+                "or if all say --share-rw (a migration)"
+            )
+        time.sleep(LOCK_PATIENCE / 50)
+
+
+def _try_lock(fd: int, *, read_only: bool, share_rw: bool) -> bool:
+    uses = {PERMISSION_READ} if read_only else {PERMISSION_READ, PERMISSION_WRITE}
+    denies = set() if share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
+    try:
+        for byte in [LOCK_USES + permission for permission in uses] + [LOCK_DENIES + p for p in denies]:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    except BlockingIOError:
+        # Another program has a write lock.
+        return False
+    for byte in [LOCK_DENIES + permission for permission in uses] + [LOCK_USES + p for p in denies]:
+        # A test for a write lock finds the read locks of all others.
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+            return False
+    return True
+
+
+def _alignment(fd: int) -> Alignment | None:
+    """The alignment that the kernel reports (statx(2), STATX_DIOALIGN, since 6.1), or else the one that reads show.
+
+    Reads do not show the required memory alignment, because a hole in the image is read without any I/O; a whole block
+    is always enough. None if no read with O_DIRECT succeeds.
+    """
+    stated = libc.direct_io_alignment(fd)
+    if stated is not None:
+        return Alignment(*stated)
+    with mmap.mmap(-1, LARGEST_SECTOR) as memory, memoryview(memory) as view:
+        for block in (LARGEST_SECTOR >> halvings for halvings in range(7, -1, -1)):
+            with contextlib.suppress(OSError), view[:block] as part:
+                os.preadv(fd, [part], 0)
+                return Alignment(block, block)
+    return None

@@ -1,0 +1,317 @@
+"""The zone file: it stores the write pointers of an emulated zoned disk, beside the image.
+
+It has a header, then two arrays of pointers (engines/zones.py says what each is for), each at the start of a page.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.block.image import Image, ImageError
+from ringplane.engines.ranges import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, ZEROS_SIZE
+from ringplane.engines.zones import ZONE, ZONES
+from ringplane.options.values import ZoneModel
+from ringplane.system import libc, procfs
+from ringplane.virtio import zoned
+from ringplane.virtio.blk import SECTOR
+
+MAGIC = b"ringplane zones1"
+PAGE = 4096
+
+# boot: the machine's boot id when this file was last opened for writing; in_use: not closed since. Sizes in bytes.
+HEADER = np.dtype(
+    [
+        ("magic", "S16"),
+        ("boot", "S36"),
+        ("in_use", "u1"),
+        ("padding", "u1", (3,)),
+        ("size", "<i8"),
+        ("capacity", "<i8"),
+        ("count", "<i8"),
+        ("conventional", "<i8"),
+    ]
+)
+
+OPEN = (zoned.VIRTIO_BLK_ZS_IOPEN, zoned.VIRTIO_BLK_ZS_EOPEN)
+
+# An append must be complete or fail as a whole, so its size is limited.
+MAX_APPEND_SECTORS = 2048
+
+
+class ZoneFile:
+    """The zones of an image; `address` is the address of their ZONES struct."""
+
+    def __init__(
+        self, image: Image, model: ZoneModel, *, block_size: int, new: bool = False, shared: bool = False
+    ) -> None:
+        """Open the file, or create it for an image without data; raises ImageError and OSError.
+
+        `new`: the image has just been created, so it has no data, whatever its file system reports.
+
+        The pointers of the writes that the last process completed count, or, after a crash of the machine, those of its
+        stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
+        its zones (`resume_from`) when it has stopped.
+        """
+        self.model, self.image = model, image
+        self.path = path_beside(image.path)
+        self.count = _count(image, model, block_size)
+        self.created = not self.path.exists()
+        if self.created:
+            _check_blank(image, new)
+            _create(self.path, model, self.count)
+        self._fd = os.open(self.path, os.O_CLOEXEC | (os.O_RDONLY if image.read_only else os.O_RDWR))
+        try:
+            self._map()
+            self._load(shared)
+        except BaseException:
+            os.close(self._fd)
+            if self.created:
+                self.path.unlink()
+            raise
+
+    def _map(self) -> None:
+        size = _file_size(self.count)
+        if os.fstat(self._fd).st_size != size:
+            raise ImageError(f"{self.path}: the size is not that of {self.count} zones of {self.model.size} bytes")
+        access = mmap.ACCESS_READ if self.image.read_only else mmap.ACCESS_WRITE
+        self._memory = mmap.mmap(self._fd, size, access=access)
+        self._header: npt.NDArray[np.void] = np.frombuffer(self._memory, HEADER, 1)
+        self._reached = np.frombuffer(self._memory, np.int64, self.count, PAGE)
+        self._stable = np.frombuffer(self._memory, np.int64, self.count, PAGE + _array_size(self.count))
+
+    def _load(self, shared: bool) -> None:
+        header = self._header[0]
+        if bytes(header["magic"]) != MAGIC:
+            raise ImageError(f"{self.path}: not a zone file of ringplane")
+        described = (header["size"], header["capacity"], header["count"], header["conventional"])
+        model = self.model
+        if described != (model.size, model.capacity, self.count, model.conventional):
+            raise ImageError(
+                f"{self.path}: describes other zones: {header['count']} of {header['size']} bytes "
+                f"with a capacity of {header['capacity']}, {header['conventional']} of them conventional"
+            )
+        boot = procfs.boot_id()
+        # If it is unknown whether the machine was restarted, only what was flushed counts.
+        crashed = header["in_use"] and (not boot or bytes(header["boot"]) != boot)
+        pointers = (self._stable if crashed else self._reached).copy()
+        if not ((pointers >= 0) & (pointers <= model.capacity // SECTOR)).all():
+            raise ImageError(f"{self.path}: damaged: a write pointer is outside its zone")
+        self._make_structs(pointers)
+        if self.image.read_only or shared:
+            return
+        if header["in_use"]:
+            self._forget_unwritten(pointers)
+        self._reached[:] = self._stable[:] = pointers
+        header["boot"], header["in_use"] = boot, 1
+        os.fdatasync(self._fd)
+
+    def _make_structs(self, pointers: npt.NDArray[np.int64]) -> None:
+        model = self.model
+        self._table = np.zeros(self.count, ZONE)
+        self._table["start"] = np.arange(self.count) * (model.size // SECTOR)
+        self._table["pointer"] = pointers
+        # No zone is open when the device starts.
+        self._table["state"] = np.where(
+            pointers == 0,
+            zoned.VIRTIO_BLK_ZS_EMPTY,
+            np.where(pointers == model.capacity // SECTOR, zoned.VIRTIO_BLK_ZS_FULL, zoned.VIRTIO_BLK_ZS_CLOSED),
+        )
+        self._table["state"][: model.conventional] = zoned.VIRTIO_BLK_ZS_NOT_WP
+        self._snapshot = np.zeros(self.count, np.int64)
+        self._zones: npt.NDArray[np.void] = np.zeros(1, ZONES)
+        self.address = int(self._zones.ctypes.data)
+        zones = self._zones[0]
+        zones["size"], zones["capacity"], zones["count"] = model.size // SECTOR, model.capacity // SECTOR, self.count
+        zones["conventional"], zones["fd"] = model.conventional, self._fd
+        zones["max_open"], zones["max_active"] = model.max_open, model.max_active
+        zones["max_append"] = self.max_append_sectors
+        zones["active"] = int((self._table["state"] == zoned.VIRTIO_BLK_ZS_CLOSED).sum())
+        zones["table"], zones["snapshot"] = self._table.ctypes.data, self._snapshot.ctypes.data
+        zones["reached"], zones["stable"] = self._reached.ctypes.data, self._stable.ctypes.data
+
+    @property
+    def max_append_sectors(self) -> int:
+        return min(MAX_APPEND_SECTORS, self.model.capacity // SECTOR)
+
+    def _forget_unwritten(self, pointers: npt.NDArray[np.int64]) -> None:
+        """Sectors beyond a pointer read as zeros (section 5.2.6.2), even if a write or reset was interrupted there."""
+        size = self.model.size
+        for index in range(self.model.conventional, self.count):
+            start = index * size + int(pointers[index]) * SECTOR
+            _forget(self.image.fd, start, (index + 1) * size)
+
+    def sync(self) -> None:
+        """Like `engines.zones.sync`, while no request is in flight; raises OSError."""
+        if self.image.read_only:
+            return
+        if failed := int(self._zones[0]["failed"]):
+            raise OSError(-failed, f"an earlier sync failed: {os.strerror(-failed)}")
+        os.fdatasync(self.image.fd)
+        self._stable[:] = self._reached
+        os.fdatasync(self._fd)
+
+    def snapshot(self) -> bytes:
+        """The field `failed`, then all states, then all pointers, as int64; only while no request is in flight."""
+        values = (self._zones["failed"], self._table["state"], self._table["pointer"])
+        return b"".join(each.tobytes() for each in values)
+
+    def resume_from(self, saved: bytes) -> None:
+        """Take over the zones (`snapshot`) of a process that has stopped writing; raises ImageError."""
+        if len(saved) != 8 * (1 + 2 * self.count):
+            raise ImageError(f"{self.path}: the zones handed over by the other process do not match")
+        values = np.frombuffer(saved, np.int64)
+        state, pointer = values[1:].reshape(2, self.count)
+        self._zones["failed"] = values[0]
+        self._table["state"], self._table["pointer"] = state, pointer
+        self._zones["open"] = np.isin(state, OPEN).sum()
+        self._zones["active"] = np.isin(state, (*OPEN, zoned.VIRTIO_BLK_ZS_CLOSED)).sum()
+
+    def abandon(self) -> None:
+        """Close the file without changing it, because another process continues with it."""
+        os.close(self._fd)
+        self._fd = -1
+
+    def close(self) -> None:
+        """Sync, mark the file as cleanly closed, and close it; no queue may be running.
+
+        A second call does nothing. Raises OSError if storage fails: then the next start recovers.
+        """
+        if self._fd < 0:
+            return
+        try:
+            self.sync()
+            if not self.image.read_only:
+                self._header[0]["in_use"] = 0
+                os.fdatasync(self._fd)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+
+    def unlink(self) -> None:
+        """Remove the file if this object created it."""
+        if self.created:
+            self.path.unlink(missing_ok=True)
+
+
+def path_beside(image: Path) -> Path:
+    return image.with_name(f"{image.name}.zones")
+
+
+def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
+    """Raises ImageError and OSError as a ZoneFile would, but creates and changes nothing."""
+    path = path_beside(image.path)
+    if not path.exists():
+        _count(image, model, block_size)
+        _check_blank(image, new=not image.path.exists())
+        return
+    reader = Image(image.path, read_only=True, block_size=block_size, fd=os.dup(image.fd))
+    try:
+        ZoneFile(reader, model, block_size=block_size).abandon()
+    finally:
+        reader.close()
+    if not image.read_only and not os.access(path, os.W_OK, effective_ids=True):
+        raise ImageError(f"{path}: not writable by this user; change its owner or mode, or serve the disk read-only")
+
+
+def check_not_zoned(image: Path) -> None:
+    """Raises ImageError for the image of a zoned disk: data written without its zones would be lost."""
+    if path_beside(image).exists():
+        raise ImageError(
+            f"{image}: this is a zoned disk, because {path_beside(image).name} exists; "
+            "serve it with --zoned, or remove that file to make it a disk without zones"
+        )
+
+
+def _count(image: Image, model: ZoneModel, block_size: int) -> int:
+    """The number of zones; raises ImageError if the image cannot be divided like this."""
+    if not image.is_file:
+        raise ImageError(f"{image.path}: this is a block device, but only a file can be served as a zoned disk")
+    if image.size % model.size:
+        more = -image.size % model.size
+        raise ImageError(
+            f"{image.path}: the size is not a multiple of the zone size of {model.size} bytes; "
+            f"add {more} bytes with: truncate -s +{more} {shlex.quote(str(image.path))}"
+        )
+    count = image.size // model.size
+    if model.conventional >= count:
+        raise ImageError(
+            f"{image.path}: with {count} zones at most {count - 1} can be conventional, not {model.conventional}"
+        )
+    return count
+
+
+def _forget(fd: int, start: int, end: int) -> None:
+    """Make these bytes of a file read as zeros; if it cannot punch a hole, zeros are written over the data."""
+    try:
+        libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
+        return
+    except OSError:
+        pass
+    with mmap.mmap(-1, ZEROS_SIZE) as zeros, memoryview(zeros) as view:
+        while (start := next_data(fd, start)) < end:
+            with view[: end - start] as piece:
+                start += os.pwritev(fd, [piece], start)
+
+
+def next_data(fd: int, offset: int) -> int:
+    """Where the next data of a file begins from `offset` on; beyond its end if there is none; `offset` if unknown."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return sys.maxsize if error.errno == errno.ENXIO else offset
+
+
+def _check_blank(image: Image, new: bool) -> None:
+    if image.read_only:
+        raise ImageError(f"{image.path}: {path_beside(image.path).name} is missing, which a read-only zoned disk needs")
+    if new or next_data(image.fd, 0) >= image.size:
+        return
+    raise ImageError(
+        f"{image.path}: the image has data, but {path_beside(image.path).name} with its write pointers is missing; "
+        "create a zoned disk as a new image (--create)"
+    )
+
+
+def _create(path: Path, model: ZoneModel, count: int) -> None:
+    """Create the file atomically and with all its space allocated, so that the mapping cannot run out of space."""
+    header = np.zeros(1, HEADER)
+    header[0]["magic"], header[0]["size"], header[0]["capacity"] = MAGIC, model.size, model.capacity
+    header[0]["count"], header[0]["conventional"] = count, model.conventional
+    new = path.with_name(f"{path.name}.new")
+    fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        # Written, because not every file system can allocate space.
+        os.pwrite(fd, header.tobytes().ljust(_file_size(count), b"\0"), 0)
+        os.fsync(fd)
+        os.rename(new, path)
+    except BaseException:
+        os.unlink(new)
+        raise
+    finally:
+        os.close(fd)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync the folder, so that the file's name is there after a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _array_size(count: int) -> int:
+    return -(-8 * count // PAGE) * PAGE
+
+
+def _file_size(count: int) -> int:
+    return PAGE + 2 * _array_size(count)

@@ -1,0 +1,90 @@
+"""The `compiled` decorator: compiles with Numba, runs without the GIL, and caches until any source file changes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numba
+
+from ringplane.compiler import numba_version
+from ringplane.compiler.cache import cache_directory
+from ringplane.compiler.pipeline import PartType, part, whole
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@contextlib.contextmanager
+def numba_cache_directory() -> Iterator[bool]:
+    """Set Numba's cache folder, which it reads when a function is decorated; an embedding program keeps its setting.
+
+    The value is whether there is a folder, and so whether to cache.
+    """
+    before, folder = numba.config.CACHE_DIR, cache_directory()
+    numba.config.CACHE_DIR = str(folder or "")
+    try:
+        yield folder is not None
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+class _Compiled:
+    """A compiled function: a part of each compiled function that calls it, and a whole if Python calls it."""
+
+    # Workers start at the same time, and Numba's setting is global.
+    _making = threading.Lock()
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._part = part(function)
+        self._numba_type_ = PartType(self._part)
+        self._whole: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return self.whole()(*args)
+
+    def whole(self) -> Any:
+        """Made when it is first needed: Python calls few functions, and Numba searches its cache on disk for each."""
+        return self._whole or self._make_whole()
+
+    def _make_whole(self) -> Any:
+        with self._making, numba_cache_directory() as cached:
+            if self._whole is None:
+                self._whole = whole(self.__wrapped__, cache=cached)  # type: ignore[attr-defined]
+            return self._whole
+
+
+def compiled(function: Function) -> Function:
+    """Compile `function` on its first call, or load it from the cache; it runs without the GIL and never raises.
+
+    Division by zero gives NumPy's result instead of an exception, so no path out of compiled code needs the GIL.
+    """
+    return _Compiled(function)  # type: ignore[return-value]
+
+
+def load(function: Callable[..., Any], *args: Any) -> None:
+    """Compile, or load from the cache, the code for a call of `function` with arguments of these types."""
+    dispatcher: Any = function.whole() if isinstance(function, _Compiled) else function
+    dispatcher.compile(tuple(map(numba.typeof, args)))
+
+
+@compiled
+def _increment(number):
+    return number + 1
+
+
+@compiled
+def _increment_twice(number):
+    return _increment(_increment(number))
+
+
+def _works() -> bool:
+    """Whether a function that Python calls, with parts behind it, is compiled correctly."""
+    tried: Any = _increment_twice
+    return bool(whole(tried.__wrapped__, cache=False)(40) == 42)
+
+
+numba_version.check(_works)

@@ -1,0 +1,1 @@
+"""The control plane: settings, servers, sockets, exports, takeover by another process, confinement."""

@@ -1,0 +1,101 @@
+"""Finds the problems that would stop `serve`, with the code of serve, but creates, changes and serves nothing.
+
+Images are opened for reading only. A file without a name takes the place of an image that is not created yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from ringplane.block import zonefile
+from ringplane.block.image import Image, ImageError, create_nameless
+from ringplane.block.storage_limits import Limits, limits
+from ringplane.control import listener
+from ringplane.control.config import Config
+from ringplane.control.export import DiskConfig
+from ringplane.control.listener import ListenError
+from ringplane.dataplane.worker import Worker
+from ringplane.device.disk import check_switches, storage_of
+from ringplane.engines.common import NOWHERE
+
+
+def find_problems(config: Config) -> list[str]:
+    """One line for each problem."""
+    problems: list[str] = []
+    with contextlib.ExitStack() as undo:
+        workers: dict[str, Worker] = {}
+        # All exist at the same time, because each locks memory, and there may be too little for all of them.
+        for each in config.io_threads:
+            try:
+                workers[each.name] = Worker(each.name, engine=each.engine)
+                undo.callback(workers[each.name].stop)
+            except OSError as error:
+                problems.append(f"[[io-thread]] {each.name}: {error}")
+        for disk in config.disks:
+            problems += _of_disk(disk, [workers[name] for name in disk.io_threads if name in workers])
+    return problems
+
+
+def _of_disk(disk: DiskConfig, workers: Sequence[Worker]) -> list[str]:
+    problems: list[str] = []
+    for look in (partial(_look_at_image, disk, workers), partial(_look_at_socket, disk)):
+        try:
+            look()
+        except (ImageError, ListenError, OSError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _look_at_socket(disk: DiskConfig) -> None:
+    assert disk.socket_path is not None
+    listener.check(disk.socket_path, disk.socket_group)
+
+
+def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
+    image = _opened(disk)
+    if image is None:
+        return
+    with contextlib.closing(image):
+        if disk.zoned:
+            zonefile.check(image, disk.zoned, block_size=disk.block_size)
+        else:
+            zonefile.check_not_zoned(disk.image)
+        storage = storage_of(image, disk.engine, workers)
+        found = Limits() if storage == NOWHERE else _limits(disk, image)
+        if found:
+            check_switches(disk.features, found, image, zoned=disk.zoned is not None)
+
+
+def _opened(disk: DiskConfig) -> Image | None:
+    """The image, or a nameless one like the image that will be created; None if there is neither."""
+    if disk.create is None or disk.image.exists():
+        return Image(
+            disk.image,
+            read_only=disk.read_only,
+            direct=disk.direct,
+            share_rw=disk.share_rw,
+            lock=disk.lock,
+            block_size=disk.block_size,
+            rehearsal=True,
+        )
+    fd = create_nameless(disk.image, disk.create, direct=disk.direct)
+    return None if fd is None else Image(disk.image, read_only=disk.read_only, block_size=disk.block_size, fd=fd)
+
+
+def _limits(disk: DiskConfig, image: Image) -> Limits | None:
+    """The limits, tried on a writable nameless file beside the image; None if none can be created there."""
+    if not image.is_file:
+        return limits(image.fd, read_only=disk.read_only)
+    try:
+        fd = create_nameless(image.path.resolve(), image.size, direct=False)
+    except ImageError:
+        return None
+    if fd is None:
+        return None
+    try:
+        return limits(fd, read_only=disk.read_only)
+    finally:
+        os.close(fd)

@@ -1,0 +1,358 @@
+"""The configuration file of `ringplane serve --config`: several disks and their I/O threads, in TOML.
+
+Each key has the name of the command-line option with the same meaning. docs/config.md describes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ringplane.block.image import BLOCK_SIZES
+from ringplane.control.export import DiskConfig
+from ringplane.control.server import IoThread
+from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
+from ringplane.options.values import (
+    LOCKS,
+    MAX_QUEUES,
+    check_cpus,
+    check_feature,
+    check_serial,
+    parse_cpus,
+    parse_group,
+    parse_mode,
+    parse_poll_us,
+    parse_size,
+    parse_zones,
+)
+
+MAX_THREADS = 64
+
+# Converts a TOML value to the one that ringplane uses; raises a ValueError that says what is wrong and what is right.
+Check = Callable[[Any], Any]
+
+
+class ConfigError(Exception):
+    """The file cannot be used; `problems` are lines with the file, the table, the key, and what is wrong.
+
+    The text is the first of them.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The checked contents of a configuration file."""
+
+    disks: Sequence[DiskConfig]
+    io_threads: Sequence[IoThread]
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One of the file's tables, each of whose keys has been checked by itself; error messages call it `place`."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_config(path: Path) -> Config:
+    """Read and check; raises ConfigError. Nothing is created or opened."""
+    config, problems = examine(path)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def examine(path: Path) -> tuple[Config, list[str]]:
+    """What can be used of a file, and a line for each problem of the rest. Nothing is created or opened."""
+    reader = _Reader(path.parent)
+    config = Config((), ())
+    with reader.noting_problems():
+        config = reader.read(_parse(path))
+    return config, [f"{path}: {problem}" for problem in reader.problems]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8, which TOML requires") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"is not TOML: {error}") from None
+
+
+class _Reader:
+    """Turns the tables of a file in `folder` into a Config. Whatever is wrong becomes one of `problems`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.problems: list[str] = []
+        self._folder = folder
+        self._disks_spread = 0
+
+    @contextlib.contextmanager
+    def noting_problems(self, place: str = "") -> Iterator[None]:
+        """What a ValueError says becomes a problem of `place`."""
+        try:
+            yield
+        except ValueError as error:
+            self.problems.append(f"{place}{error}")
+
+    def read(self, document: dict[str, Any]) -> Config:
+        top = self._check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
+        io_threads = self._io_threads(top.get("io_thread") or [{}])
+        if "disk" not in document:
+            raise ValueError("has no disk; a line [[disk]] begins each one")
+        disks: list[tuple[_Table, DiskConfig]] = []
+        for number, keys in enumerate(top.get("disk", ()), 1):
+            table = self._disk_table(number, keys)
+            if table.values.keys() >= {"image", "socket_path"}:
+                with self.noting_problems(table.place):
+                    disks.append((table, self._disk(table, [thread.name for thread in io_threads])))
+        self._check_sockets(disks)
+        self._check_images(disks)
+        return Config([disk for _, disk in disks], io_threads)
+
+    def _check_keys(self, table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
+        """The values by their Python names."""
+        values = {}
+        for key, value in table.items():
+            if key not in checks:
+                self.problems.append(f"{place}unknown key {_shown(key)}{_near(key, checks)}")
+                continue
+            with self.noting_problems(f"{place}{key}: "):
+                values[key.replace("-", "_")] = checks[key](value)
+        return values
+
+    def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
+        threads: dict[str, IoThread] = {}
+        for number, table in enumerate(tables, 1):
+            place = f"[[io-thread]] {number}: "
+            values = {"name": f"io{number - 1}"} | self._check_keys(table, IO_THREAD_KEYS, place)
+            if values["name"] in threads:
+                self.problems.append(f"{place}name: {_shown(values['name'])} is the name of another I/O thread already")
+            threads[values["name"]] = IoThread(**values)
+        if len(tables) > MAX_THREADS:
+            self.problems.append(f"has {len(tables)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
+        return list(threads.values())
+
+    def _disk_table(self, number: int, table: dict[str, Any]) -> _Table:
+        image = table.get("image")
+        place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
+        values = self._check_keys(table, DISK_KEYS, place)
+        for name in ("image", "socket-path"):
+            if name not in table:
+                self.problems.append(f"{place}{name} is missing; each disk needs one")
+        return _Table(place, values)
+
+    def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
+        """Raises ValueError."""
+        values = dict(table.values)
+        for name in ("image", "socket_path"):
+            values[name] = self._folder / values[name]
+        chosen = values.get("io_threads", ())
+        for name in chosen:
+            if name not in threads:
+                raise ValueError(f"io-threads: no [[io-thread]] has the name {_shown(name)}{_near(name, threads)}")
+        queues = values.get("num_queues", MAX_QUEUES)
+        if len(chosen) > queues:
+            raise ValueError(f"io-threads: names {len(chosen)} threads for {queues} queues; name at most one per queue")
+        values["io_threads"] = tuple(chosen) or self._spread(threads)[:queues]
+        return DiskConfig(**values)
+
+    def _spread(self, threads: list[str]) -> tuple[str, ...]:
+        """All threads, from the next one on: queue 0, which small guests use alone, is on another one for each disk."""
+        first = self._disks_spread % len(threads)
+        self._disks_spread += 1
+        return (*threads[first:], *threads[:first])
+
+    def _check_sockets(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
+        first: dict[str, _Table] = {}
+        for table, disk in disks:
+            assert disk.socket_path is not None
+            place = os.path.join(os.path.realpath(disk.socket_path.parent), disk.socket_path.name)
+            other = first.setdefault(place, table)
+            if other is not table:
+                self.problems.append(
+                    f"{table.place}socket-path: {disk.socket_path} is also the socket of {_named(other)}; "
+                    "give each disk its own"
+                )
+
+    def _check_images(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
+        first: dict[object, tuple[_Table, DiskConfig]] = {}
+        for table, disk in disks:
+            other, before = first.setdefault(_identity(disk.image), (table, disk))
+            shared = (disk.read_only and before.read_only) or (disk.share_rw and before.share_rw)
+            if other is not table and not shared:
+                self.problems.append(
+                    f"{table.place}image: is also the image of {_named(other)}; "
+                    "disks can share an image if all are read-only, or if all have share-rw (for a migration)"
+                )
+
+
+def _identity(path: Path) -> object:
+    """Equal for all paths of the same image."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
+def _named(table: _Table) -> str:
+    return table.place.removesuffix(": ")
+
+
+# What values may be.
+
+
+def _shown(value: object) -> str:
+    """Nearly as in TOML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """A suggestion, or the list of what there is."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {_shown(near[0])}?" if near else f"; possible are {', '.join(map(_shown, names))}"
+
+
+def _tables(value: Any) -> Any:
+    if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+        raise ValueError("is not a list of tables; write its name in double brackets, as in [[disk]]")
+    return value
+
+
+def _text(value: Any) -> Any:
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise ValueError(f"{_shown(value)} is not a printable text in quotation marks")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_shown(value)} is neither true nor false")
+    return value
+
+
+def _whole(lowest: int, highest: int) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is not int or not lowest <= value <= highest:
+            raise ValueError(f"{_shown(value)} is not a whole number from {lowest} to {highest}")
+        return value
+
+    return check
+
+
+def _one_of(*choices: int | str) -> Check:
+    def check(value: Any) -> Any:
+        # Not by equality alone: true is 1 to Python.
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{_shown(value)} is not one of {', '.join(map(_shown, choices))}")
+        return value
+
+    return check
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return parse_size(value)
+    if type(value) is not int:
+        raise ValueError(f'{_shown(value)} is not a size; examples: "512M", "10G", 4096')
+    if value <= 0:
+        raise ValueError(f"{value} is not a positive size")
+    return value
+
+
+def _serial(value: Any) -> Any:
+    check_serial(_text(value))
+    return value
+
+
+def _mode(value: Any) -> int:
+    # Not a number: 660 without a prefix is decimal in TOML.
+    if not isinstance(value, str):
+        raise ValueError(f'{_shown(value)} is not a file mode in quotation marks; an example: "0660"')
+    return parse_mode(value)
+
+
+def _group(value: Any) -> int:
+    return parse_group(str(value) if type(value) is int else _text(value))
+
+
+def _names(value: Any) -> Any:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{_shown(value)} is not a list of names; example: ["io0", "io1"]')
+    return [_text(name) for name in value]
+
+
+def _features(value: Any) -> dict[str, bool]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{_shown(value)} is not a table of features; example: {{ packed = false }}")
+    for name, on in value.items():
+        check_feature(name)
+        if not isinstance(on, bool):
+            raise ValueError(f"{name}: {_shown(on)} is neither true nor false")
+    return value
+
+
+def _zones(value: Any) -> Any:
+    return parse_zones(_text(value))
+
+
+def _cpus(value: Any) -> frozenset[int]:
+    if isinstance(value, str):
+        cpus = parse_cpus(value)
+    elif isinstance(value, list) and all(type(cpu) is int for cpu in value):
+        cpus = frozenset(value)
+    else:
+        raise ValueError(f'{_shown(value)} is not a list of CPUs; examples: [2, 3], "2-3"')
+    check_cpus(cpus)
+    return cpus
+
+
+def _poll_us(value: Any) -> int | None:
+    if type(value) is not int and not isinstance(value, str):
+        raise ValueError(f'{_shown(value)} is neither a number of microseconds nor "always"')
+    return parse_poll_us(str(value))
+
+
+IO_THREAD_KEYS: dict[str, Check] = {
+    "name": _text,
+    "cpus": _cpus,
+    "engine": _one_of(AUTO, *WORKER_ENGINES),
+    "poll-us": _poll_us,
+    "pin-memory": _flag,
+}
+
+DISK_KEYS: dict[str, Check] = {
+    "image": _text,
+    "socket-path": _text,
+    "socket-mode": _mode,
+    "socket-group": _group,
+    "io-threads": _names,
+    "engine": _one_of(*ENGINES),
+    "create": _size,
+    "read-only": _flag,
+    "direct": _flag,
+    "share-rw": _flag,
+    "lock": _one_of(*LOCKS),
+    "num-queues": _whole(1, MAX_QUEUES),
+    "block-size": _one_of(*BLOCK_SIZES),
+    "physical-block-size": _size,
+    "serial": _serial,
+    "features": _features,
+    "zoned": _zones,
+}

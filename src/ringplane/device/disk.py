@@ -1,0 +1,340 @@
+"""A disk as drivers see it: an image, the features and configuration space it offers, and its queues on workers."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ringplane.block.image import Image, ImageError
+from ringplane.block.storage_limits import Limits, limits
+from ringplane.block.zonefile import ZoneFile
+from ringplane.dataplane.queue import Device, OpenFile, Queue
+from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
+from ringplane.dataplane.worker import Worker
+from ringplane.engines import memory
+from ringplane.engines.choose import AUTO, WORKER_ENGINES, choose_storage
+from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
+from ringplane.options.values import OFF_BY_DEFAULT, check_feature
+from ringplane.virtio import blk, features
+from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
+
+log = logging.getLogger(__name__)
+
+# Any engine that does not map images; each worker uses its own.
+UNMAPPED = next(iter(WORKER_ENGINES))
+
+# The data plane accepts segments of any size; the kernel transfers at most this many bytes at a time (read(2)).
+SIZE_MAX = 0x7FFFF000
+
+# The geometry for drivers that still use cylinders; other devices report the same.
+HEADS, SECTORS_PER_TRACK, MAX_CYLINDERS = 16, 63, 16383
+
+# The segments that fit into a ring of 128, the smallest that front ends use by default, without indirect descriptors:
+# Linux never gets a longer request through such a ring. Longer chains are served as well.
+SEG_MAX = 126
+
+
+# The bits of the features that users can switch; the protocol determines the others.
+BITS = {
+    "indirect-desc": features.VIRTIO_F_INDIRECT_DESC,
+    "event-idx": features.VIRTIO_F_EVENT_IDX,
+    "packed": features.VIRTIO_F_RING_PACKED,
+    "in-order": features.VIRTIO_F_IN_ORDER,
+    "order-platform": features.VIRTIO_F_ORDER_PLATFORM,
+    "notification-data": features.VIRTIO_F_NOTIFICATION_DATA,
+    "ring-reset": features.VIRTIO_F_RING_RESET,
+    "size-max": blk.VIRTIO_BLK_F_SIZE_MAX,
+    "seg-max": blk.VIRTIO_BLK_F_SEG_MAX,
+    "geometry": blk.VIRTIO_BLK_F_GEOMETRY,
+    "topology": blk.VIRTIO_BLK_F_TOPOLOGY,
+    "flush": blk.VIRTIO_BLK_F_FLUSH,
+    "config-wce": blk.VIRTIO_BLK_F_CONFIG_WCE,
+    "discard": blk.VIRTIO_BLK_F_DISCARD,
+    "write-zeroes": blk.VIRTIO_BLK_F_WRITE_ZEROES,
+    "secure-erase": blk.VIRTIO_BLK_F_SECURE_ERASE,
+    "lifetime": blk.VIRTIO_BLK_F_LIFETIME,
+}
+
+
+class Disk:
+    """One virtio-blk device; queue `i` is served by worker `i` modulo their number."""
+
+    def __init__(
+        self,
+        image: Image,
+        workers: Sequence[Worker],
+        *,
+        num_queues: int,
+        block_size: int,
+        physical_block_size: int | None = None,
+        serial: str | None = None,
+        engine: str = AUTO,
+        switches: Mapping[str, bool] | None = None,
+        zones: ZoneFile | None = None,
+    ) -> None:
+        """`serial` is at most 20 bytes; without one it is derived from the image's path.
+
+        `physical_block_size` is reported instead of that of the storage.
+        `engine` is one of ENGINES; if it is a worker's engine, each worker uses its own. `switches` maps names of
+        features to whether they are offered. A disk with `zones` is host-managed; only the first worker serves it,
+        because zones are not protected against other threads. Raises ImageError if the image cannot be served this
+        way, ValueError for a feature that cannot be switched.
+        """
+        self.image = image
+        self.block_size = block_size
+        self.serial = serial if serial is not None else default_serial(image)
+        self.zones = zones
+        self._resizing = asyncio.Lock()
+        self.storage = storage_of(image, engine, workers)
+        found = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
+        try:
+            self._device = self._make_device(found)
+        except OSError as error:
+            self._check_unmapped(engine, error)
+            self.storage = storage_of(image, UNMAPPED, workers)
+            self._device = self._make_device(found)
+        self.limits = found.for_blocks(block_size, physical_block_size, self._device.granule)
+        self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
+        files = self._open_for(self.workers)
+        self.queues = [Queue(self._device, number, files.get(worker)) for number, worker in enumerate(self.workers)]
+        for worker in set(self.workers):
+            worker.add_disk()
+        self._switches = dict(switches or {})
+        check_switches(self._switches, self.limits, image, zoned=zones is not None)
+
+    def _make_device(self, found: Limits) -> Device:
+        """Raises OSError if an image in memory cannot be mapped."""
+        image = self.image
+        return Device(
+            image.fd,
+            image.size,
+            read_only=image.read_only,
+            block_size=self.block_size,
+            alignment=(image.alignment.memory, image.alignment.block),
+            serial=self.serial,
+            name=self.name,
+            storage=self.storage,
+            lifetime=_lifetime(found),
+            zones=self.zones.address if self.zones else 0,
+        )
+
+    def _check_unmapped(self, engine: str, error: OSError) -> None:
+        """Raise ImageError unless system calls may serve an image in memory that cannot be mapped."""
+        why = f"{self.image.path}: cannot be mapped: {error.strerror}"
+        if memory.has_huge_pages(self.image.fd):
+            raise ImageError(f"{why} (huge pages are reserved)")
+        if engine != AUTO:
+            raise ImageError(f"{why}; --engine auto serves it by system calls")
+        log.warning("%s; it is served by system calls, which take more CPU per I/O", why)
+
+    def _open_for(self, workers: Iterable[Worker]) -> dict[Worker, OpenFile]:
+        """An open file for each worker: the page cache reports lost writes once to each open file (flush.py).
+
+        The first worker uses the image's own. Empty if no worker needs one. Raises ImageError.
+        """
+        files: dict[Worker, OpenFile] = {}
+        if not self.image.read_only and self._device.uses_page_cache:
+            for worker in dict.fromkeys(workers):
+                files[worker] = OpenFile(self.image.open_again() if files else self.image.fd)
+        return files
+
+    @property
+    def name(self) -> str:
+        """The name of the disk in log lines: that of the image."""
+        return self.image.path.name
+
+    @property
+    def through_page_cache(self) -> bool:
+        """Whether I/O goes through the page cache, because `direct` was not requested or not possible."""
+        return self.storage == THROUGH_WORKER and not self.image.direct
+
+    @property
+    def how(self) -> str:
+        """How I/O is done, for users."""
+        if self.storage == IN_MEMORY:
+            return "engine memory"
+        if self.storage == NOWHERE:
+            return "engine null: nothing is read or written"
+        engines = "/".join(sorted({worker.engine.name for worker in self.workers}))
+        return f"engine {engines}, {'O_DIRECT' if self.image.direct else 'buffered'}"
+
+    async def refresh_size(self) -> bool:
+        """Pick up the image's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
+        if self.zones:
+            raise ImageError(f"{self.image.path}: a zoned disk cannot get another size")
+        async with self._resizing:
+            return await self._take_size()
+
+    async def _take_size(self) -> bool:
+        self.image.refresh_size()
+        # Compared with the size in use; a size that was read earlier may not have been mapped.
+        if self.image.size == self._device.size:
+            return False
+        # If the image shrank, requests beyond its new end fail at once.
+        self._device.size = min(self._device.size, self.image.size)
+        self._device.map(self.image.size)
+        # A worker that sees the new size must not use an older mapping, so each worker runs a call in between.
+        await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
+        self._device.size = self.image.size
+        return True
+
+    @property
+    def flush_failed(self) -> bool:
+        """Whether a flush has failed; later ones cannot be guaranteed then (fsync(2))."""
+        return self._device.flush_failed
+
+    def set_flush_failed(self) -> None:
+        """Store that a flush has failed in the previous process."""
+        self._device.set_flush_failed()
+
+    def sync(self) -> None:
+        """fdatasync(2): completed requests are stable afterwards. Raises OSError, also if an earlier flush failed."""
+        if self.storage == NOWHERE or self.image.read_only:
+            return
+        if self.flush_failed:
+            raise OSError(errno.EIO, "a flush failed before")
+        try:
+            if self.zones:
+                self.zones.sync()
+            else:
+                os.fdatasync(self.image.fd)
+        except OSError:
+            self._device.set_flush_failed()
+            raise
+
+    def close(self) -> None:
+        """Close the image; no queue may be running. A second call does nothing."""
+        self._device.close()
+        self.report_failures()
+        if self.zones:
+            try:
+                self.zones.close()
+            except OSError as error:
+                log.error("%s: %s", self.zones.path, error, extra={"disk": self.name})
+        self.image.close()
+
+    def report_failures(self) -> None:
+        """Log the number of failed requests since the last such log line."""
+        self._device.failures.report_rest()
+
+    @property
+    def features(self) -> int:
+        """The device and ring feature bits that are offered."""
+        offered = features.VIRTIO_F_VERSION_1 | blk.VIRTIO_BLK_F_BLK_SIZE
+        offered |= blk.VIRTIO_BLK_F_MQ if len(self.queues) > 1 else 0
+        offered |= blk.VIRTIO_BLK_F_RO if self.image.read_only else 0
+        offered |= self.needed_features
+        for name, bit in BITS.items():
+            possible = can_offer(name, self.limits, self.image, zoned=self.zones is not None)
+            offered |= bit if possible and self.offers(name) else 0
+        if not offered & blk.VIRTIO_BLK_F_FLUSH:
+            # Section 5.2.5.2: a device that offers the switch of the cache must offer to flush it.
+            offered &= ~blk.VIRTIO_BLK_F_CONFIG_WCE
+        return offered
+
+    @property
+    def needed_features(self) -> int:
+        """The features that a driver must accept: only drivers that support zones can use sequential ones."""
+        return blk.VIRTIO_BLK_F_ZONED if self.zones else 0
+
+    def offers(self, name: str) -> bool:
+        """Whether the user's switches, or else the defaults, offer the feature of this name."""
+        return self._switches.get(name, name not in OFF_BY_DEFAULT)
+
+    def config_space(self) -> bytes:
+        """struct virtio_blk_config; fields of features that are not offered are zero, except `num_queues`."""
+        config = np.zeros(1, blk.CONFIG)[0]
+        capacity = self._device.size // blk.SECTOR
+        config["capacity"] = capacity
+        config["size_max"], config["seg_max"] = SIZE_MAX, SEG_MAX
+        config["cylinders"] = max(1, min(capacity // (HEADS * SECTORS_PER_TRACK), MAX_CYLINDERS))
+        config["heads"], config["sectors"] = HEADS, SECTORS_PER_TRACK
+        config["blk_size"] = self.block_size
+        self._describe_topology(config)
+        config["num_queues"] = len(self.queues)
+        self._describe_ranges(config)
+        self._describe_zones(config)
+        offered = self.features
+        for bit, names in blk.CONFIG_FIELDS.items():
+            for name in () if offered & bit else names:
+                config[name] = 0
+        return bytes(config.tobytes())
+
+    def _describe_topology(self, config: np.void) -> None:
+        """Fill in the topology in logical blocks; a physical block has a power of two of them."""
+        limits = self.limits
+        config["physical_block_exp"] = (limits.physical_block // self.block_size).bit_length() - 1
+        config["min_io_size"] = limits.minimum_io // self.block_size
+        config["opt_io_size"] = limits.optimal_io // self.block_size
+        config["writeback"] = 1
+
+    def _describe_ranges(self, config: np.void) -> None:
+        """Fill in the limits of discard, write zeroes and secure erase."""
+        for name in ("discard", "write_zeroes", "secure_erase"):
+            config[f"max_{name}_sectors"], config[f"max_{name}_seg"] = MAX_RANGE_SECTORS, MAX_RANGES
+        config["discard_sector_alignment"] = max(self.limits.discard, self.block_size) // blk.SECTOR
+        config["secure_erase_sector_alignment"] = max(self.limits.secure_erase, self.block_size) // blk.SECTOR
+        config["write_zeroes_may_unmap"] = self.limits.punches
+
+    def _describe_zones(self, config: np.void) -> None:
+        if self.zones:
+            model = self.zones.model
+            config["zone_sectors"], config["max_append_sectors"] = (
+                model.size // blk.SECTOR,
+                self.zones.max_append_sectors,
+            )
+            config["max_open_zones"], config["max_active_zones"] = model.max_open, model.max_active
+            config["write_granularity"], config["model"] = self.block_size, VIRTIO_BLK_Z_HM
+
+
+def storage_of(image: Image, engine: str, workers: Sequence[Worker]) -> int:
+    """How a disk's I/O is done (engines.common); raises ImageError if this engine cannot serve the image."""
+    try:
+        storage = choose_storage(engine, image.fd)
+    except ValueError as error:
+        raise ImageError(f"{image.path}: {error}") from None
+    for worker in workers:
+        if storage == THROUGH_WORKER and worker.engine.without_io:
+            why = worker.engine.without_io
+            raise ImageError(f"{image.path}: no engine for files and devices here, only for images on tmpfs: {why}")
+    return storage
+
+
+def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:
+    """Whether the storage supports the feature of this name."""
+    return {
+        "discard": limits.discard > 0 and not zoned,
+        "write-zeroes": not image.read_only and not zoned,
+        "secure-erase": limits.secure_erase > 0 and not zoned,
+        "lifetime": limits.lifetime is not None,
+    }.get(name, True)
+
+
+def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *, zoned: bool) -> None:
+    """Raises ImageError for a switched-on feature that cannot be offered, ValueError for one that does not exist."""
+    for name, on in switches.items():
+        check_feature(name)
+        if on and not can_offer(name, limits, image, zoned=zoned):
+            raise ImageError(f"{image.path}: {name} cannot be offered, because the storage does not support it")
+
+
+def _nothing() -> None:
+    """A call that makes a worker leave compiled code and enter it again."""
+
+
+def _lifetime(limits: Limits) -> bytes:
+    """struct virtio_blk_lifetime, or no bytes if the storage does not report it."""
+    return b"" if limits.lifetime is None else np.array([limits.lifetime], blk.LIFETIME).tobytes()
+
+
+def default_serial(image: Image) -> str:
+    """A serial number derived from the path, so that /dev/disk/by-id in the guest is stable."""
+    # Its bytes, which need not be UTF-8.
+    digest = hashlib.blake2b(os.fsencode(image.path.resolve()), digest_size=5).hexdigest()
+    return f"ringplane-{digest}"

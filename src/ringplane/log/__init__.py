@@ -1,0 +1,1 @@
+"""The log: one queue and thread per stream, formats, repeated lines."""

@@ -1,0 +1,1 @@
+"""What users write for options, and how it is read and checked."""

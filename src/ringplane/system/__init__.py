@@ -1,0 +1,1 @@
+"""The operating system, from ordinary Python: libc, system call numbers, /proc, signals, seccomp and Landlock."""

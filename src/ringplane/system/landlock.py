@@ -1,0 +1,69 @@
+"""landlock(7): the calling thread, and the threads that it starts, give up access to files and to other processes.
+
+Open files stay usable. Each version of the kernel's ABI supports more rights; rights that a kernel does not support
+cannot be given up.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Collection
+from pathlib import Path
+
+from ringplane.system.libc import system_call
+from ringplane.system.syscall_numbers import NUMBERS
+
+# include/uapi/linux/landlock.h
+LANDLOCK_CREATE_RULESET_VERSION = 1
+LANDLOCK_RULE_PATH_BENEATH = 1
+LANDLOCK_ACCESS_FS_REMOVE_FILE = 1 << 5
+
+# For each ABI version that added rights: all rights up to it, as bits. Rights to files (from executing to making
+# symbolic links; moving to another folder; truncating; ioctls of devices), to TCP (bind, connect), and to what is
+# outside the Landlock domain (abstract UNIX sockets, signals).
+FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+TCP_RIGHTS = {4: (1 << 2) - 1}
+SCOPES = {6: (1 << 2) - 1}
+
+RULESET_ATTR = struct.Struct("=QQQ")
+# Packed.
+PATH_BENEATH_ATTR = struct.Struct("=Qi")
+
+
+def version() -> int:
+    """The version of the kernel's Landlock ABI, 0 if there is no Landlock."""
+    try:
+        return system_call(NUMBERS["landlock_create_ruleset"], 0, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    except OSError:
+        return 0
+
+
+def give_up_files(but_removing_in: Collection[Path]) -> None:
+    """Keep only the right to remove files in these folders. Raises OSError. Call `forbid_new_rights` before."""
+    known = version()
+    attr = RULESET_ATTR.pack(*(_of_version(rights, known) for rights in (FILE_RIGHTS, TCP_RIGHTS, SCOPES)))
+    ruleset = system_call(NUMBERS["landlock_create_ruleset"], attr, len(attr), 0)
+    try:
+        for folder in but_removing_in:
+            _allow_removing(ruleset, folder)
+        system_call(NUMBERS["landlock_restrict_self"], ruleset, 0)
+    finally:
+        os.close(ruleset)
+
+
+def _allow_removing(ruleset: int, folder: Path) -> None:
+    try:
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        # A user who may not even look into the folder (`--user`) cannot remove anything there, with a rule or without.
+        return
+    try:
+        rule = PATH_BENEATH_ATTR.pack(LANDLOCK_ACCESS_FS_REMOVE_FILE, fd)
+        system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+    finally:
+        os.close(fd)
+
+
+def _of_version(rights: dict[int, int], known: int) -> int:
+    return max((bits for since, bits in rights.items() if since <= known), default=0)

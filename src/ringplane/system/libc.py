@@ -1,0 +1,233 @@
+"""The C library calls that the control plane needs and Python's standard library lacks, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+
+import numpy as np
+
+from ringplane.native.syscalls import (
+    EPOLL_EVENT,
+    SYS_IO_DESTROY,
+    SYS_IO_SETUP,
+    SYS_IO_URING_REGISTER,
+    SYS_IO_URING_SETUP,
+)
+from ringplane.system.procfs import mappings
+from ringplane.system.syscall_numbers import NUMBERS
+
+PROT_READ, PROT_WRITE = 1, 2
+MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
+MADV_DONTNEED, MADV_DONTDUMP = 4, 16
+MAP_FAILED = ctypes.c_void_p(-1).value
+# <elf.h>: the address of 16 bytes that the kernel has put on the stack of the first thread.
+AT_RANDOM = 25
+# <malloc.h>
+M_ARENA_MAX = -8
+
+# struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
+SIGACTION = np.dtype(
+    [("handler", "<i8"), ("mask", "u1", (128,)), ("flags", "<i4"), ("pad", "<i4"), ("restorer", "<i8")]
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
+_libc.getauxval.restype = ctypes.c_ulong
+_libc.getauxval.argtypes = [ctypes.c_ulong]
+
+
+def _error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
+
+
+def system_call(number: int, *arguments: int | bytes) -> int:
+    """syscall(2): returns the result; raises OSError. For bytes the address is passed."""
+    words = (each if isinstance(each, bytes) else ctypes.c_long(each) for each in arguments)
+    result = int(_libc.syscall(ctypes.c_long(number), *words))
+    if result < 0:
+        raise _error()
+    return result
+
+
+def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reserve: bool = False) -> int:
+    """mmap(2): the address of `size` bytes of `fd` from `offset`, shared; raises OSError.
+
+    `reserve` reserves huge pages for all of it. Core dumps do not contain it: it is a guest's memory or disk.
+    """
+    protection = PROT_READ | PROT_WRITE if writable else PROT_READ
+    address = _libc.mmap(None, size, protection, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)
+    if address == MAP_FAILED or address is None:
+        raise _error()
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_DONTDUMP)
+    return int(address)
+
+
+def stack_address() -> int:
+    """An address in the stack of the first thread (getauxval(3))."""
+    return int(_libc.getauxval(AT_RANDOM))
+
+
+def sigaction(number: int, handler: int, flags: int = 0, previous: int = 0) -> None:
+    """sigaction(2): set the handler at this address, with no signals masked; raises OSError.
+
+    The previous action is stored at address `previous`, a SIGACTION.
+    """
+    action = np.zeros(1, SIGACTION)
+    action["handler"], action["flags"] = handler, flags
+    if _libc.sigaction(number, ctypes.c_void_p(action.ctypes.data), ctypes.c_void_p(previous)) != 0:
+        raise _error()
+
+
+def munmap(address: int, size: int) -> None:
+    """munmap(2); raises OSError."""
+    if _libc.munmap(address, size) != 0:
+        raise _error()
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); raises OSError."""
+    if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        raise _error()
+
+
+def drop_code(library: str) -> None:
+    """madvise(2): release the memory of a loaded library's code; pages that are used again are loaded again.
+
+    Only pages that are mapped executable and were never written: their content is in the file.
+    """
+    for start, end, rights, path in mappings():
+        if rights == "r-xp" and os.path.basename(path) == library:
+            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+def forbid_writable_code() -> None:
+    """mprotect(2): make writable memory non-executable. Raises OSError.
+
+    libffi has its callback trampolines there (for Python functions that C calls), if it has no better way.
+    """
+    for start, end, rights, _ in list(mappings()):
+        if "wx" in rights and _libc.mprotect(ctypes.c_void_p(start), end - start, PROT_READ | PROT_WRITE) != 0:
+            raise _error()
+
+
+def io_setup(events: int) -> int:
+    """io_setup(2): the address (and handle) of a new AIO context for `events` requests; raises OSError."""
+    context = ctypes.c_ulong(0)
+    if _libc.syscall(ctypes.c_long(SYS_IO_SETUP), ctypes.c_uint(events), ctypes.byref(context)) != 0:
+        raise _error()
+    return context.value
+
+
+def io_destroy(context: int) -> None:
+    """io_destroy(2): waits for requests in flight; raises OSError."""
+    if _libc.syscall(ctypes.c_long(SYS_IO_DESTROY), ctypes.c_ulong(context)) != 0:
+        raise _error()
+
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 29, 38
+
+
+def set_timer_slack(nanoseconds: int) -> None:
+    """prctl(2), PR_SET_TIMERSLACK: how late the kernel may wake up the calling thread; the default is 50 us."""
+    _libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
+
+
+def limit_arenas(count: int) -> None:
+    """Limit the number of heaps of malloc(3) (mallopt(3)).
+
+    By default glibc makes one per thread, and opens files to count the CPUs when it makes the ninth.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(M_ARENA_MAX, count)
+
+
+def end_with_parent() -> None:
+    """prctl(2), PR_SET_PDEATHSIG: this process is killed when the thread that started it ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+
+
+def forbid_core_dumps() -> None:
+    """prctl(2), PR_SET_DUMPABLE: no core dumps, and no debugger of the same user."""
+    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def forbid_new_rights() -> None:
+    """prctl(2), PR_SET_NO_NEW_PRIVS: the calling thread gains no privileges from programs that it executes."""
+    _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+# capset(2): struct __user_cap_header_struct, and the version whose three sets are twice 32 bits each
+CAPABILITY_HEADER, CAPABILITY_VERSION_3 = struct.Struct("=Ii"), 0x20080522
+CAPABILITY_SETS_SIZE = 6 * 4
+
+
+def drop_capabilities() -> None:
+    """capset(2): drop all capabilities of the calling thread; raises OSError."""
+    header = CAPABILITY_HEADER.pack(CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(CAPABILITY_SETS_SIZE)
+    system_call(NUMBERS["capget"], header, ctypes.addressof(sets))
+    # A thread without capabilities may be forbidden to call capset(2): systemd counts it as a privileged call.
+    if any(sets.raw):
+        system_call(NUMBERS["capset"], header, bytes(CAPABILITY_SETS_SIZE))
+
+
+EPOLL_CTL_ADD = 1
+
+
+def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
+    """epoll_ctl(2), EPOLL_CTL_ADD, with 64 bits of data that each event returns; raises OSError."""
+    event = np.zeros(1, EPOLL_EVENT)
+    event["events"], event["data"] = events, data
+    if _libc.epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, ctypes.c_void_p(event.ctypes.data)) != 0:
+        raise _error()
+
+
+TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGIC = 0x01021994, 0x858458F6, 0x958458F6
+STATFS_SIZE = 256
+
+
+def file_system_type(fd: int) -> int:
+    """fstatfs(2): the magic number of the file system that an open file is on; raises OSError."""
+    statfs = ctypes.create_string_buffer(STATFS_SIZE)
+    if _libc.fstatfs(fd, statfs) != 0:
+        raise _error()
+    return int(struct.unpack_from("q", statfs)[0])
+
+
+AT_EMPTY_PATH = 0x1000
+STATX_DIOALIGN = 0x2000
+# struct statx: 256 bytes, its mask at 0, stx_dio_mem_align and stx_dio_offset_align at 0x98
+STATX_SIZE, STATX_MASK_OFFSET, STATX_DIO_OFFSET = 256, 0, 0x98
+
+
+def direct_io_alignment(fd: int) -> tuple[int, int] | None:
+    """The alignment of (memory addresses, offsets and lengths) for O_DIRECT on `fd`, in bytes; None if unknown."""
+    statx = ctypes.create_string_buffer(STATX_SIZE)
+    if _libc.statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, statx) != 0:
+        return None
+    (mask,) = struct.unpack_from("I", statx, STATX_MASK_OFFSET)
+    memory, block = struct.unpack_from("II", statx, STATX_DIO_OFFSET)
+    return (memory, block) if mask & STATX_DIOALIGN and memory and block else None
+
+
+def io_uring_setup(entries: int, params: int) -> int:
+    """io_uring_setup(2): the fd of a new ring; `params` is the address of a struct io_uring_params. Raises OSError."""
+    fd = _libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(entries), ctypes.c_void_p(params))
+    if fd < 0:
+        raise _error()
+    return int(fd)
+
+
+def io_uring_register(ring_fd: int, opcode: int, argument: int = 0, count: int = 0) -> None:
+    """io_uring_register(2); raises OSError."""
+    numbers = (ctypes.c_long(SYS_IO_URING_REGISTER), ctypes.c_int(ring_fd), ctypes.c_uint(opcode))
+    if _libc.syscall(*numbers, ctypes.c_void_p(argument), ctypes.c_uint(count)) < 0:
+        raise _error()
