@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ringplane.dataplane.merge import MERGE_BYTES, MERGE_IOVECS
 from ringplane.dataplane.queue import OpenFile
+from ringplane.dataplane.state import MAX_IOVECS
 
 from .combinations import EVERY
 from .rig import (
@@ -142,6 +143,37 @@ def test_the_list_of_buffers_is_limited(make_rig: RigFactory) -> None:
         start = 1024 * number * pieces
         assert line.answer(request) == Answer(OK, 1024 * pieces + 1, DISK[start : start + 1024 * pieces])
     assert len(joined.result(PATIENCE)) == (1 if pieces * 1024 * 2 <= MERGE_BYTES else 0)
+
+
+def test_buffers_that_a_driver_sends_without_need_leave_no_room(make_rig: RigFactory) -> None:
+    """A read with nearly all its room taken by device-readable buffers: an adjacent one must not be written behind it.
+
+    Behind it are the buffers of the next slot, which can be those of another guest.
+    """
+    rig = make_rig(guest_size=128 << 20)
+    line = rig.line().start(size=1024, indirect=True)
+    pieces, unneeded = 20, MAX_IOVECS - 1 - 22
+    with held(line.worker):
+        requests = [
+            line.put(
+                IN,
+                pieces * number,
+                bytes(unneeded),
+                room=512 * pieces,
+                readable=[16, *[1] * unneeded],
+                writable=[512] * pieces + [1],
+                direct=0,
+            )
+            for number in range(2)
+        ]
+        line.queue.record["turn"] = 64
+        line.kick()
+        fetch_only(line.worker)
+        joined = line.worker.call(lambda: int((line.worker._requests["joined"] >= 0).sum()))
+    line.wait()
+    assert joined.result(PATIENCE) == 0
+    for number, request in enumerate(requests):
+        assert line.answer(request) == expected(IN, pieces * number, 512 * pieces)
 
 
 def test_a_bad_end_fails_only_its_requests(make_rig: RigFactory) -> None:

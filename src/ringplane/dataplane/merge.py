@@ -8,7 +8,7 @@ completed separately. If it was not transferred whole, each request is retried a
 from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
-from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_SIZE
+from ringplane.dataplane.state import MAX_IOVECS, QUEUE, REQUEST, REQUEST_SIZE
 from ringplane.engines.common import ENGINE, READ, WRITE
 from ringplane.engines.dispatch import prepare_io
 from ringplane.native.access import copy, view
@@ -41,7 +41,8 @@ def hold(worker, request):
 def adjoins(first, request):
     """Whether the request begins where the I/O of `first` ends, and both fit into one I/O.
 
-    A zone append cannot be extended: in its iovec list the device-writable buffers follow those of the write.
+    A zone append cannot be extended: in its iovec list the device-writable buffers follow those of the write. The
+    list of a read begins behind all device-readable buffers of its chain, which a driver may send without need.
     """
     return (
         request.sector == first.sector + first.whole_length // SECTOR
@@ -49,8 +50,15 @@ def adjoins(first, request):
         and request.queue == first.queue
         and first.whole_length + request.length <= MERGE_BYTES
         and first.whole_iov_count + request.iov_count <= MERGE_IOVECS
+        and first.iov + (first.whole_iov_count + request.iov_count) * IOVEC_SIZE <= end_of_room(first)
         and (first.operation == READ or first.writable_count == 0)
     )
+
+
+@compiled
+def end_of_room(request):
+    """Where the room for the request's IOVEC structs ends."""
+    return request.iovecs + MAX_IOVECS * IOVEC_SIZE
 
 
 @compiled
