@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
-def numba_cache_directory() -> Iterator[bool]:
+def _numba_cache_directory() -> Iterator[bool]:
     """Set Numba's cache folder, which it reads when a function is decorated; an embedding program keeps its setting.
 
     The value is whether there is a folder, and so whether to cache.
@@ -31,11 +31,19 @@ def numba_cache_directory() -> Iterator[bool]:
         numba.config.CACHE_DIR = before
 
 
+# Workers start at the same time, and Numba's setting is global.
+_making = threading.Lock()
+
+
+@contextlib.contextmanager
+def making() -> Iterator[bool]:
+    """Make code that is cached, one thread at a time; the value is whether to cache."""
+    with _making, _numba_cache_directory() as cached:
+        yield cached
+
+
 class _Compiled:
     """A compiled function: a part of each compiled function that calls it, and a whole if Python calls it."""
-
-    # Workers start at the same time, and Numba's setting is global.
-    _making = threading.Lock()
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -51,7 +59,7 @@ class _Compiled:
         return self._whole or self._make_whole()
 
     def _make_whole(self) -> Any:
-        with self._making, numba_cache_directory() as cached:
+        with making() as cached:
             if self._whole is None:
                 self._whole = whole(self.__wrapped__, cache=cached)  # type: ignore[attr-defined]
             return self._whole

@@ -17,18 +17,22 @@ import numba
 from ringplane.compiler.numba_version import UnsupportedNumba
 
 try:
+    from llvmlite import ir
     from llvmlite.binding import Linkage
     from numba.core import types
     from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler import Compiler
+    from numba.core.compiler_machinery import register_pass
     from numba.core.datamodel.models import OpaqueModel
+    from numba.core.lowering import Lower
+    from numba.core.typed_passes import NativeLowering
     from numba.core.types.misc import unliteral
     from numba.extending import register_model
 except ImportError as error:
     raise UnsupportedNumba(error) from None
 
 # Division by zero gives NumPy's result instead of an exception. Rewrites are only for arrays, and take 0.3 s.
-OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True}
+OPTIONS = {"error_model": "numpy", "no_rewrites": True}
 
 
 class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
@@ -88,6 +92,51 @@ class _WholeCompiler(Compiler):  # type: ignore[misc]
         super().__init__(typing, target, _WholeLibrary(target.codegen(), "whole"), *rest)
 
 
+class _UnitLower(Lower):  # type: ignore[misc]
+    def create_cfunc_wrapper(self) -> None:
+        """Like Numba's, but what it calls never raises: without a check that would take the GIL, it can be inlined."""
+        module = self.context.create_module("unit")
+        values = [self.context.get_value_type(each) for each in (self.fndesc.restype, *self.fndesc.argtypes)]
+        wrapper = ir.Function(module, ir.FunctionType(values[0], values[1:]), self.fndesc.llvm_cfunc_wrapper_name)
+        builder = ir.IRBuilder(wrapper.append_basic_block("entry"))
+        function = self.context.declare_function(module, self.fndesc)
+        _, result = self.call_conv.call_function(
+            builder, function, self.fndesc.restype, self.fndesc.argtypes, wrapper.args
+        )
+        builder.ret(result)
+        self.library.add_ir_module(module)
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _UnitLowering(NativeLowering):  # type: ignore[misc]
+    _name = "ringplane_unit_lowering"
+    lowering_class = _UnitLower
+
+
+class _UnitLibrary(_WholeLibrary):
+    """The code of a unit: only its wrapper can be called."""
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if not function.is_declaration and not function.name.startswith("cfunc."):
+                function.linkage = Linkage.internal
+        super()._optimize_final_module()
+
+
+class UnitCompiler(Compiler):  # type: ignore[misc]
+    """Compiles a whole that C, and compiled code, can call by address."""
+
+    def __init__(self, typing: Any, target: Any, library: None, *rest: Any) -> None:
+        super().__init__(typing, target, _UnitLibrary(target.codegen(), "unit"), *rest)
+
+    def define_pipelines(self) -> list[Any]:
+        (passes,) = super().define_pipelines()
+        passes.passes = [
+            (_UnitLowering, text) if each is NativeLowering else (each, text) for each, text in passes.passes
+        ]
+        return [passes]
+
+
 class PartType(types.Dispatcher):
     """The type of a part in compiled code: calls with constants use the same code as other calls.
 
@@ -106,9 +155,10 @@ def part(function: Callable[..., Any]) -> Any:
 
     The caller is a whole. Code compiled by Numba's own pipeline can call only parts that call no other parts.
     """
-    return numba.njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, **OPTIONS)(function)
+    return numba.njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
 def whole(function: Callable[..., Any], *, cache: bool) -> Any:
     """The dispatcher of a function that Python calls; it runs without the GIL, and may call parts."""
-    return numba.njit(pipeline_class=_WholeCompiler, nogil=True, cache=cache, **OPTIONS)(function)
+    options = {"nogil": True, "no_cfunc_wrapper": True, **OPTIONS}
+    return numba.njit(pipeline_class=_WholeCompiler, cache=cache, **options)(function)

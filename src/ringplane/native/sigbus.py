@@ -8,20 +8,20 @@ Python handler would run only after the copy, which would never end.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import heapq
 import signal
 import threading
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ringplane.compiler.jit import numba_cache_directory
+from ringplane.compiler.units import unit
 from ringplane.native.access import INT64, external, load32, load64, store64, view
 from ringplane.native.syscalls import mmap_anonymous_page, write
 from ringplane.system import libc
@@ -97,11 +97,12 @@ def _call_handler(typingctx: Any, handler: Any, number: Any, info: Any, ucontext
     return types.void(*[types.int64] * 4), codegen
 
 
-def _on_sigbus(number: Any, info: Any, context: Any) -> None:
+@unit
+def _on_sigbus(number, info, context):
     """The handler. Called by `_Guards` with number 0, it takes `info` as the address of the TABLE."""
     if number == 0:
         store64(_table_variable(), info)
-        return
+        return 0
     table = load64(_table_variable())
     address = load64(info + SIGINFO_ADDRESS)
     for index in range(load64(table + TABLE_USED)):
@@ -112,30 +113,29 @@ def _on_sigbus(number: Any, info: Any, context: Any) -> None:
             mmap_anonymous_page(address // guard.page * guard.page, guard.page)
             if guard.alarm_fd >= 0:
                 write(guard.alarm_fd, table + TABLE_ONE, 8)
-            return
+            return 0
     previous = load64(table)
     if previous > SIG_IGN:
         _call_handler(previous, number, info, context)
-        return
+        return 0
     # The instruction is repeated, and now it ends the process. A signal sent by a process is raised again to end it.
     _restore_action(number, table)
     if load32(info + SIGINFO_CODE) & SENT_BY_PROCESS or load32(info + SIGINFO_CODE) == 0:
         _raise(number)
+    return 0
 
 
 class _Guards:
     """The handler and its table: installed with the first guard, until the process ends."""
 
     def __init__(self) -> None:
-        with numba_cache_directory() as cached:
-            signature = types.void(types.int64, types.int64, types.int64)
-            self._handler = numba.cfunc(signature, nopython=True, cache=cached)(_on_sigbus)
+        handler = _on_sigbus.address()
         self._table: npt.NDArray[np.void] = np.zeros(1, TABLE)
         self._table["one"] = 1
         # Free numbers below `used`: the lowest is reused first, because the handler scans all up to `used`.
         self._free: list[int] = []
-        self._handler.ctypes(0, int(self._table.ctypes.data), 0)
-        libc.sigaction(signal.SIGBUS, self._handler.address, SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
+        ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(handler)(0, int(self._table.ctypes.data), 0)
+        libc.sigaction(signal.SIGBUS, handler, SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
 
     def add(self, start: int, size: int, page: int, lost: int, alarm_fd: int) -> int:
         used = int(self._table["used"][0])
