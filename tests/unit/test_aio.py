@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.engines import aio
-from ringplane.engines.aio import submit
+from ringplane.engines.aio import Aio, submit
+from ringplane.native import aio_abi
 
 from .rig import IN, IOERR, OK, OUT, PATIENCE, Answer, Rig, fetch_only, held, make, pattern
 
@@ -20,8 +20,8 @@ REQUESTS = 400
 @pytest.fixture
 def small_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """AIO contexts for fewer requests than there are slots (one page of events: about 126)."""
-    setup = aio.libc.io_setup
-    monkeypatch.setattr(aio.libc, "io_setup", lambda events: setup(1))
+    setup = aio_abi.io_setup
+    monkeypatch.setattr(aio_abi, "io_setup", lambda events: setup(1))
 
 
 @pytest.fixture(params=[False, True], ids=["buffered", "direct"])
@@ -81,6 +81,6 @@ def test_the_error_without_room_for_a_context_says_what_to_do(monkeypatch: pytes
     def refuse(events: int) -> int:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(aio.libc, "io_setup", refuse)
+    monkeypatch.setattr(aio_abi, "io_setup", refuse)
     with pytest.raises(OSError, match=r"no room for 64 more AIO requests; raise sysctl fs\.aio-max-nr"):
-        aio.Aio(64)
+        Aio(64)

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
@@ -18,6 +19,8 @@ from ringplane.engines.choose import AUTO, WORKER_ENGINES, make_engine
 from ringplane.engines.common import EngineUnavailable
 from ringplane.engines.dispatch import has_events, wait
 from ringplane.engines.uring import Uring
+from ringplane.native import aio_abi, io_uring
+from ringplane.system import libc
 
 from .rig import need_engine
 
@@ -57,7 +60,7 @@ def test_a_stale_taskrun_flag_is_ignored() -> None:
     record = engine._engine[0]
     tokens(engine)
     flags = ctypes.c_uint32.from_address(int(record["sq_flags"]))
-    flags.value |= uring.IORING_SQ_TASKRUN
+    flags.value |= io_uring.IORING_SQ_TASKRUN
     assert has_events(record)
     assert tokens(engine) == []
     assert not has_events(record)
@@ -144,7 +147,7 @@ def test_aio_is_used_and_logged_if_io_uring_is_forbidden(
     def forbid(entries: int, params: int) -> int:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(uring.libc, "io_uring_setup", forbid)
+    monkeypatch.setattr(io_uring, "setup", forbid)
     with caplog.at_level(logging.INFO, "ringplane"):
         engine = make_engine(AUTO, 8)
     assert isinstance(engine, Aio)
@@ -169,7 +172,7 @@ def test_an_engine_that_is_unavailable_says_why_and_what_to_do(
     def forbid(events: int) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(aio.libc, "io_setup", forbid)
+    monkeypatch.setattr(aio_abi, "io_setup", forbid)
     with pytest.raises(EngineUnavailable) as caught:
         make_engine("aio", 8)
     text = str(caught.value)
@@ -178,14 +181,16 @@ def test_an_engine_that_is_unavailable_says_why_and_what_to_do(
     assert caught.value.errno == code
 
 
-@pytest.mark.parametrize("failing", ["io_uring_register", "mmap_shared"])
-def test_an_io_uring_that_cannot_be_set_up_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+@pytest.mark.parametrize(("module", "failing"), [(io_uring, "register"), (libc, "mmap_shared")])
+def test_an_io_uring_that_cannot_be_set_up_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, failing: str
+) -> None:
     def refuse(*arguments: int) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
     need_engine("io_uring")
     before = set(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(uring.libc, failing, refuse)
+    monkeypatch.setattr(module, failing, refuse)
     with pytest.raises(EngineUnavailable, match=r"it needs Linux 6\.1"):
         make_engine("io_uring", 8)
     assert set(os.listdir("/proc/self/fd")) == before

@@ -14,7 +14,7 @@ from ringplane.dataplane import ring_rules
 from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.state import MAX_IOVECS, QUEUE, REQUEST
 from ringplane.guest_memory.regions import REGION
-from ringplane.native.syscalls import IOVEC
+from ringplane.native.uio import IOVEC
 
 from . import model
 from .model import INDIRECT, NEXT, WRITE, Area, Broken, Buffer, Descriptor

@@ -18,7 +18,7 @@ from ringplane.block.image import Image
 from ringplane.block.storage_limits import Limits, limits
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import Disk
-from ringplane.engines.ranges import BLKDISCARD
+from ringplane.native.fs import BLKDISCARD
 from ringplane.virtio import blk
 
 from .rig import loop_device

@@ -12,7 +12,7 @@ import pytest
 from ringplane.dataplane import worker as worker_module
 from ringplane.engines import uring
 from ringplane.engines.uring import Uring
-from ringplane.system import libc
+from ringplane.native import io_uring
 
 from .rig import (
     IN,
@@ -63,7 +63,7 @@ def operations(rig: Rig, line: Line) -> list[int]:
         line.kick()
         line.wait()
         assert line.answer(pending).status == OK
-        address = int(record["sqes"]) + before % (int(record["sq_mask"]) + 1) * uring.SQE_SIZE
+        address = int(record["sqes"]) + before % (int(record["sq_mask"]) + 1) * io_uring.SQE_SIZE
         opcodes.append(ctypes.string_at(address, 1)[0])
     return opcodes
 
@@ -72,7 +72,7 @@ def test_aligned_requests_use_registered_memory_and_others_work_too(make_rig: Ri
     rig = make_rig()
     line = rig.line().start()
     assert sorted(size for _, size in registered(rig)) == [GUEST_SIZE // 2] * 2
-    assert operations(rig, line) == [uring.IORING_OP_READ_FIXED, uring.IORING_OP_WRITE_FIXED]
+    assert operations(rig, line) == [io_uring.IORING_OP_READ_FIXED, io_uring.IORING_OP_WRITE_FIXED]
     assert line.do(IN, room=4096).data == pattern(4096)
     assert line.do(IN, sector=8, room=8192, writable=[512, 7680, 1]).data == pattern(SIZE)[4096:12288]
 
@@ -80,7 +80,7 @@ def test_aligned_requests_use_registered_memory_and_others_work_too(make_rig: Ri
 def test_without_it_nothing_is_registered(make_rig: RigFactory) -> None:
     rig = make_rig(pin_memory=False)
     line = rig.line().start()
-    assert operations(rig, line) == [uring.IORING_OP_READ, uring.IORING_OP_WRITE]
+    assert operations(rig, line) == [io_uring.IORING_OP_READ, io_uring.IORING_OP_WRITE]
     assert not registered(rig)
 
 
@@ -135,16 +135,16 @@ def test_disks_are_served_if_memory_cannot_be_locked(
     make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, piece: int
 ) -> None:
     """The first call, for the table of buffers, fails, or a later one."""
-    real, calls = libc.io_uring_register, []
+    real, calls = io_uring.register, []
 
     def refuse(ring_fd: int, opcode: int, argument: int = 0, count: int = 0) -> None:
-        if opcode in (uring.IORING_REGISTER_BUFFERS2, uring.IORING_REGISTER_BUFFERS_UPDATE):
+        if opcode in (io_uring.IORING_REGISTER_BUFFERS2, io_uring.IORING_REGISTER_BUFFERS_UPDATE):
             calls.append(opcode)
             if len(calls) == piece + 1:
                 raise OSError(12, "Cannot allocate memory")
         real(ring_fd, opcode, argument, count)
 
-    monkeypatch.setattr(libc, "io_uring_register", refuse)
+    monkeypatch.setattr(io_uring, "register", refuse)
     rig = make_rig()
     with caplog.at_level(logging.WARNING, "ringplane"):
         line = rig.line().start()

@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 from ringplane.dataplane.queue import Device
 from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_FETCH
 from ringplane.dataplane.worker import BOUNCE_BUFFERS
-from ringplane.engines.aio import IOCB_CMD_FDSYNC, RWF_DSYNC, Aio
-from ringplane.engines.uring import IORING_OP_FSYNC, SQE, Uring
+from ringplane.engines.aio import Aio
+from ringplane.engines.uring import Uring
 from ringplane.guest_memory.regions import BadMemory, MemoryTable, Region
+from ringplane.native.aio_abi import IOCB_CMD_FDSYNC
+from ringplane.native.fs import RWF_DSYNC
+from ringplane.native.io_uring import IORING_OP_FSYNC, SQE
 
 from .rig import (
     FLUSH,

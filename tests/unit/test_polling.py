@@ -32,7 +32,8 @@ from ringplane.driver.ring import (
     used_count,
 )
 from ringplane.native.access import load8, relax, store8, view
-from ringplane.native.syscalls import EPOLL_EVENT, epoll_wait, monotonic_ns, write
+from ringplane.native.epoll import EPOLL_EVENT
+from ringplane.native.syscalls import epoll_wait, monotonic_ns, write
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 
 from .rig import (

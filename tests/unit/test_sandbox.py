@@ -27,9 +27,11 @@ from ringplane.cli.serve import serve as serve_command
 from ringplane.control import sandbox
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.frontend import FrontEnd
-from ringplane.engines.uring import OPERATIONS, SQE_SIZE, Uring, prepare_flush, reap, wait
+from ringplane.engines.uring import OPERATIONS, Uring, prepare_flush, reap, wait
+from ringplane.native import io_uring
+from ringplane.native.io_uring import SQE_SIZE
 from ringplane.options.values import User, parse_user
-from ringplane.system import landlock, libc, seccomp
+from ringplane.system import landlock, seccomp
 from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.zoned import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
@@ -383,7 +385,7 @@ def test_an_io_uring_ring_does_only_io(operation: int) -> None:
         assert engine._completions["result"][0] == -errno.EACCES
         with pytest.raises(PermissionError):
             # IORING_REGISTER_PERSONALITY
-            libc.io_uring_register(engine._fd, 9)
+            io_uring.register(engine._fd, 9)
     finally:
         engine.close()
 

@@ -16,14 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringplane.block.formats import find_format
+from ringplane.native.fs import BLKGETSIZE64, BLKROGET
 from ringplane.options.values import LOCK_AUTO, LOCK_OFF, LOCK_ON
 from ringplane.system import libc, procfs
 
 log = logging.getLogger(__name__)
-
-# ioctl(2) requests of block devices, <linux/fs.h>
-BLKGETSIZE64 = 0x80081272
-BLKROGET = 0x125E
 
 BLOCK_SIZES = (512, 4096)
 # The largest sector of block devices, and so the largest block that O_DIRECT may require.

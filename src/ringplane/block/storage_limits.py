@@ -13,13 +13,11 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ringplane.engines.ranges import BLKDISCARD, BLKSECDISCARD, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ringplane.native.fs import BLKDISCARD, BLKPBSZGET, BLKSECDISCARD
 from ringplane.system import libc
 
 SYSFS = Path("/sys/dev/block")
-
-# ioctl(2) request of block devices, <linux/fs.h>
-BLKPBSZGET = 0x127B
 
 # The physical block size if it is unknown. A larger value would be wrong for databases, unless the device has it.
 USUAL_BLOCK = 4096

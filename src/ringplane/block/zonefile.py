@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.block.image import Image, ImageError
-from ringplane.engines.ranges import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, ZEROS_SIZE
+from ringplane.engines.ranges import ZEROS_SIZE
 from ringplane.engines.zones import ZONE, ZONES
+from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.options.values import ZoneModel
 from ringplane.system import libc, procfs
 from ringplane.virtio import zoned

@@ -15,10 +15,10 @@ import termios
 from collections.abc import Collection
 from pathlib import Path
 
-from ringplane.block.image import BLKGETSIZE64
 from ringplane.compiler.cache import remove_temporary_cache
-from ringplane.engines.ranges import BLKDISCARD, BLKSECDISCARD
-from ringplane.engines.uring import IORING_REGISTER_ENABLE_RINGS, REGISTRATIONS
+from ringplane.engines.uring import REGISTRATIONS
+from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKSECDISCARD
+from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
 from ringplane.options.values import User
 from ringplane.system import landlock, libc, procfs, seccomp
 from ringplane.system.seccomp import Only

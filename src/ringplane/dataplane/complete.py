@@ -5,6 +5,8 @@ The used elements of a turn of the loop are published together, and each driver 
 
 from __future__ import annotations
 
+from errno import EINTR, EOPNOTSUPP
+
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane import dirty
 from ringplane.dataplane.execute import give_bounce, transfer
@@ -44,7 +46,7 @@ from ringplane.engines.common import (
 from ringplane.engines.dispatch import reap
 from ringplane.inflight import tracking
 from ringplane.native.access import address_of, store8, view
-from ringplane.native.syscalls import EINTR, EOPNOTSUPP, monotonic_ns
+from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_notification
 from ringplane.virtio.zoned import APPEND_SECTOR_SIZE, VIRTIO_BLK_T_ZONE_APPEND

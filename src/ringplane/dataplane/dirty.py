@@ -10,7 +10,7 @@ from __future__ import annotations
 from ringplane.compiler.jit import compiled
 from ringplane.guest_memory.regions import REGION, REGION_SIZE
 from ringplane.native.access import atomic_or8, view
-from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
+from ringplane.native.uio import IOVEC, IOVEC_SIZE
 from ringplane.virtio.split import DESC_SIZE, USED_ELEM_SIZE, USED_RING
 
 # VHOST_LOG_PAGE

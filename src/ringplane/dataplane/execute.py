@@ -44,7 +44,7 @@ from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.engines.ranges import RANGE, RANGE_SIZE
 from ringplane.engines.zones import ZONES
 from ringplane.native.access import address_of, load64, store64, view
-from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
+from ringplane.native.uio import IOVEC, IOVEC_SIZE
 from ringplane.virtio.blk import (
     LIFETIME_SIZE,
     SECTOR,

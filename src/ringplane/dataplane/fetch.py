@@ -12,7 +12,7 @@ from ringplane.dataplane.state import MAX_IOVECS, REQUEST_HEADER
 from ringplane.guest_memory.regions import REGION, REGION_SIZE, find_region
 from ringplane.inflight import tracking
 from ringplane.native.access import address_of, copy, load64, view
-from ringplane.native.syscalls import IOVEC, IOVEC_SIZE
+from ringplane.native.uio import IOVEC, IOVEC_SIZE
 from ringplane.virtio import packed
 from ringplane.virtio.blk import HEADER_SIZE
 from ringplane.virtio.split import (

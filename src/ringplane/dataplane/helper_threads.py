@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from errno import EINTR
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, RESET_ZONES, S
 from ringplane.engines.ranges import BACKING, apply
 from ringplane.engines.zones import ZONES
 from ringplane.native.access import address_of, view
-from ringplane.native.syscalls import EINTR, read, write
+from ringplane.native.syscalls import read, write
 
 # How many such requests of a worker are in progress at a time; the others wait in the pipe and delay nothing else.
 HELPERS = 2

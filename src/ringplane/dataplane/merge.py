@@ -12,7 +12,7 @@ from ringplane.dataplane.state import MAX_IOVECS, QUEUE, REQUEST, REQUEST_SIZE
 from ringplane.engines.common import ENGINE, READ, WRITE
 from ringplane.engines.dispatch import prepare_io
 from ringplane.native.access import copy, view
-from ringplane.native.syscalls import IOVEC_SIZE
+from ringplane.native.uio import IOVEC_SIZE
 from ringplane.virtio.blk import SECTOR
 
 # The largest merged I/O, in bytes and in IOVEC structs. With 256 KiB, 64 KiB sequential I/O cost 15 to 25 % less CPU

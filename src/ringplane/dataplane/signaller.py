@@ -11,26 +11,17 @@ vmsplice(2): both have a flag not to block, whatever the file's. The pipe then r
 from __future__ import annotations
 
 import os
+from errno import EINVAL, ENOTSOCK
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
-from ringplane.engines.aio import IOCB, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, RING_HEAD, RING_TAIL
+from ringplane.native import aio_abi
 from ringplane.native.access import load32, store32, view
-from ringplane.native.syscalls import (
-    EINVAL,
-    ENOTSOCK,
-    IOVEC,
-    MSG_DONTWAIT,
-    MSG_NOSIGNAL,
-    SPLICE_F_NONBLOCK,
-    io_submit,
-    send,
-    vmsplice,
-    write,
-)
-from ringplane.system import libc
+from ringplane.native.aio_abi import IOCB, IOCB_CMD_PREAD, IOCB_FLAG_RESFD, RING_HEAD, RING_TAIL
+from ringplane.native.syscalls import MSG_DONTWAIT, MSG_NOSIGNAL, SPLICE_F_NONBLOCK, io_submit, send, vmsplice, write
+from ringplane.native.uio import IOVEC
 
 # context: AIO's; iocb: address of the one IOCB; list: address of that address; iovec: address of an IOVEC
 SIGNALLER = np.dtype([(name, "<i8") for name in ("context", "iocb", "list", "iovec")])
@@ -63,7 +54,7 @@ class Signaller:
 
     def __init__(self) -> None:
         """Raises OSError where AIO is unavailable."""
-        self._context = libc.io_setup(1)
+        self._context = aio_abi.io_setup(1)
         self._null = _open_null()
         self._iocb: npt.NDArray[np.void] = np.zeros(1, IOCB)
         self._iovec: npt.NDArray[np.void] = np.zeros(1, IOVEC)
@@ -76,7 +67,7 @@ class Signaller:
         record["list"], record["iovec"] = self._list.ctypes.data, self._iovec.ctypes.data
 
     def close(self) -> None:
-        libc.io_destroy(self._context)
+        aio_abi.io_destroy(self._context)
         os.close(self._null)
 
 

@@ -55,7 +55,7 @@ from ringplane.engines.ranges import RANGE
 from ringplane.guest_memory.regions import BadMemory, MemoryTable
 from ringplane.log.logs import DiskLog
 from ringplane.native import interrupt, sigbus
-from ringplane.native.syscalls import IOVEC
+from ringplane.native.uio import IOVEC
 from ringplane.system import libc, procfs
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE

@@ -14,7 +14,7 @@ from ringplane.dataplane.state import DEVICE, PENDING, REQUEST_SECTOR
 from ringplane.engines.common import READ, RESET_ZONES
 from ringplane.engines.zones import ZONE, ZONES, zone_at
 from ringplane.native.access import address_of, load64, store64, view
-from ringplane.native.syscalls import IOVEC_SIZE
+from ringplane.native.uio import IOVEC_SIZE
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_F_ZONED,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EINTR
+
 import numpy as np
 
 from ringplane.compiler.jit import compiled
@@ -31,7 +33,8 @@ from ringplane.driver.ring import (
     used_count,
 )
 from ringplane.native.access import address_of, load8, load32, load64, store8, store32, store64, view, wrapping_add
-from ringplane.native.syscalls import EINTR, EPOLL_EVENT, epoll_wait, monotonic_ns, write
+from ringplane.native.epoll import EPOLL_EVENT
+from ringplane.native.syscalls import epoll_wait, monotonic_ns, write
 from ringplane.virtio.blk import (
     HEADER,
     HEADER_SIZE,

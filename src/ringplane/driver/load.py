@@ -26,7 +26,7 @@ from ringplane.driver.frontend import Vring
 from ringplane.driver.generator import BROKEN, DONE, EVENTS, FOREVER, RUN, SLOT, drive
 from ringplane.driver.process import cpu_ns
 from ringplane.driver.ring import SEGMENT
-from ringplane.native.syscalls import EPOLL_EVENT
+from ringplane.native.epoll import EPOLL_EVENT
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from ringplane.virtio.split import DESC_SIZE
 

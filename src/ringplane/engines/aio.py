@@ -17,6 +17,7 @@ import errno
 import os
 import select
 from collections.abc import Collection
+from errno import EAGAIN, EINTR, ENOSYS
 
 import numpy as np
 import numpy.typing as npt
@@ -24,53 +25,33 @@ import numpy.typing as npt
 from ringplane.compiler.jit import compiled
 from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, complete
 from ringplane.guest_memory.regions import Mapping
+from ringplane.native import aio_abi, epoll
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
-from ringplane.native.syscalls import (
-    EAGAIN,
-    EINTR,
-    ENOSYS,
-    EPOLL_EVENT,
-    IOV_MAX,
-    IOVEC,
-    TIMESPEC,
-    epoll_pwait2,
-    epoll_wait,
-    io_submit,
+from ringplane.native.aio_abi import (
+    AIO_RING_MAGIC,
+    IO_EVENT,
+    IO_EVENT_SIZE,
+    IOCB,
+    IOCB_CMD_FDSYNC,
+    IOCB_CMD_PREAD,
+    IOCB_CMD_PREADV,
+    IOCB_CMD_PWRITE,
+    IOCB_CMD_PWRITEV,
+    IOCB_FLAG_RESFD,
+    IOCB_SIZE,
+    RING_HEAD,
+    RING_HEADER_LENGTH,
+    RING_INCOMPAT,
+    RING_MAGIC,
+    RING_NR,
+    RING_TAIL,
+    RING_WORDS,
 )
-from ringplane.system import libc
-
-EPOLL_EVENT_SIZE = EPOLL_EVENT.itemsize
-
-# include/uapi/linux/aio_abi.h, little-endian
-IOCB = np.dtype(
-    [
-        ("data", "<i8"),
-        ("key", "<u4"),
-        ("rw_flags", "<i4"),
-        ("lio_opcode", "<u2"),
-        ("reqprio", "<i2"),
-        ("fildes", "<u4"),
-        ("buf", "<i8"),
-        ("nbytes", "<i8"),
-        ("offset", "<i8"),
-        ("reserved2", "<i8"),
-        ("flags", "<u4"),
-        ("resfd", "<u4"),
-    ]
-)
-IOCB_SIZE = IOCB.itemsize
-IOCB_CMD_PREAD, IOCB_CMD_PWRITE, IOCB_CMD_FDSYNC, IOCB_CMD_PREADV, IOCB_CMD_PWRITEV = 0, 1, 3, 7, 8
-IOCB_FLAG_RESFD = 1
-RWF_DSYNC = 2
-
-IO_EVENT = np.dtype([("data", "<i8"), ("obj", "<i8"), ("res", "<i8"), ("res2", "<i8")])
-IO_EVENT_SIZE = IO_EVENT.itemsize
-
-# struct aio_ring of the kernel's fs/aio.c, all fields of 32 bits
-RING_NR, RING_HEAD, RING_TAIL, RING_MAGIC, RING_INCOMPAT, RING_HEADER_LENGTH = 4, 8, 12, 16, 24, 28
-AIO_RING_MAGIC = 0xA10A10A1
-RING_WORDS = 8
-
+from ringplane.native.epoll import EPOLL_EVENT, EPOLL_EVENT_SIZE
+from ringplane.native.fs import RWF_DSYNC
+from ringplane.native.syscalls import epoll_pwait2, epoll_wait, io_submit
+from ringplane.native.time_types import TIMESPEC
+from ringplane.native.uio import IOV_MAX, IOVEC
 
 AIO_ENGINE = np.dtype(
     [
@@ -244,7 +225,7 @@ class Aio:
 
     def _destroy_context(self) -> None:
         """Waits for requests in flight."""
-        libc.io_destroy(self._context)
+        aio_abi.io_destroy(self._context)
 
     def attach_thread(self) -> None:
         """Called by the thread that will use the engine; AIO does not depend on it."""
@@ -262,7 +243,7 @@ class Aio:
 
     def watch(self, fd: int, token: int) -> None:
         """Report `token` (not 0) when `fd` becomes readable; raises OSError if it cannot be polled."""
-        libc.epoll_add(self._epoll.fileno(), fd, select.EPOLLIN | select.EPOLLET, token)
+        epoll.add_edge_triggered(self._epoll.fileno(), fd, token)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching; a second call does nothing."""
@@ -312,13 +293,13 @@ def _has_epoll_pwait2() -> bool:
 
 def _io_setup(capacity: int) -> int:
     try:
-        context = libc.io_setup(capacity)
+        context = aio_abi.io_setup(capacity)
     except OSError as error:
         remedies = {code: remedy.format(capacity) for code, remedy in REMEDIES.items()}
         raise EngineUnavailable("Linux AIO", "io_setup(2)", error, remedies) from None
     header = (ctypes.c_uint32 * RING_WORDS).from_address(context)
     if header[RING_MAGIC // 4] != AIO_RING_MAGIC or header[RING_INCOMPAT // 4] != 0:
-        libc.io_destroy(context)
+        aio_abi.io_destroy(context)
         unknown = OSError(errno.ENOSYS, "")
         raise EngineUnavailable("Linux AIO", "io_setup(2)", unknown, {errno.ENOSYS: "its ring has an unknown layout"})
     return context

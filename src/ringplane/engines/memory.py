@@ -25,7 +25,8 @@ from ringplane.compiler.jit import compiled
 from ringplane.engines.common import READ
 from ringplane.native import sigbus
 from ringplane.native.access import address_of, copy, load8, load64, prefetch, store8, view
-from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, preadv, pwritev
+from ringplane.native.syscalls import preadv, pwritev
+from ringplane.native.uio import IOV_MAX, IOVEC, IOVEC_SIZE
 from ringplane.system import libc
 
 PAGE_BITS = 12

@@ -24,6 +24,7 @@ import mmap
 import os
 import stat
 import struct
+from errno import EACCES, EINTR, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM
 
 import numpy as np
 
@@ -32,23 +33,10 @@ from ringplane.engines import memory
 from ringplane.engines.common import DISCARD, WRITE, ZERO
 from ringplane.engines.memory import MAPPED_IMAGE
 from ringplane.native.access import address_of, view
-from ringplane.native.syscalls import (
-    EACCES,
-    EINTR,
-    EIO,
-    ENODEV,
-    ENOSYS,
-    ENOTTY,
-    EOPNOTSUPP,
-    EPERM,
-    IOVEC,
-    fallocate,
-    ioctl,
-    pwritev,
-)
-
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
-BLKSSZGET, BLKDISCARD, BLKSECDISCARD = 0x1268, 0x1277, 0x127D
+from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from ringplane.native.fs import BLKDISCARD, BLKSECDISCARD, BLKSSZGET
+from ringplane.native.syscalls import fallocate, ioctl, pwritev
+from ringplane.native.uio import IOVEC
 
 # start and length in bytes, the layout that the ioctls require; unmap: zeros may be holes
 RANGE = np.dtype([("start", "<i8"), ("length", "<i8"), ("unmap", "<i8")])

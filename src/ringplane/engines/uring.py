@@ -26,8 +26,8 @@ import errno
 import os
 import resource
 import select
-import struct
 from collections.abc import Collection
+from select import POLLIN
 
 import numpy as np
 import numpy.typing as npt
@@ -35,52 +35,66 @@ import numpy.typing as npt
 from ringplane.compiler.jit import compiled, load
 from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, EngineUnavailable, complete
 from ringplane.guest_memory.regions import Mapping
+from ringplane.native import io_uring
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
-from ringplane.native.syscalls import IOV_MAX, IOVEC, IOVEC_SIZE, io_uring_enter
-from ringplane.system import libc
-
-# include/uapi/linux/io_uring.h
-SQE = np.dtype(
-    [
-        ("opcode", "u1"),
-        ("flags", "u1"),
-        ("ioprio", "<u2"),
-        ("fd", "<i4"),
-        ("off", "<i8"),
-        ("addr", "<i8"),
-        ("len", "<u4"),
-        ("op_flags", "<u4"),
-        ("user_data", "<i8"),
-        ("buf_index", "<u2"),
-        ("personality", "<u2"),
-        ("file_index", "<u4"),
-        ("addr3", "<i8"),
-        ("pad", "<i8"),
-    ]
+from ringplane.native.fs import RWF_DSYNC
+from ringplane.native.io_uring import (
+    CQE,
+    CQE_SIZE,
+    FILES_UPDATE,
+    FILES_UPDATE_FD,
+    GETEVENTS_ARG,
+    GETEVENTS_ARG_SIZE,
+    IORING_CQE_F_MORE,
+    IORING_ENTER_EXT_ARG,
+    IORING_ENTER_GETEVENTS,
+    IORING_FEAT_EXT_ARG,
+    IORING_FEAT_NODROP,
+    IORING_FEAT_SINGLE_MMAP,
+    IORING_FSYNC_DATASYNC,
+    IORING_OFF_SQ_RING,
+    IORING_OFF_SQES,
+    IORING_OP_ASYNC_CANCEL,
+    IORING_OP_FSYNC,
+    IORING_OP_POLL_ADD,
+    IORING_OP_READ,
+    IORING_OP_READ_FIXED,
+    IORING_OP_READV,
+    IORING_OP_WRITE,
+    IORING_OP_WRITE_FIXED,
+    IORING_OP_WRITEV,
+    IORING_POLL_ADD_MULTI,
+    IORING_REGISTER_BUFFERS2,
+    IORING_REGISTER_BUFFERS_UPDATE,
+    IORING_REGISTER_ENABLE_RINGS,
+    IORING_REGISTER_FILES,
+    IORING_REGISTER_FILES_UPDATE,
+    IORING_REGISTER_IOWQ_MAX_WORKERS,
+    IORING_REGISTER_RESTRICTIONS,
+    IORING_RESTRICTION_REGISTER_OP,
+    IORING_RESTRICTION_SQE_FLAGS_ALLOWED,
+    IORING_RESTRICTION_SQE_OP,
+    IORING_RSRC_REGISTER_SPARSE,
+    IORING_SETUP_DEFER_TASKRUN,
+    IORING_SETUP_R_DISABLED,
+    IORING_SETUP_SINGLE_ISSUER,
+    IORING_SETUP_SUBMIT_ALL,
+    IORING_SETUP_TASKRUN_FLAG,
+    IORING_SQ_CQ_OVERFLOW,
+    IORING_SQ_TASKRUN,
+    IOSQE_FIXED_FILE,
+    PARAMS,
+    PARAMS_SIZE,
+    RESTRICTION,
+    RSRC_REGISTER,
+    RSRC_UPDATE,
+    RSRC_UPDATE_SIZE,
+    SQE,
+    SQE_SIZE,
 )
-SQE_SIZE = SQE.itemsize
-CQE = np.dtype([("user_data", "<i8"), ("res", "<i4"), ("flags", "<u4")])
-CQE_SIZE = CQE.itemsize
-
-IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC = 1, 2, 3
-IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED = 4, 5
-IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, IORING_OP_READ, IORING_OP_WRITE = 6, 14, 22, 23
-IOSQE_FIXED_FILE = 1
-IORING_FSYNC_DATASYNC = 1
-IORING_POLL_ADD_MULTI = 1
-IORING_CQE_F_MORE = 2
-IORING_ENTER_GETEVENTS, IORING_ENTER_EXT_ARG = 1, 8
-IORING_SETUP_R_DISABLED = 1 << 6
-IORING_SETUP_SUBMIT_ALL, IORING_SETUP_TASKRUN_FLAG = 1 << 7, 1 << 9
-IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
-IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN = 2, 4
-IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP, IORING_FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
-IORING_REGISTER_FILES, IORING_REGISTER_FILES_UPDATE = 2, 6
-IORING_REGISTER_RESTRICTIONS, IORING_REGISTER_ENABLE_RINGS = 11, 12
-IORING_RESTRICTION_REGISTER_OP, IORING_RESTRICTION_SQE_OP, IORING_RESTRICTION_SQE_FLAGS_ALLOWED = 0, 1, 2
-IORING_REGISTER_BUFFERS2, IORING_REGISTER_BUFFERS_UPDATE, IORING_REGISTER_IOWQ_MAX_WORKERS = 15, 16, 19
-IORING_RSRC_REGISTER_SPARSE = 1
-IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x1000_0000
+from ringplane.native.syscalls import io_uring_enter
+from ringplane.native.uio import IOV_MAX, IOVEC, IOVEC_SIZE
+from ringplane.system import libc
 
 # What an enabled ring may do and register; IOSQE_FIXED_FILE is the only permitted flag.
 OPERATIONS = (
@@ -92,15 +106,6 @@ REGISTRATIONS = (
     IORING_REGISTER_IOWQ_MAX_WORKERS,
 )
 
-# struct io_uring_restriction; the second field is an operation of either kind, or flags
-RESTRICTION = struct.Struct("=HBx12x")
-
-# struct io_uring_params, with the offsets into the ring that this file uses
-PARAMS_SIZE = 120
-PARAMS = struct.Struct("=10I 10I 10I")
-
-POLLIN = 1
-RWF_DSYNC = 2
 # The kernel transfers less than 2^31 bytes at a time, and `len` has 32 bits.
 MAX_LENGTH = 0x7FFF_F000
 MAX_WATCHES = 4096
@@ -117,32 +122,6 @@ NUMBER_MASK = (1 << 32) - 1
 # fd: -1 if not in use; token: reported when the fd becomes readable
 WATCH = np.dtype([("fd", "<i8"), ("token", "<i8")])
 WATCH_SIZE = WATCH.itemsize
-
-# struct io_uring_files_update, and the one fd that it points at
-FILES_UPDATE = np.dtype([("offset", "<u4"), ("resv", "<u4"), ("fds", "<i8"), ("fd", "<i4"), ("pad", "<i4")])
-FILES_UPDATE_FD = 16
-
-# struct io_uring_rsrc_register; struct io_uring_rsrc_update2 and the one struct iovec that it points at
-RSRC_REGISTER = np.dtype([("nr", "<u4"), ("flags", "<u4"), ("resv2", "<i8"), ("data", "<i8"), ("tags", "<i8")])
-RSRC_UPDATE_SIZE = 32
-RSRC_UPDATE = np.dtype(
-    [
-        ("offset", "<u4"),
-        ("resv", "<u4"),
-        ("data", "<i8"),
-        ("tags", "<i8"),
-        ("nr", "<u4"),
-        ("resv2", "<u4"),
-        ("base", "<i8"),
-        ("len", "<i8"),
-    ]
-)
-
-# struct io_uring_getevents_arg and the struct __kernel_timespec that it points at
-GETEVENTS_ARG = np.dtype(
-    [("sigmask", "<i8"), ("sigmask_sz", "<u4"), ("pad", "<u4"), ("ts", "<i8"), ("tv_sec", "<i8"), ("tv_nsec", "<i8")]
-)
-GETEVENTS_ARG_SIZE = 24
 
 URING_ENGINE = np.dtype(
     [
@@ -355,7 +334,7 @@ class Uring:
         flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG
         params[2] = flags | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED
         try:
-            self._fd = libc.io_uring_setup(entries, ctypes.addressof(params))
+            self._fd = io_uring.setup(entries, ctypes.addressof(params))
         except OSError as error:
             raise EngineUnavailable("io_uring", "io_uring_setup(2)", error, REMEDIES) from None
         fields = PARAMS.unpack_from(params)
@@ -376,7 +355,7 @@ class Uring:
         rules += [(IORING_RESTRICTION_REGISTER_OP, registration) for registration in REGISTRATIONS]
         rules.append((IORING_RESTRICTION_SQE_FLAGS_ALLOWED, IOSQE_FIXED_FILE))
         table = ctypes.create_string_buffer(b"".join(RESTRICTION.pack(*rule) for rule in rules))
-        libc.io_uring_register(self._fd, IORING_REGISTER_RESTRICTIONS, ctypes.addressof(table), len(rules))
+        io_uring.register(self._fd, IORING_REGISTER_RESTRICTIONS, ctypes.addressof(table), len(rules))
 
     def _map(self, fields: tuple[int, ...]) -> None:
         sq_entries, cq_entries = fields[0], fields[1]
@@ -425,13 +404,13 @@ class Uring:
 
     def attach_thread(self) -> None:
         """Make the calling thread the only one that may submit from now on."""
-        libc.io_uring_register(self._fd, IORING_REGISTER_ENABLE_RINGS)
-        libc.io_uring_register(self._fd, IORING_REGISTER_FILES, int(self._files.ctypes.data), len(self._files))
+        io_uring.register(self._fd, IORING_REGISTER_ENABLE_RINGS)
+        io_uring.register(self._fd, IORING_REGISTER_FILES, int(self._files.ctypes.data), len(self._files))
         # The limit of kernel threads for operations that block (a flush, the page cache). By default it is four per
         # CPU, which a hanging disk would take from all others. 0 leaves the limit of unbounded workers (sockets) as it
         # is.
         workers = np.array([self._engine["capacity"][0], 0], np.uint32)
-        libc.io_uring_register(self._fd, IORING_REGISTER_IOWQ_MAX_WORKERS, int(workers.ctypes.data), 2)
+        io_uring.register(self._fd, IORING_REGISTER_IOWQ_MAX_WORKERS, int(workers.ctypes.data), 2)
 
     def add_file(self, fd: int) -> int:
         """The `file` argument of `prepare_io` and `prepare_flush`: a registered file, or the fd if no entry is free."""
@@ -449,7 +428,7 @@ class Uring:
     def _set_file(self, number: int, fd: int) -> None:
         update = np.zeros(1, FILES_UPDATE)
         update["offset"], update["fd"], update["fds"] = number, fd, update.ctypes.data + FILES_UPDATE_FD
-        libc.io_uring_register(self._fd, IORING_REGISTER_FILES_UPDATE, int(update.ctypes.data), 1)
+        io_uring.register(self._fd, IORING_REGISTER_FILES_UPDATE, int(update.ctypes.data), 1)
         self._files[number] = fd
 
     def pin(self, mappings: Collection[Mapping]) -> None:
@@ -479,7 +458,7 @@ class Uring:
     def _make_buffer_table(self) -> None:
         table = np.zeros(1, RSRC_REGISTER)
         table["nr"], table["flags"] = MAX_BUFFERS, IORING_RSRC_REGISTER_SPARSE
-        libc.io_uring_register(self._fd, IORING_REGISTER_BUFFERS2, int(table.ctypes.data), table.itemsize)
+        io_uring.register(self._fd, IORING_REGISTER_BUFFERS2, int(table.ctypes.data), table.itemsize)
         self._buffers = np.zeros(MAX_BUFFERS, IOVEC)
         self._engine["buffers"] = self._buffers.ctypes.data
 
@@ -495,7 +474,7 @@ class Uring:
         update["base"], update["len"] = address, size
         # `prepare_io` must not find the buffer before it is registered, or while it is being replaced.
         self._buffers[number] = (0, 0)
-        libc.io_uring_register(self._fd, IORING_REGISTER_BUFFERS_UPDATE, int(update.ctypes.data), RSRC_UPDATE_SIZE)
+        io_uring.register(self._fd, IORING_REGISTER_BUFFERS_UPDATE, int(update.ctypes.data), RSRC_UPDATE_SIZE)
         self._buffers[number] = (address, size)
 
     def watch(self, fd: int, token: int) -> None:

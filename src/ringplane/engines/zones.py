@@ -16,7 +16,8 @@ from ringplane.engines.common import ZERO
 from ringplane.engines.ranges import RANGE
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.native.mutex import MUTEX_SIZE, lock, unlock
-from ringplane.native.syscalls import IOVEC, fdatasync
+from ringplane.native.syscalls import fdatasync
+from ringplane.native.uio import IOVEC
 from ringplane.virtio.blk import SECTOR
 
 # All zones of a disk. `size` and `capacity` (the writable part) of a zone, and `max_append`, are in sectors.

@@ -38,9 +38,11 @@ SENT_BY_PROCESS = 1 << 31
 GUARD = np.dtype([(name, "<i8") for name in ("start", "end", "page", "lost", "alarm_fd")])
 GUARD_SIZE = GUARD.itemsize
 
-# previous: the action to restore; used: the most guards that were ever in use at a time; one: the number 1, for
-# eventfds; guards: GUARD structs
-TABLE = np.dtype([("previous", libc.SIGACTION), ("used", "<i8"), ("one", "<i8"), ("guards", GUARD, (MAX_GUARDS,))])
+# previous: the action to restore, a SIGACTION, whose first field is the handler; used: the most guards that were ever
+# in use at a time; one: the number 1, for eventfds; guards: GUARD structs
+TABLE = np.dtype(
+    [("previous", "u1", (libc.SIGACTION.size,)), ("used", "<i8"), ("one", "<i8"), ("guards", GUARD, (MAX_GUARDS,))]
+)
 TABLE_USED, TABLE_ONE, TABLE_GUARDS = (TABLE.fields[name][1] for name in ("used", "one", "guards"))  # type: ignore[index]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import INT64, external
-from ringplane.system.syscall_numbers import MACHINE, NUMBERS
+from ringplane.system.syscall_numbers import NUMBERS
 
 SYS_READ = NUMBERS["read"]
 SYS_WRITE = NUMBERS["write"]
@@ -25,30 +24,13 @@ SYS_SENDTO = NUMBERS["sendto"]
 SYS_VMSPLICE = NUMBERS["vmsplice"]
 SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"]
 SYS_EPOLL_PWAIT2 = NUMBERS["epoll_pwait2"]
-SYS_IO_SETUP = NUMBERS["io_setup"]
-SYS_IO_DESTROY = NUMBERS["io_destroy"]
 SYS_IO_SUBMIT = NUMBERS["io_submit"]
-SYS_IO_URING_SETUP = NUMBERS["io_uring_setup"]
 SYS_IO_URING_ENTER = NUMBERS["io_uring_enter"]
-SYS_IO_URING_REGISTER = NUMBERS["io_uring_register"]
 
-EPERM, EINTR, EIO, EAGAIN, EACCES, ENODEV, EINVAL, ENOTTY = 1, 4, 5, 11, 13, 19, 22, 25
-ENOSYS, ENOTSOCK, EOPNOTSUPP = 38, 88, 95
 PROT_READ, PROT_WRITE = 1, 2
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x02, 0x10, 0x20
 SPLICE_F_NONBLOCK = 2
 MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
-
-# epoll_ctl(2): packed only on x86-64.
-EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")
-
-# struct __kernel_timespec
-TIMESPEC = np.dtype([("tv_sec", "<i8"), ("tv_nsec", "<i8")])
-
-# struct iovec of readv(2), and how many of them one call takes at most
-IOVEC = np.dtype([("base", "<i8"), ("len", "<i8")])
-IOVEC_SIZE = IOVEC.itemsize
-IOV_MAX = 1024
 
 
 @intrinsic

@@ -7,15 +7,6 @@ import os
 import signal
 import struct
 
-import numpy as np
-
-from ringplane.native.syscalls import (
-    EPOLL_EVENT,
-    SYS_IO_DESTROY,
-    SYS_IO_SETUP,
-    SYS_IO_URING_REGISTER,
-    SYS_IO_URING_SETUP,
-)
 from ringplane.system.procfs import mappings
 from ringplane.system.syscall_numbers import NUMBERS
 
@@ -29,9 +20,7 @@ AT_RANDOM = 25
 M_ARENA_MAX = -8
 
 # struct sigaction of glibc: handler, 128 bytes of signal mask, flags, restorer
-SIGACTION = np.dtype(
-    [("handler", "<i8"), ("mask", "u1", (128,)), ("flags", "<i4"), ("pad", "<i4"), ("restorer", "<i8")]
-)
+SIGACTION = struct.Struct("q128xi4xq")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -80,9 +69,7 @@ def sigaction(number: int, handler: int, flags: int = 0, previous: int = 0) -> N
 
     The previous action is stored at address `previous`, a SIGACTION.
     """
-    action = np.zeros(1, SIGACTION)
-    action["handler"], action["flags"] = handler, flags
-    if _libc.sigaction(number, ctypes.c_void_p(action.ctypes.data), ctypes.c_void_p(previous)) != 0:
+    if _libc.sigaction(number, SIGACTION.pack(handler, flags, 0), ctypes.c_void_p(previous)) != 0:
         raise _error()
 
 
@@ -116,20 +103,6 @@ def forbid_writable_code() -> None:
     for start, end, rights, _ in list(mappings()):
         if "wx" in rights and _libc.mprotect(ctypes.c_void_p(start), end - start, PROT_READ | PROT_WRITE) != 0:
             raise _error()
-
-
-def io_setup(events: int) -> int:
-    """io_setup(2): the address (and handle) of a new AIO context for `events` requests; raises OSError."""
-    context = ctypes.c_ulong(0)
-    if _libc.syscall(ctypes.c_long(SYS_IO_SETUP), ctypes.c_uint(events), ctypes.byref(context)) != 0:
-        raise _error()
-    return context.value
-
-
-def io_destroy(context: int) -> None:
-    """io_destroy(2): waits for requests in flight; raises OSError."""
-    if _libc.syscall(ctypes.c_long(SYS_IO_DESTROY), ctypes.c_ulong(context)) != 0:
-        raise _error()
 
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 29, 38
@@ -179,17 +152,6 @@ def drop_capabilities() -> None:
         system_call(NUMBERS["capset"], header, bytes(CAPABILITY_SETS_SIZE))
 
 
-EPOLL_CTL_ADD = 1
-
-
-def epoll_add(epoll_fd: int, fd: int, events: int, data: int) -> None:
-    """epoll_ctl(2), EPOLL_CTL_ADD, with 64 bits of data that each event returns; raises OSError."""
-    event = np.zeros(1, EPOLL_EVENT)
-    event["events"], event["data"] = events, data
-    if _libc.epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, ctypes.c_void_p(event.ctypes.data)) != 0:
-        raise _error()
-
-
 TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGIC = 0x01021994, 0x858458F6, 0x958458F6
 STATFS_SIZE = 256
 
@@ -216,18 +178,3 @@ def direct_io_alignment(fd: int) -> tuple[int, int] | None:
     (mask,) = struct.unpack_from("I", statx, STATX_MASK_OFFSET)
     memory, block = struct.unpack_from("II", statx, STATX_DIO_OFFSET)
     return (memory, block) if mask & STATX_DIOALIGN and memory and block else None
-
-
-def io_uring_setup(entries: int, params: int) -> int:
-    """io_uring_setup(2): the fd of a new ring; `params` is the address of a struct io_uring_params. Raises OSError."""
-    fd = _libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(entries), ctypes.c_void_p(params))
-    if fd < 0:
-        raise _error()
-    return int(fd)
-
-
-def io_uring_register(ring_fd: int, opcode: int, argument: int = 0, count: int = 0) -> None:
-    """io_uring_register(2); raises OSError."""
-    numbers = (ctypes.c_long(SYS_IO_URING_REGISTER), ctypes.c_int(ring_fd), ctypes.c_uint(opcode))
-    if _libc.syscall(*numbers, ctypes.c_void_p(argument), ctypes.c_uint(count)) < 0:
-        raise _error()
