@@ -11,8 +11,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ringplane.control.export import DiskConfig, Export, serve, serve_all
-    from ringplane.control.server import IoThread, Server
+    from ringplane.control.export import Export, serve, serve_all
+    from ringplane.control.server import Server
+    from ringplane.options.disk_config import DiskConfig
+    from ringplane.options.io_thread import IoThread
 
 
 def __getattr__(name: str) -> Any:

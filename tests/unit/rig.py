@@ -25,11 +25,13 @@ import pytest
 from ringplane.block.image import Image
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import Device, Queue, RingLayout
-from ringplane.dataplane.worker import POLL_US, Worker
-from ringplane.engines.choose import MEMORY, make_engine
+from ringplane.dataplane.worker import Worker
+from ringplane.engines.choose import make_engine
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.access import fence, store16
+from ringplane.options.engines import MEMORY
+from ringplane.options.io_thread import POLL_US
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
 from . import model

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ringplane.control.config import Config, ConfigError, read_config
-from ringplane.control.export import DiskConfig
-from ringplane.control.server import IoThread
-from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.engines import AUTO, ENGINES, THREAD_ENGINES
+from ringplane.options.io_thread import IoThread
 from ringplane.options.values import MAX_POLL_US, format_cpus, parse_cpus, parse_poll_us
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def test_engine_of_a_disk(tmp_path: Path, engine: str) -> None:
     assert config.io_threads == [IoThread("io0")]
 
 
-@pytest.mark.parametrize("engine", [AUTO, *WORKER_ENGINES])
+@pytest.mark.parametrize("engine", THREAD_ENGINES)
 def test_engine_of_a_thread(tmp_path: Path, engine: str) -> None:
     config = read(tmp_path, f'[[io-thread]]\nengine = "{engine}"\n{DISK}')
     assert config.io_threads == [IoThread("io0", engine)]

@@ -15,11 +15,12 @@ import pytest
 
 from ringplane.engines import aio, uring
 from ringplane.engines.aio import Aio
-from ringplane.engines.choose import AUTO, WORKER_ENGINES, make_engine
+from ringplane.engines.choose import WORKER_ENGINES, make_engine
 from ringplane.engines.common import EngineUnavailable
 from ringplane.engines.dispatch import has_events, wait
 from ringplane.engines.uring import Uring
 from ringplane.native import aio_abi, io_uring
+from ringplane.options.engines import AUTO
 from ringplane.system import libc
 
 from .rig import need_engine

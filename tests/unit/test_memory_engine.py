@@ -770,8 +770,9 @@ def test_repeated_starts_and_stops_leave_nothing_behind(tmpfs: Path, socket_path
 
 
 def test_a_rejected_disk_beside_one_in_memory_leaves_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
-    from ringplane.control.export import DiskConfig, serve_all
+    from ringplane.control.export import serve_all
     from ringplane.control.server import IoThread
+    from ringplane.options.disk_config import DiskConfig
 
     good, bad = sparse_image(tmpfs / "good"), sparse_image(socket_path.with_name("bad"))
     if is_of_type(bad, libc.TMPFS_MAGIC):

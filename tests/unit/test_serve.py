@@ -20,15 +20,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ringplane.cli.serve import ENGINES as OPTION_ENGINES
 from ringplane.cli.serve import FEWEST_FILES
 from ringplane.cli.serve import serve as serve_command
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.process import peer_pid
-from ringplane.engines.choose import ENGINES
+from ringplane.engines.choose import WORKER_ENGINES
 from ringplane.engines.memory import is_memory
+from ringplane.options.engines import AUTO, THREAD_ENGINES
 from ringplane.options.values import format_cpus
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
@@ -682,7 +682,8 @@ def test_unknown_engine(image: Path, path: Path, engine: str) -> None:
 
 
 def test_engine_options_match_the_engines() -> None:
-    assert set(OPTION_ENGINES) == set(ENGINES)
+    assert (AUTO, *WORKER_ENGINES) == THREAD_ENGINES
+    assert all(name == engine.name for name, engine in WORKER_ENGINES.items())
 
 
 def test_serial_that_does_not_fit(image: Path, path: Path) -> None:

@@ -15,13 +15,15 @@ import pytest
 
 import ringplane
 from ringplane.block.image import ImageError
-from ringplane.control.export import DiskConfig, serve_all
+from ringplane.control.export import serve_all
 from ringplane.control.listener import ListenError
-from ringplane.control.server import IoThread, Server
+from ringplane.control.server import Server
 from ringplane.dataplane.state import TRACE_FETCH
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
 from ringplane.driver.load import Load, Result, check, fill, run_load
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.io_thread import IoThread
 from ringplane.options.values import parse_cpus
 from ringplane.vhost_user.messages import ProtocolError
 

@@ -22,6 +22,7 @@ from ringplane.cli.errors import start_errors
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
 from ringplane.log.logs import FORMATS, Logs
+from ringplane.options.engines import ENGINES
 from ringplane.options.values import (
     LOCK_AUTO,
     LOCKS,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from ringplane.control.server import Server
     from ringplane.dataplane.trace import TraceEvent
 
-# The engines of engines.choose, repeated here because `ringplane --help` must not import NumPy: it shall be quick.
-ENGINES = ("auto", "io_uring", "aio", "memory", "null")
 # Signals that do not stop the process.
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
 

@@ -15,11 +15,11 @@ from ringplane.block.image import Image, ImageError, create_nameless
 from ringplane.block.storage_limits import Limits, limits
 from ringplane.control import listener
 from ringplane.control.config import Config
-from ringplane.control.export import DiskConfig
 from ringplane.control.listener import ListenError
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import check_switches, storage_of
 from ringplane.engines.common import NOWHERE
+from ringplane.options.disk_config import DiskConfig
 
 
 def find_problems(config: Config) -> list[str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ringplane.block.image import BLOCK_SIZES
-from ringplane.control.export import DiskConfig
-from ringplane.control.server import IoThread
-from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.engines import ENGINES, THREAD_ENGINES
+from ringplane.options.io_thread import IoThread
 from ringplane.options.values import (
     LOCKS,
     MAX_QUEUES,
@@ -332,7 +332,7 @@ def _poll_us(value: Any) -> int | None:
 IO_THREAD_KEYS: dict[str, Check] = {
     "name": _text,
     "cpus": _cpus,
-    "engine": _one_of(AUTO, *WORKER_ENGINES),
+    "engine": _one_of(*THREAD_ENGINES),
     "poll-us": _poll_us,
     "pin-memory": _flag,
 }

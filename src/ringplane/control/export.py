@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,17 +23,19 @@ from ringplane.block.image import create as create_image
 from ringplane.block.zonefile import ZoneFile, check_not_zoned
 from ringplane.control.handover import Predecessor, offer_successors, socket_beside
 from ringplane.control.listener import Listener, ListenError
-from ringplane.control.server import IoThread, Server
+from ringplane.control.server import Server
 from ringplane.dataplane import histogram
 from ringplane.dataplane.state import KINDS
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import warm_up
-from ringplane.dataplane.worker import POLL_US, WorkerEnded
+from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
-from ringplane.engines.choose import AUTO, ENGINES, WORKER_ENGINES
 from ringplane.guest_memory.address_space import AddressSpace, Quota
 from ringplane.log.logs import DiskLog
-from ringplane.options.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel, check_physical_block_size
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.engines import AUTO, ENGINES, THREAD_ENGINES
+from ringplane.options.io_thread import POLL_US, IoThread
+from ringplane.options.values import LOCK_AUTO, MAX_QUEUES, ZoneModel
 from ringplane.system import procfs
 from ringplane.system.signals import NONE, Signals
 from ringplane.system.standard_fds import occupy
@@ -54,46 +56,6 @@ WAITING_PATIENCE = 1.0
 WAITS = "a second front end (%s) waits until the first one (%s) detaches; SIGUSR1 detaches the first one"
 
 DRAIN_LOOK = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class DiskConfig:
-    """A disk to be served: what `serve` takes, and the names of its I/O threads.
-
-    Queue `i` is served by thread `i`, counted from the start again when there are more queues than names. Raises
-    ValueError unless there is either a socket path or an fd.
-    """
-
-    image: Path
-    io_threads: Sequence[str]
-    socket_path: Path | None = None
-    socket_mode: int | None = None
-    socket_group: int | None = None
-    fd: int | None = None
-    create: int | None = None
-    read_only: bool = False
-    direct: bool = True
-    share_rw: bool = False
-    lock: str = LOCK_AUTO
-    num_queues: int = MAX_QUEUES
-    engine: str = AUTO
-    block_size: int = 512
-    physical_block_size: int | None = None
-    serial: str | None = None
-    features: Mapping[str, bool] = field(default_factory=dict)
-    zoned: ZoneModel | None = None
-
-    def __post_init__(self) -> None:
-        if (self.socket_path is None) == (self.fd is None):
-            raise ValueError("give either a socket path or an fd")
-        if self.fd is not None and (self.socket_mode, self.socket_group) != (None, None):
-            raise ValueError("a mode and a group are for a socket path, not for an fd")
-        if self.lock not in LOCKS:
-            raise ValueError(f"lock is {self.lock!r}; it is one of {', '.join(LOCKS)}")
-        if self.zoned and self.share_rw:
-            raise ValueError("a zoned disk cannot be shared, as each process would have write pointers of its own")
-        if self.physical_block_size is not None:
-            check_physical_block_size(self.physical_block_size, self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,7 +451,7 @@ def serve(
     and the group (its number) `socket_group` before anybody can connect; a group without a mode means 0o660.
     `create` makes a sparse image of so many bytes where there is none; an image that exists is served as it is. A front
     end uses as many of the `num_queues` as it wants. `cpus` are the CPUs of each I/O thread, or those of all if there
-    is only one set. `engine` is one of `ringplane.engines.choose.ENGINES`; `auto` is the best that image and
+    is only one set. `engine` is one of `ringplane.options.engines.ENGINES`; `auto` is the best that image and
     kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
     it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
     io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, as the
@@ -702,7 +664,7 @@ def _io_threads(
     if len(cpus) not in (0, 1, count):
         raise ValueError(f"CPUs are given {len(cpus)} times; give them once, or once for each of {count} I/O threads")
     sets: Sequence[frozenset[int] | None] = [frozenset(each) for each in cpus] or [None]
-    mine = engine if engine in WORKER_ENGINES else AUTO
+    mine = engine if engine in THREAD_ENGINES else AUTO
     return [
         IoThread(f"ringplane-io-{number}", mine, sets[number % len(sets)], poll_us, pin_memory)
         for number in range(count)

@@ -35,13 +35,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ringplane.control.listener import Listener
+from ringplane.options.disk_config import DiskConfig
 from ringplane.system.signals import NONE, Signals
 from ringplane.vhost_user import peers
 from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
 from ringplane.virtio import blk
 
 if TYPE_CHECKING:
-    from ringplane.control.export import DiskConfig, Export
+    from ringplane.control.export import Export
     from ringplane.control.server import Server
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Self
 from ringplane.control.tracing import report_trace
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import release_compiler
-from ringplane.dataplane.worker import POLL_US, Worker
-from ringplane.engines.choose import AUTO
-from ringplane.options.values import check_cpus, format_cpus
+from ringplane.dataplane.worker import Worker
+from ringplane.options.io_thread import IoThread
+from ringplane.options.values import format_cpus
 from ringplane.system.notes import doing
 
 if TYPE_CHECKING:
@@ -26,27 +25,6 @@ if TYPE_CHECKING:
 
 # Most threads for calls that would block the control thread; they are started on demand.
 SYNCING_THREADS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class IoThread:
-    """An I/O thread to be started. It runs only on `cpus`, or on all CPUs of this process.
-
-    `poll_us`: the most microseconds that it polls the rings before it sleeps; None: it never sleeps.
-    `pin_memory`: it keeps the memory of its guests pinned, if its engine is io_uring.
-
-    Raises ValueError for CPUs that this process may not use.
-    """
-
-    name: str
-    engine: str = AUTO
-    cpus: frozenset[int] | None = None
-    poll_us: int | None = POLL_US
-    pin_memory: bool = False
-
-    def __post_init__(self) -> None:
-        if self.cpus is not None:
-            check_cpus(self.cpus)
 
 
 class Server:

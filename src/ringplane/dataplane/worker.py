@@ -50,12 +50,14 @@ from ringplane.dataplane.state import (
     WORKER_ONE,
 )
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
-from ringplane.engines.choose import AUTO, make_engine
+from ringplane.engines.choose import make_engine
 from ringplane.engines.ranges import RANGE
 from ringplane.guest_memory.regions import BadMemory, MemoryTable
 from ringplane.log.logs import DiskLog
 from ringplane.native import interrupt, sigbus
 from ringplane.native.uio import IOVEC
+from ringplane.options.engines import AUTO
+from ringplane.options.io_thread import POLL_US
 from ringplane.system import libc, procfs
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
@@ -74,9 +76,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SLOTS = 512
-# Longer than it takes to wake up a sleeping driver (20 to 40 us in a virtual machine), so that such drivers too find
-# the worker awake; measured in docs/benchmarks/findings.md.
-POLL_US = 50
 BOUNCE_BUFFERS = 16
 # What /proc/PID/fd shows for an eventfd (proc(5)).
 EVENTFD = "anon_inode:[eventfd]"

@@ -18,8 +18,9 @@ from ringplane.dataplane.queue import Device, OpenFile, Queue
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
 from ringplane.engines import memory
-from ringplane.engines.choose import AUTO, WORKER_ENGINES, choose_storage
+from ringplane.engines.choose import WORKER_ENGINES, choose_storage
 from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
+from ringplane.options.engines import AUTO
 from ringplane.options.values import OFF_BY_DEFAULT, check_feature
 from ringplane.virtio import blk, features
 from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM

@@ -8,12 +8,11 @@ from ringplane.engines import memory
 from ringplane.engines.aio import Aio, Epoll
 from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER, EngineUnavailable
 from ringplane.engines.uring import Uring
+from ringplane.options.engines import AIO, IO_URING, MEMORY, NULL
 
 log = logging.getLogger(__name__)
 
-AUTO, MEMORY, NULL = "auto", "memory", "null"
-WORKER_ENGINES: dict[str, type[Aio] | type[Uring]] = {Uring.name: Uring, Aio.name: Aio}
-ENGINES = (AUTO, *WORKER_ENGINES, MEMORY, NULL)
+WORKER_ENGINES: dict[str, type[Aio] | type[Uring]] = {IO_URING: Uring, AIO: Aio}
 
 
 def make_engine(name: str, capacity: int) -> Aio | Uring:
