@@ -444,10 +444,10 @@ def held(worker: Worker) -> Iterator[None]:
 
 def fetch_only(worker: Worker) -> None:
     """Have a held worker fetch everything in the rings without submitting it, so that it is certainly in flight."""
-    worker.call(worker._check_all_queues)
+    worker.call(worker.rings.check_all)
     # As many turns as a full ring needs.
     for _ in range(-(-1024 // TURN)):
-        worker.call(lambda: serve_ready(worker._state[0]))
+        worker.call(lambda: serve_ready(worker.state.record))
 
 
 class Line:

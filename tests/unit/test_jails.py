@@ -17,8 +17,8 @@ import pytest
 
 import ringplane
 from ringplane.block.image import Image, ImageError
-from ringplane.dataplane import worker
 from ringplane.driver import Driver
+from ringplane.system import eventfd as eventfds
 from ringplane.system import procfs
 
 IMAGE_SIZE = MEMORY_SIZE = 16 << 20
@@ -203,11 +203,11 @@ def test_an_image_that_was_replaced_is_opened_again_with_proc(image: Path) -> No
 
 def test_only_eventfds_are_eventfds_without_proc(without_proc: None, image: Path) -> None:
     eventfd = os.eventfd(0)
-    worker.check_eventfd(eventfd, "kick fd")
+    eventfds.check_eventfd(eventfd, "kick fd")
     with open(image) as file:
         for fd in (*os.pipe(), file.fileno()):
             with pytest.raises(OSError, match="the kick fd is not an eventfd"):
-                worker.check_eventfd(fd, "kick fd")
+                eventfds.check_eventfd(fd, "kick fd")
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 os.close(fd)
     os.close(eventfd)

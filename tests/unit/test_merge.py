@@ -137,7 +137,8 @@ def test_the_list_of_buffers_is_limited(make_rig: RigFactory) -> None:
         line.queue.record["turn"] = 64
         line.kick()
         fetch_only(line.worker)
-        joined = line.worker.call(lambda: [int(joined) for joined in line.worker._requests["joined"] if joined >= 0])
+        slots = line.worker.state.slots.requests
+        joined = line.worker.call(lambda: [int(joined) for joined in slots["joined"] if joined >= 0])
     line.wait()
     for number, request in enumerate(requests):
         start = 1024 * number * pieces
@@ -169,7 +170,7 @@ def test_buffers_that_a_driver_sends_without_need_leave_no_room(make_rig: RigFac
         line.queue.record["turn"] = 64
         line.kick()
         fetch_only(line.worker)
-        joined = line.worker.call(lambda: int((line.worker._requests["joined"] >= 0).sum()))
+        joined = line.worker.call(lambda: int((line.worker.state.slots.requests["joined"] >= 0).sum()))
     line.wait()
     assert joined.result(PATIENCE) == 0
     for number, request in enumerate(requests):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.dataplane import worker as worker_module
+from ringplane.dataplane import pinning
 from ringplane.engines import uring
 from ringplane.engines.uring import Uring
 from ringplane.native import io_uring
@@ -159,7 +159,7 @@ def test_disks_are_served_if_memory_cannot_be_locked(
 
 
 def test_linux_aio_logs_that_it_cannot_register_memory(make_rig: RigFactory, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, worker_module.__name__):
+    with caplog.at_level(logging.WARNING, pinning.__name__):
         rig = make_rig(engine="aio")
         line = rig.line().start()
     assert "continuing without: [Errno 95] Linux AIO does not support it; use --engine io_uring" in caplog.text

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ringplane.dataplane.bounce_buffers import BOUNCE_BUFFERS
 from ringplane.dataplane.queue import Device
 from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_FETCH
-from ringplane.dataplane.worker import BOUNCE_BUFFERS
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
 from ringplane.guest_memory.regions import BadMemory, MemoryTable, Region
@@ -468,7 +468,7 @@ def test_writes_are_stable_if_the_driver_cannot_flush(
     line = rig.line().start(write_through=write_through)
     engine = rig.workers[0].engine
     # One request at a time always uses the same slot.
-    slot = int(rig.workers[0]._state["free"][0])
+    slot = int(rig.workers[0].state.record["free"])
     assert line.do(OUT, 0, bytes(512)).status == OK
     if write_through and not direct_io:
         assert last_operation(engine, slot) == ("fdatasync", 0)
@@ -572,7 +572,7 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
             for number in range(64):
                 line.put(IN, number, room=512)
             line.ring.publish()
-        worker.call(worker._check_all_queues)
+        worker.call(worker.rings.check_all)
     for line in lines:
         line.wait()
     fetched = [event.queue for event in reader.events() if event.event == TRACE_FETCH]

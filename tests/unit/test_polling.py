@@ -286,7 +286,8 @@ def give_only(worker: Worker, policy: int) -> None:
     """Let the worker have one policy."""
 
     def change() -> None:
-        worker._state["policy"], worker._state["policies"], worker._state["sample_end"] = policy, 1 << policy, NEVER
+        record = worker.state.record
+        record["policy"], record["policies"], record["sample_end"] = policy, 1 << policy, NEVER
 
     worker.call(change).result(PATIENCE)
 
@@ -354,7 +355,7 @@ def ticks(worker: Worker) -> int:
 
 def work_of(worker: Worker) -> tuple[int, int, int]:
     """Values that do not change while a worker sleeps."""
-    return switches(worker), ticks(worker), int(worker._state["turns"][0])
+    return switches(worker), ticks(worker), int(worker.state.record["turns"])
 
 
 def is_asleep(worker: Worker) -> bool:
@@ -388,10 +389,10 @@ def test_an_idle_worker_does_not_wake_up(make_rig: RigFactory, engine: str, poll
 def test_each_polling_policy_is_tried_on_a_busy_worker(make_rig: RigFactory, engine: str) -> None:
     """The machine determines which one it chooses; tests/unit/test_tune.py tests the choice."""
     rig = make_rig(engine, poll_us=200)
-    state, tallies = rig.workers[0]._state, rig.workers[0]._tallies
+    state, tallies = rig.workers[0].state.record, rig.workers[0].state.tallies
     busy = Drive(rig, rig.workers[0], 3, event_idx=True, sleeps=False, pause_us=50, depth=1)
     busy.start(PATIENCE)
-    assert eventually(lambda: bool(tallies["completed"].all()) and int(state["until_trial"][0]) > 0)
+    assert eventually(lambda: bool(tallies["completed"].all()) and int(state["until_trial"]) > 0)
     busy.stop()
 
 
@@ -402,7 +403,7 @@ def test_polling_ends_without_requests(make_rig: RigFactory, engine: str) -> Non
     give_only(worker, POLL)
     rare = Drive(rig, worker, 4, event_idx=True, sleeps=False, pause_us=80_000, depth=1)
     rare.start(PATIENCE)
-    assert eventually(lambda: int(worker._state["policy"][0]) == SLEEP)
+    assert eventually(lambda: int(worker.state.record["policy"]) == SLEEP)
     rare.stop()
 
 
@@ -434,7 +435,7 @@ def test_a_held_call_is_made_before_the_calls_of_the_control_plane(make_rig: Rig
         line.put(IN, room=512)
         line.kick()
         assert eventually(lambda: line.ring.device_used_idx() == line.ring.avail_idx)
-        assert worker.call(lambda: int(worker._state["unnotified"][0])).result(PATIENCE) == 0
+        assert worker.call(lambda: int(worker.state.record["unnotified"])).result(PATIENCE) == 0
         assert os.eventfd_read(line.call_fd) == 1
 
 
@@ -452,7 +453,7 @@ def test_poll_always_never_sleeps_and_needs_no_kick(make_rig: RigFactory, engine
     assert served.do(IN, room=512).status == OK
     before = switches(worker)
     time.sleep(0.2)
-    assert int(worker._state["poll_end"][0]) > 0, "it is not looking at the rings"
+    assert int(worker.state.record["poll_end"]) > 0, "it is not looking at the rings"
     assert switches(worker) == before
     for line in (served, never_served):
         put_silently(line)
@@ -488,10 +489,10 @@ def test_calls_of_the_control_plane_run_at_once(make_rig: RigFactory, engine: st
 def turns_until(worker: Worker, line: Line) -> int:
     """The number of the worker's turns between a kick and the completion."""
     line.put(IN, room=512)
-    before = int(worker._state["turns"][0])
+    before = int(worker.state.record["turns"])
     line.kick()
     line.wait()
-    return int(worker._state["turns"][0]) - before
+    return int(worker.state.record["turns"]) - before
 
 
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])

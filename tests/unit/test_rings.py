@@ -297,11 +297,11 @@ def test_memory_is_replaced_under_completions_that_wait_for_their_turn(make_rig:
     with held(line.worker):
         requests = put_slow_and_quick(line, "flush")
         line.worker.set_memory(line.queue, line.rig.guest.table())
-        retired = line.worker.call(lambda: len(line.worker._retired))
+        retired = line.worker.call(lambda: len(line.worker.rings.retired.tables))
     line.wait()
     assert retired.result() == 1
     assert [line.answer(pending) for pending, _ in requests] == [answer for _, answer in requests]
-    assert eventually(lambda: not line.worker._retired)
+    assert eventually(lambda: not line.worker.rings.retired.tables)
 
 
 # Stopping and resuming.

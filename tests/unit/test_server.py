@@ -390,7 +390,7 @@ def test_failing_thread_does_not_stop_other_threads(start: Start, caplog: pytest
     with attach(first), attach(second) as driver:
         # The thread of the first disk hits this after it has run the call.
         worker = server.workers["io0"]
-        worker.call(lambda: setattr(worker, "_finish_drains", fail)).result()
+        worker.call(lambda: setattr(worker.rings, "_finish_drains", fail)).result()
         wait_until(lambda: "io0: the I/O thread has failed" in caplog.text)
         result = run_verified(driver, 1)
         assert (result.errors, result.mismatches) == (0, 0)

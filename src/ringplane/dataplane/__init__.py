@@ -7,6 +7,9 @@ chain *used*, and may **notify** the driver through another eventfd, which becom
 
 Read the files in the order of a request's life: `state` (the structs), `fetch` (ring to request), `execute` (request
 to engine), `complete` (engine to ring), `loop` (the event loop over all of it), `worker` (the thread around the loop).
+A worker is in several files: `worker_state` (its WORKER struct, with `slots` and `bounce_buffers`), `served_rings` (how
+a ring starts, drains and stops), `place_ring` (where it is in memory), `retired_memory` and `pinning` (the memory
+tables that requests use), `disk_reports` (what the log gets of the disks).
 What they use: `ring_rules` (the errors of a driver that break a ring), `merge` and `flush` (I/O for several requests),
 `helper_threads` (for operations that would block), `zones` (zoned disks), `failures` and `trace` (what the log gets),
 `dirty` (migration), `signaller` (notifications that never block), `tune` (the choice of a polling policy), `histogram`

@@ -215,6 +215,11 @@ class Queue:
         return f"{self.device.name} queue {self.number}"
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """The `extra` of its log lines."""
+        return {"disk": self.device.name}
+
+    @property
     def fd(self) -> int:
         """The fd of the image that the queue uses for I/O."""
         return self.file.fd if self.file else self.device.fd

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 
-from ringplane.dataplane.worker import check_eventfd
+from ringplane.system.eventfd import check_eventfd
 from ringplane.vhost_user.connection import Message
 from ringplane.vhost_user.messages import Request
 

@@ -1,0 +1,187 @@
+"""The rings that a worker serves: how one starts, drains, stops, and gets other memory.
+
+All of it is called on the worker's thread, between two runs of the compiled loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+from ringplane.dataplane import ring_rules
+from ringplane.dataplane.loop import mark_ready
+from ringplane.dataplane.pinning import Pinning
+from ringplane.dataplane.place_ring import place_ring, prepare_ring
+from ringplane.dataplane.queue import NO_MEMORY, Queue, RingLayout
+from ringplane.dataplane.retired_memory import RetiredMemory
+from ringplane.dataplane.state import TRACE_START, TRACE_STOP
+from ringplane.dataplane.worker_state import WorkerState
+from ringplane.engines.aio import Aio
+from ringplane.engines.uring import Uring
+from ringplane.guest_memory.regions import BadMemory, MemoryTable
+from ringplane.system import eventfd
+
+log = logging.getLogger(__name__)
+
+
+class ServedRings:
+    """The queues of a worker from the start of their rings until these are drained."""
+
+    def __init__(
+        self,
+        state: WorkerState,
+        engine: Aio | Uring,
+        pinning: Pinning,
+        signal: Callable[[int], None],
+        trace: Callable[[int, Queue], None],
+    ) -> None:
+        """`signal` signals a front end's eventfd; `trace` traces an event of a queue."""
+        self._state = state
+        self._engine = engine
+        self._pinning = pinning
+        self._signal = signal
+        self._trace = trace
+        self._queues: dict[int, Queue] = {}
+        self._draining: dict[int, list[Future[None]]] = {}
+        self.retired = RetiredMemory(state.slots.requests)
+
+    def __iter__(self) -> Iterator[Queue]:
+        return iter(self._queues.values())
+
+    @property
+    def waiting(self) -> list[Future[None]]:
+        """The futures of rings that are not drained yet."""
+        return [drained for some in self._draining.values() for drained in some]
+
+    def start(self, queue: Queue, layout: RingLayout, memory: MemoryTable, kick_fd: int) -> None:
+        """Serve the queue. Raises BadMemory if the ring is not inside the memory, OSError for the kick fd."""
+        try:
+            queue.prepare()
+            prepare_ring(queue, layout, memory)
+            self._watch_kicks(queue, kick_fd)
+        except BaseException:
+            # A ring that does not start keeps no mapping.
+            queue.memory, queue.layout = NO_MEMORY, None
+            raise
+        queue.broken_reported = queue.suspended = False
+        queue.record["file"] = self._engine.add_file(queue.fd)
+        self._queues[queue.address] = queue
+        self._pin()
+        queue.record["running"] = 1
+        # As if kicked: requests may have been in the ring before its kick fd was watched.
+        self.check_all()
+        self._trace(TRACE_START, queue)
+
+    def stop(self, queue: Queue, drained: Future[None]) -> None:
+        """Stop fetching; `drained` is done when all requests in flight have been completed."""
+        record = queue.record
+        # What the previous process had in flight has to be completed before the ring can stop.
+        record["running"] = record["running"] and record["resubmits"] > 0
+        record["ready"] = record["quiet"] = 0
+        record["draining"] = 1
+        if self._queues.get(queue.address) is queue:
+            self._unwatch_kicks(queue)
+        self.check_all()
+        self._draining.setdefault(queue.address, []).append(drained)
+        if queue.in_flight:
+            log.debug("%s: draining %d requests", queue.name, queue.in_flight, extra=queue.log_fields)
+
+    def set_memory(self, queue: Queue, memory: MemoryTable) -> None:
+        """Use another memory table; requests in flight keep the mappings that they use."""
+        if queue.address not in self._queues or queue.layout is None:
+            return
+        old = queue.memory
+        try:
+            place_ring(queue, queue.layout, memory)
+        except BadMemory as error:
+            self._suspend(queue, error)
+            return
+        self.retired.retire(queue, old)
+        self._pin()
+        if queue.suspended:
+            log.info("%s: resumed: the ring is in the shared memory again", queue.name, extra=queue.log_fields)
+            queue.suspended = False
+            queue.record["running"] = 1
+            self.check_all()
+
+    def _suspend(self, queue: Queue, error: BadMemory) -> None:
+        """Wait until the front end adds the memory again. Until then the ring keeps its place in the old table."""
+        log.warning(
+            "%s: suspended: the ring is not in the shared memory: %s", queue.name, error, extra=queue.log_fields
+        )
+        if queue.running:
+            queue.suspended = True
+            queue.record["running"] = 0
+            self._signal_error(queue)
+
+    def check_all(self) -> None:
+        """Rebuild the list of ready queues with all running ones: to check a ring in vain costs nothing."""
+        record = self._state.record
+        record["ready"] = record["ready_last"] = record["quiet"] = 0
+        for queue in self:
+            queue.record["ready"] = queue.record["quiet"] = 0
+            if queue.running:
+                mark_ready(record, queue.record)
+
+    def follow_up(self) -> None:
+        """Act on what a run of the loop has left behind: broken rings, drained rings, memory that nobody needs."""
+        for queue in self:
+            self._report_broken(queue)
+        self._finish_drains()
+        if self.retired.drop_unused():
+            self._pin()
+
+    def _watch_kicks(self, queue: Queue, kick_fd: int) -> None:
+        eventfd.check_eventfd(kick_fd, "kick fd")
+        os.set_blocking(kick_fd, False)
+        self._engine.watch(kick_fd, queue.address)
+        queue.kick_fd = kick_fd
+
+    def _unwatch_kicks(self, queue: Queue) -> None:
+        if queue.kick_fd >= 0:
+            self._engine.unwatch(queue.kick_fd)
+            eventfd.empty(queue.kick_fd)
+            queue.kick_fd = -1
+
+    def _finish_drains(self) -> None:
+        for address, waiting in list(self._draining.items()):
+            queue = self._queues.get(address)
+            if queue is not None and (queue.in_flight or queue.running):
+                continue
+            del self._draining[address]
+            if queue is not None:
+                self._forget(queue)
+            for drained in waiting:
+                if drained.set_running_or_notify_cancel():
+                    drained.set_result(None)
+
+    def _forget(self, queue: Queue) -> None:
+        del self._queues[queue.address]
+        queue.device.failures.take(queue.failures)
+        self._engine.remove_file(int(queue.record["file"]))
+        queue.record["draining"] = 0
+        queue.memory, queue.layout = NO_MEMORY, None
+        self._pin()
+        self._trace(TRACE_STOP, queue)
+
+    def _pin(self) -> None:
+        """Pin the memory that requests may use."""
+        used = [queue.memory for queue in self if queue.device.through_worker]
+        self._pinning.pin([*used, *self.retired.tables])
+
+    def _report_broken(self, queue: Queue) -> None:
+        rule = int(queue.record["broken"])
+        if rule == ring_rules.OK or queue.broken_reported:
+            return
+        queue.broken_reported = True
+        head = int(queue.record["broken_head"])
+        where = f" (chain {head})" if head >= 0 else ""
+        what = ring_rules.MESSAGES[rule]
+        log.warning("%s: ring broken by the driver: %s%s", queue.name, what, where, extra=queue.log_fields)
+        self._signal_error(queue)
+
+    def _signal_error(self, queue: Queue) -> None:
+        if queue.err_fd >= 0:
+            self._signal(queue.err_fd)

@@ -1,0 +1,57 @@
+"""The WORKER struct of a worker, and what it points to."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.dataplane.bounce_buffers import BounceBuffers
+from ringplane.dataplane.slots import Slots
+from ringplane.dataplane.state import (
+    ALWAYS,
+    COALESCE,
+    NEVER,
+    POLICIES,
+    POLL,
+    SLEEP,
+    TALLY,
+    WORKER,
+    WORKER_ONE,
+)
+from ringplane.engines.aio import Aio
+from ringplane.engines.uring import Uring
+
+
+class WorkerState:
+    """Owns a WORKER struct: `array` holds it, `record` is it, `address` is its address."""
+
+    def __init__(self, engine: Aio | Uring, slots: int, poll_us: int | None) -> None:
+        """`poll_us`: how many microseconds to poll the rings at most before sleeping; None: never sleep."""
+        self.array: npt.NDArray[np.void] = np.zeros(1, WORKER)
+        self.record = self.array[0]
+        self.address = int(self.array.ctypes.data)
+        self.slots = Slots(slots)
+        self._bounce = BounceBuffers()
+        self.tallies: npt.NDArray[np.void] = np.zeros(POLICIES, TALLY)
+        record = self.record
+        record["waiting_first"] = record["copy_first"] = record["held"] = -1
+        record["one"] = 1
+        record["engine"], record["requests"] = engine.address, self.slots.address
+        record["bounce_free"], record["tallies"] = self._bounce.first, self.tallies.ctypes.data
+        self._set_policies(poll_us, engine.fine_timeouts)
+
+    def _set_policies(self, poll_us: int | None, fine_timeouts: bool) -> None:
+        """Set which polling policies the worker may choose from (tune.py)."""
+        record = self.record
+        if poll_us is None:
+            record["policy"], record["poll_ns"], record["sample_end"] = POLL, ALWAYS, NEVER
+        else:
+            record["poll_ns"] = 1000 * poll_us
+            record["policies"] = 1 << SLEEP | fine_timeouts << COALESCE | (poll_us > 0) << POLL
+            # No trial before the first requests come.
+            record["until_trial"] = 1
+
+    @property
+    def address_of_one(self) -> int:
+        """The address of the number 1, which is written to eventfds."""
+        return self.address + WORKER_ONE
