@@ -20,8 +20,12 @@ log = logging.getLogger(__name__)
 def compile_apart(module: str, signals: Signals = NONE) -> None:
     """Run the module, which fills the cache. Without a cache or a child process, this process compiles when needed.
 
-    Raises Interrupted; the child process has ended then.
+    Raises BadCode if the code has mistakes. Raises Interrupted; the child process has ended then.
     """
+    # Imported here, because a start with a filled cache does not need it.
+    from ringplane.compiler.checker import check_package
+
+    check_package()
     folder = cache_directory()
     if folder is None:
         return
