@@ -11,8 +11,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ringplane.control.export import Export, serve, serve_all
+    from ringplane.control.export import Export
     from ringplane.control.server import Server
+    from ringplane.control.start import serve, serve_all
     from ringplane.options.disk_config import DiskConfig
     from ringplane.options.io_thread import IoThread
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     # Numba takes a quarter of a second to import; `ringplane --help` shall not wait for it.
     if name in __all__:
-        from ringplane.control import export
+        from ringplane.control import start
 
-        return getattr(export, name)
+        return getattr(start, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import ringplane
-from ringplane.control import handover
+from ringplane.control import handing_over, handover
 from ringplane.control.handover import Channel, HandoverError, socket_beside
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
@@ -440,7 +440,7 @@ def test_a_successor_that_ends_changes_nothing(
 
 
 def test_a_successor_that_hangs_times_out(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "TAKING_PATIENCE", 0.2)
+    monkeypatch.setattr(handing_over, "TAKING_PATIENCE", 0.2)
     running = serve()
     with machine(running) as guest, connect(path) as channel:
         guest.start()
@@ -454,7 +454,7 @@ def test_a_successor_that_hangs_times_out(serve: Serve, path: Path, monkeypatch:
 
 
 def test_slow_requests_end_the_takeover(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "DRAIN_PATIENCE", 0)
+    monkeypatch.setattr(handing_over, "DRAIN_PATIENCE", 0)
     running = serve()
     with machine(running) as guest:
         guest.start()

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from ringplane.block.image import ImageError
-from ringplane.control.export import serve
+from ringplane.control.start import serve
 from ringplane.driver.driver import Driver, segments
 from ringplane.driver.load import Load, check, fill, run_load
 from ringplane.engines import memory
@@ -770,8 +770,8 @@ def test_repeated_starts_and_stops_leave_nothing_behind(tmpfs: Path, socket_path
 
 
 def test_a_rejected_disk_beside_one_in_memory_leaves_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
-    from ringplane.control.export import serve_all
     from ringplane.control.server import IoThread
+    from ringplane.control.start import serve_all
     from ringplane.options.disk_config import DiskConfig
 
     good, bad = sparse_image(tmpfs / "good"), sparse_image(socket_path.with_name("bad"))

@@ -263,13 +263,13 @@ def attempt(function):
 
 def on_control_thread():
     future = Future()
-    export.server.soon(lambda: future.set_result(attempt_all()))
+    export.threads.soon(lambda: future.set_result(attempt_all()))
     return future.result()
 
 
 give_up = {"all": sandbox.confine, "files": files_alone}[how]
 with ringplane.serve(folder + "/image", folder + "/socket", create=1 << 20, give_up=give_up) as export:
-    (worker,) = export.server.workers.values()
+    (worker,) = export.threads.workers.values()
     found = {"I/O": worker.call(attempt_all).result(), "control": on_control_thread(), "main": attempt_all()}
 print(json.dumps(found))
 """

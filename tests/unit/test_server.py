@@ -15,9 +15,10 @@ import pytest
 
 import ringplane
 from ringplane.block.image import ImageError
-from ringplane.control.export import serve_all
 from ringplane.control.listener import ListenError
 from ringplane.control.server import Server
+from ringplane.control.start import serve_all
+from ringplane.control.threads import Threads
 from ringplane.dataplane.state import TRACE_FETCH
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
@@ -84,9 +85,9 @@ def run_verified(driver: Driver, seed: int) -> Result:
     return run_load(driver, Load(depth=8, read_percent=50, seconds=0.3, verify=True, seed=seed))
 
 
-def allowed_cpus(server: Server) -> dict[str, frozenset[int]]:
+def allowed_cpus(threads: Threads) -> dict[str, frozenset[int]]:
     """The allowed CPUs of each I/O thread according to the kernel."""
-    return {name: _allowed(worker.call(threading.get_native_id).result()) for name, worker in server.workers.items()}
+    return {name: _allowed(worker.call(threading.get_native_id).result()) for name, worker in threads.workers.items()}
 
 
 def _allowed(thread: int) -> frozenset[int]:
@@ -164,7 +165,7 @@ def test_trace_of_an_export_has_only_its_disk(start: Start) -> None:
 
 def served_queues(server: Server, use: Callable[[], None]) -> dict[str, set[tuple[int, int]]]:
     """The queues (device and number) from which each thread has fetched requests during `use`."""
-    readers = {name: worker.start_tracing() for name, worker in server.workers.items()}
+    readers = {name: worker.start_tracing() for name, worker in server.threads.workers.items()}
     use()
     return {
         name: {(event.device, event.queue) for event in reader.events() if event.event == TRACE_FETCH}
@@ -208,7 +209,7 @@ def test_affinity(tmp_path: Path) -> None:
         with attach(server.exports[0], 4) as driver:
             for queue in range(4):
                 driver.read(0, 512, queue=queue)
-        assert allowed_cpus(server) == {**cpus, "free": frozenset(CPUS)}
+        assert allowed_cpus(server.threads) == {**cpus, "free": frozenset(CPUS)}
     assert os.sched_getaffinity(0) == set(CPUS)
 
 
@@ -217,7 +218,7 @@ def test_affinity_of_a_single_disk(tmp_path: Path) -> None:
     image.write_bytes(bytes(IMAGE_SIZE))
     for given, expected in [([CPUS[-1:]], [CPUS[-1:]] * 2), ([CPUS[:1], CPUS[-1:]], [CPUS[:1], CPUS[-1:]])]:
         with ringplane.serve(image, tmp_path / "socket", io_threads=2, cpus=given) as export:
-            assert list(allowed_cpus(export.server).values()) == [frozenset(each) for each in expected]
+            assert list(allowed_cpus(export.threads).values()) == [frozenset(each) for each in expected]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_failed_start_leaves_nothing_behind(tmp_path: Path, wrong: str, monkeypa
     elif wrong == "socket":
         (tmp_path / "2.sock").touch()
     else:
-        monkeypatch.setattr("ringplane.control.server._run_on", _refuse)
+        monkeypatch.setattr("ringplane.control.threads._run_on", _refuse)
     left = sorted(tmp_path.iterdir())
     with pytest.raises((ImageError, ListenError, PermissionError)):
         serve_all(configs, [IoThread("io0"), IoThread("io1")])
@@ -389,7 +390,7 @@ def test_failing_thread_does_not_stop_other_threads(start: Start, caplog: pytest
 
     with attach(first), attach(second) as driver:
         # The thread of the first disk hits this after it has run the call.
-        worker = server.workers["io0"]
+        worker = server.threads.workers["io0"]
         worker.call(lambda: setattr(worker.rings, "_finish_drains", fail)).result()
         wait_until(lambda: "io0: the I/O thread has failed" in caplog.text)
         result = run_verified(driver, 1)

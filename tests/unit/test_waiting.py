@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def export(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ringplane.Export]:
-    monkeypatch.setattr("ringplane.control.export.WAITING_PATIENCE", 0)
+    monkeypatch.setattr("ringplane.control.front_ends.WAITING_PATIENCE", 0)
     with ringplane.serve(image, tmp_path / "socket", num_queues=1, upgradable=True) as export:
         yield export
 
@@ -101,15 +101,15 @@ def test_front_ends_that_give_up_are_replaced(export: ringplane.Export, log: pyt
 
 def test_the_first_front_end_is_detached_on_request(export: ringplane.Export, log: pytest.LogCaptureFixture) -> None:
     """This happens only if another one waits."""
-    export.server.make_way()
+    export.make_way()
     with connect(export) as first:
         served(first)
-        export.server.make_way()
+        export.make_way()
         assert comes(log, "stays attached: no other one waits")
         served(first)
         with connect(export) as second:
             assert comes(log, WAITS)
-            export.server.make_way()
+            export.make_way()
             served(second)
             assert comes(log, "is detached on request, because another one waits")
             with pytest.raises((ProtocolError, OSError)):
@@ -143,7 +143,7 @@ def test_a_waiting_front_end_is_handed_over(
 def test_a_reconnection_is_not_logged_as_waiting(
     export: ringplane.Export, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ringplane.control.export.WAITING_PATIENCE", PATIENCE)
+    monkeypatch.setattr("ringplane.control.front_ends.WAITING_PATIENCE", PATIENCE)
     with contextlib.ExitStack() as undo:
         before = served(undo.enter_context(connect(export)))
         for _ in range(20):

@@ -22,6 +22,7 @@ from ringplane.cli.errors import start_errors
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
 from ringplane.log.logs import FORMATS, Logs
+from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engines import ENGINES
 from ringplane.options.values import (
     LOCK_AUTO,
@@ -38,8 +39,9 @@ from ringplane.system.signals import name as signal_name
 from ringplane.system.standard_fds import move_socket
 
 if TYPE_CHECKING:
-    from ringplane.control.export import Export, GiveUp
+    from ringplane.control.export import Export
     from ringplane.control.server import Server
+    from ringplane.control.start import GiveUp
     from ringplane.dataplane.trace import TraceEvent
 
 # Signals that do not stop the process.
@@ -278,12 +280,25 @@ def check_options(
             raise click.UsageError(f"--physical-block-size: {error}") from None
 
 
-def start_disk(blk_file: Path, socket_path: Path | None, **options: Any) -> Server:
+def start_disk(
+    blk_file: Path,
+    io_threads: int,
+    cpus: tuple[frozenset[int], ...],
+    engine: str,
+    poll_us: int | None,
+    pin_memory: bool,
+    upgrade: bool,
+    give_up: GiveUp,
+    signals: CaughtSignals,
+    **options: Any,
+) -> Server:
     """Serve the one disk that the options describe."""
-    from ringplane.control.export import serve
+    from ringplane.control.start import make_io_threads, serve_all
 
+    threads = make_io_threads(io_threads, cpus, engine, poll_us, pin_memory)
+    disk = DiskConfig(blk_file, [thread.name for thread in threads], engine=engine, **options)
     raise_fd_limit()
-    return serve(blk_file, socket_path, **options, upgradable=True).server
+    return serve_all([disk], threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
@@ -310,7 +325,7 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
 def start_config(path: Path, **options: Any) -> Server:
     """Serve the disks of a configuration file; raises ClickException if it cannot be used."""
     from ringplane.control.config import ConfigError, read_config
-    from ringplane.control.export import serve_all
+    from ringplane.control.start import serve_all
 
     try:
         config = read_config(path)
@@ -414,9 +429,7 @@ def in_flight(server: Server) -> int:
 def abandon(server: Server, logs: Logs) -> NoReturn:
     """End at once, like a crash: no completed request is lost, and the next process recovers the others."""
     log.warning("stopped by a second signal: %d requests in flight are left without an answer", in_flight(server))
-    for export in server.exports:
-        export.listener.close()
-    server.at_end.close()
+    server.abandon()
     logs.close()
     os._exit(1)
 

@@ -1,0 +1,146 @@
+"""The threads of one process that serve its disks: a control thread with one asyncio loop, and named I/O threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+from ringplane.control.tracing import report_trace
+from ringplane.dataplane.trace import TraceEvent
+from ringplane.dataplane.warm import release_compiler
+from ringplane.dataplane.worker import Worker
+from ringplane.options.io_thread import IoThread
+from ringplane.options.values import format_cpus
+from ringplane.system.notes import doing
+
+# Most threads for calls that would block the control thread; they are started on demand.
+SYNCING_THREADS = 4
+
+
+class Service(Protocol):
+    """A task of the control thread."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `run` is about to return."""
+
+    async def run(self) -> None: ...
+
+
+class Threads:
+    """One control thread with an asyncio loop, and a set of I/O threads. They end when the last service has stopped."""
+
+    def __init__(self, io_threads: Sequence[IoThread]) -> None:
+        """Prepare the I/O threads and load the data plane; no thread is started.
+
+        Raises OSError when an engine is unavailable; nothing is left.
+        """
+        self._io_threads = io_threads
+        self.workers: dict[str, Worker] = {}
+        self._services: Sequence[Service] = ()
+        # Closed together with the threads.
+        self.at_end = contextlib.ExitStack()
+        self._tasks: set[asyncio.Task[None]] = set()
+        with doing("set up the control thread"):
+            self._loop = asyncio.new_event_loop()
+        # By default asyncio creates it on first use, and reads files to do so (control/sandbox.py).
+        self._loop.set_default_executor(ThreadPoolExecutor(SYNCING_THREADS, "ringplane-sync"))
+        self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
+        try:
+            self._make_workers()
+        except BaseException:
+            self.end()
+            raise
+
+    def _make_workers(self) -> None:
+        for each in self._io_threads:
+            with doing(f"set up the I/O thread {each.name}"):
+                worker = self.workers[each.name] = Worker(
+                    each.name, engine=each.engine, poll_us=each.poll_us, pin_memory=each.pin_memory
+                )
+                worker.load()
+        release_compiler()
+
+    def start_io_threads(self) -> None:
+        """Returns when all of them run.
+
+        Raises OSError when a CPU affinity is refused, WorkerEnded when a thread fails; `end` undoes it.
+        """
+        for worker in self.workers.values():
+            worker.start()
+        bound = [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self._io_threads]
+        for each, ready in zip(self._io_threads, bound, strict=True):
+            with doing(f"run the I/O thread {each.name} on the CPUs {format_cpus(each.cpus or ())}"):
+                ready.result()
+
+    def start(self, services: Sequence[Service]) -> None:
+        """Start the control thread, which runs these services until each has stopped."""
+        self._services = services
+        self._thread.start()
+
+    def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
+        """Call `receive` with each trace event of any disk from now on, or a text about lost ones.
+
+        It is called on the control thread.
+        """
+        if self._thread.is_alive():
+            readers = [worker.start_tracing() for worker in self.workers.values()]
+            self.start_task(lambda: report_trace(readers, receive))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the threads have ended; whether they have."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def end_if_unused(self) -> None:
+        """If no service needs the threads any longer, return when they have ended; else at once."""
+        if all(service.stopped for service in self._services):
+            self._thread.join()
+
+    def end(self) -> None:
+        """End threads whose control thread was not started."""
+        self._loop.close()
+        for worker in self.workers.values():
+            worker.stop()
+        self.at_end.close()
+
+    def soon(self, function: Callable[[], object]) -> None:
+        """Have `function` called on the control thread, if it runs."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function)
+
+    def start_task(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Have the coroutine of `work` run on the control thread; it is cancelled when all services have stopped."""
+        self.soon(lambda: self._start_task(work))
+
+    # On the control thread.
+
+    def _main(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self.end()
+
+    async def _serve(self) -> None:
+        await asyncio.gather(*(service.run() for service in self._services))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start_task(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        task = self._loop.create_task(work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _run_on(cpus: Collection[int] | None) -> None:
+    """Bind the calling thread; raises OSError if the kernel refuses."""
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
