@@ -120,7 +120,7 @@ def attach_uml(terminal: Terminal, command: str) -> None:
 def test_set_up_is_two_commands() -> None:
     assert SET_UP.text == "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/ringplane demo"
     assert TESTS.text == (
-        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest -n auto"
     )
 
 

@@ -446,7 +446,8 @@ def test_errors_are_counted(kind, tmp_path):
         ({"region": (0, 8192), "model": Model((8192, 8192))}, "does not cover"),
         ({"model": Model((8192, 8192))}, "does not cover"),
     ],
-    ids=str,
+    # Without the addresses of objects: all processes of a test run need the same names.
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_invalid_loads(four, load, message):
     with pytest.raises(ValueError, match=message):

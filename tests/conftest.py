@@ -1,0 +1,43 @@
+"""How `pytest -n auto` distributes the tests to processes; they share one cache of compiled code."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+from xdist import is_xdist_controller
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+from ringplane.dataplane.warm import warm_up as compile_data_plane
+from ringplane.driver.warm import warm_up as compile_driver
+
+GUESTS = "tests/guest/"
+# A guest has up to two processors, which are emulated.
+GUESTS_AT_A_TIME = max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+class ByFile(LoadScopeScheduling):
+    """The tests of a file run in one process and in their order, because they share back ends and global settings.
+
+    Guests share nothing, but many at a time are so slow that they miss their deadlines.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(GUESTS):
+            return f"guests {zlib.crc32(nodeid.encode()) % GUESTS_AT_A_TIME}"
+        return nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    # In the order of collection: the guests first, because they take longest.
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile once, before the processes start that would all do so."""
+    if is_xdist_controller(session):
+        compile_data_plane()
+        compile_driver()
