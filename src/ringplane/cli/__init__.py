@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+# Exceptions whose message is for the user, by name: their modules are not imported by each command.
+CANNOT_COMPILE = ("UnsupportedNumba", "BadCode")
+
+
 def main() -> None:
     """Entry point `ringplane`"""
     _run(_ringplane)
@@ -29,8 +33,8 @@ def _run(command: Callable[[Signals], None]) -> None:
     signals = CaughtSignals()
     try:
         command(signals)
-    except ImportError as error:
-        if type(error).__name__ != "UnsupportedNumba":
+    except (ImportError, RuntimeError) as error:
+        if type(error).__name__ not in CANNOT_COMPILE:
             raise
         raise SystemExit(f"Error: {error}") from None
     finally:

@@ -10,17 +10,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from ringplane.compiler.bad_code import BadCode
 from ringplane.compiler.cache import VARIABLE, cache_directory
 from ringplane.system.libc import end_with_parent
 from ringplane.system.signals import NONE, Signals, held_back
 
 log = logging.getLogger(__name__)
 
+# The exit status of a child process that has found a mistake in the code; its last line says which.
+BAD_CODE = 3
+
 
 def compile_apart(module: str, signals: Signals = NONE) -> None:
     """Run the module, which fills the cache. Without a cache or a child process, this process compiles when needed.
 
-    Raises BadCode if the code has mistakes. Raises Interrupted; the child process has ended then.
+    Raises BadCode if the code has mistakes, which this process would find again. Raises Interrupted; the child process
+    has ended then.
     """
     # Imported here, because a start with a filled cache does not need it.
     from ringplane.compiler.checker import check_package
@@ -40,9 +45,11 @@ def compile_apart(module: str, signals: Signals = NONE) -> None:
     except OSError as error:
         log.warning("cannot start a process that compiles: %s; compiling in this process", error)
         return
-    said = _result(child, signals)
+    said = _result(child, signals).decode(errors="replace").strip().rpartition("\n")[2]
+    if child.returncode == BAD_CODE:
+        raise BadCode(said)
     if child.returncode != 0:
-        log.warning("compiling failed: %s", said.decode(errors="replace").strip().rpartition("\n")[2])
+        log.warning("compiling failed: %s", said)
 
 
 def _result(child: subprocess.Popen[bytes], signals: Signals) -> bytes:
@@ -67,4 +74,8 @@ def run_child(load: Callable[[], None]) -> None:
     end_with_parent()
     # Compiling leaves hardly any cyclic garbage. Collecting it takes 0.3 s of 6, and the process ends soon.
     gc.disable()
-    load()
+    try:
+        load()
+    except BadCode as error:
+        print(error, flush=True)
+        sys.exit(BAD_CODE)

@@ -15,12 +15,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ringplane.compiler.bad_code import BadCode
 from ringplane.compiler.inference import Inference, Mistake
 from ringplane.compiler.sources import COMPILER, PACKAGE, Source, Sources
-
-
-class BadCode(RuntimeError):
-    """Compiled code has mistakes; the message has one line for each."""
 
 
 def check(paths: Iterable[Path] = (PACKAGE,)) -> list[Mistake]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numba
 
 from ringplane.compiler import numba_version
+from ringplane.compiler.bad_code import bad_code
 from ringplane.compiler.cache import cache_directory
 from ringplane.compiler.pipeline import PartType, part, whole
 
@@ -74,9 +75,13 @@ def compiled(function: Function) -> Function:
 
 
 def load(function: Callable[..., Any], *args: Any) -> None:
-    """Compile, or load from the cache, the code for a call of `function` with arguments of these types."""
+    """Compile, or load from the cache, the code for a call of `function` with arguments of these types.
+
+    Raises BadCode.
+    """
     dispatcher: Any = function.whole() if isinstance(function, _Compiled) else function
-    dispatcher.compile(tuple(map(numba.typeof, args)))
+    with bad_code():
+        dispatcher.compile(tuple(map(numba.typeof, args)))
 
 
 @compiled

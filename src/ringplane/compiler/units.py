@@ -26,6 +26,7 @@ from numba.core.errors import TypingError
 from numba.core.types.containers import StarArgTuple
 from numba.extending import intrinsic
 
+from ringplane.compiler.bad_code import bad_code
 from ringplane.compiler.jit import making
 from ringplane.compiler.pipeline import OPTIONS, UnitCompiler
 
@@ -43,7 +44,10 @@ class Unit:
         return int(self.__wrapped__(*args))  # type: ignore[attr-defined]
 
     def address(self) -> int:
-        """Compile the unit, or load it from the cache; the address stays valid until the process ends."""
+        """Compile the unit, or load it from the cache; the address stays valid until the process ends.
+
+        Raises BadCode.
+        """
         return int((self._compiled or self._compile()).address)
 
     def _compile(self) -> Any:
@@ -52,7 +56,8 @@ class Unit:
                 function: Any = self.__wrapped__  # type: ignore[attr-defined]
                 signature = types.int64(*[types.int64] * function.__code__.co_argcount)
                 decorate = numba.cfunc(signature, cache=cached, pipeline_class=UnitCompiler, **OPTIONS)
-                self._compiled = decorate(function)
+                with bad_code():
+                    self._compiled = decorate(function)
             return self._compiled
 
 

@@ -14,7 +14,7 @@ from errno import EINTR
 
 import numpy as np
 
-from ringplane.compiler.jit import compiled
+from ringplane.compiler.jit import compiled, load
 from ringplane.dataplane.state import (
     DEVICE,
     DEVICE_BACKING,
@@ -114,8 +114,7 @@ class Helpers:
 
     def load(self) -> None:
         """Load the compiled code now; otherwise the threads would load it at some time after their start."""
-        # Without a pipe, so it returns at once.
-        run_helper(0, -1, -1, int(self._messages.ctypes.data))
+        load(run_helper, 0, 0, 0, 0)
 
     def start(self) -> None:
         """Start the threads."""
