@@ -12,6 +12,6 @@ a ring starts, drains and stops), `place_ring` (where it is in memory), `retired
 tables that requests use), `disk_reports` (what the log gets of the disks).
 What they use: `ring_rules` (the errors of a driver that break a ring), `merge` and `flush` (I/O for several requests),
 `helper_threads` (for operations that would block), `zones` (zoned disks), `failures` and `trace` (what the log gets),
-`dirty` (migration), `signaller` (notifications that never block), `tune` (the choice of a polling policy), `histogram`
-(latencies), `queue` (the Python owners of disks and queues).
+`dirty` (migration), `signaller` (notifications that never block), `tune` (the choice of a polling policy), `queue` (the
+Python owners of disks and queues).
 """

@@ -14,7 +14,6 @@ from ringplane.dataplane.failures import record_failure
 from ringplane.dataplane.fetch import consume, copy_to_front
 from ringplane.dataplane.flush import begin_flush, flush
 from ringplane.dataplane.helper_threads import send_to_helpers
-from ringplane.dataplane.histogram import count
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.state import (
     COALESCE,
@@ -45,6 +44,7 @@ from ringplane.engines.common import (
 )
 from ringplane.engines.dispatch import reap
 from ringplane.inflight import tracking
+from ringplane.metrics.histogram import count
 from ringplane.native.access import address_of, store8, view
 from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK

@@ -17,7 +17,8 @@ from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, FLUSHES, KINDS, 
 from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.engines.memory import MappedImage
 from ringplane.engines.ranges import ZEROS_SIZE, granule
-from ringplane.guest_memory.regions import BadMemory, Mapping, MemoryTable
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import Mapping, MemoryTable
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringplane.dataplane.histogram import BUCKETS
 from ringplane.engines.ranges import BACKING
+from ringplane.metrics.histogram import BUCKETS
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
 
 
