@@ -20,8 +20,8 @@ from ringplane.dataplane.worker import Worker
 from ringplane.engines import memory
 from ringplane.engines.choose import WORKER_ENGINES, choose_storage
 from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
-from ringplane.options.engines import AUTO
-from ringplane.options.values import OFF_BY_DEFAULT, check_feature
+from ringplane.options.engine_names import AUTO
+from ringplane.options.feature_switches import OFF_BY_DEFAULT, check_feature
 from ringplane.virtio import blk, features
 from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
 

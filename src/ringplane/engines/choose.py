@@ -8,7 +8,7 @@ from ringplane.engines import memory
 from ringplane.engines.aio import Aio, Epoll
 from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER, EngineUnavailable
 from ringplane.engines.uring import Uring
-from ringplane.options.engines import AIO, IO_URING, MEMORY, NULL
+from ringplane.options.engine_names import AIO, IO_URING, MEMORY, NULL
 
 log = logging.getLogger(__name__)
 
