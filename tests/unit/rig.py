@@ -23,15 +23,19 @@ import numba
 import pytest
 
 from ringplane.block.image import Image
+from ringplane.block.merge import send_held
+from ringplane.block.sources.choose import Source
+from ringplane.block.sources.file import FileSource
+from ringplane.block.sources.memory import MemorySource
+from ringplane.block.stack import LayerPart, Stack
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose import make_engine
-from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.access import fence, store16
-from ringplane.options.engine_names import MEMORY
-from ringplane.options.thread_options import POLL_US
+from ringplane.options.engines import MEMORY
+from ringplane.options.io_thread import POLL_US
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
 from . import model
@@ -447,7 +451,8 @@ def fetch_only(worker: Worker) -> None:
     worker.call(worker.rings.check_all)
     # As many turns as a full ring needs.
     for _ in range(-(-1024 // TURN)):
-        worker.call(lambda: serve_ready(worker.state.record))
+        worker.call(lambda: serve_ready(worker.state.record, worker.state.channel.record))
+        worker.call(lambda: send_held(worker.state.channel.record))
 
 
 class Line:
@@ -455,7 +460,7 @@ class Line:
 
     def __init__(self, rig: Rig, number: int, worker: Worker) -> None:
         self.rig, self.worker = rig, worker
-        self.queue = Queue(rig.device, number)
+        self.queue = Queue(rig.device, number, Stack(rig.source.part(), rig.layers))
         self.kick_fd, self.call_fd, self.queue.err_fd = new_eventfd(), new_eventfd(), new_eventfd()
         self.ring: Any
 
@@ -581,8 +586,10 @@ class Rig:
     path: Path
     image: Image
     device: Device
+    source: Source
     guest: Guest
     workers: list[Worker]
+    layers: Sequence[LayerPart] = ()
     lines: list[Line] = field(default_factory=list)
 
     def line(self, worker: int = 0) -> Line:
@@ -603,7 +610,7 @@ class Rig:
             for fd in (line.kick_fd, line.call_fd, line.queue.err_fd):
                 os.close(fd)
         self.guest.close()
-        self.device.close()
+        self.source.close()
         self.image.close()
 
 
@@ -621,6 +628,7 @@ def make(
     serial: str = SERIAL,
     poll_us: int | None = POLL_US,
     pin_memory: bool = False,
+    layers: Sequence[LayerPart] = (),
 ) -> Rig:
     """A rig with a new image of this content, a sparse one of so many bytes, or an existing one (None)."""
     if isinstance(content, int):
@@ -629,18 +637,10 @@ def make(
     elif content is not None:
         path.write_bytes(content)
     image = Image(path, read_only=read_only, direct=direct, block_size=block_size)
-    alignment = (image.alignment.memory, image.alignment.block)
-    device = Device(
-        image.fd,
-        image.size,
-        read_only=read_only,
-        block_size=block_size,
-        alignment=alignment,
-        serial=serial,
-        storage=IN_MEMORY if engine == MEMORY else THROUGH_WORKER,
-    )
+    device = Device(image.size, read_only=read_only, block_size=block_size, serial=serial)
+    source = MemorySource(image) if engine == MEMORY else FileSource(image)
     made = [Worker(f"io-{number}", slots, engine, poll_us, pin_memory) for number in range(workers)]
-    rig = Rig(path, image, device, Guest(guest_size), made)
+    rig = Rig(path, image, device, source, Guest(guest_size), made, layers)
     for worker in rig.workers:
         worker.start()
         # The first rig compiles the data plane, however long that takes.

@@ -20,7 +20,7 @@ from ringplane.engines.common import EngineUnavailable
 from ringplane.engines.dispatch import has_events, wait
 from ringplane.engines.uring import Uring
 from ringplane.native import aio_abi, io_uring
-from ringplane.options.engine_names import AUTO
+from ringplane.options.engines import AUTO
 from ringplane.system import libc
 
 from .rig import need_engine

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringplane.block.io import BLOCK_IO
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.state import MAX_IOVECS, QUEUE, REQUEST
@@ -37,7 +38,7 @@ class Fetcher:
             region["host"] = host.ctypes.data + GUARD
         self.table = np.frombuffer(b"".join(descriptor.pack() for descriptor in table), np.uint8)
         self.iovecs = np.zeros(MAX_IOVECS + 1, IOVEC)
-        self.queue, self.request = np.zeros(1, QUEUE), np.zeros(1, REQUEST)
+        self.queue, self.request, self.io = np.zeros(1, QUEUE), np.zeros(1, REQUEST), np.zeros(1, BLOCK_IO)
         self.queue["desc"], self.queue["size"] = self.table.ctypes.data, len(table)
         self.queue["regions"], self.queue["region_count"] = self.regions.ctypes.data, len(areas)
         self.queue["indirect"] = indirect
@@ -45,7 +46,7 @@ class Fetcher:
 
     def gather(self, head: int) -> int:
         self.request["head"] = head
-        rule = gather(self.queue[0], self.request[0])
+        rule = gather(self.queue[0], self.request[0], self.io[0])
         assert self.iovecs[MAX_IOVECS]["base"] == 0, "written beyond the iovecs"
         return int(rule)
 
@@ -63,11 +64,11 @@ class Fetcher:
 
     def fetched(self) -> model.Request:
         """The request as the data plane uses it: the same fields as in `execute`."""
-        request = self.request[0]
+        request, io = self.request[0], self.io[0]
         writable = int(request["iovecs"]) + int(request["readable_count"]) * IOVEC.itemsize
         result = model.Request(
             struct.pack("<QQ", int(request["header_type"]) % 2**64, int(request["header_sector"]) % 2**64),
-            self.buffers(int(request["iov"]), int(request["iov_count"])),
+            self.buffers(int(io["iov"]), int(io["iov_count"])),
             self.buffers(writable, int(request["writable_count"])),
             self.locate(int(request["status_address"]), 1),
         )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ringplane.block.sources.null import NullPart
+from ringplane.block.stack import Stack
 from ringplane.dataplane.queue import Device, InflightRegion, Queue
-from ringplane.guest_memory.address_space import BadMemory
-from ringplane.guest_memory.regions import Mapping
+from ringplane.guest_memory.regions import BadMemory, Mapping
 from ringplane.inflight import tracking
 from ringplane.native import access
 from ringplane.virtio import packed, ring, split
@@ -74,13 +74,8 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[Device]:
-    fd = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
-    os.ftruncate(fd, 512)
-    device = Device(fd, 512, read_only=False, block_size=512, alignment=(1, 1), serial="")
-    yield device
-    device.close()
-    os.close(fd)
+def device() -> Device:
+    return Device(512, read_only=False, block_size=512, serial="")
 
 
 class Memory:
@@ -136,7 +131,7 @@ class Process:
 
     def __init__(self, memory: Memory, device: Device) -> None:
         self.memory = memory
-        self.queue = Queue(device, 0)
+        self.queue = Queue(device, 0, Stack(NullPart()))
         record, start = self.queue.record, memory.guest.address
         record["size"], record["packed"] = memory.size, memory.packed
         for name in ("desc", "avail", "used"):

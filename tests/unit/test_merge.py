@@ -12,8 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringplane.dataplane.merge import MERGE_BYTES, MERGE_IOVECS
-from ringplane.dataplane.queue import OpenFile
+from ringplane.block.merge import MERGE_BYTES, MERGE_IOVECS
 from ringplane.dataplane.state import MAX_IOVECS
 
 from .combinations import EVERY
@@ -137,8 +136,8 @@ def test_the_list_of_buffers_is_limited(make_rig: RigFactory) -> None:
         line.queue.record["turn"] = 64
         line.kick()
         fetch_only(line.worker)
-        slots = line.worker.state.slots.requests
-        joined = line.worker.call(lambda: [int(joined) for joined in slots["joined"] if joined >= 0])
+        ios = line.worker.state.channel.ios
+        joined = line.worker.call(lambda: [int(joined) for joined in ios["joined"] if joined >= 0])
     line.wait()
     for number, request in enumerate(requests):
         start = 1024 * number * pieces
@@ -170,7 +169,7 @@ def test_buffers_that_a_driver_sends_without_need_leave_no_room(make_rig: RigFac
         line.queue.record["turn"] = 64
         line.kick()
         fetch_only(line.worker)
-        joined = line.worker.call(lambda: int((line.worker.state.slots.requests["joined"] >= 0).sum()))
+        joined = line.worker.call(lambda: int((line.worker.state.channel.ios["joined"] >= 0).sum()))
     line.wait()
     assert joined.result(PATIENCE) == 0
     for number, request in enumerate(requests):
@@ -194,7 +193,7 @@ def test_the_parts_of_a_failed_write_are_retried(make_rig: RigFactory) -> None:
     rig = make_rig()
     line = rig.line()
     fd = os.open(rig.path, os.O_RDONLY)
-    line.queue.file = OpenFile(fd)
+    line.queue.stack.source.fd = fd
     line.start()
     answers, count = on_one(line, *stream(OUT, 512, 512, 512))
     line.stop()

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringplane.dataplane.bounce_buffers import BOUNCE_BUFFERS
-from ringplane.dataplane.queue import Device
-from ringplane.dataplane.state import BOUNCE_SIZE, KINDS, TRACE_COMPLETE, TRACE_FETCH
+from ringplane.block.bounce_buffers import BOUNCE_BUFFERS
+from ringplane.block.image import Image
+from ringplane.block.sources.file import FileSource
+from ringplane.block.transfer import BOUNCE_SIZE
+from ringplane.dataplane.state import KINDS, TRACE_COMPLETE, TRACE_FETCH
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
-from ringplane.guest_memory.address_space import BadMemory
-from ringplane.guest_memory.regions import MemoryTable, Region
+from ringplane.guest_memory.regions import BadMemory, MemoryTable, Region
 from ringplane.native.aio_abi import IOCB_CMD_FDSYNC
 from ringplane.native.fs import RWF_DSYNC
 from ringplane.native.io_uring import IORING_OP_FSYNC, SQE
@@ -256,8 +257,8 @@ def test_a_read_only_disk_is_not_written(make_rig: RigFactory) -> None:
 
 def test_only_requests_that_the_kernel_rejects_fail(rig: Rig) -> None:
     """The fd is read-only; io_submit(2) reports that in the middle of a batch."""
-    fd = os.open(rig.path, os.O_RDONLY)
-    rig.device = Device(fd, SIZE, read_only=False, block_size=512, alignment=(1, 1), serial="")
+    image = Image(rig.path, read_only=True, direct=False, lock="off")
+    rig.source = FileSource(image)
     line = rig.line().start()
     with held(line.worker):
         requests = [line.put(IN, 1, room=512), line.put(OUT, 2, bytes(512)), line.put(IN, 3, room=512)]
@@ -266,7 +267,7 @@ def test_only_requests_that_the_kernel_rejects_fail(rig: Rig) -> None:
     line.wait()
     assert [line.answer(request).status for request in requests] == [OK, IOERR, OK]
     line.stop()
-    os.close(fd)
+    image.close()
     assert rig.content() == DISK
 
 
@@ -464,7 +465,7 @@ def last_operation(engine: Aio | Uring, slot: int) -> tuple[str, int]:
 def test_writes_are_stable_if_the_driver_cannot_flush(
     make_kernel_rig: RigFactory, write_through: bool, direct_io: bool
 ) -> None:
-    """Through the page cache each write ends with its own fdatasync(2) (dataplane/flush.py says why)."""
+    """Through the page cache each write ends with its own fdatasync(2) (block/flush.py says why)."""
     rig = direct_rig(make_kernel_rig) if direct_io else make_kernel_rig()
     line = rig.line().start(write_through=write_through)
     engine = rig.workers[0].engine
@@ -678,13 +679,14 @@ def test_a_failed_flush_is_not_forgotten(make_rig: RigFactory, direct_io: bool) 
     rig = direct_rig(make_rig) if direct_io else make_rig()
     line = rig.line().start()
     assert line.do(FLUSH).status == OK
-    if not rig.device.through_worker:
+    if not rig.source.uses_engine:
         # An image in memory has nothing to flush.
         return
-    good, bad = int(line.queue.record["file"]), os.eventfd(0)
-    line.queue.record["file"] = bad  # cannot be synchronised: EINVAL
+    file = line.queue.stack.source._record[0]
+    good, bad = int(file["file"]), os.eventfd(0)
+    file["file"] = bad  # cannot be synchronised: EINVAL
     assert line.do(FLUSH).status == IOERR
-    line.queue.record["file"] = good
+    file["file"] = good
     os.close(bad)
     assert line.do(FLUSH).status == IOERR
     assert line.do(IN, 0, room=512).status == OK

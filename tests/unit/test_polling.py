@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ringplane.block.stack import Stack
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import ENGINE_TURNS
 from ringplane.dataplane.queue import Queue, RingLayout
@@ -192,7 +193,7 @@ class Drive:
     ) -> None:
         guest, size = rig.guest, 32
         self.worker, self.depth = worker, depth
-        self.queue = Queue(rig.device, seed)
+        self.queue = Queue(rig.device, seed, Stack(rig.source.part()))
         self.kick_fd, self.call_fd = new_eventfd(), new_eventfd()
         self.epoll = select.epoll()
         self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ringplane.block.sources.memory import MemorySource
 from ringplane.dataplane.state import KINDS, MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_SECURE_ERASE, VIRTIO_BLK_F_WRITE_ZEROES
 
@@ -213,9 +214,9 @@ def test_a_failure_of_the_storage_is_reported(make_rig: RigFactory, caplog: pyte
     rig = make_rig()
     line = rig.line().start(features=FEATURES)
     fd = os.open(rig.path, os.O_RDONLY)
-    rig.device._record["fd"] = fd
-    if rig.device.mapped is not None:
-        rig.device.mapped._record["lost"], rig.device.mapped._record["fd"] = 1, fd
+    rig.source.backing._record["fd"] = fd
+    if isinstance(rig.source, MemorySource):
+        rig.source.mapped._record["lost"], rig.source.mapped._record["fd"] = 1, fd
     assert line.do(WRITE_ZEROES, data=pages(0, 1)).status == IOERR
     # Advice, which may be ignored.
     assert line.do(DISCARD, data=pages(0, 1)).status == OK

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ringplane.block.transfer import BOUNCE_SIZE
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.loop import FIRST_TURN
-from ringplane.dataplane.state import BOUNCE_SIZE
 from ringplane.virtio.blk import VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES
 
 from .combinations import COMBINATIONS, INDIFFERENT, WITH_INDIRECT, WITHOUT_INDIRECT, Combination

@@ -45,7 +45,7 @@ class Limits:
     def for_blocks(self, logical: int, physical: int | None = None, granule: int = 1) -> Limits:
         """The limits of a disk with this logical block size, and this physical one if given, made consistent.
 
-        Only whole granules are discarded (engines/ranges.py). Implausible sizes are dropped, because guests divide by
+        Only whole granules are discarded (ranges.py). Implausible sizes are dropped, because guests divide by
         sizes and round to them.
         """
         block = max(physical or _power_of_two(self.physical_block, LARGEST_BLOCK), logical)

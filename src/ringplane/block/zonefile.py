@@ -1,6 +1,6 @@
 """The zone file: it stores the write pointers of an emulated zoned disk, beside the image.
 
-It has a header, then two arrays of pointers (engines/zones.py says what each is for), each at the start of a page.
+It has a header, then two arrays of pointers (layers/zones.py says what each is for), each at the start of a page.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.block.image import Image, ImageError
-from ringplane.engines.ranges import ZEROS_SIZE
-from ringplane.engines.zones import ZONE, ZONES
+from ringplane.block.layers.zones import ZONE, ZONES
+from ringplane.block.ranges import ZEROS_SIZE
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from ringplane.options.zone_options import ZoneModel
+from ringplane.options.values import ZoneModel
 from ringplane.system import libc, procfs
 from ringplane.virtio import zoned
 from ringplane.virtio.blk import SECTOR
+from ringplane.virtio.zoned import REPORT_SIZE
 
 MAGIC = b"ringplane zones1"
 PAGE = 4096
@@ -61,7 +62,7 @@ class ZoneFile:
         stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
         its zones (`resume_from`) when it has stopped.
         """
-        self.model, self.image = model, image
+        self.model, self.image, self._block_size = model, image, block_size
         self.path = path_beside(image.path)
         self.count = _count(image, model, block_size)
         self.created = not self.path.exists()
@@ -133,10 +134,21 @@ class ZoneFile:
         zones["size"], zones["capacity"], zones["count"] = model.size // SECTOR, model.capacity // SECTOR, self.count
         zones["conventional"], zones["fd"] = model.conventional, self._fd
         zones["max_open"], zones["max_active"] = model.max_open, model.max_active
-        zones["max_append"] = self.max_append_sectors
+        zones["max_append"], zones["block_mask"] = self.max_append_sectors, self._block_size - 1
+        self._scratch = np.zeros(REPORT_SIZE, np.uint8)
+        zones["scratch"] = self._scratch.ctypes.data
         zones["active"] = int((self._table["state"] == zoned.VIRTIO_BLK_ZS_CLOSED).sum())
         zones["table"], zones["snapshot"] = self._table.ctypes.data, self._snapshot.ctypes.data
         zones["reached"], zones["stable"] = self._reached.ctypes.data, self._stable.ctypes.data
+
+    def attach(self, backing: int, notes: int) -> None:
+        """Connect the ZONES struct with the BACKING at this address, and with an int64 per slot (zoned.py)."""
+        self._zones["backing"], self._zones["notes"] = backing, notes
+
+    @property
+    def failed(self) -> bool:
+        """Whether a sync has failed, so that later ones cannot be trusted."""
+        return bool(self._zones["failed"][0])
 
     @property
     def max_append_sectors(self) -> int:
@@ -150,7 +162,7 @@ class ZoneFile:
             _forget(self.image.fd, start, (index + 1) * size)
 
     def sync(self) -> None:
-        """Like `engines.zones.sync`, while no request is in flight; raises OSError."""
+        """Like `sync` of layers/zones.py, while no request is in flight; raises OSError."""
         if self.image.read_only:
             return
         if failed := int(self._zones[0]["failed"]):

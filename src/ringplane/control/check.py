@@ -12,13 +12,14 @@ from functools import partial
 
 from ringplane.block import zonefile
 from ringplane.block.image import Image, ImageError, create_nameless
+from ringplane.block.sources.choose import check_engines, kind_of_source
+from ringplane.block.sources.null import NullSource
 from ringplane.block.storage_limits import Limits, limits
 from ringplane.control import listener
 from ringplane.control.config import Config
 from ringplane.control.listener import ListenError
 from ringplane.dataplane.worker import Worker
-from ringplane.device.disk import check_switches, storage_of
-from ringplane.engines.common import NOWHERE
+from ringplane.device.disk import check_switches, reasons_without_io
 from ringplane.options.disk_config import DiskConfig
 
 
@@ -63,8 +64,9 @@ def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
             zonefile.check(image, disk.zoned, block_size=disk.block_size)
         else:
             zonefile.check_not_zoned(disk.image)
-        storage = storage_of(image, disk.engine, workers)
-        found = Limits() if storage == NOWHERE else _limits(disk, image)
+        kind = kind_of_source(image, disk.engine)
+        check_engines(image, kind, reasons_without_io(workers))
+        found = Limits() if kind is NullSource else _limits(disk, image)
         if found:
             check_switches(disk.features, found, image, zoned=disk.zoned is not None)
 

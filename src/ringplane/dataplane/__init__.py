@@ -5,13 +5,12 @@ descriptors (addresses and lengths of buffers in guest memory) for each request,
 us: a write to an eventfd. A request is a header (type, sector), data, and a status byte that we write. We then mark the
 chain *used*, and may **notify** the driver through another eventfd, which becomes an interrupt in the guest.
 
-Read the files in the order of a request's life: `state` (the structs), `fetch` (ring to request), `execute` (request
-to engine), `complete` (engine to ring), `loop` (the event loop over all of it), `worker` (the thread around the loop).
-A worker is in several files: `worker_state` (its WORKER struct, with `slots` and `bounce_buffers`), `served_rings` (how
-a ring starts, drains and stops), `place_ring` (where it is in memory), `retired_memory` and `pinning` (the memory
-tables that requests use), `disk_reports` (what the log gets of the disks).
-What they use: `ring_rules` (the errors of a driver that break a ring), `merge` and `flush` (I/O for several requests),
-`helper_threads` (for operations that would block), `zones` (zoned disks), `failures` and `trace` (what the log gets),
-`dirty` (migration), `signaller` (notifications that never block), `tune` (the choice of a polling policy), `queue` (the
-Python owners of disks and queues).
+A request becomes a **block I/O**, which takes its way through the layers of the disk to its source, and back: that is
+the subject of the folder `block`, which knows nothing of rings.
+
+Read the files in the order of a request's life: `state` (the structs), `fetch` (ring to request), `requests` (request
+to block I/O), `answer` (block I/O to ring), `loop` (the event loop over all of it), `worker` (the thread around the
+loop). What they use: `ring_rules` (the errors of a driver that break a ring), `zone_requests` (request types of zoned
+disks), `failures` and `trace` (what the log gets), `dirty` (migration), `signaller` (notifications that never block),
+`tune` (the choice of a polling policy), `histogram` (latencies), `queue` (the Python owners of devices and queues).
 """

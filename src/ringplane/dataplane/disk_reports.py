@@ -11,15 +11,11 @@ from ringplane.log.logs import DiskLog
 log = logging.getLogger(__name__)
 
 
-def report_lost_mappings(queues: Iterable[Queue]) -> None:
-    """Log, once per disk, that pages of its mapped image were lost."""
-    for device in {queue.device for queue in queues}:
-        if device.lost_mapping and not device.lost_reported:
-            device.lost_reported = True
-            DiskLog(log, device.name).warning(
-                "pages of the image were lost (it was truncated, or no memory is left for them); from now on "
-                "it is served with system calls, and reads beyond its end fail"
-            )
+def report_sources(queues: Iterable[Queue]) -> None:
+    """Log what the sources of the disks have to say, each thing once."""
+    for queue in queues:
+        if warning := queue.stack.source.warning():
+            DiskLog(log, queue.device.name).warning("%s", warning)
 
 
 def report_failures(queues: Iterable[Queue]) -> None:

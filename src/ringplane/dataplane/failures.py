@@ -16,8 +16,8 @@ from time import monotonic
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.block.io import ENDS_EARLY
 from ringplane.compiler.jit import compiled
-from ringplane.dataplane.merge import offset_in_image
 from ringplane.dataplane.state import FAILURE, FAILURE_SIZE, KIND_FLUSH, KIND_READ, KINDS
 from ringplane.log.logs import DiskLog
 from ringplane.native.access import view
@@ -35,8 +35,10 @@ NAMES = {"read": "reads", "write": "writes", "flush": "flushes", "discard": "dis
 
 
 @compiled
-def record_failure(worker, queue, request, result):
-    """Storage failed this request: `result` is -errno, or 0 if nothing was transferred."""
+def record_failure(worker, queue, request, io):
+    """Storage failed the block I/O of this request."""
+    # 0: nothing was transferred.
+    result = io.result if io.result != ENDS_EARLY else 0
     failure = view(queue.failures + request.kind * FAILURE_SIZE, FAILURE)
     failure.count += 1
     bit = 1 << (-result % BITS)
@@ -45,8 +47,8 @@ def record_failure(worker, queue, request, result):
     failure.seen |= bit
     failure.report_at = worker.now + REPORT_INTERVAL_NS
     failure.result = result
-    failure.offset = offset_in_image(request)
-    failure.length = request.length - request.done
+    failure.offset = io.offset + io.done
+    failure.length = io.length - io.done
     failure.unreported = 1
     worker.failing = worker.attention = 1
 

@@ -6,12 +6,13 @@ repeat the loads of native.access). A function that finds a broken rule returns 
 
 from __future__ import annotations
 
+from ringplane.block.buffers import consume, copy_from
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import MAX_IOVECS, REQUEST_HEADER
 from ringplane.guest_memory.regions import REGION, REGION_SIZE, find_region
 from ringplane.inflight import tracking
-from ringplane.native.access import address_of, copy, load64, view
+from ringplane.native.access import address_of, load64, view
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
 from ringplane.virtio import packed
 from ringplane.virtio.blk import HEADER_SIZE
@@ -27,8 +28,8 @@ MAX_CHAIN_BYTES = 1 << 32
 
 
 @compiled
-def gather(queue, request):
-    """Fill `request` with the buffers of the chain that starts at `request.head`."""
+def gather(queue, request, io):
+    """Fill `request` with the buffers of the chain that starts at `request.head`; `io` is its block I/O."""
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
     if request.head >= queue.size:
@@ -58,11 +59,11 @@ def gather(queue, request):
         if following >= entries:
             return ring_rules.NEXT_RANGE
         index = following
-    return split_off_header_and_status(request)
+    return split_off_header_and_status(request, io)
 
 
 @compiled
-def gather_packed(queue, request):
+def gather_packed(queue, request, io):
     """Fill `request` with the buffers of the next chain of a packed ring, and advance past it."""
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
@@ -82,13 +83,13 @@ def gather_packed(queue, request):
                 return ring_rules.HEAD_RANGE
             request.head, request.descriptors = identifier, seen
             packed.take(queue, seen)
-            return split_off_header_and_status(request)
+            return split_off_header_and_status(request, io)
         index = index + 1 if index + 1 < queue.size else 0
     return ring_rules.LOOP
 
 
 @compiled
-def gather_copy(queue, request):
+def gather_copy(queue, request, io):
     """Like `gather_packed`, for a chain whose descriptors were copied when first fetched (inflight/tracking.py)."""
     request.readable_count = request.readable_bytes = 0
     request.writable_count = request.writable_bytes = 0
@@ -102,7 +103,7 @@ def gather_copy(queue, request):
     if request.head >= queue.size:
         return ring_rules.HEAD_RANGE
     request.descriptors = count
-    return split_off_header_and_status(request)
+    return split_off_header_and_status(request, io)
 
 
 @compiled
@@ -191,8 +192,10 @@ def add_buffer(queue, request, addr, length, writable):
 
 
 @compiled
-def split_off_header_and_status(request):
+def split_off_header_and_status(request, io):
     """Copy the header out of the first readable bytes, and reserve the last writable byte for the status.
+
+    What remains of the readable buffers is in `io.iov`.
 
     Any framing is accepted (section 2.7.4.1): the header in several descriptors, or in one with the data; the status in
     a descriptor of its own, or at the end of the last data buffer.
@@ -208,51 +211,8 @@ def split_off_header_and_status(request):
     request.writable_bytes -= 1
     if last.len == 0:
         request.writable_count -= 1
-    request.iov, request.iov_count = request.iovecs, request.readable_count
-    copy_from_front(request, address_of(request) + REQUEST_HEADER, HEADER_SIZE)
-    consume(request, HEADER_SIZE)
+    io.iov, io.iov_count = request.iovecs, request.readable_count
+    copy_from(io.iov, address_of(request) + REQUEST_HEADER, HEADER_SIZE)
+    consume(io, HEADER_SIZE)
     request.readable_bytes -= HEADER_SIZE
     return ring_rules.OK
-
-
-# The buffers that are still to be transferred: request.iov_count IOVEC structs from address request.iov on.
-
-
-@compiled
-def copy_from_front(request, target, size):
-    """Copy the first `size` bytes of the buffers to `target`; the buffers are at least that large."""
-    index = 0
-    while size > 0:
-        iovec = view(request.iov + index * IOVEC_SIZE, IOVEC)
-        part = min(size, iovec.len)
-        copy(target, iovec.base, part)
-        target += part
-        size -= part
-        index += 1
-
-
-@compiled
-def copy_to_front(request, source, size):
-    """Copy `size` bytes from `source` to the start of the buffers; the buffers are at least that large."""
-    index = 0
-    while size > 0:
-        iovec = view(request.iov + index * IOVEC_SIZE, IOVEC)
-        part = min(size, iovec.len)
-        copy(iovec.base, source, part)
-        source += part
-        size -= part
-        index += 1
-
-
-@compiled
-def consume(request, size):
-    """Drop the first `size` bytes of the buffers."""
-    while request.iov_count > 0:
-        iovec = view(request.iov, IOVEC)
-        if size < iovec.len:
-            iovec.base += size
-            iovec.len -= size
-            return
-        size -= iovec.len
-        request.iov += IOVEC_SIZE
-        request.iov_count -= 1

@@ -7,13 +7,16 @@ worker may sleep before a turn, according to its polling policy (tune.py).
 
 from __future__ import annotations
 
+from ringplane.block.helper_threads import take_from_helpers
+from ringplane.block.io import CHANNEL, io_at
+from ringplane.block.merge import send_held
+from ringplane.block.route import move_all, until_due, wake_due
+from ringplane.block.transfer import progress_all, submit_batches
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane import dirty, ring_rules
-from ringplane.dataplane.complete import complete_all, finish, notify_all, publish_all, queue_up
-from ringplane.dataplane.execute import do_copies, execute
+from ringplane.dataplane.answer import answer_all, finish, notify_all, publish_all, queue_up
 from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
-from ringplane.dataplane.helper_threads import take_from_helpers
-from ringplane.dataplane.merge import send_held
+from ringplane.dataplane.requests import execute
 from ringplane.dataplane.state import (
     ALWAYS,
     PENDING,
@@ -28,8 +31,8 @@ from ringplane.dataplane.state import (
 )
 from ringplane.dataplane.trace import trace
 from ringplane.dataplane.tune import count_gap, end_sample
-from ringplane.engines.common import ENGINE
-from ringplane.engines.dispatch import has_events, submit, wait
+from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE
+from ringplane.engines.dispatch import has_events, reap, submit, wait
 from ringplane.inflight import tracking
 from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.syscalls import monotonic_ns
@@ -59,18 +62,20 @@ def run(address):
     Requests in flight stay in flight when this returns, and lists stay as they are: the next call resumes there.
     """
     worker = view(address, WORKER)
-    engine = view(worker.engine, ENGINE)
+    channel = view(worker.channel, CHANNEL)
+    engine = view(channel.engine, ENGINE)
     while not worker.attention:
-        timeout = find_timeout(worker, engine)
+        timeout = find_timeout(worker, channel, engine)
         worker.turns += 1
         if timeout != 0 or engine.prepared > 0 or has_events(engine) or worker.turns >= ENGINE_TURNS:
             worker.turns = 0
-            wait_for_events(worker, engine, timeout)
-        serve_ready(worker)
-        do_copies(worker)
+            wait_for_events(worker, channel, engine, timeout)
+        serve_ready(worker, channel)
+        end_turn(worker, channel)
         if engine.prepared > 0:
             submit(engine)
-        complete_all(worker)
+        complete_all(worker, channel, engine)
+        answer_all(worker, channel)
         publish_all(worker)
         if worker.now >= worker.sample_end:
             end_sample(worker)
@@ -79,13 +84,57 @@ def run(address):
 
 
 @compiled
-def find_timeout(worker, engine):
-    """How many nanoseconds the engine may sleep: 0 if there is something to do, -1: until something happens.
+def end_turn(worker, channel):
+    """Pass on the block I/Os of this turn: to their layers, to the engine, and to sources without it."""
+    if channel.due_first >= 0:
+        worker.now = channel.now = monotonic_ns()
+        wake_due(channel)
+    move_all(channel)
+    send_held(channel)
+    submit_batches(channel)
+    if channel.attention:
+        channel.attention = 0
+        worker.attention = 1
+
+
+@compiled
+def complete_all(worker, channel, engine):
+    """Reap the engine's completions and continue each block I/O that they belong to."""
+    completions = reap(engine)
+    if completions == 0:
+        return
+    worker.now = monotonic_ns()
+    for index in range(completions):
+        completion = view(engine.completions + index * COMPLETION_SIZE, COMPLETION)
+        progress_all(channel, io_at(channel, completion.slot), completion.result)
+    move_all(channel)
+
+
+@compiled
+def find_timeout(worker, channel, engine):
+    """How many nanoseconds the engine may sleep: 0 if there is something to do, -1: until something happens."""
+    if can_fetch(worker) or has_work(channel):
+        return 0
+    timeout = find_sleep(worker, engine)
+    if timeout == 0 or channel.due_first < 0:
+        return timeout
+    channel.now = monotonic_ns()
+    due = until_due(channel)
+    return due if timeout < 0 else min(due, timeout)
+
+
+@compiled
+def has_work(channel):
+    """Whether block I/Os can continue without an event, for example after a short read in a source without engine."""
+    return channel.batches != 0 or channel.moving_first >= 0 or channel.held >= 0 or channel.ended_first >= 0
+
+
+@compiled
+def find_sleep(worker, engine):
+    """Like `find_timeout`, according to the polling policy.
 
     Without a free slot nothing can be fetched before something completes, so queues that wait for a slot do not count.
     """
-    if can_fetch(worker) or worker.copy_first >= 0:
-        return 0
     if engine.stuck:
         notify_all(worker)
         return RETRY_NS
@@ -106,7 +155,7 @@ def can_fetch(worker):
 
 
 @compiled
-def wait_for_events(worker, engine, timeout):
+def wait_for_events(worker, channel, engine, timeout):
     """Let the engine sleep, and mark the queues that were kicked. Completions need no mark: each turn reaps them."""
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
@@ -119,7 +168,7 @@ def wait_for_events(worker, engine, timeout):
         if token == TOKEN_CONTROL:
             worker.attention = 1
         elif token == TOKEN_HELPERS:
-            take_from_helpers(worker)
+            take_from_helpers(channel)
         else:
             mark_ready(worker, view(token, QUEUE))
 
@@ -213,7 +262,7 @@ def mark_ready(worker, queue):
 
 
 @compiled
-def serve_ready(worker):
+def serve_ready(worker, channel):
     """Fetch from each queue that was kicked or had chains left; those that still have some go to the end of the list.
 
     When the slots run out, the other queues keep their places: they come first when there are slots again.
@@ -228,23 +277,22 @@ def serve_ready(worker):
         queue = view(served, QUEUE)
         worker.ready = queue.next_ready
         queue.ready = 0
-        if queue.running and fetch_available(worker, queue):
+        if queue.running and fetch_available(worker, channel, queue):
             queue.turn = min(TURN, 2 * queue.turn)
             mark_ready(worker, queue)
         else:
             queue.turn = FIRST_TURN
-    send_held(worker)
 
 
 @compiled
-def fetch_available(worker, queue):
+def fetch_available(worker, channel, queue):
     """Fetch up to `queue.turn` chains; returns whether there are more.
 
     A turn is short, so that driver and device work at the same time instead of alternately. Kicks stay off until the
     worker sleeps, or, when slots run out, until a completion has freed one and all chains have been fetched.
     """
     keep_quiet(worker, queue)
-    if queue.resubmits and not resubmit(worker, queue):
+    if queue.resubmits and not resubmit(worker, channel, queue):
         return queue.running != 0
     if available(queue) > queue.size:
         break_ring(worker, queue, ring_rules.AVAIL_INDEX, -1)
@@ -254,7 +302,7 @@ def fetch_available(worker, queue):
             break
         if worker.free < 0:
             return True
-        if not fetch_one(worker, queue):
+        if not fetch_one(worker, channel, queue):
             return False
     return available(queue) != 0
 
@@ -270,13 +318,14 @@ def keep_quiet(worker, queue):
 
 
 @compiled
-def fetch_one(worker, queue):
+def fetch_one(worker, channel, queue):
     """Take one chain and start its request; False when it breaks the ring."""
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
-    rule = take_chain(queue, request)
+    io = io_at(channel, worker.free)
+    rule = take_chain(queue, request, io)
     if rule == ring_rules.OK and queue.inflight:
         record_fetched(queue, request)
-    return start(worker, queue, request, rule)
+    return start(worker, channel, queue, request, io, rule)
 
 
 @compiled
@@ -288,7 +337,7 @@ def record_fetched(queue, request):
 
 
 @compiled
-def start(worker, queue, request, rule):
+def start(worker, channel, queue, request, io, rule):
     """Start the request whose chain was gathered; False if the chain breaks `rule`, and so the ring."""
     if rule != ring_rules.OK:
         break_ring(worker, queue, rule, request.head)
@@ -302,7 +351,7 @@ def start(worker, queue, request, rule):
         dirty.record(queue, request)
     if queue.in_order:
         queue_up(worker, queue, request)
-    status = execute(worker, queue, request)
+    status = execute(channel, queue, request, io)
     if worker.trace:
         trace(worker, TRACE_FETCH, queue, request, 0, 0)
     if status != PENDING:
@@ -311,33 +360,34 @@ def start(worker, queue, request, rule):
 
 
 @compiled
-def take_chain(queue, request):
+def take_chain(queue, request, io):
     """Take the next chain: its head and its buffers; returns the number of the rule that it breaks, or OK."""
     full = queue.in_flight >= queue.size
     if queue.packed:
         # A packed chain's id is known only at its last descriptor.
         request.head = -1
-        return ring_rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request)
+        return ring_rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request, io)
     request.head = take_head(queue)
-    return ring_rules.TOO_MANY_IN_FLIGHT if full else gather(queue, request)
+    return ring_rules.TOO_MANY_IN_FLIGHT if full else gather(queue, request, io)
 
 
 @compiled
-def resubmit(worker, queue):
+def resubmit(worker, channel, queue):
     """Resubmit what the previous process had in flight, in its order; False if some is left or the ring stops."""
     while queue.resubmits:
         if worker.free < 0:
             return False
         request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
+        io = io_at(channel, worker.free)
         entry = load64(queue.resubmit)
         queue.resubmit += 8
         if queue.packed:
             request.head, request.entry = -1, entry
-            rule = gather_copy(queue, request)
+            rule = gather_copy(queue, request, io)
         else:
             request.head = entry
-            rule = gather(queue, request)
-        if not start(worker, queue, request, rule):
+            rule = gather(queue, request, io)
+        if not start(worker, channel, queue, request, io, rule):
             return False
         queue.resubmits -= 1
     if queue.draining:

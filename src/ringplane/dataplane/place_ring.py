@@ -6,8 +6,7 @@ import ctypes
 
 from ringplane.dataplane.loop import FIRST_TURN
 from ringplane.dataplane.queue import Queue, RingLayout
-from ringplane.guest_memory.address_space import BadMemory
-from ringplane.guest_memory.regions import MemoryTable
+from ringplane.guest_memory.regions import BadMemory, MemoryTable
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
 from ringplane.virtio.split import (
@@ -52,15 +51,12 @@ def place_ring(queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
 
 
 def _set_features(queue: Queue, layout: RingLayout) -> None:
-    record, device = queue.record, queue.device
+    record = queue.record
     record["features"], record["packed"] = layout.features, layout.packed
     record["event_idx"] = bool(layout.features & VIRTIO_F_EVENT_IDX)
     record["indirect"] = bool(layout.features & VIRTIO_F_INDIRECT_DESC)
     record["in_order"] = bool(layout.features & VIRTIO_F_IN_ORDER)
     record["write_through"] = layout.write_through
-    record["flush_writes"] = layout.write_through and device.uses_page_cache
-    record["flush_ranges"] = layout.write_through and device.through_worker
-    record["dsync"] = layout.write_through and not device.uses_page_cache
 
 
 def _set_base(queue: Queue, layout: RingLayout) -> None:

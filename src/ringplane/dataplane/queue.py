@@ -3,119 +3,70 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import mmap
-import os
-import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.block.stack import Stack
+from ringplane.compiler.units import Unit
 from ringplane.dataplane.failures import Failures
-from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, FLUSHES, KINDS, QUEUE
-from ringplane.engines.common import IN_MEMORY, THROUGH_WORKER
-from ringplane.engines.memory import MappedImage
-from ringplane.engines.ranges import ZEROS_SIZE, granule
-from ringplane.guest_memory.address_space import BadMemory
-from ringplane.guest_memory.regions import Mapping, MemoryTable
+from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES
+from ringplane.guest_memory import regions
+from ringplane.guest_memory.regions import BadMemory, MemoryTable
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
+from ringplane.native.structs import new
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
 from ringplane.virtio.split import DESC_SIZE, INDEX_MASK
 
 
-@functools.cache
-def _zeros() -> npt.NDArray[np.uint8]:
-    return np.frombuffer(
-        mmap.mmap(-1, ZEROS_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ), np.uint8
-    )
-
-
 class Device:
-    """What all queues of one disk share; `address` is the address of its DEVICE struct."""
+    """What all queues of one disk share, besides its storage; `address` is the address of its DEVICE struct."""
 
     def __init__(
         self,
-        fd: int,
         size: int,
         *,
         read_only: bool,
         block_size: int,
-        alignment: tuple[int, int],
         serial: str,
         name: str = "disk",
-        storage: int = THROUGH_WORKER,
         lifetime: bytes = b"",
-        zones: int = 0,
+        request_types: Mapping[int, tuple[Unit, Unit | None]] | None = None,
     ) -> None:
-        """`size` and `block_size` in bytes; `alignment`: (memory, segment length) in bytes, 1: not restricted.
+        """`size` and `block_size` in bytes.
 
-        `name` is the name in log lines, `storage` one of engines.common, `lifetime` the reply to GET_LIFETIME (empty:
-        unsupported), `zones` the address of a ZONES struct (0: not zoned). Raises OSError when an image IN_MEMORY
-        cannot be mapped.
+        `name` is the name in log lines, `lifetime` the reply to GET_LIFETIME (empty: unsupported), `request_types` the
+        units that begin and end requests of types that only some disks have, by number (state.py).
         """
-        self.fd = fd
         self.name = name
-        self.lost_reported = False
         self.failures = Failures(name)
-        self.through_worker = storage == THROUGH_WORKER
-        # Written data may stay in the kernel's page cache until a flush.
-        self.uses_page_cache = self.through_worker and alignment == (1, 1)
-        self.mapped = MappedImage(fd, size, read_only=read_only) if storage == IN_MEMORY else None
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
         self.address = int(self._record.ctypes.data)
-        memory, segment = alignment
         record = self._record[0]
         record["capacity"], record["read_only"] = size // SECTOR, read_only
-        record["block_mask"], record["memory_mask"], record["segment_mask"] = block_size - 1, memory - 1, segment - 1
-        record["storage"], record["fd"], record["block_device"] = storage, fd, stat.S_ISBLK(os.fstat(fd).st_mode)
-        record["image"], record["zeros"] = self.mapped.address if self.mapped else 0, int(_zeros().ctypes.data)
-        record["granule"] = granule(fd, page_cache=self.uses_page_cache)
-        record["zones"] = zones
+        record["block_mask"] = block_size - 1
         record["lifetime"] = len(lifetime)
         record["lifetime_data"][: len(lifetime)] = np.frombuffer(lifetime, np.uint8)
         encoded = serial.encode()[:VIRTIO_BLK_ID_BYTES]
         record["serial"][: len(encoded)] = np.frombuffer(encoded, np.uint8)
-
-    def close(self) -> None:
-        """Unmap the image if it is mapped; no queue may be running. A second call does nothing."""
-        if self.mapped is not None:
-            self.mapped.close()
-
-    def map(self, size: int) -> None:
-        """Prepare for another size of the image, if it is mapped; raises OSError."""
-        if self.mapped is not None:
-            self.mapped.resize(size)
+        if request_types:
+            self._types = np.zeros(REQUEST_TYPES, REQUEST_TYPE)
+            for number, (begin, end) in request_types.items():
+                self._types[number] = (begin.address(), end.address() if end else 0)
+            record["request_types"] = self._types.ctypes.data
 
     @property
     def size(self) -> int:
-        """How many bytes can be read and written. Before it grows, the larger image must have been mapped (`map`)."""
+        """How many bytes can be read and written. The source must have been prepared for a larger one."""
         return int(self._record["capacity"][0]) * SECTOR
 
     @size.setter
     def size(self, size: int) -> None:
         self._record["capacity"] = size // SECTOR
-
-    @property
-    def granule(self) -> int:
-        """Ranges are discarded in whole multiples of this many bytes."""
-        return int(self._record["granule"][0])
-
-    @property
-    def flush_failed(self) -> bool:
-        """Whether earlier writes may be lost, so that every flush must fail."""
-        return bool(self._record["flush_failed"][0])
-
-    def set_flush_failed(self) -> None:
-        """Make every flush fail from now on."""
-        self._record["flush_failed"] = 1
-
-    @property
-    def lost_mapping(self) -> bool:
-        """Whether pages of an image in memory were lost, so that it is served with system calls from now on."""
-        return self.mapped is not None and self.mapped.lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +74,14 @@ class InflightRegion:
     """The in-flight region of a ring (inflight/tracking.py): its address, in a mapping that this object keeps."""
 
     address: int
-    mapping: Mapping
+    mapping: regions.Mapping
 
 
 @dataclass(frozen=True, slots=True)
 class DirtyLog:
     """The bitmap of the pages written during a migration (dirty.py), of `mapping.size` bytes."""
 
-    mapping: Mapping
+    mapping: regions.Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +121,6 @@ def _was_used(ring: int, size: int) -> bool:
     return any(flag & VIRTQ_DESC_F_USED for flag in flags)
 
 
-class OpenFile:
-    """An open file of the image, and the flushes of the queues of one worker that share it (flush.py)."""
-
-    def __init__(self, fd: int) -> None:
-        """The caller keeps ownership of the fd. `address` is the address of a FLUSHES struct."""
-        self.fd = fd
-        self._flushes: npt.NDArray[np.void] = np.zeros(1, FLUSHES)
-        self._flushes["flushing"] = self._flushes["first"] = -1
-        self.address = int(self._flushes.ctypes.data)
-
-
 # Shared by all queues that were never started, so that queues that a front end does not use cost nothing.
 NO_COUNTERS: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
 NO_COUNTERS.flags.writeable = False
@@ -190,18 +130,17 @@ NO_MEMORY = MemoryTable()
 class Queue:
     """A virtqueue. Its counters live as long as the disk; its ring as long as the driver has it configured."""
 
-    def __init__(self, device: Device, number: int, file: OpenFile | None = None) -> None:
-        """`file` is shared with other queues of the worker; None: the queue has its own flushes, on the device's fd."""
+    def __init__(self, device: Device, number: int, stack: Stack) -> None:
+        """`stack` is shared with other queues of the disk on the same worker."""
         self.number = number
         self.device = device
-        self.file = file
-        self.array: npt.NDArray[np.void] = np.zeros(1, QUEUE)
+        self.stack = stack
+        self.array: npt.NDArray[np.void] = new(QUEUE)
         self.address = int(self.array.ctypes.data)
         self.record = self.array[0]
         self.counters = NO_COUNTERS
         self.record["number"] = number
-        self.record["device"] = device.address
-        self.record["call_fd"] = -1
+        self.record["device"], self.record["stack"] = device.address, stack.address
         # Keeps the mappings of the present table. The worker keeps a replaced table while requests still need it.
         self.memory = NO_MEMORY
         self.layout: RingLayout | None = None
@@ -220,18 +159,12 @@ class Queue:
         """The `extra` of its log lines."""
         return {"disk": self.device.name}
 
-    @property
-    def fd(self) -> int:
-        """The fd of the image that the queue uses for I/O."""
-        return self.file.fd if self.file else self.device.fd
-
     def prepare(self) -> None:
         """Allocate the structs that only a started queue needs; a second call does nothing."""
         if self.counters is not NO_COUNTERS:
             return
-        self.file = self.file or OpenFile(self.device.fd)
         self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
-        self.record["flushes"], self.record["failures"] = self.file.address, self.failures.ctypes.data
+        self.record["failures"] = self.failures.ctypes.data
         counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
         self.record["counters"] = counters.ctypes.data
         # Last, because other threads read them from now on.

@@ -20,8 +20,7 @@ from ringplane.dataplane.state import TRACE_START, TRACE_STOP
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
-from ringplane.guest_memory.address_space import BadMemory
-from ringplane.guest_memory.regions import MemoryTable
+from ringplane.guest_memory.regions import BadMemory, MemoryTable
 from ringplane.system import eventfd
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class ServedRings:
             queue.memory, queue.layout = NO_MEMORY, None
             raise
         queue.broken_reported = queue.suspended = False
-        queue.record["file"] = self._engine.add_file(queue.fd)
+        queue.stack.attach(self._engine)
         self._queues[queue.address] = queue
         self._pin()
         queue.record["running"] = 1
@@ -161,7 +160,7 @@ class ServedRings:
     def _forget(self, queue: Queue) -> None:
         del self._queues[queue.address]
         queue.device.failures.take(queue.failures)
-        self._engine.remove_file(int(queue.record["file"]))
+        queue.stack.detach(self._engine)
         queue.record["draining"] = 0
         queue.memory, queue.layout = NO_MEMORY, None
         self._pin()
@@ -169,7 +168,7 @@ class ServedRings:
 
     def _pin(self) -> None:
         """Pin the memory that requests may use."""
-        used = [queue.memory for queue in self if queue.device.through_worker]
+        used = [queue.memory for queue in self if queue.stack.uses_engine]
         self._pinning.pin([*used, *self.retired.tables])
 
     def _report_broken(self, queue: Queue) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.block.ranges import RANGE
 from ringplane.dataplane.state import MAX_IOVECS, MAX_RANGES, REQUEST
-from ringplane.engines.ranges import RANGE
 from ringplane.native.uio import IOVEC
 
 
@@ -23,7 +23,7 @@ class Slots:
         self.address = int(self.requests.ctypes.data)
         self.requests["slot"] = np.arange(count)
         self.requests["next"] = np.arange(1, count + 1)
-        self.requests["next"][-1] = self.requests["joined"] = -1
+        self.requests["next"][-1] = -1
         # A room is not touched, and so without memory, until its first use: the ranges until the first discard, the
         # iovecs of the log until the first migration.
         self._rooms = [

@@ -8,41 +8,36 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringplane.engines.ranges import BACKING
-from ringplane.metrics.histogram import BUCKETS
+from ringplane.dataplane.histogram import BUCKETS
+from ringplane.native.structs import struct
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
 
-
-def _struct(*fields: str) -> np.dtype[np.void]:
-    return np.dtype([(field, "<i8") for field in fields])
-
-
-# A disk. Written by the control plane, except `flush_failed` and `refused`. The last fields are a BACKING
-# (engines/ranges.py).
+# A disk. Written by the control plane.
 DEVICE = np.dtype(
     [
         ("capacity", "<i8"),  # in sectors of 512 bytes
         ("read_only", "<i8"),
         ("block_mask", "<i8"),  # logical block size - 1, in bytes: must be clear in a request's offset and length
-        ("memory_mask", "<i8"),  # must be clear in the address of each buffer, for O_DIRECT; 0 when buffered
-        ("segment_mask", "<i8"),  # must be clear in the length of each buffer, for O_DIRECT; 0 when buffered
         ("serial", "u1", (VIRTIO_BLK_ID_BYTES,)),
         ("padding", "u1", (4,)),
-        ("flush_failed", "<i8"),  # set by any worker, never cleared: earlier writes may be lost (flush.py)
-        ("storage", "<i8"),  # engines.common: THROUGH_WORKER, IN_MEMORY or NOWHERE
-        ("zones", "<i8"),  # ZONES (engines/zones.py), or 0
+        ("request_types", "<i8"),  # REQUEST_TYPE structs by number, or 0 if there are only those of requests.py
         ("lifetime", "<i8"),  # size of the LIFETIME data that the storage reports of its wear; 0: none
         ("lifetime_data", "u1", (8,)),
-        *((name, "<i8") for name in BACKING.names or ()),
     ]
 )
-# Where its BACKING begins: the part that the helper threads use.
-DEVICE_BACKING: int = DEVICE.fields["fd"][1]  # type: ignore[index]
 DEVICE_LIFETIME: int = DEVICE.fields["lifetime_data"][1]  # type: ignore[index]
 DEVICE_SERIAL: int = DEVICE.fields["serial"][1]  # type: ignore[index]
 
+# A type of request that only some disks have: addresses of units, or 0. begin(queue, request, io) checks the request
+# and fills in the block I/O; it returns PENDING, or the status of a request that is complete. end(queue, request, io,
+# status) is called before the request is completed, and returns its status.
+REQUEST_TYPE = struct("begin", "end")
+REQUEST_TYPE_SIZE = REQUEST_TYPE.itemsize
+# The length of the table: types from this number on are unsupported.
+REQUEST_TYPES = 64
+
 # A virtqueue of a device, served by one worker.
-QUEUE = _struct(
+QUEUE = struct(
     "number",
     "device",  # DEVICE
     # The ring: the fields that virtio/split.py requires
@@ -89,17 +84,12 @@ QUEUE = _struct(
     "broken_head",
     "in_flight",
     "features",  # the negotiated features
-    "in_order",  # chains are used in the order in which they were made available (complete.py)
-    "oldest",  # only with in_order: the slot of the oldest request whose chain is not used yet, or -1
+    "in_order",  # chains are used in the order in which they were made available (answer.py)
+    "oldest = -1",  # only with in_order: the slot of the oldest request whose chain is not used yet, or -1
     "newest",
-    # The driver does not flush, so each request that changes the disk completes when the change is stable:
-    "write_through",
-    "dsync",  # writes carry RWF_DSYNC, unless storage has refused that
-    "flush_writes",  # writes are followed by a flush
-    "flush_ranges",  # discard, write zeroes and secure erase are followed by a flush
-    "file",  # its open file of the image: what add_file() of the worker's engine returned
-    "flushes",  # FLUSHES
-    "call_fd",  # or -1
+    "write_through",  # the driver does not flush, so each request that changes the disk is stable when it completes
+    "stack",  # STACK (block/stack.py) of the disk on this worker
+    "call_fd = -1",
     # Membership in the worker's lists
     "ready",
     "next_ready",
@@ -112,13 +102,6 @@ QUEUE = _struct(
     "next_unnotified",
     "counters",  # COUNTER structs, one per kind of request
     "failures",  # FAILURE structs, one per kind of request
-)
-
-# The flushes of the queues of one worker that share an open file of the image (flush.py). Slots, or -1.
-FLUSHES = _struct(
-    "flushing",  # the first of the requests that the running fdatasync(2) is for
-    "first",  # the first of those that wait for the next one
-    "last",
 )
 
 # Kinds of requests that are counted separately.
@@ -137,7 +120,7 @@ COUNTER_SIZE = COUNTER.itemsize
 COUNTER_HISTOGRAM: int = COUNTER.fields["histogram"][1]  # type: ignore[index]
 
 # Errors of storage that Python has not logged yet (failures.py).
-FAILURE = _struct(
+FAILURE = struct(
     "count",
     "seen",  # errors that Python was called for, one bit each
     "report_at",  # nanoseconds, CLOCK_MONOTONIC: when Python is to be called again for those
@@ -148,10 +131,10 @@ FAILURE = _struct(
 )
 FAILURE_SIZE = FAILURE.itemsize
 
-# A request between fetch and completion; its slot number is its index.
-REQUEST = _struct(
+# A request between fetch and completion; its slot number is its index. Its block I/O (block/io.py) has the same slot.
+REQUEST = struct(
     "slot",
-    "next",  # the next free slot, or the next request waiting for a bounce buffer or flush; -1 ends the list
+    "next",  # the next free slot; -1 ends the list
     "queue",  # QUEUE
     "head",  # the chain: index of its first descriptor (split ring) or buffer id (packed ring)
     "descriptors",  # how many descriptors of a packed ring the chain takes
@@ -168,28 +151,15 @@ REQUEST = _struct(
     "type",
     "kind",
     "sector",
-    "length",  # of the data, in bytes
     "status_address",
-    # Progress
-    "operation",  # engines.common
-    "zone",  # ZONE that a write goes to, or 0 (zones.py)
-    "iov",  # the buffers that are still to be transferred
-    "iov_count",
-    "done",  # bytes transferred
-    "dsync",  # its last I/O carried RWF_DSYNC
-    "joined",  # slot of the request that follows in the same merged I/O, or -1 (merge.py)
-    "whole_length",  # bytes, and IOVEC structs, of the I/O that begins with this request
-    "whole_iov_count",
-    "bounce",  # address of the bounce buffer in use, or 0
-    "bounce_iov_base",  # one IOVEC that describes it
-    "bounce_iov_len",
+    "end",  # address of the unit that is called before it is completed (REQUEST_TYPE), or 0
+    "length",  # of the data, in bytes
+    "done",  # bytes transferred, when it is complete
+    "written",  # bytes written without a gap from the start of the device-writable part
     "ranges",  # room for MAX_RANGES RANGE structs of this slot: what to discard, or fill with zeros
-    "range_count",
     "log_iovecs",  # room for MAX_IOVECS IOVEC structs of this slot: buffers it writes, in guest addresses (dirty.py)
     "log_iovec_count",
     "log_status",
-    "zeros_iov_base",  # one IOVEC for zeros that are written
-    "zeros_iov_len",
     "started",  # nanoseconds, CLOCK_MONOTONIC
     "following",  # only with in_order: slot of the request that was fetched next, or -1
     "ended",  # only with in_order: the status is written, but the chains of older requests are not used yet
@@ -198,8 +168,6 @@ REQUEST = _struct(
 REQUEST_SIZE = REQUEST.itemsize
 REQUEST_HEADER: int = REQUEST.fields["header_type"][1]  # type: ignore[index]
 REQUEST_SECTOR: int = REQUEST.fields["sector"][1]  # type: ignore[index]
-REQUEST_ZEROS_IOV: int = REQUEST.fields["zeros_iov_base"][1]  # type: ignore[index]
-REQUEST_BOUNCE_IOV: int = REQUEST.fields["bounce_iov_base"][1]  # type: ignore[index]
 
 # Room for a chain: the most segments that any driver is known to send is 515; QEMU's own limit is 1024 in all.
 # Odd in cache lines (1028 * 16 / 64 = 257), so that the first iovecs of all slots do not compete for one cache set.
@@ -215,11 +183,11 @@ SLEEP, COALESCE, POLL = range(3)
 POLICIES = 3
 
 # The result of a policy in a trial: how many requests were completed in how many nanoseconds.
-TALLY = _struct("completed", "lasted")
+TALLY = struct("completed", "lasted")
 TALLY_SIZE = TALLY.itemsize
 
-WORKER = _struct(
-    "engine",  # ENGINE
+WORKER = struct(
+    "channel",  # CHANNEL (block/io.py)
     "requests",  # REQUEST structs
     "free",  # first free slot, or -1
     "ready",  # list of queues that may have chains to fetch, first in first out: QUEUE, or 0
@@ -229,13 +197,6 @@ WORKER = _struct(
     "unnotified",  # list of queues whose notifications are held back: QUEUE, or 0
     "notify_at",  # nanoseconds, CLOCK_MONOTONIC: when these notifications are due
     "notify_limit",  # the same: when they are due at the latest, whatever completes meanwhile
-    "held",  # first request of an I/O that is held back so that adjacent ones may join; -1: none (merge.py)
-    "held_last",  # last request of it
-    "copy_first",  # requests to be copied in this turn, oldest first; -1: none
-    "copy_last",
-    "waiting_first",  # requests that wait for a bounce buffer, oldest first; -1: none
-    "waiting_last",
-    "bounce_free",  # list of free bounce buffers, each holding the address of the next; 0: none
     "attention",  # not 0: `run` returns to Python
     "failing",  # not 0: there are FAILURE structs to report
     "in_flight",  # requests fetched and not yet completed, over all queues
@@ -262,12 +223,7 @@ WORKER = _struct(
     "traced",  # events traced so far
     "one",  # the number 1, for eventfds
     "signaller",  # SIGNALLER (signaller.py) if the worker serves several disks, else 0; set by the control plane
-    "jobs_fd",  # the pipes to and from the helper threads (helpers.py)
-    "done_fd",
-    "helper_slot",  # room for a COMPLETION from a helper
-    "helper_result",
 )
-WORKER_HELPER_MESSAGE: int = WORKER.fields["helper_slot"][1]  # type: ignore[index]
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
 WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
 
@@ -283,11 +239,8 @@ NEVER = 1 << 62
 # What the engine reports of a watched fd: one of these, or the address of a QUEUE that was kicked.
 TOKEN_CONTROL, TOKEN_HELPERS = 1, 2
 
-BOUNCE_SIZE = 256 * 1024
-BOUNCE_ALIGNMENT = 4096
-
 TRACE_FETCH, TRACE_COMPLETE, TRACE_START, TRACE_STOP = 1, 2, 3, 4
 # A trace event of a request. For the start and stop of a queue `sector` is its available index and `length` its size.
-TRACE = _struct("time", "event", "device", "queue", "head", "type", "sector", "length", "status", "nanoseconds")
+TRACE = struct("time", "event", "device", "queue", "head", "type", "sector", "length", "status", "nanoseconds")
 TRACE_SIZE = TRACE.itemsize
 TRACE_CAPACITY = 1 << 16

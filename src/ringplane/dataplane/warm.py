@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 
+from ringplane.block import ranges
+from ringplane.block.layers import zoned
+from ringplane.block.sources import memory, null
+from ringplane.block.stack import Stack
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import find_cache, forget_old_versions, is_cached
+from ringplane.dataplane import zone_requests
 from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
-from ringplane.engines.common import IN_MEMORY
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.system.libc import drop_code
 from ringplane.system.signals import NONE, Signals
@@ -45,10 +49,15 @@ def load() -> None:
     kick_fd = os.eventfd(0)
     fd = os.memfd_create("warm-up")
     os.ftruncate(fd, SIZE)
-    device = Device(
-        fd, SIZE, read_only=False, block_size=SECTOR, alignment=(1, 1), serial="", name="warm-up", storage=IN_MEMORY
-    )
-    queue = Queue(device, 0)
+    device = Device(SIZE, read_only=False, block_size=SECTOR, serial="", name="warm-up")
+    # Whether or not a disk needs them.
+    for each in (ranges.apply, memory.submit, null.submit, zoned.down, zoned.up, zoned.helped):
+        each.address()
+    for begin, end in zone_requests.TYPES.values():
+        begin.address()
+        if end:
+            end.address()
+    queue = Queue(device, 0, Stack(null.NullPart()))
     layout = RingLayout(size=1, desc=0, avail=64, used=128, base=0, features=0, write_through=False)
     worker = Worker("warm-up", slots=1)
     worker.load()
@@ -56,7 +65,6 @@ def load() -> None:
     worker.start_queue(queue, layout, MemoryTable([Region.map(0, 0, SIZE, 0, fd)]), kick_fd).result()
     worker.stop_queue(queue).result()
     worker.stop()
-    device.close()
     forget_old_versions()
 
 

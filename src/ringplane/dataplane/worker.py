@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ringplane.block.helper_threads import Helpers
 from ringplane.compiler.cache import DATA_PLANE, mark_cached
 from ringplane.compiler.jit import load
-from ringplane.dataplane.disk_reports import report_failures, report_lost_mappings
-from ringplane.dataplane.helper_threads import Helpers
+from ringplane.dataplane.disk_reports import report_failures, report_sources
 from ringplane.dataplane.loop import mark_ready, run
 from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.queue import Queue, RingLayout
@@ -33,8 +33,8 @@ from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.native import interrupt, sigbus
-from ringplane.options.engine_names import AUTO
-from ringplane.options.thread_options import POLL_US
+from ringplane.options.engines import AUTO
+from ringplane.options.io_thread import POLL_US
 from ringplane.system import libc
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ class Worker:
             self.engine = make_engine(engine, slots)
             opened.callback(self.engine.close)
             self.state = WorkerState(self.engine, slots, poll_us)
-            self._helpers = Helpers(name, self.state.slots.address, slots)
+            self._helpers = Helpers(name, int(self.state.channel.ios.ctypes.data), slots)
             opened.pop_all()
-        self.state.record["jobs_fd"], self.state.record["done_fd"] = self._helpers.jobs_fd, self._helpers.done_fd
+        self.state.channel.connect(self._helpers.jobs_fd, self._helpers.done_fd)
         self.engine.watch(self._helpers.done_fd, TOKEN_HELPERS)
         self.engine.watch(self._control_fd, TOKEN_CONTROL)
         pinning = Pinning(self.engine, name, wanted=pin_memory)
@@ -198,7 +198,7 @@ class Worker:
             os.eventfd_read(self._control_fd)
         while self._calls:
             _perform(*self._calls.popleft())
-        report_lost_mappings(self.rings)
+        report_sources(self.rings)
         if self.state.record["failing"]:
             self.state.record["failing"] = 0
             report_failures(self.rings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.dataplane.bounce_buffers import BounceBuffers
+from ringplane.block.channel import Channel
 from ringplane.dataplane.slots import Slots
 from ringplane.dataplane.state import (
     ALWAYS,
@@ -31,13 +31,12 @@ class WorkerState:
         self.record = self.array[0]
         self.address = int(self.array.ctypes.data)
         self.slots = Slots(slots)
-        self._bounce = BounceBuffers()
+        self.channel = Channel(engine.address, slots)
         self.tallies: npt.NDArray[np.void] = np.zeros(POLICIES, TALLY)
         record = self.record
-        record["waiting_first"] = record["copy_first"] = record["held"] = -1
         record["one"] = 1
-        record["engine"], record["requests"] = engine.address, self.slots.address
-        record["bounce_free"], record["tallies"] = self._bounce.first, self.tallies.ctypes.data
+        record["channel"], record["requests"] = self.channel.address, self.slots.address
+        record["tallies"] = self.tallies.ctypes.data
         self._set_policies(poll_us, engine.fine_timeouts)
 
     def _set_policies(self, poll_us: int | None, fine_timeouts: bool) -> None:

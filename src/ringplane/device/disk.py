@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import logging
 import os
@@ -12,23 +11,23 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ringplane.block.image import Image, ImageError
+from ringplane.block.layers.zoned import ZonedPart
+from ringplane.block.sources.choose import open_source
+from ringplane.block.sources.memory import MemorySource
+from ringplane.block.sources.null import NullSource
+from ringplane.block.stack import LayerPart, Stack
 from ringplane.block.storage_limits import Limits, limits
 from ringplane.block.zonefile import ZoneFile
-from ringplane.dataplane.queue import Device, OpenFile, Queue
+from ringplane.dataplane import zone_requests
+from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
-from ringplane.engines import memory
-from ringplane.engines.choose import WORKER_ENGINES, choose_storage
-from ringplane.engines.common import IN_MEMORY, NOWHERE, THROUGH_WORKER
-from ringplane.options.engine_names import AUTO
-from ringplane.options.feature_switches import OFF_BY_DEFAULT, check_feature
+from ringplane.options.engines import AUTO
+from ringplane.options.values import OFF_BY_DEFAULT, check_feature
 from ringplane.virtio import blk, features
 from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
 
 log = logging.getLogger(__name__)
-
-# Any engine that does not map images; each worker uses its own.
-UNMAPPED = next(iter(WORKER_ENGINES))
 
 # The data plane accepts segments of any size; the kernel transfers at most this many bytes at a time (read(2)).
 SIZE_MAX = 0x7FFFF000
@@ -92,58 +91,31 @@ class Disk:
         self.serial = serial if serial is not None else default_serial(image)
         self.zones = zones
         self._resizing = asyncio.Lock()
-        self.storage = storage_of(image, engine, workers)
-        found = Limits() if self.storage == NOWHERE else limits(image.fd, read_only=image.read_only)
-        try:
-            self._device = self._make_device(found)
-        except OSError as error:
-            self._check_unmapped(engine, error)
-            self.storage = storage_of(image, UNMAPPED, workers)
-            self._device = self._make_device(found)
-        self.limits = found.for_blocks(block_size, physical_block_size, self._device.granule)
+        self.source = open_source(image, engine, reasons_without_io(workers))
+        found = Limits() if isinstance(self.source, NullSource) else limits(image.fd, read_only=image.read_only)
+        self.limits = found.for_blocks(block_size, physical_block_size, self.source.backing.granule)
+        self._device = Device(
+            image.size,
+            read_only=image.read_only,
+            block_size=block_size,
+            serial=self.serial,
+            name=self.name,
+            lifetime=_lifetime(found),
+            request_types=zone_requests.TYPES if zones else None,
+        )
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
-        files = self._open_for(self.workers)
-        self.queues = [Queue(self._device, number, files.get(worker)) for number, worker in enumerate(self.workers)]
+        stacks = {worker: Stack(self.source.part(), self._layers(worker)) for worker in dict.fromkeys(self.workers)}
+        self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
         for worker in set(self.workers):
             worker.add_disk()
         self._switches = dict(switches or {})
         check_switches(self._switches, self.limits, image, zoned=zones is not None)
 
-    def _make_device(self, found: Limits) -> Device:
-        """Raises OSError if an image in memory cannot be mapped."""
-        image = self.image
-        return Device(
-            image.fd,
-            image.size,
-            read_only=image.read_only,
-            block_size=self.block_size,
-            alignment=(image.alignment.memory, image.alignment.block),
-            serial=self.serial,
-            name=self.name,
-            storage=self.storage,
-            lifetime=_lifetime(found),
-            zones=self.zones.address if self.zones else 0,
-        )
-
-    def _check_unmapped(self, engine: str, error: OSError) -> None:
-        """Raise ImageError unless system calls may serve an image in memory that cannot be mapped."""
-        why = f"{self.image.path}: cannot be mapped: {error.strerror}"
-        if memory.has_huge_pages(self.image.fd):
-            raise ImageError(f"{why} (huge pages are reserved)")
-        if engine != AUTO:
-            raise ImageError(f"{why}; --engine auto serves it by system calls")
-        log.warning("%s; it is served by system calls, which take more CPU per I/O", why)
-
-    def _open_for(self, workers: Iterable[Worker]) -> dict[Worker, OpenFile]:
-        """An open file for each worker: the page cache reports lost writes once to each open file (flush.py).
-
-        The first worker uses the image's own. Empty if no worker needs one. Raises ImageError.
-        """
-        files: dict[Worker, OpenFile] = {}
-        if not self.image.read_only and self._device.uses_page_cache:
-            for worker in dict.fromkeys(workers):
-                files[worker] = OpenFile(self.image.open_again() if files else self.image.fd)
-        return files
+    def _layers(self, worker: Worker) -> list[LayerPart]:
+        """The layers for one worker."""
+        if self.zones is None:
+            return []
+        return [ZonedPart(self.zones, self.source.backing.address, worker.state.slots.count)]
 
     @property
     def name(self) -> str:
@@ -153,14 +125,14 @@ class Disk:
     @property
     def through_page_cache(self) -> bool:
         """Whether I/O goes through the page cache, because `direct` was not requested or not possible."""
-        return self.storage == THROUGH_WORKER and not self.image.direct
+        return self.source.through_page_cache
 
     @property
     def how(self) -> str:
         """How I/O is done, for users."""
-        if self.storage == IN_MEMORY:
+        if isinstance(self.source, MemorySource):
             return "engine memory"
-        if self.storage == NOWHERE:
+        if isinstance(self.source, NullSource):
             return "engine null: nothing is read or written"
         engines = "/".join(sorted({worker.engine.name for worker in self.workers}))
         return f"engine {engines}, {'O_DIRECT' if self.image.direct else 'buffered'}"
@@ -179,7 +151,7 @@ class Disk:
             return False
         # If the image shrank, requests beyond its new end fail at once.
         self._device.size = min(self._device.size, self.image.size)
-        self._device.map(self.image.size)
+        self.source.resize(self.image.size)
         # A worker that sees the new size must not use an older mapping, so each worker runs a call in between.
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
         self._device.size = self.image.size
@@ -188,30 +160,24 @@ class Disk:
     @property
     def flush_failed(self) -> bool:
         """Whether a flush has failed; later ones cannot be guaranteed then (fsync(2))."""
-        return self._device.flush_failed
+        return self.source.backing.flush_failed or bool(self.zones and self.zones.failed)
 
     def set_flush_failed(self) -> None:
         """Store that a flush has failed in the previous process."""
-        self._device.set_flush_failed()
+        self.source.backing.set_flush_failed()
 
     def sync(self) -> None:
         """fdatasync(2): completed requests are stable afterwards. Raises OSError, also if an earlier flush failed."""
-        if self.storage == NOWHERE or self.image.read_only:
+        if self.image.read_only:
             return
-        if self.flush_failed:
-            raise OSError(errno.EIO, "a flush failed before")
-        try:
-            if self.zones:
-                self.zones.sync()
-            else:
-                os.fdatasync(self.image.fd)
-        except OSError:
-            self._device.set_flush_failed()
-            raise
+        if self.zones:
+            self.zones.sync()
+        else:
+            self.source.sync()
 
     def close(self) -> None:
         """Close the image; no queue may be running. A second call does nothing."""
-        self._device.close()
+        self.source.close()
         self.report_failures()
         if self.zones:
             try:
@@ -294,17 +260,9 @@ class Disk:
             config["write_granularity"], config["model"] = self.block_size, VIRTIO_BLK_Z_HM
 
 
-def storage_of(image: Image, engine: str, workers: Sequence[Worker]) -> int:
-    """How a disk's I/O is done (engines.common); raises ImageError if this engine cannot serve the image."""
-    try:
-        storage = choose_storage(engine, image.fd)
-    except ValueError as error:
-        raise ImageError(f"{image.path}: {error}") from None
-    for worker in workers:
-        if storage == THROUGH_WORKER and worker.engine.without_io:
-            why = worker.engine.without_io
-            raise ImageError(f"{image.path}: no engine for files and devices here, only for images on tmpfs: {why}")
-    return storage
+def reasons_without_io(workers: Iterable[Worker]) -> list[str]:
+    """Why the engines of these workers cannot do I/O; empty strings: they can."""
+    return [worker.engine.without_io for worker in workers]
 
 
 def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:

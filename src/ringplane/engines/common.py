@@ -10,15 +10,11 @@ import numpy as np
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import view
 
-# The operation of a request on storage. From FLUSH on operations have no partial results; from DISCARD on they are
-# performed by a helper thread (engines/ranges.py, engines/zones.py).
-READ, WRITE, FLUSH, DISCARD, ZERO, SECURE_ERASE, SYNC_ZONES, RESET_ZONES = range(8)
+# The operations of `prepare_io`; block/io.py has those that engines do not know.
+READ, WRITE = 0, 1
 
 # The kind of an engine's struct.
 AIO, IO_URING = 0, 1
-
-# How the I/O of a disk is done: through its worker's engine, by engine `memory`, or not at all (engine `null`).
-THROUGH_WORKER, IN_MEMORY, NOWHERE = 0, 1, 2
 
 # `wait` reports the token of each watched fd that became readable, at most this many per call.
 MAX_TOKENS = 64

@@ -1,0 +1,142 @@
+"""The stack of a disk as one I/O thread sees it: layers, and the source below them.
+
+A layer sees each I/O once on its way down and once, ended and whole, on its way up. It is a struct of its own and two
+compiled functions, called by address, so that a disk without layers pays nothing for them and does not compile them:
+
+    down(layer, io)     up(layer, io)
+
+`layer` and `io` are addresses. The functions return what happens next: CONTINUE, or one of the other verdicts below.
+On the way down a layer can change the I/O, or turn it round (`turn_round`) with a result. On the way up it can change
+the result, or set `io.upward` to 0: then the I/O goes down again from below this layer. A layer never blocks the
+thread.
+
+A source is the lowest element. `submit` gets, at the end of each turn of the loop, all I/Os of the turn that are for it
+(route.py); 0: the I/Os are done by the engine of the I/O thread (sources/file.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.block.io import ENDED, MOVING, put
+from ringplane.compiler.jit import compiled
+from ringplane.native.access import address_of, view
+from ringplane.native.structs import new, struct
+
+if TYPE_CHECKING:
+    from ringplane.engines.choose import Engine
+
+# CONTINUE: in the direction that `io.upward` says. WAIT: the same, at the time `io.due`. HELP: the same, after a helper
+# thread has called `help(layer, io)`, which may block, and whose result becomes the I/O's. KEEP: the layer has taken
+# the I/O, and passes it to `route.resume` later.
+CONTINUE, WAIT, HELP, KEEP = range(4)
+
+# `state` is the address of the layer's own struct; the others are addresses of functions, or 0.
+LAYER = struct("state", "down", "up", "help")
+LAYER_SIZE = LAYER.itemsize
+
+STACK = struct(
+    "layers",  # LAYER structs, the highest first
+    "layer_count",
+    "source",  # the source's struct
+    "submit",  # address of the source's function; 0: `source` is a FILE
+    "ranges",  # address of the function with which a helper discards, zeroes and erases, and its first argument
+    "backing",
+    "batch_first = -1",  # IO_LIST: the I/Os of this turn for `submit`
+    "batch_last",
+    "next_batch",  # the next STACK with such I/Os
+)
+BATCH: int = STACK.fields["batch_first"][1]  # type: ignore[index]
+
+
+@compiled
+def finish(channel, io, result):
+    """The source has ended this I/O."""
+    io.result = result
+    if view(io.stack, STACK).layer_count:
+        io.upward = 1
+        put(channel, address_of(channel) + MOVING, io)
+    else:
+        put(channel, address_of(channel) + ENDED, io)
+
+
+@compiled
+def turn_round(io, result):
+    """End the I/O here: it goes up to the layers above this one. Returns CONTINUE."""
+    io.result = result
+    io.upward = 1
+    return CONTINUE
+
+
+@compiled
+def call_again(io):
+    """Call this layer's `up` next, even if the I/O did not go down from here."""
+    io.upward = 1
+    io.level += 1
+
+
+class LayerPart(Protocol):
+    """The part of a layer for one I/O thread: the address of its struct, and of its functions (0: none)."""
+
+    state: int
+    down: int
+    up: int
+    help: int
+
+
+class SourcePart(Protocol):
+    """The part of a source for one I/O thread: see STACK."""
+
+    address: int
+    submit: int
+    ranges: int
+    backing: int
+
+    def attach(self, engine: Engine) -> None:
+        """Called on the I/O thread before the first I/O; raises OSError."""
+
+    def detach(self, engine: Engine) -> None:
+        """Called on the I/O thread when no queue uses it any more."""
+
+    def warning(self) -> str:
+        """What the log is to report, once; empty: nothing."""
+
+
+class Stack:
+    """Owns a STACK; `address` is its address."""
+
+    def __init__(self, source: SourcePart, layers: Sequence[LayerPart] = ()) -> None:
+        """`layers`: the highest first."""
+        self.source, self.layers = source, layers
+        self._users = 0
+        self._layers = np.zeros(len(layers), LAYER)
+        for record, layer in zip(self._layers, layers, strict=True):
+            record["state"], record["down"], record["up"] = layer.state, layer.down, layer.up
+            record["help"] = layer.help
+        self._record: npt.NDArray[np.void] = new(STACK)
+        self.address = int(self._record.ctypes.data)
+        record = self._record[0]
+        record["layers"], record["layer_count"] = self._layers.ctypes.data, len(layers)
+        record["source"], record["submit"] = source.address, source.submit
+        record["ranges"], record["backing"] = source.ranges, source.backing
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether the engine of the I/O thread does the I/O."""
+        return self.source.submit == 0
+
+    def attach(self, engine: Engine) -> None:
+        """One more queue of the I/O thread uses the stack; raises OSError."""
+        if self._users == 0:
+            self.source.attach(engine)
+        self._users += 1
+
+    def detach(self, engine: Engine) -> None:
+        """One queue fewer uses it."""
+        self._users -= 1
+        if self._users == 0:
+            self.source.detach(engine)
