@@ -46,7 +46,7 @@ def prefetch_pages(image, offset):
 
 
 @compiled
-def transfer(image, operation, iov, iov_count, offset, size):
+def read_or_write(image, operation, iov, iov_count, offset, size):
     """Read or write the `size` bytes of `iov_count` IOVEC structs; returns the number of bytes done or -errno."""
     if load64(address_of(image) + LOST) == 0 and is_present(image, offset, size):
         copy_all(operation, iov, iov_count, image.base + offset)

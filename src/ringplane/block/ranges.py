@@ -241,7 +241,7 @@ def write_zeros(backing, start, end, vector):
         vector.len = min(end - start, ZEROS_SIZE)
         if backing.image:
             image = view(backing.image, MAPPED_IMAGE)
-            result = mapped_image.transfer(image, WRITE, address_of(vector), 1, start, vector.len)
+            result = mapped_image.read_or_write(image, WRITE, address_of(vector), 1, start, vector.len)
         else:
             result = pwritev(backing.fd, address_of(vector), 1, start)
         if result == -EINTR:

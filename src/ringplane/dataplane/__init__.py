@@ -5,6 +5,10 @@ descriptors (addresses and lengths of buffers in guest memory) for each request,
 us: a write to an eventfd. A request is a header (type, sector), data, and a status byte that we write. We then mark the
 chain *used*, and may **notify** the driver through another eventfd, which becomes an interrupt in the guest.
 
+One word for each step: a request *begins* when its chain was taken and it is checked; its block I/O is *submitted* to
+the stack of the disk, *started* at the source and *finished* by it. Then the request is *answered*: it gets its status,
+its chain is *used*, and its slot *released*.
+
 A request becomes a **block I/O**, which takes its way through the layers of the disk to its source, and back: that is
 the subject of the folder `block`, which knows nothing of rings.
 

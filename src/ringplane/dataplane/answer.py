@@ -51,7 +51,7 @@ def answer(worker, request, io):
     status = status_of(worker, queue, request, io)
     if request.end:
         status = call(request.end, address_of(queue), address_of(request), address_of(io), status)
-    finish(worker, queue, request, status)
+    answer_with(worker, queue, request, status)
 
 
 @compiled
@@ -68,7 +68,7 @@ def status_of(worker, queue, request, io):
 
 
 @compiled
-def finish(worker, queue, request, status):
+def answer_with(worker, queue, request, status):
     """Write the status byte, count, and use the chain (with IN_ORDER: as soon as all older ones are used)."""
     store8(request.status_address, status)
     account(worker, queue, request, status)

@@ -14,7 +14,7 @@ from ringplane.block.route import move_all, until_due, wake_due
 from ringplane.block.transfer import progress_all, submit_batches
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane import dirty, ring_rules
-from ringplane.dataplane.answer import answer_all, finish, notify_all, publish_all, queue_up
+from ringplane.dataplane.answer import answer_all, answer_with, notify_all, publish_all, queue_up
 from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
 from ringplane.dataplane.requests import execute
 from ringplane.dataplane.state import (
@@ -325,7 +325,7 @@ def fetch_one(worker, channel, queue):
     rule = take_chain(queue, request, io)
     if rule == ring_rules.OK and queue.inflight:
         record_fetched(queue, request)
-    return start(worker, channel, queue, request, io, rule)
+    return begin_request(worker, channel, queue, request, io, rule)
 
 
 @compiled
@@ -337,8 +337,8 @@ def record_fetched(queue, request):
 
 
 @compiled
-def start(worker, channel, queue, request, io, rule):
-    """Start the request whose chain was gathered; False if the chain breaks `rule`, and so the ring."""
+def begin_request(worker, channel, queue, request, io, rule):
+    """Begin the request whose chain was gathered; False if the chain breaks `rule`, and so the ring."""
     if rule != ring_rules.OK:
         break_ring(worker, queue, rule, request.head)
         return False
@@ -355,7 +355,7 @@ def start(worker, channel, queue, request, io, rule):
     if worker.trace:
         trace(worker, TRACE_FETCH, queue, request, 0, 0)
     if status != PENDING:
-        finish(worker, queue, request, status)
+        answer_with(worker, queue, request, status)
     return True
 
 
@@ -387,7 +387,7 @@ def resubmit(worker, channel, queue):
         else:
             request.head = entry
             rule = gather(queue, request, io)
-        if not start(worker, channel, queue, request, io, rule):
+        if not begin_request(worker, channel, queue, request, io, rule):
             return False
         queue.resubmits -= 1
     if queue.draining:

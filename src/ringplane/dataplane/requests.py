@@ -62,7 +62,7 @@ TYPE_MASK = 0xFFFF_FFFF ^ VIRTIO_BLK_T_BARRIER
 
 @compiled
 def execute(channel, queue, request, io):
-    """Start the request; returns its status if it is complete, else PENDING."""
+    """Begin the request: its status if it is complete already, else PENDING."""
     device = view(queue.device, DEVICE)
     request.type = request.header_type & TYPE_MASK
     request.sector = request.header_sector

@@ -56,7 +56,7 @@ def submit(stack_address, channel_address, first):
 def do(channel, stack, image, io):
     if io.operation <= WRITE:
         offset, size = io.offset + io.done, io.length - io.done
-        result = mapped_image.transfer(image, io.operation, io.iov, io.iov_count, offset, size)
+        result = mapped_image.read_or_write(image, io.operation, io.iov, io.iov_count, offset, size)
         complete(channel.engine, io.slot, result)
     elif io.operation == FLUSH:
         # The data is in memory already, and there is no storage below it.
