@@ -36,7 +36,9 @@ class Listener:
         self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         # Whether we remove its file: not while another process listens on it (control/handover.py).
         self.owned = True
-        self._identity = _identity(path) if path else None
+        self._identity = None
+        with contextlib.suppress(OSError):
+            self._identity = _identity(path) if path else None
 
     @classmethod
     def at(cls, path: Path, mode: int | None = None, group: int | None = None) -> Listener:
@@ -83,12 +85,18 @@ class Listener:
     def close(self) -> None:
         """Close the socket and remove its file, if it is still the one that we created."""
         self.sock.close()
-        if self.owned and self.path and self._identity and _identity(self.path) == self._identity:
+        if self.owned and self.path and self._identity:
             try:
-                self.path.unlink()
+                self._remove(self.path)
             except OSError as error:
                 # The next process to listen there replaces it.
                 log.warning("%s: cannot remove the socket's file: %s", self.path, error.strerror)
+
+    def _remove(self, path: Path) -> None:
+        """Raises OSError, also if it cannot be known whose file this is."""
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(path) == self._identity:
+                path.unlink()
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "an inherited socket"
@@ -144,11 +152,9 @@ def _set_access(place: Path, path: Path, mode: int | None, group: int | None) ->
         os.chmod(place, mode)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
+def _identity(path: Path) -> tuple[int, int]:
+    """Raises OSError."""
+    status = os.lstat(path)
     return status.st_dev, status.st_ino
 
 
