@@ -27,7 +27,7 @@ from ringplane.cli.serve import serve as serve_command
 from ringplane.control import sandbox
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.frontend import FrontEnd
-from ringplane.engines.uring import OPERATIONS, Uring, prepare_flush, reap, wait
+from ringplane.engines.uring import OPERATIONS, Uring, prepare_flush, wait
 from ringplane.native import io_uring
 from ringplane.native.io_uring import SQE_SIZE
 from ringplane.options.values import User, parse_user
@@ -377,11 +377,10 @@ def test_an_io_uring_ring_does_only_io(operation: int) -> None:
     engine = Uring(4)
     try:
         engine.attach_thread()
-        prepare_flush(engine._engine[0], 1, 0)
+        prepare_flush(engine.address, 1, 0)
         (ctypes.c_uint8 * SQE_SIZE).from_address(engine._sqes)[0] = operation
         while not engine._engine["completed"][0]:
-            wait(engine._engine[0], -1, 1)
-        reap(engine._engine[0])
+            wait(engine.address, -1, 1)
         assert engine._completions["result"][0] == -errno.EACCES
         with pytest.raises(PermissionError):
             # IORING_REGISTER_PERSONALITY

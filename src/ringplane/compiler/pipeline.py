@@ -3,27 +3,30 @@
 By default Numba compiles each function like a program: it optimises it together with all that it calls, makes machine
 code and two wrappers, saves them, and does all of this again in each caller. For the 150 functions behind `run` this
 took 17 s of CPU time, 10 of them in LLVM. A part is only translated to LLVM's language, once for all arguments of the
-same types. A whole is a function that Python calls: only there the parts are linked and optimised: 6 s, 1.5 in LLVM.
+same types. A whole is a function that Python, or a unit (units.py) one that C calls: only there the texts of the parts
+are put together, parsed and optimised.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import numba
 
+from ringplane.compiler.lean import LeanCompiler, LeanTarget, LeanTyping, PartTarget
 from ringplane.compiler.numba_version import UnsupportedNumba
 
 try:
     from llvmlite import ir
-    from llvmlite.binding import Linkage
+    from llvmlite.binding import Linkage, parse_assembly
     from numba.core import types
-    from numba.core.codegen import JITCodeLibrary
-    from numba.core.compiler import Compiler
+    from numba.core.codegen import CodeLibrary, JITCodeLibrary
     from numba.core.compiler_machinery import register_pass
     from numba.core.datamodel.models import OpaqueModel
+    from numba.core.errors import TypingError
     from numba.core.lowering import Lower
     from numba.core.typed_passes import NativeLowering
     from numba.core.types.misc import unliteral
@@ -35,14 +38,28 @@ except ImportError as error:
 OPTIONS = {"error_model": "numpy", "no_rewrites": True}
 
 
+@functools.cache
+def _shared_module(codegen: Any) -> Any:
+    """All functions are translated here, so that one refers to another by name. It keeps their declarations."""
+    return codegen._create_empty_module("ringplane")
+
+
 class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
     """The code of one function after its translation."""
 
     # Numba sets a function's environment in its machine code. There is none, and these functions need no environment.
     codegen = SimpleNamespace(set_env=lambda name, environment: None)
 
-    def _optimize_functions(self, module: Any) -> None:
-        pass
+    def __init__(self, codegen: Any) -> None:
+        CodeLibrary.__init__(self, codegen, "part")
+        self._linking_libraries: list[Any] = []
+        self.texts: dict[str, str] = {}
+
+    def create_ir_module(self, name: str) -> Any:
+        return _shared_module(self._codegen)
+
+    def add_ir_module(self, ir_module: Any) -> None:
+        _take_functions(ir_module, self.texts)
 
     def finalize(self) -> None:
         self._finalized = True
@@ -51,26 +68,67 @@ class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
         return 0
 
 
+def _take_functions(module: Any, texts: dict[str, str]) -> None:
+    """Move the function that was just translated out of the module; its declaration stays."""
+    for function in module.functions:
+        if function.blocks:
+            texts[function.name] = str(function)
+            function.blocks.clear()
+
+
 class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """The code of a function that Python calls, with all its parts."""
+    """The code of a function that Python or C calls, with all its parts."""
 
     def __init__(self, codegen: Any, name: str) -> None:
         super().__init__(codegen, name)
         self.enable_object_caching()
+        self.texts: dict[str, str] = {}
+
+    def create_ir_module(self, name: str) -> Any:
+        return _shared_module(self._codegen)
+
+    def add_ir_module(self, ir_module: Any) -> None:
+        if ir_module is _shared_module(self._codegen):
+            _take_functions(ir_module, self.texts)
+        else:
+            super().add_ir_module(ir_module)
+
+    def _optimize_functions(self, module: Any) -> None:
+        """All is optimised at once, at the end."""
 
     def finalize(self) -> None:
         found: dict[Any, None] = {}
         _find_all(self._linking_libraries, found)
-        self._linking_libraries: list[Any] = list(found)
+        parts = [library for library in found if isinstance(library, _PartLibrary)]
+        self._linking_libraries: list[Any] = [library for library in found if not isinstance(library, _PartLibrary)]
+        texts = functools.reduce(dict.__or__, (part.texts for part in parts), self.texts)
+        self._final_module.link_in(parse_assembly(_join(_shared_module(self._codegen), texts)))
         super().finalize()
 
     def _optimize_final_module(self) -> None:
         # Nothing else calls these functions, so LLVM may inline those with one caller whatever their size, and drop
         # checks of constant results. That makes the code a third smaller.
         for function in self._final_module.functions:
-            if function.linkage == Linkage.linkonce_odr:
+            if not function.is_declaration and not self._is_called_from_outside(function.name):
                 function.linkage = Linkage.internal
         super()._optimize_final_module()
+
+    def _is_called_from_outside(self, name: str) -> bool:
+        """Numba's wrapper for Python, or ours for C."""
+        return name.startswith(("_ZN7cpython", "cfunc."))
+
+
+def _join(module: Any, texts: dict[str, str]) -> str:
+    """LLVM's text of a module with these functions, and the declarations and metadata of `module`."""
+    return "\n".join(
+        [
+            f'target triple = "{module.triple}"',
+            f'target datalayout = "{module.data_layout}"',
+            *(str(value) for name, value in module.globals.items() if name not in texts),
+            *texts.values(),
+            *module._get_metadata_lines(),
+        ]
+    )
 
 
 def _find_all(libraries: Iterable[Any], found: dict[Any, None]) -> None:
@@ -82,20 +140,30 @@ def _find_all(libraries: Iterable[Any], found: dict[Any, None]) -> None:
                 _find_all(library._linking_libraries, found)
 
 
-class _PartCompiler(Compiler):  # type: ignore[misc]
-    def __init__(self, typing: Any, target: Any, library: None, *rest: Any) -> None:
-        super().__init__(typing, target, _PartLibrary(target.codegen(), "part"), *rest)
+@functools.cache
+def _lean_contexts(typing: Any, target: Any) -> tuple[Any, Any, Any]:
+    """The contexts for typing, for parts, and for wholes. They keep what they found out, for the next function."""
+    lean = LeanTyping(typing)
+    return lean, PartTarget(target, lean), LeanTarget(target, lean)
 
 
-class _WholeCompiler(Compiler):  # type: ignore[misc]
+class _PartCompiler(LeanCompiler):
     def __init__(self, typing: Any, target: Any, library: None, *rest: Any) -> None:
-        super().__init__(typing, target, _WholeLibrary(target.codegen(), "whole"), *rest)
+        lean, part_target, _ = _lean_contexts(typing, target)
+        super().__init__(lean, part_target, _PartLibrary(target.codegen()), *rest)
+
+
+class _WholeCompiler(LeanCompiler):
+    def __init__(self, typing: Any, target: Any, library: None, *rest: Any) -> None:
+        target.refresh()
+        lean, _, whole_target = _lean_contexts(typing, target)
+        super().__init__(lean, whole_target, _WholeLibrary(target.codegen(), "whole"), *rest)
 
 
 class _UnitLower(Lower):  # type: ignore[misc]
     def create_cfunc_wrapper(self) -> None:
         """Like Numba's, but what it calls never raises: without a check that would take the GIL, it can be inlined."""
-        module = self.context.create_module("unit")
+        module = self.library.create_ir_module("unit")
         values = [self.context.get_value_type(each) for each in (self.fndesc.restype, *self.fndesc.argtypes)]
         wrapper = ir.Function(module, ir.FunctionType(values[0], values[1:]), self.fndesc.llvm_cfunc_wrapper_name)
         builder = ir.IRBuilder(wrapper.append_basic_block("entry"))
@@ -113,21 +181,8 @@ class _UnitLowering(NativeLowering):  # type: ignore[misc]
     lowering_class = _UnitLower
 
 
-class _UnitLibrary(_WholeLibrary):
-    """The code of a unit: only its wrapper can be called."""
-
-    def _optimize_final_module(self) -> None:
-        for function in self._final_module.functions:
-            if not function.is_declaration and not function.name.startswith("cfunc."):
-                function.linkage = Linkage.internal
-        super()._optimize_final_module()
-
-
-class UnitCompiler(Compiler):  # type: ignore[misc]
+class UnitCompiler(_WholeCompiler):
     """Compiles a whole that C, and compiled code, can call by address."""
-
-    def __init__(self, typing: Any, target: Any, library: None, *rest: Any) -> None:
-        super().__init__(typing, target, _UnitLibrary(target.codegen(), "unit"), *rest)
 
     def define_pipelines(self) -> list[Any]:
         (passes,) = super().define_pipelines()
@@ -144,17 +199,22 @@ class PartType(types.Dispatcher):
     """
 
     def get_call_type(self, context: Any, args: Any, kws: Any) -> Any:
-        return super().get_call_type(context, tuple(unliteral(each) for each in args), kws)
+        if not isinstance(context, LeanTyping):
+            raise TypingError("only functions that are decorated with @compiled or @unit can call this one")
+        args = tuple(unliteral(each) for each in args)
+        if kws:
+            return super().get_call_type(context, args, kws)
+        dispatcher: Any = self.dispatcher
+        if args not in dispatcher.overloads:
+            dispatcher.compile(args)
+        return dispatcher.overloads[args].signature
 
 
 register_model(PartType)(OpaqueModel)
 
 
 def part(function: Callable[..., Any]) -> Any:
-    """The dispatcher of a function that only compiled code calls.
-
-    The caller is a whole. Code compiled by Numba's own pipeline can call only parts that call no other parts.
-    """
+    """The dispatcher of a function that only compiled code calls: a whole, a unit or another part."""
     return numba.njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 

@@ -15,6 +15,7 @@ LLVM cannot optimise across it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -34,14 +35,15 @@ INT64 = ir.IntType(64)
 
 
 class Unit:
-    """A function that compiled code calls by its address; Python calls it uncompiled."""
+    """A function that compiled code calls by its address; Python can call it too, without the GIL."""
 
     def __init__(self, function: Callable[..., int]) -> None:
         functools.update_wrapper(self, function)
         self._compiled: Any = None
 
     def __call__(self, *args: int) -> int:
-        return int(self.__wrapped__(*args))  # type: ignore[attr-defined]
+        function = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(args))(self.address())
+        return int(function(*args))
 
     def address(self) -> int:
         """Compile the unit, or load it from the cache; the address stays valid until the process ends.

@@ -141,7 +141,7 @@ def find_sleep(worker, engine):
     if worker.unnotified:
         return coalesce(worker)
     if engine.prepared > 0:
-        if not engine.submits_in_wait or is_polling(worker):
+        if engine.submit or is_polling(worker):
             return 0
     elif is_polling(worker) and poll(worker, engine):
         return 0

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
-from ringplane.engines.common import AIO, COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, complete
+from ringplane.compiler.units import unit
+from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, addresses, complete
 from ringplane.guest_memory.regions import Mapping
 from ringplane.native import aio_abi, epoll
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
@@ -70,14 +71,15 @@ AIO_ENGINE = np.dtype(
 TOKEN_COMPLETIONS = 0
 
 
-@compiled
-def wait(engine, timeout_ns):
+@unit
+def wait(address, timeout_ns, wanted):
     """Sleep in epoll_wait(2) until something happens or the time is over (-1: without limit).
 
     Returns how many tokens it put at `engine.tokens`.
     Fds are watched edge-triggered, so they need not be read: each write to an eventfd is a new edge, whether it was
     read before or not. An eventfd that is never read overflows after 2^64 writes.
     """
+    engine = view(address, AIO_ENGINE)
     if timeout_ns > 0 and engine.limit:
         limit = view(engine.limit, TIMESPEC)
         limit.tv_sec, limit.tv_nsec = timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000
@@ -110,9 +112,10 @@ def _prepare(engine, slot, opcode, fd, buffer, size, offset, flags):
     engine.prepared += 1
 
 
-@compiled
-def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
+@unit
+def prepare_io(address, slot, operation, fd, iov, iov_count, offset, dsync):
     """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: the write ends when stable."""
+    engine = view(address, AIO_ENGINE)
     flags = RWF_DSYNC if dsync else 0
     if iov_count == 1:
         single = view(iov, IOVEC)
@@ -121,17 +124,20 @@ def prepare_io(engine, slot, operation, fd, iov, iov_count, offset, dsync):
     else:
         opcode = IOCB_CMD_PREADV if operation == READ else IOCB_CMD_PWRITEV
         _prepare(engine, slot, opcode, fd, iov, min(iov_count, IOV_MAX), offset, flags)
+    return 0
 
 
-@compiled
-def prepare_flush(engine, slot, fd):
+@unit
+def prepare_flush(address, slot, fd):
     """Queue an fdatasync(2), which the kernel runs on a kernel thread."""
-    _prepare(engine, slot, IOCB_CMD_FDSYNC, fd, 0, 0, 0, 0)
+    _prepare(view(address, AIO_ENGINE), slot, IOCB_CMD_FDSYNC, fd, 0, 0, 0, 0)
+    return 0
 
 
-@compiled
-def submit(engine):
+@unit
+def submit(address):
     """Submit the queued operations. Those that the kernel does not accept now stay queued, in order."""
+    engine = view(address, AIO_ENGINE)
     done = 0
     engine.stuck = 0
     while done < engine.prepared:
@@ -151,18 +157,20 @@ def submit(engine):
     engine.prepared -= done
     for index in range(engine.prepared if done > 0 else 0):
         store64(engine.batch + 8 * index, load64(engine.batch + 8 * (done + index)))
+    return 0
 
 
-@compiled
-def has_events(engine):
-    """Whether `reap` would find something; the watched fds can only be checked with a system call."""
-    ring = engine.context
+@unit
+def has_events(address):
+    """Whether `collect` would find something; the watched fds can only be checked with a system call."""
+    ring = view(address, AIO_ENGINE).context
     return load32(ring + RING_HEAD) != load32_acquire(ring + RING_TAIL)
 
 
-@compiled
-def reap(engine):
-    """Collect completions into `engine.completions`; returns how many there are."""
+@unit
+def collect(address):
+    """Collect completions into `engine.completions`."""
+    engine = view(address, AIO_ENGINE)
     ring = engine.context
     size = load32(ring + RING_NR)
     events = ring + load32(ring + RING_HEADER_LENGTH)
@@ -177,9 +185,7 @@ def reap(engine):
             head = 0
     # Release: the events have been read before the kernel may overwrite them.
     store32_release(ring + RING_HEAD, head)
-    count = engine.completed
-    engine.completed = 0
-    return count
+    return 0
 
 
 class Aio:
@@ -204,7 +210,14 @@ class Aio:
         self._engine: npt.NDArray[np.void] = np.zeros(1, AIO_ENGINE)
         self.address = int(self._engine.ctypes.data)
         for name, value in {
-            "kind": AIO,
+            **addresses(
+                prepare_io=prepare_io,
+                prepare_flush=prepare_flush,
+                submit=submit,
+                wait=wait,
+                has_events=has_events,
+                collect=collect,
+            ),
             "capacity": capacity,
             "merges": 1,
             "completions": self._completions.ctypes.data,

@@ -8,30 +8,33 @@ from collections.abc import Mapping
 import numpy as np
 
 from ringplane.compiler.jit import compiled
+from ringplane.compiler.units import Unit
 from ringplane.native.access import view
 
 # The operations of `prepare_io`; block/io.py has those that engines do not know.
 READ, WRITE = 0, 1
 
-# The kind of an engine's struct.
-AIO, IO_URING = 0, 1
-
 # `wait` reports the token of each watched fd that became readable, at most this many per call.
 MAX_TOKENS = 64
 
-# kind: AIO or IO_URING; capacity: the number of slots; prepared: operations queued and not yet accepted by the kernel;
-# stuck: the kernel did not accept all of them, so a retry makes sense only after a completion or some time;
-# submits_in_wait: `wait` submits what is prepared with the system call that it makes anyway; merges: one large I/O with
-# many buffers costs less than several small ones; completed: how many operations have ended and were not yet reaped;
-# completions, tokens: addresses of COMPLETION structs, the first `completed` of them filled, and of MAX_TOKENS int64.
+# prepare_io, prepare_flush, submit, wait, has_events, collect: addresses of units (see __init__.py), 0 if the engine
+# needs none; capacity: the number of slots; prepared: operations queued and not yet accepted by the kernel;
+# stuck: the kernel did not accept all of them, so a retry makes sense only after a completion or some time; merges: one
+# large I/O with many buffers costs less than several small ones; completed: how many operations have ended and were not
+# yet reaped; completions, tokens: addresses of COMPLETION structs, the first `completed` of them filled, and of
+# MAX_TOKENS int64.
 ENGINE_FIELDS = [
     (name, "<i8")
     for name in (
-        "kind",
+        "prepare_io",
+        "prepare_flush",
+        "submit",
+        "wait",
+        "has_events",
+        "collect",
         "capacity",
         "prepared",
         "stuck",
-        "submits_in_wait",
         "merges",
         "completed",
         "completions",
@@ -56,6 +59,11 @@ class EngineUnavailable(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def addresses(**units: Unit) -> dict[str, int]:
+    """The values of the fields for an engine's units; compiles or loads them."""
+    return {name: each.address() for name, each in units.items()}
 
 
 @compiled

@@ -33,7 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled, load
-from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, IO_URING, MAX_TOKENS, READ, EngineUnavailable, complete
+from ringplane.compiler.units import unit
+from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, addresses, complete
 from ringplane.guest_memory.regions import Mapping
 from ringplane.native import io_uring
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
@@ -174,9 +175,10 @@ def _find_buffer(engine, base, length):
     return -1
 
 
-@compiled
-def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
+@unit
+def prepare_io(address, slot, operation, file, iov, iov_count, offset, dsync):
     """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: the write ends when stable."""
+    engine = view(address, URING_ENGINE)
     sqe = _next_sqe(engine)
     sqe.flags = file >> 32
     sqe.fd = file & NUMBER_MASK
@@ -197,11 +199,13 @@ def prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync):
         sqe.opcode = IORING_OP_READV if operation == READ else IORING_OP_WRITEV
         sqe.addr = iov
         sqe.len = min(iov_count, IOV_MAX)
+    return 0
 
 
-@compiled
-def prepare_flush(engine, slot, file):
+@unit
+def prepare_flush(address, slot, file):
     """Queue an fdatasync(2), which the kernel runs on a kernel thread."""
+    engine = view(address, URING_ENGINE)
     sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_FSYNC
     sqe.flags = file >> 32
@@ -210,6 +214,7 @@ def prepare_flush(engine, slot, file):
     sqe.len = 0
     sqe.op_flags = IORING_FSYNC_DATASYNC
     sqe.user_data = slot
+    return 0
 
 
 @compiled
@@ -237,12 +242,13 @@ def prepare_unwatch(engine, number):
     sqe.user_data = IGNORED_BIT
 
 
-@compiled
-def wait(engine, timeout_ns, wanted):
+@unit
+def wait(address, timeout_ns, wanted):
     """Submit what is prepared, and sleep until `wanted` events or until the time is over (-1: without limit).
 
     Returns how many tokens it put at `tokens`.
     """
+    engine = view(address, URING_ENGINE)
     store32_release(engine.sq_tail, engine.next_sqe)
     flags, argument, size = IORING_ENTER_GETEVENTS, 0, 0
     if timeout_ns > 0:
@@ -286,19 +292,12 @@ def _collect(engine):
     return tokens
 
 
-@compiled
-def has_events(engine):
+@unit
+def has_events(address):
     """Whether `wait` would find something without sleeping; work while the flag is stale is not detected."""
+    engine = view(address, URING_ENGINE)
     flags = load32(engine.sq_flags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW) & ~engine.stale
     return flags != 0 or load32(engine.cq_head) != load32_acquire(engine.cq_tail)
-
-
-@compiled
-def reap(engine):
-    """How many completions `wait` has put into `engine.completions`."""
-    count = engine.completed
-    engine.completed = 0
-    return count
 
 
 def _check_features(features: int) -> None:
@@ -382,9 +381,8 @@ class Uring:
         self._engine: npt.NDArray[np.void] = np.zeros(1, URING_ENGINE)
         self.address = int(self._engine.ctypes.data)
         for name, value in {
-            "kind": IO_URING,
+            **addresses(prepare_io=prepare_io, prepare_flush=prepare_flush, wait=wait, has_events=has_events),
             "capacity": capacity,
-            "submits_in_wait": 1,
             "merges": 1,
             "completions": self._completions.ctypes.data,
             "tokens": self._tokens.ctypes.data,

@@ -8,7 +8,6 @@ Python handler would run only after the copy, which would never end.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import heapq
 import signal
@@ -131,13 +130,12 @@ class _Guards:
     """The handler and its table: installed with the first guard, until the process ends."""
 
     def __init__(self) -> None:
-        handler = _on_sigbus.address()
         self._table: npt.NDArray[np.void] = np.zeros(1, TABLE)
         self._table["one"] = 1
         # Free numbers below `used`: the lowest is reused first, because the handler scans all up to `used`.
         self._free: list[int] = []
-        ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(handler)(0, int(self._table.ctypes.data), 0)
-        libc.sigaction(signal.SIGBUS, handler, SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
+        _on_sigbus(0, int(self._table.ctypes.data), 0)
+        libc.sigaction(signal.SIGBUS, _on_sigbus.address(), SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
 
     def add(self, start: int, size: int, page: int, lost: int, alarm_fd: int) -> int:
         used = int(self._table["used"][0])
