@@ -277,6 +277,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "Error: none.py: No such file or directory\n")
 
 
+def test_an_installed_package_is_checked_without_those_beside_it(tmp_path: Path) -> None:
+    """In site-packages, Numba's modules lie beside ours, and define their names in ways that are not followed."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "numba").mkdir()
+    for name in ("__init__.py", "extending.py"):
+        (tmp_path / "numba" / name).write_text("from numba.core import *\n")
+    assert check([tmp_path / PACKAGE.name]) == []
+
+
 # The same in a copy of the real sources, where one place in a few of each kind is changed.
 
 

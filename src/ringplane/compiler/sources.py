@@ -242,15 +242,17 @@ class Sources:
 
     def __init__(self) -> None:
         self._found: dict[str, Source | None] = {}
-        self._roots: list[Path] = []
+        # Folders that contain a package, and its name; without a name: a folder of modules outside any package.
+        self._roots: list[tuple[Path, str]] = []
 
     def add(self, path: Path) -> Source:
         """The module of this file, in the package whose folder it lies in. Raises OSError or SyntaxError."""
         path = path.resolve()
         root = next(each for each in path.parents if not (each / "__init__.py").exists())
-        if root not in self._roots:
-            self._roots.append(root)
         parts = path.relative_to(root).with_suffix("").parts
+        place = (root, parts[0] if len(parts) > 1 else "")
+        if place not in self._roots:
+            self._roots.append(place)
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found = self._found.get(module)
         if found is None or found.path != path:
@@ -259,7 +261,7 @@ class Sources:
 
     def package(self) -> Path:
         """The folder of ringplane: one that was added, else this one."""
-        added = [root / PACKAGE.name for root in self._roots if (root / PACKAGE.name).is_dir()]
+        added = [root / PACKAGE.name for root, _ in self._roots if (root / PACKAGE.name).is_dir()]
         return added[0] if added else PACKAGE
 
     def find(self, module: str) -> Source | None:
@@ -270,8 +272,12 @@ class Sources:
 
     def _search(self, module: str) -> Source | None:
         relative = Path(*module.split("."))
-        for root in (*self._roots, PACKAGE.parent):
-            for path in (root / relative.with_suffix(".py"), root / relative / "__init__.py"):
-                if path.is_file():
-                    return Source(self, module, path)
+        for root, package in (*self._roots, (PACKAGE.parent, PACKAGE.name)):
+            # An installed package has all others beside it, and Numba is among them.
+            if package == relative.parts[0]:
+                paths = [root / relative.with_suffix(".py"), root / relative / "__init__.py"]
+            else:
+                paths = [] if package else [root / f"{module}.py"]
+            for path in filter(Path.is_file, paths):
+                return Source(self, module, path)
         return None
