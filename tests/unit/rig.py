@@ -29,7 +29,8 @@ from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.stack import LayerPart, Stack
 from ringplane.dataplane.loop import TURN, serve_ready
-from ringplane.dataplane.queue import Device, Queue, RingLayout
+from ringplane.dataplane.queue import NO_TYPES, Device, Queue, RingLayout
+from ringplane.dataplane.request_types import RequestTypes
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
@@ -629,6 +630,7 @@ def make(
     poll_us: int | None = POLL_US,
     pin_memory: bool = False,
     layers: Sequence[LayerPart] = (),
+    request_types: RequestTypes = NO_TYPES,
 ) -> Rig:
     """A rig with a new image of this content, a sparse one of so many bytes, or an existing one (None)."""
     if isinstance(content, int):
@@ -637,7 +639,7 @@ def make(
     elif content is not None:
         path.write_bytes(content)
     image = Image(path, read_only=read_only, direct=direct, block_size=block_size)
-    device = Device(image.size, read_only=read_only, block_size=block_size, serial=serial)
+    device = Device(image.size, read_only=read_only, block_size=block_size, serial=serial, request_types=request_types)
     source = MemorySource(image) if engine == MEMORY else FileSource(image)
     made = [Worker(f"io-{number}", slots, engine, poll_us, pin_memory) for number in range(workers)]
     rig = Rig(path, image, device, source, Guest(guest_size), made, layers)

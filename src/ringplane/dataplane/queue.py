@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.block.stack import Stack
-from ringplane.compiler.units import Unit
 from ringplane.dataplane.failures import Failures
+from ringplane.dataplane.request_types import RequestTypes
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES
 from ringplane.guest_memory import regions
 from ringplane.guest_memory.regions import BadMemory, MemoryTable
@@ -21,6 +20,8 @@ from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
 from ringplane.virtio.split import DESC_SIZE, INDEX_MASK
+
+NO_TYPES: RequestTypes = {}
 
 
 class Device:
@@ -35,12 +36,12 @@ class Device:
         serial: str,
         name: str = "disk",
         lifetime: bytes = b"",
-        request_types: Mapping[int, tuple[Unit, Unit | None]] | None = None,
+        request_types: RequestTypes = NO_TYPES,
     ) -> None:
         """`size` and `block_size` in bytes.
 
         `name` is the name in log lines, `lifetime` the reply to GET_LIFETIME (empty: unsupported), `request_types` the
-        units that begin and end requests of types that only some disks have, by number (state.py).
+        types that are not in requests.py.
         """
         self.name = name
         self.failures = Failures(name)

@@ -14,7 +14,8 @@ from ringplane.block.io import (
     ZONE_RESET_ALL,
 )
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import Unit, unit
+from ringplane.compiler.units import unit
+from ringplane.dataplane.request_types import RequestTypes
 from ringplane.dataplane.requests import check_io, prepare_write, writable_buffers
 from ringplane.dataplane.state import DEVICE, PENDING, QUEUE, REQUEST, REQUEST_SECTOR
 from ringplane.native.access import view
@@ -128,8 +129,7 @@ def operation_of(number):
     return ZONE_RESET if number == VIRTIO_BLK_T_ZONE_RESET else ZONE_RESET_ALL
 
 
-# By number: the units that begin and end requests of this type.
-TYPES: dict[int, tuple[Unit, Unit | None]] = {
+TYPES: RequestTypes = {
     VIRTIO_BLK_T_OUT: (begin_write, None),
     VIRTIO_BLK_T_ZONE_APPEND: (begin_append, end_append),
     VIRTIO_BLK_T_ZONE_REPORT: (begin_report, None),

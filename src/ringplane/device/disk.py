@@ -20,6 +20,7 @@ from ringplane.block.storage_limits import Limits, limits
 from ringplane.block.zonefile import ZoneFile
 from ringplane.dataplane import zone_requests
 from ringplane.dataplane.queue import Device, Queue
+from ringplane.dataplane.request_types import EVERY_DISK
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
 from ringplane.options.engines import AUTO
@@ -101,7 +102,7 @@ class Disk:
             serial=self.serial,
             name=self.name,
             lifetime=_lifetime(found),
-            request_types=zone_requests.TYPES if zones else None,
+            request_types={**EVERY_DISK, **(zone_requests.TYPES if zones else {})},
         )
         self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
         stacks = {worker: Stack(self.source.part(), self._layers(worker)) for worker in dict.fromkeys(self.workers)}
