@@ -30,7 +30,7 @@ from ringplane.block.sources.memory import MemorySource
 from ringplane.block.stack import LayerPart, Stack
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import NO_TYPES, Device, Queue, RingLayout
-from ringplane.dataplane.request_types import RequestTypes
+from ringplane.dataplane.state import RequestTypes
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from ringplane.block.stack import Stack
 from ringplane.dataplane.failures import Failures
-from ringplane.dataplane.request_types import RequestTypes
-from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES
+from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES, RequestTypes
 from ringplane.guest_memory import regions
 from ringplane.guest_memory.regions import BadMemory, MemoryTable
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking

@@ -6,8 +6,11 @@ that own the arrays keep them alive. Unless a comment says otherwise, only the w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from ringplane.compiler.units import Unit
 from ringplane.dataplane.histogram import BUCKETS
 from ringplane.native.structs import struct
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
@@ -35,6 +38,8 @@ REQUEST_TYPE = struct("begin", "end")
 REQUEST_TYPE_SIZE = REQUEST_TYPE.itemsize
 # The length of the table: types from this number on are unsupported.
 REQUEST_TYPES = 64
+# By the number in the header: `begin` and `end`.
+RequestTypes = Mapping[int, tuple[Unit, Unit | None]]
 
 # A virtqueue of a device, served by one worker.
 QUEUE = struct(

@@ -15,9 +15,8 @@ from ringplane.block.io import (
 )
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
-from ringplane.dataplane.request_types import RequestTypes
 from ringplane.dataplane.requests import check_io, prepare_write, writable_buffers
-from ringplane.dataplane.state import DEVICE, PENDING, QUEUE, REQUEST, REQUEST_SECTOR
+from ringplane.dataplane.state import DEVICE, PENDING, QUEUE, REQUEST, REQUEST_SECTOR, RequestTypes
 from ringplane.native.access import view
 from ringplane.virtio.blk import (
     SECTOR,
