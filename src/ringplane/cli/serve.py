@@ -303,8 +303,12 @@ def start_disk(
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     """A function that gives up rights as these options require; raises SandboxError if --sandbox is impossible."""
+    from ringplane.compiler.interpreted import INTERPRETED
     from ringplane.control import sandbox as box
 
+    if INTERPRETED and sandbox is None:
+        # A debugger opens files.
+        sandbox = False
     missing = box.missing() if sandbox is not False else []
     if sandbox and missing:
         raise box.SandboxError(f"--sandbox needs {' and '.join(missing)}, which this system does not have")

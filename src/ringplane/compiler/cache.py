@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numba
 
+from ringplane.compiler.interpreted import INTERPRETED
+
 PACKAGE = Path(__file__).resolve().parent.parent
 KEPT_VERSIONS = 4
 TEMPORARY = "ringplane-cache-"
@@ -66,8 +68,10 @@ def find_cache() -> Cache:
     """The cache in `$RINGPLANE_CACHE_DIR`, else in `$XDG_CACHE_HOME/ringplane`, else in `~/.cache/ringplane`.
 
     If that is unusable (a service without a home, a read-only system), it is a temporary folder for this process, or
-    there is none.
+    there is none. The interpreted mode has none.
     """
+    if INTERPRETED:
+        return Cache(None)
     chosen = os.environ.get(VARIABLE)
     base = Path(chosen) if chosen else _default_base()
     obstacle = _obstacle(base) if base else "no home folder is known"

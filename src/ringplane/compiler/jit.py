@@ -13,6 +13,7 @@ import numba
 from ringplane.compiler import numba_version
 from ringplane.compiler.bad_code import bad_code
 from ringplane.compiler.cache import cache_directory
+from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.pipeline import PartType, part, whole
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -71,7 +72,7 @@ def compiled(function: Function) -> Function:
 
     Division by zero gives NumPy's result instead of an exception, so no path out of compiled code needs the GIL.
     """
-    return _Compiled(function)  # type: ignore[return-value]
+    return function if INTERPRETED else _Compiled(function)  # type: ignore[return-value]
 
 
 def load(function: Callable[..., Any], *args: Any) -> None:
@@ -79,6 +80,8 @@ def load(function: Callable[..., Any], *args: Any) -> None:
 
     Raises BadCode.
     """
+    if INTERPRETED:
+        return
     dispatcher: Any = function.whole() if isinstance(function, _Compiled) else function
     with bad_code():
         dispatcher.compile(tuple(map(numba.typeof, args)))
@@ -100,4 +103,5 @@ def _works() -> bool:
     return bool(whole(tried.__wrapped__, cache=False)(40) == 42)
 
 
-numba_version.check(_works)
+if not INTERPRETED:
+    numba_version.check(_works)

@@ -15,7 +15,6 @@ LLVM cannot optimise across it.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +24,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.core.types.containers import StarArgTuple
-from numba.extending import intrinsic
 
+from ringplane.compiler import interpreted
 from ringplane.compiler.bad_code import bad_code
+from ringplane.compiler.interpreted import INTERPRETED, intrinsic
 from ringplane.compiler.jit import making
 from ringplane.compiler.pipeline import OPTIONS, UnitCompiler
 
@@ -42,14 +42,15 @@ class Unit:
         self._compiled: Any = None
 
     def __call__(self, *args: int) -> int:
-        function = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(args))(self.address())
-        return int(function(*args))
+        return interpreted.call(self.address(), *args)
 
     def address(self) -> int:
         """Compile the unit, or load it from the cache; the address stays valid until the process ends.
 
         Raises BadCode.
         """
+        if INTERPRETED:
+            return interpreted.address_of_unit(self.__wrapped__)  # type: ignore[attr-defined]
         return int((self._compiled or self._compile()).address)
 
     def _compile(self) -> Any:
@@ -68,7 +69,7 @@ def unit(function: Callable[..., int]) -> Unit:
     return Unit(function)
 
 
-@intrinsic
+@intrinsic(python=interpreted.call)
 def call(typingctx: Any, address: Any, *args: Any) -> Any:
     """The result of the unit (or C function of int64 arguments) at `address`, called with `args`."""
     if not all(isinstance(each, (types.Integer, types.Boolean)) for each in (address, *args)):

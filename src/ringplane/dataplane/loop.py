@@ -262,6 +262,12 @@ def mark_ready(worker, queue):
 
 
 @compiled
+def mark_ready_at(worker_address, queue_address):
+    """`mark_ready` for Python."""
+    mark_ready(view(worker_address, WORKER), view(queue_address, QUEUE))
+
+
+@compiled
 def serve_ready(worker, channel):
     """Fetch from each queue that was kicked or had chains left; those that still have some go to the end of the list.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from ringplane.dataplane import ring_rules
-from ringplane.dataplane.loop import mark_ready
+from ringplane.dataplane.loop import mark_ready_at
 from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.place_ring import place_ring, prepare_ring
 from ringplane.dataplane.queue import NO_MEMORY, Queue, RingLayout
@@ -123,7 +123,7 @@ class ServedRings:
         for queue in self:
             queue.record["ready"] = queue.record["quiet"] = 0
             if queue.running:
-                mark_ready(record, queue.record)
+                mark_ready_at(self._state.address, queue.address)
 
     def follow_up(self) -> None:
         """Act on what a run of the loop has left behind: broken rings, drained rings, memory that nobody needs."""

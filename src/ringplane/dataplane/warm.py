@@ -11,6 +11,7 @@ from ringplane.block.sources import memory, null
 from ringplane.block.stack import Stack
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import find_cache, forget_old_versions, is_cached
+from ringplane.compiler.interpreted import INTERPRETED, VARIABLE, load_intrinsics
 from ringplane.dataplane import zone_requests
 from ringplane.dataplane.queue import Device, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
@@ -30,6 +31,10 @@ def warm_up(signals: Signals = NONE) -> None:
 
     That compilation cannot be interrupted, because an exception must not be raised in the middle of it.
     """
+    if INTERPRETED:
+        log.warning("the data plane is interpreted, because %s is set: it is slow, and not confined", VARIABLE)
+        load_intrinsics()
+        return
     if is_cached():
         return
     if why := find_cache().short_lived:

@@ -16,18 +16,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import numpy as np
-
 from ringplane.block.helper_threads import Helpers
 from ringplane.compiler.cache import DATA_PLANE, mark_cached
 from ringplane.compiler.jit import load
 from ringplane.dataplane.disk_reports import report_failures, report_sources
-from ringplane.dataplane.loop import mark_ready, run
+from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.served_rings import ServedRings
 from ringplane.dataplane.signaller import Signaller, signal
-from ringplane.dataplane.state import QUEUE, TOKEN_CONTROL, TOKEN_HELPERS
+from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose import make_engine
@@ -107,7 +105,7 @@ class Worker:
         """Compile or load all that the threads will call, so that they need no file for it after their start."""
         self._helpers.load()
         load(run, self.state.address)
-        load(mark_ready, self.state.record, np.zeros(1, QUEUE)[0])
+        load(mark_ready_at, 0, 0)
         load(signal, 0, 0, 0)
         mark_cached(DATA_PLANE)
         sigbus.install()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import DRIVER, is_cached, mark_cached
+from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.jit import load
 from ringplane.driver.generator import drive
 from ringplane.driver.ring import reap_at
@@ -12,7 +13,7 @@ from ringplane.system.signals import NONE, Signals
 
 def warm_up(signals: Signals = NONE) -> None:
     """Fill the cache if it is empty. Raises Interrupted."""
-    if not is_cached(DRIVER):
+    if not INTERPRETED and not is_cached(DRIVER):
         compile_apart(__name__, signals)
 
 

@@ -231,9 +231,15 @@ def prepare_watch(engine, number):
 
 
 @compiled
-def prepare_unwatch(engine, number):
+def prepare_watch_at(address, number):
+    """`prepare_watch` for Python, with the address of the engine."""
+    prepare_watch(view(address, URING_ENGINE), number)
+
+
+@compiled
+def prepare_unwatch_at(address, number):
     """Queue the cancellation of a poll (POLL_REMOVE would fail if the fd becomes readable at the same moment)."""
-    sqe = _next_sqe(engine)
+    sqe = _next_sqe(view(address, URING_ENGINE))
     sqe.opcode = IORING_OP_ASYNC_CANCEL
     sqe.flags = 0
     sqe.fd = -1
@@ -347,7 +353,7 @@ class Uring:
             raise EngineUnavailable("io_uring", "io_uring_register(2) or mmap(2)", error, REMEDIES) from None
         self._make_state(capacity, fields)
         # Load it now: when `unwatch` is first called, the process may be confined and unable to load code.
-        load(prepare_unwatch, self._engine[0], 0)
+        load(prepare_unwatch_at, 0, 0)
 
     def _restrict(self) -> None:
         rules = [(IORING_RESTRICTION_SQE_OP, operation) for operation in OPERATIONS]
@@ -485,13 +491,13 @@ class Uring:
             raise OSError(errno.ENOSPC, f"an I/O thread can watch at most {MAX_WATCHES} queues")
         number = int(free[0])
         self._watches[number] = (fd, token)
-        prepare_watch(self._engine[0], number)
+        prepare_watch_at(self.address, number)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching; a second call does nothing."""
         for number in np.flatnonzero(self._watches["fd"] == fd):
             self._watches["fd"][number] = -1
-            prepare_unwatch(self._engine[0], int(number))
+            prepare_unwatch_at(self.address, int(number))
 
     def close(self) -> None:
         """Close the ring, which cancels its polls; a second call does nothing."""

@@ -18,7 +18,9 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.core.errors import TypingError
-from numba.extending import intrinsic
+
+from ringplane.compiler import interpreted
+from ringplane.compiler.interpreted import intrinsic
 
 INT64 = ir.IntType(64)
 
@@ -137,7 +139,7 @@ def count_leading_zeros(typingctx: Any, value: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic
+@intrinsic(python=interpreted.view)
 def view(typingctx: Any, address: Any, dtype: Any) -> Any:
     """The struct of layout `dtype` (a NumPy structured dtype) at `address`, its fields read and written by name.
 
@@ -154,7 +156,7 @@ def view(typingctx: Any, address: Any, dtype: Any) -> Any:
     return record(types.int64, dtype), codegen
 
 
-@intrinsic
+@intrinsic(python=interpreted.address_of)
 def address_of(typingctx: Any, record: Any) -> Any:
     """The address of a struct obtained from `view`."""
     if not isinstance(record, types.Record):

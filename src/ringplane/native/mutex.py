@@ -6,8 +6,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from ringplane.compiler.interpreted import intrinsic
 from ringplane.native.access import INT64, external
 
 # pthread_mutex_t has 40 bytes on x86-64, 48 on aarch64; all zeros is an unlocked mutex (PTHREAD_MUTEX_INITIALIZER).

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from ringplane.compiler.interpreted import INTERPRETED, intrinsic
 from ringplane.compiler.units import unit
 from ringplane.native.access import INT64, external, load32, load64, store64, view
 from ringplane.native.syscalls import mmap_anonymous_page, write
@@ -134,8 +134,13 @@ class _Guards:
         self._table["one"] = 1
         # Free numbers below `used`: the lowest is reused first, because the handler scans all up to `used`.
         self._free: list[int] = []
-        _on_sigbus(0, int(self._table.ctypes.data), 0)
-        libc.sigaction(signal.SIGBUS, _on_sigbus.address(), SA_SIGINFO | SA_NODEFER, int(self._table.ctypes.data))
+        # A handler must be compiled. Interpreted, the signal ends the process.
+        if not INTERPRETED:
+            self._install(int(self._table.ctypes.data))
+
+    def _install(self, table: int) -> None:
+        _on_sigbus(0, table, 0)
+        libc.sigaction(signal.SIGBUS, _on_sigbus.address(), SA_SIGINFO | SA_NODEFER, table)
 
     def add(self, start: int, size: int, page: int, lost: int, alarm_fd: int) -> int:
         used = int(self._table["used"][0])

@@ -6,8 +6,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
+from ringplane.compiler.interpreted import intrinsic
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import INT64, external
 from ringplane.system.syscall_numbers import NUMBERS
