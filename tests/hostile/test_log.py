@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,12 +37,12 @@ PIPE_SIZE = 4096
 
 SERVE = "from ringplane.cli.serve import serve; serve()"
 # With a short period.
-SOON = f"from ringplane import repeats; repeats.PERIOD = 0.2; {SERVE}"
+SOON = f"from ringplane.log import repeats; repeats.PERIOD = 0.2; {SERVE}"
 # All lines are logged, so that they fill a pipe.
-WITHOUT_LIMIT = f"from ringplane import repeats; repeats.BURST = 1 << 40; {SERVE}"
+WITHOUT_LIMIT = f"from ringplane.log import repeats; repeats.BURST = 1 << 40; {SERVE}"
 
 # In addition, only 20 lines may be queued.
-SHORT_QUEUE = f"from ringplane import logs; logs.LIMIT = 20; {WITHOUT_LIMIT}"
+SHORT_QUEUE = f"from ringplane.log import logs; logs.LIMIT = 20; {WITHOUT_LIMIT}"
 
 
 class Running:
@@ -58,6 +57,7 @@ class Running:
 
     def is_ready(self) -> bool:
         """Whether it replies, even if it cannot print that it listens."""
+        assert self.process.poll() is None
         with contextlib.suppress(OSError), contextlib.closing(FrontEnd(self.folder / "b.sock", 60)) as front_end:
             return front_end.get_features() != 0
         return False
@@ -84,9 +84,8 @@ def running(command: str, output: int, errors: int, *options: str) -> Iterator[R
     with tempfile.TemporaryDirectory() as name:
         started = Running(Path(name), command, output, errors, *options)
         try:
-            while not started.is_ready():
-                assert started.process.poll() is None
-                time.sleep(0.02)
+            # A cold start compiles.
+            assert eventually(started.is_ready, 120), "it does not start"
             yield started
         finally:
             started.process.kill()

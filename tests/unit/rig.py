@@ -722,9 +722,9 @@ def listens(path: Path) -> bool:
     return path.exists() and any(fields[7:] in names and int(fields[3], 16) & 0x1_0000 for fields in sockets)
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether the condition becomes true within PATIENCE."""
-    end = time.monotonic() + PATIENCE
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+    """Whether the condition becomes true in time."""
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
