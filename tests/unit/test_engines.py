@@ -11,15 +11,22 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from ringplane.block.io import BLOCK_IO
+from ringplane.block.mapped_image import MappedImage, read_or_write
+from ringplane.block.ranges import RANGE, Backing, apply
 from ringplane.engines import aio, uring
 from ringplane.engines.aio import Aio
 from ringplane.engines.choose import WORKER_ENGINES, make_engine
-from ringplane.engines.common import EngineUnavailable
-from ringplane.engines.dispatch import has_events, wait
+from ringplane.engines.common import READ, WRITE, EngineUnavailable
+from ringplane.engines.dispatch import has_events, prepare_io, reap, submit, wait
 from ringplane.engines.uring import Uring
 from ringplane.native import aio_abi, io_uring
+from ringplane.native.structs import new
+from ringplane.native.uio import IOVEC
 from ringplane.options.engines import AUTO
 from ringplane.system import libc
 
@@ -203,3 +210,53 @@ def test_io_uring_is_the_first_choice() -> None:
     assert isinstance(engine, Uring)
     engine.close()
     engine.close()
+
+
+# No operation that an engine does not know is done as a write, or as another one.
+
+UNKNOWN = (-1, 2, 3, 99, 1 << 40)
+CONTENT = bytes(range(256)) * 2
+
+
+@pytest.fixture
+def image() -> Iterator[int]:
+    fd = os.memfd_create("image")
+    os.write(fd, CONTENT)
+    yield fd
+    assert os.pread(fd, 1024, 0) == CONTENT
+    os.close(fd)
+
+
+def iovec(buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    return np.array([(buffer.ctypes.data, buffer.size)], IOVEC)
+
+
+@pytest.mark.parametrize("operation", UNKNOWN)
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_engine_rejects_an_unknown_operation(engine: Aio | Uring, image: int, operation: int, count: int) -> None:
+    record, buffer = engine._engine[0], np.ones(512, np.uint8)
+    vector = iovec(buffer).repeat(count)
+    file = engine.add_file(image)
+    prepare_io(record, 5, operation, file, int(vector.ctypes.data), count, 0, 0)
+    submit(record)
+    wait(record, 0, 1)
+    assert reap(record) == 1
+    assert tuple(engine._completions[0]) == (5, -errno.EINVAL)
+    assert buffer.all()
+
+
+@pytest.mark.parametrize("operation", UNKNOWN)
+def test_a_mapped_image_rejects_an_unknown_operation(image: int, operation: int) -> None:
+    mapped, buffer = MappedImage(image, 512, read_only=False), np.ones(512, np.uint8)
+    vector = iovec(buffer)
+    result = read_or_write(mapped._record[0], operation, int(vector.ctypes.data), 1, 0, 512)
+    assert result == -errno.EINVAL
+    assert buffer.all()
+    mapped.close()
+
+
+@pytest.mark.parametrize("operation", [-1, READ, WRITE, 6, 99])
+def test_a_helper_rejects_an_unknown_operation_on_ranges(image: int, operation: int) -> None:
+    backing, io, piece = Backing(image), new(BLOCK_IO), np.array([(0, 512, 0)], RANGE)
+    io["operation"], io["ranges"], io["range_count"] = operation, piece.ctypes.data, 1
+    assert apply(backing.address, int(io.ctypes.data)) == -errno.EINVAL

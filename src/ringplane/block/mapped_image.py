@@ -17,12 +17,13 @@ import mmap
 import os
 import stat
 import weakref
+from errno import EINVAL
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
-from ringplane.engines.common import READ
+from ringplane.engines.common import READ, WRITE
 from ringplane.native import sigbus
 from ringplane.native.access import address_of, copy, load8, load64, prefetch, store8, view
 from ringplane.native.syscalls import preadv, pwritev
@@ -48,6 +49,8 @@ def prefetch_pages(image, offset):
 @compiled
 def read_or_write(image, operation, iov, iov_count, offset, size):
     """Read or write the `size` bytes of `iov_count` IOVEC structs; returns the number of bytes done or -errno."""
+    if not READ <= operation <= WRITE:
+        return -EINVAL
     if load64(address_of(image) + LOST) == 0 and is_present(image, offset, size):
         copy_all(operation, iov, iov_count, image.base + offset)
         # A fault of this copy, or of another thread's copy in the same page, was recorded before the copy ended.

@@ -24,14 +24,14 @@ import functools
 import mmap
 import os
 import stat
-from errno import EACCES, EINTR, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM
+from errno import EACCES, EINTR, EINVAL, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM
 from struct import unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.block import mapped_image
-from ringplane.block.io import BLOCK_IO, DISCARD, ZERO, ZEROS_IOV
+from ringplane.block.io import BLOCK_IO, DISCARD, SECURE_ERASE, ZERO, ZEROS_IOV
 from ringplane.block.mapped_image import MAPPED_IMAGE
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
@@ -139,7 +139,7 @@ def apply_one(backing, operation, piece, vector):
         return zero(backing, piece, vector)
     if operation == DISCARD:
         return discard(backing, piece)
-    return call_device(backing, BLKSECDISCARD, piece)
+    return call_device(backing, BLKSECDISCARD, piece) if operation == SECURE_ERASE else -EINVAL
 
 
 # Where the whole granules of a range begin and end. There are none if the end is not beyond the begin.

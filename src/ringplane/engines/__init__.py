@@ -6,7 +6,8 @@ A worker has one of the two kernel engines, `aio` or `io_uring`. Disks with an i
 An engine is a struct with the int64 fields of `common.ENGINE_FIELDS` at its start. Among them are the addresses of
 these units, whose first argument is the address of the struct:
 
-- `prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync)` queues a read or write;
+- `prepare_io(engine, slot, operation, file, iov, iov_count, offset, dsync)` queues a read or write; any other
+  operation completes with -EINVAL;
 - `prepare_flush(engine, slot, file)` queues an fdatasync(2);
 - `submit(engine)` submits all that is queued, with one system call if the kernel accepts it all; if it is 0, `wait`
   submits, with the system call that it makes anyway;

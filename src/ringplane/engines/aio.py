@@ -17,14 +17,23 @@ import errno
 import os
 import select
 from collections.abc import Collection
-from errno import EAGAIN, EINTR, ENOSYS
+from errno import EAGAIN, EINTR, EINVAL, ENOSYS
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
-from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, addresses, complete
+from ringplane.engines.common import (
+    COMPLETION,
+    ENGINE_FIELDS,
+    MAX_TOKENS,
+    READ,
+    WRITE,
+    EngineUnavailable,
+    addresses,
+    complete,
+)
 from ringplane.guest_memory.regions import Mapping
 from ringplane.native import aio_abi, epoll
 from ringplane.native.access import address_of, load32, load32_acquire, load64, store32_release, store64, view
@@ -115,6 +124,9 @@ def _prepare(engine, slot, opcode, fd, buffer, size, offset, flags):
 @unit
 def prepare_io(address, slot, operation, fd, iov, iov_count, offset, dsync):
     """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: the write ends when stable."""
+    if not READ <= operation <= WRITE:
+        complete(address, slot, -EINVAL)
+        return 0
     engine = view(address, AIO_ENGINE)
     flags = RWF_DSYNC if dsync else 0
     if iov_count == 1:

@@ -27,6 +27,7 @@ import os
 import resource
 import select
 from collections.abc import Collection
+from errno import EINVAL
 from select import POLLIN
 
 import numpy as np
@@ -34,7 +35,16 @@ import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled, load
 from ringplane.compiler.units import unit
-from ringplane.engines.common import COMPLETION, ENGINE_FIELDS, MAX_TOKENS, READ, EngineUnavailable, addresses, complete
+from ringplane.engines.common import (
+    COMPLETION,
+    ENGINE_FIELDS,
+    MAX_TOKENS,
+    READ,
+    WRITE,
+    EngineUnavailable,
+    addresses,
+    complete,
+)
 from ringplane.guest_memory.regions import Mapping
 from ringplane.native import io_uring
 from ringplane.native.access import address_of, load32, load32_acquire, store32_release, store64, view
@@ -178,6 +188,9 @@ def _find_buffer(engine, base, length):
 @unit
 def prepare_io(address, slot, operation, file, iov, iov_count, offset, dsync):
     """Queue a read or write of `iov_count` IOVEC structs at address `iov`; `dsync`: the write ends when stable."""
+    if not READ <= operation <= WRITE:
+        complete(address, slot, -EINVAL)
+        return 0
     engine = view(address, URING_ENGINE)
     sqe = _next_sqe(engine)
     sqe.flags = file >> 32
