@@ -17,8 +17,8 @@ from typing import TypeVar
 from ringplane.dataplane.queue import DirtyLog, RingLayout
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
-from ringplane.guest_memory.address_space import Quota
-from ringplane.guest_memory.regions import Alarm, BadMemory, Mapping, MemoryTable, Region
+from ringplane.guest_memory.address_space import BadMemory, Quota
+from ringplane.guest_memory.regions import Alarm, Mapping, MemoryTable, Region
 from ringplane.log.logs import DiskLog
 from ringplane.vhost_user import inflight_area, messages
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
