@@ -30,7 +30,7 @@ from ringplane.driver.frontend import FrontEnd
 from ringplane.engines.uring import OPERATIONS, Uring, prepare_flush, wait
 from ringplane.native import io_uring
 from ringplane.native.io_uring import SQE_SIZE
-from ringplane.options.values import User, parse_user
+from ringplane.options.users import User, parse_user
 from ringplane.system import landlock, seccomp
 from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ringplane.options.values import format_size
+from ringplane.options.sizes import format_size
 from ringplane.system.signals import Signals
 
 if TYPE_CHECKING:

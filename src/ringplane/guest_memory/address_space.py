@@ -14,7 +14,7 @@ from collections import deque
 from pathlib import Path
 
 from ringplane.native.sigbus import MAX_GUARDS
-from ringplane.options.values import format_size
+from ringplane.options.sizes import format_size
 from ringplane.system import libc
 
 # The default of Linux, used if /proc/sys cannot be read.
