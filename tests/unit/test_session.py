@@ -25,6 +25,7 @@ from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused, SharedMemory, Vring
 from ringplane.driver.load import Load, Result, run_load
 from ringplane.driver.ring import Ring, peek, poke
+from ringplane.driver.warm import warm_up
 from ringplane.guest_memory.regions import Mapping
 from ringplane.vhost_user.connection import encode_request
 from ringplane.vhost_user.messages import (
@@ -1324,16 +1325,25 @@ class Loaded:
             self.results.append(run_load(self.driver, self.load))
 
     def __enter__(self) -> Driver:
+        # Compiling is not part of the load.
+        warm_up()
         before = self.export.counters["read"].requests
         self.thread.start()
-        wait_until(lambda: self.export.counters["read"].requests > before)
+        try:
+            wait_until(lambda: self.export.counters["read"].requests > before)
+        except BaseException:
+            self._end()
+            raise
         return self.driver
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        failed = not self.thread.is_alive()
+    def _end(self) -> None:
         self.ending.set()
         self.thread.join()
         self.driver.close()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        failed = not self.thread.is_alive()
+        self._end()
         if kind is None:
             assert not failed, "the load has ended with an exception"
             assert [(each.errors, each.wrong_lengths) for each in self.results] == [(0, 0)] * len(self.results)

@@ -36,7 +36,7 @@ from ringplane.vhost_user import peers
 from ringplane.vhost_user.snapshot import Fd
 
 # Of the protocol, because the two processes may be of different releases.
-VERSION = 1
+VERSION = 2
 
 # Of a message: bytes of JSON, and number of fds. The fds come first, FDS_AT_A_TIME each (SCM_MAX_FD is 253).
 PREFIX = struct.Struct("<II")
