@@ -18,16 +18,16 @@ import pytest
 from ringplane.block.io import BLOCK_IO
 from ringplane.block.mapped_image import MappedImage, read_or_write
 from ringplane.block.ranges import RANGE, Backing, apply
-from ringplane.engines import aio, uring
+from ringplane.engines import uring
 from ringplane.engines.aio import Aio
 from ringplane.engines.choose import WORKER_ENGINES, make_engine
 from ringplane.engines.common import READ, WRITE, EngineUnavailable
 from ringplane.engines.dispatch import has_events, prepare_io, reap, submit, wait
 from ringplane.engines.uring import Uring
-from ringplane.native import aio_abi, io_uring
+from ringplane.native import aio_abi, epoll, io_uring
 from ringplane.native.structs import new
 from ringplane.native.uio import IOVEC
-from ringplane.options.engine_names import AUTO
+from ringplane.options.engines import AUTO
 from ringplane.system import libc
 
 from .rig import need_engine
@@ -89,7 +89,7 @@ def test_a_stale_taskrun_flag_is_ignored() -> None:
 def test_aio_sleeps_for_the_given_time_or_not_at_all(monkeypatch: pytest.MonkeyPatch, has_epoll_pwait2: bool) -> None:
     """Without epoll_pwait2(2) there are only milliseconds."""
     if not has_epoll_pwait2:
-        monkeypatch.setattr(aio, "_has_epoll_pwait2", lambda: False)
+        monkeypatch.setattr(epoll, "has_pwait2", lambda: False)
     engine = Aio(8)
     assert engine.fine_timeouts == has_epoll_pwait2
     begin = time.monotonic_ns()

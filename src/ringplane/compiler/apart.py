@@ -8,21 +8,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ringplane.compiler.bad_code import BadCode
 from ringplane.compiler.cache import VARIABLE, cache_directory
+from ringplane.compiler.side_by_side import BAD_CODE
 from ringplane.system.libc import end_with_parent
 from ringplane.system.signals import NONE, Signals, held_back
 
 log = logging.getLogger(__name__)
 
-# The exit status of a child process that has found a mistake in the code; its last line says which.
-BAD_CODE = 3
 
+def compile_apart(module: str, signals: Signals = NONE, arguments: Sequence[str] = ()) -> None:
+    """Run the module with these arguments; it fills the cache.
 
-def compile_apart(module: str, signals: Signals = NONE) -> None:
-    """Run the module, which fills the cache. Without a cache or a child process, this process compiles when needed.
+    Without a cache or a child process, this process compiles when needed.
 
     Raises BadCode if the code has mistakes, which this process would find again. Raises Interrupted; the child process
     has ended then.
@@ -35,7 +35,7 @@ def compile_apart(module: str, signals: Signals = NONE) -> None:
     if folder is None:
         return
     environment = {**os.environ, VARIABLE: str(folder.parent)}
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *arguments]
     try:
         # In its own process group, so that Ctrl-C signals only this process.
         with held_back():

@@ -106,7 +106,8 @@ def mark_cached(what: str) -> None:
         # The folder may belong to root.
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
-            _mark(folder, what).touch()
+            if not _mark(folder, what).exists():
+                _mark(folder, what).touch()
 
 
 def _mark(folder: Path, what: str) -> Path:

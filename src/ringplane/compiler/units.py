@@ -27,6 +27,7 @@ from numba.core.types.containers import StarArgTuple
 
 from ringplane.compiler import interpreted
 from ringplane.compiler.bad_code import bad_code
+from ringplane.compiler.cache import mark_cached
 from ringplane.compiler.interpreted import INTERPRETED, intrinsic
 from ringplane.compiler.jit import making
 from ringplane.compiler.pipeline import OPTIONS, UnitCompiler
@@ -34,12 +35,18 @@ from ringplane.compiler.pipeline import OPTIONS, UnitCompiler
 INT64 = ir.IntType(64)
 
 
+# All units of the modules that are imported, by name.
+known: dict[str, Unit] = {}
+
+
 class Unit:
     """A function that compiled code calls by its address; Python can call it too, without the GIL."""
 
     def __init__(self, function: Callable[..., int]) -> None:
         functools.update_wrapper(self, function)
+        self.name = f"{function.__module__}.{function.__qualname__}"
         self._compiled: Any = None
+        known[self.name] = self
 
     def __call__(self, *args: int) -> int:
         return interpreted.call(self.address(), *args)
@@ -61,6 +68,7 @@ class Unit:
                 decorate = numba.cfunc(signature, cache=cached, pipeline_class=UnitCompiler, **OPTIONS)
                 with bad_code():
                     self._compiled = decorate(function)
+                mark_cached(self.name)
             return self._compiled
 
 

@@ -1,47 +1,54 @@
-"""Compiling the data plane in advance, in a child process."""
+"""Compiling the data plane in advance, in child processes: what all disks need, and the units of this configuration."""
 
 from __future__ import annotations
 
 import logging
-import os
+import sys
+from collections.abc import Iterable
 
-from ringplane.block import ranges
-from ringplane.block.layers import zoned
-from ringplane.block.sources import memory, null
-from ringplane.block.stack import Stack
+import numpy as np
+
+# These have units.
+from ringplane.block import ranges  # noqa: F401
+from ringplane.block.helper_threads import run_helper
+from ringplane.block.layers import delay, zoned  # noqa: F401
+from ringplane.block.sources import memory, null  # noqa: F401
 from ringplane.compiler.apart import compile_apart, run_child
-from ringplane.compiler.cache import find_cache, forget_old_versions, is_cached
+from ringplane.compiler.cache import DATA_PLANE, find_cache, forget_old_versions, is_cached, mark_cached
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE, load_intrinsics
-from ringplane.dataplane import zone_requests
-from ringplane.dataplane.queue import Device, Queue, RingLayout
-from ringplane.dataplane.worker import Worker
-from ringplane.guest_memory.regions import MemoryTable, Region
+from ringplane.compiler.jit import load
+from ringplane.compiler.side_by_side import work_off
+from ringplane.compiler.units import Unit, known
+from ringplane.dataplane import zone_requests  # noqa: F401
+from ringplane.dataplane.loop import mark_ready, run
+from ringplane.dataplane.signaller import signal
+from ringplane.dataplane.state import QUEUE, WORKER
+from ringplane.engines import aio, uring  # noqa: F401
+from ringplane.native import sigbus
 from ringplane.system.libc import drop_code
 from ringplane.system.signals import NONE, Signals
-from ringplane.virtio.blk import SECTOR
 
 log = logging.getLogger(__name__)
 
-# The size of the disk and of the guest memory that are used to warm up.
-SIZE = 4096
 
+def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> None:
+    """Fill the cache with what is missing of the data plane and of these units (by default all); raises Interrupted.
 
-def warm_up(signals: Signals = NONE) -> None:
-    """Fill the cache if it is empty; raises Interrupted. If no child process can be started, the first worker compiles.
-
-    That compilation cannot be interrupted, because an exception must not be raised in the middle of it.
+    If no child process can be started, the first worker compiles. That compilation cannot be interrupted, because an
+    exception must not be raised in the middle of it.
     """
     if INTERPRETED:
         log.warning("the data plane is interpreted, because %s is set: it is slow, and not confined", VARIABLE)
         load_intrinsics()
         return
-    if is_cached():
+    missing = [each.name for each in (known.values() if units is None else units) if not is_cached(each.name)]
+    if is_cached() and not missing:
         return
     if why := find_cache().short_lived:
-        log.warning("compiling the data plane, which takes some 20 s of CPU time, at each start: %s", why)
+        log.warning("compiling the data plane, which takes some 10 s of CPU time, at each start: %s", why)
     else:
         log.info("compiling the data plane; only the first start after an installation does this ...")
-    compile_apart(__name__, signals)
+    compile_apart(__name__, signals, missing)
 
 
 def release_compiler() -> None:
@@ -49,29 +56,25 @@ def release_compiler() -> None:
     drop_code("libllvmlite.so")
 
 
-def load() -> None:
-    """Compile or load all that a worker needs, by running a worker with a small disk in memory."""
-    kick_fd = os.eventfd(0)
-    fd = os.memfd_create("warm-up")
-    os.ftruncate(fd, SIZE)
-    device = Device(SIZE, read_only=False, block_size=SECTOR, serial="", name="warm-up")
-    # Whether or not a disk needs them.
-    for each in (ranges.apply, memory.submit, null.submit, zoned.down, zoned.up, zoned.helped):
-        each.address()
-    for begin, end in zone_requests.TYPES.values():
-        begin.address()
-        if end:
-            end.address()
-    queue = Queue(device, 0, Stack(null.NullPart()))
-    layout = RingLayout(size=1, desc=0, avail=64, used=128, base=0, features=0, write_through=False)
-    worker = Worker("warm-up", slots=1)
-    worker.load()
-    worker.start()
-    worker.start_queue(queue, layout, MemoryTable([Region.map(0, 0, SIZE, 0, fd)]), kick_fd).result()
-    worker.stop_queue(queue).result()
-    worker.stop()
+def load_loop() -> None:
+    """Nearly all of the data plane."""
+    load(run, 0)
+
+
+def load_rest() -> None:
+    """What all workers call besides the loop."""
+    load(run_helper, *[0] * 4)
+    load(mark_ready, np.zeros(1, WORKER)[0], np.zeros(1, QUEUE)[0])
+    load(signal, 0, 0, 0)
+    sigbus.install()
+
+
+def compile_all(units: Iterable[Unit]) -> None:
+    """Compile these units and what all workers need."""
+    work_off([load_loop, load_rest, *(unit.address for unit in units)])
+    mark_cached(DATA_PLANE)
     forget_old_versions()
 
 
 if __name__ == "__main__":
-    run_child(load)
+    run_child(lambda: compile_all([known[name] for name in sys.argv[1:]]))

@@ -17,7 +17,7 @@ import errno
 import os
 import select
 from collections.abc import Collection
-from errno import EAGAIN, EINTR, EINVAL, ENOSYS
+from errno import EAGAIN, EINTR, EINVAL
 
 import numpy as np
 import numpy.typing as npt
@@ -204,6 +204,7 @@ class Aio:
     """Owns an AIO context, its eventfd and an epoll instance; `address` is the address of the AIO_ENGINE struct."""
 
     name = "aio"
+    units = (prepare_io, prepare_flush, submit, wait, has_events, collect)
     # Why this engine cannot do I/O; empty: it can.
     without_io = ""
 
@@ -218,18 +219,11 @@ class Aio:
         self._tokens = np.zeros(MAX_TOKENS, np.int64)
         self._events = np.zeros(MAX_TOKENS, EPOLL_EVENT)
         self._limit = np.zeros(1, TIMESPEC)
-        self.fine_timeouts = _has_epoll_pwait2()
+        self.fine_timeouts = epoll.has_pwait2()
         self._engine: npt.NDArray[np.void] = np.zeros(1, AIO_ENGINE)
         self.address = int(self._engine.ctypes.data)
         for name, value in {
-            **addresses(
-                prepare_io=prepare_io,
-                prepare_flush=prepare_flush,
-                submit=submit,
-                wait=wait,
-                has_events=has_events,
-                collect=collect,
-            ),
+            **addresses(self.units),
             "capacity": capacity,
             "merges": 1,
             "completions": self._completions.ctypes.data,
@@ -309,11 +303,6 @@ REMEDIES = {
     errno.EAGAIN: "the kernel has no room for {} more AIO requests; raise sysctl fs.aio-max-nr",
     errno.ENOMEM: "there is too little memory; raise the memory limit of the control group",
 }
-
-
-def _has_epoll_pwait2() -> bool:
-    """Since Linux 5.11; sandboxes may forbid it."""
-    return bool(epoll_pwait2(-1, 0, 1, 0) != -ENOSYS)
 
 
 def _io_setup(capacity: int) -> int:

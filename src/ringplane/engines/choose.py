@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 
+from ringplane.compiler.units import Unit
 from ringplane.engines.aio import Aio, Epoll
 from ringplane.engines.common import EngineUnavailable
 from ringplane.engines.uring import Uring
-from ringplane.options.engine_names import AIO, IO_URING
+from ringplane.options.engines import AIO, IO_URING
 
 log = logging.getLogger(__name__)
 
 Engine = Aio | Uring
 
 WORKER_ENGINES: dict[str, type[Aio] | type[Uring]] = {IO_URING: Uring, AIO: Aio}
+
+
+def units_of(name: str) -> tuple[Unit, ...]:
+    """The units of the engine that `make_engine` will probably choose; others are compiled when it has chosen."""
+    return WORKER_ENGINES[name].units if name in WORKER_ENGINES else Uring.units
 
 
 def make_engine(name: str, capacity: int) -> Engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -61,9 +61,9 @@ class EngineUnavailable(OSError):
         return str(self.strerror)
 
 
-def addresses(**units: Unit) -> dict[str, int]:
-    """The values of the fields for an engine's units; compiles or loads them."""
-    return {name: each.address() for name, each in units.items()}
+def addresses(units: Iterable[Unit]) -> dict[str, int]:
+    """The values of the fields for an engine's units, which have the names of the fields; compiles or loads them."""
+    return {each.name.rpartition(".")[2]: each.address() for each in units}
 
 
 @compiled

@@ -33,7 +33,7 @@ from select import POLLIN
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.compiler.jit import compiled, load
+from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.engines.common import (
     COMPLETION,
@@ -243,14 +243,15 @@ def prepare_watch(engine, number):
     sqe.user_data = WATCH_BIT | number
 
 
-@compiled
-def prepare_watch_at(address, number):
-    """`prepare_watch` for Python, with the address of the engine."""
+@unit
+def start_watch(address, number):
+    """See `prepare_watch`."""
     prepare_watch(view(address, URING_ENGINE), number)
+    return 0
 
 
-@compiled
-def prepare_unwatch_at(address, number):
+@unit
+def stop_watch(address, number):
     """Queue the cancellation of a poll (POLL_REMOVE would fail if the fd becomes readable at the same moment)."""
     sqe = _next_sqe(view(address, URING_ENGINE))
     sqe.opcode = IORING_OP_ASYNC_CANCEL
@@ -259,6 +260,7 @@ def prepare_unwatch_at(address, number):
     sqe.addr = WATCH_BIT | number
     sqe.len = 0
     sqe.user_data = IGNORED_BIT
+    return 0
 
 
 @unit
@@ -342,6 +344,7 @@ class Uring:
     """Owns an io_uring; `address` is the address of the URING_ENGINE struct."""
 
     name = "io_uring"
+    units = (prepare_io, prepare_flush, wait, has_events, start_watch, stop_watch)
     fine_timeouts = True
     without_io = ""
 
@@ -366,7 +369,7 @@ class Uring:
             raise EngineUnavailable("io_uring", "io_uring_register(2) or mmap(2)", error, REMEDIES) from None
         self._make_state(capacity, fields)
         # Load it now: when `unwatch` is first called, the process may be confined and unable to load code.
-        load(prepare_unwatch_at, 0, 0)
+        stop_watch.address()
 
     def _restrict(self) -> None:
         rules = [(IORING_RESTRICTION_SQE_OP, operation) for operation in OPERATIONS]
@@ -400,7 +403,7 @@ class Uring:
         self._engine: npt.NDArray[np.void] = np.zeros(1, URING_ENGINE)
         self.address = int(self._engine.ctypes.data)
         for name, value in {
-            **addresses(prepare_io=prepare_io, prepare_flush=prepare_flush, wait=wait, has_events=has_events),
+            **addresses(self.units[:4]),
             "capacity": capacity,
             "merges": 1,
             "completions": self._completions.ctypes.data,
@@ -504,13 +507,13 @@ class Uring:
             raise OSError(errno.ENOSPC, f"an I/O thread can watch at most {MAX_WATCHES} queues")
         number = int(free[0])
         self._watches[number] = (fd, token)
-        prepare_watch_at(self.address, number)
+        start_watch(self.address, number)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching; a second call does nothing."""
         for number in np.flatnonzero(self._watches["fd"] == fd):
             self._watches["fd"][number] = -1
-            prepare_unwatch_at(self.address, int(number))
+            stop_watch(self.address, int(number))
 
     def close(self) -> None:
         """Close the ring, which cancels its polls; a second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 
 import numpy as np
@@ -24,3 +25,12 @@ def add_edge_triggered(epoll_fd: int, fd: int, data: int) -> None:
     event = np.zeros(1, EPOLL_EVENT)
     event["events"], event["data"] = select.EPOLLIN | select.EPOLLET, data
     libc.system_call(NUMBERS["epoll_ctl"], epoll_fd, EPOLL_CTL_ADD, fd, int(event.ctypes.data))
+
+
+def has_pwait2() -> bool:
+    """Whether there is epoll_pwait2(2): since Linux 5.11, and sandboxes may forbid it."""
+    try:
+        libc.system_call(NUMBERS["epoll_pwait2"], -1, 0, 1, 0, 0, 0)
+    except OSError as error:
+        return error.errno != errno.ENOSYS
+    return True

@@ -404,6 +404,8 @@ def append(zones, io, size):
 class ZonedPart:
     """The part of the layer for the one I/O thread that serves such a disk."""
 
+    units = (down, up, helped)
+
     def __init__(self, zones: ZoneFile, backing: int, slots: int) -> None:
         """`backing`: the address of the BACKING of the source; `slots`: how many I/Os the thread has at a time."""
         self._notes = np.zeros(slots, np.int64)

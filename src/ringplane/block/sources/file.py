@@ -93,6 +93,7 @@ class FileSource:
     """The source of a disk; the image stays the caller's."""
 
     uses_engine = True
+    units = (ranges.apply,)
 
     def __init__(self, image: Image) -> None:
         self._image = image

@@ -88,6 +88,7 @@ class MemorySource:
     """The source of a disk; the image stays the caller's."""
 
     uses_engine = through_page_cache = False
+    units = (submit, ranges.apply)
 
     def __init__(self, image: Image) -> None:
         """Raises OSError when the image cannot be mapped."""

@@ -50,6 +50,7 @@ class NullSource:
     """The source of a disk."""
 
     uses_engine = through_page_cache = False
+    units = (submit,)
 
     def __init__(self, image: Image) -> None:
         """The image gives the disk its size."""

@@ -1,1 +1,0 @@
-"""What is counted in compiled code, and read by Python."""
