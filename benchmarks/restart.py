@@ -19,8 +19,8 @@ from pathlib import Path
 
 import click
 
-from ringplane.dataplane.histogram import percentile
 from ringplane.driver import Driver, Load, run_load
+from ringplane.metrics.histogram import percentile
 
 SIZE = 256 << 20
 SECONDS = 2.0

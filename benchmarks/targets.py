@@ -18,7 +18,7 @@ from ringplane.bench.cells import BUSY, EVENT
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Subject, load
 from ringplane.bench.summary import Compared, compare, proportion
-from ringplane.options.io_thread import POLL_US
+from ringplane.options.thread_options import POLL_US
 
 
 @dataclass(frozen=True, slots=True)

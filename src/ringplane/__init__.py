@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ringplane.control.server import Server
     from ringplane.control.start import serve, serve_all
     from ringplane.options.disk_config import DiskConfig
-    from ringplane.options.io_thread import IoThread
+    from ringplane.options.thread_options import IoThread
 
 
 def __getattr__(name: str) -> Any:

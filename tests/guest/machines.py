@@ -19,7 +19,8 @@ from .workloads import Workload
 
 # The whole line including its end: a console that is cut off inside the status has no result.
 RESULT = re.compile(r"^RINGPLANE-GUEST-RESULT: (\d+)\r?\n", re.MULTILINE)
-DEADLINE = 240.0
+# A guest that takes longer hangs. The slowest ones take a minute if a CPU is free for each.
+DEADLINE = 400.0
 POWER_OFF_DEADLINE = 60.0
 TAIL_LINES = 60
 

@@ -12,7 +12,7 @@ import pytest
 from . import workloads
 from .backends import STAND_IN, BackendFactory
 from .initramfs import with_script
-from .machines import QemuGuest, end_group, read
+from .machines import DEADLINE, QemuGuest, end_group, read
 from .qmp import Qmp
 
 # Seconds of load before the migration.
@@ -67,7 +67,7 @@ def test_live_migration(backend: BackendFactory, qemu: QemuGuest, disk_image: Pa
         undo.callback(qmp.close)
         move = Move(qmp, console, f"unix:{folder}/moving")
         there = [*commands[1], "-incoming", f"unix:{folder}/moving"]
-        result = qemu.run_command(there, tmp_path / "console-there.txt", 240.0, move.check)
+        result = qemu.run_command(there, tmp_path / "console-there.txt", DEADLINE, move.check)
     assert result.status == 0, result.console
     assert move.states[-1] == "completed"
     assert int(result.value("verified_kib")) > 0

@@ -35,8 +35,8 @@ from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.access import fence, store16
-from ringplane.options.engines import MEMORY
-from ringplane.options.io_thread import POLL_US
+from ringplane.options.engine_names import MEMORY
+from ringplane.options.thread_options import POLL_US
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
 from . import model

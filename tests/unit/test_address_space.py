@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from ringplane.guest_memory import address_space
-from ringplane.guest_memory.address_space import AddressSpace, Pool, Share
-from ringplane.guest_memory.regions import BadMemory, Mapping, Region
+from ringplane.guest_memory.address_space import AddressSpace, BadMemory, Pool, Share
+from ringplane.guest_memory.regions import Mapping, Region
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

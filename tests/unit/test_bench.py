@@ -24,7 +24,7 @@ from ringplane.bench import backends, cells, curves, fio, markdown, places, resu
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Report
 from ringplane.cli.bench import bench
-from ringplane.dataplane import histogram
+from ringplane.metrics import histogram
 from ringplane.system.signals import Interrupted
 
 from .reports import CELL, NATIVE, OURS, THREADS, report_of, row

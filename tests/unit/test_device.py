@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import HEADER, VERSION, BackendRequest, ProtocolFeature, Request
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 
-from .rig import PATIENCE, pattern
+from .rig import PATIENCE, loop_device, pattern
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -245,26 +244,18 @@ def test_the_front_end_is_notified_of_a_resize(export: ringplane.Export, image: 
 # A block device
 
 
-@pytest.fixture
-def loop_device() -> Iterator[tuple[Path, Path]]:
-    """A loop device and its file; the test is skipped if loop devices are unavailable."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        file = Path(folder) / "disk.img"
-        file.write_bytes(pattern(SIZE))
-        made = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True, check=False)
-        if made.returncode != 0:
-            pytest.skip(f"loop devices are unavailable (they need root): {made.stderr.strip()}")
-        try:
-            yield Path(made.stdout.strip()), file
-        finally:
-            subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
-
-
-def test_ranges_of_a_block_device(loop_device: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ranges_of_a_block_device(tmp_path: Path) -> None:
     """BLKDISCARD and zeros reach the storage: the file behind the device frees or keeps its space as requested."""
-    device, file = loop_device
+    with tempfile.NamedTemporaryFile(dir="/var/tmp") as content:
+        content.write(pattern(SIZE))
+        content.flush()
+        with loop_device(Path(content.name)) as device:
+            check_ranges(device, Path(content.name), tmp_path / "socket")
+
+
+def check_ranges(device: Path, file: Path, socket: Path) -> None:
     space = [file.stat().st_blocks]
-    with ringplane.serve(device, tmp_path / "socket", num_queues=2) as export, attach(export) as driver:
+    with ringplane.serve(device, socket, num_queues=2) as export, attach(export) as driver:
         assert driver.config["discard_sector_alignment"] > 0
         driver.discard(0, MIB)
         driver.flush()

@@ -11,6 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 REPOSITORY = TESTS.parent
+PACKAGE = REPOSITORY / "src/ringplane"
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 
 
@@ -28,6 +29,24 @@ def functions(path: Path) -> set[str]:
 def test_files_of_tests_exist(page: Path) -> None:
     for name in re.findall(r"(?:unit|guest|storage|hostile)/[\w\-]+\.?\w*", page.read_text()):
         assert (TESTS / name.rstrip(".")).exists(), name
+
+
+def missing_modules(text: str) -> list[str]:
+    """Those of the modules that a text names, as `folder/module.py`, that the package does not have."""
+    folders = "|".join(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+    named = re.findall(rf"(?<![\w/])(?:src/ringplane/)?((?:{folders})/\w+\.py)", text)
+    return [name for name in named if not (PACKAGE / name).exists()]
+
+
+def test_modules_exist(page: Path) -> None:
+    # That page describes one change of the messages, with the files of its time.
+    if page.name != "messages.md":
+        assert missing_modules(page.read_text()) == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_exist_that_comments_name(path: Path) -> None:
+    assert missing_modules(path.read_text()) == []
 
 
 def test_tests_exist(page: Path) -> None:

@@ -27,7 +27,7 @@ from ringplane.engines.uring import Uring
 from ringplane.native import aio_abi, epoll, io_uring
 from ringplane.native.structs import new
 from ringplane.native.uio import IOVEC
-from ringplane.options.engines import AUTO
+from ringplane.options.engine_names import AUTO
 from ringplane.system import libc
 
 from .rig import need_engine

@@ -488,6 +488,12 @@ def named(name: str) -> threading.Thread:
     return thread
 
 
+def do_not_wake_up(threads: list[threading.Thread], seconds: float) -> bool:
+    before = [switches(thread) for thread in threads]
+    time.sleep(seconds)
+    return [switches(thread) for thread in threads] == before
+
+
 @pytest.mark.parametrize("attached", [True, False], ids=["attached", "listening"])
 def test_idle_export_does_not_wake_up(export: ringplane.Export, attached: bool) -> None:
     """Neither the I/O thread nor its helpers nor the control thread wake up while the front end does nothing."""
@@ -497,16 +503,14 @@ def test_idle_export_does_not_wake_up(export: ringplane.Export, attached: bool) 
     if not attached:
         driver.close()
         wait_until(lambda: export.state == "listening")
-    # By then all threads are asleep.
-    time.sleep(0.1)
-    before = [switches(thread) for thread in threads]
-    time.sleep(1)
-    assert [switches(thread) for thread in threads] == before
+    wait_until(lambda: do_not_wake_up(threads, 0.05))
+    assert do_not_wake_up(threads, 1)
+    before = switches(threads[0])
     with suppress(Exception):
         driver.read(0, 512)
     if attached:
         # The measure can tell: a request wakes the I/O thread.
-        wait_until(lambda: switches(threads[0]) > before[0])
+        wait_until(lambda: switches(threads[0]) > before)
     driver.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from ringplane.block.image import Image, ImageError
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import BITS, Disk
-from ringplane.options.values import FEATURES, OFF_BY_DEFAULT, parse_feature
+from ringplane.options.feature_switches import FEATURES, OFF_BY_DEFAULT, parse_feature
 from ringplane.vhost_user.messages import ProtocolFeature
 from ringplane.virtio import blk, features
 

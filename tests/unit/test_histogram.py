@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringplane.dataplane import histogram
+from ringplane.metrics import histogram
 
 values = st.one_of(
     st.integers(0, 2**63 - 1),

@@ -278,7 +278,7 @@ def test_a_write_lock_of_another_program_excludes_ringplane(image: Path) -> None
 
 
 def test_a_lock_that_does_not_exist(image: Path) -> None:
-    with pytest.raises(ValueError, match="lock is 'maybe'; it is one of auto, on, off"):
+    with pytest.raises(ValueError, match='lock: "maybe" is not one of "auto", "on", "off"'):
         ringplane.serve(image, image.with_name("socket"), lock="maybe")
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringplane.guest_memory.regions import REGION, BadMemory, MemoryTable, Region, find_region
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import REGION, MemoryTable, Region, find_region
 
 from .rig import is_mapped
 

@@ -42,6 +42,7 @@ from .rig import (
     RigFactory,
     cuts,
     is_mapped,
+    loop_device,
     pattern,
     rig_factory,
 )
@@ -549,13 +550,8 @@ def test_files_created_for_a_rejected_disk_are_removed(tmp_path: Path, socket_pa
 
 def test_a_block_device_is_not_memory_even_if_its_node_is_on_a_tmpfs(tmp_path: Path, socket_path: Path) -> None:
     image = sparse_image(tmp_path / "image")
-    done = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"loop devices are unavailable: {done.stderr.strip()}")
-    try:
-        check_refused(Path(done.stdout.strip()), socket_path)
-    finally:
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+    with loop_device(image) as device:
+        check_refused(device, socket_path)
 
 
 # Huge pages.

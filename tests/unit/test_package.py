@@ -14,7 +14,7 @@ import click
 import pytest
 
 from ringplane.cli.commands import COMMANDS, main
-from ringplane.options.engines import ENGINES
+from ringplane.options.engine_names import ENGINES
 
 from .test_systemd import analyze
 

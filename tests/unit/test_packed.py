@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.guest_memory.regions import BadMemory
+from ringplane.guest_memory.address_space import BadMemory
 
 from .packed import ENABLE, PackedRing, place
 from .rig import IN, OK, Line, RigFactory, pattern, rig_factory, take_events

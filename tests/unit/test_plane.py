@@ -23,7 +23,8 @@ from ringplane.block.transfer import BOUNCE_SIZE
 from ringplane.dataplane.state import KINDS, TRACE_COMPLETE, TRACE_FETCH
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
-from ringplane.guest_memory.regions import BadMemory, MemoryTable, Region
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.aio_abi import IOCB_CMD_FDSYNC
 from ringplane.native.fs import RWF_DSYNC
 from ringplane.native.io_uring import IORING_OP_FSYNC, SQE

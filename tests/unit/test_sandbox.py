@@ -30,13 +30,13 @@ from ringplane.driver.frontend import FrontEnd
 from ringplane.engines.uring import OPERATIONS, Uring, prepare_flush, wait
 from ringplane.native import io_uring
 from ringplane.native.io_uring import SQE_SIZE
-from ringplane.options.values import User, parse_user
+from ringplane.options.users import User, parse_user
 from ringplane.system import landlock, seccomp
 from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.zoned import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
 
-from .rig import need_engine
+from .rig import loop_device, need_engine
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20
@@ -508,8 +508,8 @@ def test_nothing_forbidden_is_called_without_the_kernels_io(serve: Callable[...,
 
 @needs_all
 @needs_root
-def test_nothing_forbidden_is_called_for_a_block_device(serve: Callable[..., Served], loop_device: Path) -> None:
-    served = serve(strict=True, image=loop_device)
+def test_nothing_forbidden_is_called_for_a_block_device(serve: Callable[..., Served], device: Path) -> None:
+    served = serve(strict=True, image=device)
     exercise(served)
     served.process.send_signal(signal.SIGHUP)
     with served.attach() as driver:
@@ -518,14 +518,11 @@ def test_nothing_forbidden_is_called_for_a_block_device(serve: Callable[..., Ser
 
 
 @pytest.fixture
-def loop_device() -> Iterator[Path]:
+def device() -> Iterator[Path]:
     with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
         os.truncate(file.name, IMAGE_SIZE)
-        done = subprocess.run(["losetup", "--find", "--show", file.name], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"loop devices are unavailable: {done.stderr}")
-        yield Path(done.stdout.strip())
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+        with loop_device(Path(file.name)) as device:
+            yield device
 
 
 @needs_all

@@ -28,8 +28,8 @@ from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.process import peer_pid
 from ringplane.engines.choose import WORKER_ENGINES
-from ringplane.options.engines import AUTO, THREAD_ENGINES
-from ringplane.options.values import format_cpus
+from ringplane.options.cpus import format_cpus
+from ringplane.options.engine_names import AUTO, THREAD_ENGINES
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
 from .rig import need_engine

@@ -23,9 +23,9 @@ from ringplane.dataplane.state import TRACE_FETCH
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
 from ringplane.driver.load import Load, Result, check, fill, run_load
+from ringplane.options.cpus import parse_cpus
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.io_thread import IoThread
-from ringplane.options.values import parse_cpus
+from ringplane.options.thread_options import IoThread
 from ringplane.vhost_user.messages import ProtocolError
 
 IMAGE_SIZE = 4 << 20

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from ringplane.cli.commands import COMMANDS, main
-from ringplane.options.values import format_size, parse_size
+from ringplane.options.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

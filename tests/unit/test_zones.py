@@ -29,7 +29,7 @@ from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.frontend import Refused
 from ringplane.driver.ring import peek, poke
-from ringplane.options.values import ZoneModel, parse_zones
+from ringplane.options.zone_options import ZoneModel, parse_zones
 from ringplane.system import procfs
 from ringplane.virtio import blk
 from ringplane.virtio.zoned import DESCRIPTOR, REPORT

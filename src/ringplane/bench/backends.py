@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ringplane.bench.errors import BenchError, never
 from ringplane.bench.results import QSD, RINGPLANE, Subject
-from ringplane.options.values import format_cpus
+from ringplane.options.cpus import format_cpus
 
 QSD_AIO = ("native", "io_uring", "threads")
 # The first start of ringplane compiles the data plane.

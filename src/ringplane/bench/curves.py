@@ -11,7 +11,7 @@ from ringplane.bench.cells import WORKLOADS, Cell
 from ringplane.bench.results import FIO, Report, Storage, merged
 from ringplane.bench.tables import heading
 from ringplane.bench.themes import Theme
-from ringplane.dataplane.histogram import lower_bounds
+from ringplane.metrics.histogram import lower_bounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ringplane.bench.cells import WORKLOADS, Cell
 from ringplane.bench.errors import BenchError, never
 from ringplane.bench.results import FIO, Subject
-from ringplane.dataplane.histogram import BUCKETS, STEP_BITS, STEPS, percentile
+from ringplane.metrics.histogram import BUCKETS, STEP_BITS, STEPS, percentile
 
 RAW = Subject("raw fio", FIO)
 # fio's time beyond warm-up and measurement, in seconds: it starts, and waits for its processes.
@@ -124,11 +124,11 @@ def parse(job: dict[str, Any]) -> Measured:
 
 
 def _histogram(bins: dict[str, int]) -> npt.NDArray[np.int64]:
-    """fio's bins (nanoseconds: count), converted to a histogram of ringplane.dataplane.histogram."""
+    """fio's bins (nanoseconds: count), converted to a histogram of ringplane.metrics.histogram."""
     counts = np.zeros(BUCKETS, np.int64)
     for text, number in bins.items():
         value = int(text)
-        # The same rule as in ringplane.dataplane.histogram.count.
+        # The same rule as in ringplane.metrics.histogram.count.
         exponent = max(0, value.bit_length() - STEP_BITS)
         counts[exponent * STEPS + ((value >> max(0, exponent - 1)) & (STEPS - 1))] += number
     return counts

@@ -13,7 +13,7 @@ from ringplane.bench.errors import BenchError
 from ringplane.bench.results import QSD, SHORT, Report
 from ringplane.bench.summary import Compared, compare
 from ringplane.bench.tables import heading, loads, number, rounds_of, steadiness
-from ringplane.options.values import format_size
+from ringplane.options.sizes import format_size
 
 BEGIN = "<!-- ringplane bench: begin (generated: changes made by hand are lost) -->"
 END = "<!-- ringplane bench: end -->"

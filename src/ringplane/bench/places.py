@@ -17,7 +17,7 @@ from typing import Literal
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Storage
 from ringplane.block.image import ImageError, create
-from ringplane.options.values import format_size
+from ringplane.options.sizes import format_size
 
 LOOP = "loop:"
 # The images of a bench need room for a part that is checked and one that is measured, at any depth.

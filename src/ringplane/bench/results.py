@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ringplane.bench import files
 from ringplane.bench.cells import Cell
 from ringplane.bench.errors import BenchError
-from ringplane.dataplane.histogram import BUCKETS
+from ringplane.metrics.histogram import BUCKETS
 
 FORMAT = "ringplane-bench-1"
 
@@ -79,7 +79,7 @@ class Row:
     cpu_us: float | None
     driver_cpu_us: float | None
     checked: int
-    histogram: dict[int, int] = field(repr=False)  # bucket of ringplane.dataplane.histogram: requests
+    histogram: dict[int, int] = field(repr=False)  # bucket of ringplane.metrics.histogram: requests
 
 
 @dataclass(slots=True)

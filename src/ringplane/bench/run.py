@@ -17,7 +17,7 @@ from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, 
 from ringplane.driver import Driver, Load, Model, Result, RingBroken, Unsupported, fill, run_load
 from ringplane.driver.frontend import Refused, SharedMemory
 from ringplane.driver.load import Progress
-from ringplane.options.values import format_size
+from ringplane.options.sizes import format_size
 from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_F_RO
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ringplane.block.formats import find_format
 from ringplane.native.fs import BLKGETSIZE64, BLKROGET
-from ringplane.options.values import LOCK_AUTO, LOCK_OFF, LOCK_ON
+from ringplane.options.image_options import LOCK_AUTO, LOCK_OFF, LOCK_ON
 from ringplane.system import libc, procfs
 
 log = logging.getLogger(__name__)

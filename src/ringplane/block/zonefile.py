@@ -19,7 +19,7 @@ from ringplane.block.image import Image, ImageError
 from ringplane.block.layers.zones import ZONE, ZONES
 from ringplane.block.ranges import ZEROS_SIZE
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from ringplane.options.values import ZoneModel
+from ringplane.options.zone_options import ZoneModel
 from ringplane.system import libc, procfs
 from ringplane.virtio import zoned
 from ringplane.virtio.blk import SECTOR

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 import click
 
+from ringplane.cli.parameters import flag
+from ringplane.options.declare import WrongOptions
+
 # By errno, for any system call: the process or the machine has run out of a resource.
 REMEDIES = {
     errno.EMFILE: "this process may open only {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
@@ -17,6 +20,15 @@ REMEDIES = {
     errno.ENOMEM: "there is not enough memory; raise the limit (ulimit -v, systemd's MemoryMax=)",
 }
 NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's TasksMax=)"
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn wrong values and combinations of options into a UsageError."""
+    try:
+        yield
+    except WrongOptions as error:
+        raise click.UsageError(error.spelled(flag)) from None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import logging
 import os
@@ -11,28 +10,23 @@ import resource
 import shlex
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.errors import start_errors
+from ringplane.cli.errors import start_errors, usage_errors
 from ringplane.cli.notify import ServiceManager
-from ringplane.cli.types import CPUS, FEATURE, FILE, GROUP, MODE, POLL_TIME, SIZE, USER, ZONES
+from ringplane.cli.parameters import parameters
+from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
-from ringplane.options.disk_config import DiskConfig
-from ringplane.options.engines import ENGINES
-from ringplane.options.values import (
-    LOCK_AUTO,
-    LOCKS,
-    MAX_QUEUES,
-    User,
-    check_physical_block_size,
-    check_serial,
-    format_size,
-)
+from ringplane.options.declare import declared
+from ringplane.options.disk_config import DiskConfig, OneDisk
+from ringplane.options.sizes import format_size
+from ringplane.options.thread_options import IoThread
+from ringplane.options.users import User
 from ringplane.system.notes import doing
 from ringplane.system.signals import WOKEN, CaughtSignals, Interrupted, end_line
 from ringplane.system.signals import name as signal_name
@@ -48,13 +42,15 @@ if TYPE_CHECKING:
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-BESIDE_CONFIG = ("config", "upgrade", "sandbox", "user", "log_level", "log_format", "trace", "print_capabilities")
 
 # Seconds after which a slow stop is logged.
 STOP_PATIENCE = 2.0
 
 # The open files of one disk with one front end that has a few queues.
 FEWEST_FILES = 64
+
+# Disks, and the threads that serve them.
+Described = tuple[Sequence[DiskConfig], Sequence[IoThread]]
 
 log = logging.getLogger(__name__)
 
@@ -76,90 +72,7 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
 
 @click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=FILE, metavar="FILE", help="Serve the disks of this TOML file (docs/config.md).")
-@click.option("--blk-file", "--image", type=FILE, help="Raw image file or block device to serve.")
-@click.option("--socket-path", type=FILE, help="UNIX socket to listen on.")
-@click.option(
-    "--socket-mode", type=MODE, metavar="MODE", help="Mode of the socket, for example 0660 [default: by the umask]."
-)
-@click.option(
-    "--socket-group", type=GROUP, metavar="GROUP", help="Group of the socket; the mode is then 0660 by default."
-)
-@click.option(
-    "--fd", type=int, is_eager=True, callback=inherited_socket,
-    help="File descriptor of an inherited socket, instead of --socket-path.",
-)  # fmt: skip
-@click.option("--read-only", is_flag=True, help="Serve a read-only disk.")
-@click.option("--create", type=SIZE, metavar="SIZE", help="Create a sparse image if none exists.")
-@click.option(
-    "--num-queues",
-    type=click.IntRange(1, MAX_QUEUES),
-    default=MAX_QUEUES,
-    show_default=True,
-    help="Number of virtqueues; unused ones cost nothing.",
-)
-@click.option("--io-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of I/O threads.")
-@click.option(
-    "--cpus",
-    type=CPUS,
-    multiple=True,
-    metavar="LIST",
-    help="CPUs of the I/O threads, for example 2-3 or 0,2; repeat it for the next I/O thread [default: all].",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINES),
-    default="auto",
-    show_default=True,
-    help="I/O by io_uring or Linux AIO; memory: copies, for images on tmpfs; null: no I/O, for measurements.",
-)
-@click.option(
-    "--poll-us",
-    type=POLL_TIME,
-    default="50",
-    show_default=True,
-    metavar="N|always",
-    help="Poll the rings for up to N microseconds before sleeping, if that pays off; always: never sleep.",
-)
-@click.option(
-    "--pin-memory",
-    is_flag=True,
-    help="Pin guest memory once instead of per I/O: less CPU with io_uring, but all of it stays allocated.",
-)
-@click.option("--direct/--buffered", default=True, help="Use O_DIRECT if possible [default], or the page cache.")
-@click.option(
-    "--lock",
-    type=click.Choice(LOCKS),
-    default=LOCK_AUTO,
-    show_default=True,
-    help="Lock the image as QEMU does; auto: except a read-only image on a file system without locks.",
-)
-@click.option(
-    "--share-rw", is_flag=True, help="Let other processes with --share-rw write to the image (for migration)."
-)
-@click.option("--serial", help="Serial number for the guest, up to 20 bytes [default: from the image path].")
-@click.option(
-    "--block-size", type=click.Choice(["512", "4096"]), default="512", show_default=True, help="Logical block size."
-)
-@click.option(
-    "--physical-block-size",
-    type=SIZE,
-    metavar="SIZE",
-    help="Physical block size for the guest, up to 64K [default: that of the storage].",
-)
-@click.option(
-    "--feature",
-    "features",
-    type=FEATURE,
-    multiple=True,
-    metavar="NAME=on|off",
-    help="Offer a feature or not, for example packed=off; docs/features.md lists the names.",
-)
-@click.option(
-    "--zoned",
-    type=ZONES,
-    metavar="SIZE[,...]",
-    help="Zoned disk on a new image, for example 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
-)
+@parameters(OneDisk, fd={"is_eager": True, "callback": inherited_socket})
 @click.option(
     "--sandbox/--no-sandbox",
     default=None,
@@ -208,18 +121,23 @@ def serve(
     """
     if config is not None:
         refuse_other_options(context)
-        start = functools.partial(start_config, config)
+        disks, io_threads = read(config)
     else:
-        check_options(**options, upgrade=upgrade)
-        options["block_size"] = int(options["block_size"])
-        options["features"] = dict(options["features"])
-        start = functools.partial(start_disk, **options)
+        disks, io_threads = one_disk(**options)
+
+    def start(signals: CaughtSignals) -> Server:
+        from ringplane.control.start import serve_all
+
+        raise_fd_limit()
+        give_up = rights(sandbox, user, logs)
+        return serve_all(disks, io_threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
+
     with Logs(log_level, log_format) as logs:
         # If the caller is not one of our entry points, signals are not caught yet.
         serve_until_signal(
             context.obj or CaughtSignals(),
-            lambda signals: start(upgrade=upgrade, give_up=rights(sandbox, user, logs), signals=signals),
-            config or options["blk_file"],
+            start,
+            config or options["image_path"],
             logs,
             trace,
         )
@@ -230,75 +148,31 @@ def refuse_other_options(context: click.Context) -> None:
     given = [
         "/".join([parameter.opts[0], *parameter.secondary_opts])
         for parameter in context.command.params
-        if parameter.name not in BESIDE_CONFIG
-        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if parameter.name in declared(OneDisk)
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
     ]
     if given:
         raise click.UsageError(f"{', '.join(given)} cannot be given beside --config; write it into the file")
 
 
-def check_options(
-    blk_file: Path | None,
-    socket_path: Path | None,
-    fd: int | None,
-    io_threads: int,
-    cpus: tuple[frozenset[int], ...],
-    serial: str | None,
-    block_size: str,
-    physical_block_size: int | None,
-    zoned: object,
-    share_rw: bool,
-    upgrade: bool,
-    socket_mode: int | None,
-    socket_group: int | None,
-    **_: Any,
-) -> None:
-    """Check combinations of options, which click does not check; raises UsageError."""
-    if blk_file is None:
+def one_disk(image_path: Path | None, **options: Any) -> Described:
+    """The one disk that the options describe; raises UsageError."""
+    if image_path is None:
         raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
-    if (socket_path is None) == (fd is None):
-        raise click.UsageError("give either --socket-path PATH or --fd N")
-    if fd is not None and (socket_mode, socket_group) != (None, None):
-        raise click.UsageError("--socket-mode and --socket-group are for the socket of --socket-path, not for --fd")
-    if upgrade and socket_path is None:
-        raise click.UsageError("--upgrade needs --socket-path, by which the running process is found")
-    if len(cpus) not in (0, 1, io_threads):
-        raise click.UsageError(
-            f"--cpus is given {len(cpus)} times; give it once, or once for each of {io_threads} I/O threads"
-        )
-    if zoned and share_rw:
-        raise click.UsageError("--zoned and --share-rw exclude each other: each process has write pointers of its own")
-    if serial is not None:
-        try:
-            check_serial(serial)
-        except ValueError as error:
-            raise click.UsageError(f"--serial {error}") from None
-    if physical_block_size is not None:
-        try:
-            check_physical_block_size(physical_block_size, int(block_size))
-        except ValueError as error:
-            raise click.UsageError(f"--physical-block-size: {error}") from None
+    with usage_errors():
+        disk = OneDisk(image_path, **options)
+        return [disk.config()], disk.threads()
 
 
-def start_disk(
-    blk_file: Path,
-    io_threads: int,
-    cpus: tuple[frozenset[int], ...],
-    engine: str,
-    poll_us: int | None,
-    pin_memory: bool,
-    upgrade: bool,
-    give_up: GiveUp,
-    signals: CaughtSignals,
-    **options: Any,
-) -> Server:
-    """Serve the one disk that the options describe."""
-    from ringplane.control.start import make_io_threads, serve_all
+def read(path: Path) -> Described:
+    """The disks of a configuration file; raises ClickException if it cannot be used."""
+    from ringplane.control.config import ConfigError, read_config
 
-    threads = make_io_threads(io_threads, cpus, engine, poll_us, pin_memory)
-    disk = DiskConfig(blk_file, [thread.name for thread in threads], engine=engine, **options)
-    raise_fd_limit()
-    return serve_all([disk], threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
+    try:
+        config = read_config(path)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    return config.disks, config.io_threads
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
@@ -326,19 +200,6 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     return give_up
 
 
-def start_config(path: Path, **options: Any) -> Server:
-    """Serve the disks of a configuration file; raises ClickException if it cannot be used."""
-    from ringplane.control.config import ConfigError, read_config
-    from ringplane.control.start import serve_all
-
-    try:
-        config = read_config(path)
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from None
-    raise_fd_limit()
-    return serve_all(config.disks, config.io_threads, upgradable=True, **options)
-
-
 def raise_fd_limit() -> None:
     """Raise the soft limit to the hard limit.
 
@@ -360,7 +221,7 @@ def serve_until_signal(
     signals.pass_on(REQUESTS)
     manager = ServiceManager()
     try:
-        with start_errors():
+        with usage_errors(), start_errors():
             server = start(signals)
     except Interrupted as interrupted:
         end_line(interrupted.number)

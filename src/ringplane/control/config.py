@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,25 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringplane.block.image import BLOCK_SIZES
-from ringplane.options.disk_config import DiskConfig
-from ringplane.options.engines import ENGINES, THREAD_ENGINES
-from ringplane.options.io_thread import IoThread
-from ringplane.options.values import (
-    LOCKS,
-    MAX_QUEUES,
-    check_cpus,
-    check_feature,
-    check_serial,
-    parse_cpus,
-    parse_group,
-    parse_mode,
-    parse_poll_us,
-    parse_size,
-    parse_zones,
-)
-
-MAX_THREADS = 64
+from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
+from ringplane.options.device_options import MAX_QUEUES
+from ringplane.options.disk_config import MAX_THREADS, DiskConfig
+from ringplane.options.kinds import PATH, shown
+from ringplane.options.thread_options import IoThread
 
 # Converts a TOML value to the one that ringplane uses; raises a ValueError that says what is wrong and what is right.
 Check = Callable[[Any], Any]
@@ -107,6 +92,8 @@ class _Reader:
         """What a ValueError says becomes a problem of `place`."""
         try:
             yield
+        except WrongOptions as error:
+            self.problems.append(f"{place}{error.spelled(dashed)}")
         except ValueError as error:
             self.problems.append(f"{place}{error}")
 
@@ -130,19 +117,27 @@ class _Reader:
         values = {}
         for key, value in table.items():
             if key not in checks:
-                self.problems.append(f"{place}unknown key {_shown(key)}{_near(key, checks)}")
+                self.problems.append(f"{place}unknown key {shown(key)}{_near(key, checks)}")
                 continue
             with self.noting_problems(f"{place}{key}: "):
                 values[key.replace("-", "_")] = checks[key](value)
         return values
 
+    def _checks(self, group: type[Options]) -> dict[str, Check]:
+        """The keys of a group of options; those that its documentation describes."""
+        return {each.key: self._check(each) for each in declared(group).values() if each.doc}
+
+    def _check(self, option: Option) -> Check:
+        from_toml = option.kind.from_toml
+        return (lambda value: self._folder / from_toml(value)) if option.kind is PATH else from_toml
+
     def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
         threads: dict[str, IoThread] = {}
         for number, table in enumerate(tables, 1):
             place = f"[[io-thread]] {number}: "
-            values = {"name": f"io{number - 1}"} | self._check_keys(table, IO_THREAD_KEYS, place)
+            values = {"name": f"io{number - 1}"} | self._check_keys(table, self._checks(IoThread), place)
             if values["name"] in threads:
-                self.problems.append(f"{place}name: {_shown(values['name'])} is the name of another I/O thread already")
+                self.problems.append(f"{place}name: {shown(values['name'])} is the name of another I/O thread already")
             threads[values["name"]] = IoThread(**values)
         if len(tables) > MAX_THREADS:
             self.problems.append(f"has {len(tables)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
@@ -151,7 +146,7 @@ class _Reader:
     def _disk_table(self, number: int, table: dict[str, Any]) -> _Table:
         image = table.get("image")
         place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
-        values = self._check_keys(table, DISK_KEYS, place)
+        values = self._check_keys(table, self._checks(DiskConfig), place)
         for name in ("image", "socket-path"):
             if name not in table:
                 self.problems.append(f"{place}{name} is missing; each disk needs one")
@@ -160,15 +155,11 @@ class _Reader:
     def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
         """Raises ValueError."""
         values = dict(table.values)
-        for name in ("image", "socket_path"):
-            values[name] = self._folder / values[name]
         chosen = values.get("io_threads", ())
         for name in chosen:
             if name not in threads:
-                raise ValueError(f"io-threads: no [[io-thread]] has the name {_shown(name)}{_near(name, threads)}")
+                raise ValueError(f"io-threads: no [[io-thread]] has the name {shown(name)}{_near(name, threads)}")
         queues = values.get("num_queues", MAX_QUEUES)
-        if len(chosen) > queues:
-            raise ValueError(f"io-threads: names {len(chosen)} threads for {queues} queues; name at most one per queue")
         values["io_threads"] = tuple(chosen) or self._spread(threads)[:queues]
         return DiskConfig(**values)
 
@@ -218,141 +209,13 @@ def _named(table: _Table) -> str:
 # What values may be.
 
 
-def _shown(value: object) -> str:
-    """Nearly as in TOML."""
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _near(name: str, names: Iterable[str]) -> str:
     """A suggestion, or the list of what there is."""
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {_shown(near[0])}?" if near else f"; possible are {', '.join(map(_shown, names))}"
+    return f"; did you mean {shown(near[0])}?" if near else f"; possible are {', '.join(map(shown, names))}"
 
 
 def _tables(value: Any) -> Any:
     if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
         raise ValueError("is not a list of tables; write its name in double brackets, as in [[disk]]")
     return value
-
-
-def _text(value: Any) -> Any:
-    if not isinstance(value, str) or not value.isprintable() or not value:
-        raise ValueError(f"{_shown(value)} is not a printable text in quotation marks")
-    return value
-
-
-def _flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError(f"{_shown(value)} is neither true nor false")
-    return value
-
-
-def _whole(lowest: int, highest: int) -> Check:
-    def check(value: Any) -> Any:
-        if type(value) is not int or not lowest <= value <= highest:
-            raise ValueError(f"{_shown(value)} is not a whole number from {lowest} to {highest}")
-        return value
-
-    return check
-
-
-def _one_of(*choices: int | str) -> Check:
-    def check(value: Any) -> Any:
-        # Not by equality alone: true is 1 to Python.
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError(f"{_shown(value)} is not one of {', '.join(map(_shown, choices))}")
-        return value
-
-    return check
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return parse_size(value)
-    if type(value) is not int:
-        raise ValueError(f'{_shown(value)} is not a size; examples: "512M", "10G", 4096')
-    if value <= 0:
-        raise ValueError(f"{value} is not a positive size")
-    return value
-
-
-def _serial(value: Any) -> Any:
-    check_serial(_text(value))
-    return value
-
-
-def _mode(value: Any) -> int:
-    # Not a number: 660 without a prefix is decimal in TOML.
-    if not isinstance(value, str):
-        raise ValueError(f'{_shown(value)} is not a file mode in quotation marks; an example: "0660"')
-    return parse_mode(value)
-
-
-def _group(value: Any) -> int:
-    return parse_group(str(value) if type(value) is int else _text(value))
-
-
-def _names(value: Any) -> Any:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'{_shown(value)} is not a list of names; example: ["io0", "io1"]')
-    return [_text(name) for name in value]
-
-
-def _features(value: Any) -> dict[str, bool]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{_shown(value)} is not a table of features; example: {{ packed = false }}")
-    for name, on in value.items():
-        check_feature(name)
-        if not isinstance(on, bool):
-            raise ValueError(f"{name}: {_shown(on)} is neither true nor false")
-    return value
-
-
-def _zones(value: Any) -> Any:
-    return parse_zones(_text(value))
-
-
-def _cpus(value: Any) -> frozenset[int]:
-    if isinstance(value, str):
-        cpus = parse_cpus(value)
-    elif isinstance(value, list) and all(type(cpu) is int for cpu in value):
-        cpus = frozenset(value)
-    else:
-        raise ValueError(f'{_shown(value)} is not a list of CPUs; examples: [2, 3], "2-3"')
-    check_cpus(cpus)
-    return cpus
-
-
-def _poll_us(value: Any) -> int | None:
-    if type(value) is not int and not isinstance(value, str):
-        raise ValueError(f'{_shown(value)} is neither a number of microseconds nor "always"')
-    return parse_poll_us(str(value))
-
-
-IO_THREAD_KEYS: dict[str, Check] = {
-    "name": _text,
-    "cpus": _cpus,
-    "engine": _one_of(*THREAD_ENGINES),
-    "poll-us": _poll_us,
-    "pin-memory": _flag,
-}
-
-DISK_KEYS: dict[str, Check] = {
-    "image": _text,
-    "socket-path": _text,
-    "socket-mode": _mode,
-    "socket-group": _group,
-    "io-threads": _names,
-    "engine": _one_of(*ENGINES),
-    "create": _size,
-    "read-only": _flag,
-    "direct": _flag,
-    "share-rw": _flag,
-    "lock": _one_of(*LOCKS),
-    "num-queues": _whole(1, MAX_QUEUES),
-    "block-size": _one_of(*BLOCK_SIZES),
-    "physical-block-size": _size,
-    "serial": _serial,
-    "features": _features,
-    "zoned": _zones,
-}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.dataplane import histogram
 from ringplane.dataplane.queue import Queue
 from ringplane.dataplane.state import KINDS
+from ringplane.metrics import histogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Counter:
     """Counters of one kind of request, over all queues and front ends of an export.
 
     `requests` have been answered, `errors` of them with a status other than OK; `bytes` were transferred.
-    `histogram` counts nanoseconds from fetch to answer in the buckets of `ringplane.dataplane.histogram`.
+    `histogram` counts nanoseconds from fetch to answer in the buckets of `ringplane.metrics.histogram`.
     """
 
     requests: int

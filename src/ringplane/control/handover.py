@@ -30,12 +30,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ringplane.options.disk_config import DiskConfig
+from ringplane.options.declare import Option, declared
+from ringplane.options.disk_config import DiskConfig, DiskOptions
 from ringplane.vhost_user import peers
 from ringplane.vhost_user.snapshot import Fd
 
 # Of the protocol, because the two processes may be of different releases.
-VERSION = 1
+VERSION = 2
 
 # Of a message: bytes of JSON, and number of fds. The fds come first, FDS_AT_A_TIME each (SCM_MAX_FD is 253).
 PREFIX = struct.Struct("<II")
@@ -45,21 +46,8 @@ MAX_MESSAGE = 64 << 20
 # Seconds. A new process may have to compile the data plane before it is ready; during `TAKING` the guests wait.
 READY_PATIENCE, TAKING_PATIENCE = 120.0, 5.0
 
-# The options of a disk that a guest sees, or that other processes rely on: a restart does not change them.
-FIXED = (
-    "read_only",
-    "direct",
-    "share_rw",
-    "num_queues",
-    "block_size",
-    "physical_block_size",
-    "serial",
-    "features",
-    "zoned",
-)
-
 # The values of a DiskConfig as JSON.
-Options = dict[str, Any]
+OptionValues = dict[str, Any]
 
 
 class HandoverError(Exception):
@@ -170,9 +158,18 @@ def _decode(value: dict[str, Any], fds: Sequence[int]) -> object:
     return value
 
 
-def options_of(config: DiskConfig) -> Options:
-    """The FIXED options as JSON."""
-    options = {name: getattr(config, name) for name in FIXED}
-    options["features"] = dict(config.features)
-    options["zoned"] = dataclasses.asdict(config.zoned) if config.zoned else None
-    return options
+def options_of(config: DiskConfig) -> OptionValues:
+    """Those that an upgrade cannot change, as JSON."""
+    return {option.name: plain(getattr(config, option.name)) for option in fixed_options()}
+
+
+def fixed_options() -> list[Option]:
+    """The options that an upgrade cannot change."""
+    return [option for option in declared(DiskOptions).values() if option.fixed]
+
+
+def plain(value: Any) -> Any:
+    """The value of an option as JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return dict(value) if isinstance(value, Mapping) else value

@@ -10,7 +10,7 @@ import socket
 import stat
 from pathlib import Path
 
-from ringplane.options.values import format_group
+from ringplane.options.users import format_group
 from ringplane.system.standard_fds import move_socket
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from ringplane.compiler.cache import remove_temporary_cache
 from ringplane.engines.uring import REGISTRATIONS
 from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKSECDISCARD
 from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
-from ringplane.options.values import User
+from ringplane.options.users import User
 from ringplane.system import landlock, libc, procfs, seccomp
 from ringplane.system.seccomp import Only
 

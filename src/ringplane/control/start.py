@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from ringplane.block.layers.zoned import ZonedPart
@@ -28,10 +27,9 @@ from ringplane.dataplane.warm import warm_up
 from ringplane.device.disk import Disk
 from ringplane.engines.choose import units_of
 from ringplane.guest_memory.address_space import AddressSpace
-from ringplane.options.disk_config import DiskConfig
-from ringplane.options.engines import AUTO, ENGINES, THREAD_ENGINES
-from ringplane.options.io_thread import POLL_US, IoThread
-from ringplane.options.values import LOCK_AUTO, MAX_QUEUES, ZoneModel
+from ringplane.options.declare import WrongOptions, taking
+from ringplane.options.disk_config import DiskConfig, OneDisk
+from ringplane.options.thread_options import IoThread
 from ringplane.system import procfs
 from ringplane.system.signals import NONE, Signals
 from ringplane.system.standard_fds import occupy
@@ -40,79 +38,40 @@ from ringplane.system.standard_fds import occupy
 GiveUp = Callable[[Collection[Path]], None]
 
 
-def serve(
-    image_path: str | os.PathLike[str],
-    socket_path: str | os.PathLike[str] | None = None,
-    *,
-    socket_mode: int | None = None,
-    socket_group: int | None = None,
-    fd: int | None = None,
-    create: int | None = None,
-    read_only: bool = False,
-    direct: bool = True,
-    share_rw: bool = False,
-    lock: str = LOCK_AUTO,
-    num_queues: int = MAX_QUEUES,
-    io_threads: int = 1,
-    cpus: Sequence[Collection[int]] = (),
-    engine: str = AUTO,
-    poll_us: int | None = POLL_US,
-    pin_memory: bool = False,
-    block_size: int = 512,
-    physical_block_size: int | None = None,
-    serial: str | None = None,
-    features: Mapping[str, bool] | None = None,
-    zoned: ZoneModel | None = None,
-    upgradable: bool = False,
-    upgrade: bool = False,
-    give_up: GiveUp | None = None,
-    signals: Signals = NONE,
-) -> Export:
+class _Serving(OneDisk):
+    """What `serve` takes: the options of a disk, and what it has in common with `serve_all`."""
+
+    upgradable: bool = False
+    upgrade: bool = False
+    give_up: GiveUp | None = None
+    signals: Signals = NONE
+
+
+@taking(_Serving)
+def serve(disk: _Serving) -> Export:
     """Serve a raw image or block device as a vhost-user-blk disk, in the background of this program.
 
-    Give either `socket_path` to listen at, or `fd`, an inherited socket. The file at `socket_path` gets `socket_mode`
-    and the group (its number) `socket_group` before anybody can connect; a group without a mode means 0o660.
-    `create` makes a sparse image of so many bytes where there is none; an image that exists is served as it is. A front
-    end uses as many of the `num_queues` as it wants. `cpus` are the CPUs of each I/O thread, or those of all if there
-    is only one set. `engine` is one of `ringplane.options.engines.ENGINES`; `auto` is the best that image and
-    kernel allow. `poll_us`: for how many microseconds at most an I/O thread looks at the rings before it sleeps; None:
-    it never sleeps. `pin_memory` saves pinning the guest's pages for each request by keeping all of them pinned, with
-    io_uring. `direct` is a wish: where the file system refuses O_DIRECT the page cache is used, as the
-    export's `disk.image.direct` shows. `features` switches those of `ringplane.options.values.FEATURES` on or off.
-    `physical_block_size` is reported to the guest instead of that of the storage.
-    `zoned` makes a host-managed zoned disk of a new image, or serves an existing one. When this returns, front ends can
-    connect. An `upgradable` disk can be taken over by another process, with `upgrade`, and stops then (handover.py).
-    `lock` is one of `ringplane.options.values.LOCKS`: QEMU's locks are taken `on` all images, on
-    none (`off`), or (`auto`) on all but those that are read-only and on a file system without locks.
-    `give_up`, `signals`: see `serve_all`.
+    Give either `socket_path` to listen at, or `fd`, an inherited socket. The other keywords are the options of
+    `ringplane serve` with the same names (docs/config.md), with these values: sizes are numbers of bytes, `socket_mode`
+    and `socket_group` are numbers, `features` is a dictionary of names and booleans, `zoned` is a
+    `ringplane.options.zone_options.ZoneModel`, and `poll_us` is None for an I/O thread that never sleeps. `cpus` are
+    the CPUs of each I/O thread, or those of all if there is only one set. `direct` is a wish: where the file system
+    refuses O_DIRECT the page cache is used, as the export's `disk.image.direct` shows.
+
+    When this returns, front ends can connect. An `upgradable` disk can be taken over by another process, with
+    `upgrade`, and stops then (handover.py). `give_up`, `signals`: see `serve_all`.
 
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
     """
-    threads = make_io_threads(io_threads, cpus, engine, poll_us, pin_memory)
-    config = DiskConfig(
-        image=Path(image_path),
-        io_threads=[thread.name for thread in threads],
-        socket_path=Path(socket_path) if socket_path is not None else None,
-        socket_mode=socket_mode,
-        socket_group=socket_group,
-        fd=fd,
-        create=create,
-        read_only=read_only,
-        direct=direct,
-        share_rw=share_rw,
-        lock=lock,
-        num_queues=num_queues,
-        engine=engine,
-        block_size=block_size,
-        physical_block_size=physical_block_size,
-        serial=serial,
-        features=features or {},
-        zoned=zoned,
-    )
     server = serve_all(
-        [config], threads, upgradable=upgradable, upgrade=upgrade, give_up=give_up, signals=signals
-    )  # fmt: skip
+        [disk.config()],
+        disk.threads(),
+        upgradable=disk.upgradable,
+        upgrade=disk.upgrade,
+        give_up=disk.give_up,
+        signals=disk.signals,
+    )
     return server.exports[0]
 
 
@@ -132,6 +91,8 @@ def serve_all(
     can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end.
     """
     occupy()
+    if upgrade and any(config.socket_path is None for config in disks):
+        raise WrongOptions("{upgrade} needs {socket_path}, by which the running process is found")
     _check_names(disks, [thread.name for thread in io_threads])
     procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
@@ -199,19 +160,3 @@ def _disk(config: DiskConfig, parts: Parts, threads: Threads) -> Disk:
         switches=config.features,
         zones=parts.zones,
     )
-
-
-def make_io_threads(
-    count: int, cpus: Sequence[Collection[int]], engine: str, poll_us: int | None, pin_memory: bool
-) -> list[IoThread]:
-    """The I/O threads of a single disk. Raises ValueError."""
-    if engine not in ENGINES:
-        raise ValueError(f"{engine!r} is not an engine; the engines are {', '.join(ENGINES)}")
-    if len(cpus) not in (0, 1, count):
-        raise ValueError(f"CPUs are given {len(cpus)} times; give them once, or once for each of {count} I/O threads")
-    sets: Sequence[frozenset[int] | None] = [frozenset(each) for each in cpus] or [None]
-    mine = engine if engine in THREAD_ENGINES else AUTO
-    return [
-        IoThread(f"ringplane-io-{number}", mine, sets[number % len(sets)], poll_us, pin_memory)
-        for number in range(count)
-    ]

@@ -13,13 +13,15 @@ import numpy as np
 
 from ringplane.control.export import Export
 from ringplane.control.handover import (
-    FIXED,
     READY_PATIENCE,
     TAKING_PATIENCE,
     VERSION,
     Channel,
     HandoverError,
+    OptionValues,
+    fixed_options,
     options_of,
+    plain,
     socket_beside,
 )
 from ringplane.control.listener import Listener
@@ -129,20 +131,26 @@ def _in_order(disks: Sequence[dict[str, Any]], configs: Sequence[DiskConfig]) ->
         other = sorted(offered.keys() ^ wanted.keys())[0]
         raise HandoverError(f"{other} is served by only one of the two processes; both must serve the same disks")
     for path, config in wanted.items():
-        _check_options(path, config, offered[path])
+        check_options(path, config, offered[path]["options"])
+        _check_image(path, config, offered[path]["image"])
     return [offered[path] for path in wanted]
 
 
-def _check_options(path: str, config: DiskConfig, disk: dict[str, Any]) -> None:
-    ours, its = options_of(config), disk["options"]
-    for name in FIXED:
-        if its.get(name) != ours[name]:
-            option = name.replace("_", "-")
+def check_options(path: str, config: DiskConfig, theirs: OptionValues) -> None:
+    """Raises HandoverError if our options differ from those of the running process."""
+    ours = options_of(config)
+    for option in fixed_options():
+        # An older release that does not have the option works like its default.
+        its = theirs.get(option.name, plain(option.default))
+        if its != ours[option.name]:
             raise HandoverError(
-                f"{path}: {option} is {its.get(name)} in the running process and {ours[name]} here; "
+                f"{path}: {option.key} is {its} in the running process and {ours[option.name]} here; "
                 "an upgrade cannot change it"
             )
-    if not os.path.samestat(os.stat(config.image), os.fstat(disk["image"].number)):
+
+
+def _check_image(path: str, config: DiskConfig, image: Fd) -> None:
+    if not os.path.samestat(os.stat(config.image), os.fstat(image.number)):
         raise HandoverError(f"{path}: {config.image} is not the image that the running process serves")
 
 

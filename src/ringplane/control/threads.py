@@ -15,8 +15,8 @@ from ringplane.control.tracing import report_trace
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import release_compiler
 from ringplane.dataplane.worker import Worker
-from ringplane.options.io_thread import IoThread
-from ringplane.options.values import format_cpus
+from ringplane.options.cpus import format_cpus
+from ringplane.options.thread_options import IoThread
 from ringplane.system.notes import doing
 
 # Most threads for calls that would block the control thread; they are started on demand.

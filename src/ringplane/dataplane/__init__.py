@@ -14,7 +14,13 @@ the subject of the folder `block`, which knows nothing of rings.
 
 Read the files in the order of a request's life: `state` (the structs), `fetch` (ring to request), `requests` (request
 to block I/O), `answer` (block I/O to ring), `loop` (the event loop over all of it), `worker` (the thread around the
-loop). What they use: `ring_rules` (the errors of a driver that break a ring), `zone_requests` (request types of zoned
+loop).
+
+A worker is in several files: `worker_state` (its WORKER struct, with `slots`), `served_rings` (how a ring starts,
+drains and stops), `place_ring` (where it is in memory), `retired_memory` and `pinning` (the memory tables that requests
+use), `disk_reports` (what the log gets of the disks).
+
+What they use: `ring_rules` (the errors of a driver that break a ring), `zone_requests` (request types of zoned
 disks), `failures` and `trace` (what the log gets), `dirty` (migration), `signaller` (notifications that never block),
-`tune` (the choice of a polling policy), `histogram` (latencies), `queue` (the Python owners of devices and queues).
+`tune` (the choice of a polling policy), `queue` (the Python owners of devices and queues).
 """

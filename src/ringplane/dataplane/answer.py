@@ -10,7 +10,6 @@ from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call
 from ringplane.dataplane import dirty
 from ringplane.dataplane.failures import record_failure
-from ringplane.dataplane.histogram import count
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.state import (
     COALESCE,
@@ -25,6 +24,7 @@ from ringplane.dataplane.state import (
 )
 from ringplane.dataplane.trace import trace
 from ringplane.inflight import tracking
+from ringplane.metrics.histogram import count
 from ringplane.native.access import address_of, store8, view
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK
 from ringplane.virtio.ring import publish_used, put_used, wants_notification

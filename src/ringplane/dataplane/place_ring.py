@@ -6,7 +6,8 @@ import ctypes
 
 from ringplane.dataplane.loop import FIRST_TURN
 from ringplane.dataplane.queue import Queue, RingLayout
-from ringplane.guest_memory.regions import BadMemory, MemoryTable
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import MemoryTable
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 from ringplane.virtio.packed import EVENT_SIZE
 from ringplane.virtio.split import (

@@ -12,7 +12,8 @@ from ringplane.block.stack import Stack
 from ringplane.dataplane.failures import Failures
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES, RequestTypes
 from ringplane.guest_memory import regions
-from ringplane.guest_memory.regions import BadMemory, MemoryTable
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
 from ringplane.native.structs import new
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES

@@ -20,7 +20,8 @@ from ringplane.dataplane.state import TRACE_START, TRACE_STOP
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
-from ringplane.guest_memory.regions import BadMemory, MemoryTable
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import MemoryTable
 from ringplane.system import eventfd
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ringplane.compiler.units import Unit
-from ringplane.dataplane.histogram import BUCKETS
+from ringplane.metrics.histogram import BUCKETS
 from ringplane.native.structs import struct
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
 

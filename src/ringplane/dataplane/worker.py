@@ -31,8 +31,8 @@ from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.native import interrupt, sigbus
-from ringplane.options.engines import AUTO
-from ringplane.options.io_thread import POLL_US
+from ringplane.options.engine_names import AUTO
+from ringplane.options.thread_options import POLL_US
 from ringplane.system import libc
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import EVERY_DISK
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
-from ringplane.options.engines import AUTO
-from ringplane.options.values import OFF_BY_DEFAULT, check_feature
+from ringplane.options.engine_names import AUTO
+from ringplane.options.feature_switches import OFF_BY_DEFAULT, check_feature
 from ringplane.virtio import blk, features
 from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
 

@@ -7,7 +7,6 @@ from errno import EINTR
 import numpy as np
 
 from ringplane.compiler.jit import compiled
-from ringplane.dataplane import histogram
 from ringplane.driver.content import (
     BUSY,
     GENERATION_MASK,
@@ -32,6 +31,7 @@ from ringplane.driver.ring import (
     take_used,
     used_count,
 )
+from ringplane.metrics import histogram
 from ringplane.native.access import address_of, load8, load32, load64, store8, store32, store64, view, wrapping_add
 from ringplane.native.epoll import EPOLL_EVENT
 from ringplane.native.syscalls import epoll_wait, monotonic_ns, write

@@ -19,13 +19,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.dataplane import histogram
 from ringplane.driver.content import Model, origin
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import Vring
 from ringplane.driver.generator import BROKEN, DONE, EVENTS, FOREVER, RUN, SLOT, drive
 from ringplane.driver.process import cpu_ns
 from ringplane.driver.ring import SEGMENT
+from ringplane.metrics import histogram
 from ringplane.native.epoll import EPOLL_EVENT
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from ringplane.virtio.split import DESC_SIZE

@@ -8,7 +8,7 @@ from ringplane.compiler.units import Unit
 from ringplane.engines.aio import Aio, Epoll
 from ringplane.engines.common import EngineUnavailable
 from ringplane.engines.uring import Uring
-from ringplane.options.engines import AIO, IO_URING
+from ringplane.options.engine_names import AIO, IO_URING
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,16 @@ import threading
 from collections import deque
 from pathlib import Path
 
-from ringplane.guest_memory.regions import BadMemory
 from ringplane.native.sigbus import MAX_GUARDS
-from ringplane.options.values import format_size
+from ringplane.options.sizes import format_size
 from ringplane.system import libc
 
 # The default of Linux, used if /proc/sys cannot be read.
 MAX_MAP_COUNT = 65530
+
+
+class BadMemory(ValueError):
+    """The front end described impossible memory; the text says what is wrong."""
 
 
 def usable_bytes() -> int:

@@ -8,18 +8,15 @@ import stat
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
+from ringplane.guest_memory.address_space import BadMemory, Quota
 from ringplane.native import sigbus
 from ringplane.native.access import view
 from ringplane.system import libc
-
-if TYPE_CHECKING:
-    from ringplane.guest_memory.address_space import Quota
 
 # A region for the data plane; a table is an array of these. Addresses and sizes are in bytes.
 REGION = np.dtype([("guest", "<i8"), ("size", "<i8"), ("host", "<i8")])
@@ -27,10 +24,6 @@ REGION_SIZE = REGION.itemsize
 
 # Compiled code adds offsets to int64 addresses, and an overflow is undefined: the end of a region must fit as well.
 MAX_ADDRESS = (1 << 63) - 1
-
-
-class BadMemory(ValueError):
-    """The front end described impossible memory; the text says what is wrong."""
 
 
 class Alarm:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.guest_memory.regions import BadMemory
+from ringplane.guest_memory.address_space import BadMemory
 from ringplane.inflight.tracking import (
     PACKED_SIZE,
     PLACES,

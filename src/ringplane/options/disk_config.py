@@ -1,50 +1,126 @@
-"""A disk to be served, as users describe it."""
+"""The options of a disk, put together, and the two descriptions of a disk that users give.
+
+A layer or a source that has options declares them in a group of its own (declare.py has the form), and its group
+becomes one of the bases of DiskOptions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ringplane.options.engines import AUTO
-from ringplane.options.values import LOCK_AUTO, LOCKS, MAX_QUEUES, ZoneModel, check_physical_block_size
+from ringplane.options.cpus import CPU_SETS
+from ringplane.options.declare import Options, WrongOptions, option, values
+from ringplane.options.device_options import DeviceOptions
+from ringplane.options.engine_names import AUTO, ENGINES, THREAD_ENGINES
+from ringplane.options.image_options import ImageOptions
+from ringplane.options.kinds import NAMES, PATH, OneOf, Whole
+from ringplane.options.socket_options import SocketOptions
+from ringplane.options.thread_options import IoThread, ThreadOptions
+from ringplane.options.zone_options import ZoneOptions
+
+MAX_THREADS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class DiskConfig:
-    """A disk to be served: what `serve` takes, and the names of its I/O threads.
+class EngineOptions(Options):
+    """How the bytes of a disk get to its storage."""
+
+    engine: str = option(
+        OneOf(*ENGINES),
+        default=AUTO,
+        help="I/O by io_uring or Linux AIO; memory: copies, for images on tmpfs; null: no I/O, for measurements.",
+        doc='`"auto"`; `"memory"` (the image is on tmpfs or hugetlbfs, and the I/O thread copies the data); '
+        '`"io_uring"`, `"aio"` (not `memory`; the engine of its I/O threads is used); `"null"` (nothing is read or '
+        "written, for measurements)",
+        doc_default='`"auto"`: `memory` if the image is in memory',
+    )
+
+
+class DiskOptions(ZoneOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions):
+    """All options that a disk has wherever it is described. A group comes before those whose options it needs."""
+
+
+class DiskConfig(DiskOptions):
+    """A disk to be served on named I/O threads.
 
     Queue `i` is served by thread `i`, counted from the start again when there are more queues than names. Raises
-    ValueError unless there is either a socket path or an fd.
+    ValueError unless the options fit together.
     """
 
-    image: Path
-    io_threads: Sequence[str]
-    socket_path: Path | None = None
-    socket_mode: int | None = None
-    socket_group: int | None = None
-    fd: int | None = None
-    create: int | None = None
-    read_only: bool = False
-    direct: bool = True
-    share_rw: bool = False
-    lock: str = LOCK_AUTO
-    num_queues: int = MAX_QUEUES
-    engine: str = AUTO
-    block_size: int = 512
-    physical_block_size: int | None = None
-    serial: str | None = None
-    features: Mapping[str, bool] = field(default_factory=dict)
-    zoned: ZoneModel | None = None
+    image: Path = option(
+        PATH,
+        kw_only=False,
+        doc="the raw image file or block device; a relative path starts at the folder of the configuration file",
+        doc_default="required",
+    )
+    io_threads: Sequence[str] = option(
+        NAMES,
+        kw_only=False,
+        doc="names of the threads that serve its queues, see below",
+        doc_default="all threads in turn",
+    )
+    socket_path: Path | None = option(
+        PATH,
+        default=None,
+        doc="the UNIX socket to listen on; a relative path starts at the folder of the configuration file",
+        doc_default="required",
+    )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
-            raise ValueError("give either a socket path or an fd")
+            raise WrongOptions("give either {socket_path} or {fd}")
         if self.fd is not None and (self.socket_mode, self.socket_group) != (None, None):
-            raise ValueError("a mode and a group are for a socket path, not for an fd")
-        if self.lock not in LOCKS:
-            raise ValueError(f"lock is {self.lock!r}; it is one of {', '.join(LOCKS)}")
-        if self.zoned and self.share_rw:
-            raise ValueError("a zoned disk cannot be shared, as each process would have write pointers of its own")
-        if self.physical_block_size is not None:
-            check_physical_block_size(self.physical_block_size, self.block_size)
+            raise WrongOptions("{socket_mode} and {socket_group} are for the socket of {socket_path}, not for {fd}")
+        if len(self.io_threads) > self.num_queues:
+            raise WrongOptions(
+                "{io_threads}: names {threads} threads for {queues} queues; name at most one per queue",
+                threads=len(self.io_threads),
+                queues=self.num_queues,
+            )
+
+
+class OneDisk(DiskOptions, ThreadOptions):
+    """A disk that has its I/O threads for itself, as `ringplane.serve` and the command line describe it."""
+
+    image_path: str | os.PathLike[str] = option(
+        PATH,
+        kw_only=False,
+        flags=("--blk-file", "--image"),
+        help="Raw image file or block device to serve.",
+    )
+    socket_path: str | os.PathLike[str] | None = option(
+        PATH,
+        kw_only=False,
+        default=None,
+        help="UNIX socket to listen on.",
+    )
+    io_threads: int = option(Whole(1, MAX_THREADS), default=1, help="Number of I/O threads.")
+    cpus: Sequence[Collection[int]] = option(
+        CPU_SETS,
+        default=(),
+        several=tuple,
+        help="CPUs of the I/O threads, for example 2-3 or 0,2; repeat it for the next I/O thread [default: all].",
+    )
+
+    def check(self) -> None:
+        if len(self.cpus) not in (0, 1, self.io_threads):
+            raise WrongOptions(
+                "{cpus} is given {times} times; give it once, or once for each of {threads} I/O threads",
+                times=len(self.cpus),
+                threads=self.io_threads,
+            )
+
+    def config(self) -> DiskConfig:
+        path = None if self.socket_path is None else Path(self.socket_path)
+        # More threads than queues have nothing to do.
+        names = [thread.name for thread in self.threads()][: self.num_queues]
+        return DiskConfig(Path(self.image_path), names, socket_path=path, **values(self, DiskOptions))
+
+    def threads(self) -> list[IoThread]:
+        engine = self.engine if self.engine in THREAD_ENGINES else AUTO
+        sets: list[frozenset[int] | None] = [frozenset(each) for each in self.cpus] or [None]
+        return [
+            IoThread(f"ringplane-io-{number}", engine, sets[number % len(sets)], **values(self, ThreadOptions))
+            for number in range(self.io_threads)
+        ]

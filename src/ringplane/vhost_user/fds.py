@@ -23,6 +23,17 @@ def check_fds(message: Message) -> None:
             check(fd)
 
 
+def take_notifier(message: Message) -> int:
+    """The fd that came with the message, non-blocking, or -1; the caller closes it.
+
+    A front end must not be able to block our thread with a full eventfd, pipe or socket (user-mode Linux's).
+    O_NONBLOCK belongs to the file, so the front end could clear it again: signaller.py handles that.
+    """
+    for fd in message.fds:
+        os.set_blocking(fd, False)
+    return next(iter(message.take_fds()), -1)
+
+
 def _check_kick(fd: int) -> None:
     check_eventfd(fd, "kick fd")
 

@@ -11,8 +11,8 @@ import fcntl
 import os
 
 from ringplane.dataplane.queue import InflightRegion
-from ringplane.guest_memory.address_space import Quota
-from ringplane.guest_memory.regions import Alarm, BadMemory, Mapping
+from ringplane.guest_memory.address_space import BadMemory, Quota
+from ringplane.guest_memory.regions import Alarm, Mapping
 from ringplane.inflight.tracking import ALIGNMENT, REGION_SPLIT, region_bytes
 from ringplane.vhost_user.messages import Inflight
 from ringplane.virtio.split import MAX_QUEUE_SIZE

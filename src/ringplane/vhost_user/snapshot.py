@@ -23,7 +23,7 @@ class Fd:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedMemory:
+class MemoryPart:
     """`size` bytes of a file from `offset`."""
 
     fd: Fd
@@ -37,7 +37,27 @@ class SharedRegion:
 
     guest_address: int
     user_address: int
-    memory: SharedMemory
+    memory: MemoryPart
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySnapshot:
+    """All memory that a front end shares. `inflight` is the fields of an Inflight."""
+
+    regions: list[SharedRegion]
+    log: MemoryPart | None
+    inflight: list[int] | None
+    inflight_fd: Fd | None
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Self:
+        values = dict(saved)
+        values["regions"] = [
+            SharedRegion(each["guest_address"], each["user_address"], MemoryPart(**each["memory"]))
+            for each in saved["regions"]
+        ]
+        values["log"] = MemoryPart(**saved["log"]) if saved["log"] else None
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +74,13 @@ class VringSnapshot:
     call: Fd | None
     err: Fd | None
     enabled: bool
-    call_told: bool
+    call_set: bool
     broken: int
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSnapshot:
-    """A front end. `unfinished`, with its fds, is what has arrived of its next message; `inflight` the area's sizes."""
+    """A front end. `unfinished`, with its fds, is what has arrived of its next message."""
 
     socket: Fd
     unfinished: bytes
@@ -70,10 +90,7 @@ class SessionSnapshot:
     protocol_features: int
     status: int
     write_back: bool
-    regions: list[SharedRegion]
-    log: SharedMemory | None
-    inflight: list[int] | None
-    inflight_fd: Fd | None
+    memory: MemorySnapshot
     channel: Fd | None
     vrings: list[VringSnapshot]
 
@@ -81,10 +98,6 @@ class SessionSnapshot:
     def from_json(cls, saved: dict[str, Any]) -> Self:
         """Decode a JSON object in which `Fd`s and bytes have been decoded already. Raises TypeError and KeyError."""
         values = dict(saved)
-        values["regions"] = [
-            SharedRegion(each["guest_address"], each["user_address"], SharedMemory(**each["memory"]))
-            for each in saved["regions"]
-        ]
-        values["log"] = SharedMemory(**saved["log"]) if saved["log"] else None
+        values["memory"] = MemorySnapshot.from_json(saved["memory"])
         values["vrings"] = [VringSnapshot(**each) for each in saved["vrings"]]
         return cls(**values)

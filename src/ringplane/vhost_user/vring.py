@@ -1,66 +1,275 @@
-"""The state of one ring that the front end has set up so far, before and while a worker serves it."""
+"""One ring as the front end's messages set it up: its start and stop, its fds, and notifications in band."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
-from dataclasses import astuple, dataclass, field
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass
 
-from ringplane.dataplane.queue import Queue
+from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
 from ringplane.dataplane.worker import Worker
-from ringplane.vhost_user.inband import InbandSignal
+from ringplane.guest_memory.regions import MemoryTable
+from ringplane.log.logs import DiskLog
+from ringplane.vhost_user.inband import Ask, InbandSignal
+from ringplane.vhost_user.inflight_area import InflightArea
 from ringplane.vhost_user.messages import BackendRequest, VringAddr
+from ringplane.vhost_user.refusal import Refused
 from ringplane.vhost_user.snapshot import Fd, VringSnapshot
+from ringplane.virtio.features import VIRTIO_F_RING_PACKED
+from ringplane.virtio.split import MAX_QUEUE_SIZE
+
+# Seconds after which a slow drain is logged.
+SLOW_DRAIN = 2.0
+
+# Waits for an operation of a worker.
+Wait = Callable[[Future[None]], Awaitable[None]]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class RingUse:
+    """How all rings of a front end are used: what its other messages have set."""
+
+    features: int
+    write_through: bool
+    memory: MemoryTable
+    log: DirtyLog | None
+    inflight: InflightArea | None
+    # Sends a message on the back-end channel, if notifications are sent in band.
+    ask: Ask | None
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.features & VIRTIO_F_RING_PACKED)
+
+
 class Vring:
-    """A ring; a missing fd is -1, and the code that replaces an fd closes it."""
+    """A ring. A missing fd is -1; the ring owns its fds."""
 
-    queue: Queue
-    worker: Worker
-    size: int = 0
-    base: int = 0
-    address: VringAddr | None = None
-    kick_fd: int = -1
-    call_fd: int = -1
-    err_fd: int = -1
-    enabled: bool = False
-    running: bool = False
-    # Notifications sent in band, by message; `call_told`: a SET_VRING_CALL has set how to notify the driver.
-    signals: dict[BackendRequest, InbandSignal] = field(default_factory=dict)
-    call_told: bool = False
+    def __init__(self, queue: Queue, worker: Worker, wait: Wait, logger: DiskLog) -> None:
+        self.queue = queue
+        self.enabled = self.running = False
+        self._worker = worker
+        self._wait = wait
+        self._logger = logger
+        self._size = self._base = 0
+        self._address: VringAddr | None = None
+        self._kick_fd = self._call_fd = self._err_fd = -1
+        # Notifications sent in band, by message; `_call_set`: a SET_VRING_CALL has set how to notify the driver.
+        self._signals: dict[BackendRequest, InbandSignal] = {}
+        self._call_set = False
 
-    def has_full_notifier(self) -> bool:
-        """Whether its worker may be waiting for the front end to make room in the call or error fd."""
-        fds = [fd for fd in (self.call_fd, self.err_fd) if fd >= 0]
+    # What messages describe.
+
+    def set_size(self, size: int, *, packed: bool) -> None:
+        if not 0 < size <= MAX_QUEUE_SIZE:
+            raise Refused(f"ring size {size} is not from 1 to {MAX_QUEUE_SIZE}")
+        if size & (size - 1) and not packed:
+            raise Refused(f"ring size {size} is not a power of two")
+        if size != self._size:
+            self._refuse_if_running()
+        self._size = size
+
+    def set_address(self, address: VringAddr) -> None:
+        for name, value, alignment in (
+            ("descriptor", address.descriptor, 16),
+            ("available", address.available, 2),
+            ("used", address.used, 4),
+        ):
+            if value % alignment:
+                raise Refused(f"the {name} address {value:#x} is not aligned to {alignment} bytes")
+        if self._address is not None and _places(address) != _places(self._address):
+            self._refuse_if_running()
+        self._address = address
+
+    def set_base(self, base: int, *, packed: bool) -> None:
+        self._refuse_if_running()
+        self._base = base if packed else base & 0xFFFF
+
+    def _refuse_if_running(self) -> None:
+        if self.running:
+            raise Refused("the ring is running")
+
+    # Start and stop.
+
+    async def adjust(self, use: RingUse) -> None:
+        """Bring the ring into the state that the messages require; a broken one stays stopped until a reset.
+
+        Raises BadMemory and OSError if it cannot start.
+        """
+        if not self.enabled:
+            await self.stop()
+        elif self.running or self.queue.broken:
+            return
+        elif self._kick_fd >= 0 and self._size and self._address is not None:
+            await self._start(self._layout(use, self._size, self._base, self._address), use)
+
+    async def _start(self, layout: RingLayout, use: RingUse) -> None:
+        if use.ask is not None:
+            await self._signal_in_band(use.ask)
+        await self._wait(self._worker.start_queue(self.queue, layout, use.memory, self._kick_fd))
+        self.running = True
+
+    def _layout(self, use: RingUse, size: int, base: int, address: VringAddr) -> RingLayout:
+        area, number = use.inflight, self.queue.number
+        return RingLayout(
+            size=size,
+            desc=address.descriptor,
+            avail=address.available,
+            used=address.used,
+            base=base,
+            features=use.features,
+            write_through=use.write_through,
+            log=use.log,
+            inflight=area.region(number, size, packed=use.packed) if area is not None else None,
+        )
+
+    def is_changed_by(self, use: RingUse) -> bool:
+        """Whether the ring runs and has to be restarted to be used in this way."""
+        layout, address = self.queue.layout, self._address
+        if not self.running or layout is None or address is None:
+            return False
+        return self._layout(use, layout.size, layout.base, address) != layout
+
+    async def stop(self) -> None:
+        """Stop fetching and wait until all fetched requests have completed."""
+        if not self.running:
+            return
+        drained = self._worker.stop_queue(self.queue)
+        try:
+            await asyncio.wait_for(self._wait(drained), SLOW_DRAIN)
+        except TimeoutError:
+            self._logger.warning("queue %d: waiting for %d requests in flight", self.queue.number, self.queue.in_flight)
+            await self._wait(drained)
+        self.running = False
+        self._base = self.queue.base
+
+    async def _reset(self) -> None:
+        """Stop the ring and clear its error, if it was broken."""
+        await self.stop()
+        self.queue.record["broken"] = 0
+
+    async def end(self, area: InflightArea | None) -> int:
+        """Stop it for good: the next driver describes the ring again before it starts it. Returns its base."""
+        await self._reset()
+        if area is not None:
+            area.forget(self.queue.number)
+        self._address = None
+        self._kick_fd = replace_fd(self._kick_fd, -1)
+        return self._base
+
+    async def forget(self) -> None:
+        """Stop the ring and release all resources that the front end has sent for it."""
+        try:
+            await self._reset()
+            if self.queue.record["call_fd"] >= 0:
+                await self._wait(self._worker.set_call_fd(self.queue, -1))
+        finally:
+            # Also if the worker has ended: nobody uses them any longer.
+            self._kick_fd = replace_fd(self._kick_fd, -1)
+            self._call_fd = replace_fd(self._call_fd, -1)
+            self._err_fd = replace_fd(self._err_fd, -1)
+            self.queue.err_fd = -1
+            for request in list(self._signals):
+                self._end_signal(request)
+            self._call_set = False
+            self._size, self._base, self._address, self.enabled = 0, 0, None, False
+
+    async def set_memory(self, memory: MemoryTable) -> None:
+        if self.running:
+            await self._wait(self._worker.set_memory(self.queue, memory))
+
+    # Kicks and notifications. Each method that takes an fd takes it over; -1: none.
+
+    def set_kick(self, fd: int) -> None:
+        """The ring has been stopped."""
+        self._kick_fd = replace_fd(self._kick_fd, fd)
+
+    async def kick(self, use: RingUse) -> None:
+        """A kick in band: the first one starts the ring. The data plane is still kicked through an eventfd."""
+        if self._kick_fd < 0:
+            self._kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        await self.adjust(use)
+        await self._wait(self._worker.signal(self._kick_fd))
+
+    async def set_call(self, fd: int) -> None:
+        self._call_set = True
+        try:
+            await self._wait(self._worker.set_call_fd(self.queue, fd))
+        finally:
+            self._call_fd = replace_fd(self._call_fd, fd)
+        self._end_signal(BackendRequest.VRING_CALL)
+        # Requests that completed before this fd was known are announced now; QEMU's own tests rely on it.
+        if fd >= 0:
+            await self._wait(self._worker.signal(fd))
+
+    async def set_err(self, fd: int) -> None:
+        try:
+            await self._use_err_fd(fd)
+        finally:
+            self._err_fd = replace_fd(self._err_fd, fd)
+        self._end_signal(BackendRequest.VRING_ERR)
+
+    async def _use_err_fd(self, fd: int) -> None:
+        await self._wait(self._worker.call(lambda: setattr(self.queue, "err_fd", fd)))
+
+    async def _signal_in_band(self, ask: Ask) -> None:
+        """Notify the front end by messages if it has not sent an fd."""
+        if not self._call_set and BackendRequest.VRING_CALL not in self._signals:
+            fd = self._begin_signal(BackendRequest.VRING_CALL, ask)
+            await self._wait(self._worker.set_call_fd(self.queue, fd))
+        if self._err_fd < 0 and BackendRequest.VRING_ERR not in self._signals:
+            await self._use_err_fd(self._begin_signal(BackendRequest.VRING_ERR, ask))
+
+    def _begin_signal(self, request: BackendRequest, ask: Ask) -> int:
+        signal = self._signals[request] = InbandSignal(ask, request, self.queue.number, self._logger)
+        return signal.fd
+
+    def _end_signal(self, request: BackendRequest) -> None:
+        """Close its fd, which the worker no longer uses."""
+        signal = self._signals.pop(request, None)
+        if signal is not None:
+            signal.close()
+
+    async def forwarded(self) -> None:
+        """Return when the front end has acknowledged all notifications in band."""
+        await asyncio.gather(*(signal.forwarded() for signal in self._signals.values()))
+
+    def interrupt_if_blocked(self) -> None:
+        """Interrupt the worker if it may be waiting for the front end to make room in the call or error fd."""
+        fds = [fd for fd in (self._call_fd, self._err_fd) if fd >= 0]
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLOUT)
-        return len(poll.poll(0)) < len(fds)
+        if len(poll.poll(0)) < len(fds):
+            self._worker.interrupt()
+
+    # Handing over to another process, and taking over from one.
 
     def snapshot(self) -> VringSnapshot:
         return VringSnapshot(
-            size=self.size,
-            base=self.base,
-            address=list(astuple(self.address)) if self.address is not None else None,
-            kick=Fd.of(self.kick_fd),
-            call=Fd.of(self.call_fd),
-            err=Fd.of(self.err_fd),
+            size=self._size,
+            base=self._base,
+            address=list(astuple(self._address)) if self._address is not None else None,
+            kick=Fd.of(self._kick_fd),
+            call=Fd.of(self._call_fd),
+            err=Fd.of(self._err_fd),
             enabled=self.enabled,
-            call_told=self.call_told,
+            call_set=self._call_set,
             broken=int(self.queue.record["broken"]),
         )
 
     def resume_from(self, saved: VringSnapshot) -> None:
         """Take over the state of another process; raises OSError if there are too many fds."""
-        self.size, self.base = saved.size, saved.base
-        self.address = VringAddr(*saved.address) if saved.address is not None else None
-        self.kick_fd, self.call_fd, self.err_fd = (_duplicate(fd) for fd in (saved.kick, saved.call, saved.err))
-        self.enabled, self.call_told = saved.enabled, saved.call_told
+        self._size, self._base = saved.size, saved.base
+        self._address = VringAddr(*saved.address) if saved.address is not None else None
+        self._kick_fd, self._call_fd, self._err_fd = (_duplicate(fd) for fd in (saved.kick, saved.call, saved.err))
+        self.enabled, self._call_set = saved.enabled, saved.call_set
         # No worker uses the queue yet.
-        self.queue.record["call_fd"], self.queue.err_fd = self.call_fd, self.err_fd
+        self.queue.record["call_fd"], self.queue.err_fd = self._call_fd, self._err_fd
         self.queue.record["broken"], self.queue.broken_reported = saved.broken, bool(saved.broken)
 
 
@@ -75,3 +284,7 @@ def replace_fd(old: int, new: int) -> int:
 
 def _duplicate(fd: Fd | None) -> int:
     return os.dup(fd.number) if fd is not None else -1
+
+
+def _places(address: VringAddr) -> tuple[int, int, int]:
+    return address.descriptor, address.used, address.available

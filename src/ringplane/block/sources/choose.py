@@ -10,7 +10,7 @@ from ringplane.block.image import Image, ImageError
 from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
-from ringplane.options.engines import AUTO, MEMORY, NULL, THREAD_ENGINES
+from ringplane.options.engine_names import AUTO, MEMORY, NULL, THREAD_ENGINES
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,56 @@
+"""The options of a command that are declared in `ringplane.options`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING
+from typing import Any, TypeVar
+
+import click
+
+from ringplane.cli.types import FILE, Parsed
+from ringplane.options.declare import Option, Options, dashed, declared
+from ringplane.options.kinds import FLAG, PATH, Kind, OneOf, Whole
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def flag(name: str) -> str:
+    """How the command line spells the option of this name."""
+    return f"--{dashed(name)}"
+
+
+def parameters(group: type[Options], **special: dict[str, Any]) -> Callable[[Function], Function]:
+    """A decorator: the command has the options of a group. `special` are more of click's arguments for some of them."""
+
+    def decorate(function: Function) -> Function:
+        # Decorators are applied from the last to the first.
+        for option in reversed(declared(group).values()):
+            if option.help:
+                flags = option.flags or (flag(option.name),)
+                more = {**_arguments(option), **special.get(option.name, {})}
+                function = click.option(*flags, option.name, help=option.help, **more)(function)
+        return function
+
+    return decorate
+
+
+def _arguments(option: Option) -> dict[str, Any]:
+    """click's arguments for the values of an option."""
+    kind = option.kind
+    if kind is FLAG:
+        return {"is_flag": True, "default": option.default}
+    arguments = _of_kind(kind)
+    if option.several:
+        return {**arguments, "multiple": True, "callback": lambda _, __, given: option.several(given)}
+    if option.default in (None, MISSING):
+        return arguments
+    return {**arguments, "default": str(option.default), "show_default": True}
+
+
+def _of_kind(kind: Kind) -> dict[str, Any]:
+    if isinstance(kind, Whole):
+        return {"type": click.IntRange(kind.lowest, kind.highest)}
+    if isinstance(kind, OneOf):
+        return {"type": click.Choice(list(kind.choices)), "callback": lambda _, __, given: kind.parse(given)}
+    return {"type": FILE if kind is PATH else Parsed(kind.metavar, kind.parse), "metavar": kind.metavar}

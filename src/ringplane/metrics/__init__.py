@@ -1,0 +1,1 @@
+"""What is counted in compiled code, and read by Python."""

@@ -1,0 +1,54 @@
+"""The features of a disk that users can switch on and off."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ringplane.options.kinds import Kind, shown
+
+# Features that users can switch (device/disk.py has the bit of each), and those that are off by default, because
+# drivers that accept them pay for them.
+FEATURES = (
+    *("indirect-desc", "event-idx", "packed", "in-order", "order-platform", "notification-data", "ring-reset"),
+    *("size-max", "seg-max", "geometry", "topology", "flush", "config-wce"),
+    *("discard", "write-zeroes", "secure-erase", "lifetime"),
+    *("status", "inband-notifications"),
+)
+OFF_BY_DEFAULT = ("in-order", "inband-notifications")
+
+
+def parse_feature(text: str) -> tuple[str, bool]:
+    """A feature's name, and whether to offer it: `packed=off`. Raises ValueError."""
+    name, _, state = text.partition("=")
+    if state not in ("on", "off"):
+        raise ValueError(f"{text!r} is neither {name}=on nor {name}=off")
+    check_feature(name)
+    return name, state == "on"
+
+
+def check_feature(name: str) -> None:
+    """Raises ValueError unless this is the name of a feature that can be switched."""
+    if name not in FEATURES:
+        near = difflib.get_close_matches(name, FEATURES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the features are {', '.join(FEATURES)}"
+        raise ValueError(f"{name!r} is not a feature that can be switched; {hint}")
+
+
+def _from_toml(value: Any) -> dict[str, bool]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(value)} is not a table of features; example: {{ packed = false }}")
+    _check(value)
+    return value
+
+
+def _check(switches: Mapping[str, bool]) -> None:
+    for name, on in switches.items():
+        check_feature(name)
+        if not isinstance(on, bool):
+            raise ValueError(f"{name}: {shown(on)} is neither true nor false")
+
+
+# On the command line an option for each of them.
+SWITCHES = Kind("NAME=on|off", parse_feature, _from_toml, _check)

@@ -1,0 +1,92 @@
+"""What the value of an option may be, however it is given: on the command line, in TOML, or in Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _anything(_: Any) -> None:
+    """A check for what its type alone makes right."""
+
+
+def shown(value: object) -> str:
+    """Nearly as in TOML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def text_from_toml(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise ValueError(f"{shown(value)} is not a printable text in quotation marks")
+    return value
+
+
+class Kind:
+    """A kind of values; a text unless the arguments say otherwise.
+
+    Its functions raise a ValueError that says what is wrong and what is right.
+    """
+
+    def __init__(
+        self,
+        metavar: str = "TEXT",
+        parse: Callable[[str], Any] = str,
+        from_toml: Callable[[Any], Any] = text_from_toml,
+        check: Callable[[Any], object] = _anything,
+    ) -> None:
+        """`parse` converts a text of the command line, which shows `metavar` for it, and `from_toml` a value of TOML.
+
+        `check` is for values that a program gives.
+        """
+        self.metavar = metavar
+        self.parse, self.from_toml, self.check = parse, from_toml, check
+
+
+class OneOf(Kind):
+    """One of some words or numbers."""
+
+    def __init__(self, *choices: int | str) -> None:
+        self.choices = {str(choice): choice for choice in choices}
+        super().__init__("", self.choices.__getitem__, self._checked, self._checked)
+
+    def _checked(self, value: Any) -> Any:
+        # Not by equality alone: true is 1 to Python.
+        choices = self.choices.values()
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{shown(value)} is not one of {', '.join(map(shown, choices))}")
+        return value
+
+
+class Whole(Kind):
+    """A whole number in a range."""
+
+    def __init__(self, lowest: int, highest: int) -> None:
+        self.lowest, self.highest = lowest, highest
+        super().__init__("", int, self._checked, self._checked)
+
+    def _checked(self, value: Any) -> Any:
+        if type(value) is not int or not self.lowest <= value <= self.highest:
+            raise ValueError(f"{shown(value)} is not a whole number from {self.lowest} to {self.highest}")
+        return value
+
+
+def _flag_from_toml(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{shown(value)} is neither true nor false")
+    return value
+
+
+def _names_from_toml(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{shown(value)} is not a list of names; example: ["io0", "io1"]')
+    return [text_from_toml(name) for name in value]
+
+
+# On the command line it has no value.
+FLAG = Kind(from_toml=_flag_from_toml)
+NAME = Kind()
+NAMES = Kind(from_toml=_names_from_toml)
+# In a configuration file a relative path starts at the folder of the file.
+PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)))

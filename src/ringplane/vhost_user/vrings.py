@@ -1,0 +1,101 @@
+"""All rings of one front end, and how the control plane waits for their workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+
+from ringplane.device.disk import Disk
+from ringplane.guest_memory.address_space import BadMemory
+from ringplane.guest_memory.regions import MemoryTable
+from ringplane.log.logs import DiskLog
+from ringplane.vhost_user.inflight_area import InflightArea
+from ringplane.vhost_user.refusal import Refused
+from ringplane.vhost_user.vring import RingUse, Vring
+
+# Seconds after which a front end is suspected of holding up a worker.
+SUSPICIOUS_WAIT = 0.1
+
+
+class Vrings:
+    """The rings of a disk's queues, for one front end."""
+
+    def __init__(self, disk: Disk, logger: DiskLog) -> None:
+        self._logger = logger
+        pairs = zip(disk.queues, disk.workers, strict=True)
+        self._all = [Vring(queue, worker, self._wait, logger) for queue, worker in pairs]
+
+    def __iter__(self) -> Iterator[Vring]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: int) -> Vring:
+        """Raises Refused if there is no such ring."""
+        if index >= len(self._all):
+            raise Refused(f"queue {index} does not exist; there are {len(self._all)}")
+        return self._all[index]
+
+    async def stop_all(self) -> Sequence[Vring]:
+        """Returns the rings that were running."""
+        running = [vring for vring in self if vring.running]
+        await asyncio.gather(*(vring.stop() for vring in running))
+        return running
+
+    async def start_again(self, vrings: Iterable[Vring], use: RingUse) -> None:
+        """Start these, and log it if one cannot start."""
+        for vring in vrings:
+            try:
+                await vring.adjust(use)
+            except (BadMemory, OSError) as error:
+                self._logger.warning("queue %d: cannot be started again: %s", vring.queue.number, error)
+
+    async def restart_changed(self, use: RingUse) -> None:
+        """Restart the running rings that are to be used in another way than before."""
+        for vring in self:
+            if vring.is_changed_by(use):
+                await vring.stop()
+                await vring.adjust(use)
+
+    async def adjust_all(self, use: RingUse) -> None:
+        for vring in self:
+            await vring.adjust(use)
+
+    async def disable_all(self) -> None:
+        for vring in self:
+            vring.enabled = False
+            await vring.stop()
+
+    async def end_all(self, area: InflightArea | None) -> None:
+        """Stop all for good."""
+        await asyncio.gather(*(vring.end(area) for vring in self))
+
+    async def forget_all(self) -> list[BaseException]:
+        """Release all resources of each ring, even if others fail; returns the errors."""
+        results = await asyncio.gather(*(vring.forget() for vring in self), return_exceptions=True)
+        return [error for error in results if error is not None]
+
+    async def set_memory(self, memory: MemoryTable) -> None:
+        await asyncio.gather(*(vring.set_memory(memory) for vring in self))
+
+    async def forwarded(self) -> None:
+        """Return when the front end has acknowledged all notifications in band."""
+        await asyncio.gather(*(vring.forwarded() for vring in self))
+
+    async def _wait(self, future: Future[None]) -> None:
+        """Wait for an operation of a worker, which completes it even when nobody waits any more.
+
+        A front end must not be able to block the worker with a full notifier (signaller.py). Whether one blocks it
+        cannot be seen, only whether one could.
+        """
+        waiting = asyncio.wrap_future(future)
+        try:
+            while not (await asyncio.wait([waiting], timeout=SUSPICIOUS_WAIT))[0]:
+                for vring in self:
+                    vring.interrupt_if_blocked()
+            waiting.result()
+        finally:
+            # See `_perform` of worker.py.
+            del future, waiting
