@@ -23,18 +23,20 @@ import numba
 import pytest
 
 from ringplane.block.image import Image
+from ringplane.block.io import CHANNEL
 from ringplane.block.merge import send_held
 from ringplane.block.sources.choose import Source
 from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.stack import LayerPart, Stack
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import NO_TYPES, Device, Queue, RingLayout
-from ringplane.dataplane.state import RequestTypes
+from ringplane.dataplane.state import WORKER, RequestTypes
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
-from ringplane.native.access import fence, store16
+from ringplane.native.access import fence, store16, view
 from ringplane.options.engine_names import MEMORY
 from ringplane.options.thread_options import POLL_US
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
@@ -447,13 +449,18 @@ def held(worker: Worker) -> Iterator[None]:
         worker.call(lambda: None).result(PATIENCE)
 
 
+@compiled
+def serve_ready_at(worker, channel):
+    serve_ready(view(worker, WORKER), view(channel, CHANNEL))
+    send_held(view(channel, CHANNEL))
+
+
 def fetch_only(worker: Worker) -> None:
     """Have a held worker fetch everything in the rings without submitting it, so that it is certainly in flight."""
     worker.call(worker.rings.check_all)
     # As many turns as a full ring needs.
     for _ in range(-(-1024 // TURN)):
-        worker.call(lambda: serve_ready(worker.state.record, worker.state.channel.record))
-        worker.call(lambda: send_held(worker.state.channel.record))
+        worker.call(lambda: serve_ready_at(worker.state.address, worker.state.channel.address))
 
 
 class Line:

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 HEAD = """\
 import numpy as np
 from ringplane.compiler.jit import compiled
-from ringplane.compiler import sources
+from ringplane.compiler.units import call, unit
 from ringplane.native.access import address_of, copy, fence, load64, store64, view
 from ringplane.virtio import split
 POINT = np.dtype([("x", "<i8"), ("y", "<i8"), ("small", "u1"), ("raw", "<u8"), ("cells", "<i8", (4,))])
@@ -31,6 +31,9 @@ PAIR = np.dtype([("first", "<i8"), ("point", "<i8")])
 LIMIT, HALF, NAMES, HUGE, TABLE = 7, 0.5, ["a"], 1 << 63, np.zeros(3)
 def plain(a):
     return a
+@unit
+def apart(address):
+    return view(address, POINT).x
 @compiled
 def shift(point, by):
     point.x += by
@@ -137,6 +140,14 @@ if point: #!`point` is a POINT, not a number
 return 0
 ---
 number == 3 #!`number == 3` has no effect
+---
+return apart(number) #!apart() is a unit: store its address(), and call that with call()
+---
+return call(number, 1, 2, 3) + call(number)
+---
+return call() #!call() takes 1 or more arguments, but gets 0
+---
+return call(number, point) #!`point` is a POINT, not a number
 ---
 print(number) #!print() is not possible in compiled code
 ---
@@ -260,6 +271,17 @@ def test_an_example(reported: list[dict[int, str]], number: int) -> None:
 
 def test_no_mistake_in_our_code() -> None:
     assert check([PACKAGE, REPOSITORY / "tests"]) == []
+
+
+def test_a_unit_returns_a_number_and_gets_numbers(tmp_path: Path) -> None:
+    (tmp_path / "units.py").write_text(
+        f"{HEAD}@unit\ndef silent(address):\n    store64(address, 1)\n@unit\ndef wrong(point):\n    return point.x\n"
+    )
+    line = HEAD.count("\n")
+    assert [(mistake.line, mistake.text) for mistake in check([tmp_path])] == [
+        (line + 3, "silent() is a unit, so it must return a number"),
+        (line + 6, "`point` is a number, not a struct, so it has no field x"),
+    ]
 
 
 def test_the_command(tmp_path: Path) -> None:

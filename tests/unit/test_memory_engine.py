@@ -766,7 +766,8 @@ def test_repeated_starts_and_stops_leave_nothing_behind(tmpfs: Path, socket_path
 
 
 def test_a_rejected_disk_beside_one_in_memory_leaves_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
-    from ringplane.control.server import IoThread
+    from ringplane.options.io_thread import IoThread
+
     from ringplane.control.start import serve_all
     from ringplane.options.disk_config import DiskConfig
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
@@ -145,6 +146,8 @@ class Flow:
                 )
         elif self._ends:
             self.returned = NOTHING
+            if self.function.unit:
+                self._say(self._ends[0][0], f"{self.function.name}() is a unit, so it must return a number")
 
     def _say(self, place: int | ast.AST, text: str) -> None:
         line = place if isinstance(place, int) else place.lineno  # type: ignore[attr-defined]
@@ -493,7 +496,7 @@ class Flow:
     def _call_builtin(self, node: ast.Call, name: ast.Name) -> Shape:
         if name.id in BUILTINS:
             self._arity(node, name.id, *BUILTINS[name.id])
-        elif name.id in __builtins__:  # type: ignore[operator]
+        elif hasattr(builtins, name.id):
             self._say(node, f"{name.id}() is not possible in compiled code, which has no Python objects")
         else:
             self._global(name)

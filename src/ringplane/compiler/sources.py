@@ -8,6 +8,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import builtins
 import contextlib
 import importlib
 import sys
@@ -99,7 +100,7 @@ class Names(dict[str, Any]):
     """The global names of a module, each evaluated when it is first needed; of other names KeyError, as in a dict."""
 
     def __init__(self, source: Source) -> None:
-        super().__init__(__name__=source.module, __builtins__=__builtins__)
+        super().__init__(__name__=source.module, __builtins__=builtins)
         self._source = source
 
     def __missing__(self, name: str) -> Any:
