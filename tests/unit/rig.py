@@ -38,6 +38,7 @@ from ringplane.engines.choose import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.access import fence, store16, view
 from ringplane.options.engine_names import MEMORY
+from ringplane.options.image_options import ImageOptions
 from ringplane.options.thread_options import POLL_US
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
@@ -645,7 +646,7 @@ def make(
         os.truncate(path, content)
     elif content is not None:
         path.write_bytes(content)
-    image = Image(path, read_only=read_only, direct=direct, block_size=block_size)
+    image = Image(path, ImageOptions(read_only=read_only, direct=direct, block_size=block_size))
     device = Device(image.size, read_only=read_only, block_size=block_size, serial=serial, request_types=request_types)
     source = MemorySource(image) if engine == MEMORY else FileSource(image)
     made = [Worker(f"io-{number}", slots, engine, poll_us, pin_memory) for number in range(workers)]

@@ -16,6 +16,7 @@ import ringplane
 from ringplane.block.formats import FORMATS, Format, find_format
 from ringplane.block.image import Image, ImageError
 from ringplane.driver import Driver
+from ringplane.options.image_options import ImageOptions
 
 from .rig import loop_device, pattern
 from .test_image import needs
@@ -150,7 +151,7 @@ def test_each_magic_is_found(each: Format, tmp_path: Path) -> None:
         content[each.offset % size : each.offset % size + len(each.magic)] = each.magic
         path.write_bytes(content)
         for direct in (True, False):
-            with contextlib.closing(Image(path, direct=direct)) as image:
+            with contextlib.closing(Image(path, ImageOptions(direct=direct))) as image:
                 found = find_format(image.fd, image.size)
                 assert found is not None
                 assert found.name == each.name

@@ -18,6 +18,7 @@ import pytest
 import ringplane
 from ringplane.block.image import Image, ImageError
 from ringplane.driver import Driver
+from ringplane.options.image_options import ImageOptions
 from ringplane.system import eventfd as eventfds
 from ringplane.system import procfs
 
@@ -179,7 +180,7 @@ def without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_an_image_that_was_replaced_is_not_opened_again_by_its_path(image: Path, without_proc: None) -> None:
-    with contextlib.closing(Image(image, direct=False)) as opened:
+    with contextlib.closing(Image(image, ImageOptions(direct=False))) as opened:
         assert os.path.sameopenfile(opened.open_again(), opened.fd)
         image.rename(image.with_name("moved"))
         image.write_bytes(bytes(IMAGE_SIZE))
@@ -195,7 +196,7 @@ def test_an_image_that_was_replaced_is_not_opened_again_by_its_path(image: Path,
 
 
 def test_an_image_that_was_replaced_is_opened_again_with_proc(image: Path) -> None:
-    with contextlib.closing(Image(image, direct=False)) as opened:
+    with contextlib.closing(Image(image, ImageOptions(direct=False))) as opened:
         image.unlink()
         image.write_bytes(bytes(IMAGE_SIZE))
         assert os.path.sameopenfile(opened.open_again(), opened.fd)
@@ -250,7 +251,7 @@ def test_lock_on_needs_a_lock_for_read_only_images_too(serve: Serve) -> None:
 
 @pytest.mark.parametrize(("lock", "excludes"), [("auto", True), ("on", True), ("off", False)])
 def test_opens_that_are_locked_out(image: Path, lock: str, excludes: bool) -> None:
-    with contextlib.closing(Image(image, lock=lock)):
+    with contextlib.closing(Image(image, ImageOptions(lock=lock))):
         if excludes:
             with pytest.raises(ImageError, match="is in use already"):
                 Image(image)
@@ -259,9 +260,9 @@ def test_opens_that_are_locked_out(image: Path, lock: str, excludes: bool) -> No
     with contextlib.closing(Image(image)):
         if excludes:
             with pytest.raises(ImageError, match="is in use already"):
-                Image(image, lock=lock)
+                Image(image, ImageOptions(lock=lock))
         else:
-            Image(image, lock=lock).close()
+            Image(image, ImageOptions(lock=lock)).close()
 
 
 def test_a_write_lock_of_another_program_excludes_ringplane(image: Path) -> None:

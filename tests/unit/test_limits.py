@@ -19,6 +19,7 @@ from ringplane.block.storage_limits import Limits, limits
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import Disk
 from ringplane.native.fs import BLKDISCARD
+from ringplane.options.image_options import ImageOptions
 from ringplane.virtio import blk
 
 from .rig import loop_device
@@ -223,7 +224,7 @@ def test_discards_through_the_page_cache_are_whole_pages() -> None:
 def test_the_configuration_space_has_the_limits(tmp_path: Path, block_size: int) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(1 << 20))
-    image = Image(path, block_size=block_size)
+    image = Image(path, ImageOptions(block_size=block_size))
     worker = Worker("io", slots=1)
     disk = Disk(image, [worker], num_queues=1, block_size=block_size)
     try:

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from ringplane.block.formats import find_format
 from ringplane.native.fs import BLKGETSIZE64, BLKROGET
-from ringplane.options.image_options import LOCK_AUTO, LOCK_OFF, LOCK_ON
+from ringplane.options.image_options import BLOCK_SIZES, LOCK_OFF, LOCK_ON, ImageOptions
 from ringplane.system import libc, procfs
 
 log = logging.getLogger(__name__)
 
-BLOCK_SIZES = (512, 4096)
 # The largest sector of block devices, and so the largest block that O_DIRECT may require.
 LARGEST_SECTOR = 64 << 10
 
@@ -37,6 +36,10 @@ FLOCK = struct.Struct("hhqqi4x")
 
 # Seconds
 LOCK_PATIENCE = 0.5
+
+
+# The options of an image that is opened as it is.
+PLAIN = ImageOptions()
 
 
 class ImageError(Exception):
@@ -118,39 +121,34 @@ class Image:
     def __init__(
         self,
         path: Path,
+        options: ImageOptions = PLAIN,
         *,
-        read_only: bool = False,
-        direct: bool = True,
-        share_rw: bool = False,
-        block_size: int = 512,
-        lock: str = LOCK_AUTO,
         fd: int | None = None,
         rehearsal: bool = False,
     ) -> None:
         """Open and lock; raises ImageError. A `rehearsal` raises the same errors, but opens it for reading only.
 
-        `direct` is a wish: if the file system refuses O_DIRECT, `direct` of the object is False afterwards. `lock` is
-        one of LOCKS: LOCK_AUTO serves a read-only image without a lock if its file system has no locks. With `fd` it
-        is open already, locked by the process that we take over from; the fd is ours from now on.
+        O_DIRECT is a wish: if the file system refuses it, `direct` of the object is False afterwards. With `fd` it is
+        open already, locked by the process that we take over from; the fd is ours from now on.
         """
         self.path = path
-        self.read_only = read_only
-        self._block_size = block_size
+        self.read_only = options.read_only
+        self._block_size = options.block_size
         if fd is None:
-            self.fd, self.direct = _open(path, read_only or rehearsal, direct)
+            self.fd, self.direct = _open(path, self.read_only or rehearsal, options.direct)
         else:
             self.fd, self.direct = fd, bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         self._others: list[int] = []
         try:
             self.size = _size(self.fd, path)
-            if not read_only:
+            if not self.read_only:
                 _check_writable(self.fd, path)
-            if rehearsal and not read_only and not os.access(path, os.W_OK, effective_ids=True):
-                raise _not_permitted(path, read_only)
+            if rehearsal and not self.read_only and not os.access(path, os.W_OK, effective_ids=True):
+                raise _not_permitted(path, self.read_only)
             if fd is None:
-                _lock_as(lock, self.fd, path, read_only=read_only, share_rw=share_rw)
+                _lock(self.fd, path, options)
             self.alignment = self._find_alignment() if self.direct else UNALIGNED
-            _check_block_size(self, block_size)
+            _check_block_size(self, self._block_size)
         except BaseException:
             os.close(self.fd)
             raise
@@ -257,8 +255,6 @@ def _check_writable(fd: int, path: Path) -> None:
 
 
 def _check_block_size(image: Image, block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise ImageError(f"a block size of {block_size} is not supported; it is 512 or 4096")
     if image.size == 0 and not image.is_file:
         raise ImageError(f"{image.path}: this block device has a size of 0; attach its storage first")
     if image.size == 0:
@@ -289,23 +285,23 @@ def _how_to_fit(image: Image, block_size: int) -> str:
     return f"add {short} bytes with: truncate -s +{short} {shlex.quote(str(image.path))}"
 
 
-def _lock_as(lock: str, fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
-    """Lock according to LOCK_ON, LOCK_OFF or LOCK_AUTO; raises ImageError."""
-    if lock == LOCK_OFF:
+def _lock(fd: int, path: Path, options: ImageOptions) -> None:
+    """Lock if the options want it; raises ImageError."""
+    if options.lock == LOCK_OFF:
         return
     try:
-        _lock(fd, path, read_only=read_only, share_rw=share_rw)
+        _wait_for_lock(fd, path, options)
     except OSError as error:
         # Some network file systems have no locks, and some jails forbid them.
         why = f"{path}: cannot be locked (fcntl(2), F_OFD_SETLK: {error.strerror})"
-        if lock == LOCK_ON or not read_only:
+        if options.lock == LOCK_ON or not options.read_only:
             raise ImageError(
                 f"{why}; --lock off serves it without a lock: then take care that nothing else writes to it"
             ) from None
         log.info("%s: it is served read-only without a lock; nothing may write to it meanwhile", why)
 
 
-def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
+def _wait_for_lock(fd: int, path: Path, options: ImageOptions) -> None:
     """Lock our uses of the image and those that we deny, then test for conflicting locks of others.
 
     Locks belong to open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
@@ -313,7 +309,7 @@ def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
     hold a copy for some milliseconds, so the lock is tried for a while. Raises OSError if there are no locks.
     """
     deadline = time.monotonic() + LOCK_PATIENCE
-    while not _try_lock(fd, read_only=read_only, share_rw=share_rw):
+    while not _try_lock(fd, options):
         if time.monotonic() > deadline:
             raise ImageError(
                 f"{path}: is in use already; it can be shared if all open it --read-only, "
@@ -322,9 +318,9 @@ def _lock(fd: int, path: Path, *, read_only: bool, share_rw: bool) -> None:
         time.sleep(LOCK_PATIENCE / 50)
 
 
-def _try_lock(fd: int, *, read_only: bool, share_rw: bool) -> bool:
-    uses = {PERMISSION_READ} if read_only else {PERMISSION_READ, PERMISSION_WRITE}
-    denies = set() if share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
+def _try_lock(fd: int, options: ImageOptions) -> bool:
+    uses = {PERMISSION_READ} if options.read_only else {PERMISSION_READ, PERMISSION_WRITE}
+    denies = set() if options.share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
     try:
         for byte in [LOCK_USES + permission for permission in uses] + [LOCK_DENIES + p for p in denies]:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))

@@ -19,6 +19,7 @@ from ringplane.block.image import Image, ImageError
 from ringplane.block.layers.zones import ZONE, ZONES
 from ringplane.block.ranges import ZEROS_SIZE
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ringplane.options.image_options import ImageOptions
 from ringplane.options.zone_options import ZoneModel
 from ringplane.system import libc, procfs
 from ringplane.virtio import zoned
@@ -225,7 +226,7 @@ def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
         _count(image, model, block_size)
         _check_blank(image, new=not image.path.exists())
         return
-    reader = Image(image.path, read_only=True, block_size=block_size, fd=os.dup(image.fd))
+    reader = Image(image.path, ImageOptions(read_only=True, block_size=block_size), fd=os.dup(image.fd))
     try:
         ZoneFile(reader, model, block_size=block_size).abandon()
     finally:

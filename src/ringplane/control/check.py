@@ -74,17 +74,9 @@ def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
 def _opened(disk: DiskConfig) -> Image | None:
     """The image, or a nameless one like the image that will be created; None if there is neither."""
     if disk.create is None or disk.image.exists():
-        return Image(
-            disk.image,
-            read_only=disk.read_only,
-            direct=disk.direct,
-            share_rw=disk.share_rw,
-            lock=disk.lock,
-            block_size=disk.block_size,
-            rehearsal=True,
-        )
+        return Image(disk.image, disk, rehearsal=True)
     fd = create_nameless(disk.image, disk.create, direct=disk.direct)
-    return None if fd is None else Image(disk.image, read_only=disk.read_only, block_size=disk.block_size, fd=fd)
+    return None if fd is None else Image(disk.image, disk, fd=fd)
 
 
 def _limits(disk: DiskConfig, image: Image) -> Limits | None:

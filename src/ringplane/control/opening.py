@@ -35,14 +35,7 @@ class Parts:
 def open_parts(config: DiskConfig, undo: contextlib.ExitStack) -> Parts:
     """Open the parts of a disk; `undo` closes or removes them. Raises ImageError, ListenError."""
     created = _create_if_missing(config, undo)
-    image = Image(
-        config.image,
-        read_only=config.read_only,
-        direct=config.direct,
-        share_rw=config.share_rw,
-        lock=config.lock,
-        block_size=config.block_size,
-    )
+    image = Image(config.image, config)
     undo.callback(image.close)
     if found := find_format(image.fd, image.size):
         log.warning("%s", describe(found, config.image))
@@ -64,7 +57,7 @@ def open_parts(config: DiskConfig, undo: contextlib.ExitStack) -> Parts:
 def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack) -> Parts:
     """Like `open_parts`, from the process that serves disk `index` now."""
     fd, size = predecessor.image(index)
-    image = Image(config.image, read_only=config.read_only, block_size=config.block_size, fd=fd)
+    image = Image(config.image, config, fd=fd)
     undo.callback(image.close)
     image.size = size
     zones = None
