@@ -11,8 +11,8 @@ import pytest
 from ringplane.block.image import Image, ImageError
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import BITS, Disk
+from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import FEATURES, OFF_BY_DEFAULT, parse_feature
-from ringplane.options.image_options import ImageOptions
 from ringplane.vhost_user.messages import ProtocolFeature
 from ringplane.virtio import blk, features
 
@@ -34,9 +34,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def disk(path: Path, worker: Worker, switches: dict[str, bool], *, read_only: bool = False) -> Disk:
-    image = Image(path, ImageOptions(read_only=read_only))
+    options = DiskOptions(num_queues=1, read_only=read_only, features=switches)
+    image = Image(path, options)
     try:
-        made = Disk(image, [worker], num_queues=1, block_size=512, switches=switches)
+        made = Disk(image, [worker], options)
         made.close()
         return made
     except BaseException:

@@ -19,7 +19,7 @@ from ringplane.block.storage_limits import Limits, limits
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import Disk
 from ringplane.native.fs import BLKDISCARD
-from ringplane.options.image_options import ImageOptions
+from ringplane.options.disk_config import DiskOptions
 from ringplane.virtio import blk
 
 from .rig import loop_device
@@ -224,9 +224,10 @@ def test_discards_through_the_page_cache_are_whole_pages() -> None:
 def test_the_configuration_space_has_the_limits(tmp_path: Path, block_size: int) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(1 << 20))
-    image = Image(path, ImageOptions(block_size=block_size))
+    options = DiskOptions(num_queues=1, block_size=block_size)
+    image = Image(path, options)
     worker = Worker("io", slots=1)
-    disk = Disk(image, [worker], num_queues=1, block_size=block_size)
+    disk = Disk(image, [worker], options)
     try:
         disk.limits = Limits(4096, 8192, 1 << 20, discard=65536, secure_erase=4096, punches=True, lifetime=(1, 2, 3))
         config = np.frombuffer(disk.config_space(), blk.CONFIG)[0]

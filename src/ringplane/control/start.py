@@ -149,14 +149,4 @@ def _check_names(disks: Sequence[DiskConfig], names: Sequence[str]) -> None:
 
 
 def _disk(config: DiskConfig, parts: Parts, threads: Threads) -> Disk:
-    return Disk(
-        parts.image,
-        [threads.workers[name] for name in config.io_threads],
-        num_queues=config.num_queues,
-        block_size=config.block_size,
-        physical_block_size=config.physical_block_size,
-        serial=config.serial,
-        engine=config.engine,
-        switches=config.features,
-        zones=parts.zones,
-    )
+    return Disk(parts.image, [threads.workers[name] for name in config.io_threads], config, parts.zones)

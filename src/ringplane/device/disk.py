@@ -23,8 +23,8 @@ from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import EVERY_DISK
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
-from ringplane.options.engine_names import AUTO
-from ringplane.options.feature_switches import OFF_BY_DEFAULT, check_feature
+from ringplane.options.disk_config import DiskOptions
+from ringplane.options.feature_switches import OFF_BY_DEFAULT
 from ringplane.virtio import blk, features
 from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
 
@@ -70,46 +70,37 @@ class Disk:
         self,
         image: Image,
         workers: Sequence[Worker],
-        *,
-        num_queues: int,
-        block_size: int,
-        physical_block_size: int | None = None,
-        serial: str | None = None,
-        engine: str = AUTO,
-        switches: Mapping[str, bool] | None = None,
+        options: DiskOptions,
         zones: ZoneFile | None = None,
     ) -> None:
-        """`serial` is at most 20 bytes; without one it is derived from the image's path.
+        """If the engine of the options is a worker's engine, each worker uses its own.
 
-        `physical_block_size` is reported instead of that of the storage.
-        `engine` is one of ENGINES; if it is a worker's engine, each worker uses its own. `switches` maps names of
-        features to whether they are offered. A disk with `zones` is host-managed; only the first worker serves it,
-        because zones are not protected against other threads. Raises ImageError if the image cannot be served this
-        way, ValueError for a feature that cannot be switched.
+        A disk with `zones` is host-managed; only the first worker serves it, because zones are not protected against
+        other threads. Raises ImageError if the image cannot be served this way.
         """
         self.image = image
-        self.block_size = block_size
-        self.serial = serial if serial is not None else default_serial(image)
+        self.block_size = options.block_size
+        self.serial = options.serial if options.serial is not None else default_serial(image)
         self.zones = zones
         self._resizing = asyncio.Lock()
-        self.source = open_source(image, engine, reasons_without_io(workers))
+        self.source = open_source(image, options.engine, reasons_without_io(workers))
         found = Limits() if isinstance(self.source, NullSource) else limits(image.fd, read_only=image.read_only)
-        self.limits = found.for_blocks(block_size, physical_block_size, self.source.backing.granule)
+        self.limits = found.for_blocks(self.block_size, options.physical_block_size, self.source.backing.granule)
         self._device = Device(
             image.size,
             read_only=image.read_only,
-            block_size=block_size,
+            block_size=self.block_size,
             serial=self.serial,
             name=self.name,
             lifetime=_lifetime(found),
             request_types={**EVERY_DISK, **(zone_requests.TYPES if zones else {})},
         )
-        self.workers = [workers[0 if zones else number % len(workers)] for number in range(num_queues)]
+        self.workers = [workers[0 if zones else number % len(workers)] for number in range(options.num_queues)]
         stacks = {worker: Stack(self.source.part(), self._layers(worker)) for worker in dict.fromkeys(self.workers)}
         self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
         for worker in set(self.workers):
             worker.add_disk()
-        self._switches = dict(switches or {})
+        self._switches = options.features
         check_switches(self._switches, self.limits, image, zoned=zones is not None)
 
     def _layers(self, worker: Worker) -> list[LayerPart]:
@@ -277,9 +268,8 @@ def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:
 
 
 def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *, zoned: bool) -> None:
-    """Raises ImageError for a switched-on feature that cannot be offered, ValueError for one that does not exist."""
+    """Raises ImageError for a switched-on feature that cannot be offered."""
     for name, on in switches.items():
-        check_feature(name)
         if on and not can_offer(name, limits, image, zoned=zoned):
             raise ImageError(f"{image.path}: {name} cannot be offered, because the storage does not support it")
 
