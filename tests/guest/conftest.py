@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import initramfs, kernels
-from .backends import Backend, BackendFactory, launch, wait_for_socket
+from .back_end_processes import Backend, BackendFactory, launch, wait_for_socket
 from .machines import QemuGuest, UmlGuest
 from .workloads import Workload
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from .backends import Backend
+from .back_end_processes import Backend
 from .initramfs import with_script
 from .kernels import program
 from .workloads import Workload

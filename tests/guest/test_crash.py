@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from . import workloads
-from .backends import STAND_IN, BackendFactory, Disturbed
+from .back_end_processes import STAND_IN, BackendFactory, Disturbed
 from .machines import QemuGuest
 
 KILLS = 20

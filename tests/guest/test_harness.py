@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import host, initramfs, machines, workloads
-from .backends import BackendFactory
+from .back_end_processes import BackendFactory
 from .machines import Guest, GuestError, QemuGuest, UmlGuest, result_in
 from .workloads import Workload
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import workloads
-from .backends import STAND_IN, BackendFactory
+from .back_end_processes import STAND_IN, BackendFactory
 from .machines import Guest, read
 
 BEGIN, END = "guest-is-idle", "guest-was-idle"

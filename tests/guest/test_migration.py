@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from . import workloads
-from .backends import STAND_IN, BackendFactory
+from .back_end_processes import STAND_IN, BackendFactory
 from .initramfs import with_script
 from .machines import DEADLINE, QemuGuest, end_group, read
 from .qmp import Qmp

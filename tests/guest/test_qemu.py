@@ -13,7 +13,7 @@ import pytest
 from unit.rig import small_tmpfs
 
 from . import boot, host, initramfs, workloads
-from .backends import STAND_IN, BackendFactory
+from .back_end_processes import STAND_IN, BackendFactory
 from .machines import QemuGuest
 
 

@@ -9,7 +9,7 @@ import pytest
 from unit.rig import loop_device, small_tmpfs
 
 from . import host, workloads
-from .backends import STAND_IN, Backend, BackendFactory
+from .back_end_processes import STAND_IN, Backend, BackendFactory
 from .machines import QemuGuest, UmlGuest
 
 

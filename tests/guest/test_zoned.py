@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from . import workloads
-from .backends import STAND_IN, BackendFactory
+from .back_end_processes import STAND_IN, BackendFactory
 from .machines import UmlGuest
 
 pytestmark = pytest.mark.skipif(STAND_IN, reason="QEMU's own back end has no emulated zones")

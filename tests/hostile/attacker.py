@@ -17,7 +17,7 @@ from ringplane.virtio.features import (
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_VERSION_1,
 )
-from unit.packed import PackedRing
+from unit.packed_ring import PackedRing
 from unit.rig import GUEST_BASE, IN, OK, PATIENCE, USER_BASE, Answer, Guest, Line, Ring, new_eventfd, take_events
 
 BLOCK_FEATURES = 0x3_FFFF

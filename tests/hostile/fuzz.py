@@ -47,7 +47,7 @@ from ringplane.vhost_user.messages import (
     VringState,
 )
 from unit.combinations import FEATURES
-from unit.packed import PackedRing
+from unit.packed_ring import PackedRing
 from unit.rig import (
     APPEND,
     CLOSE,

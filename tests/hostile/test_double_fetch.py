@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from unit.packed import PackedRing
+from unit.packed_ring import PackedRing
 from unit.rig import (
     DISCARD,
     GUEST_BASE,

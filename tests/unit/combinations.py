@@ -15,7 +15,7 @@ from ringplane.virtio.features import (
     VIRTIO_F_VERSION_1,
 )
 
-from .packed import PackedRing
+from .packed_ring import PackedRing
 from .rig import Ring
 
 Combination = dict[str, Any]

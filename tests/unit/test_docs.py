@@ -34,7 +34,7 @@ def test_files_of_tests_exist(page: Path) -> None:
 def missing_modules(text: str) -> list[str]:
     """Those of the modules that a text names, as `folder/module.py`, that the package does not have."""
     folders = "|".join(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
-    named = re.findall(rf"(?<![\w/])(?:src/ringplane/)?((?:{folders})/\w+\.py)", text)
+    named = re.findall(rf"(?<![\w/])(?:src/ringplane/)?((?:{folders})/(?:\w+/)*\w+\.py)", text)
     return [name for name in named if not (PACKAGE / name).exists()]
 
 

@@ -21,7 +21,7 @@ from ringplane.control import handing_over, handover
 from ringplane.control.handover import Channel, HandoverError, socket_beside
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
-from ringplane.driver.ring import poke
+from ringplane.driver.virtqueue import poke
 from ringplane.options.zone_options import ZoneModel
 from ringplane.vhost_user.messages import HEADER, BackendRequest, Request, VringState
 from ringplane.vhost_user.snapshot import Fd

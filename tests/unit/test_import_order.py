@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,10 @@ ORDER = (
 # NumPy, Numba and rich.
 HELP_IMPORTS = {"click"}
 HELP_FOLDERS = {"cli", "log", "options", "system"}
+
+
+# Names that several modules still have.
+SAME_NAMES = {"check", "choose", "tables", "warm", "zoned"}
 
 
 def module_name(path: Path) -> str:
@@ -95,6 +100,13 @@ def test_imports_of_a_folder_are_found(tmp_path: Path) -> None:
     )
     expected = {"system.libc", "__init__", "control.listener", "driver", "block.image", "cli.serve"}
     assert set(imported(file)) == expected
+
+
+def test_no_two_modules_have_the_same_name() -> None:
+    """Of the package or of the tests: in a traceback or a list of open files the name alone says which one it is."""
+    tests = Path(__file__).parents[1]
+    names = Counter(path.stem for path in [*PACKAGE.rglob("*.py"), *tests.rglob("*.py")])
+    assert {name for name, count in names.items() if count > 1} - {"__init__", "conftest"} <= SAME_NAMES
 
 
 def test_architecture_shows_the_same_order() -> None:

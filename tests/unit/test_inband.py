@@ -12,7 +12,7 @@ import pytest
 
 import ringplane
 from ringplane.driver.frontend import Refused
-from ringplane.driver.ring import poke
+from ringplane.driver.virtqueue import poke
 from ringplane.vhost_user.connection import Connection, Role
 from ringplane.vhost_user.messages import (
     U64,

@@ -23,7 +23,7 @@ from ringplane.inflight import tracking
 from ringplane.native import access
 from ringplane.virtio import packed, ring, split
 
-from .packed import PackedRing
+from .packed_ring import PackedRing
 from .rig import Guest, Piece, Ring
 
 MODULES = (tracking, packed, ring, split)

@@ -9,7 +9,7 @@ import pytest
 
 from ringplane.guest_memory.address_space import BadMemory
 
-from .packed import ENABLE, PackedRing, place
+from .packed_ring import ENABLE, PackedRing, place
 from .rig import IN, OK, Line, RigFactory, pattern, rig_factory, take_events
 
 DISK = pattern(1 << 20)

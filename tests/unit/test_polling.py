@@ -20,7 +20,7 @@ from ringplane.dataplane.loop import ENGINE_TURNS
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.state import COALESCE, NEVER, POLL, SLEEP
 from ringplane.dataplane.worker import Worker
-from ringplane.driver.ring import (
+from ringplane.driver.virtqueue import (
     QUEUE,
     SEGMENT,
     SEGMENT_SIZE,
@@ -74,7 +74,7 @@ DRIVER = np.dtype(
     [
         (name, "<i8")
         for name in (
-            "ring",  # ringplane.driver.ring.QUEUE
+            "ring",  # ringplane.driver.virtqueue.QUEUE
             "segments",
             "header",
             "data",

@@ -24,7 +24,7 @@ import ringplane
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused, SharedMemory, Vring
 from ringplane.driver.load import Load, Result, run_load
-from ringplane.driver.ring import Ring, peek, poke
+from ringplane.driver.virtqueue import Ring, peek, poke
 from ringplane.driver.warm import warm_up
 from ringplane.guest_memory.regions import Mapping
 from ringplane.vhost_user.connection import encode_request

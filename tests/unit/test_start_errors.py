@@ -9,7 +9,7 @@ import resource
 import click
 import pytest
 
-from ringplane.cli.errors import NO_THREAD, start_errors
+from ringplane.cli.start_errors import NO_THREAD, start_errors
 from ringplane.system.notes import doing
 
 

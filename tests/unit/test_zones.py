@@ -28,7 +28,7 @@ from ringplane.control.listener import ListenError
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.frontend import Refused
-from ringplane.driver.ring import peek, poke
+from ringplane.driver.virtqueue import peek, poke
 from ringplane.options.zone_options import ZoneModel, parse_zones
 from ringplane.system import procfs
 from ringplane.virtio import blk

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.errors import start_errors, usage_errors
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.parameters import parameters
+from ringplane.cli.start_errors import start_errors, usage_errors
 from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
 from ringplane.options.declare import declared

@@ -17,7 +17,7 @@ import numpy as np
 
 from ringplane.driver.frontend import FrontEnd, SharedMemory, Vring
 from ringplane.driver.process import peer_pid
-from ringplane.driver.ring import NO_ROOM, Ring, peek, poke
+from ringplane.driver.virtqueue import NO_ROOM, Ring, peek, poke
 from ringplane.virtio.blk import (
     CONFIG,
     HEADER,

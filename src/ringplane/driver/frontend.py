@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ringplane.driver.ring import Ring
+from ringplane.driver.virtqueue import Ring
 from ringplane.guest_memory.regions import Mapping
 from ringplane.vhost_user.messages import (
     U64,

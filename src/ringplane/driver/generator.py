@@ -18,7 +18,7 @@ from ringplane.driver.content import (
     write_content,
 )
 from ringplane.driver.driver import NO_STATUS
-from ringplane.driver.ring import (
+from ringplane.driver.virtqueue import (
     BAD_USED,
     NO_ROOM,
     QUEUE,

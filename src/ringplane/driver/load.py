@@ -24,7 +24,7 @@ from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import Vring
 from ringplane.driver.generator import BROKEN, DONE, EVENTS, FOREVER, RUN, SLOT, drive
 from ringplane.driver.process import cpu_ns
-from ringplane.driver.ring import SEGMENT
+from ringplane.driver.virtqueue import SEGMENT
 from ringplane.metrics import histogram
 from ringplane.native.epoll import EPOLL_EVENT
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT

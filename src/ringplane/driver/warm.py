@@ -7,7 +7,7 @@ from ringplane.compiler.cache import DRIVER, is_cached, mark_cached
 from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.jit import load
 from ringplane.driver.generator import drive
-from ringplane.driver.ring import reap_at
+from ringplane.driver.virtqueue import reap_at
 from ringplane.system.signals import NONE, Signals
 
 

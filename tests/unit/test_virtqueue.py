@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringplane.driver.ring import NO_ROOM, BadUsed, Ring, peek, poke
+from ringplane.driver.virtqueue import NO_ROOM, BadUsed, Ring, peek, poke
 from ringplane.virtio.split import DESC_SIZE, USED_ELEM_SIZE, USED_FLAGS, USED_IDX, USED_RING
 
 NEXT, WRITE, INDIRECT = 1, 2, 4

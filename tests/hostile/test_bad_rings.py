@@ -13,7 +13,7 @@ import pytest
 from ringplane.dataplane import ring_rules
 from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import MemoryRegion
-from unit.packed import PackedRing
+from unit.packed_ring import PackedRing
 from unit.rig import (
     FLUSH,
     GET_ID,
