@@ -63,8 +63,8 @@ def test_a_message_without_a_place() -> None:
 
 
 def plant(package: Path) -> tuple[Path, int]:
-    """Plant the mistake into the helper threads, whose code is compiled first; returns where it is."""
-    path = package / "dataplane" / "helper_threads.py"
+    """Plant the mistake into the code of the helper threads, a small part; returns where it is."""
+    path = next(path for path in sorted(package.rglob("*.py")) if "\ndef run_helper(" in path.read_text())
     text = path.read_text()
     functions = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef))
     helper = next(node for node in functions if node.name == "run_helper")

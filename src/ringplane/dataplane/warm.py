@@ -6,8 +6,6 @@ import logging
 import sys
 from collections.abc import Iterable
 
-import numpy as np
-
 # These have units.
 from ringplane.block import ranges  # noqa: F401
 from ringplane.block.helper_threads import run_helper
@@ -20,9 +18,8 @@ from ringplane.compiler.jit import load
 from ringplane.compiler.side_by_side import work_off
 from ringplane.compiler.units import Unit, known
 from ringplane.dataplane import zone_requests  # noqa: F401
-from ringplane.dataplane.loop import mark_ready, run
+from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.signaller import signal
-from ringplane.dataplane.state import QUEUE, WORKER
 from ringplane.engines import aio, uring  # noqa: F401
 from ringplane.native import sigbus
 from ringplane.system.libc import drop_code
@@ -64,7 +61,7 @@ def load_loop() -> None:
 def load_rest() -> None:
     """What all workers call besides the loop."""
     load(run_helper, *[0] * 4)
-    load(mark_ready, np.zeros(1, WORKER)[0], np.zeros(1, QUEUE)[0])
+    load(mark_ready_at, 0, 0)
     load(signal, 0, 0, 0)
     sigbus.install()
 
