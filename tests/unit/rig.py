@@ -484,6 +484,7 @@ class Line:
     ) -> Line:
         """Make a new ring and start it; `negotiated` are arguments of DriverRing."""
         self.ring = ring_class(self.rig.guest, size, start=base, **negotiated)
+        self.queue.reset()
         self.resume(table=table)
         return self
 

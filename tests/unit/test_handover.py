@@ -19,6 +19,7 @@ import pytest
 import ringplane
 from ringplane.control import handing_over, handover
 from ringplane.control.handover import Channel, HandoverError, socket_beside
+from ringplane.dataplane.ring_states import RingState
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.virtqueue import poke
@@ -309,10 +310,9 @@ def test_a_broken_ring_stays_broken(serve: Serve) -> None:
         guest.start()
         poke(guest.ring.avail + AVAIL_IDX, struct.pack("<H", 1000))
         guest.vring.kick()
-        assert eventually(lambda: running.disk.queues[0].broken)
+        assert eventually(lambda: running.disk.queues[0].state is RingState.BROKEN)
         running = take_over(serve, running)
-        assert running.disk.queues[0].broken
-        assert not running.disk.queues[0].running
+        assert running.disk.queues[0].state is RingState.STOPPED_BROKEN
 
 
 def test_write_through_is_kept(serve: Serve, path: Path) -> None:

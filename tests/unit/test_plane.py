@@ -402,7 +402,7 @@ def test_a_ring_outside_the_memory_is_rejected(rig: Rig) -> None:
     guest = rig.guest
     with pytest.raises(BadMemory, match="not inside one region"):
         line.start(table=MemoryTable([Region.map(0, 0, 4096, 0, guest.fd)]))
-    assert not line.queue.running
+    assert not line.queue.record["running"]
     assert line.start().do(IN, room=512).status == OK
 
 
@@ -417,7 +417,7 @@ def test_a_kick_fd_that_cannot_be_watched_is_rejected(rig: Rig) -> None:
     finally:
         os.close(line.kick_fd)
         line.kick_fd = kick_fd
-    assert not line.queue.running
+    assert not line.queue.record["running"]
     assert other.do(IN, room=512).status == OK
     assert line.start().do(IN, room=512).status == OK
 

@@ -526,7 +526,7 @@ def assert_breaks(line: Line, other: Line, rule: int, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         line.kick()
         wait_for_event(line.queue.err_fd, "the error")
-    assert not line.queue.running
+    assert not line.queue.record["running"]
     assert int(line.queue.record["broken"]) == rule
     assert f"{line.queue.name}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in caplog.text
     if line.ring.has_room(3):

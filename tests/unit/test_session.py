@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import ringplane
+from ringplane.dataplane.ring_states import RingState
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused, SharedMemory, Vring
 from ringplane.driver.load import Load, Result, run_load
@@ -720,12 +721,11 @@ def test_broken_ring_stays_stopped_until_it_is_reset(own_export: ringplane.Expor
         guest.peer.set_vring_enable(0, False)
         guest.peer.set_vring_enable(0, True)
         queue = own_export.disk.queues[0]
-        assert queue.broken
-        assert not queue.running
+        assert queue.state is RingState.STOPPED_BROKEN
         guest.peer.get_vring_base(0)
         guest.place_ring()
         guest.start()
-        assert queue.running
+        assert queue.state is RingState.RUNNING
         guest.read()
 
 
@@ -741,7 +741,7 @@ def test_features_that_change_reach_a_running_ring(own_export: ringplane.Export)
         without = bool(queue.record["write_through"])
         guest.peer.set_features(offered & ~VIRTIO_F_EVENT_IDX)
         assert (before, without, bool(queue.record["write_through"])) == (before, True, False)
-        assert queue.running
+        assert queue.state is RingState.RUNNING
 
 
 @pytest.mark.parametrize(

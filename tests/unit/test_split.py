@@ -227,7 +227,7 @@ def broken(line: Line, caplog: pytest.LogCaptureFixture) -> str:
     caplog.set_level(logging.WARNING)
     line.kick()
     wait_for_event(line.queue.err_fd, "the error event")
-    assert not line.queue.running
+    assert not line.queue.record["running"]
     return caplog.text
 
 
@@ -245,6 +245,7 @@ def test_a_bad_head_is_not_parsed_again_after_a_restart(make_rig: RigFactory, ca
     broken(line, caplog)
     base = line.stop()
     caplog.clear()
+    line.queue.reset()
     line.resume(base=base)
     assert line.do(IN, room=512, direct=0).status == OK
     assert not has_event(line.queue.err_fd)

@@ -31,7 +31,6 @@ def prepare_ring(queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
     queue.track(layout.inflight)
     queue.set_log(layout.log)
     record["oldest"] = -1
-    record["broken"] = record["draining"] = 0
     record["turn"] = FIRST_TURN
 
 

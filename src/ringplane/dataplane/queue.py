@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ringplane.block.stack import Stack
 from ringplane.dataplane.failures import Failures
+from ringplane.dataplane.ring_states import RingEvent, RingState, RingStateMachine
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES, RequestTypes
 from ringplane.guest_memory import regions
 from ringplane.guest_memory.address_space import BadMemory
@@ -146,8 +147,7 @@ class Queue:
         self.memory = NO_MEMORY
         self.layout: RingLayout | None = None
         self.kick_fd = -1
-        # The ring is broken and that was logged; the ring waits until memory that was removed is added again.
-        self.broken_reported = self.suspended = False
+        self.ring_state = RingStateMachine(self.record)
         self.err_fd = -1
 
     @property
@@ -246,10 +246,14 @@ class Queue:
         return int(self.record["in_flight"])
 
     @property
-    def broken(self) -> bool:
-        """Whether the driver broke a rule of the ring and has not reset it since."""
-        return bool(self.record["broken"])
+    def state(self) -> RingState:
+        return self.ring_state.state
 
-    @property
-    def running(self) -> bool:
-        return bool(self.record["running"])
+    def reset(self) -> None:
+        """Forget that the driver broke a rule, or that the worker failed; the ring must not be served by a live one."""
+        self.ring_state.apply(RingEvent.RESET)
+
+    def take_over_broken(self, rule: int) -> None:
+        """Resume from a process in which the driver broke this rule. No worker may use the queue yet."""
+        self.ring_state.apply(RingEvent.TAKE_OVER_BROKEN)
+        self.record["broken"] = rule

@@ -16,6 +16,7 @@ from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.place_ring import place_ring, prepare_ring
 from ringplane.dataplane.queue import NO_MEMORY, Queue, RingLayout
 from ringplane.dataplane.retired_memory import RetiredMemory
+from ringplane.dataplane.ring_states import RingEvent, RingState
 from ringplane.dataplane.state import TRACE_START, TRACE_STOP
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.aio import Aio
@@ -51,13 +52,9 @@ class ServedRings:
     def __iter__(self) -> Iterator[Queue]:
         return iter(self._queues.values())
 
-    @property
-    def waiting(self) -> list[Future[None]]:
-        """The futures of rings that are not drained yet."""
-        return [drained for some in self._draining.values() for drained in some]
-
     def start(self, queue: Queue, layout: RingLayout, memory: MemoryTable, kick_fd: int) -> None:
         """Serve the queue. Raises BadMemory if the ring is not inside the memory, OSError for the kick fd."""
+        queue.ring_state.check(RingEvent.START)
         try:
             queue.prepare()
             prepare_ring(queue, layout, memory)
@@ -66,24 +63,21 @@ class ServedRings:
             # A ring that does not start keeps no mapping.
             queue.memory, queue.layout = NO_MEMORY, None
             raise
-        queue.broken_reported = queue.suspended = False
         queue.stack.attach(self._engine)
         self._queues[queue.address] = queue
         self._pin()
-        queue.record["running"] = 1
+        queue.ring_state.apply(RingEvent.START)
         # As if kicked: requests may have been in the ring before its kick fd was watched.
         self.check_all()
         self._trace(TRACE_START, queue)
 
     def stop(self, queue: Queue, drained: Future[None]) -> None:
         """Stop fetching; `drained` is done when all requests in flight have been completed."""
-        record = queue.record
+        self._notice(queue)
         # What the previous process had in flight has to be completed before the ring can stop.
-        record["running"] = record["running"] and record["resubmits"] > 0
-        record["ready"] = record["quiet"] = 0
-        record["draining"] = 1
-        if self._queues.get(queue.address) is queue:
-            self._unwatch_kicks(queue)
+        waits = queue.state is RingState.RUNNING and queue.record["resubmits"] > 0
+        queue.ring_state.apply(RingEvent.STOP_AFTER_RESUBMITTING if waits else RingEvent.STOP)
+        self._unwatch_kicks(queue)
         self.check_all()
         self._draining.setdefault(queue.address, []).append(drained)
         if queue.in_flight:
@@ -91,31 +85,28 @@ class ServedRings:
 
     def set_memory(self, queue: Queue, memory: MemoryTable) -> None:
         """Use another memory table; requests in flight keep the mappings that they use."""
-        if queue.address not in self._queues or queue.layout is None:
-            return
-        old = queue.memory
+        self._notice(queue)
+        queue.ring_state.check(RingEvent.MEMORY_CHANGED)
+        old, layout, before = queue.memory, queue.layout, queue.state
+        assert layout is not None, "a ring that is served has a layout"
         try:
-            place_ring(queue, queue.layout, memory)
+            place_ring(queue, layout, memory)
         except BadMemory as error:
-            self._suspend(queue, error)
+            # The ring keeps its place in the old table.
+            if queue.ring_state.apply(RingEvent.MEMORY_REMOVED) is not before:
+                self._report_removed(queue, error)
             return
         self.retired.retire(queue, old)
         self._pin()
-        if queue.suspended:
+        if queue.ring_state.apply(RingEvent.MEMORY_CHANGED) is not before:
             log.info("%s: resumed: the ring is in the shared memory again", queue.name, extra=queue.log_fields)
-            queue.suspended = False
-            queue.record["running"] = 1
             self.check_all()
 
-    def _suspend(self, queue: Queue, error: BadMemory) -> None:
-        """Wait until the front end adds the memory again. Until then the ring keeps its place in the old table."""
+    def _report_removed(self, queue: Queue, error: BadMemory) -> None:
         log.warning(
             "%s: suspended: the ring is not in the shared memory: %s", queue.name, error, extra=queue.log_fields
         )
-        if queue.running:
-            queue.suspended = True
-            queue.record["running"] = 0
-            self._signal_error(queue)
+        self._signal_error(queue)
 
     def check_all(self) -> None:
         """Rebuild the list of ready queues with all running ones: to check a ring in vain costs nothing."""
@@ -123,16 +114,22 @@ class ServedRings:
         record["ready"] = record["ready_last"] = record["quiet"] = 0
         for queue in self:
             queue.record["ready"] = queue.record["quiet"] = 0
-            if queue.running:
+            if queue.record["running"]:
                 mark_ready_at(self._state.address, queue.address)
 
     def follow_up(self) -> None:
         """Act on what a run of the loop has left behind: broken rings, drained rings, memory that nobody needs."""
         for queue in self:
-            self._report_broken(queue)
+            self._notice(queue)
         self._finish_drains()
         if self.retired.drop_unused():
             self._pin()
+
+    def abandon(self) -> list[Future[None]]:
+        """The thread ends, whatever is still served; returns the futures of rings that were not drained."""
+        for queue in self:
+            queue.ring_state.apply(RingEvent.ABANDON)
+        return [drained for some in self._draining.values() for drained in some]
 
     def _watch_kicks(self, queue: Queue, kick_fd: int) -> None:
         eventfd.check_eventfd(kick_fd, "kick fd")
@@ -149,7 +146,7 @@ class ServedRings:
     def _finish_drains(self) -> None:
         for address, waiting in list(self._draining.items()):
             queue = self._queues.get(address)
-            if queue is not None and (queue.in_flight or queue.running):
+            if queue is not None and (queue.in_flight or queue.state is RingState.RESUBMITTING):
                 continue
             del self._draining[address]
             if queue is not None:
@@ -162,8 +159,8 @@ class ServedRings:
         del self._queues[queue.address]
         queue.device.failures.take(queue.failures)
         queue.stack.detach(self._engine)
-        queue.record["draining"] = 0
         queue.memory, queue.layout = NO_MEMORY, None
+        queue.ring_state.apply(RingEvent.DRAINED)
         self._pin()
         self._trace(TRACE_STOP, queue)
 
@@ -172,14 +169,15 @@ class ServedRings:
         used = [queue.memory for queue in self if queue.stack.uses_engine]
         self._pinning.pin([*used, *self.retired.tables])
 
+    def _notice(self, queue: Queue) -> None:
+        """Learn what the loop has done to the ring."""
+        if queue.ring_state.notice() is RingEvent.BREAK:
+            self._report_broken(queue)
+
     def _report_broken(self, queue: Queue) -> None:
-        rule = int(queue.record["broken"])
-        if rule == ring_rules.OK or queue.broken_reported:
-            return
-        queue.broken_reported = True
         head = int(queue.record["broken_head"])
         where = f" (chain {head})" if head >= 0 else ""
-        what = ring_rules.MESSAGES[rule]
+        what = ring_rules.MESSAGES[int(queue.record["broken"])]
         log.warning("%s: ring broken by the driver: %s%s", queue.name, what, where, extra=queue.log_fields)
         self._signal_error(queue)
 

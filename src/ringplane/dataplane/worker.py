@@ -205,7 +205,7 @@ class Worker:
     def _end(self) -> None:
         with self._lock:
             self._ended = True
-        for future in [*(future for future, _ in self._calls), *self.rings.waiting]:
+        for future in [*(future for future, _ in self._calls), *self.rings.abandon()]:
             if future.set_running_or_notify_cancel():
                 future.set_exception(WorkerEnded(f"{self.name} has ended"))
 

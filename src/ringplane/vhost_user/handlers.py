@@ -165,7 +165,7 @@ class Handlers:
         self.negotiation.set_status(status)
 
     async def _on_get_status(self, message: Message) -> Payload:
-        broken = any(vring.queue.broken for vring in self.vrings)
+        broken = any(vring.queue.state.broken for vring in self.vrings)
         return U64(self.negotiation.status | (DEVICE_NEEDS_RESET if broken else 0))
 
     # Configuration space.

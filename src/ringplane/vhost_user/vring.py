@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 
 from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
+from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.worker import Worker
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.log.logs import DiskLog
@@ -51,7 +52,7 @@ class Vring:
 
     def __init__(self, queue: Queue, worker: Worker, wait: Wait, logger: DiskLog) -> None:
         self.queue = queue
-        self.enabled = self.running = False
+        self.enabled = False
         self._worker = worker
         self._wait = wait
         self._logger = logger
@@ -90,7 +91,7 @@ class Vring:
         self._base = base if packed else base & 0xFFFF
 
     def _refuse_if_running(self) -> None:
-        if self.running:
+        if self.queue.state.served:
             raise Refused("the ring is running")
 
     # Start and stop.
@@ -102,7 +103,7 @@ class Vring:
         """
         if not self.enabled:
             await self.stop()
-        elif self.running or self.queue.broken:
+        elif self.queue.state is not RingState.STOPPED:
             return
         elif self._kick_fd >= 0 and self._size and self._address is not None:
             await self._start(self._layout(use, self._size, self._base, self._address), use)
@@ -111,7 +112,6 @@ class Vring:
         if use.ask is not None:
             await self._signal_in_band(use.ask)
         await self._wait(self._worker.start_queue(self.queue, layout, use.memory, self._kick_fd))
-        self.running = True
 
     def _layout(self, use: RingUse, size: int, base: int, address: VringAddr) -> RingLayout:
         area, number = use.inflight, self.queue.number
@@ -130,13 +130,13 @@ class Vring:
     def is_changed_by(self, use: RingUse) -> bool:
         """Whether the ring runs and has to be restarted to be used in this way."""
         layout, address = self.queue.layout, self._address
-        if not self.running or layout is None or address is None:
+        if layout is None or address is None:
             return False
         return self._layout(use, layout.size, layout.base, address) != layout
 
     async def stop(self) -> None:
         """Stop fetching and wait until all fetched requests have completed."""
-        if not self.running:
+        if not self.queue.state.served:
             return
         drained = self._worker.stop_queue(self.queue)
         try:
@@ -144,13 +144,12 @@ class Vring:
         except TimeoutError:
             self._logger.warning("queue %d: waiting for %d requests in flight", self.queue.number, self.queue.in_flight)
             await self._wait(drained)
-        self.running = False
         self._base = self.queue.base
 
     async def _reset(self) -> None:
         """Stop the ring and clear its error, if it was broken."""
         await self.stop()
-        self.queue.record["broken"] = 0
+        self.queue.reset()
 
     async def end(self, area: InflightArea | None) -> int:
         """Stop it for good: the next driver describes the ring again before it starts it. Returns its base."""
@@ -169,6 +168,8 @@ class Vring:
                 await self._wait(self._worker.set_call_fd(self.queue, -1))
         finally:
             # Also if the worker has ended: nobody uses them any longer.
+            if self.queue.state is RingState.ABANDONED:
+                self.queue.reset()
             self._kick_fd = replace_fd(self._kick_fd, -1)
             self._call_fd = replace_fd(self._call_fd, -1)
             self._err_fd = replace_fd(self._err_fd, -1)
@@ -179,7 +180,7 @@ class Vring:
             self._size, self._base, self._address, self.enabled = 0, 0, None, False
 
     async def set_memory(self, memory: MemoryTable) -> None:
-        if self.running:
+        if self.queue.state.served:
             await self._wait(self._worker.set_memory(self.queue, memory))
 
     # Kicks and notifications. Each method that takes an fd takes it over; -1: none.
@@ -270,7 +271,8 @@ class Vring:
         self.enabled, self._call_set = saved.enabled, saved.call_set
         # No worker uses the queue yet.
         self.queue.record["call_fd"], self.queue.err_fd = self._call_fd, self._err_fd
-        self.queue.record["broken"], self.queue.broken_reported = saved.broken, bool(saved.broken)
+        if saved.broken:
+            self.queue.take_over_broken(saved.broken)
 
 
 def replace_fd(old: int, new: int) -> int:

@@ -40,7 +40,7 @@ class Vrings:
 
     async def stop_all(self) -> Sequence[Vring]:
         """Returns the rings that were running."""
-        running = [vring for vring in self if vring.running]
+        running = [vring for vring in self if vring.queue.state.served]
         await asyncio.gather(*(vring.stop() for vring in running))
         return running
 
