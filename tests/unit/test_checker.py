@@ -26,7 +26,8 @@ from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call, unit
 from ringplane.native.access import address_of, copy, fence, load64, store64, view
 from ringplane.virtio import split
-POINT = np.dtype([("x", "<i8"), ("y", "<i8"), ("small", "u1"), ("raw", "<u8"), ("cells", "<i8", (4,))])
+APART = "apart"
+POINT = np.dtype([("x", "<i8"), ("y", "<i8"), ("small", "u1"), ("raw", "<u8"), ("cells", "<i8", (4,)), (APART, "<i8")])
 PAIR = np.dtype([("first", "<i8"), ("point", "<i8")])
 LIMIT, HALF, NAMES, HUGE, TABLE = 7, 0.5, ["a"], 1 << 63, np.zeros(3)
 def plain(a):
@@ -144,6 +145,10 @@ number == 3 #!`number == 3` has no effect
 return apart(number) #!apart() is a unit: store its address(), and call that with call()
 ---
 return call(number, 1, 2, 3) + call(number)
+---
+return call(point.apart, number)
+---
+return call(point.apart, number, 2) #!the unit apart takes 1 argument, but gets 2
 ---
 return call() #!call() takes 1 or more arguments, but gets 0
 ---
@@ -343,6 +348,9 @@ def drop_argument(node: ast.AST) -> Change | None:
     """The last one, of a function that is not one of Python's."""
     if not isinstance(node, ast.Call) or len(node.args) < 2 or ast.unparse(node.func) in ("range", "max"):
         return None
+    if ast.unparse(node.func) == "call" and isinstance(node.args[0], ast.Name):
+        # Nothing says which unit that is.
+        return None
     last, previous = node.args[-1], node.args[-2]
     if last.end_lineno != previous.lineno:
         return None
@@ -353,9 +361,10 @@ def drop_argument(node: ast.AST) -> Change | None:
 
 def swap_structs(node: ast.AST) -> Change | None:
     """Of two structs, each is passed as the other."""
-    if isinstance(node, ast.Call) and re.match(r"\w+\(worker, (queue|request)\b", ast.unparse(node)):
+    if isinstance(node, ast.Call) and re.match(r"\w+\((worker|channel|queue), (queue|request|io)\b", ast.unparse(node)):
         second = ast.unparse(node.args[1])
-        return Change(node.lineno, node.args[0].col_offset, node.args[1].end_col_offset or 0, f"{second}, worker")
+        swapped = f"{second}, {ast.unparse(node.args[0])}"
+        return Change(node.lineno, node.args[0].col_offset, node.args[1].end_col_offset or 0, swapped)
     return None
 
 

@@ -91,8 +91,14 @@ class Program(Protocol):
     def is_field(self, function: Compiled, name: str) -> bool:
         """Whether any struct that the function may know has such a field."""
 
+    def unit_arguments(self, name: str) -> set[int]:
+        """How many arguments the units of this name take."""
+
     def wrong_struct(self, function: Compiled, name: str, wrong: Element, field: str) -> bool:
-        """The parameter `name` is `wrong`, without this field; whether the call that passes it was reported."""
+        """The parameter `name` is `wrong`, without this field; whether the call that passes it was reported.
+
+        Without a field, a number is needed.
+        """
 
     def report(self, function: Compiled, line: int, text: str) -> None: ...
 
@@ -311,7 +317,10 @@ class Flow:
         """The expression with this shape is used as a number."""
         for each in shape:
             if isinstance(each, Struct):
-                self._say(node, f"`{_text(node)}` is {describe(each)}, not a number (address_of() gives its address)")
+                if not self._wrong_parameter(node, each):
+                    self._say(
+                        node, f"`{_text(node)}` is {describe(each)}, not a number (address_of() gives its address)"
+                    )
             elif isinstance(each, Several) or each is Kind.ARRAY:
                 self._say(node, f"`{_text(node)}` is {describe(each)}, not a number")
         return FLOAT if Kind.FLOAT in shape else NUMBER
@@ -396,7 +405,7 @@ class Flow:
         shape = self._value(node.value)
         lacking = [each for each in shape if not self._has(each, node.attr)]
         for each in lacking:
-            if not (isinstance(node.value, ast.Name) and self._wrong_parameter(node.value.id, each, node.attr)):
+            if not self._wrong_parameter(node.value, each, node.attr):
                 self._say(node, self._no_field(node, each))
         if lacking:
             return ANY
@@ -407,9 +416,12 @@ class Flow:
                 )
         return join(each.field(node.attr) if isinstance(each, Struct) else ANY for each in shape)
 
-    def _wrong_parameter(self, name: str, wrong: Element, attribute: str) -> bool:
-        passed = name in self.function.parameters and wrong in self.program.parameter(self.function, name)
-        return passed and self.program.wrong_struct(self.function, name, wrong, attribute)
+    def _wrong_parameter(self, node: ast.expr, wrong: Element, attribute: str = "") -> bool:
+        """Whether the mistake is that of a caller, and was reported there."""
+        if not isinstance(node, ast.Name) or node.id not in self.function.parameters:
+            return False
+        passed = wrong in self.program.parameter(self.function, node.id)
+        return passed and self.program.wrong_struct(self.function, node.id, wrong, attribute)
 
     def _has(self, element: Element, name: str) -> bool:
         if isinstance(element, Struct):
@@ -515,6 +527,8 @@ class Flow:
             for argument, shape in zip(node.args, arguments, strict=True):
                 if Kind.FLOAT in self._number(argument, shape):
                     self._say(argument, f"`{_text(argument)}` is a float; {_text(node.func)}() needs an integer")
+            if function.variadic and node.args:
+                self._by_address(node, node.args[0])
             return NUMBER if function.returns else NOTHING
         assert isinstance(function, Compiled)
         if function.unit:
@@ -523,6 +537,14 @@ class Flow:
         self.program.call(self.function, node, function, arguments if fits else [ANY] * len(function.parameters))
         return self.program.returned(self.function, function)
 
+    def _by_address(self, node: ast.Call, address: ast.expr) -> None:
+        """A call by address with too few arguments is not detected by anything else. Fields have the names of units."""
+        if isinstance(address, ast.Attribute) and (counts := self.program.unit_arguments(address.attr)):
+            count = len(node.args) - 1
+            if count not in counts:
+                wanted = " or ".join(map(str, sorted(counts)))
+                self._say(node, f"the unit {address.attr} takes {_arguments(wanted)}, but gets {count}")
+
     def _arity(self, node: ast.Call, name: str, fewest: int, most: int) -> bool:
         """Whether the number of arguments is right."""
         count = len(node.args) + len(node.keywords)
@@ -530,7 +552,7 @@ class Flow:
             self._say(node, f"{name}() gets {node.keywords[0].arg}= by name; pass it by position")
         elif not fewest <= count <= most:
             wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}" if most < MANY else f"{fewest} or more"
-            self._say(node, f"{name}() takes {wanted} argument{'s' * (wanted != '1')}, but gets {count}")
+            self._say(node, f"{name}() takes {_arguments(wanted)}, but gets {count}")
         return fewest <= count <= most and not node.keywords
 
     def _view(self, node: ast.Call) -> Shape:
@@ -564,6 +586,10 @@ def _loaded(target: ast.Name | ast.Attribute | ast.Subscript) -> ast.expr:
     if isinstance(target, ast.Name):
         return ast.copy_location(ast.Name(target.id, ast.Load()), target)
     return target
+
+
+def _arguments(count: str) -> str:
+    return f"{count} argument{'s' * (count != '1')}"
 
 
 def _any_or_unknown(shape: Shape) -> Shape:

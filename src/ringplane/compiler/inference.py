@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringplane.compiler.flow import Flow
-from ringplane.compiler.shapes import ANY, NUMBER, UNKNOWN, Element, Shape, Struct, describe, join
+from ringplane.compiler.shapes import ANY, NUMBER, UNKNOWN, Element, Kind, Shape, Struct, describe, join
 from ringplane.compiler.sources import Compiled
 
 
@@ -45,6 +45,10 @@ class Inference:
         self._meanings: defaultdict[str, set[Struct]] = defaultdict(set)
         self._fields: set[str] = set()
         self._waiting = dict.fromkeys(functions)
+        self._unit_arguments: defaultdict[str, set[int]] = defaultdict(set)
+        for function in self._waiting:
+            if function.unit:
+                self._unit_arguments[function.name].add(len(function.parameters))
         self._functions: dict[Compiled, None] = {}
         self._reporting = False
         self._mistakes: set[Mistake] = set()
@@ -110,6 +114,9 @@ class Inference:
     def is_field(self, function: Compiled, name: str) -> bool:
         return name in self._fields or any(name in (each.names or ()) for each in function.source.layouts())
 
+    def unit_arguments(self, name: str) -> set[int]:
+        return self._unit_arguments[name]
+
     def wrong_struct(self, function: Compiled, name: str, wrong: Element, field: str) -> bool:
         right = [each for each in (*self.parameter(function, name), *self._meanings[name]) if _has(each, field)]
         if not right:
@@ -141,4 +148,5 @@ class Inference:
 
 
 def _has(element: Element, field: str) -> bool:
-    return isinstance(element, Struct) and field in element.fields
+    """Whether it has this field; without one, whether it is a number."""
+    return isinstance(element, Struct) and field in element.fields if field else element is Kind.NUMBER
