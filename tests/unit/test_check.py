@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +15,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import ringplane
+from ringplane.block import mapped_image
 from ringplane.block.image import ImageError
 from ringplane.cli.check import check
 from ringplane.control.check import find_problems
 from ringplane.control.config import ConfigError, examine, read_config
 from ringplane.control.listener import ListenError
+from ringplane.system import huge_pages
+from ringplane.system.open_files import FEWEST_FILES
 
 DISK = '[[disk]]\nimage = "a.img"\nsocket-path = "a.sock"\nnum-queues = 1\n'
 CREATED = f'{DISK}create = "1M"\n'
@@ -206,3 +213,78 @@ def problems_of_nobody(path: Path) -> str:
     os.waitpid(child, 0)
     with open(read, encoding="utf-8") as text:
         return text.read()
+
+
+# What the process needs
+
+
+def run_check(folder: Path, text: str, files: int) -> tuple[int, list[str]]:
+    """`ringplane check` in a process that may open only so many files: its exit status and messages."""
+    (folder / "disks.toml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "ringplane", "check", "disks.toml"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("files", [8, FEWEST_FILES - 1])
+def test_too_few_open_files(tmp_path: Path, files: int) -> None:
+    """The message is that of serve."""
+    message = f"Error: this process may open only {files} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)"
+    assert run_check(tmp_path, CREATED, files) == (1, [message])
+
+
+def test_too_few_open_files_for_all_disks(tmp_path: Path) -> None:
+    image(tmp_path)
+    disks = "".join(
+        f'[[disk]]\nimage = "a.img"\nsocket-path = "{n}.sock"\nread-only = true\n' for n in range(FEWEST_FILES)
+    )
+    status, problems = run_check(tmp_path, disks, FEWEST_FILES)
+    assert status == 1
+    assert all(problem.endswith("a.img: cannot be opened: Too many open files") for problem in problems)
+
+
+def test_the_user_that_serve_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(groups: list[int]) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setgroups", refuse)
+    (tmp_path / "disks.toml").write_text(CREATED)
+    done = CliRunner().invoke(check, [str(tmp_path / "disks.toml"), "--user", "daemon"])
+    assert done.exit_code == 1
+    assert "cannot become user daemon: Operation not permitted; only root can change the user" in done.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_trying_the_user_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "disks.toml").write_text(CREATED)
+    done = CliRunner().invoke(check, [str(tmp_path / "disks.toml"), "--user", "nobody"])
+    assert (done.exit_code, os.geteuid()) == (0, 0), done.output
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "grown", "enough"), [(256, 0, 0, True), (255, 0, 0, False), (255, 9, 8, True)]
+)
+def test_huge_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: int, grown: int, enough: bool
+) -> None:
+    """Simulated: each page of an image in memory is a huge page, and the image has 256, all of them holes."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        image(Path(folder))
+        (tmp_path / "disks.toml").write_text(DISK.replace("a.img", f"{folder}/a.img"))
+        page = os.stat(folder).st_blksize
+        assert page == 4096
+        pool = tmp_path / "hugepages-4kB"
+        pool.mkdir()
+        counts = {"free_hugepages": free, "nr_overcommit_hugepages": limit, "surplus_hugepages": grown}
+        for name, count in counts.items():
+            (pool / name).write_text(f"{count}\n")
+        monkeypatch.setattr(huge_pages, "SYSFS", tmp_path)
+        monkeypatch.setattr(mapped_image, "has_huge_pages", lambda fd: True)
+        problems = find_problems(read_config(tmp_path / "disks.toml"))
+    assert len(problems) == (0 if enough else 1)
+    assert all("huge pages are reserved for all of it: raise sysctl vm.nr_hugepages" in problem for problem in problems)

@@ -21,7 +21,6 @@ import pytest
 from click.testing import CliRunner
 
 from ringplane.block.mapped_image import is_memory
-from ringplane.cli.serve import FEWEST_FILES
 from ringplane.cli.serve import serve as serve_command
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
@@ -30,6 +29,7 @@ from ringplane.driver.process import peer_pid
 from ringplane.engines.choose import WORKER_ENGINES
 from ringplane.options.cpus import format_cpus
 from ringplane.options.engine_names import AUTO, THREAD_ENGINES
+from ringplane.system.open_files import FEWEST_FILES
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
 from .rig import need_engine

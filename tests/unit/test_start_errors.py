@@ -10,6 +10,7 @@ import click
 import pytest
 
 from ringplane.cli.start_errors import NO_THREAD, start_errors
+from ringplane.engines.common import EngineUnavailable
 from ringplane.system.notes import doing
 
 
@@ -36,3 +37,12 @@ def test_limits_of_process_and_machine() -> None:
     assert "not enough memory" in message(OSError(errno.ENOMEM, ""), "x")
     assert "not enough memory" in message(MemoryError())
     assert message(RuntimeError("can't start new thread")) == NO_THREAD
+
+
+def test_an_engine_has_its_own_advice() -> None:
+    error = EngineUnavailable(
+        "io_uring", "io_uring_setup(2)", OSError(errno.ENOMEM, ""), {errno.ENOMEM: "raise ulimit -l"}
+    )
+    assert message(error, "set it up") == (
+        "cannot set it up: io_uring is unavailable (io_uring_setup(2): Cannot allocate memory): raise ulimit -l"
+    )

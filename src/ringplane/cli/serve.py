@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import resource
 import shlex
 import signal
 import time
@@ -27,6 +25,7 @@ from ringplane.options.disk_config import DiskConfig, OneDisk
 from ringplane.options.sizes import format_size
 from ringplane.options.thread_options import IoThread
 from ringplane.options.users import User
+from ringplane.system import open_files
 from ringplane.system.notes import doing
 from ringplane.system.signals import WOKEN, CaughtSignals, Interrupted, end_line
 from ringplane.system.signals import name as signal_name
@@ -45,9 +44,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # Seconds after which a slow stop is logged.
 STOP_PATIENCE = 2.0
-
-# The open files of one disk with one front end that has a few queues.
-FEWEST_FILES = 64
 
 # Disks, and the threads that serve them.
 Described = tuple[Sequence[DiskConfig], Sequence[IoThread]]
@@ -128,7 +124,7 @@ def serve(
     def start(signals: CaughtSignals) -> Server:
         from ringplane.control.start import serve_all
 
-        raise_fd_limit()
+        open_files.raise_limit()
         give_up = rights(sandbox, user, logs)
         return serve_all(disks, io_threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
 
@@ -198,18 +194,6 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
         logs.start()
 
     return give_up
-
-
-def raise_fd_limit() -> None:
-    """Raise the soft limit to the hard limit.
-
-    Each attached disk has some fds for itself, three for each queue, and one for each piece of guest memory. Raises
-    OSError if the limit is too low for one disk with one front end.
-    """
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if 0 <= hard < FEWEST_FILES:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def serve_until_signal(

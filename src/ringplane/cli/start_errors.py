@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import resource
 from collections.abc import Iterator
 
 import click
 
 from ringplane.cli.parameters import flag
 from ringplane.options.declare import WrongOptions
+from ringplane.system.notes import REMEDIES, in_words
 
-# By errno, for any system call: the process or the machine has run out of a resource.
-REMEDIES = {
-    errno.EMFILE: "this process may open only {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
-    errno.ENFILE: "the machine has too many open files; raise sysctl fs.file-max",
-    errno.ENOMEM: "there is not enough memory; raise the limit (ulimit -v, systemd's MemoryMax=)",
-}
 NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's TasksMax=)"
 
 
@@ -48,11 +41,3 @@ def start_errors() -> Iterator[None]:
         raise click.ClickException(REMEDIES[errno.ENOMEM]) from None
     except RuntimeError as error:
         raise click.ClickException(NO_THREAD if "start new thread" in str(error) else str(error)) from None
-
-
-def in_words(error: OSError) -> str:
-    """The operation (the notes of the error, see `ringplane.system.notes`), the file, the error, and the advice."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    why = REMEDIES[error.errno].format(limit) if error.errno in REMEDIES else error.strerror or str(error)
-    name = [os.fsdecode(error.filename)] if error.filename is not None else []
-    return ": ".join([*getattr(error, "__notes__", ()), *name, why])

@@ -5,27 +5,33 @@ Images are opened for reading only. A file without a name takes the place of an 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Sequence
 from functools import partial
 
 from ringplane.block import zonefile
 from ringplane.block.image import Image, ImageError, create_nameless
-from ringplane.block.sources.choose import check_engines, kind_of_source
+from ringplane.block.sources.choose import check_engines, check_huge_pages, kind_of_source
+from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
 from ringplane.block.storage_limits import Limits, limits
 from ringplane.control import listener
 from ringplane.control.config import Config
 from ringplane.control.listener import ListenError
+from ringplane.control.sandbox import change_user
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import check_switches, reasons_without_io
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.users import User
+from ringplane.system.notes import in_words
 
 
-def find_problems(config: Config) -> list[str]:
-    """One line for each problem."""
-    problems: list[str] = []
+def find_problems(config: Config, user: User | None = None) -> list[str]:
+    """One line for each problem; `user`: the one that `serve` shall become."""
+    problems = _of_user(user) if user else []
     with contextlib.ExitStack() as undo:
         workers: dict[str, Worker] = {}
         # All exist at the same time, because each locks memory, and there may be too little for all of them.
@@ -34,19 +40,29 @@ def find_problems(config: Config) -> list[str]:
                 workers[each.name] = Worker(each.name, engine=each.engine)
                 undo.callback(workers[each.name].stop)
             except OSError as error:
-                problems.append(f"[[io-thread]] {each.name}: {error}")
+                problems.append(f"[[io-thread]] {each.name}: {in_words(error)}")
         for disk in config.disks:
-            problems += _of_disk(disk, [workers[name] for name in disk.io_threads if name in workers])
+            threads = [workers[name] for name in disk.io_threads if name in workers]
+            problems += _of_disk(disk, threads, undo)
     return problems
 
 
-def _of_disk(disk: DiskConfig, workers: Sequence[Worker]) -> list[str]:
+def _of_user(user: User) -> list[str]:
+    """The change is for good, so a child process tries it."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        error = child.submit(change_user, user).exception()
+    return [str(error)] if error else []
+
+
+def _of_disk(disk: DiskConfig, workers: Sequence[Worker], undo: contextlib.ExitStack) -> list[str]:
     problems: list[str] = []
-    for look in (partial(_look_at_image, disk, workers), partial(_look_at_socket, disk)):
+    for look in (partial(_look_at_image, disk, workers, undo), partial(_look_at_socket, disk)):
         try:
             look()
-        except (ImageError, ListenError, OSError) as error:
+        except (ImageError, ListenError) as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(in_words(error))
     return problems
 
 
@@ -55,20 +71,23 @@ def _look_at_socket(disk: DiskConfig) -> None:
     listener.check(disk.socket_path, disk.socket_group)
 
 
-def _look_at_image(disk: DiskConfig, workers: Sequence[Worker]) -> None:
+def _look_at_image(disk: DiskConfig, workers: Sequence[Worker], undo: contextlib.ExitStack) -> None:
     image = _opened(disk)
     if image is None:
         return
-    with contextlib.closing(image):
-        if disk.zoned:
-            zonefile.check(image, disk.zoned, block_size=disk.block_size)
-        else:
-            zonefile.check_not_zoned(disk.image)
-        kind = kind_of_source(image, disk.engine)
-        check_engines(image, kind, reasons_without_io(workers))
-        found = Limits() if kind is NullSource else _limits(disk, image)
-        if found:
-            check_switches(disk.features, found, image, zoned=disk.zoned is not None)
+    # All are open at the same time, as in serve: this process may not open enough files for all of them.
+    undo.callback(image.close)
+    if disk.zoned:
+        zonefile.check(image, disk.zoned, block_size=disk.block_size)
+    else:
+        zonefile.check_not_zoned(disk.image)
+    kind = kind_of_source(image, disk.engine)
+    check_engines(image, kind, reasons_without_io(workers))
+    if kind is MemorySource:
+        check_huge_pages(image)
+    found = Limits() if kind is NullSource else _limits(disk, image)
+    if found:
+        check_switches(disk.features, found, image, zoned=disk.zoned is not None)
 
 
 def _opened(disk: DiskConfig) -> Image | None:

@@ -1,9 +1,19 @@
-"""Names the operation that failed with a system error, because the kernel's own message does not."""
+"""System errors in words: the operation that failed, which the kernel's own message does not name, and what to do."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import resource
 from collections.abc import Iterator
+
+# By errno, for any system call: the process or the machine has run out of a resource.
+REMEDIES = {
+    errno.EMFILE: "this process may open only {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
+    errno.ENFILE: "the machine has too many open files; raise sysctl fs.file-max",
+    errno.ENOMEM: "there is not enough memory; raise the limit (ulimit -v, systemd's MemoryMax=)",
+}
 
 
 @contextlib.contextmanager
@@ -14,3 +24,14 @@ def doing(what: str) -> Iterator[None]:
     except OSError as error:
         error.add_note(f"cannot {what}")
         raise
+
+
+def in_words(error: OSError) -> str:
+    """The operation (the notes of the error), the file, the error, and the advice."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    why = error.strerror or str(error)
+    # The text of an engine's error has its own advice.
+    if error.errno in REMEDIES and type(error) is OSError:
+        why = REMEDIES[error.errno].format(limit)
+    name = [os.fsdecode(error.filename)] if error.filename is not None else []
+    return ": ".join([*getattr(error, "__notes__", ()), *name, why])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Collection, Iterable
 
 from ringplane.block import mapped_image
@@ -11,6 +13,7 @@ from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
 from ringplane.options.engine_names import AUTO, MEMORY, NULL, THREAD_ENGINES
+from ringplane.system import huge_pages
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +58,32 @@ def open_source(image: Image, engine: str, reasons: Collection[str]) -> Source:
     return FileSource(image)
 
 
+def check_huge_pages(image: Image) -> None:
+    """Raises ImageError if there are fewer huge pages than an image on hugetlbfs needs; nothing is reserved.
+
+    Those that are reserved for other files are not noticed: the kernel does not show which ones they are.
+    """
+    if not mapped_image.has_huge_pages(image.fd):
+        return
+    status = os.fstat(image.fd)
+    page = status.st_blksize
+    missing = -(-image.size // page) - status.st_blocks * 512 // page
+    most = huge_pages.most(page)
+    if most is not None and missing > most:
+        raise _no_huge_pages(image, os.strerror(errno.ENOMEM))
+
+
+def _no_huge_pages(image: Image, why: str) -> ImageError:
+    return ImageError(
+        f"{image.path}: cannot be mapped: {why}; huge pages are reserved for all of it: raise sysctl vm.nr_hugepages"
+    )
+
+
 def _check_unmapped(image: Image, engine: str, error: OSError) -> None:
     """Raise ImageError unless system calls may serve an image in memory that cannot be mapped."""
-    why = f"{image.path}: cannot be mapped: {error.strerror}"
     if mapped_image.has_huge_pages(image.fd):
-        raise ImageError(f"{why} (huge pages are reserved)")
+        raise _no_huge_pages(image, error.strerror or str(error))
+    why = f"{image.path}: cannot be mapped: {error.strerror}"
     if engine != AUTO:
         raise ImageError(f"{why}; --engine auto serves it by system calls")
     log.warning("%s; it is served by system calls, which take more CPU per I/O", why)
