@@ -7,6 +7,7 @@ import errno
 import os
 import pwd
 import re
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,40 +18,94 @@ from typing import Any
 import numba
 import pytest
 
-from ringplane.compiler import cache, jit, numba_version
+from ringplane.compiler import cache, jit, key, numba_version
 
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def forgotten_place() -> Iterator[None]:
+    """A process finds the place for compiled code only once."""
+    cache.place.cache_clear()
+    yield
+    cache.place.cache_clear()
+
+
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(tmp_path))
-    cache.find_cache.cache_clear()
-    yield tmp_path
-    cache.find_cache.cache_clear()
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    base = tmp_path / "base"
+    monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(base))
+    return base
 
 
 def test_only_old_versions_and_no_other_files_are_deleted(base: Path) -> None:
-    strangers = [base / name for name in ("documents", "data-plane", "data-plane-" + "x" * 20, "0" * 20)]
-    versions = [base / f"data-plane-{number:020x}" for number in range(8)]
-    for age, folder in enumerate([*strangers, *versions]):
-        folder.mkdir()
-        os.utime(folder, (age, age))
-    (base / "file").touch()
-    current = cache.cache_directory()
-    current.mkdir()
+    assert cache.place() == cache.Place(base)
+    name, number = "ringplane.dataplane.loop.run-01234567", cache.KEPT_VERSIONS + 3
+    strangers = [base / each for each in ("documents", "run.code", f"{name}-abc.code", f"{name}-{0:020x}.txt")]
+    others = [base / f"{name[:-1]}8-{0:020x}.code", base / f"{name}-{0:020x}.complete"]
+    versions = [base / f"{name}-{each:020x}.code" for each in range(number)]
+    abandoned, fresh = base / "a.code.12.unfinished", base / "b.code.12.unfinished"
+    for age, path in enumerate([*strangers, *others, *versions, abandoned]):
+        path.touch()
+        os.utime(path, (age, age))
+    fresh.touch()
     cache.forget_old_versions()
-    assert set(base.iterdir()) == {*strangers, base / "file", current, *versions[-(cache.KEPT_VERSIONS - 1) :]}
+    assert set(base.iterdir()) == {*strangers, *others, *versions[-cache.KEPT_VERSIONS :], fresh}
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(base: Path) -> None:
-    base.chmod(0o777)
-    assert cache.cache_directory().parent != base
+def test_what_is_loaded_is_not_old(base: Path) -> None:
+    cache.write("name", b"content")
+    os.utime(base / "name", (1, 1))
+    assert cache.read("name") == b"content"
+    assert (base / "name").stat().st_mtime > 1
 
 
-def test_the_folder_is_private_and_named_after_the_version(base: Path) -> None:
-    assert cache.cache_directory() == base / cache.version_folder()
-    assert cache.FOLDER.fullmatch(cache.version_folder())
+def test_the_folder_is_private_and_files_in_it_appear_as_a_whole(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write("name", b"content")
+    assert stat.S_IMODE(base.stat().st_mode) == 0o700
+    assert [path.name for path in base.iterdir()] == ["name"]
+
+    def fill_up(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    cache.write("other", b"content")
+    assert [path.name for path in base.iterdir()] == ["name"]
+
+
+def mark(folder: Path, *names: str, cpu: str = key.NATIVE) -> None:
+    (folder / cache.mark_name(cache.DATA_PLANE, cpu)).write_text("\n".join(names))
+
+
+@pytest.mark.parametrize("cpu", [key.NATIVE, key.GENERIC])
+def test_what_is_marked_is_cached_while_all_its_files_exist(base: Path, cpu: str) -> None:
+    base.mkdir()
+    mark(base, "a.code", "b.code", cpu=cpu)
+    (base / "a.code").touch()
+    assert not cache.is_cached()
+    (base / "b.code").touch()
+    assert cache.is_cached()
+    assert not cache.is_cached(cache.DRIVER)
+
+
+def test_damaged_code_is_compiled_again(base: Path) -> None:
+    script = (
+        "from ringplane.compiler.jit import _increment_twice as function\n"
+        "print(function(40), sum(function.whole().stats.cache_hits.values()))"
+    )
+
+    def run() -> str:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+    assert run() == "42 0\n"
+    (saved,) = base.iterdir()
+    code = saved.read_bytes()
+    assert run() == "42 1\n"
+    for part in (b"", code[: len(code) // 2]):
+        saved.write_bytes(part)
+        assert run() == "42 0\n"
+        assert run() == "42 1\n"
 
 
 # Unusable folders
@@ -62,17 +117,19 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr(cache, "_temporary_places", lambda: [str(place)])
-    cache.find_cache.cache_clear()
-    yield place
-    cache.find_cache.cache_clear()
+    monkeypatch.setattr(cache, "_temporary", None)
+    return place
 
 
 def obstacle(monkeypatch: pytest.MonkeyPatch, base: Path) -> str:
     """The message about a requested folder that is unusable; a temporary one takes its place."""
     monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(base))
-    found = cache.find_cache()
+    found = cache.place()
     assert found.folder is not None
-    assert found.folder.parent.name.startswith(cache.TEMPORARY)
+    assert found.folder.name.startswith(cache.TEMPORARY)
+    assert base not in cache.folders()
+    assert found.folder in cache.folders()
+    assert cache.variables() == {"RINGPLANE_CACHE_DIR": str(found.folder)}
     assert "\n" not in found.short_lived
     assert found.short_lived.startswith(f"RINGPLANE_CACHE_DIR={base} ")
     return found.short_lived.removeprefix(f"RINGPLANE_CACHE_DIR={base} ")
@@ -81,7 +138,7 @@ def obstacle(monkeypatch: pytest.MonkeyPatch, base: Path) -> str:
 def test_a_file(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert obstacle(monkeypatch, tmp_path / "file") == "is not a folder; name one"
-    cache.find_cache.cache_clear()
+    cache.place.cache_clear()
     assert obstacle(monkeypatch, tmp_path / "file" / "cache") == "is not a folder; name one"
 
 
@@ -90,8 +147,8 @@ def test_a_folder_that_is_writable_by_others(monkeypatch: pytest.MonkeyPatch, te
     assert obstacle(monkeypatch, tmp_path).endswith("whose code would run here; chmod go-w it")
     # The advice helps.
     tmp_path.chmod(0o775 & ~0o022)
-    cache.find_cache.cache_clear()
-    assert cache.find_cache() == cache.Cache(tmp_path / cache.version_folder())
+    cache.place.cache_clear()
+    assert cache.place() == cache.Place(tmp_path)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make folders of other users")
@@ -113,7 +170,11 @@ def test_a_full_file_system(monkeypatch: pytest.MonkeyPatch, temporary: Path, tm
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
-    assert obstacle(monkeypatch, tmp_path / "full") == "has no room for 4 MiB (No space left on device); make room"
+    monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(tmp_path / "full"))
+    found = cache.place()
+    assert found.folder is not None
+    assert found.folder.parent == temporary
+    assert found.short_lived.endswith("/full has no room for 4 MiB (No space left on device); make room")
 
 
 @contextlib.contextmanager
@@ -128,26 +189,44 @@ def read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_read_only_file_system(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
+def test_code_is_saved_in_the_users_cache_if_the_chosen_one_is_only_for_reading(
+    monkeypatch: pytest.MonkeyPatch, base: Path, tmp_path: Path
+) -> None:
+    """For example that of a container image, of another version."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     base.mkdir()
+    (base / "old").write_text("chosen")
     with read_only(base):
-        text = obstacle(monkeypatch, base)
-    assert text == f"cannot be written by user {os.geteuid()} (Read-only file system)"
-
-
-def test_a_read_only_cache_with_compiled_code_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For example in a container image, if ringplane was started once when it was built."""
-    base = tmp_path / "base"
-    filled = base / cache.version_folder() / "ringplane"
-    filled.mkdir(parents=True)
-    (filled.parent / "data-plane.complete").touch()
-    monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(base))
-    with read_only(base):
-        cache.find_cache.cache_clear()
-        assert cache.find_cache() == cache.Cache(base / cache.version_folder())
+        assert cache.read("old") == b"chosen"
+        assert not cache.is_cached()
+        assert list(tmp_path.iterdir()) == [base]
+        assert cache.place() == cache.Place(tmp_path / "home/ringplane")
+        cache.write("new", b"home")
+        assert cache.read("new") == b"home"
+        mark(tmp_path / "home/ringplane")
         assert cache.is_cached()
-    cache.find_cache.cache_clear()
+
+
+def test_a_read_only_file_system(monkeypatch: pytest.MonkeyPatch, temporary: Path, base: Path) -> None:
+    """The home too."""
+    base.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    with read_only(base):
+        found = cache.place()
+    assert found.folder is not None
+    assert found.folder.parent == temporary
+    assert found.short_lived == (
+        f"{base}/ringplane cannot be written by user {os.geteuid()} (Read-only file system); "
+        "set RINGPLANE_CACHE_DIR to a folder that this user can write to"
+    )
+
+
+def test_a_read_only_cache_with_compiled_code_is_used(base: Path) -> None:
+    """For example in a container image."""
+    base.mkdir()
+    mark(base)
+    with read_only(base):
+        assert cache.is_cached()
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
@@ -160,20 +239,20 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, temporary: Path,
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.chdir(tmp_path)
-    found = cache.find_cache()
+    found = cache.place()
     assert found.short_lived == (
         "no home folder is known; set RINGPLANE_CACHE_DIR to a folder that this user can write to"
     )
     assert found.folder is not None
-    assert found.folder.parent.parent == temporary
+    assert found.folder.parent == temporary
     assert list(tmp_path.iterdir()) == [temporary]
 
 
-def test_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
-    monkeypatch.setenv("RINGPLANE_CACHE_DIR", str(tmp_path / "base"))
+def test_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch, temporary: Path, base: Path) -> None:
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse_files(errno.EROFS))
-    found = cache.find_cache()
-    assert found.folder is None
+    assert cache.place().folder is None
+    cache.write("name", b"content")
+    assert cache.read("name") is None
     assert not cache.is_cached()
     cache.forget_old_versions()
     cache.remove_temporary_cache()

@@ -261,7 +261,7 @@ def test_the_compiler_ends_with_its_parent(start: Start, image: Path, path: Path
     (compiler,) = children(process.pid)
     # When it has asked for it, its own imports are over.
     wait_until(lambda: "llvmlite" in Path(f"/proc/{compiler}/maps").read_text())
-    wait_until(lambda: any((Path(cold["RINGPLANE_CACHE_DIR"])).rglob("*.nbi")))
+    wait_until(lambda: any((Path(cold["RINGPLANE_CACHE_DIR"])).glob("*.code")))
     process.kill()
     wait_until(lambda: not is_running(compiler))
 

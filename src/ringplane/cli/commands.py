@@ -10,9 +10,9 @@ import click
 from ringplane import __version__
 from ringplane.system.signals import CaughtSignals
 
-COMMANDS = ("serve", "check", "demo", "bench")
+COMMANDS = ("serve", "check", "demo", "bench", "compile")
 # These commands check for signals themselves; a signal ends the others at any point.
-INTERRUPTIBLE = ("serve", "demo", "bench")
+INTERRUPTIBLE = ("serve", "demo", "bench", "compile")
 
 
 class Commands(click.Group):

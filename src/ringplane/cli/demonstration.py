@@ -49,14 +49,14 @@ def run_demo(console: Console, signals: Signals, image: Path | None, size: int, 
 
 def compile_first(console: Console, signals: Signals) -> None:
     """Compile in advance for the first start, so that the user sees what takes long."""
-    from ringplane.compiler.cache import DATA_PLANE, DRIVER, find_cache, is_cached
+    from ringplane.compiler.cache import DATA_PLANE, DRIVER, is_cached, place
     from ringplane.dataplane import warm as data_plane
     from ringplane.driver import warm as driver
 
     parts = (("data plane", DATA_PLANE, data_plane, 20), ("driver", DRIVER, driver, 5))
     for name, cached, warm, seconds in parts:
         if not is_cached(cached):
-            once = "" if find_cache().short_lived else ", once per installation"
+            once = "" if place().short_lived else ", once per installation"
             console.print(f"compiling the {name}{once}: about {seconds} s ...")
             started = time.monotonic()
             warm.warm_up(signals=signals)
@@ -66,13 +66,11 @@ def compile_first(console: Console, signals: Signals) -> None:
 @contextlib.contextmanager
 def serving(signals: Signals, image: Path, socket: Path, size: int) -> Iterator[float]:
     """A `ringplane serve` process; yields the seconds that it took to listen. Raises Interrupted."""
-    from ringplane.compiler.cache import VARIABLE, cache_directory
+    from ringplane.compiler.cache import variables
 
     command = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
     command += ["--create", str(size), "--num-queues", "1", "--log-level", "warning"]
-    # The cache may be a temporary folder of this process.
-    folder = cache_directory()
-    environment = {**os.environ, VARIABLE: str(folder.parent)} if folder else None
+    environment = {**os.environ, **variables()}
     started = time.monotonic()
     # It has its own process group: Ctrl-C must signal only this process, which stops it in order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, process_group=0)

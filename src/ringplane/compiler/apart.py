@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ringplane.compiler.bad_code import BadCode
-from ringplane.compiler.cache import VARIABLE, cache_directory
+from ringplane.compiler.cache import place, use_only
+from ringplane.compiler.key import NATIVE, variables
 from ringplane.compiler.side_by_side import BAD_CODE
 from ringplane.system.libc import end_with_parent
 from ringplane.system.signals import NONE, Signals, held_back
@@ -19,8 +21,14 @@ from ringplane.system.signals import NONE, Signals, held_back
 log = logging.getLogger(__name__)
 
 
-def compile_apart(module: str, signals: Signals = NONE, arguments: Sequence[str] = ()) -> None:
-    """Run the module with these arguments; it fills the cache.
+def compile_apart(
+    module: str,
+    signals: Signals = NONE,
+    arguments: Sequence[str] = (),
+    folder: Path | None = None,
+    cpu: str = NATIVE,
+) -> None:
+    """Run the module with these arguments; it fills the folder, or the cache.
 
     Without a cache or a child process, this process compiles when needed.
 
@@ -31,11 +39,11 @@ def compile_apart(module: str, signals: Signals = NONE, arguments: Sequence[str]
     from ringplane.compiler.checker import check_package
 
     check_package()
-    folder = cache_directory()
+    folder = folder or place().folder
     if folder is None:
         return
-    environment = {**os.environ, VARIABLE: str(folder.parent)}
-    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, **variables(cpu)}
+    command = [sys.executable, "-m", module, str(folder), *arguments]
     try:
         # In its own process group, so that Ctrl-C signals only this process.
         with held_back():
@@ -70,10 +78,11 @@ def _result(child: subprocess.Popen[bytes], signals: Signals) -> bytes:
 
 
 def run_child(load: Callable[[], None]) -> None:
-    """The main function of such a module."""
+    """The main function of such a module, which has the folder as its argument."""
     end_with_parent()
     # Compiling leaves hardly any cyclic garbage. Collecting it takes 0.3 s of 6, and the process ends soon.
     gc.disable()
+    use_only(Path(sys.argv[1]))
     try:
         load()
     except BadCode as error:

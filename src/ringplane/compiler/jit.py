@@ -1,47 +1,24 @@
-"""The `compiled` decorator: compiles with Numba, runs without the GIL, and caches until any source file changes."""
+"""The `compiled` decorator: compiles with Numba, runs without the GIL, and saves the code until its sources change."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
 
 from ringplane.compiler import numba_version
 from ringplane.compiler.bad_code import bad_code
-from ringplane.compiler.cache import cache_directory
 from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.pipeline import PartType, part, whole
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@contextlib.contextmanager
-def _numba_cache_directory() -> Iterator[bool]:
-    """Set Numba's cache folder, which it reads when a function is decorated; an embedding program keeps its setting.
-
-    The value is whether there is a folder, and so whether to cache.
-    """
-    before, folder = numba.config.CACHE_DIR, cache_directory()
-    numba.config.CACHE_DIR = str(folder or "")
-    try:
-        yield folder is not None
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-# Workers start at the same time, and Numba's setting is global.
-_making = threading.Lock()
-
-
-@contextlib.contextmanager
-def making() -> Iterator[bool]:
-    """Make code that is cached, one thread at a time; the value is whether to cache."""
-    with _making, _numba_cache_directory() as cached:
-        yield cached
+# Workers start at the same time.
+making = threading.Lock()
 
 
 class _Compiled:
@@ -57,13 +34,13 @@ class _Compiled:
         return self.whole()(*args)
 
     def whole(self) -> Any:
-        """Made when it is first needed: Python calls few functions, and Numba searches its cache on disk for each."""
+        """Made when it is first needed: Python calls few functions, and its code is looked for on disk."""
         return self._whole or self._make_whole()
 
     def _make_whole(self) -> Any:
-        with making() as cached:
+        with making:
             if self._whole is None:
-                self._whole = whole(self.__wrapped__, cache=cached)  # type: ignore[attr-defined]
+                self._whole = whole(self.__wrapped__)  # type: ignore[attr-defined]
             return self._whole
 
 
@@ -100,7 +77,7 @@ def _increment_twice(number):
 def _works() -> bool:
     """Whether a function that Python calls, with parts behind it, is compiled correctly."""
     tried: Any = _increment_twice
-    return bool(whole(tried.__wrapped__, cache=False)(40) == 42)
+    return bool(whole(tried.__wrapped__, saved=False)(40) == 42)
 
 
 if not INTERPRETED:

@@ -18,6 +18,7 @@ import numba
 
 from ringplane.compiler.lean import LeanCompiler, LeanTarget, LeanTyping, PartTarget
 from ringplane.compiler.numba_version import UnsupportedNumba
+from ringplane.compiler.store import store_of
 
 try:
     from llvmlite import ir
@@ -218,7 +219,10 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
-def whole(function: Callable[..., Any], *, cache: bool) -> Any:
+def whole(function: Callable[..., Any], *, saved: bool = True) -> Any:
     """The dispatcher of a function that Python calls; it runs without the GIL, and may call parts."""
     options = {"nogil": True, "no_cfunc_wrapper": True, **OPTIONS}
-    return numba.njit(pipeline_class=_WholeCompiler, cache=cache, **options)(function)
+    dispatcher = numba.njit(pipeline_class=_WholeCompiler, **options)(function)
+    if saved:
+        dispatcher._cache = store_of(function)
+    return dispatcher

@@ -19,18 +19,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.ccallback import CFunc
 from numba.core.errors import TypingError
 from numba.core.types.containers import StarArgTuple
 
-from ringplane.compiler import interpreted
+from ringplane.compiler import cache, interpreted
 from ringplane.compiler.bad_code import bad_code
-from ringplane.compiler.cache import mark_cached
 from ringplane.compiler.interpreted import INTERPRETED, intrinsic
 from ringplane.compiler.jit import making
+from ringplane.compiler.key import GENERIC, NATIVE
 from ringplane.compiler.pipeline import OPTIONS, UnitCompiler
+from ringplane.compiler.store import store_of
 
 INT64 = ir.IntType(64)
 
@@ -45,6 +46,8 @@ class Unit:
     def __init__(self, function: Callable[..., int]) -> None:
         functools.update_wrapper(self, function)
         self.name = f"{function.__module__}.{function.__qualname__}"
+        self._signature = types.int64(*[types.int64] * function.__code__.co_argcount)
+        self._store = store_of(function)
         self._compiled: Any = None
         known[self.name] = self
 
@@ -60,15 +63,22 @@ class Unit:
             return interpreted.address_of_unit(self.__wrapped__)  # type: ignore[attr-defined]
         return int((self._compiled or self._compile()).address)
 
+    def is_cached(self) -> bool:
+        return any(cache.exists(self.file_name(cpu)) for cpu in (NATIVE, GENERIC))
+
+    def file_name(self, cpu: str) -> str:
+        """The name of the file of its code for this CPU."""
+        return str(self._store.file_name(self._signature, cpu))
+
     def _compile(self) -> Any:
-        with making() as cached:
+        with making:
             if self._compiled is None:
                 function: Any = self.__wrapped__  # type: ignore[attr-defined]
-                signature = types.int64(*[types.int64] * function.__code__.co_argcount)
-                decorate = numba.cfunc(signature, cache=cached, pipeline_class=UnitCompiler, **OPTIONS)
+                compiled: Any = CFunc(function, (self._signature.args, types.int64), {}, OPTIONS, UnitCompiler)
+                compiled._cache = self._store
                 with bad_code():
-                    self._compiled = decorate(function)
-                mark_cached(self.name)
+                    compiled.compile()
+                self._compiled = compiled
             return self._compiled
 
 

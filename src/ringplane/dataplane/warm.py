@@ -12,7 +12,7 @@ from ringplane.block.helper_threads import run_helper
 from ringplane.block.layers import delay, zoned  # noqa: F401
 from ringplane.block.sources import memory, null  # noqa: F401
 from ringplane.compiler.apart import compile_apart, run_child
-from ringplane.compiler.cache import DATA_PLANE, find_cache, forget_old_versions, is_cached, mark_cached
+from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached, mark_cached, place
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE, load_intrinsics
 from ringplane.compiler.jit import load
 from ringplane.compiler.side_by_side import work_off
@@ -38,10 +38,10 @@ def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> Non
         log.warning("the data plane is interpreted, because %s is set: it is slow, and not confined", VARIABLE)
         load_intrinsics()
         return
-    missing = [each.name for each in (known.values() if units is None else units) if not is_cached(each.name)]
+    missing = [each.name for each in (known.values() if units is None else units) if not each.is_cached()]
     if is_cached() and not missing:
         return
-    if why := find_cache().short_lived:
+    if why := place().short_lived:
         log.warning("compiling the data plane, which takes some 10 s of CPU time, at each start: %s", why)
     else:
         log.info("compiling the data plane; only the first start after an installation does this ...")
@@ -69,9 +69,12 @@ def load_rest() -> None:
 def compile_all(units: Iterable[Unit]) -> None:
     """Compile these units and what all workers need."""
     work_off([load_loop, load_rest, *(unit.address for unit in units)])
+    # In this process too, so that it knows the files for the mark.
+    load_loop()
+    load_rest()
     mark_cached(DATA_PLANE)
     forget_old_versions()
 
 
 if __name__ == "__main__":
-    run_child(lambda: compile_all([known[name] for name in sys.argv[1:]]))
+    run_child(lambda: compile_all([known[name] for name in sys.argv[2:]]))

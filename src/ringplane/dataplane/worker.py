@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ringplane.block.helper_threads import Helpers
-from ringplane.compiler.cache import DATA_PLANE, mark_cached
 from ringplane.compiler.jit import load
 from ringplane.dataplane.disk_reports import report_failures, report_sources
 from ringplane.dataplane.loop import mark_ready_at, run
@@ -107,7 +106,6 @@ class Worker:
         load(run, self.state.address)
         load(mark_ready_at, 0, 0)
         load(signal, 0, 0, 0)
-        mark_cached(DATA_PLANE)
         sigbus.install()
         interrupt.install()
 
