@@ -157,7 +157,6 @@ def requests() -> st.SearchStrategy[tuple[Request, Payload, bool]]:
     )
 
 
-@settings(deadline=None)
 @given(st.lists(requests(), max_size=8), st.integers(0, 1 << 32))
 def test_any_split_gives_the_same_messages(sent: list[tuple[Request, Payload, bool]], seed: int) -> None:
     # Not drawn one by one, because a draw may end the example and leak fds.
@@ -196,7 +195,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.sampled_from([(role, channel) for role in Role for channel in (False, True)]),
     st.lists(st.tuples(PIECES, st.integers(0, 10)), max_size=10),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringplane.block.layers.delay import DelayPart
@@ -107,7 +107,7 @@ def test_layers_follow_each_other(make_rig: RigFactory) -> None:
     assert time.monotonic_ns() - start >= 25 * MS
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(
     times=st.lists(st.integers(0, 3 * MS), min_size=3, max_size=3),
     kinds=st.lists(st.sampled_from([IN, OUT, FLUSH]), min_size=1, max_size=60),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringplane.block.sources.null import NullPart
@@ -234,7 +234,7 @@ def finish(memory: Memory, device: Device) -> None:
     assert memory.ring.pending == {}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), size=st.sampled_from([4, 8, 16]), ring_class=st.sampled_from([Ring, PackedRing]))
 def test_killed_at_any_moment(stores: Stores, device: Device, seed: int, size: int, ring_class: Any) -> None:
     draw, memory = random.Random(seed), Memory(ring_class, size)
@@ -350,7 +350,7 @@ def test_invalid_packed_regions(
     memory.close()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32), ring_class=st.sampled_from([Ring, PackedRing]))
 def test_random_bytes_in_a_region_are_accepted_or_rejected(
     stores: Stores, device: Device, seed: int, ring_class: Any

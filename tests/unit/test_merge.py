@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringplane.block.merge import MERGE_BYTES, MERGE_IOVECS
@@ -218,7 +218,7 @@ def test_pinned_memory_is_not_merged(tmp_path: Path) -> None:
     assert count == 3
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 60))
 def test_any_mixture_is_served_like_single_requests(make_rig: RigFactory, seed: int, count: int) -> None:
     """Disjoint reads and writes in nearly ascending order, on any type of ring, match the model."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringplane.block.bounce_buffers import BOUNCE_BUFFERS
@@ -186,7 +186,7 @@ def sizes(total: int) -> st.SearchStrategy[list[int]]:
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=60)
 def test_any_framing(framing_line: Line, data: st.DataObject) -> None:
     line, rig = framing_line, framing_line.rig
     free = rig.guest.free

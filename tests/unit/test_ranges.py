@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringplane.block.sources.memory import MemorySource
@@ -228,7 +228,7 @@ def test_a_failure_of_the_storage_is_reported(make_rig: RigFactory, caplog: pyte
     assert rig.content() == DISK
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

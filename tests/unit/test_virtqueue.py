@@ -89,7 +89,7 @@ def table_of(ring, token):
 SEGMENTS = st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**32 - 1), st.booleans()), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     size=st.sampled_from([1, 2, 4, 8, 16]),
     event_idx=st.booleans(),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringplane
@@ -408,7 +408,7 @@ class Model:
         ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_any_requests_agree_with_the_model(serve: Serve, folder: Path, seed: int) -> None:
     for name in ("disk.img", "disk.img.zones"):
