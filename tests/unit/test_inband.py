@@ -25,7 +25,7 @@ from ringplane.vhost_user.messages import (
 from ringplane.vhost_user.transport import BlockingTransport
 from ringplane.virtio.split import AVAIL_IDX
 
-from .test_session import CONTENT, OFFERED_PROTOCOL_FEATURES, QUEUES, SOON, Machine, negotiated, sector
+from .protocol_rig import CONTENT, OFFERED_PROTOCOL_FEATURES, QUEUES, SOON, Machine, negotiated, sector
 
 INBAND = OFFERED_PROTOCOL_FEATURES | ProtocolFeature.INBAND_NOTIFICATIONS
 

@@ -25,8 +25,8 @@ from ringplane.dataplane.state import QUEUE
 from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import Request
 
+from .protocol_rig import Machine, break_ring, machine, sector, serve_in
 from .rig import IN, PATIENCE, RigFactory, eventually, fetch_only, held, pattern, rig_factory
-from .test_session import Machine, break_ring, machine, sector, serve_in
 
 S, E = RingState, RingEvent
 EVERY = [(state, event) for state in RingState for event in RingEvent]
