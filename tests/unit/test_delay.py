@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ringplane
 from ringplane.block.layers.delay import DelayPart
+from ringplane.driver import Driver
+from ringplane.options.delay_options import Delay, parse_delay
+from ringplane.options.zone_options import ZoneModel
 
 from .rig import (
     FLUSH,
@@ -129,3 +134,39 @@ def test_any_mixture_is_served_like_without_a_delay(make_rig: RigFactory, times:
         if kind == OUT:
             assert content[1024 * place :][:1024] == pattern(1024, place)
     line.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "delay"),
+    [
+        ("5", Delay(5, 5, 5)),
+        ("0.5", Delay(0.5, 0.5, 0.5)),
+        ("read=5", Delay(read=5)),
+        ("read=5, flush=20.5", Delay(read=5, flush=20.5)),
+        ("3,write=0", Delay(3, 0, 3)),
+    ],
+)
+def test_what_users_write(text: str, delay: Delay) -> None:
+    assert parse_delay(text) == delay
+
+
+@pytest.mark.parametrize("text", ["", "-1", "x", "read", "reed=5", "read=", "read=nan", "1,", "3600001"])
+def test_what_users_should_not_write(text: str) -> None:
+    with pytest.raises(ValueError, match=r"milliseconds|read=MS"):
+        parse_delay(text)
+
+
+@pytest.mark.parametrize("zoned", [None, ZoneModel(1 << 20, 1 << 20)])
+def test_a_served_disk_with_a_delay(tmp_path: Path, zoned: ZoneModel | None) -> None:
+    """As a user makes it; with zones the delay lies below them."""
+    options: dict[str, Any] = {"create": 4 << 20, "delay": Delay(write=30), "zoned": zoned}
+    with (
+        ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", **options) as export,
+        Driver(tmp_path / "socket") as driver,
+    ):
+        start = time.monotonic_ns()
+        driver.write(0, pattern(4096))
+        assert time.monotonic_ns() - start >= 30 * MS
+        assert driver.read(0, 4096) == pattern(4096)
+        driver.flush()
+        assert export.counters["write"].requests == 1

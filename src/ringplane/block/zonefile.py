@@ -63,7 +63,7 @@ class ZoneFile:
         stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
         its zones (`resume_from`) when it has stopped.
         """
-        self.model, self.image, self._block_size = model, image, block_size
+        self.model, self.image, self.block_size = model, image, block_size
         self.path = path_beside(image.path)
         self.count = _count(image, model, block_size)
         self.created = not self.path.exists()
@@ -135,7 +135,7 @@ class ZoneFile:
         zones["size"], zones["capacity"], zones["count"] = model.size // SECTOR, model.capacity // SECTOR, self.count
         zones["conventional"], zones["fd"] = model.conventional, self._fd
         zones["max_open"], zones["max_active"] = model.max_open, model.max_active
-        zones["max_append"], zones["block_mask"] = self.max_append_sectors, self._block_size - 1
+        zones["max_append"], zones["block_mask"] = self.max_append_sectors, self.block_size - 1
         self._scratch = np.zeros(REPORT_SIZE, np.uint8)
         zones["scratch"] = self._scratch.ctypes.data
         zones["active"] = int((self._table["state"] == zoned.VIRTIO_BLK_ZS_CLOSED).sum())

@@ -12,8 +12,8 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from ringplane.block import zonefile
 from ringplane.block.image import Image, ImageError, create_nameless
+from ringplane.block.layers.registry import LAYERS
 from ringplane.block.sources.choose import check_engines, check_huge_pages, kind_of_source
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
@@ -23,7 +23,7 @@ from ringplane.control.config import Config
 from ringplane.control.listener import ListenError
 from ringplane.control.sandbox import change_user
 from ringplane.dataplane.worker import Worker
-from ringplane.device.disk import check_switches, reasons_without_io
+from ringplane.device.disk import check_switches, impossible_with, reasons_without_io
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.users import User
 from ringplane.system.notes import in_words
@@ -77,17 +77,14 @@ def _look_at_image(disk: DiskConfig, workers: Sequence[Worker], undo: contextlib
         return
     # All are open at the same time, as in serve: this process may not open enough files for all of them.
     undo.callback(image.close)
-    if disk.zoned:
-        zonefile.check(image, disk.zoned, block_size=disk.block_size)
-    else:
-        zonefile.check_not_zoned(disk.image)
+    layers = [layer for module in LAYERS if (layer := module.check(disk, image))]
     kind = kind_of_source(image, disk.engine)
     check_engines(image, kind, reasons_without_io(workers))
     if kind is MemorySource:
         check_huge_pages(image)
     found = Limits() if kind is NullSource else _limits(disk, image)
     if found:
-        check_switches(disk.features, found, image, zoned=disk.zoned is not None)
+        check_switches(disk.features, found, image, impossible_with(layers))
 
 
 def _opened(disk: DiskConfig) -> Image | None:

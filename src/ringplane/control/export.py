@@ -230,8 +230,8 @@ class Export:
     async def abandon(self) -> None:
         """After `freeze`: stop, and leave everything unchanged to the process that takes over."""
         self._listener.owned = False
-        if self.disk.zones:
-            self.disk.zones.abandon()
+        for layer in self.disk.layers:
+            layer.abandon()
         if self._session:
             await self._session.abandon()
         self.request_stop()

@@ -103,7 +103,7 @@ def _state(export: Export) -> dict[str, Any]:
     return {
         "size": disk.image.size,
         "flush_failed": disk.flush_failed,
-        "zones": disk.zones.snapshot() if disk.zones else None,
+        "layers": [layer.snapshot() for layer in disk.layers],
         "front_end": export.session.snapshot() if export.session else None,
         "next_front_end": Fd(export.next_front_end.fileno()) if export.next_front_end else None,
     }

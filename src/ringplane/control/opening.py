@@ -11,7 +11,8 @@ from pathlib import Path
 from ringplane.block.formats import describe, find_format
 from ringplane.block.image import Image
 from ringplane.block.image import create as create_image
-from ringplane.block.zonefile import ZoneFile, check_not_zoned
+from ringplane.block.layers.layer import Layer
+from ringplane.block.layers.registry import LAYERS
 from ringplane.control.handover import socket_beside
 from ringplane.control.listener import Listener, ListenError
 from ringplane.control.taking_over import Predecessor
@@ -25,7 +26,8 @@ class Parts:
     """The parts of a disk."""
 
     image: Image
-    zones: ZoneFile | None
+    # The highest first.
+    layers: Sequence[Layer]
     # None: at a path, where it appears when the disk can be served (`listen`).
     listener: Listener | None
     # By this start, because it did not exist.
@@ -39,19 +41,18 @@ def open_parts(config: DiskConfig, undo: contextlib.ExitStack) -> Parts:
     undo.callback(image.close)
     if found := find_format(image.fd, image.size):
         log.warning("%s", describe(found, config.image))
-    zones = None
-    if config.zoned:
-        zones = ZoneFile(image, config.zoned, block_size=config.block_size, new=created)
-        undo.callback(_remove, zones)
-        undo.callback(zones.close)
-    else:
-        check_not_zoned(config.image)
+    layers = []
+    for module in LAYERS:
+        if layer := module.open_layer(config, image, new=created, shared=False):
+            undo.callback(_remove, layer)
+            undo.callback(layer.close)
+            layers.append(layer)
     if config.socket_path:
         Listener.rehearse(config.socket_path, config.socket_mode, config.socket_group)
-        return Parts(image, zones, None, created)
+        return Parts(image, layers, None, created)
     listener = Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
-    return Parts(image, zones, listener, created)
+    return Parts(image, layers, listener, created)
 
 
 def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack) -> Parts:
@@ -60,13 +61,14 @@ def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, un
     image = Image(config.image, config, fd=fd)
     undo.callback(image.close)
     image.size = size
-    zones = None
-    if config.zoned:
-        zones = ZoneFile(image, config.zoned, block_size=config.block_size, shared=True)
-        undo.callback(zones.abandon)
+    layers = []
+    for module in LAYERS:
+        if layer := module.open_layer(config, image, new=False, shared=True):
+            undo.callback(layer.abandon)
+            layers.append(layer)
     listener = predecessor.listener(index)
     undo.callback(listener.close)
-    return Parts(image, zones, listener, created=False)
+    return Parts(image, layers, listener, created=False)
 
 
 def listen(config: DiskConfig, parts: Parts, undo: contextlib.ExitStack) -> Listener:
@@ -113,7 +115,7 @@ def report_created(config: DiskConfig, parts: Parts) -> None:
         )  # fmt: skip
 
 
-def _remove(made: Path | ZoneFile) -> None:
+def _remove(made: Path | Layer) -> None:
     """Remove what was made; a process that has given up the right to do so leaves it, and reports the first error."""
     with contextlib.suppress(OSError):
         made.unlink()

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from ringplane.block.layers.zoned import ZonedPart
 from ringplane.block.sources.choose import kind_of_source
 from ringplane.compiler.units import Unit
 from ringplane.control.export import Export
@@ -22,7 +21,7 @@ from ringplane.control.opening import (
 from ringplane.control.server import Server
 from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
-from ringplane.dataplane import zone_requests
+from ringplane.dataplane.request_types import request_types_of, units_of_types
 from ringplane.dataplane.warm import warm_up
 from ringplane.device.disk import Disk
 from ringplane.engines.choose import units_of
@@ -135,7 +134,8 @@ def _needed_units(disks: Iterable[DiskConfig], opened: Iterable[Parts], io_threa
     units = [unit for thread in io_threads for unit in units_of(thread.engine)]
     for config, parts in zip(disks, opened, strict=True):
         units += kind_of_source(parts.image, config.engine).units
-        units += (*ZonedPart.units, *zone_requests.UNITS) if parts.zones else ()
+        units += (unit for layer in parts.layers for unit in layer.units)
+        units += units_of_types(request_types_of(parts.layers))
     return list(dict.fromkeys(units))
 
 
@@ -149,4 +149,4 @@ def _check_names(disks: Sequence[DiskConfig], names: Sequence[str]) -> None:
 
 
 def _disk(config: DiskConfig, parts: Parts, threads: Threads) -> Disk:
-    return Disk(parts.image, [threads.workers[name] for name in config.io_threads], config, parts.zones)
+    return Disk(parts.image, [threads.workers[name] for name in config.io_threads], config, parts.layers)

@@ -169,8 +169,8 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
         raise HandoverError(f"{export.disk.image.path.name}: its size is being changed; try again")
     if saved["flush_failed"]:
         export.disk.set_flush_failed()
-    if export.disk.zones:
-        export.disk.zones.resume_from(saved["zones"])
+    for layer, state in zip(export.disk.layers, saved["layers"], strict=True):
+        layer.resume_from(state)
     if saved["front_end"]:
         export.resume_from(SessionSnapshot.from_json(saved["front_end"]))
     if saved.get("next_front_end"):

@@ -138,4 +138,3 @@ TYPES: RequestTypes = {
     VIRTIO_BLK_T_ZONE_RESET: (begin_command, None),
     VIRTIO_BLK_T_ZONE_RESET_ALL: (begin_command, None),
 }
-UNITS = (begin_write, begin_append, end_append, begin_report, begin_command)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from ringplane.block.image import Image, ImageError
-from ringplane.block.layers.zoned import ZonedPart
+from ringplane.block.layers.layer import Layer
 from ringplane.block.sources.choose import open_source
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
-from ringplane.block.stack import LayerPart, Stack
+from ringplane.block.stack import Stack
 from ringplane.block.storage_limits import Limits, limits
-from ringplane.block.zonefile import ZoneFile
-from ringplane.dataplane import zone_requests
 from ringplane.dataplane.queue import Device, Queue
-from ringplane.dataplane.request_types import EVERY_DISK
+from ringplane.dataplane.request_types import request_types_of
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
 from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import OFF_BY_DEFAULT
 from ringplane.virtio import blk, features
-from ringplane.virtio.zoned import VIRTIO_BLK_Z_HM
 
 log = logging.getLogger(__name__)
 
@@ -71,17 +70,16 @@ class Disk:
         image: Image,
         workers: Sequence[Worker],
         options: DiskOptions,
-        zones: ZoneFile | None = None,
+        layers: Sequence[Layer] = (),
     ) -> None:
-        """If the engine of the options is a worker's engine, each worker uses its own.
+        """If the engine of the options is a worker's engine, each worker uses its own. `layers`: the highest first.
 
-        A disk with `zones` is host-managed; only the first worker serves it, because zones are not protected against
-        other threads. Raises ImageError if the image cannot be served this way.
+        Raises ImageError if the image cannot be served this way.
         """
         self.image = image
         self.block_size = options.block_size
         self.serial = options.serial if options.serial is not None else default_serial(image)
-        self.zones = zones
+        self.layers = layers
         self._resizing = asyncio.Lock()
         self.source = open_source(image, options.engine, reasons_without_io(workers))
         found = Limits() if isinstance(self.source, NullSource) else limits(image.fd, read_only=image.read_only)
@@ -93,21 +91,26 @@ class Disk:
             serial=self.serial,
             name=self.name,
             lifetime=_lifetime(found),
-            request_types={**EVERY_DISK, **(zone_requests.TYPES if zones else {})},
+            request_types=request_types_of(layers),
         )
-        self.workers = [workers[0 if zones else number % len(workers)] for number in range(options.num_queues)]
-        stacks = {worker: Stack(self.source.part(), self._layers(worker)) for worker in dict.fromkeys(self.workers)}
+        if any(layer.one_thread for layer in layers):
+            workers = workers[:1]
+        self.workers = [workers[number % len(workers)] for number in range(options.num_queues)]
+        stacks = {worker: self._stack(worker) for worker in dict.fromkeys(self.workers)}
         self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
         for worker in set(self.workers):
             worker.add_disk()
         self._switches = options.features
-        check_switches(self._switches, self.limits, image, zoned=zones is not None)
+        check_switches(self._switches, self.limits, image, self._impossible)
 
-    def _layers(self, worker: Worker) -> list[LayerPart]:
-        """The layers for one worker."""
-        if self.zones is None:
-            return []
-        return [ZonedPart(self.zones, self.source.backing.address, worker.state.slots.count)]
+    def _stack(self, worker: Worker) -> Stack:
+        """The disk as one worker sees it."""
+        backing, slots = self.source.backing.address, worker.state.slots.count
+        return Stack(self.source.part(), [layer.part(backing, slots) for layer in self.layers])
+
+    @property
+    def _impossible(self) -> frozenset[str]:
+        return impossible_with(self.layers)
 
     @property
     def name(self) -> str:
@@ -131,8 +134,9 @@ class Disk:
 
     async def refresh_size(self) -> bool:
         """Pick up the image's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
-        if self.zones:
-            raise ImageError(f"{self.image.path}: a zoned disk cannot get another size")
+        for layer in self.layers:
+            if layer.fixed_size:
+                raise ImageError(f"{self.image.path}: {layer.fixed_size}")
         async with self._resizing:
             return await self._take_size()
 
@@ -152,7 +156,7 @@ class Disk:
     @property
     def flush_failed(self) -> bool:
         """Whether a flush has failed; later ones cannot be guaranteed then (fsync(2))."""
-        return self.source.backing.flush_failed or bool(self.zones and self.zones.failed)
+        return self.source.backing.flush_failed or any(layer.failed for layer in self.layers)
 
     def set_flush_failed(self) -> None:
         """Store that a flush has failed in the previous process."""
@@ -162,20 +166,21 @@ class Disk:
         """fdatasync(2): completed requests are stable afterwards. Raises OSError, also if an earlier flush failed."""
         if self.image.read_only:
             return
-        if self.zones:
-            self.zones.sync()
-        else:
+        if not any(layer.syncs_source for layer in self.layers):
             self.source.sync()
+        for layer in self.layers:
+            layer.sync()
 
     def close(self) -> None:
         """Close the image; no queue may be running. A second call does nothing."""
         self.source.close()
         self.report_failures()
-        if self.zones:
+        for layer in self.layers:
             try:
-                self.zones.close()
+                layer.close()
             except OSError as error:
-                log.error("%s: %s", self.zones.path, error, extra={"disk": self.name})
+                where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+                log.error("%s%s", where, error, extra={"disk": self.name})
         self.image.close()
 
     def report_failures(self) -> None:
@@ -190,7 +195,7 @@ class Disk:
         offered |= blk.VIRTIO_BLK_F_RO if self.image.read_only else 0
         offered |= self.needed_features
         for name, bit in BITS.items():
-            possible = can_offer(name, self.limits, self.image, zoned=self.zones is not None)
+            possible = can_offer(name, self.limits, self.image, self._impossible)
             offered |= bit if possible and self.offers(name) else 0
         if not offered & blk.VIRTIO_BLK_F_FLUSH:
             # Section 5.2.5.2: a device that offers the switch of the cache must offer to flush it.
@@ -200,7 +205,7 @@ class Disk:
     @property
     def needed_features(self) -> int:
         """The features that a driver must accept: only drivers that support zones can use sequential ones."""
-        return blk.VIRTIO_BLK_F_ZONED if self.zones else 0
+        return functools.reduce(operator.or_, (layer.needed_features for layer in self.layers), 0)
 
     def offers(self, name: str) -> bool:
         """Whether the user's switches, or else the defaults, offer the feature of this name."""
@@ -218,7 +223,8 @@ class Disk:
         self._describe_topology(config)
         config["num_queues"] = len(self.queues)
         self._describe_ranges(config)
-        self._describe_zones(config)
+        for layer in self.layers:
+            layer.describe(config)
         offered = self.features
         for bit, names in blk.CONFIG_FIELDS.items():
             for name in () if offered & bit else names:
@@ -241,36 +247,32 @@ class Disk:
         config["secure_erase_sector_alignment"] = max(self.limits.secure_erase, self.block_size) // blk.SECTOR
         config["write_zeroes_may_unmap"] = self.limits.punches
 
-    def _describe_zones(self, config: np.void) -> None:
-        if self.zones:
-            model = self.zones.model
-            config["zone_sectors"], config["max_append_sectors"] = (
-                model.size // blk.SECTOR,
-                self.zones.max_append_sectors,
-            )
-            config["max_open_zones"], config["max_active_zones"] = model.max_open, model.max_active
-            config["write_granularity"], config["model"] = self.block_size, VIRTIO_BLK_Z_HM
-
 
 def reasons_without_io(workers: Iterable[Worker]) -> list[str]:
     """Why the engines of these workers cannot do I/O; empty strings: they can."""
     return [worker.engine.without_io for worker in workers]
 
 
-def can_offer(name: str, limits: Limits, image: Image, *, zoned: bool) -> bool:
-    """Whether the storage supports the feature of this name."""
-    return {
-        "discard": limits.discard > 0 and not zoned,
-        "write-zeroes": not image.read_only and not zoned,
-        "secure-erase": limits.secure_erase > 0 and not zoned,
+def impossible_with(layers: Iterable[Layer | type[Layer]]) -> frozenset[str]:
+    """The names of the features that cannot be offered with these layers."""
+    return frozenset().union(*(layer.impossible for layer in layers))
+
+
+def can_offer(name: str, limits: Limits, image: Image, impossible: Collection[str]) -> bool:
+    """Whether the storage supports the feature of this name, and no layer makes it `impossible`."""
+    supported = {
+        "discard": limits.discard > 0,
+        "write-zeroes": not image.read_only,
+        "secure-erase": limits.secure_erase > 0,
         "lifetime": limits.lifetime is not None,
     }.get(name, True)
+    return supported and name not in impossible
 
 
-def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, *, zoned: bool) -> None:
+def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, impossible: Collection[str]) -> None:
     """Raises ImageError for a switched-on feature that cannot be offered."""
     for name, on in switches.items():
-        if on and not can_offer(name, limits, image, zoned=zoned):
+        if on and not can_offer(name, limits, image, impossible):
             raise ImageError(f"{image.path}: {name} cannot be offered, because the storage does not support it")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ringplane.options.cpus import CPU_SETS
 from ringplane.options.declare import Options, WrongOptions, option, values
+from ringplane.options.delay_options import DelayOptions
 from ringplane.options.device_options import DeviceOptions
 from ringplane.options.engine_names import AUTO, ENGINES, THREAD_ENGINES
 from ringplane.options.image_options import ImageOptions
@@ -37,7 +38,7 @@ class EngineOptions(Options):
     )
 
 
-class DiskOptions(ZoneOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions):
+class DiskOptions(ZoneOptions, DelayOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions):
     """All options that a disk has wherever it is described. A group comes before those whose options it needs."""
 
 

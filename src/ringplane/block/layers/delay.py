@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
 from ringplane.block.io import BLOCK_IO, FLUSH, READ, WRITE
+from ringplane.block.layers.layer import Layer
 from ringplane.block.stack import CONTINUE, WAIT
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import view
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns
+from ringplane.options.delay_options import Delay, DelayOptions
+
+if TYPE_CHECKING:
+    from ringplane.block.image import Image
+
+NS_PER_MS = 1_000_000
 
 # In nanoseconds.
 DELAY = struct("read", "write", "flush")
@@ -44,3 +54,24 @@ class DelayPart:
         self._record["read"], self._record["write"], self._record["flush"] = read, write, flush
         self.state = int(self._record.ctypes.data)
         self.down = down.address()
+
+
+class DelayLayer(Layer):
+    """The layer of one disk."""
+
+    units = (down,)
+
+    def __init__(self, delay: Delay) -> None:
+        self._delay = delay
+
+    def part(self, backing: int, slots: int) -> DelayPart:
+        times = {name: int(time * NS_PER_MS) for name, time in asdict(self._delay).items()}
+        return DelayPart(**times)
+
+
+def open_layer(config: DelayOptions, image: Image, *, new: bool, shared: bool) -> Layer | None:
+    return DelayLayer(config.delay) if config.delay else None
+
+
+def check(config: DelayOptions, image: Image) -> type[Layer] | None:
+    return DelayLayer if config.delay else None

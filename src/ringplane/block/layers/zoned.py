@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ringplane.block import zonefile
 from ringplane.block.buffers import consume, copy_to
 from ringplane.block.io import (
     BLOCK_IO,
@@ -29,13 +30,15 @@ from ringplane.block.io import (
     ZONE_RESET_ALL,
 )
 from ringplane.block.layers import zones as pointers
+from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.zones import ZONE, ZONES, zone_at
 from ringplane.block.ranges import BACKING
 from ringplane.block.stack import CONTINUE, HELP, call_again, turn_round
+from ringplane.block.zonefile import ZoneFile
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import address_of, load64, store64, view
-from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP
+from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_F_ZONED, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP
 from ringplane.virtio.zoned import (
     DESCRIPTOR,
     DESCRIPTOR_SIZE,
@@ -45,6 +48,7 @@ from ringplane.virtio.zoned import (
     VIRTIO_BLK_S_ZONE_INVALID_CMD,
     VIRTIO_BLK_S_ZONE_OPEN_RESOURCE,
     VIRTIO_BLK_S_ZONE_UNALIGNED_WP,
+    VIRTIO_BLK_Z_HM,
     VIRTIO_BLK_ZS_CLOSED,
     VIRTIO_BLK_ZS_EMPTY,
     VIRTIO_BLK_ZS_EOPEN,
@@ -56,7 +60,8 @@ from ringplane.virtio.zoned import (
 )
 
 if TYPE_CHECKING:
-    from ringplane.block.zonefile import ZoneFile
+    from ringplane.block.image import Image
+    from ringplane.options.zone_options import ZoneOptions
 
 # What is noted of each slot: the address of the ZONE that a write goes to, or 0, with one of these bits. MUST_SYNC: the
 # write pointer has to be stable before the write ends. SYNCED: a helper has made it so, or has failed to.
@@ -404,11 +409,73 @@ def append(zones, io, size):
 class ZonedPart:
     """The part of the layer for the one I/O thread that serves such a disk."""
 
-    units = (down, up, helped)
-
     def __init__(self, zones: ZoneFile, backing: int, slots: int) -> None:
-        """`backing`: the address of the BACKING of the source; `slots`: how many I/Os the thread has at a time."""
         self._notes = np.zeros(slots, np.int64)
         self.state = zones.address
         zones.attach(backing, int(self._notes.ctypes.data))
         self.down, self.up, self.help = down.address(), up.address(), helped.address()
+
+
+class ZonedLayer(Layer):
+    """The layer of one disk, whose write pointers are in a zone file."""
+
+    units = (down, up, helped)
+    name = "zoned"
+    one_thread = syncs_source = True
+    fixed_size = "a zoned disk cannot get another size"
+    needed_features = VIRTIO_BLK_F_ZONED
+    impossible = frozenset({"discard", "write-zeroes", "secure-erase"})
+
+    def __init__(self, zones: ZoneFile) -> None:
+        self._zones = zones
+
+    def part(self, backing: int, slots: int) -> ZonedPart:
+        return ZonedPart(self._zones, backing, slots)
+
+    def describe(self, config: np.void) -> None:
+        model = self._zones.model
+        config["zone_sectors"], config["max_append_sectors"] = model.size // SECTOR, self._zones.max_append_sectors
+        config["max_open_zones"], config["max_active_zones"] = model.max_open, model.max_active
+        config["write_granularity"], config["model"] = self._zones.block_size, VIRTIO_BLK_Z_HM
+
+    @property
+    def failed(self) -> bool:
+        return self._zones.failed
+
+    def sync(self) -> None:
+        self._zones.sync()
+
+    def snapshot(self) -> bytes:
+        return self._zones.snapshot()
+
+    def resume_from(self, saved: bytes) -> None:
+        self._zones.resume_from(saved)
+
+    def abandon(self) -> None:
+        self._zones.abandon()
+
+    def unlink(self) -> None:
+        self._zones.unlink()
+
+    def close(self) -> None:
+        try:
+            self._zones.close()
+        except OSError as error:
+            error.add_note(str(self._zones.path))
+            raise
+
+
+def open_layer(config: ZoneOptions, image: Image, *, new: bool, shared: bool) -> Layer | None:
+    if config.zoned:
+        return ZonedLayer(ZoneFile(image, config.zoned, block_size=config.block_size, new=new, shared=shared))
+    if not shared:
+        zonefile.check_not_zoned(image.path)
+    return None
+
+
+def check(config: ZoneOptions, image: Image) -> type[Layer] | None:
+    if config.zoned:
+        zonefile.check(image, config.zoned, block_size=config.block_size)
+        return ZonedLayer
+    zonefile.check_not_zoned(image.path)
+    return None

@@ -1,0 +1,9 @@
+"""The registry of layers; docs/hacking.md says how to add one."""
+
+from __future__ import annotations
+
+from ringplane.block.layers import delay, zoned
+from ringplane.block.layers.layer import LayerModule
+
+# The highest first. The time of `delay` is one of the storage, so what a zone refuses is refused at once.
+LAYERS: tuple[LayerModule, ...] = (zoned, delay)
