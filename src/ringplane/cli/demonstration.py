@@ -50,12 +50,13 @@ def run_demo(console: Console, signals: Signals, image: Path | None, size: int, 
 def compile_first(console: Console, signals: Signals) -> None:
     """Compile in advance for the first start, so that the user sees what takes long."""
     from ringplane.compiler.cache import DATA_PLANE, DRIVER, is_cached, place
+    from ringplane.compiler.interpreted import INTERPRETED
     from ringplane.dataplane import warm as data_plane
     from ringplane.driver import warm as driver
 
     parts = (("data plane", DATA_PLANE, data_plane, 20), ("driver", DRIVER, driver, 5))
     for name, cached, warm, seconds in parts:
-        if not is_cached(cached):
+        if not INTERPRETED and not is_cached(cached):
             once = "" if place().short_lived else ", once per installation"
             console.print(f"compiling the {name}{once}: about {seconds} s ...")
             started = time.monotonic()
