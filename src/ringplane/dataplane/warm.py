@@ -9,15 +9,15 @@ from collections.abc import Iterable
 # These have units.
 from ringplane.block import ranges  # noqa: F401
 from ringplane.block.helper_threads import run_helper
-from ringplane.block.layers import delay, zoned  # noqa: F401
-from ringplane.block.sources import memory, null  # noqa: F401
+from ringplane.block.layers import registry  # noqa: F401
+from ringplane.block.sources import choose  # noqa: F401
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached, mark_cached, place
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE, load_intrinsics
 from ringplane.compiler.jit import load
 from ringplane.compiler.side_by_side import work_off
 from ringplane.compiler.units import Unit, known
-from ringplane.dataplane import zone_requests  # noqa: F401
+from ringplane.dataplane import request_types  # noqa: F401
 from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.signaller import signal
 from ringplane.engines import aio, uring  # noqa: F401
