@@ -62,7 +62,7 @@ def test_a_message_without_a_place() -> None:
     assert in_one_line("Something\n  is wrong\n") == "Something is wrong"
 
 
-def plant(package: Path) -> tuple[Path, int]:
+def plant(package: Path, mistake: str) -> tuple[Path, int]:
     """Plant the mistake into the code of the helper threads, a small part; returns where it is."""
     path = next(path for path in sorted(package.rglob("*.py")) if "\ndef run_helper(" in path.read_text())
     text = path.read_text()
@@ -70,15 +70,19 @@ def plant(package: Path) -> tuple[Path, int]:
     helper = next(node for node in functions if node.name == "run_helper")
     line = helper.body[1].lineno
     lines = text.splitlines()
-    lines.insert(line - 1, f"    {MISTAKE.format(name=helper.args.args[0].arg)}")
+    lines.insert(line - 1, "    " + mistake.format(name=helper.args.args[0].arg))
     path.write_text("\n".join(lines) + "\n")
     return path, line
 
 
-def test_serve_ends_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "said"), [(MISTAKE, SAID), ("pair = nothing_of_this_name", "unknown name nothing_of_this_name")]
+)
+def test_serve_ends_with_one_line(tmp_path: Path, mistake: str, said: str) -> None:
+    """Whether the compiler finds the mistake or, before that, the checker."""
     package = tmp_path / "source" / PACKAGE.name
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    path, line = plant(package)
+    path, line = plant(package, mistake)
     home = tmp_path / "home"
     home.mkdir()
     environment = {
@@ -92,5 +96,14 @@ def test_serve_ends_with_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert re.fullmatch(rf"Error: {re.escape(str(path))}:{line}: {SAID}\n", done.stderr)
+    assert re.fullmatch(rf"Error: {re.escape(str(path))}:{line}: {said}\n", done.stderr)
     assert list(home.iterdir()) == []
+
+
+def test_a_start_with_a_filled_cache_checks_nothing() -> None:
+    program = "import sys; from ringplane.dataplane.warm import warm_up; warm_up(); print(sys.modules.keys())"
+    # The first one may have to compile.
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "ringplane.dataplane.warm" in done.stdout
+    assert "ringplane.compiler.checker" not in done.stdout
