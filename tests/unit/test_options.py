@@ -27,7 +27,8 @@ from ringplane.options.disk_config import DiskConfig, OneDisk
 from ringplane.options.kinds import FLAG, NAME, PATH, Whole
 from ringplane.options.zone_options import ZoneModel
 
-DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENTATION = REPOSITORY / "docs" / "config.md"
 CPU = min(os.sched_getaffinity(0))
 ZONES = ZoneModel(1 << 20, 1 << 20)
 
@@ -150,6 +151,26 @@ def test_serve_takes_what_the_command_line_takes() -> None:
         "image_path",
         "socket_path",
     ]
+
+
+def test_type_checkers_know_the_keywords(tmp_path: Path) -> None:
+    lines = {
+        'serve("a", "b", read_only=True, cpus=[{0}], poll_us=None, zoned=None)': "",
+        'serve("a", "b", read_only="yes")': 'Argument "read_only" to "serve" has incompatible type "str"',
+        'serve("a", "b", reed_only=True)': 'Unexpected keyword argument "reed_only" for "serve"',
+        'DiskConfig(Path("a"), ["io0"], create="1M")': 'Argument "create" to "DiskConfig" has incompatible type "str"',
+        'DiskConfig(Path("a"), ["io0"]).lock.upper()': "",
+    }
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(["from pathlib import Path; from ringplane import DiskConfig, serve", *lines]))
+    command = [sys.executable, "-m", "mypy", "--config-file", str(REPOSITORY / "pyproject.toml"), str(program)]
+    found = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
+    for number, words in enumerate(lines.values(), 2):
+        errors = [line for line in found.splitlines() if line.startswith(f"program.py:{number}: error: ")]
+        assert len(errors) == (words != ""), found
+        assert all(words in line for line in errors)
 
 
 def test_options_need_no_numpy() -> None:

@@ -138,7 +138,9 @@ class _Reader:
             values = {"name": f"io{number - 1}"} | self._check_keys(table, self._checks(IoThread), place)
             if values["name"] in threads:
                 self.problems.append(f"{place}name: {shown(values['name'])} is the name of another I/O thread already")
-            threads[values["name"]] = IoThread(**values)
+            threads[values["name"]] = IoThread(values["name"])
+            with self.noting_problems(place):
+                threads[values["name"]] = IoThread(**values)
         if len(tables) > MAX_THREADS:
             self.problems.append(f"has {len(tables)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
         return list(threads.values())
