@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd
-from ringplane.vhost_user.messages import MemoryRegion, ProtocolFeature
+from ringplane.vhost_user.messages import ProtocolFeature
+from ringplane.vhost_user.payloads import MemoryRegion
 from ringplane.virtio.features import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
@@ -33,7 +34,8 @@ class RemoteLine(Line):
         self.rig: Any = attacker
         self.number = number
         self.kick_fd, self.call_fd, self.err_fd = new_eventfd(), new_eventfd(), new_eventfd()
-        self.queue: Any = SimpleNamespace(name=f"queue {number}")
+        # The back end resets its queue when the front end sends GET_VRING_BASE.
+        self.queue: Any = SimpleNamespace(name=f"queue {number}", reset=lambda: None)
 
     def resume(self, *, table: object = None, base: int | None = None) -> None:
         front_end, layout = self.rig.front_end, self.ring.layout()
