@@ -35,17 +35,9 @@ import click
 from ringplane.driver import Driver
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.inflight.tracking import region_bytes
-from ringplane.vhost_user.messages import (
-    HEADER,
-    RULES,
-    VHOST_F_LOG_ALL,
-    Inflight,
-    MemoryRegion,
-    ProtocolError,
-    ProtocolFeature,
-    Request,
-    VringState,
-)
+from ringplane.vhost_user.message_rules import RULES
+from ringplane.vhost_user.messages import HEADER, VHOST_F_LOG_ALL, ProtocolError, ProtocolFeature, Request
+from ringplane.vhost_user.payloads import Inflight, MemoryRegion, VringState
 from unit.combinations import FEATURES
 from unit.packed_ring import PackedRing
 from unit.rig import (

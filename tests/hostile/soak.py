@@ -28,7 +28,8 @@ import click
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.content import Model
 from ringplane.driver.frontend import Refused
-from ringplane.vhost_user.messages import MemoryRegion, ProtocolError
+from ringplane.vhost_user.messages import ProtocolError
+from ringplane.vhost_user.payloads import MemoryRegion
 from unit.rig import eventually
 
 from .conftest import Victim, serving

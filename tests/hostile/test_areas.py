@@ -15,7 +15,8 @@ import pytest
 
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.inflight.tracking import region_bytes
-from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Inflight, ProtocolError, ProtocolFeature
+from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, ProtocolError, ProtocolFeature
+from ringplane.vhost_user.payloads import Inflight
 from unit.packed_ring import NEW_RING, PackedRing
 from unit.rig import IN, NO_ANSWER, OK, OUT, ZONE_INVALID_CMD, Answer, Pending, eventually, has_event, take_events
 

@@ -14,20 +14,9 @@ import pytest
 
 from ringplane.driver.frontend import FrontEnd, Refused
 from ringplane.vhost_user.connection import encode_request
-from ringplane.vhost_user.messages import (
-    HEADER,
-    MAX_OPAQUE_SIZE,
-    NEED_REPLY,
-    REPLY,
-    RULES,
-    U64,
-    VERSION,
-    Payload,
-    ProtocolError,
-    Request,
-    VringAddr,
-    VringState,
-)
+from ringplane.vhost_user.message_rules import RULES
+from ringplane.vhost_user.messages import HEADER, MAX_OPAQUE_SIZE, NEED_REPLY, REPLY, VERSION, ProtocolError, Request
+from ringplane.vhost_user.payloads import U64, Payload, VringAddr, VringState
 from unit.rig import PATIENCE, USER_BASE, eventually, new_eventfd
 
 from .conftest import DISK, Target, Victim

@@ -12,7 +12,7 @@ import pytest
 
 from ringplane.dataplane import ring_rules
 from ringplane.driver.frontend import Refused
-from ringplane.vhost_user.messages import MemoryRegion
+from ringplane.vhost_user.payloads import MemoryRegion
 from unit.packed_ring import PackedRing
 from unit.rig import (
     FLUSH,

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
-from ringplane.vhost_user.messages import ProtocolFeature, Request, VringState
+from ringplane.vhost_user.messages import ProtocolFeature, Request
+from ringplane.vhost_user.payloads import VringState
 from unit.rig import IN, NOTIFIERS, eventually, fill, full_notifier, take_events
 
 from .attacker import Attacker, RemoteLine

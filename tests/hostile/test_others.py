@@ -12,7 +12,8 @@ import pytest
 
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, FrontEnd, Refused
 from ringplane.vhost_user.connection import encode_request
-from ringplane.vhost_user.messages import Inflight, MemoryRegion, ProtocolError, ProtocolFeature, Request, VringFd
+from ringplane.vhost_user.messages import ProtocolError, ProtocolFeature, Request
+from ringplane.vhost_user.payloads import Inflight, MemoryRegion, VringFd
 from unit.rig import PATIENCE, eventually
 
 from .conftest import DISK, Target, Victim

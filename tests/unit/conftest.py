@@ -11,9 +11,7 @@ import pytest
 
 import ringplane
 from ringplane.driver.frontend import SharedMemory
-from ringplane.vhost_user.messages import (
-    VHOST_USER_F_PROTOCOL_FEATURES,
-)
+from ringplane.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES
 
 from .protocol_rig import (
     MEMORY_SIZE,

@@ -15,12 +15,8 @@ import numpy as np
 import ringplane
 from ringplane.driver.frontend import FrontEnd, SharedMemory, Vring
 from ringplane.driver.virtqueue import Ring, peek, poke
-from ringplane.vhost_user.messages import (
-    MemoryRegion,
-    Payload,
-    ProtocolFeature,
-    Request,
-)
+from ringplane.vhost_user.messages import ProtocolFeature, Request
+from ringplane.vhost_user.payloads import MemoryRegion, Payload
 from ringplane.virtio.blk import HEADER as BLK_HEADER
 from ringplane.virtio.blk import HEADER_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN
 from ringplane.virtio.features import (

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 import ringplane
-from ringplane.vhost_user.messages import (
-    HEADER,
-    VERSION,
-    Config,
-    Empty,
-    Request,
-)
+from ringplane.vhost_user.messages import HEADER, VERSION, Request
+from ringplane.vhost_user.payloads import Config, Empty
 from ringplane.virtio.blk import CONFIG
 
 from .protocol_rig import IMAGE_SIZE, QUEUES, SECTOR, negotiated

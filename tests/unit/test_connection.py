@@ -20,11 +20,10 @@ from ringplane.vhost_user.connection import (
     encode_request,
     rule_of,
 )
-from ringplane.vhost_user.messages import (
-    BACKEND_RULES,
-    RULES,
+from ringplane.vhost_user.message_rules import BACKEND_RULES, RULES
+from ringplane.vhost_user.messages import BackendRequest, ProtocolError, Request, UsageError
+from ringplane.vhost_user.payloads import (
     U64,
-    BackendRequest,
     Config,
     DeviceState,
     Empty,
@@ -35,10 +34,7 @@ from ringplane.vhost_user.messages import (
     MemoryTable,
     Opaque,
     Payload,
-    ProtocolError,
-    Request,
     SingleMemoryRegion,
-    UsageError,
     VringAddr,
     VringArea,
     VringFd,

@@ -297,7 +297,7 @@ def test_a_refused_message_raises_an_exception(monkeypatch, socket):
     try:
         front_end.negotiate(1 << 32)
         assert len(front_end.get_config(0, 8)) == 8
-        from ringplane.vhost_user.messages import U64
+        from ringplane.vhost_user.payloads import U64
 
         monkeypatch.setattr(front_end, "_call", lambda *args, **kwargs: U64(1))
         with pytest.raises(Refused, match="refused SET_OWNER"):

@@ -11,12 +11,10 @@ import pytest
 import ringplane
 from ringplane.driver.frontend import Refused, SharedMemory
 from ringplane.vhost_user.connection import encode_request
-from ringplane.vhost_user.messages import (
-    HEADER,
-    NEED_REPLY,
-    RULES,
+from ringplane.vhost_user.message_rules import RULES
+from ringplane.vhost_user.messages import HEADER, NEED_REPLY, VERSION, ProtocolError, ProtocolFeature, Request
+from ringplane.vhost_user.payloads import (
     U64,
-    VERSION,
     Config,
     DeviceState,
     Empty,
@@ -26,9 +24,6 @@ from ringplane.vhost_user.messages import (
     MemoryTable,
     Opaque,
     Payload,
-    ProtocolError,
-    ProtocolFeature,
-    Request,
     SingleMemoryRegion,
     VringAddr,
     VringFd,

@@ -14,14 +14,8 @@ import ringplane
 from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import poke
 from ringplane.vhost_user.connection import Connection, Role
-from ringplane.vhost_user.messages import (
-    U64,
-    BackendRequest,
-    ProtocolFeature,
-    Request,
-    VringFd,
-    VringState,
-)
+from ringplane.vhost_user.messages import BackendRequest, ProtocolFeature, Request
+from ringplane.vhost_user.payloads import U64, VringFd, VringState
 from ringplane.vhost_user.transport import BlockingTransport
 from ringplane.virtio.split import AVAIL_IDX
 

@@ -11,10 +11,8 @@ import ringplane
 from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import peek, poke
 from ringplane.guest_memory.regions import Mapping
-from ringplane.vhost_user.messages import (
-    Inflight,
-    Request,
-)
+from ringplane.vhost_user.messages import Request
+from ringplane.vhost_user.payloads import Inflight
 
 from .protocol_rig import QUEUES, RING_SIZE, SECTOR, machine, sector, wait_until
 

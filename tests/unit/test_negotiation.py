@@ -9,11 +9,8 @@ import pytest
 import ringplane
 from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import poke
-from ringplane.vhost_user.messages import (
-    U64,
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    Request,
-)
+from ringplane.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, Request
+from ringplane.vhost_user.payloads import U64
 from ringplane.virtio.split import AVAIL_IDX
 
 from .protocol_rig import OFFERED_PROTOCOL_FEATURES, machine, negotiated, sector, wait_until

@@ -16,19 +16,8 @@ import ringplane
 from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES
 from ringplane.driver.virtqueue import peek
 from ringplane.vhost_user.connection import encode_request
-from ringplane.vhost_user.messages import (
-    HEADER,
-    U64,
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    Config,
-    Empty,
-    MemoryRegion,
-    MemoryTable,
-    ProtocolFeature,
-    Request,
-    VringFd,
-    VringState,
-)
+from ringplane.vhost_user.messages import HEADER, VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature, Request
+from ringplane.vhost_user.payloads import U64, Config, Empty, MemoryRegion, MemoryTable, VringFd, VringState
 from ringplane.virtio.features import (
     VIRTIO_F_VERSION_1,
 )

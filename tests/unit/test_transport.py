@@ -14,20 +14,8 @@ from typing import Any
 import pytest
 
 from ringplane.vhost_user.connection import Connection, Role, UnknownRequest, encode_request
-from ringplane.vhost_user.messages import (
-    U64,
-    BackendRequest,
-    Config,
-    Empty,
-    Inflight,
-    MemoryRegion,
-    MemoryTable,
-    Opaque,
-    ProtocolError,
-    Request,
-    UsageError,
-    VringFd,
-)
+from ringplane.vhost_user.messages import BackendRequest, ProtocolError, Request, UsageError
+from ringplane.vhost_user.payloads import U64, Config, Empty, Inflight, MemoryRegion, MemoryTable, Opaque, VringFd
 from ringplane.vhost_user.transport import AsyncTransport, BlockingTransport, receive_part
 
 KICK = encode_request(Request.SET_VRING_KICK, VringFd(0))

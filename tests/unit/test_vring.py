@@ -16,13 +16,8 @@ import pytest
 import ringplane
 from ringplane.dataplane.ring_states import RingState
 from ringplane.driver.frontend import Refused
-from ringplane.vhost_user.messages import (
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    MemoryRegion,
-    ProtocolError,
-    Request,
-    VringFd,
-)
+from ringplane.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolError, Request
+from ringplane.vhost_user.payloads import MemoryRegion, VringFd
 from ringplane.virtio.blk import VIRTIO_BLK_F_FLUSH
 from ringplane.virtio.features import (
     VIRTIO_F_EVENT_IDX,

@@ -9,9 +9,7 @@ import pytest
 
 import ringplane
 from ringplane.driver.virtqueue import peek
-from ringplane.vhost_user.messages import (
-    Request,
-)
+from ringplane.vhost_user.messages import Request
 from ringplane.virtio.blk import VIRTIO_BLK_S_OK
 
 from .protocol_rig import RING_SIZE, SECTOR, Machine, by_name, machine, negotiated, open_fds, sector, wait_until

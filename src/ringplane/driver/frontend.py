@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from ringplane.driver.virtqueue import Ring
 from ringplane.guest_memory.regions import Mapping
-from ringplane.vhost_user.messages import (
+from ringplane.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolError, ProtocolFeature, Request
+from ringplane.vhost_user.payloads import (
     U64,
-    VHOST_USER_F_PROTOCOL_FEATURES,
     Config,
     Empty,
     Inflight,
@@ -25,9 +25,6 @@ from ringplane.vhost_user.messages import (
     MemoryRegion,
     MemoryTable,
     Payload,
-    ProtocolError,
-    ProtocolFeature,
-    Request,
     SingleMemoryRegion,
     VringAddr,
     VringFd,

@@ -17,27 +17,21 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
+from ringplane.vhost_user.message_rules import BACKEND_RULES, RULES, Rule
 from ringplane.vhost_user.messages import (
-    BACKEND_RULES,
     HEADER,
     HEADER_SIZE,
     MAX_FDS,
     NEED_REPLY,
     REPLY,
-    RULES,
-    U64,
     VERSION,
     VERSION_MASK,
     BackendRequest,
-    Config,
-    Empty,
-    Opaque,
-    Payload,
     ProtocolError,
     Request,
-    Rule,
     UsageError,
 )
+from ringplane.vhost_user.payloads import U64, Config, Empty, Opaque, Payload
 
 AnyRequest = Request | BackendRequest
 

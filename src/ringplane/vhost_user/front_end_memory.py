@@ -9,7 +9,7 @@ from ringplane.dataplane.queue import DirtyLog
 from ringplane.guest_memory.address_space import Quota
 from ringplane.guest_memory.regions import Alarm, Mapping, MemoryTable, Region
 from ringplane.vhost_user.inflight_area import InflightArea
-from ringplane.vhost_user.messages import Inflight, LogRegion, MemoryRegion
+from ringplane.vhost_user.payloads import Inflight, LogRegion, MemoryRegion
 from ringplane.vhost_user.refusal import Refused
 from ringplane.vhost_user.snapshot import Fd, MemoryPart, MemorySnapshot, SharedRegion
 

@@ -10,26 +10,25 @@ from typing import TypeVar
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
 from ringplane.log.logs import DiskLog
-from ringplane.vhost_user import inflight_area, messages
+from ringplane.vhost_user import inflight_area, payloads
 from ringplane.vhost_user.config_space import ConfigSpace
 from ringplane.vhost_user.connection import Message, rule_of
 from ringplane.vhost_user.fds import check_fds, take_notifier
 from ringplane.vhost_user.front_end_memory import MAX_MEMORY_SLOTS, FrontEndMemory
 from ringplane.vhost_user.inband import BackendChannel
-from ringplane.vhost_user.messages import (
+from ringplane.vhost_user.messages import BackendRequest, Request
+from ringplane.vhost_user.negotiation import DEVICE_NEEDS_RESET, STATUS_MASK, Negotiation
+from ringplane.vhost_user.payloads import (
     U64,
-    BackendRequest,
     Config,
     Inflight,
     LogRegion,
     Payload,
-    Request,
     SingleMemoryRegion,
     VringAddr,
     VringFd,
     VringState,
 )
-from ringplane.vhost_user.negotiation import DEVICE_NEEDS_RESET, STATUS_MASK, Negotiation
 from ringplane.vhost_user.refusal import Refused
 from ringplane.vhost_user.vring import RingUse
 from ringplane.vhost_user.vrings import Vrings
@@ -190,7 +189,7 @@ class Handlers:
     # Memory.
 
     async def _on_set_mem_table(self, message: Message) -> None:
-        self.memory.set_table(_expect(message, messages.MemoryTable).regions, message.fds)
+        self.memory.set_table(_expect(message, payloads.MemoryTable).regions, message.fds)
         await self.vrings.set_memory(self.memory.table)
 
     async def _on_get_max_mem_slots(self, message: Message) -> Payload:

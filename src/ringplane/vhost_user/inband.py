@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 
 from ringplane.log.logs import DiskLog
 from ringplane.vhost_user.connection import Connection, Role
-from ringplane.vhost_user.messages import BackendRequest, Empty, Payload, ProtocolError, VringState
+from ringplane.vhost_user.messages import BackendRequest, ProtocolError
+from ringplane.vhost_user.payloads import Empty, Payload, VringState
 from ringplane.vhost_user.transport import AsyncTransport
 
 # Seconds that a front end may take to read a message whose answer nobody waits for.

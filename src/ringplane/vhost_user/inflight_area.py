@@ -14,7 +14,7 @@ from ringplane.dataplane.queue import InflightRegion
 from ringplane.guest_memory.address_space import BadMemory, Quota
 from ringplane.guest_memory.regions import Alarm, Mapping
 from ringplane.inflight.tracking import ALIGNMENT, REGION_SPLIT, region_bytes
-from ringplane.vhost_user.messages import Inflight
+from ringplane.vhost_user.payloads import Inflight
 from ringplane.virtio.split import MAX_QUEUE_SIZE
 
 VERSION_OFFSET: int = REGION_SPLIT.fields["version"][1]  # type: ignore[index]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ringplane.vhost_user.messages import U64, Empty, Inflight, Opaque, Payload, Request, VringFd
+from ringplane.vhost_user.messages import Request
+from ringplane.vhost_user.payloads import U64, Empty, Inflight, Opaque, Payload, VringFd
 
 
 class Refused(Exception):

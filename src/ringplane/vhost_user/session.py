@@ -20,7 +20,8 @@ from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.fds import BadFd
 from ringplane.vhost_user.handlers import Handlers, Reply
 from ringplane.vhost_user.inband import BackendChannel
-from ringplane.vhost_user.messages import U64, BackendRequest, ProtocolError, ProtocolFeature
+from ringplane.vhost_user.messages import BackendRequest, ProtocolError, ProtocolFeature
+from ringplane.vhost_user.payloads import U64
 from ringplane.vhost_user.refusal import NEGATIVE_REPLIES, Refused, refusing_timeouts
 from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
 from ringplane.vhost_user.transport import AsyncTransport, Interrupted

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ringplane.vhost_user.connection import AnyRequest, Connection, Message, Role
-from ringplane.vhost_user.messages import MAX_FDS, Empty, Payload, ProtocolError, UsageError
+from ringplane.vhost_user.messages import MAX_FDS, ProtocolError, UsageError
+from ringplane.vhost_user.payloads import Empty, Payload
 
 _INT_SIZE = array("i").itemsize
 # Room for one fd more than a message may have, to detect too many.

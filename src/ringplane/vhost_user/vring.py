@@ -17,7 +17,8 @@ from ringplane.guest_memory.regions import MemoryTable
 from ringplane.log.logs import DiskLog
 from ringplane.vhost_user.inband import Ask, InbandSignal
 from ringplane.vhost_user.inflight_area import InflightArea
-from ringplane.vhost_user.messages import BackendRequest, VringAddr
+from ringplane.vhost_user.messages import BackendRequest
+from ringplane.vhost_user.payloads import VringAddr
 from ringplane.vhost_user.refusal import Refused
 from ringplane.vhost_user.snapshot import Fd, VringSnapshot
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringplane.vhost_user import messages as m
+from ringplane.vhost_user import payloads as m
 
 u8, u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 regions = st.builds(m.MemoryRegion, u64, u64, u64, u64)
@@ -148,23 +148,3 @@ def test_a_memory_table_may_have_room_for_more_regions_than_it_has() -> None:
 
 def test_get_config_carries_as_many_bytes_as_it_asks_for() -> None:
     assert m.Config.asking_for(8, 3) == m.Config(8, 3, 0, bytes(3))
-
-
-def test_every_request_has_a_rule_and_its_number() -> None:
-    assert list(m.Request) == list(m.RULES)
-    assert sorted(m.Request) == list(range(1, 44))
-    assert list(m.BackendRequest) == list(m.BACKEND_RULES)
-    assert sorted(m.BackendRequest) == list(range(1, 9))
-
-
-def test_rules_are_consistent() -> None:
-    for rule in [*m.RULES.values(), *m.BACKEND_RULES.values()]:
-        assert 0 <= rule.min_fds <= rule.max_fds <= m.MAX_FDS
-        assert rule.max_reply_fds == 0 or rule.reply is not None
-        assert not rule.may_reply_empty or rule.reply is not None
-
-
-def test_protocol_features_have_the_specifications_bits() -> None:
-    assert [feature.value for feature in m.ProtocolFeature] == [1 << bit for bit in range(21)]
-    assert m.ProtocolFeature.CONFIG == 1 << 9
-    assert m.ProtocolFeature.CONFIGURE_MEM_SLOTS == 1 << 15
