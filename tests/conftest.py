@@ -18,6 +18,7 @@ GUESTS = "tests/guest/"
 # They begin first because they take longest, so that no process has to wait long for another one at the end.
 LONGEST = (
     GUESTS,
+    "tests/unit/test_container.py",
     *("tests/unit/test_serve.py", "tests/unit/test_sandbox.py", "tests/unit/test_start.py"),
     *("tests/unit/test_handover.py", "tests/unit/test_jails.py", "tests/storage/"),
 )
