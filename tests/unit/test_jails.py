@@ -22,6 +22,8 @@ from ringplane.options.image_options import ImageOptions
 from ringplane.system import eventfd as eventfds
 from ringplane.system import procfs
 
+from .counting import compiled, counting
+
 IMAGE_SIZE = MEMORY_SIZE = 16 << 20
 SOON = 240.0
 SERVE = [sys.executable, "-m", "ringplane", "serve"]
@@ -334,10 +336,8 @@ def folder_of_somebody() -> Iterator[Path]:
         yield Path(folder)
 
 
-@needs_root
-def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_of_somebody: Path) -> None:
-    """A uid that is not in passwd(5), a read-only system, no HOME, no folder for temporary files."""
-    folder = folder_of_somebody
+def without_anything(folder: Path) -> list[str]:
+    """A prefix: a uid that is not in passwd(5), a system that is read-only except this folder."""
     everything_read_only = (
         "mount -t tmpfs -o mode=755 tmpfs /dev/shm",
         "for place in / /tmp /var /var/tmp /home /root /run; do "
@@ -348,12 +348,38 @@ def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_
     # It may read everything, because Python may be installed in a home directory.
     somebody = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
     somebody += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    return [*in_namespace(*everything_read_only), *somebody]
+
+
+@needs_root
+def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_of_somebody: Path) -> None:
+    """And without HOME."""
     environment = {"PATH": os.environ["PATH"]}
-    served = serve([*in_namespace(*everything_read_only), *somebody], disk=folder / "image", environment=environment)
+    served = serve(without_anything(folder_of_somebody), disk=folder_of_somebody / "image", environment=environment)
     served.exercise()
     (warning,) = served.warnings()
     assert " WARNING: compiling the data plane, which takes some 10 s of CPU time, at each start: " in warning
     assert warning.endswith("; set RINGPLANE_CACHE_DIR to a folder that this user can write to")
+
+
+@needs_root
+@pytest.mark.parametrize("options", [["--engine", "io_uring"], ["--engine", "aio"], ["--zoned", "1M"]], ids=str)
+def test_a_user_without_anything_loads_what_root_has_compiled(
+    serve: Serve, folder_of_somebody: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """`ringplane compile --into FOLDER` was run when the system was built; nothing is compiled any more."""
+    filled, image = tmp_path / "filled", folder_of_somebody / "image"
+    subprocess.run([sys.executable, "-m", "ringplane", "compile", "--into", filled], check=True)
+    if "--zoned" in options:
+        image.unlink()
+        options = [*options, "--create", "16M"]
+    counted = counting(folder_of_somebody)
+    os.chown(folder_of_somebody / "sitecustomize.py", 54321, 54321)
+    environment = {"PATH": os.environ["PATH"], "RINGPLANE_CACHE_DIR": str(filled), **counted}
+    served = serve(without_anything(folder_of_somebody), *options, disk=image, environment=environment)
+    assert served.status is None, served.errors
+    assert served.warnings() == []
+    assert compiled(folder_of_somebody) == []
 
 
 def test_an_unusable_cache_folder_is_logged_before_compiling(tmp_path: Path) -> None:
