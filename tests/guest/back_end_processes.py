@@ -14,6 +14,7 @@ from typing import Protocol
 from unit.rig import listens
 
 from . import kernels
+from .workloads import say_enough
 
 # The control experiment: the same tests with QEMU's own back end instead of ringplane.
 STAND_IN = os.environ.get("RINGPLANE_TEST_BACKEND") == "qemu-storage-daemon"
@@ -73,9 +74,13 @@ class Backend:
 
 @dataclass
 class Disturbed:
-    """A back end that is disturbed at intervals while its guest works; a `Guest` uses it like a `Backend`."""
+    """A back end that is disturbed so often, at intervals, while its guest works; a `Guest` uses it like a `Backend`.
+
+    The guest's load is workloads.fio_verify_until_enough: it ends when all has happened, however long that takes.
+    """
 
     backend: Backend
+    image: Path
     console: Path
     happens: Callable[[], None]
     most: int
@@ -95,6 +100,8 @@ class Disturbed:
             self.happens()
             self.times += 1
             self.last = time.monotonic()
+            if self.times == self.most:
+                say_enough(self.image)
 
 
 class BackendFactory(Protocol):

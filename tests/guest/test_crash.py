@@ -21,8 +21,8 @@ def test_killed_under_load(
     qemu.chardev = "reconnect=1"
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     started = backend(disk_image)
-    disk = Disturbed(started, tmp_path / "console-1.txt", started.crash, KILLS, LIFE)
-    seen = qemu.run(disk, workloads.fio_verify_for(seconds=int(KILLS * LIFE) + 15, ring=ring))  # type: ignore[arg-type]
+    disk = Disturbed(started, disk_image, tmp_path / "console-1.txt", started.crash, KILLS, LIFE)
+    seen = qemu.run(disk, workloads.fio_verify_until_enough(ring))  # type: ignore[arg-type]
     assert disk.times == KILLS
     assert int(seen.value("verified_kib")) > 0
     started.stop()

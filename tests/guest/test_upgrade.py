@@ -21,8 +21,8 @@ def test_upgraded_under_load(
     """QEMU would not reconnect, because `reconnect` is not set here."""
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     started = backend(disk_image)
-    disk = Disturbed(started, tmp_path / "console-1.txt", started.upgrade, UPGRADES, LIFE)
-    seen = qemu.run(disk, workloads.fio_verify_for(seconds=int(UPGRADES * (LIFE + 4)), ring=ring))  # type: ignore[arg-type]
+    disk = Disturbed(started, disk_image, tmp_path / "console-1.txt", started.upgrade, UPGRADES, LIFE)
+    seen = qemu.run(disk, workloads.fio_verify_until_enough(ring))  # type: ignore[arg-type]
     assert disk.times == UPGRADES
     assert int(seen.value("verified_kib")) > 0
     started.stop()

@@ -1,6 +1,7 @@
 """Workloads: shell scripts that run in a guest on its disk /dev/vda, and the programs that they need."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 # Each progress line has the guest's time, so that the console of a guest that hangs shows where and since when.
 PRELUDE = """\
@@ -238,18 +239,49 @@ verify mixed-write 64 --rw=write --bsrange=512-1M
     return Workload(script(body + used + CLEAN_LOG), ("fio",))
 
 
+# Where the host writes this text to end such a load: no load uses this part of the disk.
+ENOUGH, ENOUGH_AT = b"enough", 300 << 20
+
+
+def say_enough(image: Path) -> None:
+    with image.open("r+b") as file:
+        file.seek(ENOUGH_AT)
+        file.write(ENOUGH)
+
+
+def fio_verify_until_enough(ring: str) -> Workload:
+    """Random writes that are read back and verified repeatedly, in rounds of some seconds, until `say_enough`."""
+    enough = f"""\
+enough() {{
+    blockdev --flushbufs /dev/vda
+    dd if=/dev/vda bs=512 skip={ENOUGH_AT // 512} count=1 2>/dev/null | grep -q {ENOUGH.decode()}
+}}
+"""
+    return verifying(ring, f"{enough}until enough; do\n{fio_verifying(5)}done\n")
+
+
 def fio_verify_for(seconds: int, ring: str) -> Workload:
-    """Random writes that are read back and verified repeatedly for so many seconds."""
-    packed = "1" if ring == "packed" else "0"
-    body = f"""\
-[ "$(cut -c 35 /sys/block/vda/device/features)" = {packed} ] || give_up "the rings are not {ring}"
-say "fio begins"
+    """The same in one round."""
+    return verifying(ring, fio_verifying(seconds))
+
+
+def fio_verifying(seconds: int) -> str:
+    return f"""\
 fio --name=verify --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=32 --numjobs=2 --thread --rw=randrw \\
     --bssplit=4k/50:16k/30:64k/20 --size=32M --offset_increment=200M --verify=crc32c --verify_fatal=1 \\
     --verify_backlog=64 --time_based --runtime={seconds} --fsync=32 > /tmp/fio.txt 2>&1 ||
     {{ cat /tmp/fio.txt; give_up "fio"; }}
 grep -E 'err=|IOPS=' /tmp/fio.txt
 [ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio reported an error"; }}
+"""
+
+
+def verifying(ring: str, load: str) -> Workload:
+    packed = "1" if ring == "packed" else "0"
+    body = f"""\
+[ "$(cut -c 35 /sys/block/vda/device/features)" = {packed} ] || give_up "the rings are not {ring}"
+say "fio begins"
+{load}\
 echo "verified_kib=$(awk '{{ print int($3 / 2) }}' /sys/block/vda/stat)"
 """
     return Workload(script(body + CLEAN_LOG), ("fio",))
