@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from ringplane.block.sources.null import NullPart
 from ringplane.block.stack import Stack
-from ringplane.dataplane.queue import Device, InflightRegion, Queue
+from ringplane.dataplane.queue import Device, Queue
 from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import Mapping
 from ringplane.inflight import tracking
+from ringplane.inflight.area import InflightRegion
 from ringplane.native import access
 from ringplane.virtio import packed, ring, split
 

@@ -157,6 +157,10 @@ def test_an_event_keeps_no_fields_of_the_overwritten_one() -> None:
             "2.000001 complete queue=0 head=0 type-99 sector=0 length=0 result=unsupp us=2.5",
         ),
         (
+            TraceEvent(2_000_001_000, TRACE_COMPLETE, 77, 0, 0, 15, 0, 0, 4, 2.52),
+            "2.000001 complete queue=0 head=0 zone-append sector=0 length=0 result=zone-unaligned-wp us=2.5",
+        ),
+        (
             TraceEvent(3_000_000_000, TRACE_START, 0, 1, 0, 0, 65535, 128, 0, 0.0),
             "3.000000 start    queue=1 index=65535 size=128",
         ),

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
-from ringplane.control.tracing import report_trace
+from ringplane.control.trace_task import report_trace
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.warm import release_compiler
 from ringplane.dataplane.worker import Worker

@@ -15,6 +15,7 @@ from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, RE
 from ringplane.guest_memory import regions
 from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
+from ringplane.inflight.area import InflightRegion
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
 from ringplane.native.structs import new
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
@@ -69,14 +70,6 @@ class Device:
     @size.setter
     def size(self, size: int) -> None:
         self._record["capacity"] = size // SECTOR
-
-
-@dataclass(frozen=True, slots=True)
-class InflightRegion:
-    """The in-flight region of a ring (inflight/tracking.py): its address, in a mapping that this object keeps."""
-
-    address: int
-    mapping: regions.Mapping
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,19 +21,35 @@ from ringplane.dataplane.state import (
     WORKER_TRACED,
 )
 from ringplane.native.access import address_of, store64_release, view
+from ringplane.virtio import blk, zoned
 
 EVENT_NAMES = {TRACE_FETCH: "fetch", TRACE_COMPLETE: "complete", TRACE_START: "start", TRACE_STOP: "stop"}
 TYPE_NAMES = {
-    0: "read",
-    1: "write",
-    4: "flush",
-    8: "get-id",
-    10: "get-lifetime",
-    11: "discard",
-    13: "write-zeroes",
-    14: "secure-erase",
+    blk.VIRTIO_BLK_T_IN: "read",
+    blk.VIRTIO_BLK_T_OUT: "write",
+    blk.VIRTIO_BLK_T_FLUSH: "flush",
+    blk.VIRTIO_BLK_T_GET_ID: "get-id",
+    blk.VIRTIO_BLK_T_GET_LIFETIME: "get-lifetime",
+    blk.VIRTIO_BLK_T_DISCARD: "discard",
+    blk.VIRTIO_BLK_T_WRITE_ZEROES: "write-zeroes",
+    blk.VIRTIO_BLK_T_SECURE_ERASE: "secure-erase",
+    zoned.VIRTIO_BLK_T_ZONE_APPEND: "zone-append",
+    zoned.VIRTIO_BLK_T_ZONE_REPORT: "zone-report",
+    zoned.VIRTIO_BLK_T_ZONE_OPEN: "zone-open",
+    zoned.VIRTIO_BLK_T_ZONE_CLOSE: "zone-close",
+    zoned.VIRTIO_BLK_T_ZONE_FINISH: "zone-finish",
+    zoned.VIRTIO_BLK_T_ZONE_RESET: "zone-reset",
+    zoned.VIRTIO_BLK_T_ZONE_RESET_ALL: "zone-reset-all",
 }
-STATUS_NAMES = {0: "ok", 1: "ioerr", 2: "unsupp"}
+STATUS_NAMES = {
+    blk.VIRTIO_BLK_S_OK: "ok",
+    blk.VIRTIO_BLK_S_IOERR: "ioerr",
+    blk.VIRTIO_BLK_S_UNSUPP: "unsupp",
+    zoned.VIRTIO_BLK_S_ZONE_INVALID_CMD: "zone-invalid-cmd",
+    zoned.VIRTIO_BLK_S_ZONE_UNALIGNED_WP: "zone-unaligned-wp",
+    zoned.VIRTIO_BLK_S_ZONE_OPEN_RESOURCE: "zone-open-resource",
+    zoned.VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE: "zone-active-resource",
+}
 
 
 @compiled

@@ -8,7 +8,7 @@ from dataclasses import astuple
 from ringplane.dataplane.queue import DirtyLog
 from ringplane.guest_memory.address_space import Quota
 from ringplane.guest_memory.regions import Alarm, Mapping, MemoryTable, Region
-from ringplane.vhost_user.inflight_area import InflightArea
+from ringplane.inflight.area import AreaSizes, InflightArea
 from ringplane.vhost_user.payloads import Inflight, LogRegion, MemoryRegion
 from ringplane.vhost_user.refusal import Refused
 from ringplane.vhost_user.snapshot import Fd, MemoryPart, MemorySnapshot, SharedRegion
@@ -50,7 +50,7 @@ class FrontEndMemory:
         self.log = DirtyLog(Mapping(fd, size, offset, self._alarm, self._quota))
 
     def set_inflight(self, described: Inflight, fd: int) -> None:
-        self.inflight = InflightArea(described, fd, self._alarm, self._quota)
+        self.inflight = InflightArea(AreaSizes(*astuple(described)), fd, self._alarm, self._quota)
 
     def _map(self, region: MemoryRegion, fd: int) -> Region:
         where = (region.guest_address, region.user_address, region.size, region.mmap_offset)
@@ -64,7 +64,7 @@ class FrontEndMemory:
                 for region in self.table.regions
             ],
             log=_part(self.log.mapping) if self.log is not None else None,
-            inflight=list(astuple(area.described)) if area is not None else None,
+            inflight=list(area.sizes) if area is not None else None,
             inflight_fd=Fd(area.fd) if area is not None else None,
         )
 

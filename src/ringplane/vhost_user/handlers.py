@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
+from ringplane.inflight.area import create_area
 from ringplane.log.logs import DiskLog
-from ringplane.vhost_user import inflight_area, payloads
+from ringplane.vhost_user import payloads
 from ringplane.vhost_user.config_space import ConfigSpace
 from ringplane.vhost_user.connection import Message, rule_of
 from ringplane.vhost_user.fds import check_fds, take_notifier
@@ -218,8 +219,8 @@ class Handlers:
 
     async def _on_get_inflight_fd(self, message: Message) -> Reply:
         asked = _expect(message, Inflight)
-        described, fd = inflight_area.create(asked.num_queues, asked.queue_size)
-        return Reply(described, [fd])
+        sizes, fd = create_area(asked.num_queues, asked.queue_size)
+        return Reply(Inflight(*sizes), [fd])
 
     async def _on_set_inflight_fd(self, message: Message) -> None:
         """A running ring uses it from its next start."""

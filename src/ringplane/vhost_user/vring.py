@@ -14,9 +14,9 @@ from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
 from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.worker import Worker
 from ringplane.guest_memory.regions import MemoryTable
+from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
 from ringplane.vhost_user.inband import Ask, InbandSignal
-from ringplane.vhost_user.inflight_area import InflightArea
 from ringplane.vhost_user.messages import BackendRequest
 from ringplane.vhost_user.payloads import VringAddr
 from ringplane.vhost_user.refusal import Refused

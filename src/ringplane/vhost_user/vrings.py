@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
+from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
-from ringplane.vhost_user.inflight_area import InflightArea
 from ringplane.vhost_user.refusal import Refused
 from ringplane.vhost_user.vring import RingUse, Vring
 

@@ -1,7 +1,6 @@
 """The in-flight area: memory with a region per ring that the front end keeps, so that it outlives this process.
 
-Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking". The layout of a region is in
-inflight/tracking.py.
+Source: QEMU's docs/interop/vhost-user.rst, section "Inflight I/O tracking". The layout of a region is in tracking.py.
 """
 
 from __future__ import annotations
@@ -9,32 +8,48 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from ringplane.dataplane.queue import InflightRegion
 from ringplane.guest_memory.address_space import BadMemory, Quota
 from ringplane.guest_memory.regions import Alarm, Mapping
 from ringplane.inflight.tracking import ALIGNMENT, REGION_SPLIT, region_bytes
-from ringplane.vhost_user.payloads import Inflight
 from ringplane.virtio.split import MAX_QUEUE_SIZE
 
 VERSION_OFFSET: int = REGION_SPLIT.fields["version"][1]  # type: ignore[index]
 
 
-class InflightArea:
-    """The area that an Inflight message describes, mapped."""
+class AreaSizes(NamedTuple):
+    """The sizes that a front end describes: bytes and offset in the file, number of queues, descriptors of each."""
 
-    def __init__(self, described: Inflight, fd: int, alarm: Alarm, quota: Quota) -> None:
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class InflightRegion:
+    """The in-flight region of a ring (tracking.py): its address, in a mapping that this object keeps."""
+
+    address: int
+    mapping: Mapping
+
+
+class InflightArea:
+    """An area, mapped."""
+
+    def __init__(self, sizes: AreaSizes, fd: int, alarm: Alarm, quota: Quota) -> None:
         """The fd stays the caller's; for `alarm` and `quota` see Mapping.
 
         Raises BadMemory for impossible sizes, OSError if it cannot be mapped.
         """
-        size, offset, queues = described.mmap_size, described.mmap_offset, described.num_queues
-        if size == 0 or size + offset >= 1 << 62 or not 0 < described.queue_size <= MAX_QUEUE_SIZE or queues == 0:
+        size, offset, queues, queue_size = sizes
+        if size == 0 or size + offset >= 1 << 62 or not 0 < queue_size <= MAX_QUEUE_SIZE or queues == 0:
             raise BadMemory(
-                f"impossible in-flight area: {size} bytes at {offset} for {queues} queues "
-                f"of {described.queue_size} descriptors"
+                f"impossible in-flight area: {size} bytes at {offset} for {queues} queues of {queue_size} descriptors"
             )
-        self.described = described
+        self.sizes = sizes
         self._mapping = Mapping(fd, size, offset, alarm, quota)
         self._queues = queues
         # All regions have the same size, no matter which back end has created them.
@@ -60,7 +75,7 @@ class InflightArea:
             ctypes.c_uint16.from_address(self._mapping.address + index * self._stride + VERSION_OFFSET).value = 0
 
 
-def create(num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+def create_area(num_queues: int, queue_size: int) -> tuple[AreaSizes, int]:
     """A new area and its fd, which is the caller's; large enough for either format. Raises OSError and BadMemory."""
     if not 0 < queue_size <= MAX_QUEUE_SIZE or num_queues == 0:
         raise BadMemory(f"an in-flight area for {num_queues} queues of {queue_size} descriptors is impossible")
@@ -73,4 +88,4 @@ def create(num_queues: int, queue_size: int) -> tuple[Inflight, int]:
     except BaseException:
         os.close(fd)
         raise
-    return Inflight(size, 0, num_queues, queue_size), fd
+    return AreaSizes(size, 0, num_queues, queue_size), fd
