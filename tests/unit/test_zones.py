@@ -144,6 +144,28 @@ def disk(serve: Serve) -> Iterator[Disk]:
         yield disk
 
 
+def test_a_sync_of_the_control_plane_that_failed_is_not_forgotten(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data may be lost, although the next fdatasync(2) succeeds."""
+    export = serve()
+    with Disk(export) as disk, monkeypatch.context() as patch:
+        assert disk.write(4 * ZONE, bytes(512)) == OK
+
+        def fail(_: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            export.disk.sync()
+        patch.undo()
+        with pytest.raises(OSError, match="an earlier sync failed"):
+            export.disk.sync()
+        assert export.disk.flush_failed
+        assert disk.do(FLUSH) == IOERR
+        assert disk.read(4 * ZONE, 1) == (OK, bytes(512))
+
+
 def test_the_configuration_space_of_a_zoned_disk(disk: Disk) -> None:
     config = disk.driver.config
     assert config["zone_sectors"] == ZONE

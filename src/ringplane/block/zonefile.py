@@ -168,9 +168,14 @@ class ZoneFile:
             return
         if failed := int(self._zones[0]["failed"]):
             raise OSError(-failed, f"an earlier sync failed: {os.strerror(-failed)}")
-        os.fdatasync(self.image.fd)
-        self._stable[:] = self._reached
-        os.fdatasync(self._fd)
+        try:
+            os.fdatasync(self.image.fd)
+            self._stable[:] = self._reached
+            os.fdatasync(self._fd)
+        except OSError as error:
+            # A later fdatasync(2) may succeed, although the data is lost (flush.py).
+            self._zones["failed"] = -(error.errno or errno.EIO)
+            raise
 
     def snapshot(self) -> bytes:
         """The field `failed`, then all states, then all pointers, as int64; only while no request is in flight."""
