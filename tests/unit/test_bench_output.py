@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from matplotlib.text import Text
 from rich.console import Console
 
-from ringplane.bench import backends, bars, cells, fio, markdown, places, plots, run, tables
+from ringplane.bench import backends, bars, cells, console_tables, fio, markdown, places, plots, run
 from ringplane.bench.results import SOCKET, Report, Storage, Subject
 from ringplane.bench.themes import LIGHT
 from ringplane.cli.bench import bench, described, progress, settings_of
@@ -40,7 +40,7 @@ def large_report(*subjects: Subject, rounds: int) -> Report:
 
 def printed(report: Report, width: int) -> str:
     console = Console(width=width, record=True)
-    tables.show(console, report)
+    console_tables.show(console, report)
     return console.export_text()
 
 
@@ -59,7 +59,7 @@ def test_tables_fit_a_terminal_and_lose_no_digit(name: str, width: int) -> None:
     text = printed(REPORTS[name], width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    wanted = ["999.9", "23457", "345679", "99.99", *(["43559", "987654"] if width >= tables.WIDE else [])]
+    wanted = ["999.9", "23457", "345679", "99.99", *(["43559", "987654"] if width >= console_tables.WIDE else [])]
     for figure in wanted:
         assert re.search(rf"\b{figure}\b", text), figure
 

@@ -18,9 +18,9 @@ import ringplane
 from ringplane.block import mapped_image
 from ringplane.block.image import ImageError
 from ringplane.cli.check import check
-from ringplane.control.check import find_problems
 from ringplane.control.config import ConfigError, examine, read_config
 from ringplane.control.listener import ListenError
+from ringplane.control.rehearsal import find_problems
 from ringplane.system import huge_pages
 from ringplane.system.open_files import FEWEST_FILES
 

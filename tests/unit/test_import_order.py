@@ -29,7 +29,7 @@ HELP_FOLDERS = {"cli", "log", "options", "system"}
 
 
 # Names that several modules still have.
-SAME_NAMES = {"check", "choose", "tables", "warm", "zoned"}
+SAME_NAMES = {"choose", "warm", "zoned"}
 
 
 def module_name(path: Path) -> str:

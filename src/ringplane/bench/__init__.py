@@ -1,8 +1,8 @@
 """Measurements of vhost-user-blk back ends, side by side: `ringplane bench` for use from Python.
 
 `cells` defines the workloads, `places` the locations of the images, `backends` the programs. `run` measures them in
-interleaved rounds and fills a `results.Report`. `summary` computes medians and ratios; `tables`, `markdown` and `plots`
-show them:
+interleaved rounds and fills a `results.Report`. `summary` computes medians and ratios; `console_tables`, `markdown` and
+`plots` show them:
 
     from ringplane.bench import backends, cells, machine, places, results, run, summary
 

@@ -11,9 +11,9 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from ringplane.bench.cells import WORKLOADS, Cell
+from ringplane.bench.console_tables import number, rounds_of
 from ringplane.bench.results import FIO, QSD, Report, Storage
 from ringplane.bench.summary import Figures, cells_of, compare, medians
-from ringplane.bench.tables import number, rounds_of
 from ringplane.bench.themes import Theme
 
 if TYPE_CHECKING:

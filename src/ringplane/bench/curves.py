@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.bench.cells import WORKLOADS, Cell
+from ringplane.bench.console_tables import heading
 from ringplane.bench.results import FIO, Report, Storage, merged
-from ringplane.bench.tables import heading
 from ringplane.bench.themes import Theme
 from ringplane.metrics.histogram import lower_bounds
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ringplane.bench import files, machine
+from ringplane.bench.console_tables import heading, loads, number, rounds_of, steadiness
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import QSD, SHORT, Report
 from ringplane.bench.summary import Compared, compare
-from ringplane.bench.tables import heading, loads, number, rounds_of, steadiness
 from ringplane.options.sizes import format_size
 
 BEGIN = "<!-- ringplane bench: begin (generated: changes made by hand are lost) -->"

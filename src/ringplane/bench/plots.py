@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ringplane.bench.console_tables import groups
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Report
 from ringplane.bench.summary import cells_of
-from ringplane.bench.tables import groups
 from ringplane.bench.themes import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:

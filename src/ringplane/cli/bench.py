@@ -199,11 +199,11 @@ def put_out(
     console: Console, report: Report, json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None
 ) -> None:
     """Print a report and write it to the files given by options."""
-    from ringplane.bench import machine, markdown, plots, tables
+    from ringplane.bench import console_tables, machine, markdown, plots
 
     console.print(machine.sentence(report.machine), markup=False)
     console.print()
-    tables.show(console, report)
+    console_tables.show(console, report)
     if json_path:
         report.save(json_path)
     if plot_directory:

@@ -24,8 +24,8 @@ def check(file: Path, user: User | None) -> None:
     """
     with start_errors():
         open_files.raise_limit()
-        from ringplane.control.check import find_problems
         from ringplane.control.config import examine
+        from ringplane.control.rehearsal import find_problems
 
         config, problems = examine(file)
         problems += [f"{file}: {problem}" for problem in find_problems(config, user)]

@@ -21,8 +21,8 @@ import pytest
 
 from ringplane.block import mapped_image
 from ringplane.block.image import ImageError
-from ringplane.control.check import find_problems
 from ringplane.control.config import read_config
+from ringplane.control.rehearsal import find_problems
 from ringplane.control.start import serve
 from ringplane.driver.driver import Driver, segments
 from ringplane.driver.load import Load, check, fill, run_load
