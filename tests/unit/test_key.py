@@ -14,12 +14,15 @@ import pytest
 
 from ringplane.compiler import key
 from ringplane.compiler.cache import DATA_PLANE, DRIVER
+from ringplane.dataplane import loop
+from ringplane.driver import generator, virtqueue
+from ringplane.native import sigbus
 
 MODULES = sorted(
     ".".join(path.relative_to(key.PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in key.PACKAGE.rglob("*.py")
 )
-CODE = "ringplane.dataplane.loop"
+CODE = loop.__name__
 
 
 def top_level(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -100,8 +103,8 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 def test_a_constant_changes_the_key_of_what_imports_it_and_no_other(copied: Path) -> None:
-    dependent = [CODE, "ringplane.driver.generator", DATA_PLANE, DRIVER]
-    independent = ["ringplane.native.sigbus", "ringplane.driver.ring"]
+    dependent = [CODE, generator.__name__, DATA_PLANE, DRIVER]
+    independent = [sigbus.__name__, virtqueue.__name__]
     before = keys(copied, *dependent, *independent)
     replace(copied / "ringplane/virtio/blk.py", "SECTOR = 512", "SECTOR = 513")
     after = keys(copied, *dependent, *independent)
