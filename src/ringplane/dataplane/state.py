@@ -163,14 +163,14 @@ REQUEST = struct(
     "length",  # of the data, in bytes
     "done",  # bytes transferred, when it is complete
     "written",  # bytes written without a gap from the start of the device-writable part
+    "started",  # nanoseconds, CLOCK_MONOTONIC
+    "retired_memory",  # not 0: the memory table that this request was translated with has been replaced
+    "following",  # only with in_order: slot of the request that was fetched next, or -1
+    "ended",  # only with in_order: the status is written, but the chains of older requests are not used yet
     "ranges",  # room for MAX_RANGES RANGE structs of this slot: what to discard, or fill with zeros
     "log_iovecs",  # room for MAX_IOVECS IOVEC structs of this slot: buffers it writes, in guest addresses (dirty.py)
     "log_iovec_count",
     "log_status",
-    "started",  # nanoseconds, CLOCK_MONOTONIC
-    "following",  # only with in_order: slot of the request that was fetched next, or -1
-    "ended",  # only with in_order: the status is written, but the chains of older requests are not used yet
-    "retired_memory",  # not 0: the memory table that this request was translated with has been replaced
 )
 REQUEST_SIZE = REQUEST.itemsize
 REQUEST_HEADER: int = REQUEST.fields["header_type"][1]  # type: ignore[index]
