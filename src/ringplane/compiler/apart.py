@@ -35,10 +35,6 @@ def compile_apart(
     Raises BadCode if the code has mistakes, which this process would find again. Raises Interrupted; the child process
     has ended then.
     """
-    # Imported here, because a start with a filled cache does not need it.
-    from ringplane.compiler.checker import check_package
-
-    check_package()
     folder = folder or place().folder
     if folder is None:
         return
@@ -53,11 +49,11 @@ def compile_apart(
     except OSError as error:
         log.warning("cannot start a process that compiles: %s; compiling in this process", error)
         return
-    said = _result(child, signals).decode(errors="replace").strip().rpartition("\n")[2]
+    said = _result(child, signals).decode(errors="replace").strip()
     if child.returncode == BAD_CODE:
         raise BadCode(said)
     if child.returncode != 0:
-        log.warning("compiling failed: %s", said)
+        log.warning("compiling failed: %s", said.rpartition("\n")[2])
 
 
 def _result(child: subprocess.Popen[bytes], signals: Signals) -> bytes:
@@ -83,7 +79,11 @@ def run_child(load: Callable[[], None]) -> None:
     # Compiling leaves hardly any cyclic garbage. Collecting it takes 0.3 s of 6, and the process ends soon.
     gc.disable()
     use_only(Path(sys.argv[1]))
+    # Imported here, because only this process needs it: it takes 25 MB.
+    from ringplane.compiler.checker import check_package
+
     try:
+        check_package()
         load()
     except BadCode as error:
         print(error, flush=True)

@@ -32,8 +32,10 @@ class Store(NullCache):  # type: ignore[misc]
         self._module = function.__module__
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """The compiled code, or None. Code for this CPU is preferred to code for any CPU."""
-        target.refresh()
+        """The compiled code, or None. Code for this CPU is preferred to code for any CPU.
+
+        Numba loads all its definitions for compiling here (0.2 s, 7 MB); machine code does not need them.
+        """
         for cpu in (NATIVE, GENERIC):
             data = cache.read(self.file_name(signature, cpu))
             if data is not None and (content := _unpickle(data)) is not None:
