@@ -26,9 +26,17 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
-        self._part = part(function)
-        self._numba_type_ = PartType(self._part)
         self._whole: Callable[..., Any] | None = None
+
+    @functools.cached_property
+    def _part(self) -> Any:
+        """Made when something that calls the function is compiled."""
+        return part(self.__wrapped__)  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def _numba_type_(self) -> PartType:
+        """For Numba; it refers to the part weakly."""
+        return PartType(self._part)
 
     def __call__(self, *args: Any) -> Any:
         return self.whole()(*args)

@@ -112,7 +112,10 @@ class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
         for function in self._final_module.functions:
             if not function.is_declaration and not self._is_called_from_outside(function.name):
                 function.linkage = Linkage.internal
-        super()._optimize_final_module()
+        # Once: Numba optimises before, for its reference counts.
+        made = self._codegen._module_pass_manager()
+        manager, *builder = made if isinstance(made, tuple) else (made,)
+        manager.run(self._final_module, *builder)
 
     def _is_called_from_outside(self, name: str) -> bool:
         """Numba's wrapper for Python, or ours for C."""

@@ -13,6 +13,7 @@ from ringplane.block.merge import send_held
 from ringplane.block.route import move_all, until_due, wake_due
 from ringplane.block.transfer import progress_all, submit_batches
 from ringplane.compiler.jit import compiled
+from ringplane.compiler.units import call
 from ringplane.dataplane import dirty, ring_rules
 from ringplane.dataplane.answer import answer_all, answer_with, notify_all, publish_all, queue_up
 from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
@@ -30,7 +31,7 @@ from ringplane.dataplane.state import (
     WORKER,
 )
 from ringplane.dataplane.trace import trace
-from ringplane.dataplane.tune import count_gap, end_sample
+from ringplane.dataplane.tune import count_gap
 from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE
 from ringplane.engines.dispatch import has_events, reap, submit, wait
 from ringplane.inflight import tracking
@@ -78,7 +79,7 @@ def run(address):
         answer_all(worker, channel)
         publish_all(worker)
         if worker.now >= worker.sample_end:
-            end_sample(worker)
+            call(worker.end_sample, address)
     notify_all(worker)
     worker.attention = 0
 

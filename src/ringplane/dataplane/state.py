@@ -218,6 +218,7 @@ WORKER = struct(
     "rate",  # and how many requests per second it completed then
     "sample_start",  # nanoseconds, CLOCK_MONOTONIC
     "sample_end",
+    "end_sample",  # address of the unit that is called then (tune.py)
     "sample_completed",  # `completed` at the start of the sampling period
     "rounds",  # of the present trial, so far
     "candidates",  # the policies that take part in it, one bit each

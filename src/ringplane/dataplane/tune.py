@@ -10,7 +10,8 @@ kept. A policy that costs more has to be better by a margin: what makes no diffe
 from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
-from ringplane.dataplane.state import POLICIES, SLEEP, TALLY, TALLY_SIZE
+from ringplane.compiler.units import unit
+from ringplane.dataplane.state import POLICIES, SLEEP, TALLY, TALLY_SIZE, WORKER
 from ringplane.native.access import view
 
 # The length of a sampling period. It is extended while fewer than ENOUGH requests were completed: too few to compare.
@@ -62,6 +63,13 @@ def end_sample(worker):
         stay_steady(worker, rate(completed, lasted), lasted)
     else:
         continue_trial(worker, completed, lasted)
+
+
+@unit
+def end_sample_at(address):
+    """`end_sample`, for the loop: these functions are compiled beside it, because they are called rarely."""
+    end_sample(view(address, WORKER))
+    return 0
 
 
 @compiled

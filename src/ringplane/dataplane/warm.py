@@ -20,6 +20,7 @@ from ringplane.compiler.units import Unit, known
 from ringplane.dataplane import request_types  # noqa: F401
 from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.signaller import signal
+from ringplane.dataplane.tune import end_sample_at
 from ringplane.engines import aio, uring  # noqa: F401
 from ringplane.native import sigbus
 from ringplane.system.libc import drop_code
@@ -63,6 +64,7 @@ def load_rest() -> None:
     load(run_helper, *[0] * 4)
     load(mark_ready_at, 0, 0)
     load(signal, 0, 0, 0)
+    end_sample_at.address()
     sigbus.install()
 
 

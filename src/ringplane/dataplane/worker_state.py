@@ -18,6 +18,7 @@ from ringplane.dataplane.state import (
     WORKER,
     WORKER_ONE,
 )
+from ringplane.dataplane.tune import end_sample_at
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
 
@@ -45,7 +46,7 @@ class WorkerState:
         if poll_us is None:
             record["policy"], record["poll_ns"], record["sample_end"] = POLL, ALWAYS, NEVER
         else:
-            record["poll_ns"] = 1000 * poll_us
+            record["poll_ns"], record["end_sample"] = 1000 * poll_us, end_sample_at.address()
             record["policies"] = 1 << SLEEP | fine_timeouts << COALESCE | (poll_us > 0) << POLL
             # No trial before the first requests come.
             record["until_trial"] = 1
