@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from numba.core.caching import NullCache
 
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call, unit
@@ -79,8 +82,11 @@ def test_python_calls_a_unit() -> None:
 
 
 def test_a_unit_contains_its_code_once_and_needs_no_python() -> None:
-    combine.address()
-    code = combine._compiled.inspect_llvm()
+    # Code from the cache cannot be inspected.
+    fresh = copy.copy(combine)
+    fresh._compiled, fresh._store = None, NullCache()
+    fresh.address()
+    code = fresh._compiled.inspect_llvm()
     assert code.count("define ") == 1
     assert "Py" not in code
 
