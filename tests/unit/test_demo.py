@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,19 @@ def test_a_second_run_compiles_nothing() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, with a path that is short enough for sockets in any process of a test run."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stage", ["compiling", "serving"])
-def test_a_signal_ends_it_and_leaves_nothing(tmp_path: Path, stage: str, number: signal.Signals) -> None:
+def test_a_signal_ends_it_and_leaves_nothing(
+    tmp_path: Path, temporary: Path, stage: str, number: signal.Signals
+) -> None:
     """The exit status is that of a command that a signal has ended, and one line says so."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     environment = os.environ | {"TMPDIR": str(temporary)}
     if stage == "compiling":
         environment["RINGPLANE_CACHE_DIR"] = str(tmp_path / "cache")
