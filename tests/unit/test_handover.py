@@ -306,6 +306,21 @@ def test_a_ring_starts_later(serve: Serve) -> None:
         assert guest.read(7) == sector(7)
 
 
+def test_a_ring_without_memory_is_handed_over_when_it_is_stopped(serve: Serve) -> None:
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        assert serves_on(guest, 1)
+        guest.peer.set_mem_table([], [])
+        with pytest.raises(HandoverError, match="has removed the memory of a ring"):
+            take_over(serve, running)
+        base = guest.peer.get_vring_base(0)
+        guest.share_memory()
+        running = take_over(serve, running)
+        guest.start(base)
+        assert running.disk.queues[0].state is RingState.RUNNING
+
+
 def test_a_broken_ring_stays_broken(serve: Serve) -> None:
     running = serve()
     with machine(running) as guest:

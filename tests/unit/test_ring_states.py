@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import ringplane
@@ -336,7 +336,5 @@ def test_a_session_follows_the_table(tmp_path: Path) -> None:
             settings=settings(
                 max_examples=40,
                 stateful_step_count=15,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
             ),
         )
