@@ -72,7 +72,7 @@ def timed_loop(laps: int) -> tuple[Callable[[int], None], list[str]]:
 
     space = {**vars(loop), "look": look}
     exec(compile(ast.unparse(tree), "timed loop", "exec"), space)
-    return whole(space["run"], cache=False), names
+    return whole(space["run"], saved=False), names
 
 
 @numba.njit(nogil=True)

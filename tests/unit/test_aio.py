@@ -40,7 +40,9 @@ def test_requests_that_the_kernel_has_no_room_for_are_retried(rig: Rig) -> None:
         reads = [line.put(IN, 2 * number, room=512, direct=0, alignment=512) for number in range(REQUESTS)]
         line.kick()
         fetch_only(line.worker)
-        asked = line.worker.call(lambda: (submit(engine), int(engine["prepared"]), bool(engine["stuck"])))
+        asked = line.worker.call(
+            lambda: (submit(line.worker.engine.address), int(engine["prepared"]), bool(engine["stuck"]))
+        )
     _, left, stuck = asked.result(PATIENCE)
     assert stuck
     assert 0 < left < REQUESTS
