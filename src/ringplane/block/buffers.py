@@ -43,3 +43,15 @@ def consume(io, size):
         size -= iovec.len
         io.iov += IOVEC_SIZE
         io.iov_count -= 1
+
+
+@compiled
+def restore(io, first, dropped):
+    """Undo one call of `consume`: the list began at address `first`, and `dropped` bytes were dropped from it."""
+    partly = view(io.iov, IOVEC)
+    while io.iov > first:
+        io.iov -= IOVEC_SIZE
+        io.iov_count += 1
+        dropped -= view(io.iov, IOVEC).len
+    partly.base -= dropped
+    partly.len += dropped

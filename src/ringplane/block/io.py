@@ -57,6 +57,8 @@ BLOCK_IO = struct(
     "bounce",  # address of the bounce buffer in use, or 0
     "bounce_iov_base",  # one IOVEC that describes it
     "bounce_iov_len",
+    "consumed",  # bytes that were dropped from the front of the list of buffers, and where the list began
+    "first_iov",
     # Its way through the layers (stack.py)
     "level",  # the number of layers above the place where it is
     "upward",

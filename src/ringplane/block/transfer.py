@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from errno import EINTR, EOPNOTSUPP
 
-from ringplane.block.buffers import consume, copy_from, copy_to
+from ringplane.block.buffers import consume, copy_from, copy_to, restore
 from ringplane.block.flush import begin_flush, flush
 from ringplane.block.helper_threads import send_to_helpers
 from ringplane.block.io import (
@@ -213,7 +213,7 @@ def end_piece(channel, io, result):
         copy_to(io.iov, io.bounce, result)
     io.done += result
     if io.done < io.length:
-        consume(io, result)
+        drop_front(io, result)
         reissue(channel, io)
     elif needs_flush(io):
         flush(channel, file_of(io), io)
@@ -272,6 +272,21 @@ def end_flush(channel, file, result):
 
 
 @compiled
+def drop_front(io, size):
+    """The first `size` bytes of the buffers have been transferred."""
+    if io.consumed:
+        # From the beginning: then all but one IOVEC are always as they came.
+        restore(io, io.first_iov, io.consumed)
+    io.first_iov = io.iov
+    io.consumed += size
+    consume(io, io.consumed)
+
+
+@compiled
 def end_transfer(channel, io, result):
     give_bounce(channel, io)
+    if io.consumed:
+        # Layers see the buffers as they were, and can submit the I/O again.
+        restore(io, io.first_iov, io.consumed)
+        io.consumed = 0
     finish(channel, io, result)
