@@ -772,10 +772,9 @@ def test_repeated_starts_and_stops_leave_nothing_behind(tmpfs: Path, socket_path
 
 
 def test_a_rejected_disk_beside_one_in_memory_leaves_nothing_behind(tmpfs: Path, socket_path: Path) -> None:
-    from ringplane.options.io_thread import IoThread
-
     from ringplane.control.start import serve_all
     from ringplane.options.disk_config import DiskConfig
+    from ringplane.options.thread_options import IoThread
 
     good, bad = sparse_image(tmpfs / "good"), sparse_image(socket_path.with_name("bad"))
     if is_of_type(bad, libc.TMPFS_MAGIC):

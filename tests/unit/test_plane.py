@@ -28,6 +28,7 @@ from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.aio_abi import IOCB_CMD_FDSYNC
 from ringplane.native.fs import RWF_DSYNC
 from ringplane.native.io_uring import IORING_OP_FSYNC, SQE
+from ringplane.options.image_options import ImageOptions
 
 from .rig import (
     FLUSH,
@@ -258,7 +259,7 @@ def test_a_read_only_disk_is_not_written(make_rig: RigFactory) -> None:
 
 def test_only_requests_that_the_kernel_rejects_fail(rig: Rig) -> None:
     """The fd is read-only; io_submit(2) reports that in the middle of a batch."""
-    image = Image(rig.path, read_only=True, direct=False, lock="off")
+    image = Image(rig.path, ImageOptions(read_only=True, direct=False, lock="off"))
     rig.source = FileSource(image)
     line = rig.line().start()
     with held(line.worker):

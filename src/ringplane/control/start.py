@@ -22,7 +22,7 @@ from ringplane.control.server import Server
 from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
 from ringplane.dataplane.request_types import request_types_of, units_of_types
-from ringplane.dataplane.warm import warm_up
+from ringplane.dataplane.warm import release_compiler, warm_up
 from ringplane.device.disk import Disk
 from ringplane.engines.choose import units_of
 from ringplane.guest_memory.address_space import AddressSpace
@@ -108,6 +108,8 @@ def serve_all(
         threads.at_end.callback(signals.wake)
         space = AddressSpace(len(disks))
         served = [_disk(config, parts, threads) for config, parts in zip(disks, opened, strict=True)]
+        # All code is loaded.
+        release_compiler()
         # A process that has given up its rights can no longer remove what it has created.
         signals.check()
         # Front ends that connect from now on get an answer at once.

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from ringplane.control.trace_task import report_trace
 from ringplane.dataplane.trace import TraceEvent
-from ringplane.dataplane.warm import release_compiler
 from ringplane.dataplane.worker import Worker
 from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
@@ -65,7 +64,6 @@ class Threads:
                     each.name, engine=each.engine, poll_us=each.poll_us, pin_memory=each.pin_memory
                 )
                 worker.load()
-        release_compiler()
 
     def start_io_threads(self) -> None:
         """Returns when all of them run.
