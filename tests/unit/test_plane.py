@@ -681,7 +681,7 @@ def test_a_failed_flush_is_not_forgotten(make_rig: RigFactory, direct_io: bool) 
     rig = direct_rig(make_rig) if direct_io else make_rig()
     line = rig.line().start()
     assert line.do(FLUSH).status == OK
-    if not rig.source.uses_engine:
+    if not line.queue.stack.uses_engine:
         # An image in memory has nothing to flush.
         return
     file = line.queue.stack.source._record[0]

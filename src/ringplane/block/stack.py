@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from ringplane.engines.choose import Engine
 
 # CONTINUE: in the direction that `io.upward` says. WAIT: the same, at the time `io.due`. HELP: the same, after a helper
-# thread has called `help(layer, io)`, which may block, and whose result becomes the I/O's. KEEP: the layer has taken
-# the I/O, and passes it to `route.resume` later.
-CONTINUE, WAIT, HELP, KEEP = range(4)
+# thread has called `help(layer, io)`, which may block, and whose result becomes the I/O's.
+CONTINUE, WAIT, HELP = range(3)
 
 # `state` is the address of the layer's own struct; the others are addresses of functions, or 0.
 LAYER = struct("state", "down", "up", "help")
@@ -88,8 +87,8 @@ class LayerPart(Protocol):
     help: int
 
 
-class SourcePart(Protocol):
-    """The part of a source for one I/O thread: see STACK."""
+class SourcePart:
+    """The part of a source for one I/O thread: see STACK. The methods are those of a source without the engine."""
 
     address: int
     submit: int
@@ -104,6 +103,7 @@ class SourcePart(Protocol):
 
     def warning(self) -> str:
         """What the log is to report, once; empty: nothing."""
+        return ""
 
 
 class Stack:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ringplane.block import ranges
 from ringplane.block.io import FUA
-from ringplane.block.stack import STACK
+from ringplane.block.stack import STACK, SourcePart
 from ringplane.compiler.jit import compiled
 from ringplane.engines.common import ENGINE, WRITE
 from ringplane.engines.dispatch import prepare_io
@@ -61,7 +61,7 @@ def queue_io(channel, io, iov, iov_count):
     prepare_io(engine, io.slot, io.operation, file.file, iov, iov_count, io.offset + io.done, io.dsync)
 
 
-class FilePart:
+class FilePart(SourcePart):
     """The part of the source for one I/O thread."""
 
     submit = 0
@@ -77,10 +77,6 @@ class FilePart:
         record["memory_mask"], record["segment_mask"] = alignment[0] - 1, alignment[1] - 1
         record["dsync"] = not backing.page_cache
 
-    def warning(self) -> str:
-        """There is nothing to report."""
-        return ""
-
     def attach(self, engine: Engine) -> None:
         """Register the file with the engine, on the I/O thread."""
         self._record["file"] = engine.add_file(self.fd)
@@ -92,7 +88,6 @@ class FilePart:
 class FileSource:
     """The source of a disk; the image stays the caller's."""
 
-    uses_engine = True
     units = (ranges.apply,)
 
     def __init__(self, image: Image) -> None:

@@ -12,7 +12,7 @@ from ringplane.block import mapped_image, ranges
 from ringplane.block.helper_threads import send_to_helpers
 from ringplane.block.io import CHANNEL, FLUSH, WRITE, io_at
 from ringplane.block.mapped_image import MAPPED_IMAGE
-from ringplane.block.stack import STACK
+from ringplane.block.stack import STACK, SourcePart
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.engines.common import complete
@@ -21,7 +21,6 @@ from ringplane.native.access import view
 if TYPE_CHECKING:
     from ringplane.block.image import Image
     from ringplane.block.ranges import Backing
-    from ringplane.engines.choose import Engine
 
 LOST_PAGES = (
     "pages of the image were lost (it was truncated, or no memory is left for them); from now on "
@@ -65,7 +64,7 @@ def do(channel, stack, image, io):
         send_to_helpers(channel, io, stack.ranges, stack.backing)
 
 
-class MemoryPart:
+class MemoryPart(SourcePart):
     """The part of the source for one I/O thread."""
 
     def __init__(self, mapped: mapped_image.MappedImage, backing: Backing) -> None:
@@ -77,17 +76,11 @@ class MemoryPart:
         """Once: pages of the image were lost."""
         return LOST_PAGES if self._mapped.take_loss() else ""
 
-    def attach(self, engine: Engine) -> None:
-        """Nothing: the engine is not used."""
-
-    def detach(self, engine: Engine) -> None:
-        """Nothing."""
-
 
 class MemorySource:
     """The source of a disk; the image stays the caller's."""
 
-    uses_engine = through_page_cache = False
+    through_page_cache = False
     units = (submit, ranges.apply)
 
     def __init__(self, image: Image) -> None:

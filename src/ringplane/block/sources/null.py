@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from ringplane.block import ranges
 from ringplane.block.io import CHANNEL, WRITE, io_at
+from ringplane.block.stack import SourcePart
 from ringplane.compiler.units import unit
 from ringplane.engines.common import complete
 from ringplane.native.access import view
 
 if TYPE_CHECKING:
     from ringplane.block.image import Image
-    from ringplane.engines.choose import Engine
 
 
 @unit
@@ -27,7 +27,7 @@ def submit(stack_address, channel_address, first):
     return 0
 
 
-class NullPart:
+class NullPart(SourcePart):
     """The part of the source for one I/O thread."""
 
     address = ranges = backing = 0
@@ -35,21 +35,11 @@ class NullPart:
     def __init__(self) -> None:
         self.submit = submit.address()
 
-    def warning(self) -> str:
-        """There is nothing to report."""
-        return ""
-
-    def attach(self, engine: Engine) -> None:
-        """Nothing: the engine is not used."""
-
-    def detach(self, engine: Engine) -> None:
-        """Nothing."""
-
 
 class NullSource:
     """The source of a disk."""
 
-    uses_engine = through_page_cache = False
+    through_page_cache = False
     units = (submit,)
 
     def __init__(self, image: Image) -> None:
