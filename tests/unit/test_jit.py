@@ -44,13 +44,18 @@ def test_only_old_versions_and_no_other_files_are_deleted(base: Path) -> None:
     strangers = [base / each for each in ("documents", "run.code", f"{name}-abc.code", f"{name}-{0:020x}.txt")]
     others = [base / f"{name[:-1]}8-{0:020x}.code", base / f"{name}-{0:020x}.complete"]
     versions = [base / f"{name}-{each:020x}.code" for each in range(number)]
-    abandoned, fresh = base / "a.code.12.unfinished", base / "b.code.12.unfinished"
-    for age, path in enumerate([*strangers, *others, *versions, abandoned]):
-        path.touch()
+    stranger, staging, abandoned = base / "folder", base / ".compiling-a", base / "a.code.12.unfinished"
+    fresh = [base / ".compiling-b", base / "b.code.12.unfinished"]
+    for folder in (stranger, staging, fresh[0]):
+        folder.mkdir()
+        (folder / "run.code").touch()
+    fresh[1].touch()
+    for age, path in enumerate([*strangers, *others, *versions, stranger, staging, abandoned]):
+        if not path.is_dir():
+            path.touch()
         os.utime(path, (age, age))
-    fresh.touch()
     cache.forget_old_versions()
-    assert set(base.iterdir()) == {*strangers, *others, *versions[-cache.KEPT_VERSIONS :], fresh}
+    assert set(base.iterdir()) == {*strangers, *others, *versions[-cache.KEPT_VERSIONS :], stranger, *fresh}
 
 
 def test_what_is_loaded_is_not_old(base: Path) -> None:

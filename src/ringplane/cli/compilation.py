@@ -78,5 +78,6 @@ def _umask(mask: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder on the same file system: what is interrupted leaves nothing in the real one."""
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=folder) as staging:
+    cache.forget_abandoned(folder)
+    with tempfile.TemporaryDirectory(prefix=cache.STAGING, dir=folder) as staging:
         yield Path(staging)

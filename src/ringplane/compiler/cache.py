@@ -30,8 +30,9 @@ KEPT_VERSIONS = 8
 TEMPORARY = "ringplane-cache-"
 # A file's name: a module or function, the arguments of a function, the key.
 NAME = re.compile(r"([\w.<>]+(?:-[0-9a-f]{8})?)-[0-9a-f]{20}\.(code|complete)")
-# The end of the name of a file that is being written, and the age in seconds at which its writer has surely ended.
-UNFINISHED, ABANDONED = ".unfinished", 86400
+# The end of the name of a file that is being written, the beginning of the name of a folder for several of them, and
+# the age in seconds at which the writer has surely ended.
+UNFINISHED, STAGING, ABANDONED = ".unfinished", ".compiling-", 86400
 
 VARIABLE = "RINGPLANE_CACHE_DIR"
 # The folder of this installation, for all its users. Who can write there can also replace Python itself.
@@ -287,9 +288,20 @@ def forget_old_versions() -> None:
         with contextlib.suppress(FileNotFoundError):
             if name := NAME.fullmatch(entry.name):
                 versions[name.groups()].append((entry.stat().st_mtime, entry.path))
-            elif entry.name.endswith(UNFINISHED) and entry.stat().st_mtime < time.time() - ABANDONED:
-                os.unlink(entry.path)
     for files in versions.values():
         for _, path in sorted(files, reverse=True)[KEPT_VERSIONS:]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+    forget_abandoned(folder)
+
+
+def forget_abandoned(folder: Path) -> None:
+    """Delete what was left unfinished by processes that were killed."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat().st_mtime > time.time() - ABANDONED:
+                continue
+            if entry.name.endswith(UNFINISHED):
+                os.unlink(entry.path)
+            elif entry.name.startswith(STAGING):
+                shutil.rmtree(entry.path, ignore_errors=True)
