@@ -11,8 +11,8 @@ from xdist import is_xdist_controller
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from ringplane.dataplane.warm import warm_up as compile_data_plane
-from ringplane.driver.warm import warm_up as compile_driver
+from ringplane.dataplane.compile_data_plane import warm_up as compile_data_plane
+from ringplane.driver.compile_driver import warm_up as compile_driver
 
 GUESTS = "tests/guest/"
 # They begin first because they take longest, so that no process has to wait long for another one at the end.

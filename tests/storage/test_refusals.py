@@ -25,7 +25,7 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
-from ringplane.virtio.zoned import VIRTIO_BLK_T_ZONE_RESET
+from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_RESET
 from unit.rig import loop_device, pattern, small_tmpfs
 
 from .fuse import FuseFile, Operation, mounted, obey

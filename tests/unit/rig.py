@@ -25,7 +25,7 @@ import pytest
 from ringplane.block.image import Image
 from ringplane.block.io import CHANNEL
 from ringplane.block.merge import send_held
-from ringplane.block.sources.choose import Source
+from ringplane.block.sources.choose_source import Source
 from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.stack import LayerPart, Stack
@@ -34,7 +34,7 @@ from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import NO_TYPES, Device, Queue, RingLayout
 from ringplane.dataplane.state import WORKER, RequestTypes
 from ringplane.dataplane.worker import Worker
-from ringplane.engines.choose import make_engine
+from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.native.access import fence, store16, view
 from ringplane.options.engine_names import MEMORY

@@ -101,9 +101,11 @@ def test_serve_ends_with_one_line(tmp_path: Path, mistake: str, said: str) -> No
 
 
 def test_a_start_with_a_filled_cache_checks_nothing() -> None:
-    program = "import sys; from ringplane.dataplane.warm import warm_up; warm_up(); print(sys.modules.keys())"
+    program = (
+        "import sys; from ringplane.dataplane.compile_data_plane import warm_up; warm_up(); print(sys.modules.keys())"
+    )
     # The first one may have to compile.
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "ringplane.dataplane.warm" in done.stdout
+    assert "ringplane.dataplane.compile_data_plane" in done.stdout
     assert "ringplane.compiler.checker" not in done.stdout

@@ -17,15 +17,15 @@ import json
 from numba.core import event
 from ringplane.block.sources.file import FileSource
 from ringplane.compiler import pipeline
-from ringplane.dataplane import warm
+from ringplane.dataplane import compile_data_plane
 from ringplane.engines.uring import Uring
 
 texts = []
 join = pipeline._join
 pipeline._join = lambda *arguments: texts.append(join(*arguments)) or texts[-1]
 with event.install_recorder("numba:compile") as recorder:
-    warm.load_loop()
-    warm.load_rest()
+    compile_data_plane.load_loop()
+    compile_data_plane.load_rest()
     for unit in (*Uring.units, *FileSource.units):
         unit.address()
 print(json.dumps([sum(each.is_start for _, each in recorder.buffer), sum(map(len, texts))]))

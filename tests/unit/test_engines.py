@@ -20,7 +20,7 @@ from ringplane.block.mapped_image import MappedImage, read_or_write
 from ringplane.block.ranges import RANGE, Backing, apply
 from ringplane.engines import uring
 from ringplane.engines.aio import Aio
-from ringplane.engines.choose import WORKER_ENGINES, make_engine
+from ringplane.engines.choose_engine import WORKER_ENGINES, make_engine
 from ringplane.engines.common import READ, WRITE, EngineUnavailable
 from ringplane.engines.dispatch import has_events, prepare_io, reap, submit, wait
 from ringplane.engines.uring import Uring

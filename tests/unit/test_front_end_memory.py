@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import ringplane
+from ringplane.driver.compile_driver import warm_up
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import Refused, SharedMemory
 from ringplane.driver.load import Load, Result, run_load
 from ringplane.driver.virtqueue import peek
-from ringplane.driver.warm import warm_up
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, Request
 from ringplane.vhost_user.payloads import MemoryRegion, SingleMemoryRegion
 from ringplane.virtio.blk import HEADER_SIZE, VIRTIO_BLK_S_OK

@@ -28,8 +28,8 @@ from ringplane.options.zone_options import ZoneModel
 from ringplane.vhost_user.messages import HEADER, BackendRequest, Request
 from ringplane.vhost_user.payloads import VringState
 from ringplane.vhost_user.snapshot import Fd
+from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
 from ringplane.virtio.split import AVAIL_IDX
-from ringplane.virtio.zoned import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
 
 from .protocol_rig import CONTENT, QUEUES, Machine, front_end, machine, negotiated, open_fds, sector, shared_mappings
 from .rig import OK, PATIENCE, eventually, need_engine, pattern

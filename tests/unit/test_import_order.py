@@ -28,10 +28,6 @@ HELP_IMPORTS = {"click"}
 HELP_FOLDERS = {"cli", "log", "options", "system"}
 
 
-# Names that several modules still have.
-SAME_NAMES = {"choose", "warm", "zoned"}
-
-
 def module_name(path: Path) -> str:
     """The name below the package: `control.export`; `driver` for driver/__init__.py; `__init__` for the root."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -106,7 +102,7 @@ def test_no_two_modules_have_the_same_name() -> None:
     """Of the package or of the tests: in a traceback or a list of open files the name alone says which one it is."""
     tests = Path(__file__).parents[1]
     names = Counter(path.stem for path in [*PACKAGE.rglob("*.py"), *tests.rglob("*.py")])
-    assert {name for name, count in names.items() if count > 1} - {"__init__", "conftest"} <= SAME_NAMES
+    assert {name for name, count in names.items() if count > 1} - {"__init__", "conftest"} == set()
 
 
 def test_architecture_shows_the_same_order() -> None:

@@ -386,9 +386,9 @@ def test_an_unusable_cache_folder_is_logged_before_compiling(tmp_path: Path) -> 
     """The warning of the whole command; other tests cover compiling."""
     program = (
         "import logging; logging.basicConfig()\n"
-        "from ringplane.dataplane import warm\n"
-        "warm.compile_apart = lambda *arguments: None\n"
-        "warm.warm_up()\n"
+        "from ringplane.dataplane import compile_data_plane\n"
+        "compile_data_plane.compile_apart = lambda *arguments: None\n"
+        "compile_data_plane.warm_up()\n"
     )
     (tmp_path / "file").touch()
     environment = {**os.environ, "RINGPLANE_CACHE_DIR": str(tmp_path / "file")}

@@ -26,7 +26,7 @@ from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.process import peer_pid
-from ringplane.engines.choose import WORKER_ENGINES
+from ringplane.engines.choose_engine import WORKER_ENGINES
 from ringplane.options.cpus import format_cpus
 from ringplane.options.engine_names import AUTO, THREAD_ENGINES
 from ringplane.system.open_files import FEWEST_FILES

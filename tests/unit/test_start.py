@@ -277,7 +277,7 @@ def test_without_a_child_process_nothing_is_compiled_ahead(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    apart.compile_apart("ringplane.dataplane.warm", NONE)
+    apart.compile_apart("ringplane.dataplane.compile_data_plane", NONE)
     assert "cannot start a process that compiles" in caplog.text
 
 

@@ -32,7 +32,7 @@ from ringplane.driver.virtqueue import peek, poke
 from ringplane.options.zone_options import ZoneModel, parse_zones
 from ringplane.system import procfs
 from ringplane.virtio import blk
-from ringplane.virtio.zoned import DESCRIPTOR, REPORT
+from ringplane.virtio.blk_zones import DESCRIPTOR, REPORT
 
 from .rig import (
     APPEND,

@@ -28,7 +28,7 @@ from ringplane.native.access import address_of, view
 from ringplane.native.structs import new, struct
 
 if TYPE_CHECKING:
-    from ringplane.engines.choose import Engine
+    from ringplane.engines.choose_engine import Engine
 
 # CONTINUE: in the direction that `io.upward` says. WAIT: the same, at the time `io.due`. HELP: the same, after a helper
 # thread has called `help(layer, io)`, which may block, and whose result becomes the I/O's.

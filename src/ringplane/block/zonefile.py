@@ -22,9 +22,9 @@ from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.options.image_options import ImageOptions
 from ringplane.options.zone_options import ZoneModel
 from ringplane.system import libc, procfs
-from ringplane.virtio import zoned
+from ringplane.virtio import blk_zones
 from ringplane.virtio.blk import SECTOR
-from ringplane.virtio.zoned import REPORT_SIZE
+from ringplane.virtio.blk_zones import REPORT_SIZE
 
 MAGIC = b"ringplane zones1"
 PAGE = 4096
@@ -43,7 +43,7 @@ HEADER = np.dtype(
     ]
 )
 
-OPEN = (zoned.VIRTIO_BLK_ZS_IOPEN, zoned.VIRTIO_BLK_ZS_EOPEN)
+OPEN = (blk_zones.VIRTIO_BLK_ZS_IOPEN, blk_zones.VIRTIO_BLK_ZS_EOPEN)
 
 # An append must be complete or fail as a whole, so its size is limited.
 MAX_APPEND_SECTORS = 2048
@@ -124,10 +124,12 @@ class ZoneFile:
         # No zone is open when the device starts.
         self._table["state"] = np.where(
             pointers == 0,
-            zoned.VIRTIO_BLK_ZS_EMPTY,
-            np.where(pointers == model.capacity // SECTOR, zoned.VIRTIO_BLK_ZS_FULL, zoned.VIRTIO_BLK_ZS_CLOSED),
+            blk_zones.VIRTIO_BLK_ZS_EMPTY,
+            np.where(
+                pointers == model.capacity // SECTOR, blk_zones.VIRTIO_BLK_ZS_FULL, blk_zones.VIRTIO_BLK_ZS_CLOSED
+            ),
         )
-        self._table["state"][: model.conventional] = zoned.VIRTIO_BLK_ZS_NOT_WP
+        self._table["state"][: model.conventional] = blk_zones.VIRTIO_BLK_ZS_NOT_WP
         self._snapshot = np.zeros(self.count, np.int64)
         self._zones: npt.NDArray[np.void] = np.zeros(1, ZONES)
         self.address = int(self._zones.ctypes.data)
@@ -138,7 +140,7 @@ class ZoneFile:
         zones["max_append"], zones["block_mask"] = self.max_append_sectors, self.block_size - 1
         self._scratch = np.zeros(REPORT_SIZE, np.uint8)
         zones["scratch"] = self._scratch.ctypes.data
-        zones["active"] = int((self._table["state"] == zoned.VIRTIO_BLK_ZS_CLOSED).sum())
+        zones["active"] = int((self._table["state"] == blk_zones.VIRTIO_BLK_ZS_CLOSED).sum())
         zones["table"], zones["snapshot"] = self._table.ctypes.data, self._snapshot.ctypes.data
         zones["reached"], zones["stable"] = self._reached.ctypes.data, self._stable.ctypes.data
 
@@ -191,7 +193,7 @@ class ZoneFile:
         self._zones["failed"] = values[0]
         self._table["state"], self._table["pointer"] = state, pointer
         self._zones["open"] = np.isin(state, OPEN).sum()
-        self._zones["active"] = np.isin(state, (*OPEN, zoned.VIRTIO_BLK_ZS_CLOSED)).sum()
+        self._zones["active"] = np.isin(state, (*OPEN, blk_zones.VIRTIO_BLK_ZS_CLOSED)).sum()
 
     def abandon(self) -> None:
         """Close the file without changing it, because another process continues with it."""

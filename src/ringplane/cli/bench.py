@@ -226,7 +226,7 @@ def measured(
     """Run the bench of these options; raises BenchError, Interrupted, and click.UsageError for conflicting options."""
     from ringplane.bench import machine, results, run
     from ringplane.bench.errors import never
-    from ringplane.driver.warm import warm_up
+    from ringplane.driver.compile_driver import warm_up
 
     settings = settings_of(context, options, only_reads=against is None and not destroy_data)
     report = results.Report(machine.describe(), settings.described())

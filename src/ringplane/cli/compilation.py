@@ -12,7 +12,7 @@ from pathlib import Path
 from ringplane.compiler import cache
 from ringplane.compiler.apart import compile_apart
 from ringplane.compiler.units import known
-from ringplane.dataplane import warm  # noqa: F401  # imports all modules with units
+from ringplane.dataplane import compile_data_plane  # noqa: F401  # imports all modules with units
 from ringplane.system.signals import NONE, Signals
 
 

@@ -51,16 +51,16 @@ def compile_first(console: Console, signals: Signals) -> None:
     """Compile in advance for the first start, so that the user sees what takes long."""
     from ringplane.compiler.cache import DATA_PLANE, DRIVER, is_cached, place
     from ringplane.compiler.interpreted import INTERPRETED
-    from ringplane.dataplane import warm as data_plane
-    from ringplane.driver import warm as driver
+    from ringplane.dataplane import compile_data_plane
+    from ringplane.driver import compile_driver
 
-    parts = (("data plane", DATA_PLANE, data_plane, 20), ("driver", DRIVER, driver, 5))
-    for name, cached, warm, seconds in parts:
+    parts = (("data plane", DATA_PLANE, compile_data_plane, 20), ("driver", DRIVER, compile_driver, 5))
+    for name, cached, module, seconds in parts:
         if not INTERPRETED and not is_cached(cached):
             once = "" if place().short_lived else ", once per installation"
             console.print(f"compiling the {name}{once}: about {seconds} s ...")
             started = time.monotonic()
-            warm.warm_up(signals=signals)
+            module.warm_up(signals=signals)
             console.print(f"compiled the {name} in {time.monotonic() - started:.0f} s")
 
 

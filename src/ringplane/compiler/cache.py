@@ -38,7 +38,7 @@ VARIABLE = "RINGPLANE_CACHE_DIR"
 # The folder of this installation, for all its users. Who can write there can also replace Python itself.
 SHARED = Path(sys.prefix, "lib", "ringplane")
 # What is compiled, by the module that a child process runs for it: the data plane, and the load generator.
-DATA_PLANE, DRIVER = "ringplane.dataplane.warm", "ringplane.driver.warm"
+DATA_PLANE, DRIVER = "ringplane.dataplane.compile_data_plane", "ringplane.driver.compile_driver"
 # The space that must be free, in bytes: more than the compiled code of a version.
 ROOM = 4 << 20
 # Errors of fallocate(2) for lack of space.

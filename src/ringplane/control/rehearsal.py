@@ -14,7 +14,7 @@ from functools import partial
 
 from ringplane.block.image import Image, ImageError, create_nameless
 from ringplane.block.layers.registry import LAYERS
-from ringplane.block.sources.choose import check_engines, check_huge_pages, kind_of_source
+from ringplane.block.sources.choose_source import check_engines, check_huge_pages, kind_of_source
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
 from ringplane.block.storage_limits import Limits, limits

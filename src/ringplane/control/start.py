@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from ringplane.block.sources.choose import kind_of_source
+from ringplane.block.sources.choose_source import kind_of_source
 from ringplane.compiler.units import Unit
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
@@ -21,10 +21,10 @@ from ringplane.control.opening import (
 from ringplane.control.server import Server
 from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
+from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
 from ringplane.dataplane.request_types import request_types_of, units_of_types
-from ringplane.dataplane.warm import release_compiler, warm_up
 from ringplane.device.disk import Disk
-from ringplane.engines.choose import units_of
+from ringplane.engines.choose_engine import units_of
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.options.declare import WrongOptions, taking
 from ringplane.options.disk_config import DiskConfig, OneDisk

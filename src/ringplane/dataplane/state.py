@@ -109,7 +109,7 @@ QUEUE = struct(
     "failures",  # FAILURE structs, one per kind of request
 )
 
-# Three words for what is asked for. The *type* is the number in the request's header (virtio/blk.py, virtio/zoned.py).
+# Three words for what is asked for. The *type* is the number in the request's header (virtio/blk.py, blk_zones.py).
 # The *kind* is how requests are counted and logged: types that are rare share one. The *operation* is what the block
 # I/O does (block/io.py): a request can have none, and a layer can change it, as a zone append becomes a write.
 KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_DISCARD, KIND_ZERO, KIND_OTHER = range(6)

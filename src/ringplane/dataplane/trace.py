@@ -21,7 +21,7 @@ from ringplane.dataplane.state import (
     WORKER_TRACED,
 )
 from ringplane.native.access import address_of, store64_release, view
-from ringplane.virtio import blk, zoned
+from ringplane.virtio import blk, blk_zones
 
 EVENT_NAMES = {TRACE_FETCH: "fetch", TRACE_COMPLETE: "complete", TRACE_START: "start", TRACE_STOP: "stop"}
 TYPE_NAMES = {
@@ -33,22 +33,22 @@ TYPE_NAMES = {
     blk.VIRTIO_BLK_T_DISCARD: "discard",
     blk.VIRTIO_BLK_T_WRITE_ZEROES: "write-zeroes",
     blk.VIRTIO_BLK_T_SECURE_ERASE: "secure-erase",
-    zoned.VIRTIO_BLK_T_ZONE_APPEND: "zone-append",
-    zoned.VIRTIO_BLK_T_ZONE_REPORT: "zone-report",
-    zoned.VIRTIO_BLK_T_ZONE_OPEN: "zone-open",
-    zoned.VIRTIO_BLK_T_ZONE_CLOSE: "zone-close",
-    zoned.VIRTIO_BLK_T_ZONE_FINISH: "zone-finish",
-    zoned.VIRTIO_BLK_T_ZONE_RESET: "zone-reset",
-    zoned.VIRTIO_BLK_T_ZONE_RESET_ALL: "zone-reset-all",
+    blk_zones.VIRTIO_BLK_T_ZONE_APPEND: "zone-append",
+    blk_zones.VIRTIO_BLK_T_ZONE_REPORT: "zone-report",
+    blk_zones.VIRTIO_BLK_T_ZONE_OPEN: "zone-open",
+    blk_zones.VIRTIO_BLK_T_ZONE_CLOSE: "zone-close",
+    blk_zones.VIRTIO_BLK_T_ZONE_FINISH: "zone-finish",
+    blk_zones.VIRTIO_BLK_T_ZONE_RESET: "zone-reset",
+    blk_zones.VIRTIO_BLK_T_ZONE_RESET_ALL: "zone-reset-all",
 }
 STATUS_NAMES = {
     blk.VIRTIO_BLK_S_OK: "ok",
     blk.VIRTIO_BLK_S_IOERR: "ioerr",
     blk.VIRTIO_BLK_S_UNSUPP: "unsupp",
-    zoned.VIRTIO_BLK_S_ZONE_INVALID_CMD: "zone-invalid-cmd",
-    zoned.VIRTIO_BLK_S_ZONE_UNALIGNED_WP: "zone-unaligned-wp",
-    zoned.VIRTIO_BLK_S_ZONE_OPEN_RESOURCE: "zone-open-resource",
-    zoned.VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE: "zone-active-resource",
+    blk_zones.VIRTIO_BLK_S_ZONE_INVALID_CMD: "zone-invalid-cmd",
+    blk_zones.VIRTIO_BLK_S_ZONE_UNALIGNED_WP: "zone-unaligned-wp",
+    blk_zones.VIRTIO_BLK_S_ZONE_OPEN_RESOURCE: "zone-open-resource",
+    blk_zones.VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE: "zone-active-resource",
 }
 
 

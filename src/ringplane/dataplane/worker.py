@@ -27,7 +27,7 @@ from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.dataplane.worker_state import WorkerState
-from ringplane.engines.choose import make_engine
+from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.native import interrupt, sigbus
 from ringplane.options.engine_names import AUTO

@@ -26,7 +26,7 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_OUT,
 )
-from ringplane.virtio.zoned import (
+from ringplane.virtio.blk_zones import (
     APPEND_SECTOR_SIZE,
     REPORT_SIZE,
     VIRTIO_BLK_T_ZONE_APPEND,

@@ -14,7 +14,7 @@ import numpy as np
 
 from ringplane.block.image import Image, ImageError
 from ringplane.block.layers.layer import Layer
-from ringplane.block.sources.choose import open_source
+from ringplane.block.sources.choose_source import open_source
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
 from ringplane.block.stack import Stack

@@ -1,4 +1,4 @@
-"""The names of the engines: `engines/choose.py` has what they are. Here they can be had without importing NumPy."""
+"""The names of the engines, without an import of NumPy; `engines/choose_engine.py` makes the engines."""
 
 AUTO, IO_URING, AIO, MEMORY, NULL = "auto", "io_uring", "aio", "memory", "null"
 

@@ -39,7 +39,7 @@ from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import address_of, load64, store64, view
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_F_ZONED, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP
-from ringplane.virtio.zoned import (
+from ringplane.virtio.blk_zones import (
     DESCRIPTOR,
     DESCRIPTOR_SIZE,
     REPORT,

@@ -17,7 +17,7 @@ from ringplane.native.uio import IOVEC, IOVEC_SIZE
 if TYPE_CHECKING:
     from ringplane.block.image import Image
     from ringplane.block.ranges import Backing
-    from ringplane.engines.choose import Engine
+    from ringplane.engines.choose_engine import Engine
 
 # An open file of the image, used by one I/O thread.
 FILE = struct(

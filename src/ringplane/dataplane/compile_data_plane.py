@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ringplane.block import ranges  # noqa: F401
 from ringplane.block.helper_threads import run_helper
 from ringplane.block.layers import registry  # noqa: F401
-from ringplane.block.sources import choose  # noqa: F401
+from ringplane.block.sources import choose_source  # noqa: F401
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached, mark_cached, place
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE, load_intrinsics
