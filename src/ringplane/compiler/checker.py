@@ -1,9 +1,9 @@
 """Mistakes in compiled code, found in a second: each is one line, `path:line: what is wrong`.
 
 Numba finds most of them too, after half a minute, in some 500 lines; the others it compiles. This check reads only the
-syntax trees (sources.py), and follows values along all paths (flow.py) and through all calls (inference.py): which
-struct a variable is a view of, and what a function returns. A parameter is whatever the callers pass; Python may pass
-anything.
+syntax trees (sources.py). It follows values along all paths (flow.py, expressions.py) and through all calls
+(inference.py): which struct a variable is a view of, and what a function returns. A parameter is whatever the callers
+pass; Python may pass anything.
 
     python -m ringplane.compiler.checker [FILE or FOLDER ...]
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -76,6 +76,28 @@ def join(shapes: Iterable[Shape]) -> Shape:
         return elements
     joined = (Several(tuple(map(join, zip(*(each.items for each in same), strict=True)))) for same in tuples.values())
     return frozenset(each for each in elements if not isinstance(each, Several)) | frozenset(joined)
+
+
+@dataclass
+class Paths:
+    """The variables where some paths meet. `unsure`: those that are not assigned on all of them."""
+
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    unsure: frozenset[str] = frozenset()
+
+    def copy(self) -> Paths:
+        return Paths(dict(self.shapes), self.unsure)
+
+
+def meet(paths: Iterable[Paths | None]) -> Paths | None:
+    """The variables after one of these paths; None: no path leads here."""
+    real = [each for each in paths if each is not None]
+    if len(real) < 2:
+        return real[0] if real else None
+    names = set().union(*(each.shapes for each in real))
+    shapes = {name: join(each.shapes.get(name, UNKNOWN) for each in real) for name in names}
+    missing = {name for name in names for each in real if name not in each.shapes}
+    return Paths(shapes, frozenset(missing).union(*(each.unsure for each in real)))
 
 
 def describe(element: Element) -> str:
