@@ -256,7 +256,7 @@ class Target:
         line.kick()
         wait_for_event(line.err_fd, f"the error: {ring_rules.MESSAGES[rule]}")
         told = self.victim.told()[before:]
-        assert f"bad.img queue {line.number}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in told, told
+        assert f"bad queue {line.number}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in told, told
         assert told.count("ring broken") == 1
         assert attacker.memory_beside_rings() == memory
         assert not list(line.ring.take_used())

@@ -163,7 +163,7 @@ def test_the_process_runs_out_of_fds(target: Target, connection: socket.socket) 
             allow_more_fds(victim, more)
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(victim.socket))
-                expected = f"bad.img: {complaint}: [Errno 24] Too many open files"
+                expected = f"bad: {complaint}: [Errno 24] Too many open files"
                 assert eventually(lambda expected=expected: expected in target.told())
                 assert eventually(victim.is_idle)
                 victim.neighbour.write(0, DISK[:4096])

@@ -295,7 +295,7 @@ def test_an_image_is_replaced(tmp_path: Path) -> None:
         served.process.send_signal(signal.SIGHUP)
         wait_until(lambda: lines(served, f"has {SIZE} bytes, unchanged"), "SIGHUP was not handled")
         assert lines(
-            served, "disk.img: its path leads to another file now, or to none; the opened one is served until a restart"
+            served, "disk: its path leads to another file now, or to none; the opened one is served until a restart"
         )
         assert image.read_bytes()[: 2 * BLOCK] == bytes(2 * BLOCK)
 

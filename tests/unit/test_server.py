@@ -426,7 +426,7 @@ def test_error_in_a_session_ends_only_that_session(
             patch.setattr("ringplane.control.export.Session.run", fail)
             with pytest.raises((OSError, ProtocolError)):
                 attach(first)
-        wait_until(lambda: "0.img: front end dropped because of an internal error" in caplog.text)
+        wait_until(lambda: "0: front end dropped because of an internal error" in caplog.text)
         driver.read(0, 512)
     assert works(first)
 
@@ -446,6 +446,6 @@ def test_error_in_serving_ends_only_that_disk(
         with pytest.raises((OSError, ProtocolError)):
             attach(first)
         assert first.wait(SOON)
-        assert "0.img: stopped serving because of an internal error" in caplog.text
+        assert "0: stopped serving because of an internal error" in caplog.text
         driver.read(0, 512)
     assert works(second)

@@ -284,8 +284,8 @@ def abandon(server: Server, logs: Logs) -> NoReturn:
 
 
 def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:
-    """A function that prints events on standard error; with several disks, each with the name of its image."""
-    names = {export.device: f"{export.disk.image.path.name} " for export in server.exports}
+    """A function that prints events on standard error; with several disks, each with its name."""
+    names = {export.device: f"{export.disk.name} " for export in server.exports}
 
     def print_event(event: TraceEvent | str) -> None:
         disk = names[event.device] if len(names) > 1 and not isinstance(event, str) else ""
@@ -300,7 +300,7 @@ def announce(export: Export, logs: Logs) -> None:
     if export.config.direct and disk.through_page_cache:
         logs.say(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
     mode = disk.how + (", read-only" if image.read_only else "")
-    logs.say(f"serving {image.path} ({format_size(image.size)}, {mode}, {len(disk.queues)} queues)")
+    logs.say(f"serving {image.path} ({format_size(image.size)}, {mode}, {len(disk.queues)} queues) as {disk.name}")
     logs.say(f"listening on {export.socket_path or 'an inherited socket'}")
 
 

@@ -108,6 +108,7 @@ class _Reader:
             if table.values.keys() >= {"image", "socket_path"}:
                 with self.noting_problems(table.place):
                     disks.append((table, self._disk(table, [thread.name for thread in io_threads])))
+        self._check_disk_names(disks)
         self._check_sockets(disks)
         self._check_images(disks)
         return Config([disk for _, disk in disks], io_threads)
@@ -170,6 +171,14 @@ class _Reader:
         first = self._disks_spread % len(threads)
         self._disks_spread += 1
         return (*threads[first:], *threads[:first])
+
+    def _check_disk_names(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
+        first: dict[str, _Table] = {}
+        for table, disk in disks:
+            if disk.name is not None and (other := first.setdefault(disk.name, table)) is not table:
+                self.problems.append(
+                    f"{table.place}name: {shown(disk.name)} is the name of {_named(other)} already; give each its own"
+                )
 
     def _check_sockets(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
         first: dict[str, _Table] = {}

@@ -52,6 +52,11 @@ class Export:
         self._finished = threading.Event()
 
     @property
+    def name(self) -> str:
+        """The name of the disk; no two disks of a process have the same."""
+        return self.disk.name
+
+    @property
     def state(self) -> str:
         """`listening`, `attached` (to a front end) or `stopped`."""
         if self.stopped:

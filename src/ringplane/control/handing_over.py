@@ -93,7 +93,7 @@ async def _freeze_all(exports: Sequence[Export], undo: contextlib.AsyncExitStack
         if result is None:
             undo.push_async_callback(export.thaw)
         else:
-            problem = f"{export.disk.image.path.name}: {result}"
+            problem = f"{export.disk.name}: {result}"
     if problem:
         raise HandoverError(problem)
 

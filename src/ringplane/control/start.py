@@ -27,7 +27,7 @@ from ringplane.device.disk import Disk
 from ringplane.engines.choose_engine import units_of
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.options.declare import WrongOptions, taking
-from ringplane.options.disk_config import DiskConfig, OneDisk
+from ringplane.options.disk_config import DiskConfig, OneDisk, named
 from ringplane.options.thread_options import IoThread
 from ringplane.system import procfs
 from ringplane.system.signals import NONE, Signals
@@ -93,6 +93,7 @@ def serve_all(
     if upgrade and any(config.socket_path is None for config in disks):
         raise WrongOptions("{upgrade} needs {socket_path}, by which the running process is found")
     _check_names(disks, [thread.name for thread in io_threads])
+    disks = named(disks)
     procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
         predecessor = at_last.enter_context(Predecessor(disks, signals)) if upgrade else None

@@ -161,12 +161,12 @@ def _check_config_space(export: Export, there: bytes) -> None:
     old, new = (np.frombuffer(space.ljust(blk.CONFIG.itemsize, b"\0"), blk.CONFIG, 1)[0] for space in (there, here))
     changed = [name for name in fields if old[name].tobytes() != new[name].tobytes()]
     if changed:
-        raise HandoverError(f"{export.disk.image.path.name}: the guest would see a change of {', '.join(changed)}")
+        raise HandoverError(f"{export.disk.name}: the guest would see a change of {', '.join(changed)}")
 
 
 def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any]) -> None:
     if saved["size"] != offered["size"]:
-        raise HandoverError(f"{export.disk.image.path.name}: its size is being changed; try again")
+        raise HandoverError(f"{export.disk.name}: its size is being changed; try again")
     if saved["flush_failed"]:
         export.disk.set_flush_failed()
     for layer, state in zip(export.disk.layers, saved["layers"], strict=True):

@@ -25,6 +25,7 @@ from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
 from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import OFF_BY_DEFAULT
+from ringplane.options.name_options import default_name
 from ringplane.virtio import blk, features
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Disk:
         Raises ImageError if the image cannot be served this way.
         """
         self.image = image
+        # In log lines, and for whoever asks.
+        self.name = options.name or default_name(image.path)
         self.block_size = options.block_size
         self.serial = options.serial if options.serial is not None else default_serial(image)
         self.layers = layers
@@ -111,11 +114,6 @@ class Disk:
     @property
     def _impossible(self) -> frozenset[str]:
         return impossible_with(self.layers)
-
-    @property
-    def name(self) -> str:
-        """The name of the disk in log lines: that of the image."""
-        return self.image.path.name
 
     @property
     def through_page_cache(self) -> bool:

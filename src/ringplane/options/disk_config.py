@@ -6,8 +6,9 @@ becomes one of the bases of DiskOptions.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from ringplane.options.cpus import CPU_SETS
@@ -16,7 +17,8 @@ from ringplane.options.delay_options import DelayOptions
 from ringplane.options.device_options import DeviceOptions
 from ringplane.options.engine_names import AUTO, ENGINES, THREAD_ENGINES
 from ringplane.options.image_options import ImageOptions
-from ringplane.options.kinds import NAMES, PATH, OneOf, Whole
+from ringplane.options.kinds import NAMES, PATH, OneOf, Whole, shown
+from ringplane.options.name_options import NameOptions, default_names
 from ringplane.options.socket_options import SocketOptions
 from ringplane.options.thread_options import IoThread, ThreadOptions
 from ringplane.options.zone_options import ZoneOptions
@@ -38,7 +40,7 @@ class EngineOptions(Options):
     )
 
 
-class DiskOptions(ZoneOptions, DelayOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions):
+class DiskOptions(ZoneOptions, DelayOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions, NameOptions):
     """All options that a disk has wherever it is described. A group comes before those whose options it needs."""
 
 
@@ -79,6 +81,16 @@ class DiskConfig(DiskOptions):
                 threads=len(self.io_threads),
                 queues=self.num_queues,
             )
+
+
+def named(disks: Iterable[DiskConfig]) -> list[DiskConfig]:
+    """The same disks, each with a name. Raises ValueError if two are given the same name."""
+    disks = list(disks)
+    names = default_names([disk.image for disk in disks], [disk.name for disk in disks])
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise WrongOptions("{name}: {same} is the name of two disks; give each its own", same=shown(name))
+    return [dataclasses.replace(disk, name=name) for disk, name in zip(disks, names, strict=True)]
 
 
 class OneDisk(DiskOptions, ThreadOptions):
