@@ -1,15 +1,14 @@
 """The interpreted mode (`RINGPLANE_INTERPRET=1`): the same code, uncompiled, so that a debugger can stop in it.
 
-A compiled function is then the Python function that it was written as. An intrinsic, which is an instruction or a call
-of a C function, stays compiled, each one alone: so it has one declaration, and does the same in both modes. Only those
-that take structs have a counterpart here, where a struct is an object that reads and writes memory.
+A compiled function is then the Python function that it was written as. An intrinsic (intrinsics.py) stays compiled,
+each one alone: so it has one declaration, and does the same in both modes. Only those that take structs have a
+counterpart here, where a struct is an object that reads and writes memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,43 +18,8 @@ import numpy as np
 VARIABLE = "RINGPLANE_INTERPRET"
 INTERPRETED = os.environ.get(VARIABLE, "0") not in ("", "0")
 
-# The intrinsics of this process, with their number of arguments.
-_alone: list[tuple[Any, int]] = []
 # The units of this process. The address of a unit is its place here; 0 is none.
 _units: list[Callable[..., int]] = []
-
-
-def intrinsic(define: Callable[..., Any] | None = None, *, python: Callable[..., Any] | None = None) -> Any:
-    """Numba's `intrinsic`. `python` takes its place in the interpreted mode, if it does not take and return int64."""
-    if define is None:
-        return functools.partial(intrinsic, python=python)
-    if INTERPRETED and python is not None:
-        return python
-    from numba.extending import intrinsic as numba_intrinsic
-
-    made = numba_intrinsic(define)
-    return _compile_alone(made, define) if INTERPRETED else made
-
-
-def _compile_alone(made: Any, define: Callable[..., Any]) -> Any:
-    """A function that Python can call, made of nothing but this intrinsic; it runs without the GIL."""
-    import numba
-
-    names = [f"argument_{number}" for number in range(len(inspect.signature(define).parameters) - 1)]
-    caller = eval(f"lambda {', '.join(names)}: made({', '.join(names)})", {"made": made})
-    alone = numba.njit(nogil=True)(caller)
-    _alone.append((alone, len(names)))
-    return alone
-
-
-def load_intrinsics() -> None:
-    """Compile all intrinsics now: a confined process cannot load code."""
-    from numba.core import types
-
-    for alone, count in _alone:
-        if not alone.signatures:
-            alone.compile((types.int64,) * count)
-        alone.disable_compile()
 
 
 # What takes structs.

@@ -82,17 +82,12 @@ def _parameters(arguments: ast.arguments) -> tuple[tuple[str, ...], int, bool]:
 
 
 def intrinsic(define: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Stands for Numba's `intrinsic`, and for ours."""
+    """Stands for the decorator of the compiler."""
     if define is None:
         return intrinsic
     code = define.__code__
     names = code.co_varnames[1 : code.co_argcount]
-    try:
-        signature = define(None, *[None] * len(names))[0]
-    except Exception:
-        # It looks at the types of its arguments. Those that do have results.
-        signature = None
-    returns = not (isinstance(signature, Opaque) and signature.name == "void")
+    returns = define.__annotations__.get("return") != "None"
     return Intrinsic(code.co_name, names, len(names), bool(code.co_flags & 0x04), returns)
 
 

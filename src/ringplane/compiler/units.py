@@ -27,7 +27,8 @@ from numba.core.types.containers import StarArgTuple
 
 from ringplane.compiler import cache, interpreted
 from ringplane.compiler.bad_code import bad_code
-from ringplane.compiler.interpreted import INTERPRETED, intrinsic
+from ringplane.compiler.interpreted import INTERPRETED
+from ringplane.compiler.intrinsics import intrinsic
 from ringplane.compiler.jit import making
 from ringplane.compiler.key import GENERIC, NATIVE
 from ringplane.compiler.pipeline import OPTIONS, UnitCompiler

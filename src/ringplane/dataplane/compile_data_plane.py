@@ -13,7 +13,8 @@ from ringplane.block.layers import registry  # noqa: F401
 from ringplane.block.sources import choose_source  # noqa: F401
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached, mark_cached, place
-from ringplane.compiler.interpreted import INTERPRETED, VARIABLE, load_intrinsics
+from ringplane.compiler.interpreted import INTERPRETED, VARIABLE
+from ringplane.compiler.intrinsics import load_intrinsics
 from ringplane.compiler.jit import load
 from ringplane.compiler.side_by_side import work_off
 from ringplane.compiler.units import Unit, known

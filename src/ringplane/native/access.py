@@ -15,40 +15,22 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from llvmlite import ir
-from numba.core import types
-from numba.core.errors import TypingError
-
 from ringplane.compiler import interpreted
-from ringplane.compiler.interpreted import intrinsic
-
-INT64 = ir.IntType(64)
-
-
-def _pointer(builder: Any, address: Any, bits: int) -> Any:
-    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+from ringplane.compiler.intrinsics import intrinsic
 
 
 def _make_load(bits: int, ordering: str, doc: str) -> Any:
-    def load(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = builder.load_atomic(_pointer(builder, args[0], bits), ordering, align=bits // 8)
-            return value if bits == 64 else builder.zext(value, INT64)
-
-        return types.int64(types.int64), codegen
+    def load(llvm: Any, address: Any) -> Any:
+        value = llvm.builder.load_atomic(llvm.pointer(address, bits), ordering, align=bits // 8)
+        return llvm.extended(value)
 
     load.__doc__ = doc
     return intrinsic(load)
 
 
 def _make_store(bits: int, ordering: str, doc: str) -> Any:
-    def store(typingctx: Any, address: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = args[1] if bits == 64 else builder.trunc(args[1], ir.IntType(bits))
-            builder.store_atomic(value, _pointer(builder, args[0], bits), ordering, align=bits // 8)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), codegen
+    def store(llvm: Any, address: Any, value: Any) -> None:
+        llvm.builder.store_atomic(llvm.narrow(value, bits), llvm.pointer(address, bits), ordering, align=bits // 8)
 
     store.__doc__ = doc
     return intrinsic(store)
@@ -70,73 +52,43 @@ store32_release = _make_store(32, "release", "Release store of 32 bits to an ali
 
 
 @intrinsic
-def fence(typingctx: Any) -> Any:
+def fence(llvm: Any) -> None:
     """A sequentially consistent fence: nothing before it moves behind it, nothing behind it moves before it."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    llvm.builder.fence("seq_cst")
 
 
 @intrinsic
-def relax(typingctx: Any) -> Any:
+def relax(llvm: Any) -> None:
     """A hint to the processor that this loop waits for a store by another thread."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if platform.machine() == "x86_64":
-            builder.call(external("llvm.x86.sse2.pause", builder, ir.VoidType(), []), [])
-        else:
-            hint = external("llvm.aarch64.hint", builder, ir.VoidType(), [ir.IntType(32)])
-            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])  # YIELD
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    if platform.machine() == "x86_64":
+        llvm.call("llvm.x86.sse2.pause", [], bits=0)
+    else:
+        llvm.call("llvm.aarch64.hint", [llvm.number(1, bits=32)], bits=0)  # YIELD
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
+def prefetch(llvm: Any, address: Any) -> None:
     """Begin to load the cache line and the page table entry of an address, which need not be valid."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = ir.IntType(32)
-        pointer = _pointer(builder, args[0], 8)
-        function = external("llvm.prefetch.p0i8", builder, ir.VoidType(), [pointer.type, bits, bits, bits])
-        builder.call(function, [pointer, *(ir.Constant(bits, value) for value in (0, 3, 1))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    how = [llvm.number(value, bits=32) for value in (0, 3, 1)]
+    llvm.call("llvm.prefetch.p0i8", [llvm.pointer(address, 8), *how], bits=0)
 
 
 @intrinsic
-def wrapping_add(typingctx: Any, a: Any, b: Any) -> Any:
+def wrapping_add(llvm: Any, a: Any, b: Any) -> Any:
     """a + b modulo 2^64. Numba's own + - * promise LLVM not to overflow: an overflow there is undefined behaviour."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.add(*args)
-
-    return types.int64(types.int64, types.int64), codegen
+    return llvm.builder.add(a, b)
 
 
 @intrinsic
-def wrapping_mul(typingctx: Any, a: Any, b: Any) -> Any:
+def wrapping_mul(llvm: Any, a: Any, b: Any) -> Any:
     """a * b modulo 2^64; see `wrapping_add`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.mul(*args)
-
-    return types.int64(types.int64, types.int64), codegen
+    return llvm.builder.mul(a, b)
 
 
 @intrinsic
-def count_leading_zeros(typingctx: Any, value: Any) -> Any:
+def count_leading_zeros(llvm: Any, value: Any) -> Any:
     """Leading zero bits of a 64-bit value; 64 for zero."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.int64), codegen
+    return llvm.builder.ctlz(value, llvm.number(0, bits=1))
 
 
 @intrinsic(python=interpreted.view)
@@ -146,9 +98,11 @@ def view(typingctx: Any, address: Any, dtype: Any) -> Any:
     Plain memory access: for memory that one thread owns, or that the kernel has handed over. Memory that others write
     concurrently is read with the loads above.
     """
+    from numba.core import errors, types
+
     record = getattr(dtype, "dtype", None)
     if not isinstance(record, types.Record):
-        raise TypingError("view() needs a structured dtype")
+        raise errors.TypingError("view() needs a structured dtype")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(record))
@@ -159,41 +113,24 @@ def view(typingctx: Any, address: Any, dtype: Any) -> Any:
 @intrinsic(python=interpreted.address_of)
 def address_of(typingctx: Any, record: Any) -> Any:
     """The address of a struct obtained from `view`."""
+    from numba.core import errors, types
+
     if not isinstance(record, types.Record):
-        raise TypingError("address_of() needs a record")
+        raise errors.TypingError("address_of() needs a record")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ptrtoint(args[0], INT64)
+        return builder.ptrtoint(args[0], context.get_value_type(types.int64))
 
     return types.int64(record), codegen
 
 
 @intrinsic
-def atomic_or8(typingctx: Any, address: Any, bits: Any) -> Any:
+def atomic_or8(llvm: Any, address: Any, bits: Any) -> None:
     """Atomically set bits of a byte that others change too."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.trunc(args[1], ir.IntType(8))
-        builder.atomic_rmw("or", _pointer(builder, args[0], 8), bits, "seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-def external(name: str, builder: Any, result: Any, parameters: list[Any], var_arg: bool = False) -> Any:
-    """A C library function, referenced by symbol, so that compiled code can be cached."""
-    from numba.core import cgutils
-
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, parameters, var_arg), name)
+    llvm.builder.atomic_rmw("or", llvm.pointer(address, 8), llvm.narrow(bits, 8), "seq_cst")
 
 
 @intrinsic
-def copy(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
+def copy(llvm: Any, target: Any, source: Any, size: Any) -> None:
     """memmove(3): `size` bytes from `source` to `target`, which may overlap."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        memmove = external("memmove", builder, INT64, [INT64, INT64, INT64])
-        builder.call(memmove, args)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    llvm.call("memmove", [target, source, size])

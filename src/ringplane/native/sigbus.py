@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba.core import types
 
-from ringplane.compiler.interpreted import INTERPRETED, intrinsic
+from ringplane.compiler.interpreted import INTERPRETED
+from ringplane.compiler.intrinsics import intrinsic
 from ringplane.compiler.units import unit
-from ringplane.native.access import INT64, external, load32, load64, store64, view
+from ringplane.native.access import load32, load64, store64, view
 from ringplane.native.syscalls import mmap_anonymous_page, write
 from ringplane.system import libc
 
@@ -46,56 +45,27 @@ TABLE_USED, TABLE_ONE, TABLE_GUARDS = (TABLE.fields[name][1] for name in ("used"
 
 
 @intrinsic
-def _table_variable(typingctx: Any) -> Any:
+def _table_variable(llvm: Any) -> Any:
     """The address of a static variable of the handler, whose cached code cannot contain the address of the TABLE."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        name = "ringplane_sigbus_table"
-        variable = builder.module.globals.get(name)
-        if variable is None:
-            variable = ir.GlobalVariable(builder.module, INT64, name)
-            variable.linkage = "internal"
-            variable.initializer = ir.Constant(INT64, 0)
-        return builder.ptrtoint(variable, INT64)
-
-    return types.int64(), codegen
+    return llvm.static("ringplane_sigbus_table")
 
 
 @intrinsic
-def _restore_action(typingctx: Any, number: Any, action: Any) -> Any:
+def _restore_action(llvm: Any, number: Any, action: Any) -> None:
     """sigaction(2): set the action at address `action` for signal `number`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sigaction = external("sigaction", builder, ir.IntType(32), [ir.IntType(32), INT64, INT64])
-        builder.call(sigaction, [builder.trunc(args[0], ir.IntType(32)), args[1], ir.Constant(INT64, 0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    llvm.call("sigaction", [llvm.narrow(number, 32), action, llvm.number(0)], bits=32)
 
 
 @intrinsic
-def _raise(typingctx: Any, number: Any) -> Any:
+def _raise(llvm: Any, number: Any) -> None:
     """raise(3)"""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = external("raise", builder, ir.IntType(32), [ir.IntType(32)])
-        builder.call(function, [builder.trunc(args[0], ir.IntType(32))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    llvm.call("raise", [llvm.narrow(number, 32)], bits=32)
 
 
 @intrinsic
-def _call_handler(typingctx: Any, handler: Any, number: Any, info: Any, ucontext: Any) -> Any:
+def _call_handler(llvm: Any, handler: Any, number: Any, info: Any, ucontext: Any) -> None:
     """Call a signal handler, with one or with three parameters."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = ir.FunctionType(ir.VoidType(), [ir.IntType(32), INT64, INT64])
-        pointer = builder.inttoptr(args[0], function.as_pointer())
-        builder.call(pointer, [builder.trunc(args[1], ir.IntType(32)), *args[2:]])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    llvm.call_address(handler, [llvm.narrow(number, 32), info, ucontext], bits=0)
 
 
 @unit

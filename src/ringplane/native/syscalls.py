@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba.core import cgutils, types
-
-from ringplane.compiler.interpreted import intrinsic
+from ringplane.compiler.intrinsics import intrinsic
 from ringplane.compiler.jit import compiled
-from ringplane.native.access import INT64, external
 from ringplane.system.syscall_numbers import NUMBERS
 
 SYS_READ = NUMBERS["read"]
@@ -34,36 +30,25 @@ MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 
 
 @intrinsic
-def _syscall(typingctx: Any, number: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
+def _syscall(llvm: Any, number: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
     """syscall(2), with its -1 and errno turned back into the kernel's -errno."""
+    result = llvm.call("syscall", [number, a, b, c, d, e, f], variadic=True)
+    failed = llvm.builder.icmp_signed("==", result, llvm.number(-1))
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        syscall = external("syscall", builder, INT64, [INT64], var_arg=True)
-        errno_location = external("__errno_location", builder, ir.IntType(32).as_pointer(), [])
-        returned = builder.call(syscall, args)
-        result = cgutils.alloca_once_value(builder, returned)
-        failed = builder.icmp_signed("==", returned, ir.Constant(INT64, -1))
-        with cgutils.if_unlikely(builder, failed):
-            errno = builder.sext(builder.load(builder.call(errno_location, [])), INT64)
-            builder.store(builder.neg(errno), result)
-        return builder.load(result)
+    def error() -> Any:
+        return llvm.builder.neg(llvm.load(llvm.call("__errno_location", []), bits=32))
 
-    return types.int64(*[types.int64] * 7), codegen
+    return llvm.unless_rare(failed, result, error)
 
 
 @intrinsic
-def monotonic_ns(typingctx: Any) -> Any:
+def monotonic_ns(llvm: Any) -> Any:
     """clock_gettime(2) of CLOCK_MONOTONIC in nanoseconds, through the vDSO: no system call."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        timespec = cgutils.alloca_once(builder, ir.ArrayType(INT64, 2))
-        clock_gettime = external("clock_gettime", builder, ir.IntType(32), [ir.IntType(32), timespec.type])
-        builder.call(clock_gettime, [ir.Constant(ir.IntType(32), 1), timespec])
-        seconds = builder.load(cgutils.gep_inbounds(builder, timespec, 0, 0))
-        nanoseconds = builder.load(cgutils.gep_inbounds(builder, timespec, 0, 1))
-        return builder.add(builder.mul(seconds, ir.Constant(INT64, 1_000_000_000)), nanoseconds)
-
-    return types.int64(), codegen
+    timespec = llvm.local(2)
+    llvm.call("clock_gettime", [llvm.number(1, bits=32), timespec], bits=32)
+    seconds = llvm.load(timespec)
+    nanoseconds = llvm.load(llvm.builder.add(timespec, llvm.number(8)))
+    return llvm.builder.add(llvm.builder.mul(seconds, llvm.number(1_000_000_000)), nanoseconds)
 
 
 @compiled
