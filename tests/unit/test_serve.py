@@ -154,7 +154,7 @@ def test_sighup_picks_up_the_new_size(serve: Callable[..., Served], path: Path) 
 def test_serves_until_a_signal(serve: Callable[..., Served], path: Path, number: int) -> None:
     served = serve("--num-queues", "2")
     assert served.lines[-1] == f"listening on {path}"
-    assert any(line.startswith(f"serving {path.with_name('image')} (16 MiB, ") for line in served.lines)
+    assert any(line.startswith(f"serving {path.with_name('image')} as image (16 MiB, ") for line in served.lines)
     with attach(path) as driver:
         driver.write(0, b"x" * 512)
     status, out, err = served.end(number)
@@ -857,7 +857,7 @@ def test_disks_of_a_file(serve_config: Callable[..., Served], config: Path, tmp_
         f"listening on {tmp_path / 'a.sock'}",
         f"listening on {tmp_path / 'b.sock'}",
     ]
-    assert any(line.startswith(f"serving {tmp_path / 'b.img'} (2 MiB, ") and "3 queues" in line for line in lines)
+    assert any(line.startswith(f"serving {tmp_path / 'b.img'} as b (2 MiB, ") and "3 queues" in line for line in lines)
     assert not any("QEMU" in line for line in lines)
     assert (status, "Traceback" in err) == (0, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "b.img", "disks.toml"]

@@ -300,7 +300,8 @@ def announce(export: Export, logs: Logs) -> None:
     if export.config.direct and disk.through_page_cache:
         logs.say(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
     mode = disk.how + (", read-only" if image.read_only else "")
-    logs.say(f"serving {image.path} ({format_size(image.size)}, {mode}, {len(disk.queues)} queues) as {disk.name}")
+    size = format_size(image.size)
+    logs.say(f"serving {image.path} as {disk.name} ({size}, {mode}, {len(disk.queues)} queues)")
     logs.say(f"listening on {export.socket_path or 'an inherited socket'}")
 
 
