@@ -226,8 +226,8 @@ def test_shared_image(tmp_path: Path, how: str) -> None:
         ('io-threads = "io0"', 'io-threads: "io0" is not a list of names'),
         ("io-threads = []", "io-threads: [] is not a list of names"),
         ("io-threads = [0]", "io-threads: 0 is not a printable text"),
-        ('io-threads = ["io1"]', 'io-threads: no [[io-thread]] has the name "io1"; did you mean "io0"?'),
-        ('io-threads = ["x"]', 'io-threads: no [[io-thread]] has the name "x"; possible are "io0"'),
+        ('io-threads = ["io1"]', 'io-threads: no I/O thread has the name "io1"; did you mean "io0"?'),
+        ('io-threads = ["x"]', 'io-threads: no I/O thread has the name "x"; possible are "io0"'),
         ('io-threads = ["io0", "io0"]\nnum-queues = 1', "io-threads: names 2 threads for 1 queues"),
         ('engine = "uring"', 'engine: "uring" is not one of "auto", "io_uring", "aio", "memory", "null"'),
         ("engine = true", "engine: true is not one of"),
@@ -291,8 +291,9 @@ def test_wrong_keys_of_a_thread(tmp_path: Path, keys: str, words: str) -> None:
         ('[[disk]]\nimage = ""', 'image: "" is not a printable text'),
         ('[[disk]]\nimage = "a\\u0000b"', "image: "),
         ("[[disk]", "is not TOML: "),
+        ("disk = []", "has no disk; "),
         ("a = 1\na = 2", "is not TOML: "),
-        ("[[io-thread]]\n" * 65 + DISK, "has 65 [[io-thread]] tables; the maximum is 64"),
+        ("[[io-thread]]\n" * 65 + DISK, "[[io-thread]] 65: is one I/O thread too many; the maximum is 64"),
     ],
 )
 def test_wrong_files(tmp_path: Path, text: str, words: str) -> None:

@@ -12,7 +12,7 @@ import ringplane
 from ringplane.control.config import ConfigError, read_config
 from ringplane.control.start import serve_all
 from ringplane.options.declare import WrongOptions
-from ringplane.options.disk_config import DiskConfig, named
+from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import LONGEST_NAME, default_names, parse_disk_name
 from ringplane.options.thread_options import IoThread
 
@@ -55,8 +55,9 @@ def config(folder: Path, image: str, **options: Any) -> DiskConfig:
 
 
 def test_the_same_name_twice(tmp_path: Path) -> None:
-    with pytest.raises(WrongOptions, match=r'^name: "a" is the name of two disks; give each its own$'):
-        named([config(tmp_path, "x", name="a"), config(tmp_path, "y", name="a")])
+    with pytest.raises(WrongOptions) as wrong:
+        serve_all([config(tmp_path, "x", name="a"), config(tmp_path, "y", name="a")], [IoThread("io0")])
+    assert f"{wrong.value}" == f'{tmp_path}/y: name: "a" is the name of {tmp_path}/x already; give each its own'
     path = tmp_path / "disks.toml"
     path.write_text("".join(f'[[disk]]\nname = "a"\nimage = "{each}"\nsocket-path = "{each}.sock"\n' for each in "xy"))
     with pytest.raises(ConfigError) as raised:

@@ -199,13 +199,13 @@ def test_queues_are_served_by_the_named_threads(tmp_path: Path) -> None:
 
 
 def test_thread_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"0\.img: \['io1'\] are not among the I/O threads \['io0'\]"):
+    with pytest.raises(ValueError, match=r'0\.img: io_threads: no I/O thread has the name "io1"; did you mean "io0"\?'):
         serve_all([disk(tmp_path, 0, "io1")], [IoThread("io0")])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_threads_of_the_same_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="have the same name"):
+    with pytest.raises(ValueError, match='name: "a" is the name of another I/O thread already'):
         serve_all([disk(tmp_path, 0, "a")], [IoThread("a"), IoThread("a")])
 
 

@@ -6,8 +6,6 @@ Each key has the name of the command-line option with the same meaning. docs/con
 from __future__ import annotations
 
 import contextlib
-import difflib
-import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,9 @@ from typing import Any
 
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
-from ringplane.options.disk_config import MAX_THREADS, DiskConfig
-from ringplane.options.kinds import PATH, shown
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.kinds import PATH, shown, suggestion
+from ringplane.options.process_rules import ProcessRules
 from ringplane.options.thread_options import IoThread
 
 # Converts a TOML value to the one that ringplane uses; raises a ValueError that says what is wrong and what is right.
@@ -85,6 +84,7 @@ class _Reader:
     def __init__(self, folder: Path) -> None:
         self.problems: list[str] = []
         self._folder = folder
+        self._rules = ProcessRules()
         self._disks_spread = 0
 
     @contextlib.contextmanager
@@ -93,32 +93,33 @@ class _Reader:
         try:
             yield
         except WrongOptions as error:
-            self.problems.append(f"{place}{error.spelled(dashed)}")
+            self._note(place, [error])
         except ValueError as error:
             self.problems.append(f"{place}{error}")
+
+    def _note(self, place: str, errors: Iterable[WrongOptions]) -> None:
+        self.problems += (f"{place}{error.spelled(dashed)}" for error in errors)
 
     def read(self, document: dict[str, Any]) -> Config:
         top = self._check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
         io_threads = self._io_threads(top.get("io_thread") or [{}])
-        if "disk" not in document:
+        if not document.get("disk"):
             raise ValueError("has no disk; a line [[disk]] begins each one")
-        disks: list[tuple[_Table, DiskConfig]] = []
+        disks = []
         for number, keys in enumerate(top.get("disk", ()), 1):
             table = self._disk_table(number, keys)
             if table.values.keys() >= {"image", "socket_path"}:
                 with self.noting_problems(table.place):
-                    disks.append((table, self._disk(table, [thread.name for thread in io_threads])))
-        self._check_disk_names(disks)
-        self._check_sockets(disks)
-        self._check_images(disks)
-        return Config([disk for _, disk in disks], io_threads)
+                    disks.append(self._disk(table, [thread.name for thread in io_threads]))
+                    self._note(table.place, self._rules.add_disk(table.place.removesuffix(": "), disks[-1]))
+        return Config(disks, io_threads)
 
     def _check_keys(self, table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
         """The values by their Python names."""
         values = {}
         for key, value in table.items():
             if key not in checks:
-                self.problems.append(f"{place}unknown key {shown(key)}{_near(key, checks)}")
+                self.problems.append(f"{place}unknown key {shown(key)}{suggestion(key, checks)}")
                 continue
             with self.noting_problems(f"{place}{key}: "):
                 values[key.replace("-", "_")] = checks[key](value)
@@ -133,18 +134,15 @@ class _Reader:
         return (lambda value: self._folder / from_toml(value)) if option.kind is PATH else from_toml
 
     def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
-        threads: dict[str, IoThread] = {}
+        threads = []
         for number, table in enumerate(tables, 1):
             place = f"[[io-thread]] {number}: "
             values = {"name": f"io{number - 1}"} | self._check_keys(table, self._checks(IoThread), place)
-            if values["name"] in threads:
-                self.problems.append(f"{place}name: {shown(values['name'])} is the name of another I/O thread already")
-            threads[values["name"]] = IoThread(values["name"])
+            threads.append(IoThread(values["name"]))
             with self.noting_problems(place):
-                threads[values["name"]] = IoThread(**values)
-        if len(tables) > MAX_THREADS:
-            self.problems.append(f"has {len(tables)} [[io-thread]] tables; the maximum is {MAX_THREADS}")
-        return list(threads.values())
+                threads[-1] = IoThread(**values)
+            self._note(place, self._rules.add_thread(threads[-1]))
+        return threads
 
     def _disk_table(self, number: int, table: dict[str, Any]) -> _Table:
         image = table.get("image")
@@ -158,12 +156,8 @@ class _Reader:
     def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
         """Raises ValueError."""
         values = dict(table.values)
-        chosen = values.get("io_threads", ())
-        for name in chosen:
-            if name not in threads:
-                raise ValueError(f"io-threads: no [[io-thread]] has the name {shown(name)}{_near(name, threads)}")
         queues = values.get("num_queues", MAX_QUEUES)
-        values["io_threads"] = tuple(chosen) or self._spread(threads)[:queues]
+        values["io_threads"] = tuple(values.get("io_threads", ())) or self._spread(threads)[:queues]
         return DiskConfig(**values)
 
     def _spread(self, threads: list[str]) -> tuple[str, ...]:
@@ -171,59 +165,6 @@ class _Reader:
         first = self._disks_spread % len(threads)
         self._disks_spread += 1
         return (*threads[first:], *threads[:first])
-
-    def _check_disk_names(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
-        first: dict[str, _Table] = {}
-        for table, disk in disks:
-            if disk.name is not None and (other := first.setdefault(disk.name, table)) is not table:
-                self.problems.append(
-                    f"{table.place}name: {shown(disk.name)} is the name of {_named(other)} already; give each its own"
-                )
-
-    def _check_sockets(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
-        first: dict[str, _Table] = {}
-        for table, disk in disks:
-            assert disk.socket_path is not None
-            place = os.path.join(os.path.realpath(disk.socket_path.parent), disk.socket_path.name)
-            other = first.setdefault(place, table)
-            if other is not table:
-                self.problems.append(
-                    f"{table.place}socket-path: {disk.socket_path} is also the socket of {_named(other)}; "
-                    "give each disk its own"
-                )
-
-    def _check_images(self, disks: list[tuple[_Table, DiskConfig]]) -> None:
-        first: dict[object, tuple[_Table, DiskConfig]] = {}
-        for table, disk in disks:
-            other, before = first.setdefault(_identity(disk.image), (table, disk))
-            shared = (disk.read_only and before.read_only) or (disk.share_rw and before.share_rw)
-            if other is not table and not shared:
-                self.problems.append(
-                    f"{table.place}image: is also the image of {_named(other)}; "
-                    "disks can share an image if all are read-only, or if all have share-rw (for a migration)"
-                )
-
-
-def _identity(path: Path) -> object:
-    """Equal for all paths of the same image."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return os.path.realpath(path)
-    return status.st_dev, status.st_ino
-
-
-def _named(table: _Table) -> str:
-    return table.place.removesuffix(": ")
-
-
-# What values may be.
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    """A suggestion, or the list of what there is."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {shown(near[0])}?" if near else f"; possible are {', '.join(map(shown, names))}"
 
 
 def _tables(value: Any) -> Any:

@@ -28,6 +28,7 @@ from ringplane.engines.choose_engine import units_of
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.options.declare import WrongOptions, taking
 from ringplane.options.disk_config import DiskConfig, OneDisk, named
+from ringplane.options.process_rules import check_process
 from ringplane.options.thread_options import IoThread
 from ringplane.system import procfs
 from ringplane.system.signals import NONE, Signals
@@ -92,7 +93,7 @@ def serve_all(
     occupy()
     if upgrade and any(config.socket_path is None for config in disks):
         raise WrongOptions("{upgrade} needs {socket_path}, by which the running process is found")
-    _check_names(disks, [thread.name for thread in io_threads])
+    check_process(disks, io_threads)
     disks = named(disks)
     procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
@@ -140,15 +141,6 @@ def _needed_units(disks: Iterable[DiskConfig], opened: Iterable[Parts], io_threa
         units += (unit for layer in parts.layers for unit in layer.units)
         units += units_of_types(request_types_of(parts.layers))
     return list(dict.fromkeys(units))
-
-
-def _check_names(disks: Sequence[DiskConfig], names: Sequence[str]) -> None:
-    """Raises ValueError."""
-    if len(set(names)) < len(names):
-        raise ValueError(f"two of the I/O threads {names} have the same name")
-    for config in disks:
-        if not config.io_threads or not set(config.io_threads) <= set(names):
-            raise ValueError(f"{config.image}: {list(config.io_threads)} are not among the I/O threads {names}")
 
 
 def _disk(config: DiskConfig, parts: Parts, threads: Threads) -> Disk:

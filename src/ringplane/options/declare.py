@@ -139,6 +139,10 @@ class WrongOptions(ValueError):
         super().__init__(sentence)
         self._sentence, self._values = sentence, values
 
+    def of(self, place: str) -> WrongOptions:
+        """The same, with the place at its beginning."""
+        return WrongOptions("{place}" + self._sentence, place=place, **self._values)
+
     def spelled(self, spell: Callable[[str], str]) -> str:
         """The sentence with the options spelled by `spell`, which gets the name of each one."""
         names = set(re.findall(r"\{(\w+)\}", self._sentence)) - self._values.keys()

@@ -17,7 +17,7 @@ from ringplane.options.delay_options import DelayOptions
 from ringplane.options.device_options import DeviceOptions
 from ringplane.options.engine_names import AUTO, ENGINES, THREAD_ENGINES
 from ringplane.options.image_options import ImageOptions
-from ringplane.options.kinds import NAMES, PATH, OneOf, Whole, shown
+from ringplane.options.kinds import NAMES, PATH, OneOf, Whole
 from ringplane.options.name_options import NameOptions, default_names
 from ringplane.options.socket_options import SocketOptions
 from ringplane.options.thread_options import IoThread, ThreadOptions
@@ -75,6 +75,8 @@ class DiskConfig(DiskOptions):
             raise WrongOptions("give either {socket_path} or {fd}")
         if self.fd is not None and (self.socket_mode, self.socket_group) != (None, None):
             raise WrongOptions("{socket_mode} and {socket_group} are for the socket of {socket_path}, not for {fd}")
+        if not self.io_threads:
+            raise WrongOptions("{io_threads}: names no I/O thread; name at least one")
         if len(self.io_threads) > self.num_queues:
             raise WrongOptions(
                 "{io_threads}: names {threads} threads for {queues} queues; name at most one per queue",
@@ -84,12 +86,9 @@ class DiskConfig(DiskOptions):
 
 
 def named(disks: Iterable[DiskConfig]) -> list[DiskConfig]:
-    """The same disks, each with a name. Raises ValueError if two are given the same name."""
+    """The same disks, each with a name."""
     disks = list(disks)
     names = default_names([disk.image for disk in disks], [disk.name for disk in disks])
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise WrongOptions("{name}: {same} is the name of two disks; give each its own", same=shown(name))
     return [dataclasses.replace(disk, name=name) for disk, name in zip(disks, names, strict=True)]
 
 

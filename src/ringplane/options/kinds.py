@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ def _anything(_: Any) -> None:
 def shown(value: object) -> str:
     """Nearly as in TOML."""
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what was probably meant, or the list of what there is."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {shown(near[0])}?" if near else f"; possible are {', '.join(map(shown, names))}"
 
 
 def text_from_toml(value: Any) -> str:

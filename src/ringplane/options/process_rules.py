@@ -1,0 +1,112 @@
+"""The rules for the disks and I/O threads of one process together, wherever they are described."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ringplane.options.declare import WrongOptions
+from ringplane.options.disk_config import MAX_THREADS, DiskConfig
+from ringplane.options.kinds import shown, suggestion
+from ringplane.options.thread_options import IoThread
+
+
+class ProcessRules:
+    """Compares each I/O thread and each disk with those that were added before; a disk needs its I/O threads.
+
+    A disk is added with its `place`, by which error messages call it.
+    """
+
+    def __init__(self) -> None:
+        self._threads: list[str] = []
+        self._names: dict[str, str] = {}
+        self._sockets: dict[object, str] = {}
+        self._images: defaultdict[object, list[tuple[str, DiskConfig]]] = defaultdict(list)
+
+    def add_thread(self, thread: IoThread) -> list[WrongOptions]:
+        """What is wrong with it."""
+        errors = []
+        if thread.name in self._threads:
+            sentence = "{name}: {value} is the name of another I/O thread already"
+            errors.append(WrongOptions(sentence, value=shown(thread.name)))
+        if len(self._threads) == MAX_THREADS:
+            errors.append(WrongOptions("is one I/O thread too many; the maximum is {limit}", limit=MAX_THREADS))
+        self._threads.append(thread.name)
+        return errors
+
+    def add_disk(self, place: str, disk: DiskConfig) -> list[WrongOptions]:
+        """What is wrong with it."""
+        return [
+            *self._wrong_name(place, disk),
+            *self._wrong_threads(disk),
+            *self._wrong_socket(place, disk),
+            *self._wrong_image(place, disk),
+        ]
+
+    def _wrong_name(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
+        if disk.name in self._names:
+            sentence = "{name}: {value} is the name of {other} already; give each its own"
+            yield WrongOptions(sentence, value=shown(disk.name), other=self._names[disk.name])
+        if disk.name is not None:
+            self._names.setdefault(disk.name, place)
+
+    def _wrong_threads(self, disk: DiskConfig) -> Iterator[WrongOptions]:
+        for thread in disk.io_threads:
+            if thread not in self._threads:
+                yield WrongOptions(
+                    "{io_threads}: no I/O thread has the name {name}{suggestion}",
+                    name=shown(thread),
+                    suggestion=suggestion(thread, self._threads),
+                )
+
+    def _wrong_socket(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
+        path = disk.socket_path
+        option, value, same = ("{socket_path}", path, _without_links(path)) if path else ("{fd}", disk.fd, disk.fd)
+        if same in self._sockets:
+            sentence = f"{option}: {{value}} is also the socket of {{other}}; give each disk its own"
+            yield WrongOptions(sentence, value=value, other=self._sockets[same])
+        self._sockets.setdefault(same, place)
+
+    def _wrong_image(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
+        same = self._images[_identity(disk.image)]
+        if unshared := [other for other, before in same if not _can_share(disk, before)]:
+            yield WrongOptions(
+                "{image}: is also the image of {other}; disks can share an image if all are {read_only}, or if all "
+                "have {share_rw} (for a migration)",
+                other=unshared[0],
+            )
+        same.append((place, disk))
+
+
+def check_process(disks: Sequence[DiskConfig], io_threads: Iterable[IoThread]) -> None:
+    """Raises WrongOptions for the first thing that is wrong; disks are called by their images."""
+    rules = ProcessRules()
+    for thread in io_threads:
+        for error in rules.add_thread(thread):
+            raise error.of(f"I/O thread {thread.name}: ")
+    if not disks:
+        raise WrongOptions("there is no disk to serve")
+    for disk in disks:
+        for error in rules.add_disk(str(disk.image), disk):
+            raise error.of(f"{disk.image}: ")
+
+
+def _can_share(one: DiskConfig, other: DiskConfig) -> bool:
+    return (one.read_only and other.read_only) or (one.share_rw and other.share_rw)
+
+
+def _without_links(socket: Path) -> str:
+    """Equal for all paths of the same socket, which need not exist."""
+    return os.path.join(os.path.realpath(socket.parent), socket.name)
+
+
+def _identity(image: Path) -> object:
+    """Equal for all paths of the same image."""
+    try:
+        status = os.stat(image)
+    except OSError:
+        return os.path.realpath(image)
+    return status.st_rdev if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
