@@ -16,6 +16,8 @@ from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import LONGEST_NAME, default_names, parse_disk_name
 from ringplane.options.thread_options import IoThread
 
+from .rig import eventually
+
 LONG = "a" * LONGEST_NAME
 
 
@@ -68,6 +70,12 @@ def test_the_same_name_twice(tmp_path: Path) -> None:
     )
 
 
+def unchanged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """The lines about sizes that did not change, with the disks that the log lines belong to."""
+    lines = [(record.getMessage(), str(record.disk)) for record in caplog.records if hasattr(record, "disk")]
+    return [line for line in lines if "unchanged" in line[0]]
+
+
 def test_names_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ringplane")
     (tmp_path / "z").mkdir()
@@ -77,8 +85,8 @@ def test_names_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         for export in server.exports:
             export.make_way()
             export.refresh_size()
-    lines = [(record.getMessage(), record.disk) for record in caplog.records if "unchanged" in record.getMessage()]
-    assert lines == [(f"{name}: has 1048576 bytes, unchanged", name) for name in ("system", "y", "y-2")]
+        assert eventually(lambda: len(unchanged(caplog)) == len(disks))
+    assert unchanged(caplog) == [(f"{name}: has 1048576 bytes, unchanged", name) for name in ("system", "y", "y-2")]
 
 
 def test_the_name_of_one_disk(tmp_path: Path) -> None:
