@@ -17,6 +17,8 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
+    # As when it is run as a program: it may import its neighbours.
+    sys.path.insert(0, str(FOLDER))
     # Dataclasses look their module up.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
