@@ -25,9 +25,9 @@ from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.virtqueue import poke
 from ringplane.options.zone_options import ZoneModel
+from ringplane.session.snapshot import Fd
 from ringplane.vhost_user.messages import HEADER, BackendRequest, Request
 from ringplane.vhost_user.payloads import VringState
-from ringplane.vhost_user.snapshot import Fd
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
 from ringplane.virtio.split import AVAIL_IDX
 
@@ -363,7 +363,7 @@ def test_in_band_notifications(serve: Serve) -> None:
 
 
 def test_takeover_waits_for_the_reply_to_an_in_band_call(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringplane.vhost_user.session.FREEZE_PATIENCE", 0.2)
+    monkeypatch.setattr("ringplane.session.session.FREEZE_PATIENCE", 0.2)
     switches = {"inband-notifications": True}
     running = serve(features=switches)
     with InbandFrontEnd(running) as guest:

@@ -22,9 +22,9 @@ from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
 from ringplane.log.logs import DiskLog
 from ringplane.options.disk_config import DiskConfig
+from ringplane.session.session import Session
+from ringplane.session.snapshot import SessionSnapshot
 from ringplane.vhost_user import peers
-from ringplane.vhost_user.session import Session
-from ringplane.vhost_user.snapshot import SessionSnapshot
 from ringplane.vhost_user.transport import AsyncTransport
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 from ringplane.control.export import Export
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
-from ringplane.vhost_user.snapshot import Fd
+from ringplane.session.snapshot import Fd
 
 log = logging.getLogger(__name__)
 

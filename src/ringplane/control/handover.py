@@ -32,8 +32,8 @@ from typing import Any, Self
 
 from ringplane.options.declare import Option, declared
 from ringplane.options.disk_config import DiskConfig, DiskOptions
+from ringplane.session.snapshot import Fd
 from ringplane.vhost_user import peers
-from ringplane.vhost_user.snapshot import Fd
 
 # Of the protocol, because the two processes may be of different releases.
 VERSION = 2

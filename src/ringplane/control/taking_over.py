@@ -26,8 +26,8 @@ from ringplane.control.handover import (
 )
 from ringplane.control.listener import Listener
 from ringplane.options.disk_config import DiskConfig
+from ringplane.session.snapshot import Fd, SessionSnapshot
 from ringplane.system.signals import NONE, Signals
-from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
 from ringplane.virtio import blk
 
 

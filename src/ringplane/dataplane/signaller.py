@@ -4,7 +4,7 @@ write(2) to a full eventfd blocks unless the file has O_NONBLOCK, which everyone
 time, and eventfds do not support RWF_NOWAIT for writes. When the kernel itself signals an eventfd it never blocks. So
 an AIO request is submitted that ends at once, a read of /dev/null, and has the eventfd signalled (io_submit(2),
 IOCB_FLAG_RESFD). That takes some 0.7 us more than write(2). Threads of one disk use write(2), and are interrupted when
-the control plane needs them (vhost_user/vrings.py). A socket (user-mode Linux) is signalled with send(2), a pipe with
+the control plane needs them (session/vrings.py). A socket (user-mode Linux) is signalled with send(2), a pipe with
 vmsplice(2): both have a flag not to block, whatever the file's. The pipe then refers to a number that never changes.
 """
 

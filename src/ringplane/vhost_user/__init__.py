@@ -1,1 +1,1 @@
-"""The vhost-user protocol: messages, a connection without its socket, and transports around it."""
+"""The vhost-user protocol for both ends: messages, a connection without its socket, and transports around it."""

@@ -11,8 +11,8 @@ from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
-from ringplane.vhost_user.refusal import Refused
-from ringplane.vhost_user.vring import RingUse, Vring
+from ringplane.session.refusal import Refused
+from ringplane.session.vring import RingUse, Vring
 
 # Seconds after which a front end is suspected of holding up a worker.
 SUSPICIOUS_WAIT = 0.1

@@ -11,14 +11,17 @@ from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
 from ringplane.inflight.area import create_area
 from ringplane.log.logs import DiskLog
+from ringplane.session.config_space import ConfigSpace
+from ringplane.session.fds import check_fds, take_notifier
+from ringplane.session.front_end_memory import MAX_MEMORY_SLOTS, FrontEndMemory
+from ringplane.session.inband import BackendChannel
+from ringplane.session.negotiation import DEVICE_NEEDS_RESET, STATUS_MASK, Negotiation
+from ringplane.session.refusal import Refused
+from ringplane.session.vring import RingUse
+from ringplane.session.vrings import Vrings
 from ringplane.vhost_user import payloads
-from ringplane.vhost_user.config_space import ConfigSpace
 from ringplane.vhost_user.connection import Message, rule_of
-from ringplane.vhost_user.fds import check_fds, take_notifier
-from ringplane.vhost_user.front_end_memory import MAX_MEMORY_SLOTS, FrontEndMemory
-from ringplane.vhost_user.inband import BackendChannel
 from ringplane.vhost_user.messages import BackendRequest, Request
-from ringplane.vhost_user.negotiation import DEVICE_NEEDS_RESET, STATUS_MASK, Negotiation
 from ringplane.vhost_user.payloads import (
     U64,
     Config,
@@ -30,9 +33,6 @@ from ringplane.vhost_user.payloads import (
     VringFd,
     VringState,
 )
-from ringplane.vhost_user.refusal import Refused
-from ringplane.vhost_user.vring import RingUse
-from ringplane.vhost_user.vrings import Vrings
 
 AnyPayload = TypeVar("AnyPayload", bound=Payload)
 

@@ -9,9 +9,9 @@ from ringplane.dataplane.queue import DirtyLog
 from ringplane.guest_memory.address_space import Quota
 from ringplane.guest_memory.regions import Alarm, Mapping, MemoryTable, Region
 from ringplane.inflight.area import AreaSizes, InflightArea
+from ringplane.session.refusal import Refused
+from ringplane.session.snapshot import Fd, MemoryPart, MemorySnapshot, SharedRegion
 from ringplane.vhost_user.payloads import Inflight, LogRegion, MemoryRegion
-from ringplane.vhost_user.refusal import Refused
-from ringplane.vhost_user.snapshot import Fd, MemoryPart, MemorySnapshot, SharedRegion
 
 # KVM's limit for a guest (KVM_USER_MEM_SLOTS of x86); front ends do not need more.
 MAX_MEMORY_SLOTS = 509

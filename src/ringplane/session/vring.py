@@ -16,11 +16,11 @@ from ringplane.dataplane.worker import Worker
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
-from ringplane.vhost_user.inband import Ask, InbandSignal
+from ringplane.session.inband import Ask, InbandSignal
+from ringplane.session.refusal import Refused
+from ringplane.session.snapshot import Fd, VringSnapshot
 from ringplane.vhost_user.messages import BackendRequest
 from ringplane.vhost_user.payloads import VringAddr
-from ringplane.vhost_user.refusal import Refused
-from ringplane.vhost_user.snapshot import Fd, VringSnapshot
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.split import MAX_QUEUE_SIZE
 

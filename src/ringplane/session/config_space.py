@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ringplane.device.disk import Disk
+from ringplane.session.refusal import Refused
 from ringplane.vhost_user.messages import MAX_CONFIG_SIZE
 from ringplane.vhost_user.payloads import Config
-from ringplane.vhost_user.refusal import Refused
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 
 # Offset of the field in which the driver writes whether it flushes

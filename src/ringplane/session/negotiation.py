@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ringplane.device.disk import Disk
+from ringplane.session.refusal import Refused
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature
-from ringplane.vhost_user.refusal import Refused
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 
 PROTOCOL_FEATURES = (

@@ -16,16 +16,16 @@ from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import BadMemory, Quota
 from ringplane.log.logs import DiskLog
+from ringplane.session.fds import BadFd
+from ringplane.session.handlers import Handlers, Reply
+from ringplane.session.inband import BackendChannel
+from ringplane.session.refusal import NEGATIVE_REPLIES, Refused, refusing_timeouts
+from ringplane.session.snapshot import Fd, SessionSnapshot
+from ringplane.session.vring import Vring
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
-from ringplane.vhost_user.fds import BadFd
-from ringplane.vhost_user.handlers import Handlers, Reply
-from ringplane.vhost_user.inband import BackendChannel
 from ringplane.vhost_user.messages import BackendRequest, ProtocolError, ProtocolFeature
 from ringplane.vhost_user.payloads import U64
-from ringplane.vhost_user.refusal import NEGATIVE_REPLIES, Refused, refusing_timeouts
-from ringplane.vhost_user.snapshot import Fd, SessionSnapshot
 from ringplane.vhost_user.transport import AsyncTransport, Interrupted
-from ringplane.vhost_user.vring import Vring
 
 log = logging.getLogger(__name__)
 
