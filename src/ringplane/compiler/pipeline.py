@@ -16,7 +16,7 @@ from typing import Any
 
 import numba
 
-from ringplane.compiler.lean import LeanCompiler, LeanTarget, LeanTyping, PartTarget
+from ringplane.compiler.lean import LeanCompiler, LeanLower, LeanLowering, LeanTarget, LeanTyping, PartTarget
 from ringplane.compiler.numba_version import UnsupportedNumba
 from ringplane.compiler.store import store_of
 
@@ -28,8 +28,6 @@ try:
     from numba.core.compiler_machinery import register_pass
     from numba.core.datamodel.models import OpaqueModel
     from numba.core.errors import TypingError
-    from numba.core.lowering import Lower
-    from numba.core.typed_passes import NativeLowering
     from numba.core.types.misc import unliteral
     from numba.extending import register_model
 except ImportError as error:
@@ -164,7 +162,7 @@ class _WholeCompiler(LeanCompiler):
         super().__init__(lean, whole_target, _WholeLibrary(target.codegen(), "whole"), *rest)
 
 
-class _UnitLower(Lower):  # type: ignore[misc]
+class _UnitLower(LeanLower):
     def create_cfunc_wrapper(self) -> None:
         """Like Numba's, but what it calls never raises: without a check that would take the GIL, it can be inlined."""
         module = self.library.create_ir_module("unit")
@@ -180,7 +178,7 @@ class _UnitLower(Lower):  # type: ignore[misc]
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
-class _UnitLowering(NativeLowering):  # type: ignore[misc]
+class _UnitLowering(LeanLowering):
     _name = "ringplane_unit_lowering"
     lowering_class = _UnitLower
 
@@ -191,7 +189,7 @@ class UnitCompiler(_WholeCompiler):
     def define_pipelines(self) -> list[Any]:
         (passes,) = super().define_pipelines()
         passes.passes = [
-            (_UnitLowering, text) if each is NativeLowering else (each, text) for each, text in passes.passes
+            (_UnitLowering, text) if each is LeanLowering else (each, text) for each, text in passes.passes
         ]
         return [passes]
 
