@@ -25,9 +25,9 @@ import pytest
 from ringplane.block.image import Image
 from ringplane.block.io import CHANNEL
 from ringplane.block.merge import send_held
-from ringplane.block.sources.choose_source import Source
 from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
+from ringplane.block.sources.source import Source
 from ringplane.block.stack import LayerPart, Stack
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import TURN, serve_ready
@@ -594,7 +594,6 @@ class Rig:
     """A disk with its image and workers, and as many lines as a test asks for."""
 
     path: Path
-    image: Image
     device: Device
     source: Source
     guest: Guest
@@ -621,7 +620,6 @@ class Rig:
                 os.close(fd)
         self.guest.close()
         self.source.close()
-        self.image.close()
 
 
 def make(
@@ -649,9 +647,9 @@ def make(
         path.write_bytes(content)
     image = Image(path, ImageOptions(read_only=read_only, direct=direct, block_size=block_size))
     device = Device(image.size, read_only=read_only, block_size=block_size, serial=serial, request_types=request_types)
-    source = MemorySource(image) if engine == MEMORY else FileSource(image)
+    source = (MemorySource if engine == MEMORY else FileSource)(image).prepare([])
     made = [Worker(f"io-{number}", slots, engine, poll_us, pin_memory) for number in range(workers)]
-    rig = Rig(path, image, device, source, Guest(guest_size), made, layers)
+    rig = Rig(path, device, source, Guest(guest_size), made, layers)
     for worker in rig.workers:
         worker.start()
         # The first rig compiles the data plane, however long that takes.
@@ -680,7 +678,7 @@ def rig_factory(folder: Path, content: bytes | int | None = None, **defaults: An
 
 def direct_rig(make_rig: RigFactory, **options: Any) -> Rig:
     rig = make_rig(direct=True, **options)
-    if not rig.image.direct:
+    if not rig.source.direct:
         pytest.skip(f"the file system of {rig.path} refuses O_DIRECT")
     return rig
 

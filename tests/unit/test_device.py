@@ -113,7 +113,7 @@ def test_completed_writes_are_stable_after_the_switch(
         driver.set_write_back(True)
         assert synced == []
         driver.set_write_back(False)
-        assert synced == [export.disk.image.fd]
+        assert synced == [export.disk.source._image.fd]
 
 
 def test_a_switch_that_cannot_be_made_stable_is_refused(
@@ -219,7 +219,7 @@ def test_a_part_of_a_block_does_not_count(export: ringplane.Export, image: Path)
 def test_the_next_front_end_sees_a_resize(export: ringplane.Export, image: Path) -> None:
     os.truncate(image, 2 * SIZE)
     export.refresh_size()
-    wait_until(lambda: export.disk.image.size == 2 * SIZE)
+    wait_until(lambda: export.disk._device.size == 2 * SIZE)
     with attach(export) as driver:
         assert driver.capacity == 2 * SIZE
 

@@ -283,7 +283,7 @@ def test_default_serial_is_derived_from_the_path(image: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("direct", [True, False])
 def test_written_data_is_in_the_image(image: Path, tmp_path: Path, direct: bool) -> None:
     with ringplane.serve(image, tmp_path / "socket", direct=direct) as export, attach(export) as driver:
-        assert direct or not export.disk.image.direct
+        assert direct or not export.disk.source.direct
         driver.write(8192, b"ring" * 1024)
         driver.flush()
         assert driver.read(8192, 4096) == b"ring" * 1024

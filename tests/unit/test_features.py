@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from ringplane.block.image import Image, ImageError
+from ringplane.block.sources.file import FileSource
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import BITS, Disk
 from ringplane.options.disk_config import DiskOptions
@@ -35,14 +37,8 @@ def path(tmp_path: Path) -> Path:
 
 def disk(path: Path, worker: Worker, switches: dict[str, bool], *, read_only: bool = False) -> Disk:
     options = DiskOptions(num_queues=1, read_only=read_only, features=switches)
-    image = Image(path, options)
-    try:
-        made = Disk(image, [worker], options)
-        made.close()
-        return made
-    except BaseException:
-        image.close()
-        raise
+    with contextlib.closing(FileSource(Image(path, options))) as source:
+        return Disk(source, [worker], options)
 
 
 def test_each_feature_has_a_bit_or_is_a_protocol_feature() -> None:

@@ -25,7 +25,7 @@ from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.virtqueue import poke
 from ringplane.options.zone_options import ZoneModel
-from ringplane.session.snapshot import Fd
+from ringplane.system.fd import Fd
 from ringplane.vhost_user.messages import HEADER, BackendRequest, Request
 from ringplane.vhost_user.payloads import VringState
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT

@@ -23,7 +23,7 @@ from ringplane.driver import Driver
 from ringplane.options.declare import WrongOptions
 from ringplane.options.image_options import ImageOptions
 
-from .rig import loop_device
+from .rig import loop_device, pattern
 
 SIZE = 1 << 20
 
@@ -349,7 +349,7 @@ def test_a_block_device_is_served(path: Path, tmp_path: Path) -> None:
         ringplane.serve(device, tmp_path / "socket", num_queues=1) as export,
         Driver(tmp_path / "socket") as disk,
     ):
-        assert export.disk.image.direct
+        assert export.disk.source.direct
         disk.write(4096, data)
         disk.flush()
         assert disk.read(4096, len(data)) == data
@@ -419,3 +419,20 @@ def test_an_image_that_direct_io_cannot_read_uses_the_page_cache(
         assert not fcntl.fcntl(opened.fd, fcntl.F_GETFL) & os.O_DIRECT
     monkeypatch.setattr(image.os, "pread", refuse)
     assert refusal(path).endswith(f"cannot be read: {os.strerror(error)}")
+
+
+def test_bytes_are_overwritten_if_holes_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(image.libc, "fallocate", refuse)
+    path, hole, size = tmp_path / "image", 1 << 20, 4 << 20
+    with path.open("wb") as file:
+        file.write(pattern(hole))
+        file.seek(2 * hole)
+        file.write(pattern(hole))
+        file.truncate(size)
+    with contextlib.closing(Image(path, ImageOptions(direct=False))) as opened:
+        opened.erase(4096, size - 4096)
+    assert path.read_bytes() == pattern(hole)[:4096] + bytes(size - 4096)
+    assert path.stat().st_blocks * 512 < 3 * hole, "holes were filled"

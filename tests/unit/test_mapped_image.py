@@ -521,7 +521,7 @@ def test_an_image_on_tmpfs_is_served_from_memory(tmpfs: Path, socket_path: Path)
         image = sparse_image(tmpfs / engine)
         with serve(image, socket_path, engine=engine) as export:
             assert export.disk.how == "engine memory"
-            assert not export.disk.through_page_cache
+            assert export.disk.source.notice == ""
             with Driver(socket_path, memory_size=MEMORY_SIZE) as driver:
                 driver.write(512, b"x" * 512)
         assert image.read_bytes()[512:1024] == b"x" * 512

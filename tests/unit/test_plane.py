@@ -269,7 +269,7 @@ def test_only_requests_that_the_kernel_rejects_fail(rig: Rig) -> None:
     line.wait()
     assert [line.answer(request).status for request in requests] == [OK, IOERR, OK]
     line.stop()
-    image.close()
+    rig.source.close()
     assert rig.content() == DISK
 
 

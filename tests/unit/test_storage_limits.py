@@ -15,6 +15,7 @@ import pytest
 
 from ringplane.block import storage_limits as module
 from ringplane.block.image import Image
+from ringplane.block.sources.file import FileSource
 from ringplane.block.storage_limits import Limits, limits
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import Disk
@@ -215,9 +216,9 @@ def test_a_chosen_physical_block_size() -> None:
 
 
 def test_discards_through_the_page_cache_are_whole_pages() -> None:
-    assert Limits(512, 512, discard=512).for_blocks(512, granule=4096).discard == 4096
-    assert Limits(512, 512, discard=8192).for_blocks(512, granule=4096).discard == 8192
-    assert Limits(512, 512, discard=0).for_blocks(512, granule=4096).discard == 0
+    assert Limits(512, 512, discard=512, granule=4096).for_blocks(512).discard == 4096
+    assert Limits(512, 512, discard=8192, granule=4096).for_blocks(512).discard == 8192
+    assert Limits(512, 512, discard=0, granule=4096).for_blocks(512).discard == 0
 
 
 @pytest.mark.parametrize("block_size", [512, 4096])
@@ -225,9 +226,9 @@ def test_the_configuration_space_has_the_limits(tmp_path: Path, block_size: int)
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(1 << 20))
     options = DiskOptions(num_queues=1, block_size=block_size)
-    image = Image(path, options)
+    source = FileSource(Image(path, options))
     worker = Worker("io", slots=1)
-    disk = Disk(image, [worker], options)
+    disk = Disk(source, [worker], options)
     try:
         disk.limits = Limits(4096, 8192, 1 << 20, discard=65536, secure_erase=4096, punches=True, lifetime=(1, 2, 3))
         config = np.frombuffer(disk.config_space(), blk.CONFIG)[0]

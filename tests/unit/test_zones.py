@@ -520,7 +520,7 @@ def test_a_file_system_that_reports_no_holes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
 ) -> None:
     """The whole file seems to be data, but a new file has none."""
-    monkeypatch.setattr(zonefile, "next_data", lambda fd, offset: offset)
+    monkeypatch.setattr("ringplane.block.image.next_data", lambda fd, offset: offset)
     image = folder / "other.img"
     if not new:
         image.touch()
@@ -534,25 +534,6 @@ def test_a_file_system_that_reports_no_holes(
     else:
         with pytest.raises(ImageError, match="has data"):
             serve_it()
-
-
-def test_data_behind_a_pointer_is_overwritten_if_holes_are_impossible(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: int) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(zonefile.libc, "fallocate", refuse)
-    path, hole, size = tmp_path / "image", 1 << 20, 4 << 20
-    with path.open("wb") as file:
-        file.write(pattern(hole))
-        file.seek(2 * hole)
-        file.write(pattern(hole))
-        file.truncate(size)
-    with path.open("r+b") as file:
-        zonefile._forget(file.fileno(), 4096, size - 4096)
-    assert path.read_bytes() == pattern(hole)[:4096] + bytes(size - 4096)
-    assert path.stat().st_blocks * 512 < 3 * hole, "holes were filled"
 
 
 def crash(monkeypatch: pytest.MonkeyPatch, folder: Path, boot: bytes | None) -> None:

@@ -1,4 +1,7 @@
-"""The raw image or block device behind a disk: creating, opening, locking, its size and O_DIRECT's requirements."""
+"""The raw image or block device behind a disk: creating, opening, locking, its size and O_DIRECT's requirements.
+
+Only the sources (sources/image_source.py) use it.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ import os
 import shlex
 import stat
 import struct
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringplane.block.formats import find_format
+from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.native.fs import BLKGETSIZE64, BLKROGET
 from ringplane.options.image_options import BLOCK_SIZES, LOCK_OFF, LOCK_ON, ImageOptions
 from ringplane.system import libc, procfs
+from ringplane.system.fd import Fd
+from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,9 @@ FLOCK = struct.Struct("hhqqi4x")
 
 # Seconds
 LOCK_PATIENCE = 0.5
+
+# Zeros are written in pieces of at most this size.
+ZEROS_SIZE = 1 << 20
 
 
 # The options of an image that is opened as it is.
@@ -115,6 +125,56 @@ def _set_size(fd: int, path: Path, size: int) -> None:
         raise ImageError(f"{path}: cannot be made {size} bytes long: {why}") from None
 
 
+def open_or_create(path: Path, options: ImageOptions, signals: Signals = NONE) -> Image:
+    """Open an image, or create it if it is missing and the options say so: a service says so at each start.
+
+    Raises ImageError, Interrupted; no new file is left behind.
+    """
+    if options.create is None or path.exists():
+        return Image(path, options, signals=signals)
+    create(path, options.create)
+    try:
+        image = Image(path, options, signals=signals)
+    except BaseException:
+        _remove(path)
+        raise
+    image.created = True
+    return image
+
+
+def _remove(path: Path) -> None:
+    """A process that has given up the right to do so leaves it, and reports the first error."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def take_over(path: Path, options: ImageOptions, fd: Fd, size: int) -> Image:
+    """The image that the previous process has opened and locked; it serves so many bytes of it. Raises ImageError."""
+    image = Image(path, options, fd=os.dup(fd.number))
+    image.size = size
+    return image
+
+
+def is_open(path: Path, fd: Fd) -> bool:
+    """Whether the path leads to this open file. Raises OSError."""
+    return os.path.samestat(os.stat(path), os.fstat(fd.number))
+
+
+def rehearse(path: Path, options: ImageOptions) -> Image | None:
+    """Like `open_or_create`, but for reading only; a new image has no name. None if there are no nameless files there.
+
+    Raises the same errors.
+    """
+    if options.create is None or path.exists():
+        return Image(path, options, rehearsal=True)
+    fd = create_nameless(path, options.create, direct=options.direct)
+    if fd is None:
+        return None
+    image = Image(path, options, fd=fd)
+    image.created = True
+    return image
+
+
 class Image:
     """An open image. It is always raw: formats are never probed."""
 
@@ -125,15 +185,19 @@ class Image:
         *,
         fd: int | None = None,
         rehearsal: bool = False,
+        signals: Signals = NONE,
     ) -> None:
-        """Open and lock; raises ImageError. A `rehearsal` raises the same errors, but opens it for reading only.
+        """Open and lock; raises ImageError and, while it waits for locks of others, Interrupted.
+
+        A `rehearsal` raises the same errors, but opens it for reading only.
 
         O_DIRECT is a wish: if the file system refuses it, `direct` of the object is False afterwards. With `fd` it is
         open already, locked by the process that we take over from; the fd is ours from now on.
         """
         self.path = path
         self.read_only = options.read_only
-        self._block_size = options.block_size
+        self.created = False
+        self._options = options
         if fd is None:
             self.fd, self.direct = _open(path, self.read_only or rehearsal, options.direct)
         else:
@@ -146,9 +210,9 @@ class Image:
             if rehearsal and not self.read_only and not os.access(path, os.W_OK, effective_ids=True):
                 raise _not_permitted(path, self.read_only)
             if fd is None:
-                _lock(self.fd, path, options)
+                _lock(self.fd, path, options, signals)
             self.alignment = self._find_alignment() if self.direct else UNALIGNED
-            _check_block_size(self, self._block_size)
+            _check_block_size(self, options.block_size)
         except BaseException:
             os.close(self.fd)
             raise
@@ -198,9 +262,36 @@ class Image:
         except OSError:
             return True
 
-    def refresh_size(self) -> None:
-        """Re-read the size of the image, in whole blocks. Raises ImageError."""
-        self.size = _size(self.fd, self.path) // self._block_size * self._block_size
+    @property
+    def direct_was_refused(self) -> bool:
+        """Whether the page cache is used against the wish of the options."""
+        return self._options.direct and not self.direct
+
+    def current_size(self) -> int:
+        """The size that it has now, in whole blocks. Raises ImageError."""
+        block_size = self._options.block_size
+        return _size(self.fd, self.path) // block_size * block_size
+
+    def is_blank(self) -> bool:
+        """Whether it has no data, as far as the file system reports holes."""
+        return next_data(self.fd, 0) >= self.size
+
+    def erase(self, start: int, end: int) -> None:
+        """Make these bytes of a file read as zeros: by a hole if possible, else they are written. Raises OSError."""
+        try:
+            libc.fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
+            return
+        except OSError:
+            pass
+        with mmap.mmap(-1, ZEROS_SIZE) as zeros, memoryview(zeros) as view:
+            while (start := next_data(self.fd, start)) < end:
+                with view[: end - start] as piece:
+                    start += os.pwritev(self.fd, [piece], start)
+
+    def unlink(self) -> None:
+        """Remove the file if `open_or_create` has created it."""
+        if self.created:
+            _remove(self.path)
 
     def close(self) -> None:
         """Close, which gives up the locks; a second call does nothing."""
@@ -285,12 +376,20 @@ def _how_to_fit(image: Image, block_size: int) -> str:
     return f"add {short} bytes with: truncate -s +{short} {shlex.quote(str(image.path))}"
 
 
-def _lock(fd: int, path: Path, options: ImageOptions) -> None:
-    """Lock if the options want it; raises ImageError."""
+def next_data(fd: int, offset: int) -> int:
+    """Where the next data of a file begins from `offset` on; beyond its end if there is none; `offset` if unknown."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return sys.maxsize if error.errno == errno.ENXIO else offset
+
+
+def _lock(fd: int, path: Path, options: ImageOptions, signals: Signals) -> None:
+    """Lock if the options want it; raises ImageError, Interrupted."""
     if options.lock == LOCK_OFF:
         return
     try:
-        _wait_for_lock(fd, path, options)
+        _wait_for_lock(fd, path, options, signals)
     except OSError as error:
         # Some network file systems have no locks, and some jails forbid them.
         why = f"{path}: cannot be locked (fcntl(2), F_OFD_SETLK: {error.strerror})"
@@ -301,7 +400,7 @@ def _lock(fd: int, path: Path, options: ImageOptions) -> None:
         log.info("%s: it is served read-only without a lock; nothing may write to it meanwhile", why)
 
 
-def _wait_for_lock(fd: int, path: Path, options: ImageOptions) -> None:
+def _wait_for_lock(fd: int, path: Path, options: ImageOptions, signals: Signals) -> None:
     """Lock our uses of the image and those that we deny, then test for conflicting locks of others.
 
     Locks belong to open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
@@ -315,6 +414,7 @@ def _wait_for_lock(fd: int, path: Path, options: ImageOptions) -> None:
                 f"{path}: is in use already; it can be shared if all open it --read-only, "
                 "or if all say --share-rw (a migration)"
             )
+        signals.check()
         time.sleep(LOCK_PATIENCE / 50)
 
 

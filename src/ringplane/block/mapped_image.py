@@ -28,7 +28,7 @@ from ringplane.native import sigbus
 from ringplane.native.access import address_of, copy, load8, load64, prefetch, store8, view
 from ringplane.native.syscalls import preadv, pwritev
 from ringplane.native.uio import IOV_MAX, IOVEC, IOVEC_SIZE
-from ringplane.system import libc
+from ringplane.system import huge_pages, libc
 
 PAGE_BITS = 12
 PAGE = 1 << PAGE_BITS
@@ -191,6 +191,14 @@ def pages_with_memory(fd: int, size: int) -> npt.NDArray[np.uint8]:
 def has_huge_pages(fd: int) -> bool:
     """Whether a file is on hugetlbfs. Raises OSError."""
     return libc.file_system_type(fd) == libc.HUGETLBFS_MAGIC
+
+
+def has_room(fd: int, size: int) -> bool:
+    """Whether there are enough huge pages for a file on hugetlbfs to have so many bytes; nothing is reserved."""
+    status = os.fstat(fd)
+    page = status.st_blksize
+    most = huge_pages.most(page)
+    return most is None or -(-size // page) - status.st_blocks * 512 // page <= most
 
 
 def is_memory(fd: int) -> bool:

@@ -40,7 +40,7 @@ from ringplane.native.access import address_of, view
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from ringplane.native.fs import BLKDISCARD, BLKSECDISCARD, BLKSSZGET
 from ringplane.native.structs import new, struct
-from ringplane.native.syscalls import fallocate, ioctl, pwritev
+from ringplane.native.syscalls import fallocate, fdatasync, ioctl, pwritev
 from ringplane.native.uio import IOVEC
 
 # start and length in bytes, the layout that the ioctls require; unmap: zeros may be holes
@@ -67,15 +67,19 @@ BACKING = struct(
 class Backing:
     """Owns a BACKING; `address` is its address. The fd stays the caller's."""
 
-    def __init__(self, fd: int, *, page_cache: bool = False, image: int = 0) -> None:
-        """`page_cache`: I/O goes through it; `image`: the address of a MAPPED_IMAGE, if the image is mapped."""
+    def __init__(self, fd: int, *, page_cache: bool = False) -> None:
+        """`page_cache`: I/O goes through it."""
         self.page_cache = page_cache
         self._record = new(BACKING)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
         record["fd"], record["block_device"] = fd, stat.S_ISBLK(os.fstat(fd).st_mode)
-        record["image"], record["zeros"] = image, int(_zeros().ctypes.data)
+        record["zeros"] = int(_zeros().ctypes.data)
         record["granule"] = granule(fd, page_cache=page_cache)
+
+    def use_mapping(self, image: int) -> None:
+        """The image is mapped; `image` is the address of its MAPPED_IMAGE."""
+        self._record["image"] = image
 
     @property
     def granule(self) -> int:
@@ -114,6 +118,12 @@ def granule(fd: int, *, page_cache: bool) -> int:
         return 1
     sector = int(unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0])
     return max(sector, mmap.PAGESIZE) if page_cache else sector
+
+
+@compiled
+def sync(backing):
+    """Make completed writes stable; 0 or -errno. The caller stores that it failed (flush.py)."""
+    return fdatasync(backing.fd)
 
 
 @unit

@@ -30,8 +30,9 @@ LARGEST_BLOCK, LARGEST_OPTIMAL, LARGEST_GRANULARITY = 64 << 10, 64 << 20, 1 << 3
 class Limits:
     """Sizes in bytes; `physical_block` is the unit that storage writes, a power of two; `optimal_io` is 0 if unknown.
 
-    `discard` and `secure_erase` are the granularities of these operations, 0 if they are unsupported. `punches` is
-    whether zeros may be holes. `lifetime` is (pre-EOL information, estimates of type A and B), if an eMMC reports it.
+    `discard` and `secure_erase` are the granularities of these operations, 0 if they are unsupported; only multiples of
+    `granule` are discarded (ranges.py). `punches` is whether zeros may be holes. `lifetime` is (pre-EOL information,
+    estimates of type A and B), if an eMMC reports it.
     """
 
     physical_block: int = 512
@@ -41,12 +42,12 @@ class Limits:
     secure_erase: int = 0
     punches: bool = False
     lifetime: tuple[int, int, int] | None = None
+    granule: int = 1
 
-    def for_blocks(self, logical: int, physical: int | None = None, granule: int = 1) -> Limits:
+    def for_blocks(self, logical: int, physical: int | None = None) -> Limits:
         """The limits of a disk with this logical block size, and this physical one if given, made consistent.
 
-        Only whole granules are discarded (ranges.py). Implausible sizes are dropped, because guests divide by
-        sizes and round to them.
+        Implausible sizes are dropped, because guests divide by sizes and round to them.
         """
         block = max(physical or _power_of_two(self.physical_block, LARGEST_BLOCK), logical)
         # A larger minimum is a property of the storage (the chunk of an array) and is kept; else it is the block.
@@ -56,8 +57,8 @@ class Limits:
             physical_block=block,
             minimum_io=minimum if minimum % block == 0 and minimum // logical <= 0xFFFF else block,
             optimal_io=self.optimal_io if self.optimal_io % block == 0 and self.optimal_io <= LARGEST_OPTIMAL else 0,
-            discard=_granularity(self.discard, max(logical, granule)),
-            secure_erase=_granularity(self.secure_erase, max(logical, granule)),
+            discard=_granularity(self.discard, max(logical, self.granule)),
+            secure_erase=_granularity(self.secure_erase, max(logical, self.granule)),
         )
 
 

@@ -9,19 +9,16 @@ import errno
 import mmap
 import os
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.block.image import Image, ImageError
+from ringplane.block.image import ImageError
 from ringplane.block.layers.zones import ZONE, ZONES
-from ringplane.block.ranges import ZEROS_SIZE
-from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from ringplane.options.image_options import ImageOptions
+from ringplane.block.sources.source import Source
 from ringplane.options.zone_options import ZoneModel
-from ringplane.system import libc, procfs
+from ringplane.system import procfs
 from ringplane.virtio import blk_zones
 from ringplane.virtio.blk import SECTOR
 from ringplane.virtio.blk_zones import REPORT_SIZE
@@ -50,27 +47,25 @@ MAX_APPEND_SECTORS = 2048
 
 
 class ZoneFile:
-    """The zones of an image; `address` is the address of their ZONES struct."""
+    """The zones of a source; `address` is the address of their ZONES struct."""
 
     def __init__(
-        self, image: Image, model: ZoneModel, *, block_size: int, new: bool = False, shared: bool = False
+        self, source: Source, model: ZoneModel, *, block_size: int, read_only: bool = False, shared: bool = False
     ) -> None:
-        """Open the file, or create it for an image without data; raises ImageError and OSError.
-
-        `new`: the image has just been created, so it has no data, whatever its file system reports.
+        """Open the file, or create it for a source without data; raises ImageError and OSError.
 
         The pointers of the writes that the last process completed count, or, after a crash of the machine, those of its
         stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
         its zones (`resume_from`) when it has stopped.
         """
-        self.model, self.image, self.block_size = model, image, block_size
-        self.path = path_beside(image.path)
-        self.count = _count(image, model, block_size)
+        self.model, self.source, self.block_size = model, source, block_size
+        self.read_only = read_only or source.read_only
+        self.path, self.count = _divide(source, model)
         self.created = not self.path.exists()
         if self.created:
-            _check_blank(image, new)
+            _check_blank(source, self.path)
             _create(self.path, model, self.count)
-        self._fd = os.open(self.path, os.O_CLOEXEC | (os.O_RDONLY if image.read_only else os.O_RDWR))
+        self._fd = os.open(self.path, os.O_CLOEXEC | (os.O_RDONLY if self.read_only else os.O_RDWR))
         try:
             self._map()
             self._load(shared)
@@ -84,7 +79,7 @@ class ZoneFile:
         size = _file_size(self.count)
         if os.fstat(self._fd).st_size != size:
             raise ImageError(f"{self.path}: the size is not that of {self.count} zones of {self.model.size} bytes")
-        access = mmap.ACCESS_READ if self.image.read_only else mmap.ACCESS_WRITE
+        access = mmap.ACCESS_READ if self.read_only else mmap.ACCESS_WRITE
         self._memory = mmap.mmap(self._fd, size, access=access)
         self._header: npt.NDArray[np.void] = np.frombuffer(self._memory, HEADER, 1)
         self._reached = np.frombuffer(self._memory, np.int64, self.count, PAGE)
@@ -108,7 +103,7 @@ class ZoneFile:
         if not ((pointers >= 0) & (pointers <= model.capacity // SECTOR)).all():
             raise ImageError(f"{self.path}: damaged: a write pointer is outside its zone")
         self._make_structs(pointers)
-        if self.image.read_only or shared:
+        if self.read_only or shared:
             return
         if header["in_use"]:
             self._forget_unwritten(pointers)
@@ -162,16 +157,16 @@ class ZoneFile:
         size = self.model.size
         for index in range(self.model.conventional, self.count):
             start = index * size + int(pointers[index]) * SECTOR
-            _forget(self.image.fd, start, (index + 1) * size)
+            self.source.erase(start, (index + 1) * size)
 
     def sync(self) -> None:
         """Like `sync` of layers/zones.py, while no request is in flight; raises OSError."""
-        if self.image.read_only:
+        if self.read_only:
             return
         if failed := int(self._zones[0]["failed"]):
             raise OSError(-failed, f"an earlier sync failed: {os.strerror(-failed)}")
         try:
-            os.fdatasync(self.image.fd)
+            self.source.sync()
             self._stable[:] = self._reached
             os.fdatasync(self._fd)
         except OSError as error:
@@ -209,7 +204,7 @@ class ZoneFile:
             return
         try:
             self.sync()
-            if not self.image.read_only:
+            if not self.read_only:
                 self._header[0]["in_use"] = 0
                 os.fdatasync(self._fd)
         finally:
@@ -226,79 +221,52 @@ def path_beside(image: Path) -> Path:
     return image.with_name(f"{image.name}.zones")
 
 
-def check(image: Image, model: ZoneModel, *, block_size: int) -> None:
+def check(source: Source, model: ZoneModel, *, block_size: int) -> None:
     """Raises ImageError and OSError as a ZoneFile would, but creates and changes nothing."""
-    path = path_beside(image.path)
+    path, _ = _divide(source, model)
     if not path.exists():
-        _count(image, model, block_size)
-        _check_blank(image, new=not image.path.exists())
+        _check_blank(source, path)
         return
-    reader = Image(image.path, ImageOptions(read_only=True, block_size=block_size), fd=os.dup(image.fd))
-    try:
-        ZoneFile(reader, model, block_size=block_size).abandon()
-    finally:
-        reader.close()
-    if not image.read_only and not os.access(path, os.W_OK, effective_ids=True):
+    ZoneFile(source, model, block_size=block_size, read_only=True).abandon()
+    if not source.read_only and not os.access(path, os.W_OK, effective_ids=True):
         raise ImageError(f"{path}: not writable by this user; change its owner or mode, or serve the disk read-only")
 
 
-def check_not_zoned(image: Path) -> None:
+def check_not_zoned(source: Source) -> None:
     """Raises ImageError for the image of a zoned disk: data written without its zones would be lost."""
-    if path_beside(image).exists():
+    if source.file and path_beside(source.file).exists():
         raise ImageError(
-            f"{image}: this is a zoned disk, because {path_beside(image).name} exists; "
+            f"{source.title}: this is a zoned disk, because {path_beside(source.file).name} exists; "
             "serve it with --zoned, or remove that file to make it a disk without zones"
         )
 
 
-def _count(image: Image, model: ZoneModel, block_size: int) -> int:
-    """The number of zones; raises ImageError if the image cannot be divided like this."""
-    if not image.is_file:
-        raise ImageError(f"{image.path}: this is a block device, but only a file can be served as a zoned disk")
-    if image.size % model.size:
-        more = -image.size % model.size
+def _divide(source: Source, model: ZoneModel) -> tuple[Path, int]:
+    """The path of the zone file, and the number of zones; raises ImageError if there can be none."""
+    if source.file is None:
+        raise ImageError(f"{source.title}: this is a block device, but only a file can be served as a zoned disk")
+    if source.size % model.size:
+        more = -source.size % model.size
         raise ImageError(
-            f"{image.path}: the size is not a multiple of the zone size of {model.size} bytes; "
-            f"add {more} bytes with: truncate -s +{more} {shlex.quote(str(image.path))}"
+            f"{source.title}: the size is not a multiple of the zone size of {model.size} bytes; "
+            f"add {more} bytes with: truncate -s +{more} {shlex.quote(source.title)}"
         )
-    count = image.size // model.size
+    count = source.size // model.size
     if model.conventional >= count:
         raise ImageError(
-            f"{image.path}: with {count} zones at most {count - 1} can be conventional, not {model.conventional}"
+            f"{source.title}: with {count} zones at most {count - 1} can be conventional, not {model.conventional}"
         )
-    return count
+    return path_beside(source.file), count
 
 
-def _forget(fd: int, start: int, end: int) -> None:
-    """Make these bytes of a file read as zeros; if it cannot punch a hole, zeros are written over the data."""
-    try:
-        libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
-        return
-    except OSError:
-        pass
-    with mmap.mmap(-1, ZEROS_SIZE) as zeros, memoryview(zeros) as view:
-        while (start := next_data(fd, start)) < end:
-            with view[: end - start] as piece:
-                start += os.pwritev(fd, [piece], start)
-
-
-def next_data(fd: int, offset: int) -> int:
-    """Where the next data of a file begins from `offset` on; beyond its end if there is none; `offset` if unknown."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as error:
-        return sys.maxsize if error.errno == errno.ENXIO else offset
-
-
-def _check_blank(image: Image, new: bool) -> None:
-    if image.read_only:
-        raise ImageError(f"{image.path}: {path_beside(image.path).name} is missing, which a read-only zoned disk needs")
-    if new or next_data(image.fd, 0) >= image.size:
-        return
-    raise ImageError(
-        f"{image.path}: the image has data, but {path_beside(image.path).name} with its write pointers is missing; "
-        "create a zoned disk as a new image (--create)"
-    )
+def _check_blank(source: Source, path: Path) -> None:
+    if source.read_only:
+        raise ImageError(f"{source.title}: {path.name} is missing, which a read-only zoned disk needs")
+    if not source.is_blank():
+        raise ImageError(
+            f"{source.title}: the image has data, but {path.name} with its write pointers is missing; "
+            "create a zoned disk as a new image (--create)"
+        )
 
 
 def _create(path: Path, model: ZoneModel, count: int) -> None:

@@ -251,7 +251,7 @@ def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> Non
         if not ends_before_signal(signals):
             abandon(server, logs)
     detached = f", {attached} front end{'s' * (attached > 1)} detached" if attached else ""
-    disks = ", ".join(f"{export.disk.image.path} ({export.listener})" for export in server.exports)
+    disks = ", ".join(f"{export.disk.source.title} ({export.listener})" for export in server.exports)
     log.info("stopped by %s: %s%s", signal_name(number), disks, detached)
 
 
@@ -296,12 +296,12 @@ def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], No
 
 def announce(export: Export, logs: Logs) -> None:
     """Print the disk and its socket."""
-    disk, image = export.disk, export.disk.image
-    if export.config.direct and disk.through_page_cache:
-        logs.say(f"{image.path}: its file system refuses O_DIRECT; using the page cache")
-    mode = disk.how + (", read-only" if image.read_only else "")
-    size = format_size(image.size)
-    logs.say(f"serving {image.path} as {disk.name} ({size}, {mode}, {len(disk.queues)} queues)")
+    disk, source = export.disk, export.disk.source
+    if source.notice:
+        logs.say(f"{source.title}: {source.notice}")
+    mode = disk.how + (", read-only" if source.read_only else "")
+    size = format_size(source.size)
+    logs.say(f"serving {source.title} as {disk.name} ({size}, {mode}, {len(disk.queues)} queues)")
     logs.say(f"listening on {export.socket_path or 'an inherited socket'}")
 
 

@@ -92,7 +92,7 @@ class Export:
             pass
 
     def refresh_size(self) -> None:
-        """Pick up the new size of the image; the front end is notified if it has changed."""
+        """Pick up the new size of the source; the front end is notified if it has changed."""
         self.threads.start_task(self._refresh_size)
 
     def make_way(self) -> None:
@@ -121,7 +121,7 @@ class Export:
             self.threads.soon(self._close_sockets)
 
     def stop(self) -> None:
-        """Fetch nothing more, complete what is in flight, release front end, socket and image. May be called again.
+        """Fetch nothing more, complete what is in flight, release front end, socket and source. May be called again.
 
         The last disk on its threads ends them.
         """
@@ -141,13 +141,21 @@ class Export:
 
     async def run(self) -> None:
         """Serve until stopped; called by its threads. A failure here affects only this disk."""
+        self.disk.source.watch(self.refresh_size)
         try:
             await self._serve()
         except Exception:
             self._logger.exception("stopped serving because of an internal error; please report it")
         finally:
-            self.disk.close()
+            await self._close_disk()
             self._finished.set()
+
+    async def _close_disk(self) -> None:
+        """On a thread that may block, because storage that hangs must not stop other disks; if there is one."""
+        try:
+            await asyncio.to_thread(self.disk.close)
+        except RuntimeError:
+            self.disk.close()
 
     async def _serve(self) -> None:
         """One front end after the other; others that connect meanwhile wait in the socket's queue."""
@@ -266,15 +274,13 @@ class Export:
             drained.set()
 
     async def _refresh_size(self) -> None:
-        if self.disk.image.is_replaced:
-            self._logger.warning(
-                "its path leads to another file now, or to none; the opened one is served until a restart"
-            )
+        if why := self.disk.source.replaced:
+            self._logger.warning("%s", why)
         try:
             if not await self.disk.refresh_size():
-                self._logger.info("has %d bytes, unchanged", self.disk.image.size)
+                self._logger.info("has %d bytes, unchanged", self.disk.source.size)
                 return
-            self._logger.info("has %d bytes now", self.disk.image.size)
+            self._logger.info("has %d bytes now", self.disk.source.size)
             if self._session:
                 await self._session.notify_config_change()
         except (ImageError, OSError, WorkerEnded) as error:

@@ -12,7 +12,7 @@ from typing import Any
 from ringplane.control.export import Export
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
-from ringplane.session.snapshot import Fd
+from ringplane.system.fd import Fd
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ def _offer(exports: Sequence[Export], listener: Listener) -> dict[str, Any]:
                 "socket_path": os.path.realpath(export.config.socket_path or ""),
                 "options": options_of(export.config),
                 "config_space": export.disk.config_space(),
-                "image": Fd(export.disk.image.fd),
                 "listener": Fd(export.listener.sock.fileno()),
-                "size": export.disk.image.size,
+                "size": export.disk.source.size,
+                **export.disk.source.hand_over(),
             }
             for export in exports
         ],
@@ -101,7 +101,7 @@ async def _freeze_all(exports: Sequence[Export], undo: contextlib.AsyncExitStack
 def _state(export: Export) -> dict[str, Any]:
     disk = export.disk
     return {
-        "size": disk.image.size,
+        "size": disk.source.size,
         "flush_failed": disk.flush_failed,
         "layers": [layer.snapshot() for layer in disk.layers],
         "front_end": export.session.snapshot() if export.session else None,

@@ -32,7 +32,7 @@ from typing import Any, Self
 
 from ringplane.options.declare import Option, declared
 from ringplane.options.disk_config import DiskConfig, DiskOptions
-from ringplane.session.snapshot import Fd
+from ringplane.system.fd import Fd
 from ringplane.vhost_user import peers
 
 # Of the protocol, because the two processes may be of different releases.

@@ -6,17 +6,16 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ringplane.block.formats import describe, find_format
-from ringplane.block.image import Image
-from ringplane.block.image import create as create_image
 from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.registry import LAYERS
+from ringplane.block.sources.choose_source import open_source, take_over_source
+from ringplane.block.sources.source import Source
 from ringplane.control.handover import socket_beside
 from ringplane.control.listener import Listener, ListenError
 from ringplane.control.taking_over import Predecessor
 from ringplane.options.disk_config import DiskConfig
+from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)
 
@@ -25,50 +24,35 @@ log = logging.getLogger(__name__)
 class Parts:
     """The parts of a disk."""
 
-    image: Image
+    source: Source
     # The highest first.
     layers: Sequence[Layer]
     # None: at a path, where it appears when the disk can be served (`listen`).
     listener: Listener | None
-    # By this start, because it did not exist.
-    created: bool
 
 
-def open_parts(config: DiskConfig, undo: contextlib.ExitStack) -> Parts:
-    """Open the parts of a disk; `undo` closes or removes them. Raises ImageError, ListenError."""
-    created = _create_if_missing(config, undo)
-    image = Image(config.image, config)
-    undo.callback(image.close)
-    if found := find_format(image.fd, image.size):
-        log.warning("%s", describe(found, config.image))
-    layers = []
-    for module in LAYERS:
-        if layer := module.open_layer(config, image, new=created, shared=False):
-            undo.callback(_remove, layer)
-            undo.callback(layer.close)
-            layers.append(layer)
+def open_parts(config: DiskConfig, undo: contextlib.ExitStack, signals: Signals = NONE) -> Parts:
+    """Open the parts of a disk; `undo` closes or removes them. Raises ImageError, ListenError, Interrupted."""
+    source = open_source(config, signals)
+    undo.callback(source.unlink)
+    undo.callback(source.close)
+    layers = _open_layers(config, source, undo)
     if config.socket_path:
         Listener.rehearse(config.socket_path, config.socket_mode, config.socket_group)
-        return Parts(image, layers, None, created)
+        return Parts(source, layers, None)
     listener = Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
-    return Parts(image, layers, listener, created)
+    return Parts(source, layers, listener)
 
 
 def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack) -> Parts:
     """Like `open_parts`, from the process that serves disk `index` now."""
-    fd, size = predecessor.image(index)
-    image = Image(config.image, config, fd=fd)
-    undo.callback(image.close)
-    image.size = size
-    layers = []
-    for module in LAYERS:
-        if layer := module.open_layer(config, image, new=False, shared=True):
-            undo.callback(layer.abandon)
-            layers.append(layer)
+    source = take_over_source(config, predecessor.offer(index))
+    undo.callback(source.close)
+    layers = _open_layers(config, source, undo, shared=True)
     listener = predecessor.listener(index)
     undo.callback(listener.close)
-    return Parts(image, layers, listener, created=False)
+    return Parts(source, layers, listener)
 
 
 def listen(config: DiskConfig, parts: Parts, undo: contextlib.ExitStack) -> Listener:
@@ -95,27 +79,33 @@ def listen_for_successors(disks: Sequence[DiskConfig], undo: contextlib.ExitStac
     return listener
 
 
-def _create_if_missing(config: DiskConfig, undo: contextlib.ExitStack) -> bool:
-    """Returns whether it was: a service has `create` at each start, and later starts leave the image as it is."""
-    if config.create is None or config.image.exists():
-        return False
-    create_image(config.image, config.create)
-    undo.callback(_remove, config.image)
-    return True
+def _open_layers(
+    config: DiskConfig, source: Source, undo: contextlib.ExitStack, *, shared: bool = False
+) -> Sequence[Layer]:
+    layers = []
+    for module in LAYERS:
+        if layer := module.open_layer(config, source, shared=shared):
+            if shared:
+                undo.callback(layer.abandon)
+            else:
+                undo.callback(_remove, layer)
+                undo.callback(layer.close)
+            layers.append(layer)
+    return layers
 
 
-def report_created(config: DiskConfig, parts: Parts) -> None:
-    """Log whether the image was created, or why not."""
-    if parts.created:
-        log.info("%s: created", config.image)
-    elif config.create not in (None, parts.image.size):
+def report_created(config: DiskConfig, source: Source) -> None:
+    """Log whether the source was created, or why not."""
+    if source.created:
+        log.info("%s: created", source.title)
+    elif config.create not in (None, source.size):
         log.warning(
             "%s: exists with %d bytes, not the %d of create; it is served as it is",
-            config.image, parts.image.size, config.create,
+            source.title, source.size, config.create,
         )  # fmt: skip
 
 
-def _remove(made: Path | Layer) -> None:
+def _remove(made: Layer) -> None:
     """Remove what was made; a process that has given up the right to do so leaves it, and reports the first error."""
     with contextlib.suppress(OSError):
         made.unlink()

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from ringplane.block.sources.choose_source import kind_of_source
 from ringplane.compiler.units import Unit
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
@@ -56,7 +55,7 @@ def serve(disk: _Serving) -> Export:
     and `socket_group` are numbers, `features` is a dictionary of names and booleans, `zoned` is a
     `ringplane.options.zone_options.ZoneModel`, and `poll_us` is None for an I/O thread that never sleeps. `cpus` are
     the CPUs of each I/O thread, or those of all if there is only one set. `direct` is a wish: where the file system
-    refuses O_DIRECT the page cache is used, as the export's `disk.image.direct` shows.
+    refuses O_DIRECT the page cache is used, as the export's `disk.source.direct` shows.
 
     When this returns, front ends can connect. An `upgradable` disk can be taken over by another process, with
     `upgrade`, and stops then (handover.py). `give_up`, `signals`: see `serve_all`.
@@ -102,9 +101,9 @@ def serve_all(
         for index, config in enumerate(disks):
             signals.check()
             opened.append(
-                take_over_parts(config, predecessor, index, undo) if predecessor else open_parts(config, undo)
+                take_over_parts(config, predecessor, index, undo) if predecessor else open_parts(config, undo, signals)
             )
-        warm_up(_needed_units(disks, opened, io_threads), signals)
+        warm_up(_needed_units(opened, io_threads), signals)
         threads = Threads(io_threads)
         undo.callback(threads.end)
         threads.at_end.callback(signals.wake)
@@ -126,22 +125,22 @@ def serve_all(
         threads.start(exports)
         undo.pop_all()
     for config, parts in zip(disks, opened, strict=True):
-        report_created(config, parts)
+        report_created(config, parts.source)
     if successors:
         threads.at_end.callback(successors.close)
         threads.start_task(lambda: offer_successors(exports, successors))
     return Server(exports, threads)
 
 
-def _needed_units(disks: Iterable[DiskConfig], opened: Iterable[Parts], io_threads: Iterable[IoThread]) -> list[Unit]:
-    """The units of this configuration. Raises ImageError."""
+def _needed_units(opened: Iterable[Parts], io_threads: Iterable[IoThread]) -> list[Unit]:
+    """The units of this configuration."""
     units = [unit for thread in io_threads for unit in units_of(thread.engine)]
-    for config, parts in zip(disks, opened, strict=True):
-        units += kind_of_source(parts.image, config.engine).units
+    for parts in opened:
+        units += parts.source.units
         units += (unit for layer in parts.layers for unit in layer.units)
         units += units_of_types(request_types_of(parts.layers))
     return list(dict.fromkeys(units))
 
 
 def _disk(config: DiskConfig, parts: Parts, threads: Threads) -> Disk:
-    return Disk(parts.image, [threads.workers[name] for name in config.io_threads], config, parts.layers)
+    return Disk(parts.source, [threads.workers[name] for name in config.io_threads], config, parts.layers)

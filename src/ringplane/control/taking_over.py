@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from ringplane.block.sources.choose_source import Offer, is_offered
 from ringplane.control.export import Export
 from ringplane.control.handover import (
     READY_PATIENCE,
@@ -26,7 +27,8 @@ from ringplane.control.handover import (
 )
 from ringplane.control.listener import Listener
 from ringplane.options.disk_config import DiskConfig
-from ringplane.session.snapshot import Fd, SessionSnapshot
+from ringplane.session.snapshot import SessionSnapshot
+from ringplane.system.fd import Fd
 from ringplane.system.signals import NONE, Signals
 from ringplane.virtio import blk
 
@@ -51,9 +53,9 @@ class Predecessor:
             self._channel.close()
             raise
 
-    def image(self, index: int) -> tuple[int, int]:
-        """The image of disk `index`: a new fd, and how many bytes of it are served."""
-        return os.dup(self._disks[index]["image"].number), self._disks[index]["size"]
+    def offer(self, index: int) -> Offer:
+        """What the source of disk `index` is made from; its fds are closed at the end of the `with`."""
+        return self._disks[index]
 
     def listener(self, index: int) -> Listener:
         """The socket of disk `index`; its file is not ours to remove before `take`."""
@@ -132,7 +134,8 @@ def _in_order(disks: Sequence[dict[str, Any]], configs: Sequence[DiskConfig]) ->
         raise HandoverError(f"{other} is served by only one of the two processes; both must serve the same disks")
     for path, config in wanted.items():
         check_options(path, config, offered[path]["options"])
-        _check_image(path, config, offered[path]["image"])
+        if not is_offered(config, offered[path]):
+            raise HandoverError(f"{path}: {config.image} is not the image that the running process serves")
     return [offered[path] for path in wanted]
 
 
@@ -147,11 +150,6 @@ def check_options(path: str, config: DiskConfig, theirs: OptionValues) -> None:
                 f"{path}: {option.key} is {its} in the running process and {ours[option.name]} here; "
                 "an upgrade cannot change it"
             )
-
-
-def _check_image(path: str, config: DiskConfig, image: Fd) -> None:
-    if not os.path.samestat(os.stat(config.image), os.fstat(image.number)):
-        raise HandoverError(f"{path}: {config.image} is not the image that the running process serves")
 
 
 def _check_config_space(export: Export, there: bytes) -> None:

@@ -1,24 +1,21 @@
-"""A disk as drivers see it: an image, the features and configuration space it offers, and its queues on workers."""
+"""A disk as drivers see it: a source, the features and configuration space it offers, and its queues on workers."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import logging
 import operator
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from ringplane.block.image import Image, ImageError
+from ringplane.block.image import ImageError
 from ringplane.block.layers.layer import Layer
-from ringplane.block.sources.choose_source import open_source
-from ringplane.block.sources.memory import MemorySource
-from ringplane.block.sources.null import NullSource
+from ringplane.block.sources.source import Source
 from ringplane.block.stack import Stack
-from ringplane.block.storage_limits import Limits, limits
+from ringplane.block.storage_limits import Limits
 from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import request_types_of
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
@@ -68,28 +65,24 @@ class Disk:
 
     def __init__(
         self,
-        image: Image,
+        source: Source,
         workers: Sequence[Worker],
         options: DiskOptions,
         layers: Sequence[Layer] = (),
     ) -> None:
-        """If the engine of the options is a worker's engine, each worker uses its own. `layers`: the highest first.
-
-        Raises ImageError if the image cannot be served this way.
-        """
-        self.image = image
+        """Prepare the source. `layers`: the highest first. Raises ImageError if it cannot be served so."""
+        self.source = source.prepare([worker.engine for worker in workers])
         # In log lines, and for whoever asks.
-        self.name = options.name or default_name(image.path)
+        self.name = options.name or default_name(Path(source.title))
         self.block_size = options.block_size
-        self.serial = options.serial if options.serial is not None else default_serial(image)
+        self.serial = options.serial if options.serial is not None else self.source.serial
         self.layers = layers
         self._resizing = asyncio.Lock()
-        self.source = open_source(image, options.engine, reasons_without_io(workers))
-        found = Limits() if isinstance(self.source, NullSource) else limits(image.fd, read_only=image.read_only)
-        self.limits = found.for_blocks(self.block_size, options.physical_block_size, self.source.backing.granule)
+        found = self.source.limits()
+        self.limits = found.for_blocks(self.block_size, options.physical_block_size)
         self._device = Device(
-            image.size,
-            read_only=image.read_only,
+            self.source.size,
+            read_only=self.source.read_only,
             block_size=self.block_size,
             serial=self.serial,
             name=self.name,
@@ -104,65 +97,56 @@ class Disk:
         for worker in set(self.workers):
             worker.add_disk()
         self._switches = options.features
-        check_switches(self._switches, self.limits, image, self._impossible)
+        check_switches(self._switches, self.limits, self.source, self._impossible)
 
     def _stack(self, worker: Worker) -> Stack:
         """The disk as one worker sees it."""
-        backing, slots = self.source.backing.address, worker.state.slots.count
-        return Stack(self.source.part(), [layer.part(backing, slots) for layer in self.layers])
+        source = self.source.part()
+        return Stack(source, [layer.part(source.backing, worker.state.slots.count) for layer in self.layers])
 
     @property
     def _impossible(self) -> frozenset[str]:
         return impossible_with(self.layers)
 
     @property
-    def through_page_cache(self) -> bool:
-        """Whether I/O goes through the page cache, because `direct` was not requested or not possible."""
-        return self.source.through_page_cache
-
-    @property
     def how(self) -> str:
         """How I/O is done, for users."""
-        if isinstance(self.source, MemorySource):
-            return "engine memory"
-        if isinstance(self.source, NullSource):
-            return "engine null: nothing is read or written"
-        engines = "/".join(sorted({worker.engine.name for worker in self.workers}))
-        return f"engine {engines}, {'O_DIRECT' if self.image.direct else 'buffered'}"
+        return self.source.how("/".join(sorted({worker.engine.name for worker in self.workers})))
 
     async def refresh_size(self) -> bool:
-        """Pick up the image's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
+        """Pick up the source's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
         for layer in self.layers:
             if layer.fixed_size:
-                raise ImageError(f"{self.image.path}: {layer.fixed_size}")
+                raise ImageError(f"{self.source.title}: {layer.fixed_size}")
         async with self._resizing:
             return await self._take_size()
 
     async def _take_size(self) -> bool:
-        self.image.refresh_size()
-        # Compared with the size in use; a size that was read earlier may not have been mapped.
-        if self.image.size == self._device.size:
+        await asyncio.to_thread(self.source.refresh_size)
+        size = self.source.size
+        # Compared with the size in use; the source may not have been prepared for a size that was found earlier.
+        if size == self._device.size:
             return False
-        # If the image shrank, requests beyond its new end fail at once.
-        self._device.size = min(self._device.size, self.image.size)
-        self.source.resize(self.image.size)
+        # If the source shrank, requests beyond its new end fail at once.
+        self._device.size = min(self._device.size, size)
+        self.source.resize(size)
         # A worker that sees the new size must not use an older mapping, so each worker runs a call in between.
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
-        self._device.size = self.image.size
+        self._device.size = size
         return True
 
     @property
     def flush_failed(self) -> bool:
         """Whether a flush has failed; later ones cannot be guaranteed then (fsync(2))."""
-        return self.source.backing.flush_failed or any(layer.failed for layer in self.layers)
+        return self.source.flush_failed or any(layer.failed for layer in self.layers)
 
     def set_flush_failed(self) -> None:
         """Store that a flush has failed in the previous process."""
-        self.source.backing.set_flush_failed()
+        self.source.set_flush_failed()
 
     def sync(self) -> None:
-        """fdatasync(2): completed requests are stable afterwards. Raises OSError, also if an earlier flush failed."""
-        if self.image.read_only:
+        """Make completed requests stable; this blocks. Raises OSError, also if an earlier flush failed."""
+        if self.source.read_only:
             return
         if not any(layer.syncs_source for layer in self.layers):
             self.source.sync()
@@ -170,8 +154,7 @@ class Disk:
             layer.sync()
 
     def close(self) -> None:
-        """Close the image; no queue may be running. A second call does nothing."""
-        self.source.close()
+        """Close layers and source, which may block; no queue may be running. A second call does nothing."""
         self.report_failures()
         for layer in self.layers:
             try:
@@ -179,7 +162,7 @@ class Disk:
             except OSError as error:
                 where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
                 log.error("%s%s", where, error, extra={"disk": self.name})
-        self.image.close()
+        self.source.close()
 
     def report_failures(self) -> None:
         """Log the number of failed requests since the last such log line."""
@@ -190,10 +173,10 @@ class Disk:
         """The device and ring feature bits that are offered."""
         offered = features.VIRTIO_F_VERSION_1 | blk.VIRTIO_BLK_F_BLK_SIZE
         offered |= blk.VIRTIO_BLK_F_MQ if len(self.queues) > 1 else 0
-        offered |= blk.VIRTIO_BLK_F_RO if self.image.read_only else 0
+        offered |= blk.VIRTIO_BLK_F_RO if self.source.read_only else 0
         offered |= self.needed_features
         for name, bit in BITS.items():
-            possible = can_offer(name, self.limits, self.image, self._impossible)
+            possible = can_offer(name, self.limits, self.source, self._impossible)
             offered |= bit if possible and self.offers(name) else 0
         if not offered & blk.VIRTIO_BLK_F_FLUSH:
             # Section 5.2.5.2: a device that offers the switch of the cache must offer to flush it.
@@ -246,32 +229,27 @@ class Disk:
         config["write_zeroes_may_unmap"] = self.limits.punches
 
 
-def reasons_without_io(workers: Iterable[Worker]) -> list[str]:
-    """Why the engines of these workers cannot do I/O; empty strings: they can."""
-    return [worker.engine.without_io for worker in workers]
-
-
 def impossible_with(layers: Iterable[Layer | type[Layer]]) -> frozenset[str]:
     """The names of the features that cannot be offered with these layers."""
     return frozenset().union(*(layer.impossible for layer in layers))
 
 
-def can_offer(name: str, limits: Limits, image: Image, impossible: Collection[str]) -> bool:
+def can_offer(name: str, limits: Limits, source: Source, impossible: Collection[str]) -> bool:
     """Whether the storage supports the feature of this name, and no layer makes it `impossible`."""
     supported = {
         "discard": limits.discard > 0,
-        "write-zeroes": not image.read_only,
+        "write-zeroes": not source.read_only,
         "secure-erase": limits.secure_erase > 0,
         "lifetime": limits.lifetime is not None,
     }.get(name, True)
     return supported and name not in impossible
 
 
-def check_switches(switches: Mapping[str, bool], limits: Limits, image: Image, impossible: Collection[str]) -> None:
+def check_switches(switches: Mapping[str, bool], limits: Limits, source: Source, impossible: Collection[str]) -> None:
     """Raises ImageError for a switched-on feature that cannot be offered."""
     for name, on in switches.items():
-        if on and not can_offer(name, limits, image, impossible):
-            raise ImageError(f"{image.path}: {name} cannot be offered, because the storage does not support it")
+        if on and not can_offer(name, limits, source, impossible):
+            raise ImageError(f"{source.title}: {name} cannot be offered, because the storage does not support it")
 
 
 def _nothing() -> None:
@@ -281,10 +259,3 @@ def _nothing() -> None:
 def _lifetime(limits: Limits) -> bytes:
     """struct virtio_blk_lifetime, or no bytes if the storage does not report it."""
     return b"" if limits.lifetime is None else np.array([limits.lifetime], blk.LIFETIME).tobytes()
-
-
-def default_serial(image: Image) -> str:
-    """A serial number derived from the path, so that /dev/disk/by-id in the guest is stable."""
-    # Its bytes, which need not be UTF-8.
-    digest = hashlib.blake2b(os.fsencode(image.path.resolve()), digest_size=5).hexdigest()
-    return f"ringplane-{digest}"

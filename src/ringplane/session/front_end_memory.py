@@ -10,7 +10,8 @@ from ringplane.guest_memory.address_space import Quota
 from ringplane.guest_memory.regions import Alarm, Mapping, MemoryTable, Region
 from ringplane.inflight.area import AreaSizes, InflightArea
 from ringplane.session.refusal import Refused
-from ringplane.session.snapshot import Fd, MemoryPart, MemorySnapshot, SharedRegion
+from ringplane.session.snapshot import MemoryPart, MemorySnapshot, SharedRegion
+from ringplane.system.fd import Fd
 from ringplane.vhost_user.payloads import Inflight, LogRegion, MemoryRegion
 
 # KVM's limit for a guest (KVM_USER_MEM_SLOTS of x86); front ends do not need more.

@@ -20,8 +20,9 @@ from ringplane.session.fds import BadFd
 from ringplane.session.handlers import Handlers, Reply
 from ringplane.session.inband import BackendChannel
 from ringplane.session.refusal import NEGATIVE_REPLIES, Refused, refusing_timeouts
-from ringplane.session.snapshot import Fd, SessionSnapshot
+from ringplane.session.snapshot import SessionSnapshot
 from ringplane.session.vring import Vring
+from ringplane.system.fd import Fd
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.messages import BackendRequest, ProtocolError, ProtocolFeature
 from ringplane.vhost_user.payloads import U64

@@ -9,17 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-
-@dataclass(frozen=True, slots=True)
-class Fd:
-    """A file descriptor of this process, as a type of its own."""
-
-    number: int
-
-    @classmethod
-    def of(cls, number: int) -> Self | None:
-        """None for -1."""
-        return cls(number) if number >= 0 else None
+from ringplane.system.fd import Fd
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
 from ringplane.session.inband import Ask, InbandSignal
 from ringplane.session.refusal import Refused
-from ringplane.session.snapshot import Fd, VringSnapshot
+from ringplane.session.snapshot import VringSnapshot
+from ringplane.system.fd import Fd
 from ringplane.vhost_user.messages import BackendRequest
 from ringplane.vhost_user.payloads import VringAddr
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED

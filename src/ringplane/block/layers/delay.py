@@ -16,7 +16,7 @@ from ringplane.native.syscalls import monotonic_ns
 from ringplane.options.delay_options import Delay, DelayOptions
 
 if TYPE_CHECKING:
-    from ringplane.block.image import Image
+    from ringplane.block.sources.source import Source
 
 NS_PER_MS = 1_000_000
 
@@ -69,9 +69,9 @@ class DelayLayer(Layer):
         return DelayPart(**times)
 
 
-def open_layer(config: DelayOptions, image: Image, *, new: bool, shared: bool) -> Layer | None:
+def open_layer(config: DelayOptions, source: Source, *, shared: bool) -> Layer | None:
     return DelayLayer(config.delay) if config.delay else None
 
 
-def check(config: DelayOptions, image: Image) -> type[Layer] | None:
+def check(config: DelayOptions, source: Source) -> type[Layer] | None:
     return DelayLayer if config.delay else None

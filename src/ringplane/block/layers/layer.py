@@ -10,7 +10,7 @@ from ringplane.compiler.units import Unit
 if TYPE_CHECKING:
     import numpy as np
 
-    from ringplane.block.image import Image
+    from ringplane.block.sources.source import Source
     from ringplane.options.disk_config import DiskConfig
 
 
@@ -32,7 +32,7 @@ class Layer:
     syncs_source: ClassVar[bool] = False
 
     def part(self, backing: int, slots: int) -> LayerPart:
-        """For one I/O thread with so many slots; `backing` is the address of the source's BACKING (ranges.py)."""
+        """For one I/O thread with so many slots; `backing` is the address of the source's BACKING (ranges.py), or 0."""
         raise NotImplementedError
 
     def describe(self, config: np.void) -> None:
@@ -66,12 +66,13 @@ class Layer:
 class LayerModule(Protocol):
     """What a module of the registry has."""
 
-    def open_layer(self, config: DiskConfig, image: Image, *, new: bool, shared: bool) -> Layer | None:
+    def open_layer(self, config: DiskConfig, source: Source, *, shared: bool) -> Layer | None:
         """The layer that the options of the disk ask for, if they do.
 
-        `new`: the image has just been created; `shared`: another process still uses the layer, and hands it over
-        (`resume_from`). Raises ImageError and OSError.
+        `shared`: another process still uses the layer, and hands it over (`resume_from`).
+
+        Raises ImageError and OSError.
         """
 
-    def check(self, config: DiskConfig, image: Image) -> type[Layer] | None:
+    def check(self, config: DiskConfig, source: Source) -> type[Layer] | None:
         """Like `open_layer`, but creates and changes nothing; returns the class of the layer."""

@@ -60,7 +60,7 @@ from ringplane.virtio.blk_zones import (
 )
 
 if TYPE_CHECKING:
-    from ringplane.block.image import Image
+    from ringplane.block.sources.source import Source
     from ringplane.options.zone_options import ZoneOptions
 
 # What is noted of each slot: the address of the ZONE that a write goes to, or 0, with one of these bits. MUST_SYNC: the
@@ -118,7 +118,7 @@ def helped(layer, io_address):
     backing = view(zones.backing, BACKING)
     if io.operation == ZONE_RESET or io.operation == ZONE_RESET_ALL:
         return pointers.reset(zones, backing, io)
-    return pointers.sync(zones, backing.fd)
+    return pointers.sync(zones, backing)
 
 
 @compiled
@@ -465,17 +465,17 @@ class ZonedLayer(Layer):
             raise
 
 
-def open_layer(config: ZoneOptions, image: Image, *, new: bool, shared: bool) -> Layer | None:
+def open_layer(config: ZoneOptions, source: Source, *, shared: bool) -> Layer | None:
     if config.zoned:
-        return ZonedLayer(ZoneFile(image, config.zoned, block_size=config.block_size, new=new, shared=shared))
+        return ZonedLayer(ZoneFile(source, config.zoned, block_size=config.block_size, shared=shared))
     if not shared:
-        zonefile.check_not_zoned(image.path)
+        zonefile.check_not_zoned(source)
     return None
 
 
-def check(config: ZoneOptions, image: Image) -> type[Layer] | None:
+def check(config: ZoneOptions, source: Source) -> type[Layer] | None:
     if config.zoned:
-        zonefile.check(image, config.zoned, block_size=config.block_size)
+        zonefile.check(source, config.zoned, block_size=config.block_size)
         return ZonedLayer
-    zonefile.check_not_zoned(image.path)
+    zonefile.check_not_zoned(source)
     return None

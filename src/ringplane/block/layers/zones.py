@@ -68,25 +68,34 @@ def zone_at(zones, index):
 
 
 @compiled
-def sync(zones, fd):
+def sync(zones, backing):
     """Make all writes completed until now, and their write pointers, stable; returns 0 or -errno."""
     lock(address_of(zones) + ZONES_MUTEX)
     for index in range(zones.count):
         store64(zones.snapshot + 8 * index, load64(zones.reached + 8 * index))
-    result = sync_file(zones, fd)
+    result = sync_data(zones, backing)
     if result == 0:
         for index in range(zones.count):
             store64(zones.stable + 8 * index, load64(zones.snapshot + 8 * index))
-        result = sync_file(zones, zones.fd)
+        result = sync_pointers(zones)
     unlock(address_of(zones) + ZONES_MUTEX)
     return result
 
 
+# With the mutex held, and not after one of the two has failed (block/flush.py).
+
+
 @compiled
-def sync_file(zones, fd):
-    """fdatasync(2) of one of the two files, with the mutex held, unless one has failed before (block/flush.py)."""
+def sync_data(zones, backing):
     if zones.failed == 0:
-        zones.failed = fdatasync(fd)
+        zones.failed = ranges.sync(backing)
+    return zones.failed
+
+
+@compiled
+def sync_pointers(zones):
+    if zones.failed == 0:
+        zones.failed = fdatasync(zones.fd)
     return zones.failed
 
 
@@ -103,7 +112,7 @@ def reset(zones, backing, io):
         if zone_at(zones, index).reset_by == reset_by:
             store64(zones.reached + 8 * index, 0)
             store64(zones.stable + 8 * index, 0)
-    result = sync_file(zones, zones.fd)
+    result = sync_pointers(zones)
     unlock(address_of(zones) + ZONES_MUTEX)
     for index in range(zones.count):
         zone = zone_at(zones, index)

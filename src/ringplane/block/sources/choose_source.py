@@ -1,89 +1,70 @@
-"""The choice of a disk's source: the one that was requested by the name of its engine, or what suits the image."""
+"""The registry of sources: the options of a disk say which one it has; docs/hacking.md says how to add one."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-from collections.abc import Collection, Iterable
+from collections.abc import Mapping
+from typing import Any
 
-from ringplane.block import mapped_image
+from ringplane.block import image, mapped_image
+from ringplane.block.formats import describe, find_format
 from ringplane.block.image import Image, ImageError
 from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
-from ringplane.options.engine_names import AUTO, MEMORY, NULL, THREAD_ENGINES
-from ringplane.system import huge_pages
+from ringplane.block.sources.source import Source
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.engine_names import AUTO, MEMORY, NULL
+from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)
 
-Source = FileSource | MemorySource | NullSource
+# What the running process of a planned restart offers (`Source.hand_over`), and the `size` that it serves.
+Offer = Mapping[str, Any]
 
 
-def kind_of_source(image: Image, engine: str) -> type[Source]:
-    """Raises ImageError if this engine cannot serve the image."""
-    if engine == NULL:
-        return NullSource
-    if engine in THREAD_ENGINES and engine != AUTO:
-        return FileSource
-    if mapped_image.is_memory(image.fd):
-        return MemorySource
-    if engine == MEMORY:
-        raise ImageError(
-            f"{image.path}: engine memory serves only images on tmpfs and hugetlbfs; use --engine auto for this image"
-        )
-    return FileSource
-
-
-def check_engines(image: Image, kind: type[Source], reasons: Iterable[str]) -> None:
-    """Raises ImageError if the source needs an engine; the reasons say why I/O threads have none (empty: they have)."""
-    for without_io in reasons:
-        if kind is FileSource and without_io:
-            raise ImageError(
-                f"{image.path}: no engine for files and devices here, only for images on tmpfs: {without_io}"
-            )
-
-
-def open_source(image: Image, engine: str, reasons: Collection[str]) -> Source:
-    """For `reasons` see `check_engines`. Raises ImageError if the image cannot be served this way."""
-    kind = kind_of_source(image, engine)
-    check_engines(image, kind, reasons)
+def open_source(config: DiskConfig, signals: Signals = NONE) -> Source:
+    """Open the source of a disk, or create it if the options say so. Raises ImageError, Interrupted."""
+    opened = image.open_or_create(config.image, config, signals)
     try:
-        return kind(image)
-    except OSError as error:
-        if kind is not MemorySource:
-            raise
-        _check_unmapped(image, engine, error)
-    check_engines(image, FileSource, reasons)
-    return FileSource(image)
+        source = _of_image(opened, config.engine)
+    except BaseException:
+        opened.unlink()
+        raise
+    if found := find_format(opened.fd, opened.size):
+        log.warning("%s", describe(found, config.image))
+    return source
 
 
-def check_huge_pages(image: Image) -> None:
-    """Raises ImageError if there are fewer huge pages than an image on hugetlbfs needs; nothing is reserved.
-
-    Those that are reserved for other files are not noticed: the kernel does not show which ones they are.
-    """
-    if not mapped_image.has_huge_pages(image.fd):
-        return
-    status = os.fstat(image.fd)
-    page = status.st_blksize
-    missing = -(-image.size // page) - status.st_blocks * 512 // page
-    most = huge_pages.most(page)
-    if most is not None and missing > most:
-        raise _no_huge_pages(image, os.strerror(errno.ENOMEM))
+def take_over_source(config: DiskConfig, offer: Offer) -> Source:
+    """Make the source that a running process offers. Raises ImageError."""
+    return _of_image(image.take_over(config.image, config, offer["image"], offer["size"]), config.engine)
 
 
-def _no_huge_pages(image: Image, why: str) -> ImageError:
-    return ImageError(
-        f"{image.path}: cannot be mapped: {why}; huge pages are reserved for all of it: raise sysctl vm.nr_hugepages"
-    )
+def is_offered(config: DiskConfig, offer: Offer) -> bool:
+    """Whether the running process serves what these options name. Raises OSError."""
+    return image.is_open(config.image, offer["image"])
 
 
-def _check_unmapped(image: Image, engine: str, error: OSError) -> None:
-    """Raise ImageError unless system calls may serve an image in memory that cannot be mapped."""
-    if mapped_image.has_huge_pages(image.fd):
-        raise _no_huge_pages(image, error.strerror or str(error))
-    why = f"{image.path}: cannot be mapped: {error.strerror}"
-    if engine != AUTO:
-        raise ImageError(f"{why}; --engine auto serves it by system calls")
-    log.warning("%s; it is served by system calls, which take more CPU per I/O", why)
+def rehearse_source(config: DiskConfig) -> Source | None:
+    """Like `open_source`, but creates and changes nothing; None if a new source cannot be imitated."""
+    opened = image.rehearse(config.image, config)
+    return None if opened is None else _of_image(opened, config.engine)
+
+
+def _of_image(opened: Image, engine: str) -> Source:
+    """The source that the name of the engine means. Raises ImageError; the image is closed then."""
+    try:
+        if engine == NULL:
+            return NullSource(opened)
+        if engine in (AUTO, MEMORY) and mapped_image.is_memory(opened.fd):
+            return MemorySource(opened, required=engine == MEMORY)
+        if engine == MEMORY:
+            raise ImageError(
+                f"{opened.path}: engine memory serves only images on tmpfs and hugetlbfs; "
+                "use --engine auto for this image"
+            )
+        return FileSource(opened)
+    except BaseException:
+        opened.close()
+        raise

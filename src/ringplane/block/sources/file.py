@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ringplane.block import ranges
+from ringplane.block.image import Image, ImageError
 from ringplane.block.io import FUA
+from ringplane.block.sources.image_source import ImageSource
+from ringplane.block.sources.source import Source
 from ringplane.block.stack import STACK, SourcePart
 from ringplane.compiler.jit import compiled
 from ringplane.engines.common import ENGINE, WRITE
@@ -15,8 +19,8 @@ from ringplane.native.structs import new, struct
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
 
 if TYPE_CHECKING:
-    from ringplane.block.image import Image
     from ringplane.block.ranges import Backing
+    from ringplane.block.storage_limits import Limits
     from ringplane.engines.choose_engine import Engine
 
 # An open file of the image, used by one I/O thread.
@@ -85,35 +89,38 @@ class FilePart(SourcePart):
         engine.remove_file(int(self._record["file"][0]))
 
 
-class FileSource:
-    """The source of a disk; the image stays the caller's."""
+class FileSource(ImageSource):
+    """The source of a disk."""
 
     units = (ranges.apply,)
 
     def __init__(self, image: Image) -> None:
-        self._image = image
+        """Take over the image."""
+        super().__init__(image, page_cache=not image.direct)
+        if image.direct_was_refused:
+            self.notice = "its file system refuses O_DIRECT; using the page cache"
         self._alignment = (image.alignment.memory, image.alignment.block)
-        self.through_page_cache = self._alignment == (1, 1)
-        self.backing = ranges.Backing(image.fd, page_cache=self.through_page_cache)
         self._parts = 0
 
-    def part(self) -> FilePart:
-        """For one more I/O thread. Raises ImageError.
+    def check(self, engines: Sequence[Engine]) -> Limits | None:
+        self.prepare(engines)
+        return self.limits_beside()
 
-        Through the page cache each thread has its own open file: lost writes are reported once to each (flush.py).
-        """
+    def prepare(self, engines: Sequence[Engine]) -> Source:
+        for engine in engines:
+            if engine.without_io:
+                raise ImageError(
+                    f"{self.title}: no engine for files and devices here, only for images on tmpfs: {engine.without_io}"
+                )
+        return self
+
+    def part(self) -> FilePart:
+        """Through the page cache each one has its own open file: lost writes are reported once to each (flush.py)."""
         fd = self._image.fd
-        if self._parts and self.through_page_cache and not self._image.read_only:
+        if self._parts and not self.direct and not self.read_only:
             fd = self._image.open_again()
         self._parts += 1
         return FilePart(fd, self.backing, self._alignment)
 
-    def resize(self, size: int) -> None:
-        """Nothing: the file is used as far as it reaches."""
-
-    def sync(self) -> None:
-        """fdatasync(2); raises OSError, also if an earlier flush failed."""
-        self.backing.sync()
-
-    def close(self) -> None:
-        """Nothing: the image is the caller's."""
+    def how(self, engines: str) -> str:
+        return f"engine {engines}, {'O_DIRECT' if self.direct else 'buffered'}"

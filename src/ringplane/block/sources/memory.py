@@ -6,12 +6,20 @@ so that their walks run in parallel.
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ringplane.block import mapped_image, ranges
 from ringplane.block.helper_threads import send_to_helpers
+from ringplane.block.image import Image, ImageError
 from ringplane.block.io import CHANNEL, FLUSH, WRITE, io_at
 from ringplane.block.mapped_image import MAPPED_IMAGE
+from ringplane.block.sources.file import FileSource
+from ringplane.block.sources.image_source import ImageSource
+from ringplane.block.sources.source import Source
 from ringplane.block.stack import STACK, SourcePart
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
@@ -19,8 +27,11 @@ from ringplane.engines.common import complete
 from ringplane.native.access import view
 
 if TYPE_CHECKING:
-    from ringplane.block.image import Image
     from ringplane.block.ranges import Backing
+    from ringplane.block.storage_limits import Limits
+    from ringplane.engines.choose_engine import Engine
+
+log = logging.getLogger(__name__)
 
 LOST_PAGES = (
     "pages of the image were lost (it was truncated, or no memory is left for them); from now on "
@@ -77,29 +88,62 @@ class MemoryPart(SourcePart):
         return LOST_PAGES if self._mapped.take_loss() else ""
 
 
-class MemorySource:
-    """The source of a disk; the image stays the caller's."""
+class MemorySource(ImageSource):
+    """The source of a disk."""
 
-    through_page_cache = False
     units = (submit, ranges.apply)
+    mapped: mapped_image.MappedImage | None = None
 
-    def __init__(self, image: Image) -> None:
-        """Raises OSError when the image cannot be mapped."""
-        self.mapped = mapped_image.MappedImage(image.fd, image.size, read_only=image.read_only)
-        self.backing = ranges.Backing(image.fd, image=self.mapped.address)
+    def __init__(self, image: Image, *, required: bool = True) -> None:
+        """Take over the image. `required`: if it cannot be mapped, it is not served with system calls instead."""
+        super().__init__(image)
+        self._required = required
+
+    def check(self, engines: Sequence[Engine]) -> Limits | None:
+        """Huge pages that are reserved for other files are not noticed: the kernel does not show which they are."""
+        if mapped_image.has_huge_pages(self._image.fd) and not mapped_image.has_room(self._image.fd, self.size):
+            raise self._no_huge_pages(os.strerror(errno.ENOMEM))
+        return self.limits_beside()
+
+    def prepare(self, engines: Sequence[Engine]) -> Source:
+        """Map the image, or return a FileSource of it."""
+        try:
+            self.mapped = mapped_image.MappedImage(self._image.fd, self.size, read_only=self.read_only)
+        except OSError as error:
+            return self._unmapped(error).prepare(engines)
+        self.backing.use_mapping(self.mapped.address)
+        return self
+
+    def _unmapped(self, error: OSError) -> Source:
+        """The source in its place. Raises ImageError unless system calls may serve the image."""
+        why = error.strerror or str(error)
+        if mapped_image.has_huge_pages(self._image.fd):
+            raise self._no_huge_pages(why)
+        if self._required:
+            raise ImageError(f"{self.title}: cannot be mapped: {why}; --engine auto serves it by system calls")
+        log.warning(
+            "%s: cannot be mapped: %s; it is served by system calls, which take more CPU per I/O", self.title, why
+        )
+        return FileSource(self._image)
+
+    def _no_huge_pages(self, why: str) -> ImageError:
+        return ImageError(
+            f"{self.title}: cannot be mapped: {why}; huge pages are reserved for all of it: "
+            "raise sysctl vm.nr_hugepages"
+        )
 
     def part(self) -> MemoryPart:
-        """For one more I/O thread."""
+        assert self.mapped
         return MemoryPart(self.mapped, self.backing)
 
+    def how(self, engines: str) -> str:
+        return "engine memory"
+
     def resize(self, size: int) -> None:
-        """Prepare for this size of the image; raises OSError."""
+        assert self.mapped
         self.mapped.resize(size)
 
-    def sync(self) -> None:
-        """fdatasync(2); raises OSError."""
-        self.backing.sync()
-
     def close(self) -> None:
-        """Unmap the image; no queue may be running. A second call does nothing."""
-        self.mapped.close()
+        if self.mapped:
+            self.mapped.close()
+        super().close()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ringplane.block import ranges
 from ringplane.block.io import CHANNEL, WRITE, io_at
+from ringplane.block.sources.image_source import ImageSource
 from ringplane.block.stack import SourcePart
+from ringplane.block.storage_limits import Limits
 from ringplane.compiler.units import unit
 from ringplane.engines.common import complete
 from ringplane.native.access import view
-
-if TYPE_CHECKING:
-    from ringplane.block.image import Image
 
 
 @unit
@@ -30,31 +26,26 @@ def submit(stack_address, channel_address, first):
 class NullPart(SourcePart):
     """The part of the source for one I/O thread."""
 
-    address = ranges = backing = 0
+    address = ranges = 0
 
-    def __init__(self) -> None:
-        self.submit = submit.address()
+    def __init__(self, backing: int = 0) -> None:
+        """`backing`: the address of the BACKING that a layer may use (ranges.py)."""
+        self.submit, self.backing = submit.address(), backing
 
 
-class NullSource:
-    """The source of a disk."""
+class NullSource(ImageSource):
+    """The source of a disk; an image gives the disk its size."""
 
-    through_page_cache = False
     units = (submit,)
 
-    def __init__(self, image: Image) -> None:
-        """The image gives the disk its size."""
-        self.backing = ranges.Backing(image.fd)
-
     def part(self) -> NullPart:
-        """For one more I/O thread."""
-        return NullPart()
+        return NullPart(self.backing.address)
 
-    def resize(self, size: int) -> None:
-        """Nothing."""
+    def limits(self) -> Limits:
+        return Limits()
+
+    def how(self, engines: str) -> str:
+        return "engine null: nothing is read or written"
 
     def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
         """Nothing."""

@@ -1,0 +1,142 @@
+"""What a source of a disk is for the control plane; `stack.py` has what its parts are for compiled code.
+
+A source is where the bytes of a disk are. Nobody else knows how they are reached: what is opened, locked, mapped or
+connected belongs to the source, and whoever needs something of it calls a method. The life of a source:
+
+| step | when | it may |
+|---|---|---|
+| `open_source` (choose_source.py) | at the start, on the main thread, before any code is compiled | block, open files |
+| `check`, or `prepare` | when the engines of the I/O threads are known, and all code is loaded | block, open files |
+| `part` | once for each I/O thread of the disk, before the threads run | open files |
+| `refresh_size`, `sync` | while the disk is served, on a thread of the control plane for such calls | block |
+| `resize` | then, on the control thread | not block |
+| `hand_over` | to a successor, while no I/O is in flight; `close` follows | not block |
+| `close` | when no queue runs | block |
+
+When threads run, the process has given up its rights: no files can be opened any more, by path or at all.
+
+A service on another machine fits this without other methods:
+
+- It has no fd, or sockets of its own. `hand_over` returns what the successor needs: any values, and any fds as `Fd`.
+  Without fds the successor connects again; it has until `prepare` returns, before the disks are frozen.
+- Opening takes long, and fails late. The opener gets the `Signals` of the start, waits with `signals.wait` and gives up
+  after a time of its own, with an ImageError; whatever was opened for other disks is then closed. What fails after that
+  is the result of I/Os, and `SourcePart.warning` is its log line.
+- The size changes elsewhere. `watch` gives the source a function to call then, from any thread; `refresh_size` asks for
+  the new size.
+- A flush is a request. Those of drivers are block I/Os that the compiled part sends; `sync`, which blocks, is for the
+  control plane. So a source must store, where both see it, that one has failed (`flush_failed`).
+- Closing may hang. It is done on a thread that may block, and only delays the end of its own disk; a source that cannot
+  cancel its requests limits this time itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ringplane.block.stack import SourcePart
+from ringplane.block.storage_limits import Limits
+from ringplane.compiler.units import Unit
+
+if TYPE_CHECKING:
+    from ringplane.engines.choose_engine import Engine
+
+
+class Source:
+    """One open source. A subclass sets the fields, and defines what its source needs."""
+
+    # What is compiled before `prepare`.
+    units: ClassVar[tuple[Unit, ...]] = ()
+
+    # How messages for users call it: a path, a URI.
+    title: str
+    # Bytes: whole logical blocks.
+    size: int
+    read_only: bool
+    # The serial number that the guest sees unless the options have one: the same at every start.
+    serial: str
+    # By this object, because there was none: it has no data.
+    created: bool = False
+    # Whether I/O bypasses the page cache of this machine.
+    direct: bool = True
+    # What users should know about how it was opened, which is not quite what they asked for; empty: nothing.
+    notice: str = ""
+    # The regular file that it is, so that a layer can store its state in another file beside it; None: it is something
+    # else. `erase` and `is_blank` are for such a layer.
+    file: Path | None = None
+
+    def check(self, engines: Sequence[Engine]) -> Limits | None:
+        """Raise the ImageError that `prepare` would, but reserve nothing; returns the `limits`, or None: unknown.
+
+        For `ringplane check`, where the source was opened for reading, or is one that does not exist yet.
+        """
+        return self.limits()
+
+    def prepare(self, engines: Sequence[Engine]) -> Source:
+        """Make what compiled code needs; the engines are those of the I/O threads. Raises ImageError.
+
+        Returns this source, or another one that serves in its place. Both are closed in the end.
+        """
+        return self
+
+    def part(self) -> SourcePart:
+        """The part for one more I/O thread. Raises ImageError."""
+        raise NotImplementedError
+
+    def limits(self) -> Limits:
+        """What it supports besides reads and writes, and its preferred sizes. Raises OSError."""
+        return Limits()
+
+    def how(self, engines: str) -> str:
+        """How I/O is done, for users; `engines` names those of the I/O threads."""
+        raise NotImplementedError
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed`, from any thread, when the size may have changed; if it cannot notice that, do nothing."""
+
+    @property
+    def replaced(self) -> str:
+        """Why opening it now would open something else, as a sentence for the log; empty: it would not."""
+        return ""
+
+    def refresh_size(self) -> None:
+        """Find out the size; the parts keep the previous one until `resize`. Raises ImageError."""
+        raise NotImplementedError
+
+    def resize(self, size: int) -> None:
+        """Prepare for this size; I/Os for the larger one of the two may be in flight. Raises OSError."""
+
+    @property
+    def flush_failed(self) -> bool:
+        """Whether a flush has failed, so that every later one must fail: earlier writes may be lost."""
+        raise NotImplementedError
+
+    def set_flush_failed(self) -> None:
+        """Make every flush fail from now on."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Make completed writes stable. Raises OSError, also if an earlier flush failed."""
+
+    def is_blank(self) -> bool:
+        """Whether it certainly has no data: all of it reads as zeros."""
+        return self.created
+
+    def erase(self, start: int, end: int) -> None:
+        """Make these bytes read as zeros, while no I/O is in flight. Raises OSError."""
+        raise NotImplementedError
+
+    def hand_over(self) -> dict[str, Any]:
+        """What a successor needs to make this source: values of JSON, and fds (`Fd`), which stay ours.
+
+        The keys are those of the source alone; `take_over_source` and `is_offered` (choose_source.py) find them.
+        """
+        return {}
+
+    def close(self) -> None:
+        """Close it, which gives up its locks; a second call does nothing."""
+
+    def unlink(self) -> None:
+        """Remove what this object has created, if it may."""
