@@ -467,9 +467,9 @@ def fetch_only(worker: Worker) -> None:
 class Line:
     """A queue of the device with the driver's ring and eventfds."""
 
-    def __init__(self, rig: Rig, number: int, worker: Worker) -> None:
+    def __init__(self, rig: Rig, number: int, worker: Worker, layers: Sequence[LayerPart]) -> None:
         self.rig, self.worker = rig, worker
-        self.queue = Queue(rig.device, number, Stack(rig.source.part(), rig.layers))
+        self.queue = Queue(rig.device, number, Stack(rig.source.part(), layers))
         self.kick_fd, self.call_fd, self.queue.err_fd = new_eventfd(), new_eventfd(), new_eventfd()
         self.ring: Any
 
@@ -601,8 +601,10 @@ class Rig:
     layers: Sequence[LayerPart] = ()
     lines: list[Line] = field(default_factory=list)
 
-    def line(self, worker: int = 0) -> Line:
-        self.lines.append(Line(self, len(self.lines), self.workers[worker]))
+    def line(self, worker: int = 0, layers: Sequence[LayerPart] | None = None) -> Line:
+        """A queue with a stack of its own, of these layers, by default those of the rig."""
+        layers = self.layers if layers is None else layers
+        self.lines.append(Line(self, len(self.lines), self.workers[worker], layers))
         return self.lines[-1]
 
     def content(self) -> bytes:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ringplane.block import buffers, transfer
 from ringplane.block.io import BLOCK_IO
 from ringplane.block.layers.registry import LAYERS
-from ringplane.block.stack import CONTINUE, WAIT
+from ringplane.block.stack import CONTINUE, WAIT, LayerPart
 from ringplane.compiler.units import unit
 from ringplane.dataplane.request_types import EVERY_DISK, OF_LAYER
 from ringplane.native.access import view
@@ -33,7 +33,7 @@ RETRY = struct("failed")
 
 
 @unit
-def retry_in_an_hour(layer, io_address):
+def retry_in_an_hour(layer, channel, io_address):
     retry, io = view(layer, RETRY), view(io_address, BLOCK_IO)
     if io.result == 0:
         return CONTINUE
@@ -43,9 +43,7 @@ def retry_in_an_hour(layer, io_address):
     return WAIT
 
 
-class RetryPart:
-    down = help = 0
-
+class RetryPart(LayerPart):
     def __init__(self) -> None:
         self.record = new(RETRY)
         self.state = int(self.record.ctypes.data)
@@ -120,9 +118,9 @@ def test_dropped_bytes_come_back(lengths: list[int], pieces: list[int]) -> None:
 def test_units_take_the_arguments_that_they_are_called_with() -> None:
     """Neither the checker nor the compiler sees who calls an address."""
     for module in LAYERS:
-        for name in ("down", "up", "helped"):
+        for name, count in {"down": 3, "up": 3, "helped": 2, "ready": 2}.items():
             if function := getattr(module, name, None):
-                assert function.__wrapped__.__code__.co_argcount == 2, f"{module}: {name}"
+                assert function.__wrapped__.__code__.co_argcount == count, f"{module}: {name}"
     for types in (EVERY_DISK, *OF_LAYER.values()):
         for number, (begin, end) in types.items():
             assert begin.__wrapped__.__code__.co_argcount == 3, f"{number}: {begin.name}"

@@ -1,10 +1,10 @@
-"""Passes I/Os through the layers of their stacks, and lets them wait until a time that a layer has set."""
+"""Passes I/Os through the layers of their stacks, and lets them wait for a time or an event of a layer."""
 
 from __future__ import annotations
 
 from ringplane.block.helper_threads import send_to_helpers
 from ringplane.block.io import ENDED, HELPED, MOVING, io_at, put
-from ringplane.block.stack import CONTINUE, HELP, LAYER, LAYER_SIZE, STACK, WAIT
+from ringplane.block.stack import CONTINUE, HELP, KEEP, LAYER, LAYER_SIZE, STACK, WAIT
 from ringplane.block.transfer import start
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call
@@ -40,13 +40,16 @@ def move(channel, stack, io):
                 put(channel, address_of(channel) + ENDED, io)
                 return
             index = io.level = io.level - 1
-            verdict = pass_up(layer_at(stack, index), io)
+            verdict = pass_up(channel, layer_at(stack, index), io)
         else:
             if io.level == stack.layer_count:
                 start(channel, stack, io)
                 return
             index = io.level
-            verdict = pass_down(layer_at(stack, index), io)
+            verdict = pass_down(channel, layer_at(stack, index), io)
+        if verdict == KEEP:
+            # `resume` does the rest.
+            return
         if not io.upward:
             # Now, or again, it is below this layer.
             io.level = index + 1
@@ -59,13 +62,13 @@ def move(channel, stack, io):
 
 
 @compiled
-def pass_up(layer, io):
-    return call(layer.up, layer.state, address_of(io)) if layer.up else CONTINUE
+def pass_up(channel, layer, io):
+    return call(layer.up, layer.state, address_of(channel), address_of(io)) if layer.up else CONTINUE
 
 
 @compiled
-def pass_down(layer, io):
-    return call(layer.down, layer.state, address_of(io)) if layer.down else CONTINUE
+def pass_down(channel, layer, io):
+    return call(layer.down, layer.state, address_of(channel), address_of(io)) if layer.down else CONTINUE
 
 
 @compiled

@@ -3,12 +3,21 @@
 A layer sees each I/O once on its way down and once, ended and whole, on its way up. It is a struct of its own and two
 compiled functions, called by address, so that a disk without layers pays nothing for them and does not compile them:
 
-    down(layer, io)     up(layer, io)
+    down(layer, channel, io)     up(layer, channel, io)
 
-`layer` and `io` are addresses. The functions return what happens next: CONTINUE, or one of the other verdicts below.
-On the way down a layer can change the I/O, or turn it round (`turn_round`) with a result. On the way up it can change
-the result, or set `io.upward` to 0: then the I/O goes down again from below this layer. A layer never blocks the
-thread.
+All three are addresses. The functions return what happens next: CONTINUE, or one of the other verdicts below. On the
+way down a layer can change the I/O, or turn it round (`turn_round`) with a result. On the way up it can change the
+result, or set `io.upward` to 0: then the I/O goes down again from below this layer. A layer never blocks the thread.
+
+Waiting. If the layer knows the time, it returns WAIT. If it waits for something else, it keeps the I/O: it returns
+KEEP, and calls `resume` when it has happened. Then the I/O continues as if the layer had returned CONTINUE: with
+`turn_round` before `resume` it ends here. A kept I/O is in no list of the channel, so the layer can make lists of its
+own with `put`. Only the I/O thread resumes: in `down` or `up` of another I/O of this thread, or in a unit that is
+called when an fd of the layer is readable, which any other thread can cause (events.py).
+
+An I/O that waits or is kept is in flight as one that storage works on: a ring is drained only when it has ended, and
+until then the stack stays attached, with its events. If the process is killed, the next one gets the request again
+from the in-flight region. So a layer must not keep an I/O without something that will resume it.
 
 A source is the lowest element. `submit` gets, at the end of each turn of the loop, all I/Os of the turn that are for it
 (route.py); 0: the I/Os are done by the engine of the I/O thread (sources/file.py).
@@ -16,12 +25,14 @@ A source is the lowest element. `submit` gets, at the end of each turn of the lo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.block.events import Event
 from ringplane.block.io import ENDED, MOVING, put
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import address_of, view
@@ -31,8 +42,9 @@ if TYPE_CHECKING:
     from ringplane.engines.choose_engine import Engine
 
 # CONTINUE: in the direction that `io.upward` says. WAIT: the same, at the time `io.due`. HELP: the same, after a helper
-# thread has called `help(layer, io)`, which may block, and whose result becomes the I/O's.
-CONTINUE, WAIT, HELP = range(3)
+# thread has called `help(layer, io)`, which may block, and whose result becomes the I/O's. KEEP: the same, when the
+# layer calls `resume`.
+CONTINUE, WAIT, HELP, KEEP = range(4)
 
 # `state` is the address of the layer's own struct; the others are addresses of functions, or 0.
 LAYER = struct("state", "down", "up", "help")
@@ -72,25 +84,35 @@ def turn_round(io, result):
 
 
 @compiled
+def resume(channel, io):
+    """Have an I/O that a layer has kept continue, in the direction that `io.upward` says."""
+    if not io.upward:
+        io.level += 1
+    put(channel, address_of(channel) + MOVING, io)
+
+
+@compiled
 def call_again(io):
     """Call this layer's `up` next, even if the I/O did not go down from here."""
     io.upward = 1
     io.level += 1
 
 
-class LayerPart(Protocol):
+class LayerPart:
     """The part of a layer for one I/O thread: the address of its struct, and of its functions (0: none)."""
 
     state: int
-    down: int
-    up: int
-    help: int
+    down = up = help = 0
+    # Watched as long as a queue uses the stack.
+    events: Sequence[Event] = ()
 
 
 class SourcePart:
     """The part of a source for one I/O thread: see STACK. The methods are those of a source without the engine."""
 
     address: int
+    # Watched as long as a queue uses the stack.
+    events: Sequence[Event] = ()
     submit: int
     ranges: int
     backing: int
@@ -125,6 +147,11 @@ class Stack:
         record["ranges"], record["backing"] = source.ranges, source.backing
 
     @property
+    def events(self) -> list[Event]:
+        of_layers = [event for layer in self.layers for event in layer.events]
+        return [*of_layers, *self.source.events]
+
+    @property
     def uses_engine(self) -> bool:
         """Whether the engine of the I/O thread does the I/O."""
         return self.source.submit == 0
@@ -132,11 +159,23 @@ class Stack:
     def attach(self, engine: Engine) -> None:
         """One more queue of the I/O thread uses the stack; raises OSError."""
         if self._users == 0:
-            self.source.attach(engine)
+            self._attach(engine)
         self._users += 1
+
+    def _attach(self, engine: Engine) -> None:
+        with contextlib.ExitStack() as undo:
+            self.source.attach(engine)
+            undo.callback(self.source.detach, engine)
+            for event in self.events:
+                event.watch(engine)
+                undo.callback(event.unwatch, engine)
+            # From now on `detach` does it.
+            undo.pop_all()
 
     def detach(self, engine: Engine) -> None:
         """One queue fewer uses it."""
         self._users -= 1
         if self._users == 0:
+            for event in self.events:
+                event.unwatch(engine)
             self.source.detach(engine)

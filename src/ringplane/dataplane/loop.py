@@ -7,6 +7,7 @@ worker may sleep before a turn, according to its polling policy (tune.py).
 
 from __future__ import annotations
 
+from ringplane.block.events import EVENT_TOKEN, handle_event
 from ringplane.block.helper_threads import take_from_helpers
 from ringplane.block.io import CHANNEL, io_at
 from ringplane.block.merge import send_held
@@ -20,12 +21,12 @@ from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
 from ringplane.dataplane.requests import execute
 from ringplane.dataplane.state import (
     ALWAYS,
+    NO_ADDRESS,
     PENDING,
     POLL,
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
-    TOKEN_CONTROL,
     TOKEN_HELPERS,
     TRACE_FETCH,
     WORKER,
@@ -157,7 +158,7 @@ def can_fetch(worker):
 
 @compiled
 def wait_for_events(worker, channel, engine, timeout):
-    """Let the engine sleep, and mark the queues that were kicked. Completions need no mark: each turn reaps them."""
+    """Let the engine sleep, mark the queues that were kicked, and handle events. Each turn reaps all completions."""
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
     count = wait(engine, timeout, MANY if worker.unnotified else 1)
@@ -166,12 +167,14 @@ def wait_for_events(worker, channel, engine, timeout):
         count_gap(worker, worker.now - asleep)
     for index in range(count):
         token = load64(engine.tokens + 8 * index)
-        if token == TOKEN_CONTROL:
-            worker.attention = 1
+        if token & NO_ADDRESS == 0:
+            mark_ready(worker, view(token, QUEUE))
+        elif token & EVENT_TOKEN:
+            handle_event(channel, token)
         elif token == TOKEN_HELPERS:
             take_from_helpers(channel)
         else:
-            mark_ready(worker, view(token, QUEUE))
+            worker.attention = 1
 
 
 # Polling: before it sleeps, a worker polls the rings for a while, with kicks off. A driver that submits within that

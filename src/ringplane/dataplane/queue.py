@@ -164,6 +164,10 @@ class Queue:
         # Last, because other threads read them from now on.
         self.counters = counters
 
+    def drop_memory(self) -> None:
+        """A ring that is not served keeps no mapping."""
+        self.memory, self.layout = NO_MEMORY, None
+
     @property
     def base(self) -> int:
         """Where the ring resumes: for a split ring the next available index.

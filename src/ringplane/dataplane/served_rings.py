@@ -5,6 +5,7 @@ All of it is called on the worker's thread, between two runs of the compiled loo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from ringplane.dataplane import ring_rules
 from ringplane.dataplane.loop import mark_ready_at
 from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.place_ring import place_ring, prepare_ring
-from ringplane.dataplane.queue import NO_MEMORY, Queue, RingLayout
+from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.retired_memory import RetiredMemory
 from ringplane.dataplane.ring_states import RingEvent, RingState
 from ringplane.dataplane.state import TRACE_START, TRACE_STOP
@@ -53,17 +54,16 @@ class ServedRings:
         return iter(self._queues.values())
 
     def start(self, queue: Queue, layout: RingLayout, memory: MemoryTable, kick_fd: int) -> None:
-        """Serve the queue. Raises BadMemory if the ring is not inside the memory, OSError for the kick fd."""
+        """Serve the queue. Raises BadMemory if the ring is not inside the memory, OSError if an fd is unsuitable."""
         queue.ring_state.check(RingEvent.START)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(queue.drop_memory)
             queue.prepare()
             prepare_ring(queue, layout, memory)
+            queue.stack.attach(self._engine)
+            undo.callback(queue.stack.detach, self._engine)
             self._watch_kicks(queue, kick_fd)
-        except BaseException:
-            # A ring that does not start keeps no mapping.
-            queue.memory, queue.layout = NO_MEMORY, None
-            raise
-        queue.stack.attach(self._engine)
+            undo.pop_all()
         self._queues[queue.address] = queue
         self._pin()
         queue.ring_state.apply(RingEvent.START)
@@ -159,7 +159,7 @@ class ServedRings:
         del self._queues[queue.address]
         queue.device.failures.take(queue.failures)
         queue.stack.detach(self._engine)
-        queue.memory, queue.layout = NO_MEMORY, None
+        queue.drop_memory()
         queue.ring_state.apply(RingEvent.DRAINED)
         self._pin()
         self._trace(TRACE_STOP, queue)

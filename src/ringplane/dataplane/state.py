@@ -244,8 +244,9 @@ ALWAYS = 1 << 62
 # A time that the clock does not reach.
 NEVER = 1 << 62
 
-# What the engine reports of a watched fd: one of these, or the address of a QUEUE that was kicked.
-TOKEN_CONTROL, TOKEN_HELPERS = 1, 2
+# What the engine reports of a watched fd: one of these, the address of a QUEUE that was kicked, or an event's token
+# (block/events.py). Structs are at multiples of 8, so no address has one of the bits of NO_ADDRESS.
+TOKEN_CONTROL, TOKEN_HELPERS, NO_ADDRESS = 1, 2, 7
 
 TRACE_FETCH, TRACE_COMPLETE, TRACE_START, TRACE_STOP = 1, 2, 3, 4
 # A trace event of a request. For the start and stop of a queue `sector` is its available index and `length` its size.

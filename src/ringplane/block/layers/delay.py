@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ringplane.block.io import BLOCK_IO, FLUSH, READ, WRITE
 from ringplane.block.layers.layer import Layer
-from ringplane.block.stack import CONTINUE, WAIT
+from ringplane.block.stack import CONTINUE, WAIT, LayerPart
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import view
@@ -25,7 +25,7 @@ DELAY = struct("read", "write", "flush")
 
 
 @unit
-def down(layer, io_address):
+def down(layer, channel, io_address):
     delay, io = view(layer, DELAY), view(io_address, BLOCK_IO)
     time = time_for(delay, io.operation)
     if time == 0:
@@ -43,10 +43,8 @@ def time_for(delay, operation):
     return delay.flush if operation == FLUSH else 0
 
 
-class DelayPart:
+class DelayPart(LayerPart):
     """The part of the layer for one I/O thread."""
-
-    up = help = 0
 
     def __init__(self, *, read: int = 0, write: int = 0, flush: int = 0) -> None:
         """By how many nanoseconds these take longer."""

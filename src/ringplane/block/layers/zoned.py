@@ -33,7 +33,7 @@ from ringplane.block.layers import zones as pointers
 from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.zones import ZONE, ZONES, zone_at
 from ringplane.block.ranges import BACKING
-from ringplane.block.stack import CONTINUE, HELP, call_again, turn_round
+from ringplane.block.stack import CONTINUE, HELP, LayerPart, call_again, turn_round
 from ringplane.block.zonefile import ZoneFile
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
@@ -73,7 +73,7 @@ ACCEPTED = -1
 
 
 @unit
-def down(layer, io_address):
+def down(layer, channel, io_address):
     zones, io = view(layer, ZONES), view(io_address, BLOCK_IO)
     store64(note_of(zones, io), 0)
     if io.operation == READ or io.operation == WRITE:
@@ -92,7 +92,7 @@ def down(layer, io_address):
 
 
 @unit
-def up(layer, io_address):
+def up(layer, channel, io_address):
     zones, io = view(layer, ZONES), view(io_address, BLOCK_IO)
     if io.operation == ZONE_RESET or io.operation == ZONE_RESET_ALL:
         end_reset(zones, io)
@@ -406,7 +406,7 @@ def append(zones, io, size):
     io.done += size
 
 
-class ZonedPart:
+class ZonedPart(LayerPart):
     """The part of the layer for the one I/O thread that serves such a disk."""
 
     def __init__(self, zones: ZoneFile, backing: int, slots: int) -> None:
