@@ -348,8 +348,10 @@ def drop_argument(node: ast.AST) -> Change | None:
     """The last one, of a function that is not one of Python's."""
     if not isinstance(node, ast.Call) or len(node.args) < 2 or ast.unparse(node.func) in ("range", "max"):
         return None
-    if ast.unparse(node.func) == "call" and isinstance(node.args[0], ast.Name):
-        # Nothing says which unit that is.
+    if ast.unparse(node.func) == "call" and (
+        isinstance(node.args[0], ast.Name) or "event" in ast.unparse(node.args[0])
+    ):
+        # Nothing says which unit that is, and no layer or source of ours has an event.
         return None
     last, previous = node.args[-1], node.args[-2]
     if last.end_lineno != previous.lineno:
