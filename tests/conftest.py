@@ -7,7 +7,6 @@ import os
 import zlib
 
 import pytest
-from xdist import is_xdist_controller
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -38,6 +37,8 @@ class ByFile(LoadScopeScheduling):
         return nodeid.partition("::")[0]
 
 
+# Without the plugin (`pytest -p no:xdist`) there is no such hook.
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     # In the order of collection, not by the number of tests.
     config.option.loadscopereorder = False
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile once, before the processes start that would all do so."""
-    if is_xdist_controller(session):
+    if session.config.getoption("dist", "no") != "no" and not hasattr(session.config, "workerinput"):
         compile_data_plane()
         compile_driver()
 

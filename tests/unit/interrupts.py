@@ -22,6 +22,8 @@ from pathlib import Path
 
 from ringplane.driver.frontend import FrontEnd
 
+from .waiting import wait_until as wait_until
+
 SOON = 120.0
 # How much longer than an undisturbed start it may take until the signal is sent.
 LONGEST = 1.2
@@ -76,13 +78,6 @@ def catches(pid: int, number: int) -> bool:
 def children(pid: int) -> list[int]:
     """Those that the main thread has started (proc(5))."""
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.001)
 
 
 def interrupted(command: list[str], number: int, moment: float, environment: dict[str, str]) -> bool:

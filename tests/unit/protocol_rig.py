@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import select
 import struct
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +23,8 @@ from ringplane.virtio.features import (
     VIRTIO_F_VERSION_1,
 )
 from ringplane.virtio.split import USED_IDX
+
+from .waiting import wait_until as wait_until
 
 IMAGE_SIZE = 64 << 20
 QUEUES = 2
@@ -73,13 +73,6 @@ def open_fds() -> dict[str, str]:
 
 def shared_mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.001)
 
 
 class Peer(FrontEnd):

@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from ringplane.options.thread_options import POLL_US
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
 from . import model
+from .waiting import eventually as eventually
 
 IN, OUT, FLUSH, SCSI_CMD, SCSI_CMD_OUT, GET_ID = 0, 1, 4, 2, 3, 8
 DISCARD, WRITE_ZEROES, SECURE_ERASE = 11, 13, 14
@@ -729,13 +729,3 @@ def listens(path: Path) -> bool:
     names = ([str(path)], [f"{path}~"])
     # __SO_ACCEPTCON
     return path.exists() and any(fields[7:] in names and int(fields[3], 16) & 0x1_0000 for fields in sockets)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Whether the condition becomes true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.001)
-    return True

@@ -12,8 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from ringplane.metrics import histogram
 from ringplane.system.signals import Interrupted
 
 from .reports import CELL, NATIVE, OURS, THREADS, report_of, row
+from .waiting import wait_until
 
 QSD = shutil.which("qemu-storage-daemon")
 # Long enough for a back end to get its time slices beside a driver that spins.
@@ -446,13 +445,6 @@ def using(folder: Path, text: str) -> list[str]:
         if str(folder) in command and text in command and int(path.parent.name) != os.getpid():
             found.append(command)
     return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_loop_devices_are_created_and_removed(tmp_path: Path) -> None:

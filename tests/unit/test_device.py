@@ -6,8 +6,7 @@ import itertools
 import os
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from ringplane.vhost_user.messages import HEADER, VERSION, BackendRequest, Proto
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 
 from .rig import PATIENCE, loop_device, pattern
+from .waiting import wait_until
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -43,13 +43,6 @@ def export(image: Path, tmp_path: Path) -> Iterator[ringplane.Export]:
 def attach(export: ringplane.Export, **options: object) -> Driver:
     assert export.socket_path is not None
     return Driver(export.socket_path, queues=2, memory_size=64 * MIB, timeout=PATIENCE, **options)  # type: ignore[arg-type]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_ranges(export: ringplane.Export, image: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, Model, Result, check, fill, run_load
 from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
+
+from .waiting import wait_until
 
 IMAGE_SIZE = 32 << 20
 MEMORY_SIZE = 16 << 20
@@ -49,13 +51,6 @@ def export(image: Path, tmp_path: Path) -> Iterator[ringplane.Export]:
 def attach(export: ringplane.Export, queues: int = 1) -> Driver:
     assert export.socket_path is not None
     return Driver(export.socket_path, queues=queues, memory_size=MEMORY_SIZE)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.001)
 
 
 class Loaded:
@@ -358,17 +353,18 @@ def test_in_flight_is_counted_and_returns_to_zero(export: ringplane.Export) -> N
 
 def test_drain_under_load_stops_and_loses_nothing(export: ringplane.Export) -> None:
     with attach(export, queues=2) as driver:
-        load = Loaded(driver, Load(block_size=4096, depth=16, queues=2, read_percent=50, seconds=0.5, verify=True))
-        wait_until(lambda: export.counters["read"].requests > 0)
         drains = 0
-        while load.thread.is_alive():
-            export.drain()
-            drains += 1
-        load.join()
-    assert drains > 5
-    assert load.error is None
-    assert load.result is not None
-    assert (load.result.errors, load.result.mismatches, load.result.wrong_lengths) == (0, 0, 0)
+        # On a busy machine one load may end after few of them.
+        while drains < 6:
+            load = Loaded(driver, Load(block_size=4096, depth=16, queues=2, read_percent=50, seconds=0.5, verify=True))
+            wait_until(lambda: export.counters["read"].requests > 0)
+            while load.thread.is_alive():
+                export.drain()
+                drains += 1
+            load.join()
+            assert load.error is None
+            assert load.result is not None
+            assert (load.result.errors, load.result.mismatches, load.result.wrong_lengths) == (0, 0, 0)
 
 
 def test_drain_without_front_end_returns(export: ringplane.Export) -> None:
@@ -539,7 +535,8 @@ def test_program_that_ends_without_stop_exits_cleanly(tmp_path: Path) -> None:
         f"disk = Driver({str(tmp_path / 's')!r})\n"
         "load = Load(depth=32, seconds=60)\n"
         "threading.Thread(target=run_load, args=[disk, load], daemon=True).start()\n"
-        "import time; time.sleep(1)\n"
+        "import time\n"
+        "while sum(each.requests for each in export.counters.values()) < 1000: time.sleep(0.01)\n"
     )
     for _ in range(3):
         (tmp_path / "disk.img").unlink(missing_ok=True)

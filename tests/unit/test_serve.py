@@ -33,6 +33,7 @@ from ringplane.system.open_files import FEWEST_FILES
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
 from .rig import need_engine
+from .waiting import wait_until
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20
@@ -118,13 +119,6 @@ def refused(*arguments: object, **options: object) -> str:
 
 def attach(path: Path) -> Driver:
     return Driver(path, memory_size=MEMORY_SIZE)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.005)
 
 
 # Starting and ending

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,8 @@ from ringplane.options.cpus import parse_cpus
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
 from ringplane.vhost_user.messages import ProtocolError
+
+from .waiting import wait_until
 
 IMAGE_SIZE = 4 << 20
 MEMORY_SIZE = 16 << 20
@@ -65,13 +66,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def attach(export: ringplane.Export, queues: int = 1) -> Driver:
     assert export.socket_path is not None
     return Driver(export.socket_path, queues=queues, memory_size=MEMORY_SIZE, timeout=SOON)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.001)
 
 
 def works(export: ringplane.Export) -> bool:

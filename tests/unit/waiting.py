@@ -1,0 +1,24 @@
+"""Waiting for what other threads and processes do: for a condition, never for a fixed time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+# Seconds. A test that passes never waits so long; a busy machine may need many of them.
+PATIENCE = 120.0
+
+
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+    """Whether the condition becomes true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Fail the test unless the condition becomes true."""
+    assert eventually(condition), "what the test waits for did not happen"
