@@ -76,6 +76,7 @@ def gather_packed(queue, request, io):
             return rule
         if queue.inflight:
             if entry == queue.size:
+                # The end of the list of free entries.
                 return ring_rules.TOO_MANY_IN_FLIGHT
             entry = tracking.copy_descriptor(queue, entry, addr, length, identifier, flags)
         if not flags & VIRTQ_DESC_F_NEXT:

@@ -133,7 +133,7 @@ def has_work(channel):
 
 @compiled
 def find_sleep(worker, engine):
-    """Like `find_timeout`, according to the polling policy.
+    """Like `find_timeout`, according to the polling policy. The fields of `engine` are explained in engines/common.py.
 
     Without a free slot nothing can be fetched before something completes, so queues that wait for a slot do not count.
     """

@@ -45,7 +45,7 @@ RequestTypes = Mapping[int, tuple[Unit, Unit | None]]
 QUEUE = struct(
     "number",
     "device",  # DEVICE
-    # The ring: the fields that virtio/split.py requires
+    # The ring: the fields that virtio/split.py requires, which explains them
     "desc",
     "avail",
     "used",
@@ -55,13 +55,13 @@ QUEUE = struct(
     "next_used",
     "signalled_used",
     "event_idx",
-    "packed",  # 1: a packed ring, 0: a split ring. The next five fields are only for packed rings
+    "packed",  # 1: a packed ring, 0: a split ring. The next five fields are only for packed rings (virtio/packed.py)
     "avail_wrap",
     "used_wrap",
     "batch",
     "batch_flags",
     "uncounted",
-    "indirect",
+    "indirect",  # the driver may refer to tables of descriptors (VIRTIO_F_INDIRECT_DESC)
     # The in-flight region, in memory that outlives this process: the fields that inflight/tracking.py requires
     "inflight",  # or 0: the ring has none
     "counter",
@@ -85,7 +85,7 @@ QUEUE = struct(
     # State
     "running",
     "draining",  # the control plane waits for in_flight to become 0
-    "broken",  # the number of the rule that the driver broke, see rules.py
+    "broken",  # the number of the rule that the driver broke, see ring_rules.py
     "broken_head",
     "in_flight",
     "features",  # the negotiated features
