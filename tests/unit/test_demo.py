@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -52,6 +53,30 @@ def test_a_wrong_byte_makes_the_exit_status_1(tmp_path: Path, monkeypatch: pytes
     told = " ".join(done.output.split())
     assert re.search(r"FAILED: \d+ sectors wrong, 0 requests failed; the first: sector 2048", told), told
     assert not image.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--size", "900T"], r"Error: .*: the images need 900 TiB, but only .* are free; choose a smaller --size"),
+        (["--image", "/nowhere/x"], "Error: /nowhere: is not a folder; create it or choose another path"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(options: list[str], line: str) -> None:
+    done = CliRunner().invoke(demo, options)
+    assert done.exit_code == 1
+    assert re.fullmatch(line, done.output.strip())
+
+
+def test_a_failed_write_ends_it_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "8 writes failed; the first: writing sector 0 ended with status 1")
+
+    monkeypatch.setattr(load, "fill", fail)
+    done = CliRunner().invoke(demo, ["--image", str(tmp_path / "disk.img"), *QUICK])
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1].startswith("Error: the disk failed: 8 writes failed; the first: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_compiles_nothing() -> None:

@@ -132,7 +132,7 @@ def _table(report: Report, storage: Storage, cells: list[Cell], compared: Sequen
                 *((cell.workload, str(cell.depth)) if position == 0 else ("", "")),
                 escape(short(subject)),
                 *_texts(columns, figures, at, ratios=ratios),
-                end_section=position == len(measured) - 1,
+                end_section=len(measured) > 1 and position == len(measured) - 1,
                 style="bold" if subject.family == RINGPLANE else None,
             )
     return table

@@ -125,7 +125,7 @@ def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
 def rehearse(place: Place, count: int, size: int) -> None:
     """Raise BenchError if the images cannot be created; called before measuring anything."""
     if place.how != "existing":
-        _check_room(place.path if place.path.is_dir() else place.path.parent, count * size)
+        check_room(place.path if place.path.is_dir() else place.path.parent, count * size)
         with images(place, 1, 1 << 20):
             pass
 
@@ -142,7 +142,8 @@ def _folder(parent: Path) -> Iterator[Path]:
         folder.rmdir()
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Raise BenchError if so many bytes are not free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BenchError(

@@ -14,11 +14,11 @@ from ringplane.bench.cells import BUSY, WORKLOADS, Cell
 from ringplane.bench.errors import BenchError, never
 from ringplane.bench.places import SMALLEST, Place, images
 from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, short, sparse
-from ringplane.driver import Driver, Load, Model, Result, RingBroken, Unsupported, fill, run_load
-from ringplane.driver.frontend import Refused, SharedMemory
+from ringplane.driver import Driver, Load, Model, Result, fill, run_load
+from ringplane.driver.driver_failures import FAILURES, reason
+from ringplane.driver.frontend import SharedMemory
 from ringplane.driver.load import Progress
 from ringplane.options.sizes import format_size
-from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_F_RO
 
 # The part of an image whose contents are always known; the rest is for measured loads.
@@ -27,9 +27,6 @@ CHECKED = 64 << 20
 OVERHEAD, START = 0.06, 1.0
 # The speed of filling and reading an image, in bytes per second: a guess, for the estimate.
 SWEEP_RATE = 400e6
-
-# Exceptions of the driver: a back end or its storage fails, does not answer, or breaks the protocol.
-BROKEN = (RingBroken, Refused, ProtocolError, Unsupported, OSError, ValueError, MemoryError, BufferError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +128,9 @@ class Disk:
         """Turn exceptions of the driver into a BenchError that names the back end."""
         try:
             yield
-        except BROKEN as error:
+        except FAILURES as error:
             raise BenchError(
-                f"{self.subject.name}: {doing} failed: {_reason(error)}{ending(self.last_line())}"
+                f"{self.subject.name}: {doing} failed: {reason(error)}{ending(self.last_line())}"
             ) from error
 
 
@@ -347,12 +344,6 @@ class Bench:
     def _say(self, what: str) -> None:
         self.pulse()
         self.announce(self.done, what)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ConnectionRefusedError):
-        return "nothing listens at this socket; start the back end first"
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def queue_size(depth: int) -> int:

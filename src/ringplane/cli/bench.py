@@ -63,7 +63,7 @@ OF_MEASURING = (
 )
 @click.option(
     "--workload", "workloads", multiple=True, type=click.Choice(WORKLOADS), default=("randread", "randwrite"),
-    show_default="randread, randwrite; only randread where nothing may be written", help="Load; repeatable.",
+    help="Load; repeatable [default: randread, randwrite; only randread where nothing may be written].",
 )  # fmt: skip
 @click.option(
     "--depth", "depths", multiple=True, type=click.IntRange(1, 1024), default=DEPTHS, show_default=True,

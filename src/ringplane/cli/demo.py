@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,12 +37,27 @@ def demo(context: click.Context, image: Path | None, size: int, seconds: float) 
     from ringplane.cli.demonstration import compile_first, run_demo
 
     console, signals = Console(highlight=False), signals_of(context.obj)
+    check_room(image, size)
     with interruptible("the next start compiles instead"):
         compile_first(console, signals)
     with interruptible("the disk has been stopped and its image removed"):
         good = run_demo(console, signals, image, size, seconds)
     if not good:
         raise SystemExit(1)
+
+
+def check_room(image: Path | None, size: int) -> None:
+    """Raise ClickException if there is no room for the image, which is written completely."""
+    from ringplane.bench import places
+    from ringplane.bench.errors import BenchError
+
+    folder = image.parent if image else Path(tempfile.gettempdir())
+    if not folder.is_dir():
+        raise click.ClickException(f"{folder}: is not a folder; create it or choose another path")
+    try:
+        places.check_room(folder, size)
+    except BenchError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -40,7 +40,8 @@ def run_demo(console: Console, signals: Signals, image: Path | None, size: int, 
             with serving(signals, path, socket, size) as started:
                 console.print(f"serving a new disk of {format_size(size)}, {started:.2f} s after its start:")
                 console.print(f"  image   {path}\n  socket  {socket}", soft_wrap=True)
-                results, good = exercise(console, signals, socket, seconds)
+                with failures_in_words():
+                    results, good = exercise(console, signals, socket, seconds)
         finally:
             path.unlink(missing_ok=True)
     console.print(results)
@@ -54,7 +55,7 @@ def compile_first(console: Console, signals: Signals) -> None:
     from ringplane.dataplane import compile_data_plane
     from ringplane.driver import compile_driver
 
-    parts = (("data plane", DATA_PLANE, compile_data_plane, 20), ("driver", DRIVER, compile_driver, 5))
+    parts = (("data plane", DATA_PLANE, compile_data_plane, 10), ("driver", DRIVER, compile_driver, 5))
     for name, cached, module, seconds in parts:
         if not INTERPRETED and not is_cached(cached):
             once = "" if place().short_lived else ", once per installation"
@@ -104,6 +105,17 @@ def end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
+
+
+@contextlib.contextmanager
+def failures_in_words() -> Iterator[None]:
+    """Turn exceptions of the driver into a ClickException."""
+    from ringplane.driver.driver_failures import FAILURES, reason
+
+    try:
+        yield
+    except FAILURES as error:
+        raise click.ClickException(f"the disk failed: {reason(error)}") from None
 
 
 class Bars(Progress):
