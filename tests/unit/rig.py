@@ -30,11 +30,12 @@ from ringplane.block.sources.source import Source
 from ringplane.block.stack import LayerPart, Stack
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import TURN, serve_ready
-from ringplane.dataplane.queue import NO_TYPES, Device, Queue, RingLayout
+from ringplane.dataplane.queue import NO_TYPES, Device, DirtyLog, Queue, RingLayout
 from ringplane.dataplane.state import WORKER, RequestTypes
 from ringplane.dataplane.worker import Worker
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
+from ringplane.inflight.area import InflightRegion
 from ringplane.native.access import fence, store16, view
 from ringplane.options.engine_names import MEMORY
 from ringplane.options.image_options import ImageOptions
@@ -187,6 +188,8 @@ class DriverRing:
         self.features = features | event_idx * VIRTIO_F_EVENT_IDX | indirect * VIRTIO_F_INDIRECT_DESC
         self.features |= in_order * VIRTIO_F_IN_ORDER
         self.write_through = write_through
+        self.inflight: InflightRegion | None = None
+        self.log: DirtyLog | None = None
         # In the order of submission.
         self.pending: dict[int, Pending] = {}
 
@@ -200,7 +203,7 @@ class DriverRing:
 
     def layout(self) -> RingLayout:
         areas = (USER_BASE + area for area in (self.desc, self.avail, self.used))
-        return RingLayout(self.size, *areas, self.base, self.features, self.write_through)
+        return RingLayout(self.size, *areas, self.base, self.features, self.write_through, self.inflight, self.log)
 
     def add(self, pieces: Sequence[Piece], direct: int | None = None) -> Pending:
         """Add a chain of these buffers; all after the first `direct` ones are in an indirect table (None: no table)."""

@@ -11,6 +11,7 @@ from ringplane.compiler.jit import compiled
 from ringplane.guest_memory.regions import REGION, REGION_SIZE
 from ringplane.native.access import atomic_or8, view
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
+from ringplane.virtio.packed import EVENT_SIZE
 from ringplane.virtio.split import DESC_SIZE, USED_ELEM_SIZE, USED_RING
 
 # VHOST_LOG_PAGE
@@ -50,9 +51,13 @@ def mark_request(queue, request):
 
 @compiled
 def mark_ring(queue):
-    """Mark the used ring. All of it, not only what was just published: a ring has few pages."""
+    """Mark what the device writes of a ring: used elements, and whether it wants kicks.
+
+    All of it, not only what has just changed: a ring has few pages.
+    """
     if queue.packed:
         mark(queue, guest_address(queue, queue.desc), queue.size * DESC_SIZE)
+        mark(queue, guest_address(queue, queue.used), EVENT_SIZE)
     else:
         mark(queue, guest_address(queue, queue.used), USED_RING + queue.size * USED_ELEM_SIZE + 2)
 

@@ -247,6 +247,8 @@ def ask_for_kicks(worker):
         queue.quiet = 0
         if queue.running and not queue.ready:
             enable_kicks(queue)
+            if queue.log:
+                dirty.mark_ring(queue)
             if available(queue):
                 mark_ready(worker, queue)
 
@@ -322,6 +324,8 @@ def keep_quiet(worker, queue):
     """Switch kicks off until `ask_for_kicks`."""
     if not queue.quiet:
         disable_kicks(queue)
+        if queue.log:
+            dirty.mark_ring(queue)
         queue.quiet = 1
         queue.next_quiet = worker.quiet
         worker.quiet = address_of(queue)
