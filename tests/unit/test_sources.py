@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ringplane.control import opening, taking_over
 from ringplane.control.handover import Channel
 from ringplane.driver import Driver
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.thread_options import IoThread
 
 from .rig import PATIENCE, eventually, loop_device, pattern
 
@@ -239,6 +241,9 @@ class Service:
         self.connections = 0
         self.syncs = 0
         self.changed: Callable[[], None] = lambda: None
+        # While it is clear, closing a connection hangs.
+        self.answers = threading.Event()
+        self.answers.set()
 
     def resize(self, size: int) -> None:
         self.size = size
@@ -281,6 +286,7 @@ class RemoteSource(Source):
         return {"remote": self.title}
 
     def close(self) -> None:
+        self._service.answers.wait()
         self._service.connections -= not self._closed
         self._closed = True
 
@@ -319,6 +325,22 @@ def test_a_source_elsewhere(service: Service, tmp_path: Path) -> None:
             service.resize(SIZE)
             assert eventually(lambda: driver.read_config() is None and driver.capacity == SIZE)
     assert service.connections == 0
+
+
+def test_a_source_that_hangs_when_it_is_closed(service: Service, tmp_path: Path) -> None:
+    """Another disk of the process is served meanwhile."""
+    configs = [DiskConfig(Path(name), ["io0"], socket_path=tmp_path / name, num_queues=1) for name in ("vm1", "vm2")]
+    with ringplane.serve_all(configs, [IoThread("io0")]) as server:
+        service.answers.clear()
+        try:
+            server.exports[0].request_stop()
+            # A new front end is accepted by the control thread, after the stop.
+            with Driver(tmp_path / "vm2", timeout=PATIENCE) as driver:
+                assert driver.request(0, 0, read=512).status == 0
+            assert not server.exports[0].stopped
+        finally:
+            service.answers.set()
+        assert server.exports[0].wait(PATIENCE)
 
 
 def test_only_what_makes_sources_uses_their_fds() -> None:

@@ -17,6 +17,7 @@ When threads run, the process has given up its rights: no files can be opened an
 
 A service on another machine fits this without other methods:
 
+- Its I/Os end later. An fd that says so is one of the `events` of its parts (stack.py), and is closed with the source.
 - It has no fd, or sockets of its own. `hand_over` returns what the successor needs: any values, and any fds as `Fd`.
   Without fds the successor connects again; it has until `prepare` returns, before the disks are frozen.
 - Opening takes long, and fails late. The opener gets the `Signals` of the start, waits with `signals.wait` and gives up
