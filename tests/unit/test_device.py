@@ -8,12 +8,17 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringplane
+from ringplane.dataplane.queue import Queue
+from ringplane.dataplane.ring_states import RingState
+from ringplane.dataplane.served_rings import ServedRings
 from ringplane.driver import Driver
 from ringplane.driver.frontend import Refused
+from ringplane.guest_memory.address_space import BadMemory
 from ringplane.vhost_user.messages import HEADER, VERSION, BackendRequest, ProtocolFeature, Request
 from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 
@@ -122,6 +127,25 @@ def test_a_switch_that_cannot_be_made_stable_is_refused(
         driver.read_config()
         assert (driver.config["writeback"], layouts(export)) == (1, [False, False])
         driver.write(0, bytes(512))
+
+
+def test_a_ring_that_cannot_start_again_leaves_the_others_running(
+    export: ringplane.Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All rings stop for a moment when the write cache is switched, and the first one cannot start again."""
+    start, (first, second) = ServedRings.start, export.disk.queues
+
+    def fail(rings: ServedRings, queue: Queue, *rest: Any) -> None:
+        if queue is first:
+            raise BadMemory("the ring is not in the shared memory")
+        start(rings, queue, *rest)
+
+    with attach(export) as driver:
+        monkeypatch.setattr(ServedRings, "start", fail)
+        driver.set_write_back(False)
+        assert (first.state, second.state) == (RingState.STOPPED, RingState.RUNNING)
+        driver.write(0, bytes(512), queue=1)
+    assert "queue 0: cannot be started again: the ring is not in the shared memory" in caplog.text
 
 
 def test_without_flush_there_is_no_write_cache(export: ringplane.Export) -> None:

@@ -25,8 +25,10 @@ from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.virtqueue import poke
 from ringplane.options.zone_options import ZoneModel
+from ringplane.session.negotiation import Negotiation
+from ringplane.session.refusal import Refused
 from ringplane.system.fd import Fd
-from ringplane.vhost_user.messages import HEADER, BackendRequest, Request
+from ringplane.vhost_user.messages import HEADER, BackendRequest, ProtocolError, Request
 from ringplane.vhost_user.payloads import VringState
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
 from ringplane.virtio.split import AVAIL_IDX
@@ -319,6 +321,24 @@ def test_a_ring_without_memory_is_handed_over_when_it_is_stopped(serve: Serve) -
         running = take_over(serve, running)
         guest.start(base)
         assert running.disk.queues[0].state is RingState.RUNNING
+
+
+@pytest.mark.parametrize("kind", [Refused, ProtocolError])
+def test_a_front_end_that_does_not_fit(serve: Serve, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    """Another release may offer less, or resume differently."""
+
+    def refuse(*_: object) -> None:
+        raise kind("its driver uses what is not offered here")
+
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        with monkeypatch.context() as other:
+            other.setattr(Negotiation, "resume", refuse)
+            with pytest.raises(HandoverError, match="its driver uses what is not offered"):
+                serve(upgrade=True)
+        assert guest.read(7) == sector(7)
+        assert not running.stopped
 
 
 def test_a_broken_ring_stays_broken(serve: Serve) -> None:

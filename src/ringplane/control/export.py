@@ -80,7 +80,7 @@ class Export:
 
     @property
     def counters(self) -> dict[str, Counter]:
-        """By kind of request: `read`, `write`, `flush` and `other`."""
+        """By kind of request: `read`, `write`, `flush`, `discard`, `write_zeroes` and `other`."""
         return count(self.disk.queues)
 
     def drain(self) -> None:

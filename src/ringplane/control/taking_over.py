@@ -27,9 +27,11 @@ from ringplane.control.handover import (
 )
 from ringplane.control.listener import Listener
 from ringplane.options.disk_config import DiskConfig
+from ringplane.session.refusal import Refused
 from ringplane.session.snapshot import SessionSnapshot
 from ringplane.system.fd import Fd
 from ringplane.system.signals import NONE, Signals
+from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio import blk
 
 
@@ -121,7 +123,7 @@ def _in_words() -> Iterator[None]:
         raise HandoverError(f"the running process continues to serve: {error}") from None
     except TimeoutError:
         raise HandoverError("the running process does not answer") from None
-    except (EOFError, OSError, LookupError, TypeError, ValueError) as error:
+    except (Refused, ProtocolError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
         raise HandoverError(f"cannot take over from the running process: {error or type(error).__name__}") from None
 
 

@@ -184,8 +184,7 @@ class Handlers:
                 await asyncio.to_thread(self._disk.sync)
             self.config.write_back = write_back
         finally:
-            for vring in running:
-                await vring.adjust(self.use)
+            await self.vrings.start_again(running, self.use)
 
     # Memory.
 
