@@ -18,9 +18,10 @@ from ringplane.dataplane.ring_states import RingState
 from ringplane.driver.frontend import Refused
 from ringplane.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolError, Request
 from ringplane.vhost_user.payloads import MemoryRegion, VringFd
-from ringplane.virtio.blk import VIRTIO_BLK_F_FLUSH
+from ringplane.virtio.blk import CONFIG, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
 from ringplane.virtio.features import (
     VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
     VIRTIO_F_RING_RESET,
 )
 from ringplane.virtio.split import AVAIL_IDX
@@ -314,3 +315,64 @@ def test_broken_ring_signals_the_error_fd_and_works_again_after_a_restart(
         os.eventfd_read(guest.vring.err_fd)
         guest.start()
         assert guest.read(2) == sector(2)
+
+
+WRITEBACK: int = CONFIG.fields["writeback"][1]  # type: ignore[index]
+WITH_WCE = DRIVER_FEATURES | VIRTIO_BLK_F_CONFIG_WCE | VHOST_USER_F_PROTOCOL_FEATURES
+
+
+def stop_for_a_moment_by_drain(guest: Machine, export: ringplane.Export) -> None:
+    export.drain()
+
+
+def stop_for_a_moment_by_features(guest: Machine, export: ringplane.Export) -> None:
+    guest.peer.set_features(WITH_WCE | VIRTIO_F_INDIRECT_DESC)
+
+
+def stop_for_a_moment_by_config(guest: Machine, export: ringplane.Export) -> None:
+    guest.peer.set_config(WRITEBACK, b"\0")
+
+
+def disable_and_enable(guest: Machine, export: ringplane.Export) -> None:
+    guest.peer.set_vring_enable(0, False)
+    guest.peer.set_vring_enable(0, True)
+
+
+@pytest.mark.parametrize(
+    "stop", [stop_for_a_moment_by_drain, stop_for_a_moment_by_features, stop_for_a_moment_by_config, disable_and_enable]
+)
+def test_ring_that_is_stopped_without_its_memory_starts_when_that_is_added(
+    own_export: ringplane.Export, stop: Callable[[Machine, ringplane.Export], None]
+) -> None:
+    queue = own_export.disk.queues[0]
+    with machine(own_export) as guest:
+        guest.peer.set_features(WITH_WCE)
+        guest.start()
+        guest.read()
+        guest.peer.set_mem_table([], [])
+        assert queue.state is RingState.SUSPENDED
+        stop(guest, own_export)
+        assert queue.state is RingState.STOPPED_SUSPENDED
+        guest.peer.set_mem_table([], [])
+        assert queue.state is RingState.STOPPED_SUSPENDED
+        guest.share_memory()
+        assert queue.state is RingState.RUNNING
+        guest.read()
+
+
+def test_ring_that_is_stopped_without_its_memory_starts_elsewhere(own_export: ringplane.Export) -> None:
+    """Or is forgotten, and described again."""
+    queue = own_export.disk.queues[0]
+    with machine(own_export) as guest, closing(Machine(guest.peer)) as other:
+        guest.start()
+        guest.peer.set_mem_table([], [])
+        own_export.drain()
+        guest.peer.set_mem_table([other.memory.region()], [other.memory.fd])
+        assert queue.state is RingState.STOPPED_SUSPENDED
+        other.ring.reset(0)
+        other.set_addresses()
+        assert queue.state is RingState.RUNNING
+        guest.peer.set_mem_table([], [])
+        own_export.drain()
+        assert guest.peer.get_vring_base(0) == 0
+        assert queue.state is RingState.STOPPED

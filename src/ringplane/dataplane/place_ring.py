@@ -34,8 +34,8 @@ def prepare_ring(queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
     record["turn"] = FIRST_TURN
 
 
-def place_ring(queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
-    """Use the ring through this memory table from now on; raises BadMemory, without an effect, if it is not in it."""
+def find_ring(layout: RingLayout, memory: MemoryTable) -> tuple[int, int, int]:
+    """The addresses of the three areas in this process; raises BadMemory if the ring is not in this memory table."""
     desc = memory.user_to_host(layout.desc, desc_bytes(layout.size))
     avail = memory.user_to_host(layout.avail, EVENT_SIZE if layout.packed else avail_bytes(layout.size))
     used = memory.user_to_host(layout.used, EVENT_SIZE if layout.packed else used_bytes(layout.size))
@@ -44,6 +44,12 @@ def place_ring(queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
     if desc % DESC_ALIGNMENT or avail % AVAIL_ALIGNMENT or used % USED_ALIGNMENT:
         # A region may be mapped at any address, but the atomic loads and stores of the ring need alignment.
         raise BadMemory("the ring is not aligned in memory")
+    return desc, avail, used
+
+
+def place_ring(queue: Queue, layout: RingLayout, memory: MemoryTable) -> None:
+    """Use the ring through this memory table from now on; raises BadMemory, without an effect, if it is not in it."""
+    desc, avail, used = find_ring(layout, memory)
     record = queue.record
     record["desc"], record["avail"], record["used"] = desc, avail, used
     record["regions"], record["region_count"], record["last_region"] = memory.address, memory.count, 0

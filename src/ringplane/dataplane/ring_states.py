@@ -21,6 +21,9 @@ and, in most states, watches its kicks.
 - DRAINING: nothing is fetched; it is stopped when the last request in flight has ended.
 - DRAINING_BROKEN: the same, of a broken ring.
 - STOPPED_BROKEN: drained, but the driver has not reset it: it cannot start, whatever else the front end sends.
+- DRAINING_SUSPENDED: draining, of a suspended ring.
+- STOPPED_SUSPENDED: drained, but the ring is still outside the memory. When that is added it starts, if the front end
+  wants it to run; until then no message is refused because the memory is missing.
 - ABANDONED: the worker's thread has failed, so nothing happens to the ring any more: it cannot be stopped. When its
   front end has gone it is as good as stopped, but it cannot be started, because the worker has ended.
 
@@ -28,8 +31,9 @@ Who changes it
 ==============
 
 The worker's thread changes the state of a ring that is served, between two runs of the loop (served_rings.py). The
-control plane changes that of a stopped one, of which the worker knows nothing: RESET and TAKE_OVER_BROKEN. START is
-asked for by the control plane, and happens on the worker's thread. Other threads may read the state at any time.
+control plane changes that of a stopped one, of which the worker knows nothing: RESET, TAKE_OVER_BROKEN, and
+MEMORY_CHANGED of a suspended one just before its START. START is asked for by the control plane, and happens on the
+worker's thread. Other threads may read the state at any time.
 
 Compiled code does not know these states. It has three fields of the QUEUE struct: `running` and `draining`, which
 follow from the state (FIELDS), and `broken`, the number of the rule. It writes two of them: `running` becomes 0 when a
@@ -47,7 +51,8 @@ Which messages lead to which events
 - RESET, once it is stopped: GET_VRING_BASE, SET_STATUS 0, RESET_DEVICE, and the end of the connection (that one also
   if it is abandoned).
 - MEMORY_REMOVED, MEMORY_CHANGED: SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG, if the ring is outside or inside the new
-  memory table.
+  memory table. For STOPPED_SUSPENDED, MEMORY_CHANGED and then START are what each of these messages and those of START
+  lead to, if the ring is to run and is inside the memory.
 - TAKE_OVER_BROKEN: no message; a process takes over a front end whose ring was broken.
 - BREAK, RESUBMITTED, DRAINED: no message; the loop has found a rule broken, has resubmitted the last request, has
   completed the last request in flight.
@@ -75,17 +80,24 @@ class RingState(Enum):
     DRAINING = "draining"
     DRAINING_BROKEN = "broken and draining"
     STOPPED_BROKEN = "broken and stopped"
+    DRAINING_SUSPENDED = "suspended and draining"
+    STOPPED_SUSPENDED = "suspended and stopped"
     ABANDONED = "abandoned"
 
     @property
     def served(self) -> bool:
         """Whether the worker still has it."""
-        return self not in (RingState.STOPPED, RingState.STOPPED_BROKEN)
+        return self not in (RingState.STOPPED, RingState.STOPPED_BROKEN, RingState.STOPPED_SUSPENDED)
 
     @property
     def broken(self) -> bool:
         """Whether the driver broke a rule and has not reset the ring since."""
         return self in (RingState.BROKEN, RingState.DRAINING_BROKEN, RingState.STOPPED_BROKEN)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether its memory was removed and has not been added since."""
+        return self in (RingState.SUSPENDED, RingState.DRAINING_SUSPENDED, RingState.STOPPED_SUSPENDED)
 
 
 class RingEvent(Enum):
@@ -122,7 +134,7 @@ TRANSITIONS: Mapping[RingState, Mapping[RingEvent, RingState]] = {
         E.ABANDON: S.ABANDONED,
     },
     S.SUSPENDED: {
-        E.STOP: S.DRAINING,
+        E.STOP: S.DRAINING_SUSPENDED,
         E.MEMORY_REMOVED: S.SUSPENDED,
         E.MEMORY_CHANGED: S.RUNNING,
         E.ABANDON: S.ABANDONED,
@@ -161,6 +173,18 @@ TRANSITIONS: Mapping[RingState, Mapping[RingEvent, RingState]] = {
         E.STOP: S.STOPPED_BROKEN,
         E.RESET: S.STOPPED,
     },
+    S.DRAINING_SUSPENDED: {
+        E.STOP: S.DRAINING_SUSPENDED,
+        E.DRAINED: S.STOPPED_SUSPENDED,
+        E.MEMORY_REMOVED: S.DRAINING_SUSPENDED,
+        E.MEMORY_CHANGED: S.DRAINING,
+        E.ABANDON: S.ABANDONED,
+    },
+    S.STOPPED_SUSPENDED: {
+        E.STOP: S.STOPPED_SUSPENDED,
+        E.RESET: S.STOPPED,
+        E.MEMORY_CHANGED: S.STOPPED,
+    },
     # Calls of the worker raise WorkerEnded, so no other event comes here.
     S.ABANDONED: {
         E.RESET: S.STOPPED,
@@ -177,6 +201,8 @@ FIELDS: Mapping[RingState, tuple[int, int]] = {
     S.DRAINING: (0, 1),
     S.DRAINING_BROKEN: (0, 1),
     S.STOPPED_BROKEN: (0, 0),
+    S.DRAINING_SUSPENDED: (0, 1),
+    S.STOPPED_SUSPENDED: (0, 0),
     S.ABANDONED: (0, 0),
 }
 

@@ -98,7 +98,7 @@ class ServedRings:
             return
         self.retired.retire(queue, old)
         self._pin()
-        if queue.ring_state.apply(RingEvent.MEMORY_CHANGED) is not before:
+        if queue.ring_state.apply(RingEvent.MEMORY_CHANGED) is RingState.RUNNING and before.suspended:
             log.info("%s: resumed: the ring is in the shared memory again", queue.name, extra=queue.log_fields)
             self.check_all()
 

@@ -190,18 +190,18 @@ class Handlers:
 
     async def _on_set_mem_table(self, message: Message) -> None:
         self.memory.set_table(_expect(message, payloads.MemoryTable).regions, message.fds)
-        await self.vrings.set_memory(self.memory.table)
+        await self.vrings.set_memory(self.use)
 
     async def _on_get_max_mem_slots(self, message: Message) -> Payload:
         return U64(MAX_MEMORY_SLOTS)
 
     async def _on_add_mem_reg(self, message: Message) -> None:
         self.memory.add_region(_expect(message, SingleMemoryRegion).region, message.fds[0])
-        await self.vrings.set_memory(self.memory.table)
+        await self.vrings.set_memory(self.use)
 
     async def _on_rem_mem_reg(self, message: Message) -> None:
         self.memory.remove_region(_expect(message, SingleMemoryRegion).region)
-        await self.vrings.set_memory(self.memory.table)
+        await self.vrings.set_memory(self.use)
 
     # Migration.
 

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Iterable
 
-from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import BadMemory, Quota
@@ -169,7 +168,7 @@ class Session:
                 async with asyncio.timeout(FREEZE_PATIENCE):
                     await self._paused.wait()
                     await held.enter_async_context(self._busy)
-            if any(vring.queue.state is RingState.SUSPENDED for vring in self._handlers.vrings):
+            if any(vring.enabled and vring.queue.state.suspended for vring in self._handlers.vrings):
                 raise Refused("the front end has removed the memory of a ring and has not added it again yet")
             held.push_async_callback(self._start_again, await self._handlers.vrings.stop_all())
             with refusing_timeouts("the front end does not read the back-end channel"):

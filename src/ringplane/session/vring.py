@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 
+from ringplane.dataplane.place_ring import find_ring
 from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
-from ringplane.dataplane.ring_states import RingState
+from ringplane.dataplane.ring_states import RingEvent, RingState
 from ringplane.dataplane.worker import Worker
+from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
@@ -101,14 +103,16 @@ class Vring:
     async def adjust(self, use: RingUse) -> None:
         """Bring the ring into the state that the messages require; a broken one stays stopped until a reset.
 
-        Raises BadMemory and OSError if it cannot start.
+        A suspended one stays stopped until its memory is added. Raises BadMemory and OSError if it cannot start.
         """
         if not self.enabled:
             await self.stop()
-        elif self.queue.state is not RingState.STOPPED:
-            return
-        elif self._kick_fd >= 0 and self._size and self._address is not None:
-            await self._start(self._layout(use, self._size, self._base, self._address), use)
+        elif self._kick_fd >= 0 and self._size and self._address is not None and not self.queue.state.served:
+            layout = self._layout(use, self._size, self._base, self._address)
+            if self.queue.state is RingState.STOPPED_SUSPENDED and _is_shared(layout, use.memory):
+                self.queue.ring_state.apply(RingEvent.MEMORY_CHANGED)
+            if self.queue.state is RingState.STOPPED:
+                await self._start(layout, use)
 
     async def _start(self, layout: RingLayout, use: RingUse) -> None:
         if use.ask is not None:
@@ -181,9 +185,11 @@ class Vring:
             self._call_set = False
             self._size, self._base, self._address, self.enabled = 0, 0, None, False
 
-    async def set_memory(self, memory: MemoryTable) -> None:
+    async def set_memory(self, use: RingUse) -> None:
         if self.queue.state.served:
-            await self._wait(self._worker.set_memory(self.queue, memory))
+            await self._wait(self._worker.set_memory(self.queue, use.memory))
+        elif self.queue.state.suspended:
+            await self.adjust(use)
 
     # Kicks and notifications. Each method that takes an fd takes it over; -1: none.
 
@@ -275,6 +281,14 @@ class Vring:
         self.queue.record["call_fd"], self.queue.err_fd = self._call_fd, self._err_fd
         if saved.broken:
             self.queue.take_over_broken(saved.broken)
+
+
+def _is_shared(layout: RingLayout, memory: MemoryTable) -> bool:
+    try:
+        find_ring(layout, memory)
+    except BadMemory:
+        return False
+    return True
 
 
 def replace_fd(old: int, new: int) -> int:

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import BadMemory
-from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
 from ringplane.session.refusal import Refused
@@ -77,8 +76,8 @@ class Vrings:
         results = await asyncio.gather(*(vring.forget() for vring in self), return_exceptions=True)
         return [error for error in results if error is not None]
 
-    async def set_memory(self, memory: MemoryTable) -> None:
-        await asyncio.gather(*(vring.set_memory(memory) for vring in self))
+    async def set_memory(self, use: RingUse) -> None:
+        await asyncio.gather(*(vring.set_memory(use) for vring in self))
 
     async def forwarded(self) -> None:
         """Return when the front end has acknowledged all notifications in band."""
