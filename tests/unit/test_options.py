@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ringplane.control.handover import HandoverError, options_of
 from ringplane.control.taking_over import check_options
 from ringplane.options import tables
 from ringplane.options.declare import Options, WrongOptions, declared, option
+from ringplane.options.delay_options import Delay
 from ringplane.options.disk_config import DiskConfig, OneDisk
 from ringplane.options.kinds import FLAG, NAME, PATH, Whole
 from ringplane.options.zone_options import ZoneModel
@@ -30,6 +32,7 @@ from ringplane.options.zone_options import ZoneModel
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTATION = REPOSITORY / "docs" / "config.md"
 CPU = min(os.sched_getaffinity(0))
+MIB = 1 << 20
 ZONES = ZoneModel(1 << 20, 1 << 20)
 
 
@@ -268,6 +271,18 @@ def test_rules_of_sockets(given: dict[str, Any], arguments: Sequence[str], sente
             "cpus is given 3 times; give it once, or once for each of 2 I/O threads",
         ),
         ({"cpus": [set()]}, "cpus: no CPU is named; this process may use "),
+        ({"read_only": "false"}, 'read_only: "false" is neither true nor false'),
+        ({"zoned": "64M"}, "zoned: '64M' is not a ZoneModel"),
+        ({"zoned": ZoneModel(100000, 4096)}, "zoned: a zone size of 100000 bytes is not a power of two from 64K to 1T"),
+        ({"zoned": ZoneModel(MIB, 2 * MIB)}, "zoned: a zone capacity of 2097152 bytes is not a multiple of 4096 up to"),
+        ({"zoned": ZoneModel(MIB, 0)}, "zoned: a zone capacity of 0 bytes is not a multiple of 4096 up to"),
+        ({"zoned": ZoneModel(MIB, MIB, -1)}, "zoned: conventional, max-open and max-active cannot be negative"),
+        ({"delay": 5}, "delay: 5 is not a Delay"),
+        ({"delay": Delay(write=-1)}, "delay: '-1' is not a number of milliseconds from 0 to 3600000"),
+        ({"delay": Delay(flush=math.nan)}, "delay: 'nan' is not a number of milliseconds from 0 to 3600000"),
+        ({"socket_mode": 0o1777}, "socket_mode: 0o1777 is not a file mode, which is a number from 0 to 0o777"),
+        ({"socket_mode": "0660"}, 'socket_mode: "0660" is not a file mode, which is a number from 0 to 0o777'),
+        ({"socket_group": -1}, "socket_group: -1 is not the number of a group"),
     ],
 )
 def test_wrong_values_from_python(given: dict[str, Any], words: str) -> None:

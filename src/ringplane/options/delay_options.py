@@ -42,6 +42,13 @@ def _milliseconds(text: str) -> float:
     return time
 
 
+def _check_delay(delay: Any) -> None:
+    if not isinstance(delay, Delay):
+        raise ValueError(f"{delay!r} is not a Delay")
+    for time in (delay.read, delay.write, delay.flush):
+        _milliseconds(str(time))
+
+
 def _from_toml(value: Any) -> Delay:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f'{shown(value)} is neither a number of milliseconds nor, for example, "read=5,flush=20"')
@@ -52,7 +59,7 @@ class DelayOptions(Options):
     """How much longer requests take."""
 
     delay: Delay | None = option(
-        Kind("MS[,...]", parse_delay, _from_toml),
+        Kind("MS[,...]", parse_delay, _from_toml, _check_delay),
         default=None,
         help="Milliseconds by which requests take longer, for example 5, or read=5,write=10,flush=20.",
         doc='milliseconds by which reads, writes and flushes take longer: `5`, or `"read=5,flush=20"` for some of them',

@@ -79,7 +79,7 @@ class Whole(Kind):
         return value
 
 
-def _flag_from_toml(value: Any) -> bool:
+def _checked_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{shown(value)} is neither true nor false")
     return value
@@ -92,7 +92,7 @@ def _names_from_toml(value: Any) -> list[str]:
 
 
 # On the command line it has no value.
-FLAG = Kind(from_toml=_flag_from_toml)
+FLAG = Kind(from_toml=_checked_flag, check=_checked_flag)
 NAME = Kind()
 NAMES = Kind(from_toml=_names_from_toml)
 # In a configuration file a relative path starts at the folder of the file.

@@ -91,5 +91,16 @@ def _mode_from_toml(value: Any) -> int:
     return parse_mode(value)
 
 
-GROUP = Kind("GROUP", parse_group, _group_from_toml)
-MODE = Kind("MODE", parse_mode, _mode_from_toml)
+def _check_group(value: Any) -> None:
+    if type(value) is not int or not 0 <= value <= MAX_ID:
+        raise ValueError(f"{shown(value)} is not the number of a group")
+
+
+def _check_mode(value: Any) -> None:
+    if type(value) is not int or not 0 <= value <= 0o777:
+        given = oct(value) if type(value) is int else shown(value)
+        raise ValueError(f"{given} is not a file mode, which is a number from 0 to 0o777")
+
+
+GROUP = Kind("GROUP", parse_group, _group_from_toml, _check_group)
+MODE = Kind("MODE", parse_mode, _mode_from_toml, _check_mode)

@@ -46,11 +46,15 @@ def parse_zones(text: str) -> ZoneModel:
     return model
 
 
-def _check_zones(model: ZoneModel) -> None:
+def _check_zones(model: Any) -> None:
     """Raises ValueError."""
+    if not isinstance(model, ZoneModel):
+        raise ValueError(f"{model!r} is not a ZoneModel")
+    if min(model.conventional, model.max_open, model.max_active) < 0:
+        raise ValueError("conventional, max-open and max-active cannot be negative")
     if not MIN_ZONE <= model.size <= MAX_ZONE or model.size & (model.size - 1):
         raise ValueError(f"a zone size of {model.size} bytes is not a power of two from 64K to 1T")
-    if model.capacity > model.size or model.capacity % 4096:
+    if not 0 < model.capacity <= model.size or model.capacity % 4096:
         raise ValueError(f"a zone capacity of {model.capacity} bytes is not a multiple of 4096 up to the zone's size")
     if 0 < model.max_active < model.max_open:
         raise ValueError("max-open is more than max-active, but each open zone is active too")
@@ -64,7 +68,7 @@ class ZoneOptions(ImageOptions):
     """The zones of a disk."""
 
     zoned: ZoneModel | None = option(
-        Kind("SIZE[,...]", parse_zones, _from_toml),
+        Kind("SIZE[,...]", parse_zones, _from_toml, _check_zones),
         default=None,
         fixed=True,
         help="Zoned disk on a new image, for example 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",
