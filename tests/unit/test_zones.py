@@ -31,6 +31,7 @@ from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import peek, poke
 from ringplane.options.zone_options import ZoneModel, parse_zones
 from ringplane.system import procfs
+from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, ProtocolFeature
 from ringplane.virtio import blk
 from ringplane.virtio.blk_zones import DESCRIPTOR, REPORT
 
@@ -64,6 +65,7 @@ MANAGEMENT = (OPEN, CLOSE, FINISH, RESET)
 ZONE, CAPACITY, COUNT, CONVENTIONAL = 512, 384, 16, 2
 MODEL = ZoneModel(ZONE * 512, CAPACITY * 512, CONVENTIONAL, max_open=3, max_active=5)
 SIZE = COUNT * ZONE * 512
+PAGE = 4096
 
 
 @pytest.fixture(params=["aio", "io_uring", "memory"])
@@ -363,6 +365,28 @@ def test_appends_in_flight_at_once(disk: Disk) -> None:
         ends = sorted((sector, sector + len(block) // 512) for block, (_, sector) in zip(blocks, places, strict=True))
         assert all(end == start for (_, end), (start, _) in itertools.pairwise(ends))
         assert disk.do(FINISH, zone * ZONE) == OK
+
+
+def test_reports_and_append_sectors_are_marked_in_the_dirty_log(disk: Disk) -> None:
+    """What the device writes for them is not read from the image."""
+    memory, front_end = disk.driver.memory, disk.driver.front_end
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, memory.size // PAGE // 8)
+    front_end.set_protocol_features(front_end.protocol_features | ProtocolFeature.LOG_SHMFD)
+    front_end.set_log_base(memory.size // PAGE // 8, 0, fd)
+    front_end.set_features(front_end.features | VHOST_F_LOG_ALL)
+    head, data = memory.allocate(16), memory.allocate(512)
+    for kind, size, readable in ((REPORT_ZONES, 2 * PAGE, []), (APPEND, 8, [(data, 512, False)])):
+        poke(head, struct.pack("<IIQ", kind, 0, 3 * ZONE))
+        # The last byte, the status, is in a page of its own.
+        places = [memory.allocate(PAGE) for _ in range(2 + size // PAGE)]
+        writable = [(place, min(size, PAGE), True) for place in places[:-1]]
+        os.pwrite(fd, bytes(memory.size // PAGE // 8), 0)
+        disk.driver.wait(disk.driver.submit([(head, 16, False), *readable, *writable, (places[-1], 1, True)]))
+        bits = np.unpackbits(np.frombuffer(os.pread(fd, memory.size // PAGE // 8, 0), np.uint8), bitorder="little")
+        assert peek(places[-1], 1) == b"\0"
+        assert all(bits[memory.guest(place) // PAGE] for place in places)
+    os.close(fd)
 
 
 class Model:
