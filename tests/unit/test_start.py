@@ -249,7 +249,9 @@ def test_a_signal_ends_the_compiler(
     assert not path.exists()
     out, log = end(process, number)
     assert out == ""
-    assert [line.partition("compiling")[1] or "stopped" for line in log.splitlines()] == ["compiling", "stopped"]
+    # The compiler starts before it is known what it has to compile, which is logged.
+    events = [line.partition("compiling")[1] or "stopped" for line in log.splitlines()]
+    assert events in (["compiling", "stopped"], ["stopped"])
     assert not Path(f"/proc/{compiler}").exists()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["cache", "tmp"]
     assert list((tmp_path / "tmp").iterdir()) == []

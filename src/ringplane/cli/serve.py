@@ -122,11 +122,15 @@ def serve(
         disks, io_threads = one_disk(**options)
 
     def start(signals: CaughtSignals) -> Server:
-        from ringplane.control.start import serve_all
+        from ringplane.compiler.apart import ahead
+        from ringplane.compiler.cache import DATA_PLANE
 
-        open_files.raise_limit()
-        give_up = rights(sandbox, user, logs)
-        return serve_all(disks, io_threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
+        with ahead(DATA_PLANE):
+            from ringplane.control.start import serve_all
+
+            open_files.raise_limit()
+            give_up = rights(sandbox, user, logs)
+            return serve_all(disks, io_threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
 
     with Logs(log_level, log_format) as logs:
         # If the caller is not one of our entry points, signals are not caught yet.

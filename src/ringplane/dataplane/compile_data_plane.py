@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable
 
 # These have units.
@@ -16,7 +15,6 @@ from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached,
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE
 from ringplane.compiler.intrinsics import load_intrinsics
 from ringplane.compiler.jit import load
-from ringplane.compiler.side_by_side import work_off
 from ringplane.compiler.units import Unit, known
 from ringplane.dataplane import request_types  # noqa: F401
 from ringplane.dataplane.loop import mark_ready_at, run
@@ -69,10 +67,8 @@ def load_rest() -> None:
     sigbus.install()
 
 
-def compile_all(units: Iterable[Unit]) -> None:
-    """Compile these units and what all workers need."""
-    work_off([load_loop, load_rest, *(unit.address for unit in units)])
-    # In this process too, so that it knows the files for the mark.
+def finish() -> None:
+    """Mark what all workers need as complete; this process knows their names then."""
     load_loop()
     load_rest()
     mark_cached(DATA_PLANE)
@@ -80,4 +76,4 @@ def compile_all(units: Iterable[Unit]) -> None:
 
 
 if __name__ == "__main__":
-    run_child(lambda: compile_all([known[name] for name in sys.argv[2:]]))
+    run_child(lambda units: [load_loop, load_rest, *(known[name].address for name in units)], finish)
