@@ -26,7 +26,7 @@ from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import read
 
 if TYPE_CHECKING:
-    from ringplane.block.image import Image
+    from ringplane.block.sources.source import Source
     from ringplane.options.disk_config import DiskConfig
 
 GATE = struct(
@@ -112,6 +112,9 @@ class GateLayer(Layer):
         while self.gates:
             os.close(self.gates.pop().fd)
 
+    def abandon(self) -> None:
+        self.close()
+
 
 class GateModule:
     """What the registry of layers has of a module; `layers` are those of the disks that were opened."""
@@ -119,11 +122,11 @@ class GateModule:
     def __init__(self) -> None:
         self.layers: list[GateLayer] = []
 
-    def open_layer(self, config: DiskConfig, image: Image, *, new: bool, shared: bool) -> Layer:
+    def open_layer(self, config: DiskConfig, source: Source, *, shared: bool) -> Layer:
         self.layers.append(GateLayer())
         return self.layers[-1]
 
-    def check(self, config: DiskConfig, image: Image) -> type[Layer]:
+    def check(self, config: DiskConfig, source: Source) -> type[Layer]:
         return GateLayer
 
 
