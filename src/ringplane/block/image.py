@@ -15,11 +15,11 @@ import shlex
 import stat
 import struct
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringplane.block.formats import find_format
+from ringplane.block.image_lock import lock
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.native.fs import BLKGETSIZE64, BLKROGET
 from ringplane.options.image_options import BLOCK_SIZES, LOCK_OFF, LOCK_ON, ImageOptions
@@ -31,18 +31,6 @@ log = logging.getLogger(__name__)
 
 # The largest sector of block devices, and so the largest block that O_DIRECT may require.
 LARGEST_SECTOR = 64 << 10
-
-# The bytes that QEMU locks in an image (its block/file-posix.c): one range for an opener's own uses of the image,
-# one for the uses that it denies to others. With the same bytes, QEMU and ringplane refuse each other's images.
-LOCK_USES, LOCK_DENIES = 100, 200
-PERMISSION_READ, PERMISSION_WRITE, PERMISSION_RESIZE = 0, 1, 3
-
-# fcntl(2): struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
-FLOCK = struct.Struct("hhqqi4x")
-
-
-# Seconds
-LOCK_PATIENCE = 0.5
 
 # Zeros are written in pieces of at most this size.
 ZEROS_SIZE = 1 << 20
@@ -389,7 +377,7 @@ def _lock(fd: int, path: Path, options: ImageOptions, signals: Signals) -> None:
     if options.lock == LOCK_OFF:
         return
     try:
-        _wait_for_lock(fd, path, options, signals)
+        locked = lock(fd, options, signals)
     except OSError as error:
         # Some network file systems have no locks, and some jails forbid them.
         why = f"{path}: cannot be locked (fcntl(2), F_OFD_SETLK: {error.strerror})"
@@ -398,41 +386,12 @@ def _lock(fd: int, path: Path, options: ImageOptions, signals: Signals) -> None:
                 f"{why}; --lock off serves it without a lock: then take care that nothing else writes to it"
             ) from None
         log.info("%s: it is served read-only without a lock; nothing may write to it meanwhile", why)
-
-
-def _wait_for_lock(fd: int, path: Path, options: ImageOptions, signals: Signals) -> None:
-    """Lock our uses of the image and those that we deny, then test for conflicting locks of others.
-
-    Locks belong to open file descriptions (fcntl(2), F_OFD_SETLK): they end with the last copy of the fd, also when the
-    process is killed, and two opens in one process exclude each other too. The kernel's work for a killed process may
-    hold a copy for some milliseconds, so the lock is tried for a while. Raises OSError if there are no locks.
-    """
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while not _try_lock(fd, options):
-        if time.monotonic() > deadline:
-            raise ImageError(
-                f"{path}: is in use already; it can be shared if all open it --read-only, "
-                "or if all say --share-rw (a migration)"
-            )
-        signals.check()
-        time.sleep(LOCK_PATIENCE / 50)
-
-
-def _try_lock(fd: int, options: ImageOptions) -> bool:
-    uses = {PERMISSION_READ} if options.read_only else {PERMISSION_READ, PERMISSION_WRITE}
-    denies = set() if options.share_rw else {PERMISSION_WRITE, PERMISSION_RESIZE}
-    try:
-        for byte in [LOCK_USES + permission for permission in uses] + [LOCK_DENIES + p for p in denies]:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
-    except BlockingIOError:
-        # Another program has a write lock.
-        return False
-    for byte in [LOCK_DENIES + permission for permission in uses] + [LOCK_USES + p for p in denies]:
-        # A test for a write lock finds the read locks of all others.
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-        if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-            return False
-    return True
+        return
+    if not locked:
+        raise ImageError(
+            f"{path}: is in use already; it can be shared if all open it --read-only, "
+            "or if all say --share-rw (a migration)"
+        )
 
 
 def _alignment(fd: int) -> Alignment | None:

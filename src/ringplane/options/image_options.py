@@ -8,7 +8,7 @@ from ringplane.options.sizes import SIZE
 
 BLOCK_SIZES = (512, 4096)
 
-# Whether an image is locked (block/image.py): where it has to be and can be, always, never.
+# Whether an image is locked (block/image_lock.py): where it has to be and can be, always, never.
 LOCKS = LOCK_AUTO, LOCK_ON, LOCK_OFF = ("auto", "on", "off")
 
 

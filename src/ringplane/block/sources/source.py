@@ -6,11 +6,11 @@ connected belongs to the source, and whoever needs something of it calls a metho
 | step | when | it may |
 |---|---|---|
 | `open_source` (choose_source.py) | at the start, on the main thread, before any code is compiled | block, open files |
-| `check`, or `prepare` | when the engines of the I/O threads are known, and all code is loaded | block, open files |
+| `prepare` (`ringplane check`: `check`) | when the I/O threads are made, and code can be loaded | block, open files |
 | `part` | once for each I/O thread of the disk, before the threads run | open files |
 | `refresh_size`, `sync` | while the disk is served, on a thread of the control plane for such calls | block |
 | `resize` | then, on the control thread | not block |
-| `hand_over` | to a successor, while no I/O is in flight; `close` follows | not block |
+| `hand_over` | when a successor prepares itself, while this process still serves | not block |
 | `close` | when no queue runs | block |
 
 When threads run, the process has given up its rights: no files can be opened any more, by path or at all.
@@ -19,7 +19,8 @@ A service on another machine fits this without other methods:
 
 - Its I/Os end later. An fd that says so is one of the `events` of its parts (stack.py), and is closed with the source.
 - It has no fd, or sockets of its own. `hand_over` returns what the successor needs: any values, and any fds as `Fd`.
-  Without fds the successor connects again; it has until `prepare` returns, before the disks are frozen.
+  Without fds the successor connects again, in `take_over_source`; both are connected until this process closes its
+  source, and only one of them submits I/Os.
 - Opening takes long, and fails late. The opener gets the `Signals` of the start, waits with `signals.wait` and gives up
   after a time of its own, with an ImageError; whatever was opened for other disks is then closed. What fails after that
   is the result of I/Os, and `SourcePart.warning` is its log line.
