@@ -228,7 +228,7 @@ def test_shared_image(tmp_path: Path, how: str) -> None:
         ("io-threads = [0]", "io-threads: 0 is not a printable text"),
         ('io-threads = ["io1"]', 'io-threads: no I/O thread has the name "io1"; did you mean "io0"?'),
         ('io-threads = ["x"]', 'io-threads: no I/O thread has the name "x"; possible are "io0"'),
-        ('io-threads = ["io0", "io0"]\nnum-queues = 1', "io-threads: names 2 threads for 1 queues"),
+        ('io-threads = ["io0", "io0"]\nnum-queues = 1', "io-threads: names 2 threads for 1 queue"),
         ('engine = "uring"', 'engine: "uring" is not one of "auto", "io_uring", "aio", "memory", "null"'),
         ("engine = true", "engine: true is not one of"),
         ("poll-us = 50", 'unknown key "poll-us"'),

@@ -573,7 +573,7 @@ def test_image_in_memory_is_announced(
 
 def test_read_only_image_in_memory(serve: Callable[..., Served], image_in_memory: Path) -> None:
     assert announced(serve("--read-only", "--num-queues", "1", disk=image_in_memory)) == (
-        "engine memory, read-only, 1 queues)"
+        "engine memory, read-only, 1 queue)"
     )
 
 
@@ -594,7 +594,7 @@ def test_kernel_engine_is_announced(
 def test_engine_null_reads_and_writes_nothing(serve: Callable[..., Served], path: Path, image: Path) -> None:
     image.write_bytes(b"n" * IMAGE_SIZE)
     served = serve("--engine", "null", "--num-queues", "1")
-    assert announced(served) == "engine null: nothing is read or written, 1 queues)"
+    assert announced(served) == "engine null: nothing is read or written, 1 queue)"
     with attach(path) as driver:
         driver.write(0, b"x" * 8192)
         driver.flush()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ringplane.options.counted import counted
+
 KIB = 1024
 
 EVENT, BUSY = "event", "busy"
@@ -55,8 +57,7 @@ class Cell:
     driver: str
 
     def __str__(self) -> str:
-        queues = "1 queue" if self.queues == 1 else f"{self.queues} queues"
-        return f"{self.workload} depth {self.depth}, {queues}, {self.driver}"
+        return f"{self.workload} depth {self.depth}, {counted(self.queues, 'queue')}, {self.driver}"
 
     @property
     def order(self) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from ringplane.cli.types import CPUS, FILE, FOLDER, SECONDS, SIZE, WARM_UP
+from ringplane.options.counted import counted
 from ringplane.system.signals import Interrupted, Signals, end_line
 from ringplane.system.signals import of as signals_of
 
@@ -341,11 +342,6 @@ def described(settings: Settings, places: Sequence[Place], subjects: Sequence[Su
     minutes = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
     first = "" if is_cached() else "; this first start compiles ringplane, which takes longer"
     return f"{' x '.join(parts)}: about {minutes}{first}"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things: `1 cell`, `2 cells`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import click
 
 from ringplane.cli.start_errors import start_errors
 from ringplane.cli.types import FILE, USER
+from ringplane.options.counted import counted
 from ringplane.options.users import User
 from ringplane.system import open_files
 
@@ -33,8 +34,4 @@ def check(file: Path, user: User | None) -> None:
         click.echo(problem, err=True)
     if problems:
         raise SystemExit(1)
-    click.echo(f"ok: {_counted(len(config.disks), 'disk')}, {_counted(len(config.io_threads), 'I/O thread')}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    click.echo(f"ok: {counted(len(config.disks), 'disk')}, {counted(len(config.io_threads), 'I/O thread')}")

@@ -20,6 +20,7 @@ from ringplane.cli.parameters import parameters
 from ringplane.cli.start_errors import start_errors, usage_errors
 from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
+from ringplane.options.counted import counted
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig, OneDisk
 from ringplane.options.sizes import format_size
@@ -305,7 +306,7 @@ def announce(export: Export, logs: Logs) -> None:
         logs.say(f"{source.title}: {source.notice}")
     mode = disk.how + (", read-only" if source.read_only else "")
     size = format_size(source.size)
-    logs.say(f"serving {source.title} as {disk.name} ({size}, {mode}, {len(disk.queues)} queues)")
+    logs.say(f"serving {source.title} as {disk.name} ({size}, {mode}, {counted(len(disk.queues), 'queue')})")
     logs.say(f"listening on {export.socket_path or 'an inherited socket'}")
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from ringplane.options.counted import counted
 from ringplane.options.cpus import CPU_SETS
 from ringplane.options.declare import Options, WrongOptions, option, values
 from ringplane.options.delay_options import DelayOptions
@@ -79,9 +80,9 @@ class DiskConfig(DiskOptions):
             raise WrongOptions("{io_threads}: names no I/O thread; name at least one")
         if len(self.io_threads) > self.num_queues:
             raise WrongOptions(
-                "{io_threads}: names {threads} threads for {queues} queues; name at most one per queue",
-                threads=len(self.io_threads),
-                queues=self.num_queues,
+                "{io_threads}: names {threads} for {queues}; name at most one per queue",
+                threads=counted(len(self.io_threads), "thread"),
+                queues=counted(self.num_queues, "queue"),
             )
 
 
