@@ -29,7 +29,7 @@ from rich.table import Table
 
 import ringplane
 from ringplane.bench import machine
-from ringplane.compiler.pipeline import whole
+from ringplane.compiler.jit import Whole
 from ringplane.dataplane import loop
 from ringplane.dataplane import worker as worker_module
 from ringplane.driver import Driver, Load, run_load
@@ -72,7 +72,7 @@ def timed_loop(laps: int) -> tuple[Callable[[int], None], list[str]]:
 
     space = {**vars(loop), "look": look}
     exec(compile(ast.unparse(tree), "timed loop", "exec"), space)
-    return whole(space["run"], saved=False), names
+    return Whole(space["run"], saved=False), names
 
 
 @numba.njit(nogil=True)

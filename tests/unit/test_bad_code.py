@@ -58,7 +58,7 @@ def test_a_mistake_behind_other_functions(tmp_path: Path) -> None:
     assert check([tmp_path]) == []
     place = re.escape(f"{tmp_path}/example.py:5: ")
     with pytest.raises(BadCode, match=f"^{place}{SAID}$"):
-        load(module.outer, 0)
+        load(module.outer)
     with pytest.raises(BadCode, match=f"^{place}{SAID}$"):
         module.by_address.address()
 

@@ -31,6 +31,7 @@ from ringplane.options.engine_names import AUTO
 from ringplane.system import libc
 
 from .rig import need_engine
+from .structs import on_structs
 
 TOKEN = 77
 
@@ -44,7 +45,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Aio | Uring]:
 
 
 def tokens(engine: Aio | Uring, timeout_ms: int = 0) -> list[int]:
-    count = wait(engine._engine[0], timeout_ms * 1_000_000, 1)
+    count = on_structs(wait)(engine._engine[0], timeout_ms * 1_000_000, 1)
     return [int(token) for token in engine._tokens[:count]]
 
 
@@ -69,9 +70,9 @@ def test_a_stale_taskrun_flag_is_ignored() -> None:
     tokens(engine)
     flags = ctypes.c_uint32.from_address(int(record["sq_flags"]))
     flags.value |= io_uring.IORING_SQ_TASKRUN
-    assert has_events(record)
+    assert on_structs(has_events)(record)
     assert tokens(engine) == []
-    assert not has_events(record)
+    assert not on_structs(has_events)(record)
     # A real event after that is not lost, and the flag reports later ones again.
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     engine.watch(fd, TOKEN)
@@ -79,7 +80,7 @@ def test_a_stale_taskrun_flag_is_ignored() -> None:
     os.eventfd_write(fd, 1)
     assert tokens(engine, 1000) == [TOKEN]
     os.eventfd_write(fd, 1)
-    assert has_events(record)
+    assert on_structs(has_events)(record)
     assert tokens(engine) == [TOKEN]
     engine.close()
     os.close(fd)
@@ -93,9 +94,9 @@ def test_aio_sleeps_for_the_given_time_or_not_at_all(monkeypatch: pytest.MonkeyP
     engine = Aio(8)
     assert engine.fine_timeouts == has_epoll_pwait2
     begin = time.monotonic_ns()
-    assert wait(engine._engine[0], 50_000, 1) == 0
+    assert on_structs(wait)(engine._engine[0], 50_000, 1) == 0
     slept = time.monotonic_ns() - begin
-    assert wait(engine._engine[0], 2_000_000, 1) == 0
+    assert on_structs(wait)(engine._engine[0], 2_000_000, 1) == 0
     assert time.monotonic_ns() - begin - slept >= 2_000_000
     assert slept >= (50_000 if has_epoll_pwait2 else 0)
     engine.close()
@@ -237,10 +238,10 @@ def test_an_engine_rejects_an_unknown_operation(engine: Aio | Uring, image: int,
     record, buffer = engine._engine[0], np.ones(512, np.uint8)
     vector = iovec(buffer).repeat(count)
     file = engine.add_file(image)
-    prepare_io(record, 5, operation, file, int(vector.ctypes.data), count, 0, 0)
-    submit(record)
-    wait(record, 0, 1)
-    assert reap(record) == 1
+    on_structs(prepare_io)(record, 5, operation, file, int(vector.ctypes.data), count, 0, 0)
+    on_structs(submit)(record)
+    on_structs(wait)(record, 0, 1)
+    assert on_structs(reap)(record) == 1
     assert tuple(engine._completions[0]) == (5, -errno.EINVAL)
     assert buffer.all()
 
@@ -249,7 +250,7 @@ def test_an_engine_rejects_an_unknown_operation(engine: Aio | Uring, image: int,
 def test_a_mapped_image_rejects_an_unknown_operation(image: int, operation: int) -> None:
     mapped, buffer = MappedImage(image, 512, read_only=False), np.ones(512, np.uint8)
     vector = iovec(buffer)
-    result = read_or_write(mapped._record[0], operation, int(vector.ctypes.data), 1, 0, 512)
+    result = on_structs(read_or_write)(mapped._record[0], operation, int(vector.ctypes.data), 1, 0, 512)
     assert result == -errno.EINVAL
     assert buffer.all()
     mapped.close()

@@ -19,6 +19,7 @@ from ringplane.native.uio import IOVEC
 
 from . import model
 from .model import INDIRECT, NEXT, WRITE, Area, Broken, Buffer, Descriptor
+from .structs import on_structs
 
 RULE_OF_NAME = {name: value for name, value in vars(ring_rules).items() if type(value) is int and name != "MAX_IOVECS"}
 NAME_OF_RULE = {value: name for name, value in RULE_OF_NAME.items()}
@@ -46,7 +47,7 @@ class Fetcher:
 
     def gather(self, head: int) -> int:
         self.request["head"] = head
-        rule = gather(self.queue[0], self.request[0], self.io[0])
+        rule = on_structs(gather)(self.queue[0], self.request[0], self.io[0])
         assert self.iovecs[MAX_IOVECS]["base"] == 0, "written beyond the iovecs"
         return int(rule)
 

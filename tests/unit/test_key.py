@@ -45,8 +45,18 @@ def test_the_imports_of_each_module_are_found(module: str) -> None:
         if isinstance(statement, ast.ImportFrom):
             assert statement.level == 0
         if isinstance(statement, ast.Import | ast.ImportFrom):
-            found.update(key._imported(statement))
+            found.update(imported(statement))
     assert key.imports(module) == {name for name in found if name.split(".")[0] == "ringplane"}
+
+
+def imported(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    for each in statement.names:
+        if isinstance(statement, ast.Import):
+            yield each.name
+        else:
+            assert statement.module
+            name = f"{statement.module}.{each.name}"
+            yield name if name in MODULES else statement.module
 
 
 def test_the_key_covers_all_modules_of_the_package_that_are_imported() -> None:
@@ -55,6 +65,7 @@ def test_the_key_covers_all_modules_of_the_package_that_are_imported() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     imported = {name for name in done.stdout.split() if key._file(name).name != "__init__.py"}  # type: ignore[union-attr]
     assert key.sources(CODE) == imported
+    assert "ringplane.compiler.pipeline" not in imported
 
 
 def test_what_has_no_compiled_code_is_not_in_the_key() -> None:
@@ -110,6 +121,16 @@ def test_a_constant_changes_the_key_of_what_imports_it_and_no_other(copied: Path
     after = keys(copied, *dependent, *independent)
     changed = [old != new for old, new in zip(before, after, strict=True)]
     assert changed == [True] * len(dependent) + [False] * len(independent)
+
+
+def test_the_compiler_changes_the_key(copied: Path) -> None:
+    """No module with compiled code imports it, because a start with saved code does not need it."""
+    found = set()
+    for name in ("pipeline", "lean", "calls", "emitter", "intrinsics"):
+        found.add(*keys(copied, CODE))
+        replace(copied / f"ringplane/compiler/{name}.py", '"""', '"""Changed: ')
+    found.add(*keys(copied, CODE))
+    assert len(found) == 6
 
 
 def test_the_command_line_does_not_change_the_key(copied: Path) -> None:

@@ -18,6 +18,8 @@ from ringplane.dataplane.state import (
 )
 from ringplane.dataplane.trace import TraceEvent, TraceReader, TraceRing, trace
 
+from .structs import on_structs
+
 
 class Tracer:
     """A worker that only traces."""
@@ -34,7 +36,7 @@ class Tracer:
         worker, queue, request = self.worker[0], self.queue[0], self.request[0]
         for _ in range(count):
             request["sector"] = self.traced
-            trace(worker, TRACE_COMPLETE, queue, request, 0, 0)
+            on_structs(trace)(worker, TRACE_COMPLETE, queue, request, 0, 0)
             self.traced += 1
 
     def reader(self) -> TraceReader:
@@ -120,8 +122,8 @@ def test_fields_of_all_kinds_of_events() -> None:
     tracer.queue["device"], tracer.queue["number"] = 77, 3
     for field, value in (("head", 9), ("type", 1), ("sector", 64), ("length", 4096)):
         tracer.request[field] = value
-    trace(tracer.worker[0], TRACE_FETCH, tracer.queue[0], tracer.request[0], 0, 0)
-    trace(tracer.worker[0], TRACE_COMPLETE, tracer.queue[0], tracer.request[0], 1, 2500)
+    on_structs(trace)(tracer.worker[0], TRACE_FETCH, tracer.queue[0], tracer.request[0], 0, 0)
+    on_structs(trace)(tracer.worker[0], TRACE_COMPLETE, tracer.queue[0], tracer.request[0], 1, 2500)
     tracer.queue["last_avail"], tracer.queue["size"] = 65535, 128
     tracer.ring.add(TRACE_START, tracer.queue)
     fetched, completed, started = reader.events()
@@ -138,7 +140,7 @@ def test_an_event_keeps_no_fields_of_the_overwritten_one() -> None:
     for field in ("head", "type", "sector", "length"):
         tracer.request[field] = 5
     for _ in range(TRACE_CAPACITY):
-        trace(tracer.worker[0], TRACE_COMPLETE, tracer.queue[0], tracer.request[0], 1, 2500)
+        on_structs(trace)(tracer.worker[0], TRACE_COMPLETE, tracer.queue[0], tracer.request[0], 1, 2500)
     list(reader.events())
     tracer.ring.add(TRACE_STOP, tracer.queue)
     (stopped,) = reader.events()

@@ -22,6 +22,8 @@ from ringplane.dataplane.tune import (
     end_sample,
 )
 
+from .structs import on_structs
+
 ALL = (1 << POLICIES) - 1
 TURN_NS = 100_000
 
@@ -48,7 +50,7 @@ class Simulation:
         self._rest -= int(self._rest)
         self.time_in[policy] += length
         if worker["now"] >= worker["sample_end"]:
-            end_sample(worker)
+            on_structs(end_sample)(worker)
 
     def run(self, seconds: float) -> None:
         for _ in range(int(seconds * 1e9 / TURN_NS)):
@@ -66,7 +68,7 @@ class Simulation:
 
     def sleep(self, length: int) -> None:
         self.worker["now"] += length
-        count_gap(self.worker, length)
+        on_structs(count_gap)(self.worker, length)
 
 
 def best_of(rates: list[float], policies: int = ALL) -> int:

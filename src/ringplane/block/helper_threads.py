@@ -95,7 +95,7 @@ class Helpers:
 
     def load(self) -> None:
         """Load the compiled code now; otherwise the threads would load it at some time after their start."""
-        load(run_helper, 0, 0, 0, 0)
+        load(run_helper)
 
     def start(self) -> None:
         """Start the threads."""

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-# Exceptions whose message is for the user, by name: their modules are not imported by each command.
-CANNOT_COMPILE = ("UnsupportedNumba", "BadCode")
-
-
 def main() -> None:
     """Entry point `ringplane`"""
     _run(_ringplane)
@@ -33,8 +29,11 @@ def _run(command: Callable[[Signals], None]) -> None:
     signals = CaughtSignals()
     try:
         command(signals)
-    except (ImportError, RuntimeError) as error:
-        if type(error).__name__ not in CANNOT_COMPILE:
+    except RuntimeError as error:
+        # Imported here, because not each command compiles.
+        from ringplane.compiler.bad_code import BadCode
+
+        if not isinstance(error, BadCode):
             raise
         raise SystemExit(f"Error: {error}") from None
     finally:

@@ -127,18 +127,17 @@ def run_child(jobs_of: Callable[[list[str]], Sequence[Job]], finish: Callable[[]
     # Compiling leaves hardly any cyclic garbage. Collecting it takes 0.3 s of 6, and the process ends soon.
     gc.disable()
     use_only(Path(sys.argv[1]))
-    # Imported here, because only this process needs them: they take 25 MB.
-    from ringplane.compiler.checker import check_package
-    from ringplane.compiler.pipeline import load_definitions
-
-    # Each process that compiles needs them.
-    load_definitions()
-    go, *arguments = sys.stdin.read().split() or [""]
-    if go != GO:
-        return
     try:
-        work_off(check_package, jobs_of(arguments))
-        finish()
+        # Imported here, because only this process needs them: they take 25 MB.
+        from ringplane.compiler.checker import check_package
+        from ringplane.compiler.pipeline import load_definitions
+
+        # Each process that compiles needs them.
+        load_definitions()
+        go, *arguments = sys.stdin.read().split() or [""]
+        if go == GO:
+            work_off(check_package, jobs_of(arguments))
+            finish()
     except BadCode as error:
         print(error, flush=True)
         sys.exit(BAD_CODE)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ringplane.compiler.interpreted import INTERPRETED
+from ringplane.compiler.jit import Whole, load
 
 # Those of this process that are called in the interpreted mode.
 _alone: list[Intrinsic] = []
@@ -44,16 +45,10 @@ class Intrinsic:
         return self.alone(*args)
 
     @functools.cached_property
-    def alone(self) -> Any:
+    def alone(self) -> Callable[..., int]:
         """A function that Python can call, made of nothing but this intrinsic; it runs without the GIL."""
-        import numba
-
-        names = list(inspect.signature(self._define).parameters)[1:]
-        caller = eval(f"lambda {', '.join(names)}: made({', '.join(names)})", {"made": self})
-        made = numba.njit(nogil=True)(caller)
-        made.compile((numba.int64,) * len(names))
-        made.disable_compile()
-        return made
+        names = ", ".join(list(inspect.signature(self._define).parameters)[1:])
+        return Whole(eval(f"lambda {names}: made({names})", {"made": self, "__name__": self.__module__}), saved=False)
 
 
 def intrinsic(define: Callable[..., Any] | None = None, *, python: Callable[..., Any] | None = None) -> Any:
@@ -88,4 +83,4 @@ def returns(define: Callable[..., Any]) -> bool:
 def load_intrinsics() -> None:
     """Compile all intrinsics now: a confined process cannot load code."""
     for each in _alone:
-        each.alone  # noqa: B018
+        load(each.alone)

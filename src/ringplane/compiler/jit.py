@@ -1,24 +1,86 @@
-"""The `compiled` decorator: compiles with Numba, runs without the GIL, and saves the code until its sources change."""
+"""The `compiled` decorator, and wholes: code that is saved until its sources change, and that runs without the GIL.
+
+Numba is imported only when something is compiled. To load what was saved takes neither its time nor its memory.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numba
-
-from ringplane.compiler import numba_version
+from ringplane.compiler import cache, loader, store
 from ringplane.compiler.bad_code import bad_code
 from ringplane.compiler.interpreted import INTERPRETED
-from ringplane.compiler.pipeline import PartType, part, whole
+from ringplane.compiler.key import GENERIC, NATIVE, has_key, key_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-
 # Workers start at the same time.
-making = threading.Lock()
+_making = threading.Lock()
+
+
+class Whole:
+    """A function compiled with all that it calls. C, Python and, by address, compiled code call it.
+
+    All arguments and the result are int64; a function without a result returns 0.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, saved: bool = True) -> None:
+        functools.update_wrapper(self, function)
+        self.name = f"{function.__module__}.{function.__qualname__}"
+        self._function = function
+        self._saved = saved
+        self._address = 0
+
+    def __call__(self, *args: int) -> int:
+        """The call releases the GIL."""
+        return self._callable(*args)
+
+    @functools.cached_property
+    def _callable(self) -> Callable[..., int]:
+        parameters = [ctypes.c_int64] * self._function.__code__.co_argcount
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *parameters)(self.address())
+
+    def address(self) -> int:
+        """Compile the function, or load it from the cache; the address stays valid until the process ends.
+
+        Raises BadCode.
+        """
+        with _making:
+            if not self._address:
+                self._address = loader.load(self._read() or self._compile())
+            return self._address
+
+    def is_cached(self) -> bool:
+        return any(cache.exists(self.file_name(cpu)) for cpu in (NATIVE, GENERIC))
+
+    def file_name(self, cpu: str) -> str:
+        """The name of the file of its code for this CPU."""
+        return cache.file_name(self.name, key_of(self._function.__module__, cpu), "code")
+
+    def _read(self) -> bytes | None:
+        """The saved code. Code for this CPU is preferred to code for any CPU."""
+        if not self._can_be_saved():
+            return None
+        return store.read(self.file_name(NATIVE)) or store.read(self.file_name(GENERIC))
+
+    def _compile(self) -> bytes:
+        with bad_code():
+            library = _compiler().compile_whole(self._function)
+        code: bytes = library.object_code()
+        if library.has_dynamic_globals:
+            warnings.warn(f"{self.name} is not saved: it contains addresses of this process", stacklevel=2)
+        elif self._can_be_saved():
+            store.write(self.file_name(NATIVE), code)
+        return code
+
+    def _can_be_saved(self) -> bool:
+        """The code of a closure depends on more than its text, and some functions have no text."""
+        return self._saved and not self._function.__closure__ and has_key(self._function.__module__)
 
 
 class _Compiled:
@@ -26,30 +88,20 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
-        self._whole: Callable[..., Any] | None = None
+        self.whole = Whole(function)
 
     @functools.cached_property
     def _part(self) -> Any:
         """Made when something that calls the function is compiled."""
-        return part(self.__wrapped__)  # type: ignore[attr-defined]
+        return _compiler().part(self.__wrapped__)  # type: ignore[attr-defined]
 
     @functools.cached_property
-    def _numba_type_(self) -> PartType:
+    def _numba_type_(self) -> Any:
         """For Numba; it refers to the part weakly."""
-        return PartType(self._part)
+        return _compiler().PartType(self._part)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.whole()(*args)
-
-    def whole(self) -> Any:
-        """Made when it is first needed: Python calls few functions, and its code is looked for on disk."""
-        return self._whole or self._make_whole()
-
-    def _make_whole(self) -> Any:
-        with making:
-            if self._whole is None:
-                self._whole = whole(self.__wrapped__)  # type: ignore[attr-defined]
-            return self._whole
+    def __call__(self, *args: int) -> int:
+        return self.whole(*args)
 
 
 def compiled(function: Function) -> Function:
@@ -60,16 +112,21 @@ def compiled(function: Function) -> Function:
     return function if INTERPRETED else _Compiled(function)  # type: ignore[return-value]
 
 
-def load(function: Callable[..., Any], *args: Any) -> None:
-    """Compile, or load from the cache, the code for a call of `function` with arguments of these types.
+def load(function: Callable[..., Any]) -> None:
+    """Compile a function that Python calls, or load it from the cache. Raises BadCode."""
+    if isinstance(function, _Compiled):
+        function = function.whole
+    if isinstance(function, Whole):
+        function.address()
 
-    Raises BadCode.
-    """
-    if INTERPRETED:
-        return
-    dispatcher: Any = function.whole() if isinstance(function, _Compiled) else function
-    with bad_code():
-        dispatcher.compile(tuple(map(numba.typeof, args)))
+
+@functools.cache
+def _compiler() -> Any:
+    """The module that compiles. Raises UnsupportedNumba."""
+    from ringplane.compiler import numba_version, pipeline
+
+    numba_version.check(lambda: works(pipeline))
+    return pipeline
 
 
 @compiled
@@ -77,16 +134,11 @@ def _increment(number):
     return number + 1
 
 
-@compiled
 def _increment_twice(number):
     return _increment(_increment(number))
 
 
-def _works() -> bool:
+def works(pipeline: Any) -> bool:
     """Whether a function that Python calls, with parts behind it, is compiled correctly."""
-    tried: Any = _increment_twice
-    return bool(whole(tried.__wrapped__, saved=False)(40) == 42)
-
-
-if not INTERPRETED:
-    numba_version.check(_works)
+    address = loader.load(pipeline.compile_whole(_increment_twice).object_code())
+    return bool(ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)(40) == 42)

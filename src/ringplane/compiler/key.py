@@ -3,13 +3,13 @@
 Compiled code consists of its module and the modules that this one imports, directly or not: their functions become a
 part of it, their constants are numbers in it. So the key contains the text of these modules, whatever their folder and
 their modification times are: a fresh checkout, another installation and the layer of a container image find the same
-code. It contains the versions of Python, Numba and llvmlite, and the CPU too. Numba is not imported for it, because
-that takes a third of a second.
+code. It contains the compiler's own modules, the versions of Python, Numba and llvmlite, and the CPU too. Numba is not
+imported for it, because a start with saved code does not need it.
 """
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import hashlib
 import os
 import platform
@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -27,17 +27,24 @@ NATIVE, GENERIC = "native", "generic"
 # Numba's settings that change the code, except those of the CPU.
 SETTINGS = ("NUMBA_OPT", "NUMBA_LOOP_VECTORIZE", "NUMBA_SLP_VECTORIZE", "NUMBA_DEBUGINFO", "NUMBA_BOUNDSCHECK")
 
-# A whole module takes much longer to parse than the import statements at its top level.
-IMPORT = re.compile(r"^(?:import ringplane|from ringplane)\b(?:[^(\n]*\([^)]*\)|[^\n]*)", re.MULTILINE)
+# The import statements at the top level of a module; to parse all modules would take a third of a second.
+IMPORT = re.compile(
+    r"^(?:import (?P<whole>ringplane[\w.]*)"
+    r"|from (?P<place>ringplane[\w.]*) import (?:\((?P<names>[^)]*)\)|(?P<few>[^(\n]*)))",
+    re.MULTILINE,
+)
+COMMENT = re.compile(r"#.*")
+
+# What makes the code, and is not imported by what is compiled.
+COMPILER = ("ringplane.compiler.emitter", "ringplane.compiler.pipeline")
 
 
 @cache
 def key_of(module: str, cpu: str = NATIVE) -> str:
     """The key of what is compiled from this module's functions for this CPU, as hexadecimal digits."""
     digest = hashlib.blake2b(_compiler(cpu).encode(), digest_size=10)
-    for name in sorted(sources(module)):
-        text = _text(name)
-        digest.update(f"\n{name} {len(text)}\n".encode() + text)
+    for name in sorted(sources(module).union(*map(sources, COMPILER))):
+        digest.update(f"\n{name} ".encode() + _digest(name))
     return digest.hexdigest()
 
 
@@ -55,24 +62,30 @@ def sources(module: str) -> set[str]:
 @cache
 def imports(module: str) -> frozenset[str]:
     """The modules of this package that importing the module imports."""
-    statements = IMPORT.findall(_text(module).decode())
-    return frozenset(name for text in statements for name in _imported(ast.parse(text).body[0]))
+    return frozenset(name for match in IMPORT.finditer(_text(module)) for name in _imported(match))
 
 
-def _imported(statement: ast.stmt) -> Iterator[str]:
-    if isinstance(statement, ast.Import):
-        yield from (each.name for each in statement.names)
-    elif isinstance(statement, ast.ImportFrom) and statement.module:
-        for each in statement.names:
-            name = f"{statement.module}.{each.name}"
-            yield name if _file(name) else statement.module
+def _imported(statement: re.Match[str]) -> Iterator[str]:
+    if whole := statement["whole"]:
+        yield whole
+        return
+    place = statement["place"]
+    for each in COMMENT.sub("", statement["names"] or statement["few"]).split(","):
+        if words := each.split():
+            name = f"{place}.{words[0]}"
+            yield name if _file(name) else place
 
 
 @cache
-def _text(module: str) -> bytes:
+def _text(module: str) -> str:
     path = _file(module) or _imported_file(module)
     assert path
-    return path.read_bytes()
+    return path.read_text("utf-8")
+
+
+@cache
+def _digest(module: str) -> bytes:
+    return hashlib.blake2b(_text(module).encode()).digest()
 
 
 def has_key(module: str) -> bool:
@@ -88,11 +101,31 @@ def _imported_file(module: str) -> Path | None:
 
 def _file(module: str) -> Path | None:
     """The file of a module of this package, without importing it."""
-    package, *parts = module.split(".")
-    if package != PACKAGE.name:
-        return None
-    path = PACKAGE.joinpath(*parts)
-    return next((file for file in (path / "__init__.py", path.with_name(f"{path.name}.py")) if file.exists()), None)
+    return _files().get(module)
+
+
+@cache
+def _files() -> dict[str, Path]:
+    """The files of all modules of this package."""
+    found = {}
+    for folder, _, names in os.walk(PACKAGE):
+        place = ".".join([PACKAGE.name, *Path(folder).relative_to(PACKAGE).parts])
+        for name in names:
+            if name.endswith(".py"):
+                module = place if name == "__init__.py" else f"{place}.{name[:-3]}"
+                found[module] = Path(folder, name)
+    return found
+
+
+def version(package: str) -> str:
+    """The version of Numba or llvmlite, without importing it, or `importlib.metadata`, which takes 8 ms."""
+    spec = find_spec(package)
+    with contextlib.suppress(OSError):
+        if spec and spec.origin:
+            return Path(spec.origin).with_name("_version.py").read_text()
+    from importlib import metadata
+
+    return metadata.version(package)
 
 
 @cache

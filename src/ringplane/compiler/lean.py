@@ -111,6 +111,9 @@ class LeanTarget(CPUContext):  # type: ignore[misc]
         signature = CPUCallConv(self).get_function_type(fndesc.restype, fndesc.argtypes)
         return get_or_insert_function(module, signature, fndesc.mangled_name)
 
+    def declare_env_global(self, module: Any, envname: str) -> None:
+        """No function has an environment: only exceptions and Python objects need one."""
+
     def refresh(self) -> None:
         """Only for what intrinsics register when they are typed."""
         for registry in list(self._registries):
@@ -155,9 +158,6 @@ class PartTarget(LeanTarget):
     def mangler(self, name: str, types: Any, *, abi_tags: Any = (), uid: Any = None) -> str:
         symbol = f"{name.rpartition('.')[2]}.{next(self._numbers)}"
         return f"{PREFIX}{len(symbol)}{symbol}E"
-
-    def declare_env_global(self, module: Any, envname: str) -> None:
-        """No function has an environment: only exceptions and Python objects need one."""
 
 
 class _LeanInterpreter(Interpreter):  # type: ignore[misc]

@@ -8,14 +8,16 @@ from collections.abc import Callable
 
 import numba
 
+from ringplane.compiler.bad_code import BadCode
+
 log = logging.getLogger(__name__)
 
 # The first version that the tests of the compiled code were run with, and the last one that all tests were run with.
 OLDEST, NEWEST = (0, 61), (0, 68)
 
 
-class UnsupportedNumba(ImportError):
-    """ringplane does not work with this Numba; the message is one line."""
+class UnsupportedNumba(BadCode):
+    """ringplane does not work with this Numba: all code is bad for it. The message is one line."""
 
     def __init__(self, why: object) -> None:
         too_new = (NEWEST[0], NEWEST[1] + 1)

@@ -3,8 +3,8 @@
 By default Numba compiles each function like a program: it optimises it together with all that it calls, makes machine
 code and two wrappers, saves them, and does all of this again in each caller. For the 150 functions behind `run` this
 took 17 s of CPU time, 10 of them in LLVM. A part is only translated to LLVM's language, once for all arguments of the
-same types. A whole is a function that Python, or a unit (units.py) one that C calls: only there the texts of the parts
-are put together, parsed and optimised.
+same types. A whole is a function that is called from outside (jit.py), as units are (units.py): only there the texts
+of the parts are put together, parsed and optimised. It becomes an object file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any
 import numba
 
 from ringplane.compiler.lean import LeanCompiler, LeanLower, LeanLowering, LeanTarget, LeanTyping, PartTarget
+from ringplane.compiler.loader import SYMBOL
 from ringplane.compiler.numba_version import UnsupportedNumba
-from ringplane.compiler.store import store_of
 
 try:
     from llvmlite import ir
     from llvmlite.binding import Linkage, parse_assembly
     from numba.core import types
     from numba.core.codegen import CodeLibrary, JITCodeLibrary
+    from numba.core.compiler import Flags, compile_extra
+    from numba.core.compiler_lock import global_compiler_lock
     from numba.core.compiler_machinery import register_pass
     from numba.core.datamodel.models import OpaqueModel
     from numba.core.errors import TypingError
@@ -77,11 +79,10 @@ def _take_functions(module: Any, texts: dict[str, str]) -> None:
 
 
 class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """The code of a function that Python or C calls, with all its parts."""
+    """The code of a whole, with all its parts."""
 
     def __init__(self, codegen: Any, name: str) -> None:
         super().__init__(codegen, name)
-        self.enable_object_caching()
         self.texts: dict[str, str] = {}
 
     def create_ir_module(self, name: str) -> Any:
@@ -109,16 +110,25 @@ class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
         # Nothing else calls these functions, so LLVM may inline those with one caller whatever their size, and drop
         # checks of constant results. That makes the code a third smaller.
         for function in self._final_module.functions:
-            if not function.is_declaration and not self._is_called_from_outside(function.name):
+            if function.name.startswith("cfunc."):
+                function.name = SYMBOL
+            elif not function.is_declaration:
                 function.linkage = Linkage.internal
         # Once: Numba optimises before, for its reference counts.
         made = self._codegen._module_pass_manager()
         manager, *builder = made if isinstance(made, tuple) else (made,)
         manager.run(self._final_module, *builder)
 
-    def _is_called_from_outside(self, name: str) -> bool:
-        """Numba's wrapper for Python, or ours for C."""
-        return name.startswith(("_ZN7cpython", "cfunc."))
+    def _finalize_final_module(self) -> None:
+        """Numba would load the code here."""
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+    def object_code(self) -> bytes:
+        self._ensure_finalized()
+        code: bytes = self._codegen._tm.emit_object(self._final_module)
+        return code
 
 
 def _join(module: Any, texts: dict[str, str]) -> str:
@@ -156,41 +166,46 @@ class _PartCompiler(LeanCompiler):
         super().__init__(lean, part_target, _PartLibrary(target.codegen()), *rest)
 
 
+class _WholeLower(LeanLower):
+    def create_cfunc_wrapper(self) -> None:
+        """Like Numba's, but what it calls never raises: without a check that would take the GIL, it can be inlined."""
+        module = self.library.create_ir_module("whole")
+        int64 = self.context.get_value_type(types.int64)
+        kind = ir.FunctionType(int64, [int64] * len(self.fndesc.argtypes))
+        wrapper = ir.Function(module, kind, self.fndesc.llvm_cfunc_wrapper_name)
+        builder = ir.IRBuilder(wrapper.append_basic_block("entry"))
+        function = self.context.declare_function(module, self.fndesc)
+        _, result = self.call_conv.call_function(
+            builder, function, self.fndesc.restype, self.fndesc.argtypes, wrapper.args
+        )
+        builder.ret(self._as_int64(builder, result))
+        self.library.add_ir_module(module)
+
+    def _as_int64(self, builder: Any, result: Any) -> Any:
+        kind = self.fndesc.restype
+        if kind == types.none:
+            return ir.Constant(self.context.get_value_type(types.int64), 0)
+        if not isinstance(kind, types.Integer | types.Boolean):
+            raise TypingError(f"only compiled code can call a function that returns {kind}", self.func_ir.loc)
+        return self.context.cast(builder, result, kind, types.int64)
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _WholeLowering(LeanLowering):
+    _name = "ringplane_whole_lowering"
+    lowering_class = _WholeLower
+
+
 class _WholeCompiler(LeanCompiler):
     def __init__(self, typing: Any, target: Any, library: None, *rest: Any) -> None:
         target.refresh()
         lean, _, whole_target = _lean_contexts(typing, target)
         super().__init__(lean, whole_target, _WholeLibrary(target.codegen(), "whole"), *rest)
 
-
-class _UnitLower(LeanLower):
-    def create_cfunc_wrapper(self) -> None:
-        """Like Numba's, but what it calls never raises: without a check that would take the GIL, it can be inlined."""
-        module = self.library.create_ir_module("unit")
-        values = [self.context.get_value_type(each) for each in (self.fndesc.restype, *self.fndesc.argtypes)]
-        wrapper = ir.Function(module, ir.FunctionType(values[0], values[1:]), self.fndesc.llvm_cfunc_wrapper_name)
-        builder = ir.IRBuilder(wrapper.append_basic_block("entry"))
-        function = self.context.declare_function(module, self.fndesc)
-        _, result = self.call_conv.call_function(
-            builder, function, self.fndesc.restype, self.fndesc.argtypes, wrapper.args
-        )
-        builder.ret(result)
-        self.library.add_ir_module(module)
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _UnitLowering(LeanLowering):
-    _name = "ringplane_unit_lowering"
-    lowering_class = _UnitLower
-
-
-class UnitCompiler(_WholeCompiler):
-    """Compiles a whole that C, and compiled code, can call by address."""
-
     def define_pipelines(self) -> list[Any]:
         (passes,) = super().define_pipelines()
         passes.passes = [
-            (_UnitLowering, text) if each is LeanLowering else (each, text) for each, text in passes.passes
+            (_WholeLowering, text) if each is LeanLowering else (each, text) for each, text in passes.passes
         ]
         return [passes]
 
@@ -227,10 +242,16 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
-def whole(function: Callable[..., Any], *, saved: bool = True) -> Any:
-    """The dispatcher of a function that Python calls; it runs without the GIL, and may call parts."""
-    options = {"nogil": True, "no_cfunc_wrapper": True, **OPTIONS}
-    dispatcher = numba.njit(pipeline_class=_WholeCompiler, **options)(function)
-    if saved:
-        dispatcher._cache = store_of(function)
-    return dispatcher
+@global_compiler_lock
+def compile_whole(function: Callable[..., Any]) -> _WholeLibrary:
+    """The code of a function of int64 that is called from outside, with that of its parts."""
+    flags = Flags()
+    numba_cpu.options.parse_as_flags(flags, OPTIONS)
+    flags.no_cpython_wrapper = flags.no_compile = True
+    flags.enable_pyobject = False
+    typing, target = numba_cpu.typing_context, numba_cpu.target_context
+    args = (types.int64,) * function.__code__.co_argcount
+    made = compile_extra(typing, target, function, args, None, flags, {}, pipeline_class=_WholeCompiler)
+    library: _WholeLibrary = made.library
+    library.finalize()
+    return library

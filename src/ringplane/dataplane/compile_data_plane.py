@@ -55,14 +55,14 @@ def release_compiler() -> None:
 
 def load_loop() -> None:
     """Nearly all of the data plane."""
-    load(run, 0)
+    load(run)
 
 
 def load_rest() -> None:
     """What all workers call besides the loop."""
-    load(run_helper, *[0] * 4)
-    load(mark_ready_at, 0, 0)
-    load(signal, 0, 0, 0)
+    load(run_helper)
+    load(mark_ready_at)
+    load(signal)
     end_sample_at.address()
     sigbus.install()
 

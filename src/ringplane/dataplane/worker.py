@@ -103,9 +103,9 @@ class Worker:
     def load(self) -> None:
         """Compile or load all that the threads will call, so that they need no file for it after their start."""
         self._helpers.load()
-        load(run, self.state.address)
-        load(mark_ready_at, 0, 0)
-        load(signal, 0, 0, 0)
+        load(run)
+        load(mark_ready_at)
+        load(signal)
         sigbus.install()
         interrupt.install()
 

@@ -19,8 +19,8 @@ def warm_up(signals: Signals = NONE) -> None:
 
 def load_all() -> None:
     """Compile or load the functions that take long to compile."""
-    load(drive, 0, 0)
-    load(reap_at, 0)
+    load(drive)
+    load(reap_at)
 
 
 def finish() -> None:

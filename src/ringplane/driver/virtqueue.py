@@ -65,6 +65,7 @@ QUEUE = np.dtype(
             "next_avail",  # next index to fill in the available ring
             "published_avail",  # the available index that was last published
             "last_used",  # next index to take from the used ring
+            "reaped_length",  # of the chain that `reap_at` returned
         )
     ]
 )
@@ -245,12 +246,17 @@ def publish_at(queue_address):
 
 @compiled
 def reap_at(queue_address):
-    """(token, length) of the next used chain of the QUEUE at an address; (NONE, 0) if none; (NONE, 1 + head) if bad."""
+    """The token of the next used chain of the QUEUE at an address; its length is in `reaped_length`.
+
+    NONE and 0: there is no used chain; NONE and 1 + head: it is a bad one.
+    """
     queue = view(queue_address, QUEUE)
+    queue.reaped_length = 0
     if used_count(queue) == 0:
-        return NONE, 0
+        return NONE
     token, length = take_used(queue)
-    return token, length + 1 if token == BAD_USED else length
+    queue.reaped_length = length + 1 if token == BAD_USED else length
+    return token
 
 
 @compiled
@@ -345,9 +351,9 @@ class Ring:
 
     def reap(self) -> tuple[int, int] | None:
         """(token, length written) of the next used chain, None if there is none; raises BadUsed."""
-        token, length = reap_at(self.address)
+        token, length = int(reap_at(self.address)), int(self.state["reaped_length"])
         if token != NONE:
-            return int(token), int(length)
+            return token, length
         if length:
             raise BadUsed(f"the device used chain {length - 1}, which is not in flight")
         return None
