@@ -728,7 +728,7 @@ def listens(path: Path) -> bool:
     This does not connect, because that would be the first front end of a back end. ringplane's file is called otherwise
     until it listens.
     """
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]]
     names = ([str(path)], [f"{path}~"])
     # __SO_ACCEPTCON
     return path.exists() and any(fields[7:] in names and int(fields[3], 16) & 0x1_0000 for fields in sockets)
