@@ -93,12 +93,17 @@ class _Compiled:
     @functools.cached_property
     def _part(self) -> Any:
         """Made when something that calls the function is compiled."""
-        return _compiler().part(self.__wrapped__)  # type: ignore[attr-defined]
+        # Not `_compiler()`, whose trial of an untested Numba comes here.
+        from ringplane.compiler.pipeline import part
+
+        return part(self.__wrapped__)  # type: ignore[attr-defined]
 
     @functools.cached_property
     def _numba_type_(self) -> Any:
         """For Numba; it refers to the part weakly."""
-        return _compiler().PartType(self._part)
+        from ringplane.compiler.pipeline import PartType
+
+        return PartType(self._part)
 
     def __call__(self, *args: int) -> int:
         return self.whole(*args)
