@@ -30,8 +30,8 @@ from ringplane.native.uio import IOVEC
 from ringplane.options.engine_names import AUTO
 from ringplane.system import libc
 
+from .on_structs import on_structs
 from .rig import need_engine
-from .structs import on_structs
 
 TOKEN = 77
 

@@ -19,7 +19,7 @@ from ringplane.native.uio import IOVEC
 
 from . import model
 from .model import INDIRECT, NEXT, WRITE, Area, Broken, Buffer, Descriptor
-from .structs import on_structs
+from .on_structs import on_structs
 
 RULE_OF_NAME = {name: value for name, value in vars(ring_rules).items() if type(value) is int and name != "MAX_IOVECS"}
 NAME_OF_RULE = {value: name for name, value in RULE_OF_NAME.items()}

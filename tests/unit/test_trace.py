@@ -18,7 +18,7 @@ from ringplane.dataplane.state import (
 )
 from ringplane.dataplane.trace import TraceEvent, TraceReader, TraceRing, trace
 
-from .structs import on_structs
+from .on_structs import on_structs
 
 
 class Tracer:

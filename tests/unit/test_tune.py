@@ -22,7 +22,7 @@ from ringplane.dataplane.tune import (
     end_sample,
 )
 
-from .structs import on_structs
+from .on_structs import on_structs
 
 ALL = (1 << POLICIES) - 1
 TURN_NS = 100_000
