@@ -25,8 +25,8 @@ def fd() -> Iterator[int]:
 
 
 def shares(total: int, count: int) -> list[Share]:
-    pool = Pool(total, count)
-    return [Share(pool) for _ in range(count)]
+    pool = Pool(total)
+    return [pool.share() for _ in range(count)]
 
 
 def test_one_user_may_take_all_but_the_guaranteed_shares_of_others() -> None:
@@ -51,6 +51,23 @@ def test_a_single_user_may_take_everything() -> None:
     (share,) = shares(100, 1)
     assert share.take(100) is None
     assert share.take(1) == 100
+
+
+def test_shares_of_users_who_come_and_go() -> None:
+    pool = Pool(120)
+    first = pool.share()
+    assert first.take(120) is None
+    # Its guaranteed half is a quarter now, and everything beyond is lent; the other one still gets its own quarter.
+    second = pool.share()
+    assert second.take(31) == 30
+    assert second.take(30) is None
+    first.give_back(60)
+    assert second.take(31) == 60
+    assert second.take(30) is None
+    first.give_back(60)
+    first.end()
+    assert second.take(60) is None
+    assert second.take(1) == 120
 
 
 def test_guaranteed_shares_are_always_available() -> None:
@@ -89,7 +106,7 @@ def test_a_limit_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mapping_takes_whole_pages_until_it_is_unmapped(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_space, "usable_bytes", lambda: 4 * PAGE)
-    quota = AddressSpace(1).quota()
+    quota = AddressSpace().quota()
     mappings = [Mapping(fd, PAGE + 1, 0, quota=quota), Mapping(fd, 2 * PAGE, 0, quota=quota)]
     with pytest.raises(BadMemory, match=r"^4 KiB beside the 16 KiB that are mapped exceed .*, which is 16 KiB"):
         Mapping(fd, 1, 0, quota=quota)
@@ -103,7 +120,7 @@ def test_a_mapping_takes_whole_pages_until_it_is_unmapped(fd: int, monkeypatch: 
 def test_failed_mappings_take_nothing_from_the_quota(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_space, "usable_bytes", lambda: 4 * PAGE)
     monkeypatch.setattr(address_space, "usable_mappings", lambda: 1)
-    quota = AddressSpace(1).quota()
+    quota = AddressSpace().quota()
     eventfd = os.eventfd(0)
     for _ in range(3):
         with pytest.raises(OSError, match="No such device"):
@@ -116,7 +133,7 @@ def test_failed_mappings_take_nothing_from_the_quota(fd: int, monkeypatch: pytes
 
 def test_mappings_are_counted_too(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_space, "usable_mappings", lambda: 8)
-    space = AddressSpace(2)
+    space = AddressSpace()
     greedy, modest = space.quota(), space.quota()
     mappings = [Mapping(fd, PAGE, 0, quota=greedy) for _ in range(6)]
     with pytest.raises(BadMemory, match=r"one more mapping exceeds the limit of this disk's front end, which is 6"):

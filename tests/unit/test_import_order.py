@@ -19,7 +19,7 @@ ARCHITECTURE = Path(__file__).parents[2] / "docs/architecture.md"
 ORDER = (
     *("system", "options", "log", "compiler", "native", "metrics", "guest_memory", "vhost_user", "virtio"),
     *("inflight", "engines", "block", "dataplane", "device", "session", "control", "__init__"),
-    *("driver", "bench", "cli", "__main__"),
+    *("api", "driver", "bench", "cli", "__main__"),
 )
 
 # What `ringplane --help` imports beside Python's own modules, and of us: it has to be quick, and must work without

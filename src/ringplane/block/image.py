@@ -281,6 +281,23 @@ class Image:
         if self.created:
             _remove(self.path)
 
+    def grow(self, size: int) -> None:
+        """Make a regular file this long; `refresh_size` picks it up. Raises ImageError, also if it is longer now."""
+        if not self.is_file:
+            raise ImageError(f"{self.path}: is a block device; change its size elsewhere, then resize without one")
+        if self.read_only:
+            raise ImageError(f"{self.path}: is served read-only; change its size elsewhere, then resize without one")
+        if size < os.fstat(self.fd).st_size:
+            raise ImageError(
+                f"{self.path}: is longer than {size} bytes, and shrinking it would destroy data; if that is "
+                "intended, use truncate(1), then resize without a size"
+            )
+        if size % self._options.block_size:
+            raise ImageError(
+                f"{self.path}: {size} bytes are not a multiple of the block size, {self._options.block_size}"
+            )
+        _set_size(self.fd, self.path, size)
+
     def close(self) -> None:
         """Close, which gives up the locks; a second call does nothing."""
         while self._others:

@@ -20,16 +20,20 @@ def flag(name: str) -> str:
     return f"--{dashed(name)}"
 
 
-def parameters(group: type[Options], **special: dict[str, Any]) -> Callable[[Function], Function]:
-    """A decorator: the command has the options of a group. `special` are more of click's arguments for some of them."""
+def parameters(group: type[Options], prefix: str = "", **special: dict[str, Any]) -> Callable[[Function], Function]:
+    """A decorator: the command has the options of a group, with this prefix of their names.
+
+    `special` are more of click's arguments for some of them.
+    """
 
     def decorate(function: Function) -> Function:
         # Decorators are applied from the last to the first.
         for option in reversed(declared(group).values()):
             if option.help:
-                flags = option.flags or (flag(option.name),)
+                name = prefix + option.name
+                flags = option.flags or (flag(name),)
                 more = {**_arguments(option), **special.get(option.name, {})}
-                function = click.option(*flags, option.name, help=option.help, **more)(function)
+                function = click.option(*flags, name, help=option.help, **more)(function)
         return function
 
     return decorate

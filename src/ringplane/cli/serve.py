@@ -16,13 +16,14 @@ import click
 from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
-from ringplane.cli.parameters import parameters
+from ringplane.cli.parameters import flag, parameters
 from ringplane.cli.start_errors import start_errors, usage_errors
 from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
+from ringplane.options.api_options import ApiOptions
 from ringplane.options.counted import counted
 from ringplane.options.declare import declared
-from ringplane.options.disk_config import DiskConfig, OneDisk
+from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
 from ringplane.options.sizes import format_size
 from ringplane.options.thread_options import IoThread
 from ringplane.options.users import User
@@ -34,6 +35,7 @@ from ringplane.system.standard_fds import move_socket
 
 if TYPE_CHECKING:
     from ringplane.control.export import Export
+    from ringplane.control.interface import Interface
     from ringplane.control.server import Server
     from ringplane.control.start import GiveUp
     from ringplane.dataplane.trace import TraceEvent
@@ -70,6 +72,7 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
 @click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=FILE, metavar="FILE", help="Serve the disks of this TOML file (docs/config.md).")
 @parameters(OneDisk, fd={"is_eager": True, "callback": inherited_socket})
+@parameters(ApiOptions, "api_", socket={"metavar": "PATH"})
 @click.option(
     "--sandbox/--no-sandbox",
     default=None,
@@ -111,14 +114,17 @@ def serve(
 ) -> None:
     """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
 
-    The options describe one disk, a configuration file any number. SIGHUP re-reads the sizes of the images. SIGUSR1
-    detaches a front end from its disk if another one waits for it.
+    The options describe one disk, a configuration file any number; with --api-socket there need not be one. SIGHUP
+    re-reads the sizes of the images. SIGUSR1 detaches a front end from its disk if another one waits for it.
 
     The exit status is 0 after SIGTERM or SIGINT, 1 if something failed, 2 for wrong options.
     """
+    api = api_options(**{name: options.pop(f"api_{name}") for name in declared(ApiOptions)})
     if config is not None:
         refuse_other_options(context)
-        disks, io_threads = read(config)
+        disks, io_threads, api = read(config, api)
+    elif options["image_path"] is None and api is not None:
+        disks, io_threads = [], threads_alone(context, options)
     else:
         disks, io_threads = one_disk(**options)
 
@@ -130,15 +136,22 @@ def serve(
             from ringplane.control.start import serve_all
 
             open_files.raise_limit()
-            give_up = rights(sandbox, user, logs)
-            return serve_all(disks, io_threads, upgradable=True, upgrade=upgrade, give_up=give_up, signals=signals)
+            return serve_all(
+                disks,
+                io_threads,
+                upgradable=True,
+                upgrade=upgrade,
+                give_up=rights(sandbox, user, logs),
+                signals=signals,
+                interface=made(api),
+            )
 
     with Logs(log_level, log_format) as logs:
         # If the caller is not one of our entry points, signals are not caught yet.
         serve_until_signal(
             context.obj or CaughtSignals(),
             start,
-            config or options["image_path"],
+            config or options["image_path"] or "the API",
             logs,
             trace,
         )
@@ -146,34 +159,69 @@ def serve(
 
 def refuse_other_options(context: click.Context) -> None:
     """Raise UsageError for options of a single disk beside --config: they belong in the file."""
-    given = [
+    if given := on_command_line(context, declared(OneDisk)):
+        raise click.UsageError(f"{', '.join(given)} cannot be given beside --config; write it into the file")
+
+
+def on_command_line(context: click.Context, names: Collection[str]) -> list[str]:
+    """The options of these names that are given, as the command line spells them."""
+    return [
         "/".join([parameter.opts[0], *parameter.secondary_opts])
         for parameter in context.command.params
-        if parameter.name in declared(OneDisk)
-        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
     ]
-    if given:
-        raise click.UsageError(f"{', '.join(given)} cannot be given beside --config; write it into the file")
 
 
 def one_disk(image_path: Path | None, **options: Any) -> Described:
     """The one disk that the options describe; raises UsageError."""
     if image_path is None:
-        raise click.UsageError("give the image with --blk-file PATH, or several disks with --config FILE")
+        raise click.UsageError(
+            "give the image with --blk-file PATH, several disks with --config FILE, or --api-socket PATH to add disks "
+            "later"
+        )
     with usage_errors():
         disk = OneDisk(image_path, **options)
-        return [disk.config()], disk.threads()
+        return [disk.config()], disk.own_threads()
 
 
-def read(path: Path) -> Described:
-    """The disks of a configuration file; raises ClickException if it cannot be used."""
+def api_options(socket: Path | None, **others: Any) -> ApiOptions | None:
+    """Those of the API, if there is to be one; raises UsageError."""
+    if socket is not None:
+        return ApiOptions(socket, **others)
+    for name, value in others.items():
+        if value is not None:
+            raise click.UsageError(f"{flag(f'api_{name}')} is for the socket of {flag('api_socket')}")
+    return None
+
+
+def made(api: ApiOptions | None) -> Interface | None:
+    """What serves the API. It is imported only for that."""
+    if api is None:
+        return None
+    from ringplane.api.http import HttpApi
+
+    return HttpApi(api)
+
+
+def threads_alone(context: click.Context, options: dict[str, Any]) -> Sequence[IoThread]:
+    """The I/O threads of a process that begins without a disk; raises UsageError for options of a disk."""
+    if given := on_command_line(context, declared(OneDisk).keys() - declared(OwnThreads).keys()):
+        raise click.UsageError(f"{', '.join(given)} needs --blk-file, the image of the disk that it describes")
+    with usage_errors():
+        return OwnThreads(**{name: options[name] for name in declared(OwnThreads)}).threads()
+
+
+def read(path: Path, api: ApiOptions | None) -> tuple[Sequence[DiskConfig], Sequence[IoThread], ApiOptions | None]:
+    """The contents of a configuration file; raises ClickException if it cannot be used."""
     from ringplane.control.config import ConfigError, read_config
 
     try:
         config = read_config(path)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
-    return config.disks, config.io_threads
+    if api is not None and config.api is not None:
+        raise click.UsageError(f"{path} has a table [api] already; leave out --api-socket")
+    return config.disks, config.io_threads, api or config.api
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
@@ -202,7 +250,7 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
 
 
 def serve_until_signal(
-    signals: CaughtSignals, start: Callable[[CaughtSignals], Server], what: Path, logs: Logs, trace: bool
+    signals: CaughtSignals, start: Callable[[CaughtSignals], Server], what: object, logs: Logs, trace: bool
 ) -> None:
     """Start, print how to attach, and wait until a signal or the end of an inherited connection stops the server."""
     # NumPy would start one thread per CPU when it is imported. Nobody needs them, and they would not be confined.
@@ -219,6 +267,8 @@ def serve_until_signal(
     with server:
         if trace:
             server.trace(trace_printer(server, logs))
+        if server.interface is not None:
+            logs.say(f"API on {server.interface.path}")
         for export in server.exports:
             announce(export, logs)
         if len(server.exports) == 1:
@@ -256,7 +306,7 @@ def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> Non
         if not ends_before_signal(signals):
             abandon(server, logs)
     detached = f", {attached} front end{'s' * (attached > 1)} detached" if attached else ""
-    disks = ", ".join(f"{export.disk.source.title} ({export.listener})" for export in server.exports)
+    disks = ", ".join(f"{export.disk.source.title} ({export.listener})" for export in server.exports) or "no disk"
     log.info("stopped by %s: %s%s", signal_name(number), disks, detached)
 
 
@@ -290,10 +340,15 @@ def abandon(server: Server, logs: Logs) -> NoReturn:
 
 def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:
     """A function that prints events on standard error; with several disks, each with its name."""
-    names = {export.device: f"{export.disk.name} " for export in server.exports}
+    exports: Sequence[Export] = ()
+    names: dict[int, str] = {}
 
     def print_event(event: TraceEvent | str) -> None:
-        disk = names[event.device] if len(names) > 1 and not isinstance(event, str) else ""
+        nonlocal exports, names
+        if exports is not server.exports:
+            exports = server.exports
+            names = {export.device: f"{export.name} " for export in exports}
+        disk = names.get(event.device, "") if len(names) > 1 and not isinstance(event, str) else ""
         logs.trace(f"{disk}{event}")
 
     return print_event

@@ -1,5 +1,7 @@
 """The configuration file of `ringplane serve --config`: several disks and their I/O threads, in TOML.
 
+The API describes a disk that is added in the same way.
+
 Each key has the name of the command-line option with the same meaning. docs/config.md describes them.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
 from ringplane.options.disk_config import DiskConfig
@@ -40,6 +43,7 @@ class Config:
 
     disks: Sequence[DiskConfig]
     io_threads: Sequence[IoThread]
+    api: ApiOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,18 @@ def examine(path: Path) -> tuple[Config, list[str]]:
     return config, [f"{path}: {problem}" for problem in reader.problems]
 
 
+def read_disk(keys: Mapping[str, Any], io_threads: Sequence[str]) -> DiskConfig:
+    """A disk described by the keys of a [[disk]] table, with absolute paths; raises ConfigError, WrongOptions.
+
+    Without the key `io-threads` it has all of `io_threads`, in this order.
+    """
+    reader = _Reader(None)
+    table = reader.disk_table("", keys)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return reader.disk(table, io_threads)
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -79,9 +95,12 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Turns the tables of a file in `folder` into a Config. Whatever is wrong becomes one of `problems`."""
+    """Turns the tables of a file in `folder` into a Config. Whatever is wrong becomes one of `problems`.
 
-    def __init__(self, folder: Path) -> None:
+    Without a folder there are no relative paths.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
         self.problems: list[str] = []
         self._folder = folder
         self._rules = ProcessRules()
@@ -101,18 +120,28 @@ class _Reader:
         self.problems += (f"{place}{error.spelled(dashed)}" for error in errors)
 
     def read(self, document: dict[str, Any]) -> Config:
-        top = self._check_keys(document, {"disk": _tables, "io-thread": _tables}, "")
+        top = self._check_keys(document, {"api": _one_table, "disk": _tables, "io-thread": _tables}, "")
+        api = self._api(top["api"]) if "api" in top else None
         io_threads = self._io_threads(top.get("io_thread") or [{}])
-        if not document.get("disk"):
+        if not document.get("disk") and "api" not in document:
             raise ValueError("has no disk; a line [[disk]] begins each one")
         disks = []
         for number, keys in enumerate(top.get("disk", ()), 1):
-            table = self._disk_table(number, keys)
+            table = self._numbered_table(number, keys)
             if table.values.keys() >= {"image", "socket_path"}:
                 with self.noting_problems(table.place):
-                    disks.append(self._disk(table, [thread.name for thread in io_threads]))
+                    disks.append(self.disk(table, self._spread([thread.name for thread in io_threads], table)))
                     self._note(table.place, self._rules.add_disk(table.place.removesuffix(": "), disks[-1]))
-        return Config(disks, io_threads)
+        return Config(disks, io_threads, api)
+
+    def _api(self, keys: Mapping[str, Any]) -> ApiOptions | None:
+        place = "[api]: "
+        values = self._check_keys(keys, self._checks(ApiOptions), place)
+        if "socket" not in keys:
+            self.problems.append(f"{place}socket is missing; it is where the API is served")
+        with self.noting_problems(place):
+            return ApiOptions(**values) if "socket" in values else None
+        return None
 
     def _check_keys(self, table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:
         """The values by their Python names."""
@@ -130,8 +159,15 @@ class _Reader:
         return {each.key: self._check(each) for each in declared(group).values() if each.doc}
 
     def _check(self, option: Option) -> Check:
-        from_toml = option.kind.from_toml
-        return (lambda value: self._folder / from_toml(value)) if option.kind is PATH else from_toml
+        return self._path if option.kind is PATH else option.kind.from_toml
+
+    def _path(self, value: Any) -> Path:
+        path: Path = PATH.from_toml(value)
+        if self._folder is not None:
+            return self._folder / path
+        if not path.is_absolute():
+            raise ValueError(f"{shown(value)} is not an absolute path; it has to begin with /")
+        return path
 
     def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
         threads = []
@@ -144,27 +180,39 @@ class _Reader:
             self._note(place, self._rules.add_thread(threads[-1]))
         return threads
 
-    def _disk_table(self, number: int, table: dict[str, Any]) -> _Table:
+    def _numbered_table(self, number: int, table: Mapping[str, Any]) -> _Table:
         image = table.get("image")
         place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
+        return self.disk_table(place, table)
+
+    def disk_table(self, place: str, table: Mapping[str, Any]) -> _Table:
+        """The keys of a disk, each checked by itself."""
         values = self._check_keys(table, self._checks(DiskConfig), place)
         for name in ("image", "socket-path"):
             if name not in table:
                 self.problems.append(f"{place}{name} is missing; each disk needs one")
         return _Table(place, values)
 
-    def _disk(self, table: _Table, threads: list[str]) -> DiskConfig:
-        """Raises ValueError."""
+    def disk(self, table: _Table, threads: Sequence[str]) -> DiskConfig:
+        """Served by the first of these threads, if the table names none. Raises ValueError."""
         values = dict(table.values)
         queues = values.get("num_queues", MAX_QUEUES)
-        values["io_threads"] = tuple(values.get("io_threads", ())) or self._spread(threads)[:queues]
+        values["io_threads"] = tuple(values.get("io_threads", ())) or tuple(threads[:queues])
         return DiskConfig(**values)
 
-    def _spread(self, threads: list[str]) -> tuple[str, ...]:
+    def _spread(self, threads: list[str], table: _Table) -> Sequence[str]:
         """All threads, from the next one on: queue 0, which small guests use alone, is on another one for each disk."""
+        if table.values.get("io_threads"):
+            return threads
         first = self._disks_spread % len(threads)
         self._disks_spread += 1
         return (*threads[first:], *threads[:first])
+
+
+def _one_table(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("is not a table; write its name in brackets, as in [api]")
+    return value
 
 
 def _tables(value: Any) -> Any:

@@ -7,19 +7,21 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self, TypeVar
 
-from ringplane.block.image import ImageError
 from ringplane.control.counters import Counter, count
 from ringplane.control.front_ends import FrontEnds
 from ringplane.control.listener import Listener
+from ringplane.control.operation_errors import OperationError, WrongState
+from ringplane.control.operations import Operations, Resized, logging_errors
 from ringplane.control.threads import Threads
 from ringplane.dataplane.trace import TraceEvent
-from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
+from ringplane.log.event_bus import Emit, no_events
 from ringplane.log.logs import DiskLog
 from ringplane.options.disk_config import DiskConfig
 from ringplane.session.session import Session
@@ -29,18 +31,23 @@ from ringplane.vhost_user.transport import AsyncTransport
 
 log = logging.getLogger(__name__)
 
-DRAIN_LOOK = 0.1
+STOP_LOOK = 0.1
+
+Result = TypeVar("Result")
 
 
 class Export:
     """A disk served on a socket by threads of this process. Made by `serve` and `serve_all`."""
 
-    def __init__(self, config: DiskConfig, disk: Disk, listener: Listener, threads: Threads, quota: Quota) -> None:
+    def __init__(
+        self, config: DiskConfig, disk: Disk, listener: Listener, threads: Threads, quota: Quota, emit: Emit
+    ) -> None:
         self.config = config
         self.socket_path = listener.path
         self.threads = threads
         self.disk = disk
-        self._logger = DiskLog(log, disk.name)
+        self._logger, self._emit = DiskLog(log, disk.name), emit
+        self.operations = Operations(disk, lambda: self._session, threads.aside, self._logger, emit)
         self._listener = listener
         self._quota = quota
         self._front_ends = FrontEnds(listener.sock, self._logger)
@@ -57,7 +64,7 @@ class Export:
         return self.disk.name
 
     @property
-    def state(self) -> str:
+    def state(self) -> Literal["listening", "attached", "stopped"]:
         """`listening`, `attached` (to a front end) or `stopped`."""
         if self.stopped:
             return "stopped"
@@ -83,17 +90,60 @@ class Export:
         """By kind of request: `read`, `write`, `flush`, `discard`, `write_zeroes` and `other`."""
         return count(self.disk.queues)
 
+    @property
+    def paused(self) -> bool:
+        """Whether the guest's requests wait in its rings, because of `pause`."""
+        return self.disk.paused
+
+    @property
+    def front_end(self) -> str:
+        """The attached front end, for people; empty: there is none."""
+        return self._attached if self._session else ""
+
     def drain(self) -> None:
         """Return when all fetched requests have completed; nothing is fetched meanwhile."""
-        drained = threading.Event()
-        self.threads.start_task(lambda: self._drain(drained))
-        # A stop drains too.
-        while not drained.wait(DRAIN_LOOK) and not self.stopped:
+        try:
+            self._do(self.operations.drain)
+        except OperationError as error:
+            # A stop drains too.
+            if not self.stopped:
+                self._logger.warning("cannot be drained: %s", error)
+
+    def pause(self) -> None:
+        """Complete all fetched requests, and fetch nothing until `resume`. Raises OperationError."""
+        self._do(self.operations.pause)
+
+    def resume(self) -> None:
+        """Fetch again after `pause`. Raises OperationError."""
+        self._do(self.operations.resume)
+
+    def flush(self) -> None:
+        """Make all completed requests stable. Raises OperationError."""
+        self._do(self.operations.flush)
+
+    def resize(self, size: int | None = None) -> Resized:
+        """Pick up the size of the image; with `size`, make a regular file this long before. Raises OperationError."""
+        return self._do(lambda: self.operations.resize(size))
+
+    def _do(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """The result of a coroutine on the control thread."""
+        try:
+            done = self.threads.call(work)
+            while True:
+                try:
+                    return done.result(STOP_LOOK)
+                except TimeoutError:
+                    if self.threads.wait(0):
+                        break
+        except (RuntimeError, CancelledError):
             pass
+        raise WrongState("has stopped", self.name)
 
     def refresh_size(self) -> None:
-        """Pick up the new size of the source; the front end is notified if it has changed."""
-        self.threads.start_task(self._refresh_size)
+        """Begin to pick up the new size of the source, and return; the log says if that is impossible."""
+        self.threads.start_task(
+            lambda: logging_errors(self.operations.resize(), self._logger, "its new size cannot be served")
+        )
 
     def make_way(self) -> None:
         """Detach the attached front end if another one waits."""
@@ -147,7 +197,9 @@ class Export:
         except Exception:
             self._logger.exception("stopped serving because of an internal error; please report it")
         finally:
+            self.operations.end()
             await self._close_disk()
+            self._quota.end()
             self._finished.set()
 
     async def _close_disk(self) -> None:
@@ -190,6 +242,7 @@ class Export:
             self._transport = None
             return
         self._logger.info("front end attached (%s)", self._attached)
+        self._emit("attached", front_end=self._attached)
         await self._run_session(self._session)
 
     async def _run_session(self, session: Session) -> None:
@@ -205,6 +258,7 @@ class Export:
             self._session = self._transport = None
             self.disk.report_failures()
             self._logger.info("front end detached")
+            self._emit("detached", front_end=self._attached)
             if watching is not None:
                 watching.cancel()
                 await asyncio.wait([watching])
@@ -243,6 +297,8 @@ class Export:
     async def abandon(self) -> None:
         """After `freeze`: stop, and leave everything unchanged to the process that takes over."""
         self._listener.owned = False
+        # Its front end is not detached.
+        self._emit = no_events
         for layer in self.disk.layers:
             layer.abandon()
         if self._session:
@@ -263,28 +319,6 @@ class Export:
         self._transport = AsyncTransport(sock)
         self._session = Session(self._transport, self.disk, self._quota)
         self._session.resume_from(saved)
-
-    async def _drain(self, drained: threading.Event) -> None:
-        try:
-            if self._session:
-                await self._session.drain()
-        except WorkerEnded as error:
-            self._logger.warning("cannot be drained: %s", error)
-        finally:
-            drained.set()
-
-    async def _refresh_size(self) -> None:
-        if why := self.disk.source.replaced:
-            self._logger.warning("%s", why)
-        try:
-            if not await self.disk.refresh_size():
-                self._logger.info("has %d bytes, unchanged", self.disk.source.size)
-                return
-            self._logger.info("has %d bytes now", self.disk.source.size)
-            if self._session:
-                await self._session.notify_config_change()
-        except (ImageError, OSError, WorkerEnded) as error:
-            self._logger.warning("its new size cannot be served: %s", error)
 
     def _make_way(self) -> None:
         if self._transport is None:

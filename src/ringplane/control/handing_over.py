@@ -12,6 +12,7 @@ from typing import Any
 from ringplane.control.export import Export
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
+from ringplane.control.server import Server
 from ringplane.system.fd import Fd
 
 log = logging.getLogger(__name__)
@@ -20,17 +21,18 @@ log = logging.getLogger(__name__)
 DRAIN_PATIENCE = 2.0
 
 
-async def offer_successors(exports: Sequence[Export], listener: Listener) -> None:
+async def offer_successors(server: Server, listener: Listener) -> None:
     """Hand over all disks to a process that asks for them at this socket; returns when that is done."""
     listener.sock.setblocking(False)
     loop = asyncio.get_running_loop()
     while listener.owned:
         sock, _ = await loop.sock_accept(listener.sock)
         with Channel(sock) as channel:
-            await _try_to_hand_over(exports, listener, channel)
+            await _try_to_hand_over(server, listener, channel)
 
 
-async def _try_to_hand_over(exports: Sequence[Export], listener: Listener, channel: Channel) -> None:
+async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel) -> None:
+    exports = server.exports
     pid, uid = channel.peer
     try:
         if uid not in (0, os.geteuid()):
@@ -40,8 +42,10 @@ async def _try_to_hand_over(exports: Sequence[Export], listener: Listener, chann
             raise HandoverError(
                 f"this release uses version {VERSION} of the handover protocol, not version {hello['hello']}"
             )
-        await asyncio.to_thread(channel.send, _offer(exports, listener))
+        await asyncio.to_thread(channel.send, _offer(server, listener))
         await asyncio.to_thread(channel.receive, "ready", READY_PATIENCE)
+        if server.exports != exports:
+            raise HandoverError("disks were added or removed meanwhile; try again")
         await _hand_over(exports, channel)
     except (HandoverError, EOFError, OSError) as error:
         why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
@@ -51,6 +55,7 @@ async def _try_to_hand_over(exports: Sequence[Export], listener: Listener, chann
         return
     listener.owned = False
     log.info("process %d takes over all disks", pid)
+    server.abandon_interface()
     for export in exports:
         await export.abandon()
     # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we end all the same.
@@ -58,9 +63,13 @@ async def _try_to_hand_over(exports: Sequence[Export], listener: Listener, chann
         channel.send({"yours": True})
 
 
-def _offer(exports: Sequence[Export], listener: Listener) -> dict[str, Any]:
+def _offer(server: Server, listener: Listener) -> dict[str, Any]:
+    interface = server.interface
     return {
         "listener": Fd(listener.sock.fileno()),
+        "interface": {"path": os.path.realpath(interface.path), "listener": Fd(interface.listener.sock.fileno())}
+        if interface is not None
+        else None,
         "disks": [
             {
                 "socket_path": os.path.realpath(export.config.socket_path or ""),
@@ -70,7 +79,7 @@ def _offer(exports: Sequence[Export], listener: Listener) -> dict[str, Any]:
                 "size": export.disk.source.size,
                 **export.disk.source.hand_over(),
             }
-            for export in exports
+            for export in server.exports
         ],
     }
 
@@ -103,6 +112,7 @@ def _state(export: Export) -> dict[str, Any]:
     return {
         "size": disk.source.size,
         "flush_failed": disk.flush_failed,
+        "paused": disk.paused,
         "layers": [layer.snapshot() for layer in disk.layers],
         "front_end": export.session.snapshot() if export.session else None,
         "next_front_end": Fd(export.next_front_end.fileno()) if export.next_front_end else None,

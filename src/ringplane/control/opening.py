@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.registry import LAYERS
@@ -65,9 +66,8 @@ def listen(config: DiskConfig, parts: Parts, undo: contextlib.ExitStack) -> List
     return listener
 
 
-def listen_for_successors(disks: Sequence[DiskConfig], undo: contextlib.ExitStack) -> Listener | None:
-    """Beside the first disk's socket, if it has one, and if path length (unix(7)) and permissions allow it."""
-    path = disks[0].socket_path
+def listen_for_successors(path: Path | None, undo: contextlib.ExitStack) -> Listener | None:
+    """Beside the first socket, if it has a path, and if path length (unix(7)) and permissions allow it."""
     if path is None:
         return None
     try:

@@ -20,6 +20,7 @@ from ringplane.control.listener import ListenError
 from ringplane.control.sandbox import change_user
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import check_switches, impossible_with
+from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.users import User
 from ringplane.system.notes import in_words
@@ -37,6 +38,8 @@ def find_problems(config: Config, user: User | None = None) -> list[str]:
                 undo.callback(workers[each.name].stop)
             except OSError as error:
                 problems.append(f"[[io-thread]] {each.name}: {in_words(error)}")
+        if config.api is not None:
+            problems += _of_api(config.api)
         for disk in config.disks:
             threads = [workers[name] for name in disk.io_threads if name in workers]
             problems += _of_disk(disk, threads, undo)
@@ -48,6 +51,14 @@ def _of_user(user: User) -> list[str]:
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
         error = child.submit(change_user, user).exception()
     return [str(error)] if error else []
+
+
+def _of_api(api: ApiOptions) -> list[str]:
+    try:
+        listener.check(api.socket, api.socket_group)
+    except ListenError as error:
+        return [str(error)]
+    return []
 
 
 def _of_disk(disk: DiskConfig, workers: Sequence[Worker], undo: contextlib.ExitStack) -> list[str]:

@@ -75,8 +75,17 @@ DEADLY = (
 )
 
 
+# Whether `confine` was called; it is for good.
+_confined = False
+
+
 class SandboxError(RuntimeError):
     """The requested privileges cannot be given up; the message is one line for the user."""
+
+
+def is_confined() -> bool:
+    """Whether this process has given up the right to open files."""
+    return _confined
 
 
 def missing() -> list[str]:
@@ -101,7 +110,9 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
     Files can still be removed in the folders `removing_in`, where the sockets are. `otherwise` is the result of a
     system call that is neither allowed nor deadly. Parts that are `missing` are left out.
     """
+    global _confined
     absent = missing()
+    _confined = True
     remove_temporary_cache()
     # The number that glibc would use.
     libc.limit_arenas(8 * (os.cpu_count() or 1))

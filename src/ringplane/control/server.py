@@ -1,22 +1,48 @@
-"""All disks that one process serves, as one object."""
+"""All disks that one process serves, as one object; disks are added and removed while it runs."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
+from ringplane.block.image import ImageError
+from ringplane.control.adding import Adding
 from ringplane.control.export import Export
+from ringplane.control.interface import Interface
+from ringplane.control.listener import ListenError
+from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
 from ringplane.control.threads import Threads
+from ringplane.control.turns import PATIENCE, Turns
 from ringplane.dataplane.trace import TraceEvent
+from ringplane.log.event_bus import Events
+from ringplane.options.declare import WrongOptions, dashed
+from ringplane.options.disk_config import DiskConfig
+from ringplane.system.notes import in_words
+
+log = logging.getLogger(__name__)
 
 
 class Server:
-    """Disks on one control thread and a shared set of I/O threads. It ends when its last disk has stopped."""
+    """Disks on one control thread and a shared set of I/O threads.
 
-    def __init__(self, exports: Sequence[Export], threads: Threads) -> None:
-        self.exports = exports
+    It ends when its last disk has stopped; with an interface, through which disks can be added, when it is stopped.
+    """
+
+    def __init__(self, exports: Sequence[Export], threads: Threads, adding: Adding, events: Events) -> None:
+        # Replaced, never changed: other threads read it.
+        self.exports = tuple(exports)
         self.threads = threads
+        self.events = events
+        self.interface: Interface | None = None
+        self._adding = adding
+        self._turns = Turns("the process")
+        self._stopping = False
+
+    # From any thread.
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
         """Call `receive` with each trace event of any disk from now on, or a text about lost ones.
@@ -41,6 +67,9 @@ class Server:
 
     def request_stop(self) -> None:
         """Begin to stop all disks and return at once; may be called from a signal handler."""
+        self._stopping = True
+        if self.interface is not None:
+            self.interface.request_stop()
         for export in self.exports:
             export.request_stop()
 
@@ -53,6 +82,8 @@ class Server:
         """Remove what others can see, the sockets' files, and nothing else: the process ends at once."""
         for export in self.exports:
             export.listener.close()
+        if self.interface is not None:
+            self.interface.listener.close()
         self.threads.at_end.close()
 
     def __enter__(self) -> Self:
@@ -62,3 +93,65 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    # On the control thread. Raises OperationError.
+
+    def find(self, name: str) -> Export:
+        """The disk of this name."""
+        for export in self.exports:
+            if export.name == name:
+                return export
+        names = ", ".join(export.name for export in self.exports)
+        raise NoSuchDisk("no disk has this name", name, f"the disks are: {names}" if names else "there is no disk")
+
+    def spread(self) -> Sequence[str]:
+        """The I/O threads of a disk that is added without naming some."""
+        return self._adding.spread([export.config for export in self.exports])
+
+    async def add(self, config: DiskConfig) -> Export:
+        """Serve one more disk."""
+        return await self._turns.take("adding a disk", partial(self._add, config))
+
+    async def remove(self, name: str, *, detach: bool = False) -> None:
+        """Stop serving a disk and release all of it; an attached front end is detached only with `detach`."""
+        export = self.find(name)
+        if export.front_end and not detach:
+            raise WrongState(f"a front end ({export.front_end}) is attached", name, "detach it, or add detach=true")
+        log.info("%s: is removed", name, extra={"disk": name})
+        export.request_stop()
+        await asyncio.wait([asyncio.ensure_future(self.threads.ended(export))], timeout=PATIENCE)
+        if not export.stopped:
+            raise Unavailable(
+                f"{export.in_flight} requests are in flight, because storage has not completed them", name,
+                "the disk is removed when they have ended",
+            )  # fmt: skip
+        self._forget(export)
+
+    def abandon_interface(self) -> None:
+        """Another process takes over; with the same path, it has the socket too."""
+        if self.interface is not None:
+            self.interface.listener.owned = False
+            self.interface.request_stop()
+
+    async def _add(self, config: DiskConfig) -> Export:
+        try:
+            config = self._adding.check(config, self.exports)
+            export = await self.threads.aside(partial(self._adding.open, config))
+        except WrongOptions as error:
+            raise WrongValue(error.spelled(dashed), dashed(error.options[0])) from None
+        except (ImageError, ListenError) as error:
+            raise WrongState(str(error)) from None
+        except OSError as error:
+            raise Unavailable(f"the disk cannot be opened: {in_words(error)}") from None
+        self.exports = (*self.exports, export)
+        self.threads.serve(export)
+        if self._stopping:
+            export.request_stop()
+        log.info("%s: added: %s", export.name, export.disk.source.title, extra={"disk": export.name})
+        self.events.emit("added", export.name, image=str(export.disk.source.title))
+        return export
+
+    def _forget(self, export: Export) -> None:
+        if export in self.exports:
+            self.exports = tuple(each for each in self.exports if each is not export)
+            self.events.emit("removed", export.name)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from ringplane.compiler.units import Unit
+from ringplane.control.adding import Adding
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
+from ringplane.control.interface import Interface
+from ringplane.control.needed_units import units_of_any_disk, units_of_parts, units_of_threads
 from ringplane.control.opening import (
-    Parts,
     listen,
     listen_for_successors,
     open_parts,
@@ -21,10 +22,7 @@ from ringplane.control.server import Server
 from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
 from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
-from ringplane.dataplane.request_types import request_types_of, units_of_types
-from ringplane.device.disk import Disk
-from ringplane.engines.choose_engine import units_of
-from ringplane.guest_memory.address_space import AddressSpace
+from ringplane.log.event_bus import Events
 from ringplane.options.declare import WrongOptions, taking
 from ringplane.options.disk_config import DiskConfig, OneDisk, named
 from ringplane.options.process_rules import check_process
@@ -44,6 +42,7 @@ class _Serving(OneDisk):
     upgrade: bool = False
     give_up: GiveUp | None = None
     signals: Signals = NONE
+    interface: Interface | None = None
 
 
 @taking(_Serving)
@@ -58,18 +57,19 @@ def serve(disk: _Serving) -> Export:
     refuses O_DIRECT the page cache is used, as the export's `disk.source.direct` shows.
 
     When this returns, front ends can connect. An `upgradable` disk can be taken over by another process, with
-    `upgrade`, and stops then (handover.py). `give_up`, `signals`: see `serve_all`.
+    `upgrade`, and stops then (handover.py). `give_up`, `signals`, `interface`: see `serve_all`.
 
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
     """
     server = serve_all(
         [disk.config()],
-        disk.threads(),
+        disk.own_threads(),
         upgradable=disk.upgradable,
         upgrade=disk.upgrade,
         give_up=disk.give_up,
         signals=disk.signals,
+        interface=disk.interface,
     )
     return server.exports[0]
 
@@ -82,65 +82,79 @@ def serve_all(
     upgrade: bool = False,
     give_up: GiveUp | None = None,
     signals: Signals = NONE,
+    interface: Interface | None = None,
 ) -> Server:
     """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
 
     `give_up` is called when everything has been opened and loaded and no thread has begun yet, with the folders in
     which sockets are removed at the end: a program that is there for nothing else gives up its rights then. `signals`
-    can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end.
+    can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end. With
+    an `interface` (ringplane/api/http.py) disks can be added and removed while the server runs: there need not be
+    one at the start, and the server ends when it is stopped.
     """
     occupy()
     if upgrade and any(config.socket_path is None for config in disks):
         raise WrongOptions("{upgrade} needs {socket_path}, by which the running process is found")
-    check_process(disks, io_threads)
+    check_process(disks, io_threads, none=interface is not None)
     disks = named(disks)
     procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
-        predecessor = at_last.enter_context(Predecessor(disks, signals)) if upgrade else None
+        interface_path = interface.path if interface is not None else None
+        predecessor = at_last.enter_context(Predecessor(disks, signals, interface_path)) if upgrade else None
+        if interface is not None:
+            interface.prepare(predecessor.interface_listener(interface.path) if predecessor else None)
         opened = []
         for index, config in enumerate(disks):
             signals.check()
             opened.append(
                 take_over_parts(config, predecessor, index, undo) if predecessor else open_parts(config, undo, signals)
             )
-        warm_up(_needed_units(opened, io_threads), signals)
+        units = units_of_threads(io_threads)
+        for parts in opened:
+            units += units_of_parts(parts)
+        if interface is not None:
+            units += units_of_any_disk()
+        warm_up(dict.fromkeys(units), signals)
         threads = Threads(io_threads)
         undo.callback(threads.end)
         threads.at_end.callback(signals.wake)
-        space = AddressSpace(len(disks))
-        served = [_disk(config, parts, threads) for config, parts in zip(disks, opened, strict=True)]
+        events = Events()
+        adding = Adding(threads, events)
+        served = [adding.make_disk(*each) for each in zip(disks, opened, strict=True)]
+        if interface is not None:
+            _prepare_for_more(threads)
         # All code is loaded.
         release_compiler()
         # A process that has given up its rights can no longer remove what it has created.
         signals.check()
         # Front ends that connect from now on get an answer at once.
         listeners = [listen(config, parts, undo) for config, parts in zip(disks, opened, strict=True)]
-        exports = [Export(*each, threads, space.quota()) for each in zip(disks, served, listeners, strict=True)]
-        successors = listen_for_successors(disks, undo) if upgradable and not predecessor else None
+        server = Server(list(map(adding.export, disks, served, listeners)), threads, adding, events)
+        if interface is not None:
+            server.interface = interface
+            interface.open(server)
+            undo.callback(interface.close)
+        sockets = [*(config.socket_path for config in disks), interface_path]
+        successors = listen_for_successors(sockets[0], undo) if upgradable and not predecessor else None
         if give_up is not None:
-            give_up({config.socket_path.parent for config in disks if config.socket_path})
+            give_up({path.parent for path in sockets if path is not None})
         threads.start_io_threads()
         if predecessor:
-            successors = predecessor.take(exports)
-        threads.start(exports)
+            successors = predecessor.take(server.exports, interface.listener if interface else None)
+            events.emit("upgraded", previous_process=predecessor.pid)
+        threads.start([*server.exports, *([interface] if interface is not None else [])])
         undo.pop_all()
     for config, parts in zip(disks, opened, strict=True):
         report_created(config, parts.source)
     if successors:
         threads.at_end.callback(successors.close)
-        threads.start_task(lambda: offer_successors(exports, successors))
-    return Server(exports, threads)
+        threads.start_task(lambda: offer_successors(server, successors))
+    return server
 
 
-def _needed_units(opened: Iterable[Parts], io_threads: Iterable[IoThread]) -> list[Unit]:
-    """The units of this configuration."""
-    units = [unit for thread in io_threads for unit in units_of(thread.engine)]
-    for parts in opened:
-        units += parts.source.units
-        units += (unit for layer in parts.layers for unit in layer.units)
-        units += units_of_types(request_types_of(parts.layers))
-    return list(dict.fromkeys(units))
-
-
-def _disk(config: DiskConfig, parts: Parts, threads: Threads) -> Disk:
-    return Disk(parts.source, [threads.workers[name] for name in config.io_threads], config, parts.layers)
+def _prepare_for_more(threads: Threads) -> None:
+    """Load what disks that are added later need: when the process is confined it cannot."""
+    for unit in units_of_any_disk():
+        unit.address()
+    for worker in threads.workers.values():
+        worker.prepare_to_share()

@@ -38,11 +38,14 @@ from ringplane.virtio import blk
 class Predecessor:
     """The running process, seen by its successor. Used in a `with`; leaving it before `take` changes nothing."""
 
-    def __init__(self, configs: Sequence[DiskConfig], signals: Signals = NONE) -> None:
-        """Find the process that serves these disks; raises HandoverError, Interrupted."""
+    def __init__(
+        self, configs: Sequence[DiskConfig], signals: Signals = NONE, interface_path: Path | None = None
+    ) -> None:
+        """Find the process that serves these disks, or this interface; raises HandoverError, Interrupted."""
         self._configs = configs
         self._signals = signals
-        self._path, sock = _connect([config.socket_path for config in configs if config.socket_path])
+        paths = [*(config.socket_path for config in configs), interface_path]
+        self._path, sock = _connect([path for path in paths if path is not None])
         self._channel = Channel(sock)
         try:
             with _in_words():
@@ -50,7 +53,8 @@ class Predecessor:
                 self._channel.send({"hello": VERSION})
                 offer = self._answer(TAKING_PATIENCE)
                 self._listener: Fd = offer["listener"]
-                self._disks = _in_order(offer["disks"], configs)
+                self._interface: dict[str, Any] | None = offer.get("interface")
+            self._disks = _in_order(offer["disks"], configs)
         except BaseException:
             self._channel.close()
             raise
@@ -63,7 +67,13 @@ class Predecessor:
         """The socket of disk `index`; its file is not ours to remove before `take`."""
         return _listener(self._disks[index]["listener"], self._configs[index].socket_path)
 
-    def take(self, exports: Sequence[Export]) -> Listener:
+    def interface_listener(self, path: Path) -> Listener | None:
+        """The socket of its interface at this path, if it has one; its file is not ours to remove before `take`."""
+        if self._interface is None or self._interface["path"] != os.path.realpath(path):
+            return None
+        return _listener(self._interface["listener"], path)
+
+    def take(self, exports: Sequence[Export], interface: Listener | None = None) -> Listener:
         """Resume all front ends from where they are; returns the socket for our own successor.
 
         Raises HandoverError, and Interrupted up to the moment when the running process lets go. The disks are served by
@@ -82,7 +92,7 @@ class Predecessor:
             with contextlib.suppress(EOFError, ConnectionResetError):
                 self._channel.receive("yours", READY_PATIENCE)
         mine = _listener(self._listener, self._path)
-        for listener in [mine, *(export.listener for export in exports)]:
+        for listener in [mine, *(export.listener for export in exports), *([interface] if interface else [])]:
             listener.owned = True
         return mine
 
@@ -169,6 +179,7 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
         raise HandoverError(f"{export.disk.name}: its size is being changed; try again")
     if saved["flush_failed"]:
         export.disk.set_flush_failed()
+    export.disk.paused = bool(saved.get("paused"))
     for layer, state in zip(export.disk.layers, saved["layers"], strict=True):
         layer.resume_from(state)
     if saved["front_end"]:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from ringplane.control.trace_task import report_trace
 from ringplane.dataplane.trace import TraceEvent
@@ -18,8 +18,15 @@ from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
 from ringplane.system.notes import doing
 
-# Most threads for calls that would block the control thread; they are started on demand.
+# Most threads for calls that would block the control thread; they are started on demand. What front ends and hand-overs
+# need does not wait for what operators ask for, which may hang with storage.
 SYNCING_THREADS = 4
+OPERATING_THREADS = 4
+
+# Seconds that coroutines which others wait for have at the end.
+CALLS_PATIENCE = 1.0
+
+Result = TypeVar("Result")
 
 
 class Service(Protocol):
@@ -40,16 +47,19 @@ class Threads:
 
         Raises OSError when an engine is unavailable; nothing is left.
         """
-        self._io_threads = io_threads
+        self.io_threads = io_threads
         self.workers: dict[str, Worker] = {}
-        self._services: Sequence[Service] = ()
+        # Those that have not ended; changed on the control thread.
+        self._services: dict[Service, asyncio.Task[None] | None] = {}
         # Closed together with the threads.
         self.at_end = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         with doing("set up the control thread"):
             self._loop = asyncio.new_event_loop()
         # By default asyncio creates it on first use, and reads files to do so (control/sandbox.py).
         self._loop.set_default_executor(ThreadPoolExecutor(SYNCING_THREADS, "ringplane-sync"))
+        self._aside = ThreadPoolExecutor(OPERATING_THREADS, "ringplane-operation")
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
         try:
             self._make_workers()
@@ -58,7 +68,7 @@ class Threads:
             raise
 
     def _make_workers(self) -> None:
-        for each in self._io_threads:
+        for each in self.io_threads:
             with doing(f"set up the I/O thread {each.name}"):
                 worker = self.workers[each.name] = Worker(
                     each.name, engine=each.engine, poll_us=each.poll_us, pin_memory=each.pin_memory
@@ -72,14 +82,14 @@ class Threads:
         """
         for worker in self.workers.values():
             worker.start()
-        bound = [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self._io_threads]
-        for each, ready in zip(self._io_threads, bound, strict=True):
+        bound = [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self.io_threads]
+        for each, ready in zip(self.io_threads, bound, strict=True):
             with doing(f"run the I/O thread {each.name} on the CPUs {format_cpus(each.cpus or ())}"):
                 ready.result()
 
-    def start(self, services: Sequence[Service]) -> None:
-        """Start the control thread, which runs these services until each has stopped."""
-        self._services = services
+    def start(self, services: Iterable[Service]) -> None:
+        """Start the control thread, which runs these services, and those that are added, until each has stopped."""
+        self._services = dict.fromkeys(services)
         self._thread.start()
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
@@ -98,12 +108,13 @@ class Threads:
 
     def end_if_unused(self) -> None:
         """If no service needs the threads any longer, return when they have ended; else at once."""
-        if all(service.stopped for service in self._services):
+        if all(service.stopped for service in list(self._services)):
             self._thread.join()
 
     def end(self) -> None:
         """End threads whose control thread was not started."""
         self._loop.close()
+        self._aside.shutdown(wait=False)
         for worker in self.workers.values():
             worker.stop()
         self.at_end.close()
@@ -112,6 +123,15 @@ class Threads:
         """Have `function` called on the control thread, if it runs."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function)
+
+    def call(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Future[Result]:
+        """Have the coroutine of `work` run on the control thread; raises RuntimeError if that has ended."""
+        coroutine = self._called(work)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
 
     def start_task(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         """Have the coroutine of `work` run on the control thread; it is cancelled when all services have stopped."""
@@ -125,12 +145,41 @@ class Threads:
         finally:
             self.end()
 
+    def serve(self, service: Service) -> None:
+        """Run one more service, while others run."""
+        task = self._services[service] = self._loop.create_task(service.run())
+        task.add_done_callback(lambda _: self._services.pop(service))
+
+    async def ended(self, service: Service) -> None:
+        """Return when this service has ended."""
+        if task := self._services.get(service):
+            await asyncio.wait([task])
+
+    async def aside(self, function: Callable[[], Result]) -> Result:
+        """The result of a function that may block, called on another thread."""
+        return await self._loop.run_in_executor(self._aside, function)
+
     async def _serve(self) -> None:
-        await asyncio.gather(*(service.run() for service in self._services))
-        tasks = list(self._tasks)
+        for service in list(self._services):
+            self.serve(service)
+        while running := [task for task in self._services.values() if task]:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        # What was called has nothing to wait for any more, unless it was called just now.
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=CALLS_PATIENCE)
+        tasks = [*self._tasks, *self._calls]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _called(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            return await work()
+        finally:
+            self._calls.discard(task)
 
     def _start_task(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         task = self._loop.create_task(work())

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ringplane.block.io import ENDS_EARLY
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane.state import FAILURE, FAILURE_SIZE, KIND_FLUSH, KIND_READ, KINDS
+from ringplane.log.event_bus import Emit, no_events
 from ringplane.log.logs import DiskLog
 from ringplane.native.access import view
 
@@ -66,8 +67,9 @@ class _Reported:
 class Failures:
     """Logs the failures of one disk. Any thread may call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, emit: Emit = no_events) -> None:
         self._logger = DiskLog(log, name)
+        self._emit = emit
         self._lock = threading.Lock()
         self._reported = {kind: _Reported() for kind in KINDS}
 
@@ -83,6 +85,12 @@ class Failures:
         reported, count = self._reported[kind], int(failure["count"])
         if failure["unreported"]:
             reported.last = _describe(kind, failure)
+            self._emit(
+                "io-error",
+                operation=kind,
+                error=errno.errorcode.get(-int(failure["result"]), "EIO"),
+                message=reported.last,
+            )
             if int(failure["result"]) not in reported.errors:
                 reported.errors.add(int(failure["result"]))
                 self._logger.error("%s%s", reported.last, CONSEQUENCES.get(kind, ""))

@@ -17,6 +17,7 @@ from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightRegion
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
+from ringplane.log.event_bus import Emit, no_events
 from ringplane.native.structs import new
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
@@ -39,14 +40,16 @@ class Device:
         name: str = "disk",
         lifetime: bytes = b"",
         request_types: RequestTypes = NO_TYPES,
+        emit: Emit = no_events,
     ) -> None:
         """`size` and `block_size` in bytes.
 
         `name` is the name in log lines, `lifetime` the reply to GET_LIFETIME (empty: unsupported), `request_types` the
-        types that are not in requests.py.
+        types that are not in requests.py, `emit` reports what happens to the disk.
         """
         self.name = name
-        self.failures = Failures(name)
+        self.emit = emit
+        self.failures = Failures(name, emit)
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]

@@ -179,6 +179,7 @@ class ServedRings:
         where = f" (chain {head})" if head >= 0 else ""
         what = ring_rules.MESSAGES[int(queue.record["broken"])]
         log.warning("%s: ring broken by the driver: %s%s", queue.name, what, where, extra=queue.log_fields)
+        queue.device.emit("ring-broken", queue=queue.number, rule=what, chain=head if head >= 0 else None)
         self._signal_error(queue)
 
     def _signal_error(self, queue: Queue) -> None:

@@ -93,12 +93,21 @@ class Worker:
         """Count a disk with queues on this worker. From the second one on, no front end may block this thread."""
         self._disks += 1
         if self._disks == 2:
+            self.prepare_to_share()
+            if self._signaller is not None:
+                self.state.record["signaller"] = self._signaller.address
+
+    def remove_disk(self) -> None:
+        """Count one disk less; none of its queues is served."""
+        self._disks -= 1
+
+    def prepare_to_share(self) -> None:
+        """Make what a second disk needs now: later the process may have no right to make it."""
+        if self._signaller is None:
             try:
                 self._signaller = Signaller()
             except OSError as error:
                 log.warning("%s: one front end can block all disks of this thread: %s", self.name, error)
-                return
-            self.state.record["signaller"] = self._signaller.address
 
     def load(self) -> None:
         """Compile or load all that the threads will call, so that they need no file for it after their start."""

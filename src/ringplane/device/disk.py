@@ -20,6 +20,7 @@ from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import request_types_of
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
+from ringplane.log.event_bus import Emit, no_events
 from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import OFF_BY_DEFAULT
 from ringplane.options.name_options import default_name
@@ -69,8 +70,12 @@ class Disk:
         workers: Sequence[Worker],
         options: DiskOptions,
         layers: Sequence[Layer] = (),
+        emit: Emit = no_events,
     ) -> None:
-        """Prepare the source. `layers`: the highest first. Raises ImageError if it cannot be served so."""
+        """Prepare the source. `layers`: the highest first; `emit` reports what happens to the disk.
+
+        Raises ImageError if it cannot be served so.
+        """
         self.source = source.prepare([worker.engine for worker in workers])
         # In log lines, and for whoever asks.
         self.name = options.name or default_name(Path(source.title))
@@ -78,6 +83,8 @@ class Disk:
         self.serial = options.serial if options.serial is not None else self.source.serial
         self.layers = layers
         self._resizing = asyncio.Lock()
+        # While it is, its rings do not run (session/vring.py).
+        self.paused = False
         found = self.source.limits()
         self.limits = found.for_blocks(self.block_size, options.physical_block_size)
         self._device = Device(
@@ -88,6 +95,7 @@ class Disk:
             name=self.name,
             lifetime=_lifetime(found),
             request_types=request_types_of(layers),
+            emit=emit,
         )
         if any(layer.one_thread for layer in layers):
             workers = workers[:1]
@@ -96,6 +104,7 @@ class Disk:
         self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
         for worker in set(self.workers):
             worker.add_disk()
+        self._closed = False
         self._switches = options.features
         check_switches(self._switches, self.limits, self.source, self._impossible)
 
@@ -113,11 +122,24 @@ class Disk:
         """How I/O is done, for users."""
         return self.source.how("/".join(sorted({worker.engine.name for worker in self.workers})))
 
-    async def refresh_size(self) -> bool:
-        """Pick up the source's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
+    @property
+    def size(self) -> int:
+        """The bytes that the guest sees."""
+        return self._device.size
+
+    def grow_source(self, size: int) -> None:
+        """Make the source this long, which `refresh_size` picks up. Raises ImageError and OSError; may block."""
+        self._check_size_is_free()
+        self.source.grow(size)
+
+    def _check_size_is_free(self) -> None:
         for layer in self.layers:
             if layer.fixed_size:
                 raise ImageError(f"{self.source.title}: {layer.fixed_size}")
+
+    async def refresh_size(self) -> bool:
+        """Pick up the source's current size; returns whether it changed. Raises ImageError, OSError and WorkerEnded."""
+        self._check_size_is_free()
         async with self._resizing:
             return await self._take_size()
 
@@ -155,6 +177,10 @@ class Disk:
 
     def close(self) -> None:
         """Close layers and source, which may block; no queue may be running. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            for worker in set(self.workers):
+                worker.remove_disk()
         self.report_failures()
         for layer in self.layers:
             try:

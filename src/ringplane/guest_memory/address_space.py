@@ -2,7 +2,8 @@
 
 A front end may describe as much memory as it likes: a sparse file costs it nothing. All disks of a process share one
 address space, so each disk has a quota: one half is divided equally and guaranteed, the other half is lent to the disks
-that ask first.
+that ask first. When a disk is added, the guaranteed shares get smaller: what others use beyond theirs counts as lent
+then.
 """
 
 from __future__ import annotations
@@ -48,14 +49,31 @@ def usable_mappings() -> int:
 
 
 class Pool:
-    """An amount of something, shared by a number of users. Any thread may call."""
+    """An amount of something, shared by users who come and go. Any thread may call."""
 
-    def __init__(self, total: int, users: int) -> None:
-        self.guaranteed = total // 2 // users
-        self._to_lend = total - self.guaranteed * users
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._shares: set[Share] = set()
         self._lock = threading.Lock()
         # Finalizers give amounts back; they may interrupt any code, including code that holds the lock.
         self._returned: deque[tuple[Share, int]] = deque()
+
+    @property
+    def guaranteed(self) -> int:
+        """What each share can always take."""
+        return self._total // 2 // len(self._shares)
+
+    def share(self) -> Share:
+        """The share of one more user, until `end`."""
+        share = Share(self)
+        with self._lock:
+            self._shares.add(share)
+        return share
+
+    def end(self, share: Share) -> None:
+        """The user has gone, and has returned everything."""
+        with self._lock:
+            self._shares.discard(share)
 
     def take(self, share: Share, amount: int) -> int | None:
         """Add the amount to the use of this share, or return the limit that it would exceed."""
@@ -64,8 +82,15 @@ class Pool:
             limit = max(self.guaranteed, share.used) + self._to_lend
             if share.used + amount > limit:
                 return limit
-            self._set(share, share.used + amount)
+            share.used += amount
             return None
+
+    @property
+    def _to_lend(self) -> int:
+        """What is neither guaranteed nor lent. The shares became smaller since some was lent: perhaps nothing."""
+        guaranteed = self.guaranteed
+        lent = sum(max(0, share.used - guaranteed) for share in self._shares)
+        return max(0, self._total - guaranteed * len(self._shares) - lent)
 
     def give_back(self, share: Share, amount: int) -> None:
         """Return an amount that is not used any more."""
@@ -74,14 +99,7 @@ class Pool:
     def _collect(self) -> None:
         while self._returned:
             share, amount = self._returned.popleft()
-            self._set(share, share.used - amount)
-
-    def _set(self, share: Share, used: int) -> None:
-        self._to_lend += self._borrowed(share.used) - self._borrowed(used)
-        share.used = used
-
-    def _borrowed(self, used: int) -> int:
-        return max(0, used - self.guaranteed)
+            share.used -= amount
 
 
 class Share:
@@ -99,16 +117,20 @@ class Share:
         """See Pool.give_back."""
         self.pool.give_back(self, amount)
 
+    def end(self) -> None:
+        """See Pool.end."""
+        self.pool.end(self)
+
 
 class AddressSpace:
-    """The address space of this process, for `disks` disks. Created before the sandbox, because it reads /proc."""
+    """The address space of this process, for all its disks. Created before the sandbox, because it reads /proc."""
 
-    def __init__(self, disks: int) -> None:
-        self._bytes, self._mappings = Pool(usable_bytes(), disks), Pool(usable_mappings(), disks)
+    def __init__(self) -> None:
+        self._bytes, self._mappings = Pool(usable_bytes()), Pool(usable_mappings())
 
     def quota(self) -> Quota:
         """The quota of one more disk."""
-        return Quota(Share(self._bytes), Share(self._mappings))
+        return Quota(self._bytes.share(), self._mappings.share())
 
 
 class Quota:
@@ -134,3 +156,8 @@ class Quota:
         """Call after unmapping."""
         self._size.give_back(size)
         self._mappings.give_back(1)
+
+    def end(self) -> None:
+        """The disk has been removed: its guaranteed share is for the others."""
+        self._size.end()
+        self._mappings.end()

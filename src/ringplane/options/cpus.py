@@ -67,6 +67,6 @@ def _check_each(sets: Iterable[Collection[int]]) -> None:
         check_cpus(cpus)
 
 
-CPUS = Kind("LIST", _usable, _from_toml, check_cpus)
+CPUS = Kind("LIST", _usable, _from_toml, check_cpus, to_toml=sorted, json_types=("array", "string"))
 # Of several threads; on the command line an option for each of them.
 CPU_SETS = Kind("LIST", _usable, check=_check_each)

@@ -143,10 +143,14 @@ class WrongOptions(ValueError):
         """The same, with the place at its beginning."""
         return WrongOptions("{place}" + self._sentence, place=place, **self._values)
 
+    @property
+    def options(self) -> list[str]:
+        """The names of the options that the sentence is about, the first one first."""
+        return [name for name in re.findall(r"\{(\w+)\}", self._sentence) if name not in self._values]
+
     def spelled(self, spell: Callable[[str], str]) -> str:
         """The sentence with the options spelled by `spell`, which gets the name of each one."""
-        names = set(re.findall(r"\{(\w+)\}", self._sentence)) - self._values.keys()
-        return self._sentence.format_map(self._values | {name: spell(name) for name in names})
+        return self._sentence.format_map(self._values | {name: spell(name) for name in self.options})
 
     def __str__(self) -> str:
         return self.spelled(str)

@@ -55,11 +55,22 @@ def _from_toml(value: Any) -> Delay:
     return parse_delay(str(value))
 
 
+def _to_toml(delay: Delay) -> str:
+    return ",".join(f"{name}={getattr(delay, name)}" for name in NAMES)
+
+
 class DelayOptions(Options):
     """How much longer requests take."""
 
     delay: Delay | None = option(
-        Kind("MS[,...]", parse_delay, _from_toml, _check_delay),
+        Kind(
+            "MS[,...]",
+            parse_delay,
+            _from_toml,
+            _check_delay,
+            to_toml=_to_toml,
+            json_types=("number", "string"),
+        ),
         default=None,
         help="Milliseconds by which requests take longer, for example 5, or read=5,write=10,flush=20.",
         doc='milliseconds by which reads, writes and flushes take longer: `5`, or `"read=5,flush=20"` for some of them',

@@ -93,21 +93,9 @@ def named(disks: Iterable[DiskConfig]) -> list[DiskConfig]:
     return [dataclasses.replace(disk, name=name) for disk, name in zip(disks, names, strict=True)]
 
 
-class OneDisk(DiskOptions, ThreadOptions):
-    """A disk that has its I/O threads for itself, as `ringplane.serve` and the command line describe it."""
+class OwnThreads(ThreadOptions):
+    """Equal I/O threads, as the command line describes them."""
 
-    image_path: str | os.PathLike[str] = option(
-        PATH,
-        kw_only=False,
-        flags=("--blk-file", "--image"),
-        help="Raw image file or block device to serve.",
-    )
-    socket_path: str | os.PathLike[str] | None = option(
-        PATH,
-        kw_only=False,
-        default=None,
-        help="UNIX socket to listen on.",
-    )
     io_threads: int = option(Whole(1, MAX_THREADS), default=1, help="Number of I/O threads.")
     cpus: Sequence[Collection[int]] = option(
         CPU_SETS,
@@ -124,16 +112,37 @@ class OneDisk(DiskOptions, ThreadOptions):
                 threads=self.io_threads,
             )
 
-    def config(self) -> DiskConfig:
-        path = None if self.socket_path is None else Path(self.socket_path)
-        # More threads than queues have nothing to do.
-        names = [thread.name for thread in self.threads()][: self.num_queues]
-        return DiskConfig(Path(self.image_path), names, socket_path=path, **values(self, DiskOptions))
-
-    def threads(self) -> list[IoThread]:
-        engine = self.engine if self.engine in THREAD_ENGINES else AUTO
+    def threads(self, engine: str = AUTO) -> list[IoThread]:
+        """With this engine."""
         sets: list[frozenset[int] | None] = [frozenset(each) for each in self.cpus] or [None]
         return [
             IoThread(f"ringplane-io-{number}", engine, sets[number % len(sets)], **values(self, ThreadOptions))
             for number in range(self.io_threads)
         ]
+
+
+class OneDisk(DiskOptions, OwnThreads):
+    """A disk that has its I/O threads for itself, as `ringplane.serve` and the command line describe it."""
+
+    image_path: str | os.PathLike[str] = option(
+        PATH,
+        kw_only=False,
+        flags=("--blk-file", "--image"),
+        help="Raw image file or block device to serve.",
+    )
+    socket_path: str | os.PathLike[str] | None = option(
+        PATH,
+        kw_only=False,
+        default=None,
+        help="UNIX socket to listen on.",
+    )
+
+    def config(self) -> DiskConfig:
+        path = None if self.socket_path is None else Path(self.socket_path)
+        # More threads than queues have nothing to do.
+        names = [thread.name for thread in self.own_threads()][: self.num_queues]
+        return DiskConfig(Path(self.image_path), names, socket_path=path, **values(self, DiskOptions))
+
+    def own_threads(self) -> list[IoThread]:
+        """Its I/O threads, with its engine."""
+        return self.threads(self.engine if self.engine in THREAD_ENGINES else AUTO)

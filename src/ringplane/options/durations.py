@@ -43,4 +43,15 @@ def _check_poll_us(value: int | None) -> None:
         parse_poll_us(str(value))
 
 
-POLL_TIME = Kind("N|always", parse_poll_us, _poll_us_from_toml, _check_poll_us)
+def _poll_us_to_toml(value: int | None) -> int | str:
+    return "always" if value is None else value
+
+
+POLL_TIME = Kind(
+    "N|always",
+    parse_poll_us,
+    _poll_us_from_toml,
+    _check_poll_us,
+    to_toml=_poll_us_to_toml,
+    json_types=("integer", "string"),
+)

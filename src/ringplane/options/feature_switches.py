@@ -51,4 +51,4 @@ def _check(switches: Mapping[str, bool]) -> None:
 
 
 # On the command line an option for each of them.
-SWITCHES = Kind("NAME=on|off", parse_feature, _from_toml, _check)
+SWITCHES = Kind("NAME=on|off", parse_feature, _from_toml, _check, to_toml=dict, json_types=("object",))

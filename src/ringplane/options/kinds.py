@@ -30,6 +30,11 @@ def text_from_toml(value: Any) -> str:
     return value
 
 
+def _same(value: Any) -> Any:
+    """For values that TOML has too."""
+    return value
+
+
 class Kind:
     """A kind of values; a text unless the arguments say otherwise.
 
@@ -42,13 +47,17 @@ class Kind:
         parse: Callable[[str], Any] = str,
         from_toml: Callable[[Any], Any] = text_from_toml,
         check: Callable[[Any], object] = _anything,
+        to_toml: Callable[[Any], Any] = _same,
+        json_types: tuple[str, ...] = ("string",),
     ) -> None:
         """`parse` converts a text of the command line, which shows `metavar` for it, and `from_toml` a value of TOML.
 
-        `check` is for values that a program gives.
+        `check` is for values that a program gives; `to_toml` is the inverse of `from_toml`, whose argument is of one of
+        `json_types`.
         """
         self.metavar = metavar
         self.parse, self.from_toml, self.check = parse, from_toml, check
+        self.to_toml, self.json_types = to_toml, json_types
 
 
 class OneOf(Kind):
@@ -71,7 +80,7 @@ class Whole(Kind):
 
     def __init__(self, lowest: int, highest: int) -> None:
         self.lowest, self.highest = lowest, highest
-        super().__init__("", int, self._checked, self._checked)
+        super().__init__("", int, self._checked, self._checked, json_types=("integer",))
 
     def _checked(self, value: Any) -> Any:
         if type(value) is not int or not self.lowest <= value <= self.highest:
@@ -92,8 +101,8 @@ def _names_from_toml(value: Any) -> list[str]:
 
 
 # On the command line it has no value.
-FLAG = Kind(from_toml=_checked_flag, check=_checked_flag)
+FLAG = Kind(from_toml=_checked_flag, check=_checked_flag, json_types=("boolean",))
 NAME = Kind()
-NAMES = Kind(from_toml=_names_from_toml)
+NAMES = Kind(from_toml=_names_from_toml, to_toml=list, json_types=("array",))
 # In a configuration file a relative path starts at the folder of the file.
-PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)))
+PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)), to_toml=str)

@@ -81,13 +81,16 @@ class ProcessRules:
         same.append((place, disk))
 
 
-def check_process(disks: Sequence[DiskConfig], io_threads: Iterable[IoThread]) -> None:
-    """Raises WrongOptions for the first thing that is wrong; disks are called by their images."""
+def check_process(disks: Sequence[DiskConfig], io_threads: Iterable[IoThread], *, none: bool = False) -> None:
+    """Raises WrongOptions for the first thing that is wrong; disks are called by their images.
+
+    `none`: there need not be a disk, because disks can be added later.
+    """
     rules = ProcessRules()
     for thread in io_threads:
         for error in rules.add_thread(thread):
             raise error.of(f"I/O thread {thread.name}: ")
-    if not disks:
+    if not disks and not none:
         raise WrongOptions("there is no disk to serve")
     for disk in disks:
         for error in rules.add_disk(str(disk.image), disk):

@@ -44,4 +44,4 @@ def _checked(value: Any) -> int:
     return value
 
 
-SIZE = Kind("SIZE", parse_size, _from_toml, _checked)
+SIZE = Kind("SIZE", parse_size, _from_toml, _checked, json_types=("integer", "string"))

@@ -102,5 +102,5 @@ def _check_mode(value: Any) -> None:
         raise ValueError(f"{given} is not a file mode, which is a number from 0 to 0o777")
 
 
-GROUP = Kind("GROUP", parse_group, _group_from_toml, _check_group)
-MODE = Kind("MODE", parse_mode, _mode_from_toml, _check_mode)
+GROUP = Kind("GROUP", parse_group, _group_from_toml, _check_group, json_types=("integer", "string"))
+MODE = Kind("MODE", parse_mode, _mode_from_toml, _check_mode, to_toml="{:04o}".format)

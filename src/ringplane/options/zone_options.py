@@ -64,11 +64,16 @@ def _from_toml(value: Any) -> ZoneModel:
     return parse_zones(text_from_toml(value))
 
 
+def _to_toml(model: ZoneModel) -> str:
+    limits = f"max-open={model.max_open},max-active={model.max_active}"
+    return f"{model.size},capacity={model.capacity},conventional={model.conventional},{limits}"
+
+
 class ZoneOptions(ImageOptions):
     """The zones of a disk."""
 
     zoned: ZoneModel | None = option(
-        Kind("SIZE[,...]", parse_zones, _from_toml, _check_zones),
+        Kind("SIZE[,...]", parse_zones, _from_toml, _check_zones, to_toml=_to_toml),
         default=None,
         fixed=True,
         help="Zoned disk on a new image, for example 64M,capacity=48M,conventional=4,max-open=8,max-active=12.",

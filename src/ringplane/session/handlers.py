@@ -84,6 +84,7 @@ class Handlers:
             log=memory.log if negotiation.logs else None,
             inflight=memory.inflight,
             ask=self._ask_front_end if negotiation.in_band else None,
+            paused=self._disk.paused,
         )
 
     async def close(self) -> list[BaseException]:

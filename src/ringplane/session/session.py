@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
@@ -70,10 +70,25 @@ class Session:
         self._logger.warning("front end dropped: it truncated memory that it shares with this disk (ftruncate(2))")
         self._transport.close()
 
-    async def drain(self) -> None:
-        """Complete all fetched requests while nothing more is fetched, then continue."""
+    async def drain(self, then: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Complete all fetched requests while nothing more is fetched, do what `then` does, and continue."""
         async with self._busy:
-            await self._start_again(await self._handlers.vrings.stop_all())
+            running = await self._handlers.vrings.stop_all()
+            try:
+                if then is not None:
+                    await then()
+            finally:
+                await self._start_again(running)
+
+    async def pause(self) -> None:
+        """Complete all fetched requests; the disk is paused, so that no ring starts until `resume`."""
+        async with self._busy:
+            await self._handlers.vrings.stop_all()
+
+    async def resume(self) -> None:
+        """Start the rings, because the disk is not paused any more."""
+        async with self._busy:
+            await self._start_again(self._handlers.vrings)
 
     async def _start_again(self, vrings: Iterable[Vring]) -> None:
         await self._handlers.vrings.start_again(vrings, self._handlers.use)

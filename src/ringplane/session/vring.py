@@ -45,6 +45,8 @@ class RingUse:
     inflight: InflightArea | None
     # Sends a message on the back-end channel, if notifications are sent in band.
     ask: Ask | None
+    # No ring runs until the disk is resumed.
+    paused: bool = False
 
     @property
     def packed(self) -> bool:
@@ -105,7 +107,7 @@ class Vring:
 
         A suspended one stays stopped until its memory is added. Raises BadMemory and OSError if it cannot start.
         """
-        if not self.enabled:
+        if not self.enabled or use.paused:
             await self.stop()
         elif self._kick_fd >= 0 and self._size and self._address is not None and not self.queue.state.served:
             layout = self._layout(use, self._size, self._base, self._address)

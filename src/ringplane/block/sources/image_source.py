@@ -54,6 +54,9 @@ class ImageSource(Source):
     def refresh_size(self) -> None:
         self.size = self._image.current_size()
 
+    def grow(self, size: int) -> None:
+        self._image.grow(size)
+
     @property
     def flush_failed(self) -> bool:
         return self.backing.flush_failed

@@ -8,7 +8,7 @@ connected belongs to the source, and whoever needs something of it calls a metho
 | `open_source` (choose_source.py) | at the start, on the main thread, before any code is compiled | block, open files |
 | `prepare` (`ringplane check`: `check`) | when the I/O threads are made, and code can be loaded | block, open files |
 | `part` | once for each I/O thread of the disk, before the threads run | open files |
-| `refresh_size`, `sync` | while the disk is served, on a thread of the control plane for such calls | block |
+| `refresh_size`, `grow`, `sync` | while the disk is served, on a thread of the control plane for such calls | block |
 | `resize` | then, on the control thread | not block |
 | `hand_over` | when a successor prepares itself, while this process still serves | not block |
 | `close` | when no queue runs | block |
@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ringplane.block.image import ImageError
 from ringplane.block.stack import SourcePart
 from ringplane.block.storage_limits import Limits
 from ringplane.compiler.units import Unit
@@ -106,6 +107,10 @@ class Source:
     def refresh_size(self) -> None:
         """Find out the size; the parts keep the previous one until `resize`. Raises ImageError."""
         raise NotImplementedError
+
+    def grow(self, size: int) -> None:
+        """Make it this long, which `refresh_size` then finds. Raises ImageError, also if that is impossible here."""
+        raise ImageError(f"{self.title}: its size can be changed only where it is stored; then resize without a size")
 
     def resize(self, size: int) -> None:
         """Prepare for this size; I/Os for the larger one of the two may be in flight. Raises OSError."""

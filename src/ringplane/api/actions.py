@@ -1,0 +1,141 @@
+"""What each route does. Handlers run on the API's thread; what changes something runs on the control thread."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from starlette.responses import Response
+
+from ringplane.api import schemas
+from ringplane.api.call import Call
+from ringplane.api.event_stream import EventStream
+from ringplane.control.config import ConfigError, read_disk
+from ringplane.control.export import Export
+from ringplane.control.operation_errors import Unavailable, WrongValue
+from ringplane.control.written_config import written_config
+from ringplane.dataplane.ring_states import RingState
+from ringplane.options.declare import WrongOptions, dashed, declared
+from ringplane.options.disk_config import DiskConfig
+
+# Streams of events at a time; each is a connection (connections.py).
+MAX_STREAMS = 16
+
+
+async def openapi(call: Call) -> Response:
+    return Response(call.description, media_type="application/json")
+
+
+async def list_disks(call: Call) -> schemas.Disks:
+    return schemas.Disks([described(export) for export in call.server.exports])
+
+
+async def show_disk(call: Call) -> schemas.Disk:
+    return described(call.export)
+
+
+async def add_disk(call: Call) -> schemas.Disk:
+    keys = await call.body(dict[str, Any])
+    try:
+        disk = read_disk(keys, call.server.spread())
+    except ConfigError as error:
+        raise _wrong_key(str(error)) from None
+    except WrongOptions as error:
+        raise _wrong_key(error.spelled(dashed), dashed(error.options[0])) from None
+    return described(await call.operate(lambda: call.server.add(disk)))
+
+
+async def remove_disk(call: Call) -> None:
+    name, detach = call.export.name, call.flag("detach")
+    await call.operate(lambda: call.server.remove(name, detach=detach))
+
+
+async def resize(call: Call) -> schemas.Resized:
+    export, wanted = call.export, await call.body(schemas.Resize, schemas.Resize())
+    resized = await call.operate(lambda: export.operations.resize(wanted.size))
+    return schemas.Resized(resized.before, resized.now)
+
+
+async def pause(call: Call) -> schemas.Disk:
+    export = call.export
+    await call.operate(export.operations.pause)
+    return described(export)
+
+
+async def resume(call: Call) -> schemas.Disk:
+    export = call.export
+    await call.operate(export.operations.resume)
+    return described(export)
+
+
+async def flush(call: Call) -> schemas.Disk:
+    export = call.export
+    await call.operate(export.operations.flush)
+    return described(export)
+
+
+async def list_io_threads(call: Call) -> schemas.IoThreads:
+    threads = call.server.threads
+    queues = {export.name: Counter(worker.name for worker in export.disk.workers) for export in call.server.exports}
+    return schemas.IoThreads(
+        [
+            schemas.IoThreadState(
+                name=thread.name,
+                engine=threads.workers[thread.name].engine.name,
+                cpus=sorted(thread.cpus) if thread.cpus is not None else None,
+                poll_us=thread.poll_us,
+                pin_memory=thread.pin_memory,
+                disks=[name for name, counted in queues.items() if thread.name in counted],
+                queue_count=sum(counted[thread.name] for counted in queues.values()),
+            )
+            for thread in threads.io_threads
+        ]
+    )
+
+
+async def config(call: Call) -> Response:
+    return Response(written_config(call.server), media_type="application/toml")
+
+
+async def events(call: Call) -> Response:
+    if call.server.events.subscribers >= MAX_STREAMS:
+        raise Unavailable(f"{MAX_STREAMS} streams of events are open already", "", "close one of them")
+    return EventStream(call.server.events, call.headers.get("last-event-id", ""))
+
+
+def described(export: Export) -> schemas.Disk:
+    """What the API shows of a disk."""
+    disk, socket = export.disk, export.config.socket_path
+    return schemas.Disk(
+        name=export.name,
+        image=disk.source.title,
+        socket=str(socket) if socket is not None else None,
+        state=export.state,
+        front_end=export.front_end or None,
+        paused=export.paused,
+        size=disk.size,
+        block_size=disk.block_size,
+        read_only=disk.source.read_only,
+        serial=disk.serial,
+        how=disk.how,
+        queues=len(disk.queues),
+        io_threads=list(export.config.io_threads),
+        in_flight=export.in_flight,
+        flush_failed=disk.flush_failed,
+        counters={
+            kind: schemas.Counter(counter.requests, counter.errors, counter.bytes)
+            for kind, counter in export.counters.items()
+        },
+        rings=[
+            schemas.Ring(queue.number, queue.state.value, queue.in_flight)
+            for queue in disk.queues
+            if queue.state is not RingState.STOPPED
+        ],
+    )
+
+
+def _wrong_key(problem: str, key: str = "") -> WrongValue:
+    """`problem` is a sentence of the options; `right` is what the documentation says of the key."""
+    keys = {option.key: option for option in declared(DiskConfig).values()}
+    key = key or next((key for key in keys if problem.startswith((f"{key}:", f"{key} is missing"))), "")
+    return WrongValue(problem, key, schemas.meaning(keys[key]) if key in keys else "")

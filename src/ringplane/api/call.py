@@ -1,0 +1,92 @@
+"""A request as the handlers see it: its path, flags and body, checked, and what it is about."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from ringplane.control.export import Export
+from ringplane.control.operation_errors import OperationError, Unavailable, WrongValue
+from ringplane.control.server import Server
+
+Result = TypeVar("Result")
+Body = TypeVar("Body")
+
+# Of a body; a disk has some 30 short keys.
+MAX_BODY = 64 << 10
+
+PLACE = re.compile(r"^(.*?)(?: - at `\$\.?(.*)`)?$", re.DOTALL)
+
+
+class TooLarge(OperationError):
+    """The body is longer than any that makes sense."""
+
+
+class Call:
+    """One request to this server."""
+
+    def __init__(self, request: Request, server: Server) -> None:
+        self._request, self.server = request, server
+
+    @property
+    def headers(self) -> Any:
+        """By name, in any case."""
+        return self._request.headers
+
+    @property
+    def description(self) -> bytes:
+        """openapi.json."""
+        text: bytes = self._request.app.state.description
+        return text
+
+    @property
+    def export(self) -> Export:
+        """The disk that the path names. Raises NoSuchDisk."""
+        return self.server.find(self._request.path_params["name"])
+
+    def flag(self, name: str) -> bool:
+        """A flag in the query. Raises WrongValue."""
+        value = self._request.query_params.get(name, "false")
+        if value not in ("true", "false"):
+            raise WrongValue(f"{value!r} is neither true nor false", name, "true, false")
+        return value == "true"
+
+    async def body(self, kind: type[Body], default: Body | None = None) -> Body:
+        """The body; `default` if it is empty. Raises WrongValue, TooLarge."""
+        data = await self._read()
+        if not data and default is not None:
+            return default
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.ValidationError as error:
+            found = PLACE.match(str(error))
+            what, where = found.groups() if found else (str(error), "")
+            raise WrongValue(what, where or "", "openapi.json describes the body") from None
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise WrongValue(f"the body is not JSON: {error}", "", "openapi.json describes the body") from None
+
+    async def _read(self) -> bytes:
+        data = bytearray()
+        too_large = TooLarge(f"the body has more than {MAX_BODY} bytes", "", f"at most {MAX_BODY} bytes")
+        if (length := self.headers.get("content-length", "")).isdigit() and int(length[:20]) > MAX_BODY:
+            raise too_large
+        try:
+            async for part in self._request.stream():
+                data += part
+                if len(data) > MAX_BODY:
+                    raise too_large
+        except ClientDisconnect:
+            raise WrongValue("the client has gone") from None
+        return bytes(data)
+
+    async def operate(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """The result of a coroutine on the control thread, which is not cancelled with this request."""
+        try:
+            return await asyncio.shield(asyncio.wrap_future(self.server.threads.call(work)))
+        except RuntimeError:
+            raise Unavailable("the process stops") from None

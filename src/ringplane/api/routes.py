@@ -1,0 +1,78 @@
+"""The table of all routes. The router and openapi.json are both made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+from starlette.responses import Response
+
+from ringplane.api import actions, schemas
+from ringplane.api.call import Call
+
+Handler = Callable[[Call], Awaitable[Struct | Response | None]]
+
+TOML, EVENTS = "application/toml", "text/event-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One operation. `answer`: the class of a JSON body, another media type, or None (status 204)."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    answer: type[Struct] | str | None
+    body: type[Struct] | None = None
+    body_required: bool = False
+    # Parameters in the query, with their descriptions; all are true or false.
+    flags: Mapping[str, str] = field(default_factory=dict)
+    # Statuses of errors beside those that each operation can have.
+    errors: tuple[int, ...] = ()
+    status: int = 200
+
+
+# Of an operation on one disk, and of one that changes something.
+DISK, CHANGE = (404,), (400, 404, 409, 413, 503)
+
+OPENAPI = Route("GET", "/openapi.json", actions.openapi, "This description.", "application/json")
+
+ROUTES = (
+    OPENAPI,
+    Route("GET", "/v1/disks", actions.list_disks, "List all disks.", schemas.Disks),
+    Route(
+        "POST", "/v1/disks", actions.add_disk, "Add a disk, and listen for its front end.", schemas.Disk,
+        body=schemas.NewDisk, body_required=True, errors=(400, 409, 413, 503), status=201,
+    ),
+    Route("GET", "/v1/disks/{name}", actions.show_disk, "Show a disk.", schemas.Disk, errors=DISK),
+    Route(
+        "DELETE", "/v1/disks/{name}", actions.remove_disk, "Remove a disk; its image is left as it is.", None,
+        flags={"detach": "Detach the front end that is attached; without it such a disk is not removed."},
+        errors=(400, 404, 409, 503), status=204,
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/resize", actions.resize, "Serve the new size of the image.", schemas.Resized,
+        body=schemas.Resize, errors=CHANGE,
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/pause", actions.pause,
+        "Fetch no requests from now on. Answers when those that were fetched have completed.", schemas.Disk,
+        errors=(404, 409, 503),
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/resume", actions.resume, "Fetch requests again.", schemas.Disk,
+        errors=(404, 409, 503),
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/flush", actions.flush, "Make all completed requests stable.", schemas.Disk,
+        errors=(404, 409, 503),
+    ),
+    Route("GET", "/v1/io-threads", actions.list_io_threads, "List the I/O threads.", schemas.IoThreads),
+    Route("GET", "/v1/config", actions.config, "The configuration file that would make what runs.", TOML),
+    Route(
+        "GET", "/v1/events", actions.events, "Follow what happens to disks (server-sent events).", EVENTS,
+        errors=(503,),
+    ),
+)  # fmt: skip

@@ -1,0 +1,171 @@
+"""The bodies of requests and answers. They are described here only; openapi.json is generated from these classes."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ringplane.options.declare import Option, declared
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.kinds import PATH, Kind, OneOf, Whole
+
+
+class Problem(Struct):
+    """Why a request was not carried out."""
+
+    what: Annotated[str, Meta(description="What is wrong.")]
+    where: Annotated[str, Meta(description="The key, disk or path that is wrong; empty: the request as a whole.")]
+    right: Annotated[str, Meta(description="The values that are possible, or what to do now; may be empty.")]
+
+
+class Error(Struct):
+    """The body of every answer with a status from 400 on."""
+
+    error: Problem
+
+
+class Counter(Struct):
+    """Completed requests of one kind, over all queues and front ends since the disk was added."""
+
+    requests: int
+    errors: Annotated[int, Meta(description="Requests with a status other than OK.")]
+    bytes: int
+
+
+class Ring(Struct):
+    """A ring that a front end has started, or that is broken."""
+
+    queue: int
+    state: Annotated[str, Meta(description="As in docs/architecture.md, for example `running` or `broken`.")]
+    in_flight: int
+
+
+class Disk(Struct):
+    """A disk that is served."""
+
+    name: str
+    image: Annotated[str, Meta(description="The path of the image, as it was given.")]
+    socket: Annotated[str | None, Meta(description="The vhost-user socket; null: an inherited one.")]
+    state: Annotated[
+        Literal["listening", "attached", "stopped"],
+        Meta(description="Whether a front end is attached; `stopped`: it is not served any more, and can be removed."),
+    ]
+    front_end: Annotated[str | None, Meta(description="The attached front end, for example `process 4242`.")]
+    paused: Annotated[bool, Meta(description="Whether requests wait in the rings, because of `pause`.")]
+    size: Annotated[int, Meta(description="Bytes that the guest sees.")]
+    block_size: int
+    read_only: bool
+    serial: str
+    how: Annotated[str, Meta(description="How I/O is done, for people.")]
+    queues: Annotated[int, Meta(description="Virtqueues that a front end can use.")]
+    io_threads: Annotated[list[str], Meta(description="The I/O threads of queue 0, queue 1, ..., repeated.")]
+    in_flight: Annotated[int, Meta(description="Requests that were fetched and not completed yet.")]
+    flush_failed: Annotated[bool, Meta(description="Whether a flush has failed, so that all later ones fail.")]
+    counters: Annotated[dict[str, Counter], Meta(description="By kind of request: read, write, flush, ...")]
+    rings: list[Ring]
+
+
+class Disks(Struct):
+    """All disks, in the order in which they were added."""
+
+    disks: list[Disk]
+
+
+class IoThreadState(Struct, rename={"queue_count": "queues"}):
+    """An I/O thread."""
+
+    name: str
+    engine: Annotated[str, Meta(description="The engine that it uses: io_uring, aio, or epoll (no I/O of its own).")]
+    cpus: Annotated[list[int] | None, Meta(description="The CPUs that it may run on; null: all of the process.")]
+    poll_us: Annotated[int | None, Meta(description="The polling limit in microseconds; null: it never sleeps.")]
+    pin_memory: bool
+    disks: Annotated[list[str], Meta(description="The disks that have queues on it.")]
+    queue_count: Annotated[int, Meta(description="Queues that are assigned to it, used or not.")]
+
+
+class IoThreads(Struct):
+    """All I/O threads of the process; they are chosen when it starts."""
+
+    io_threads: list[IoThreadState]
+
+
+class Resize(Struct, forbid_unknown_fields=True):
+    """What a resize has to do."""
+
+    size: Annotated[
+        Annotated[int, Meta(gt=0, le=(1 << 63) - 1)] | None,
+        Meta(description="Make the image, a regular file, this many bytes long first; null: its size has changed."),
+    ] = None
+
+
+class Resized(Struct):
+    """The size of a disk in bytes, before and now."""
+
+    before: int
+    size: int
+
+
+class EventData(Struct):
+    """The `data` of an event of the stream. Its `event` is the kind, its `id` is for Last-Event-ID."""
+
+    time: Annotated[float, Meta(description="Seconds since 1970.")]
+    kind: Annotated[str, Meta(description="The kinds are listed in docs/api.md.")]
+    disk: Annotated[str, Meta(description="The disk; empty: the process.")]
+    fields: Annotated[dict[str, Any], Meta(description="What belongs to the kind.")]
+
+
+class Lost(Struct):
+    """The `data` of an event `lost`: the client read too slowly, or came too late."""
+
+    lost: Annotated[int, Meta(description="Events that are not in the stream.")]
+
+
+TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "array": list[Any],
+    "object": dict[str, Any],
+}
+
+
+def _type_of(kind: Kind) -> Any:
+    """The type of an option's value in JSON. Its rules are checked as in a configuration file."""
+    if isinstance(kind, OneOf):
+        return Literal[tuple(kind.choices.values())]
+    if isinstance(kind, Whole):
+        return Annotated[int, Meta(ge=kind.lowest, le=kind.highest)]
+    return functools.reduce(operator.or_, (TYPES[name] for name in kind.json_types))
+
+
+def meaning(option: Option) -> str:
+    """What the documentation of files says of an option, for the API."""
+    return f"{option.doc.partition(';')[0]}; an absolute path" if option.kind is PATH else option.doc
+
+
+def _new_disk() -> type[Struct]:
+    """The keys of a [[disk]] table."""
+    required, optional = [], []
+    for option in declared(DiskConfig).values():
+        if option.doc:
+            kind: Any = _type_of(option.kind)
+            described: Any = Annotated[kind, Meta(description=meaning(option))]
+            if option.key in ("image", "socket-path"):
+                required.append((option.name, described))
+            else:
+                optional.append((option.name, described | msgspec.UnsetType, msgspec.UNSET))
+    return msgspec.defstruct(
+        "NewDisk",
+        [*required, *optional],
+        rename=lambda name: name.replace("_", "-"),
+        namespace={"__doc__": "A disk to be added: the keys of [[disk]] (docs/config.md), with absolute paths."},
+        kw_only=True,
+    )
+
+
+NewDisk = _new_disk()

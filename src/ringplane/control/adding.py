@@ -1,0 +1,82 @@
+"""A disk that is added to a running process: the checks of a start, and its steps, for one disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ringplane.control.export import Export
+from ringplane.control.listener import Listener
+from ringplane.control.needed_units import units_of_parts
+from ringplane.control.opening import Parts, listen, open_parts, report_created
+from ringplane.control.operation_errors import WrongState
+from ringplane.control.sandbox import is_confined
+from ringplane.control.threads import Threads
+from ringplane.dataplane.compile_data_plane import warm_up
+from ringplane.device.disk import Disk
+from ringplane.guest_memory.address_space import AddressSpace
+from ringplane.log.event_bus import Events
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.name_options import default_name
+from ringplane.options.process_rules import ProcessRules
+
+
+class Adding:
+    """Makes exports for a process with these threads."""
+
+    def __init__(self, threads: Threads, events: Events) -> None:
+        self._threads, self._events = threads, events
+        self._space = AddressSpace()
+
+    def make_disk(self, config: DiskConfig, parts: Parts) -> Disk:
+        """The device of a disk whose parts are open. Raises ImageError."""
+        workers = [self._threads.workers[name] for name in config.io_threads]
+        assert config.name is not None
+        return Disk(parts.source, workers, config, parts.layers, self._events.of(config.name))
+
+    def export(self, config: DiskConfig, disk: Disk, listener: Listener) -> Export:
+        """What serves it."""
+        return Export(config, disk, listener, self._threads, self._space.quota(), self._events.of(disk.name))
+
+    def spread(self, disks: Iterable[DiskConfig]) -> Sequence[str]:
+        """The I/O threads of one more disk: all, and first, for queue 0, the one with the fewest such queues."""
+        names = [thread.name for thread in self._threads.io_threads]
+        used = Counter(disk.io_threads[0] for disk in disks)
+        first = min(range(len(names)), key=lambda number: used[names[number]])
+        return [*names[first:], *names[:first]]
+
+    def check(self, config: DiskConfig, exports: Sequence[Export]) -> DiskConfig:
+        """The disk with a name and I/O threads, if it can be served beside these; raises WrongOptions, WrongState."""
+        if is_confined():
+            raise WrongState(
+                "this process may not open files any more, so no disk can be added",
+                "image",
+                "start ringplane with --no-sandbox to add disks later, or with this disk",
+            )
+        if config.name is None:
+            config = dataclasses.replace(config, name=default_name(config.image, {each.name for each in exports}))
+        rules = ProcessRules()
+        for thread in self._threads.io_threads:
+            rules.add_thread(thread)
+        for export in exports:
+            rules.add_disk(f"disk {export.name}", export.config)
+        for error in rules.add_disk("the new disk", config):
+            raise error
+        return config
+
+    def open(self, config: DiskConfig) -> Export:
+        """Open everything of a disk that was checked, and listen. It may block; if it fails, nothing is left.
+
+        Raises ImageError, ListenError, OSError.
+        """
+        with contextlib.ExitStack() as undo:
+            parts = open_parts(config, undo)
+            warm_up(units_of_parts(parts))
+            disk = self.make_disk(config, parts)
+            undo.callback(disk.close)
+            export = self.export(config, disk, listen(config, parts, undo))
+            undo.pop_all()
+        report_created(config, parts.source)
+        return export

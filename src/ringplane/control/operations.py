@@ -1,0 +1,153 @@
+"""What can be done with a disk while it is served: drain, pause, resume, flush, resize.
+
+Each is a coroutine of the control thread, which returns when it is done, and raises an OperationError if it cannot be.
+One at a time is done on a disk. The signals, the methods of `Export` and the API all use them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ringplane.block.image import ImageError
+from ringplane.control.operation_errors import OperationError, Unavailable, WrongState
+from ringplane.control.turns import Turns
+from ringplane.dataplane.worker import WorkerEnded
+from ringplane.device.disk import Disk
+from ringplane.log.event_bus import Emit
+from ringplane.log.logs import DiskLog
+from ringplane.session.session import Session
+from ringplane.system.notes import in_words
+
+Result = TypeVar("Result")
+
+# Calls a function that may block, beside the control thread.
+Aside = Callable[[Callable[[], Result]], Awaitable[Result]]
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """The size of a disk in bytes, before and now."""
+
+    before: int
+    now: int
+
+
+class Operations:
+    """Those of one disk."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        session: Callable[[], Session | None],
+        aside: Aside[Any],
+        logger: DiskLog,
+        emit: Emit,
+    ) -> None:
+        """`session`: that of the front end that is attached now, if one is."""
+        self._disk, self._session, self._aside = disk, session, aside
+        self._logger, self._emit = logger, emit
+        self._turns = Turns(disk.name)
+
+    def end(self) -> None:
+        """The disk has stopped."""
+        self._turns.end()
+
+    async def drain(self) -> None:
+        """Return when all fetched requests have completed; nothing is fetched meanwhile."""
+        await self._take("drain", self._drain)
+
+    async def pause(self) -> None:
+        """Fetch nothing from now on; returns when all fetched requests have completed.
+
+        Requests of the guest wait in its rings until `resume`. The disk stays paused when its front end detaches and
+        another one attaches.
+        """
+        self._disk.paused = True
+        await self._take("pause", self._pause)
+
+    async def resume(self) -> None:
+        """Fetch again after `pause`."""
+        self._disk.paused = False
+        await self._take("resume", self._resume)
+
+    async def flush(self) -> None:
+        """Make all completed requests stable."""
+        await self._take("flush", self._flush)
+
+    async def resize(self, size: int | None = None) -> Resized:
+        """Pick up the size that the source has now; with `size`, make a regular file this long first.
+
+        The front end is notified of a change.
+        """
+        return await self._take("resize", lambda: self._resize(size))
+
+    async def _take(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Raises OperationError for all that can happen."""
+        try:
+            return await self._turns.take(operation, work)
+        except OperationError:
+            raise
+        except WorkerEnded as error:
+            raise Unavailable(str(error), self._disk.name, "restart the process; the log says what happened") from None
+        except ImageError as error:
+            raise WrongState(str(error), self._disk.name) from None
+        except OSError as error:
+            raise Unavailable(f"{operation} failed: {in_words(error)}", self._disk.name) from None
+
+    async def _drain(self) -> None:
+        if session := self._session():
+            await session.drain()
+
+    async def _pause(self) -> None:
+        if session := self._session():
+            await session.pause()
+        if self._disk.paused:
+            self._logger.info("paused")
+            self._emit("paused")
+
+    async def _resume(self) -> None:
+        if session := self._session():
+            await session.resume()
+        if not self._disk.paused:
+            self._logger.info("resumed")
+            self._emit("resumed")
+
+    async def _flush(self) -> None:
+        session = self._session()
+        if session is not None and self._disk.layers:
+            # A layer has a state of its own, which may not change while it is written.
+            await session.drain(self._sync)
+        else:
+            await self._sync()
+
+    async def _sync(self) -> None:
+        await self._aside(self._disk.sync)
+
+    async def _resize(self, size: int | None) -> Resized:
+        if size is None and (why := self._disk.source.replaced):
+            self._logger.warning("%s", why)
+        before = self._disk.size
+        if size is not None:
+            await self._aside(lambda: self._disk.grow_source(size))
+        if not await self._disk.refresh_size():
+            self._logger.info("has %d bytes, unchanged", before)
+            return Resized(before, before)
+        now = self._disk.size
+        self._logger.info("has %d bytes now", now)
+        self._emit("resized", before=before, size=now)
+        if session := self._session():
+            await session.notify_config_change()
+        return Resized(before, now)
+
+
+async def logging_errors(work: Awaitable[object], logger: DiskLog, prefix: str) -> None:
+    """For operations whose result nobody waits for: the log says why one failed."""
+    try:
+        await work
+    except OperationError as error:
+        logger.warning("%s: %s", prefix, error)
+    except asyncio.CancelledError:
+        raise

@@ -1,0 +1,23 @@
+"""The configuration file that would make what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ringplane.control.server import Server
+from ringplane.options.toml_text import table
+
+
+def written_config(server: Server) -> str:
+    """TOML. Disks that a file cannot describe are comments."""
+    tables = [table("[api]", server.interface.options)] if server.interface is not None else []
+    tables += [table("[[io-thread]]", thread) for thread in server.threads.io_threads]
+    for export in server.exports:
+        if export.config.socket_path is None:
+            tables.append(f"# The disk {export.name} has an inherited socket, which a file cannot describe.\n")
+        else:
+            # An image may have grown since it was created.
+            config, size = export.config, export.disk.size
+            config = dataclasses.replace(config, create=size) if config.create is not None else config
+            tables.append(table("[[disk]]", config))
+    return "\n".join(tables)

@@ -1,0 +1,30 @@
+"""Options as the text of a configuration file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ringplane.options.declare import Options, declared
+from ringplane.options.kinds import PATH, shown
+
+
+def table(header: str, options: Options) -> str:
+    """A table that has the keys whose values are not the defaults; paths are absolute."""
+    lines = [header]
+    for name, option in declared(type(options)).items():
+        value = getattr(options, name)
+        if option.doc and value != option.default:
+            written = os.path.abspath(value) if option.kind is PATH else option.kind.to_toml(value)
+            lines.append(f"{option.key} = {toml(written)}")
+    return "\n".join(lines) + "\n"
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return shown(value)

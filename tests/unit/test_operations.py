@@ -1,0 +1,383 @@
+"""Operations on disks that are served: added, removed, paused, resumed, flushed and resized under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ringplane
+from ringplane.control.listener import Listener
+from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
+from ringplane.control.server import Server
+from ringplane.control.start import serve_all
+from ringplane.control.turns import MAX_WAITING, Turns
+from ringplane.driver.driver import Driver
+from ringplane.driver.load import Load, run_load
+from ringplane.log.event_bus import KEPT, Events
+from ringplane.options.api_options import ApiOptions
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.thread_options import IoThread
+
+from .protocol_rig import open_fds
+from .rig import eventually
+
+IMAGE_SIZE = 4 << 20
+MEMORY_SIZE = 16 << 20
+SOON = 20.0
+
+
+class Idle:
+    """An interface that does nothing: the server runs until it is stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.options, self.path = ApiOptions(path), path
+        self._done = threading.Event()
+
+    def prepare(self, inherited: Listener | None) -> None:
+        """Nothing."""
+
+    def open(self, server: Server) -> None:
+        self.listener = Listener.at(self.path)
+
+    def close(self) -> None:
+        self.listener.close()
+
+    def request_stop(self) -> None:
+        self._done.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._done.is_set()
+
+    async def run(self) -> None:
+        await asyncio.to_thread(self._done.wait)
+        self.close()
+
+
+def disk(folder: Path, name: str, **options: Any) -> DiskConfig:
+    options = {"create": IMAGE_SIZE, "num_queues": 2, **options}
+    return DiskConfig(folder / f"{name}.img", ("io0",), socket_path=folder / f"{name}.sock", **options)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*disks: DiskConfig) -> Server:
+            return stack.enter_context(serve_all(disks, [IoThread("io0")], interface=Idle(tmp_path / "interface")))
+
+        yield start
+
+
+def do(server: Server, work: Callable[[], Any]) -> Any:
+    """The result of a coroutine on the control thread."""
+    return server.threads.call(work).result(SOON)
+
+
+def add(server: Server, config: DiskConfig) -> ringplane.Export:
+    export: ringplane.Export = do(server, lambda: server.add(config))
+    return export
+
+
+def attach(export: ringplane.Export, queues: int = 1) -> Driver:
+    assert export.socket_path is not None
+    return Driver(export.socket_path, queues=queues, memory_size=MEMORY_SIZE, timeout=SOON)
+
+
+def kinds(server: Server) -> list[tuple[str, str]]:
+    return [(event.kind, event.disk) for event in server.events.after(0)[0]]
+
+
+# Adding and removing
+
+
+def test_a_server_without_disks_waits_for_some(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    assert not server.wait(0)
+    for _ in range(2):
+        export = add(server, disk(tmp_path, "a"))
+        with attach(export) as driver:
+            driver.write(512, b"x" * 512)
+            assert driver.read(512, 512) == b"x" * 512
+        assert eventually(lambda export=export: export.state == "listening")
+        do(server, lambda: server.remove("a"))
+        assert (server.exports, export.stopped, (tmp_path / "a.sock").exists()) == ((), True, False)
+    assert not server.wait(0)
+    assert kinds(server) == [(kind, "a") for _ in range(2) for kind in ("added", "attached", "detached", "removed")]
+
+
+def test_without_an_interface_the_last_disk_ends_the_server(tmp_path: Path) -> None:
+    with serve_all([disk(tmp_path, "a")], [IoThread("io0")]) as server:
+        do(server, lambda: server.remove("a"))
+        assert server.wait(SOON)
+
+
+def own_fds() -> int:
+    """How many files are open, without the memory of drivers, which lives as long as some variable of a test."""
+    return sum("ringplane-driver" not in target for target in open_fds().values())
+
+
+def test_nothing_of_a_removed_disk_is_left(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "first"))
+    # The threads that add disks are started by the first one.
+    add(server, disk(tmp_path, "a"))
+    do(server, lambda: server.remove("a"))
+    with attach(server.exports[0]) as driver:
+        before = own_fds()
+        for _ in range(10):
+            with attach(add(server, disk(tmp_path, "a"))) as other:
+                other.write(0, bytes(4096))
+                assert driver.read(0, 512) == bytes(512)
+            do(server, lambda: server.remove("a", detach=True))
+        assert eventually(lambda: own_fds() <= before)
+    assert [export.name for export in server.exports] == ["first"]
+
+
+def test_disks_come_and_go_beside_a_verified_load(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "steady"))
+    with attach(server.exports[0], 2) as driver, ThreadPoolExecutor(1) as pool:
+        steady = pool.submit(run_load, driver, Load(depth=8, read_percent=50, seconds=3, verify=True))
+        count = 0
+        while not steady.done():
+            with attach(add(server, disk(tmp_path, "other"))) as other:
+                other.write(0, b"o" * 4096)
+                do(server, lambda: server.exports[-1].operations.pause())
+                do(server, lambda: server.exports[0].operations.drain())
+                do(server, lambda: server.exports[-1].operations.resume())
+                assert other.read(0, 4096) == b"o" * 4096
+            do(server, lambda: server.remove("other", detach=True))
+            count += 1
+        assert (steady.result().errors, steady.result().mismatches) == (0, 0)
+        assert count > 0
+
+
+def test_an_attached_disk_is_removed_only_with_its_front_end(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    with attach(server.exports[0]) as driver:
+        with pytest.raises(WrongState, match=r"a front end \(process \d+.*\) is attached; detach it, or add"):
+            do(server, lambda: server.remove("a"))
+        assert driver.read(0, 512) == bytes(512)
+        do(server, lambda: server.remove("a", detach=True))
+        with pytest.raises(OSError):  # noqa: PT011
+            driver.read(0, 512)
+
+
+def test_names_that_do_not_exist(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"), disk(tmp_path, "b"))
+    with pytest.raises(NoSuchDisk, match="no disk has this name; the disks are: a, b"):
+        do(server, lambda: server.remove("c"))
+
+
+def test_wrong_disks_are_rejected_and_leave_nothing(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "empty").touch()
+    wrong: list[tuple[dict[str, Any], type[OperationError], str]] = [
+        ({"name": "a"}, WrongValue, 'name: "a" is the name of disk a already'),
+        ({"image": tmp_path / "a.img"}, WrongValue, "image: is also the image of disk a"),
+        ({"socket_path": tmp_path / "a.sock"}, WrongValue, "socket-path: .* is also the socket of disk a"),
+        ({"io_threads": ("io9",)}, WrongValue, 'io-threads: no I/O thread has the name "io9"'),
+        ({"image": tmp_path / "none.img", "create": None}, WrongState, "none.img: no such file"),
+        ({"image": tmp_path / "empty"}, WrongState, "empty: "),
+        ({"socket_path": tmp_path / "no" / "b.sock"}, WrongState, "the folder .*/no does not exist"),
+        ({"engine": "memory"}, WrongState, "engine memory serves only images on tmpfs"),
+    ]
+    for changed, kind, words in wrong:
+        options: dict[str, Any] = {
+            "image": tmp_path / "b.img",
+            "io_threads": ("io0",),
+            "socket_path": tmp_path / "b.sock",
+            "create": IMAGE_SIZE,
+            **changed,
+        }
+        with pytest.raises(kind, match=words):
+            add(server, DiskConfig(**options))
+    (tmp_path / "empty").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert [export.name for export in server.exports] == ["a"]
+
+
+# Pause
+
+
+def test_requests_wait_while_a_disk_is_paused(start: Callable[..., Server], tmp_path: Path) -> None:
+    export = start(disk(tmp_path, "a")).exports[0]
+    with attach(export) as driver, ThreadPoolExecutor(1) as pool:
+        driver.write(0, b"a" * 512)
+        export.pause()
+        assert (export.paused, export.in_flight) == (True, 0)
+        reading = pool.submit(driver.read, 0, 512)
+        # Messages are answered meanwhile.
+        driver.read_config()
+        export.drain()
+        export.flush()
+        assert not reading.done()
+        assert export.counters["read"].requests == 0
+        export.resume()
+        assert reading.result(SOON) == b"a" * 512
+    assert not export.paused
+
+
+def test_pause_under_load_drains_and_loses_nothing(start: Callable[..., Server], tmp_path: Path) -> None:
+    export = start(disk(tmp_path, "a")).exports[0]
+    with attach(export, 2) as driver, ThreadPoolExecutor(1) as pool:
+        load = pool.submit(run_load, driver, Load(depth=32, read_percent=50, seconds=2, verify=True))
+        while not load.done():
+            export.pause()
+            assert export.in_flight == 0
+            counted = sum(counter.requests for counter in export.counters.values())
+            assert sum(counter.requests for counter in export.counters.values()) == counted
+            export.resume()
+        assert (load.result().errors, load.result().mismatches) == (0, 0)
+
+
+def test_a_disk_stays_paused_for_the_next_front_end(start: Callable[..., Server], tmp_path: Path) -> None:
+    export = start(disk(tmp_path, "a")).exports[0]
+    with attach(export):
+        export.pause()
+    assert eventually(lambda: export.state == "listening")
+    with attach(export) as driver, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(driver.read, 0, 512)
+        assert eventually(lambda: export.state == "attached")
+        export.drain()
+        assert not reading.done()
+        export.resume()
+        assert reading.result(SOON) == bytes(512)
+
+
+def test_rings_stop_and_start_while_paused(start: Callable[..., Server], tmp_path: Path) -> None:
+    export = start(disk(tmp_path, "a")).exports[0]
+    with attach(export) as driver, ThreadPoolExecutor(1) as pool:
+        for number in range(5):
+            driver.write(512 * number, bytes([number]) * 512)
+        export.pause()
+        waiting = pool.submit(driver.read, 512, 512)
+        assert eventually(lambda: waiting.running())
+        front_end = driver.front_end
+        # A ring that is disabled and enabled again stays paused.
+        front_end.set_vring_enable(0, False)
+        front_end.set_vring_enable(0, True)
+        front_end.get_features()
+        assert not waiting.done()
+        export.resume()
+        assert waiting.result(SOON) == b"\1" * 512
+
+
+def test_the_end_of_a_paused_disk(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    export = server.exports[0]
+    with attach(export):
+        export.pause()
+        do(server, lambda: server.remove("a", detach=True))
+    with pytest.raises(WrongState, match="has stopped"):
+        export.resume()
+
+
+# Resize and flush
+
+
+def test_a_file_grows(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    export = server.exports[0]
+    with attach(export) as driver:
+        export.pause()
+        resized = export.resize(2 * IMAGE_SIZE)
+        assert (resized.before, resized.now) == (IMAGE_SIZE, 2 * IMAGE_SIZE)
+        export.resume()
+        assert eventually(lambda: driver.read_config() or driver.capacity == 2 * IMAGE_SIZE)
+        driver.write(2 * IMAGE_SIZE - 512, b"e" * 512)
+        assert export.resize().now == 2 * IMAGE_SIZE
+    os.truncate(tmp_path / "a.img", IMAGE_SIZE)
+    assert export.resize().now == IMAGE_SIZE
+    assert ("resized", "a") in kinds(server)
+
+
+def test_sizes_that_are_not_possible(start: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "r.img").write_bytes(bytes(IMAGE_SIZE))
+    plain, read_only = start(disk(tmp_path, "a"), disk(tmp_path, "r", read_only=True, create=None)).exports
+    for export, size, words in (
+        (plain, IMAGE_SIZE - 512, "shrinking it would destroy data"),
+        (plain, IMAGE_SIZE + 1, "not a multiple of the block size, 512"),
+        (plain, 1 << 63, "cannot be made"),
+        (read_only, 2 * IMAGE_SIZE, "is served read-only"),
+    ):
+        with pytest.raises(WrongState, match=words):
+            export.resize(size)
+        assert export.disk.size == IMAGE_SIZE
+
+
+def test_flush_reports_the_error(start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = start(disk(tmp_path, "a")).exports[0]
+    export.flush()
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(export.disk, "sync", fail)
+    with pytest.raises(Unavailable, match="flush failed: Input/output error"):
+        export.flush()
+
+
+# Events
+
+
+def test_events_of_a_front_end(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    export = server.exports[0]
+    with attach(export) as driver:
+        driver.read(0, 512)
+        export.pause()
+        export.resume()
+    assert eventually(lambda: export.state == "listening")
+    assert [kind for kind, _ in kinds(server)] == ["attached", "paused", "resumed", "detached"]
+    attached = server.events.after(0)[0][0]
+    assert str(attached.fields["front_end"]).startswith(f"process {os.getpid()}")
+    assert abs(attached.time - time.time()) < 3600
+
+
+def test_old_events_are_lost_and_counted() -> None:
+    events = Events()
+    woken: list[int] = []
+    events.subscribe(lambda: woken.append(1))
+    for _ in range(KEPT + 10):
+        events.emit("paused", "a")
+    found, lost = events.after(5)
+    assert (len(found), lost, found[-1].number) == (KEPT, 5, KEPT + 10)
+    assert events.after(events.last) == ([], 0)
+    assert len(woken) == KEPT + 10
+
+
+# Turns
+
+
+def test_operations_that_do_not_end_hold_up_nobody_for_long() -> None:
+    async def check() -> None:
+        turns, go, done = Turns("a"), asyncio.Event(), []
+
+        async def hang() -> int:
+            await go.wait()
+            done.append(1)
+            return 7
+
+        for _ in range(MAX_WAITING + 1):
+            with pytest.raises(Unavailable, match="pause has not ended after 0 seconds"):
+                await turns.take("pause", hang, 0)
+        with pytest.raises(Unavailable, match="operations wait already"):
+            await turns.take("pause", hang, 0)
+        go.set()
+        assert await turns.take("pause", hang, SOON) == 7 if len(done) > MAX_WAITING else True
+        turns.end()
+        with pytest.raises(WrongState, match="has stopped"):
+            await turns.take("pause", hang)
+
+    asyncio.run(check())

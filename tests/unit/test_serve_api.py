@@ -1,0 +1,191 @@
+"""`ringplane serve --api-socket`: with and without disks, under confinement, and across a planned restart."""
+
+from __future__ import annotations
+
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ringplane.cli.check import check
+from ringplane.cli.serve import serve as serve_command
+from ringplane.control import sandbox
+from ringplane.driver import Driver
+
+from .api_client import Api
+from .rig import eventually
+from .test_sandbox import STRICT
+
+SOON = 120.0
+MEMORY_SIZE = 16 << 20
+
+needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
+
+
+class Served:
+    """A process, and a client of its API."""
+
+    def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
+        self.errors = folder / "errors"
+        self.folder = folder
+        with self.errors.open("a") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("API on "), self.errors.read_text()
+        self.api = Api(folder / "api.sock")
+
+    def attach(self) -> Driver:
+        return Driver(self.folder / "a.sock", memory_size=MEMORY_SIZE, timeout=SOON)
+
+    def end(self) -> str:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(SOON) == 0, self.errors.read_text()
+        return self.errors.read_text()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    started: list[Served] = []
+
+    def start(*arguments: str, strict: bool = False) -> Served:
+        command = ["-c", STRICT] if strict else ["-m", "ringplane", "serve"]
+        started.append(Served(tmp_path, command, *arguments))
+        return started[-1]
+
+    yield start
+    for served in started:
+        served.process.kill()
+        served.process.wait()
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+
+
+def refused(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(serve_command, [str(each) for each in arguments])
+    assert done.exit_code in (1, 2)
+    return done.output.splitlines()[-1]
+
+
+DISK = ("--blk-file", "a.img", "--create", "4M", "--socket-path", "a.sock")
+
+
+def operate(served: Served) -> None:
+    """Everything that can be done with a disk, with a front end and without."""
+    api = served.api
+    stream = api.events()
+    for _ in range(2):
+        for operation in ("pause", "resume", "flush", "resize"):
+            api.post(f"/v1/disks/a/{operation}")
+    with served.attach() as driver:
+        driver.write(0, b"a" * 512)
+        for operation in ("pause", "resume", "flush"):
+            api.post(f"/v1/disks/a/{operation}")
+        assert api.post("/v1/disks/a/resize", {"size": 8 << 20})["size"] == 8 << 20
+        assert driver.read(0, 512) == b"a" * 512
+    assert eventually(lambda: api.disk("a")["state"] == "listening")
+    for path in ("/v1/disks", "/v1/io-threads"):
+        api.get(path)
+    assert b"[[disk]]" in api.request("GET", "/v1/config").data
+    assert api.request("POST", "/v1/disks", {"image": 7}).status == 400
+    assert api.request("PUT", "/none").status == 404
+    assert next(stream)[1] == "paused"
+
+
+@needs_all
+def test_one_disk_with_a_filter_that_ends_the_process(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, "--api-socket", "api.sock", strict=True)
+    operate(served)
+    served.api.delete("/v1/disks/a")
+    assert served.api.get("/v1/disks") == {"disks": []}
+    assert "Traceback" not in served.end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "errors"]
+
+
+@needs_all
+def test_a_confined_process_says_why_it_adds_no_disk(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--api-socket", "api.sock", strict=True)
+    assert served.api.get("/v1/disks") == {"disks": []}
+    body = {"image": str(tmp_path / "a.img"), "socket-path": str(tmp_path / "a.sock"), "create": "4M"}
+    answer = served.api.request("POST", "/v1/disks", body)
+    assert (answer.status, answer.error["where"]) == (409, "image")
+    assert "--no-sandbox" in answer.error["right"]
+    assert "stopped by SIGTERM: no disk" in served.end()
+
+
+def test_disks_are_added_without_a_sandbox(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--no-sandbox", "--api-socket", "api.sock", "--io-threads", "2", "--trace")
+    body = {"image": str(tmp_path / "a.img"), "socket-path": str(tmp_path / "a.sock"), "create": "4M"}
+    served.api.post("/v1/disks", body, status=201)
+    operate(served)
+    other = {"name": "b", "image": str(tmp_path / "b.img"), "socket-path": str(tmp_path / "b")}
+    served.api.post("/v1/disks", body | other, status=201)
+    err = served.end()
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "b.img", "errors"]
+
+
+def test_a_file_with_an_api(serve: Serve, tmp_path: Path) -> None:
+    config = tmp_path / "disks.toml"
+    config.write_text('[api]\nsocket = "api.sock"\nsocket-mode = "0660"\n')
+    served = serve("--config", "disks.toml")
+    assert stat.S_IMODE((tmp_path / "api.sock").stat().st_mode) == 0o660
+    assert b'socket-mode = "0660"' in served.api.request("GET", "/v1/config").data
+    assert f"{config} has a table [api] already" in refused("--config", config, "--api-socket", "x")
+    assert "another process is listening there" in CliRunner().invoke(check, [str(config)]).output
+    served.end()
+    assert CliRunner().invoke(check, [str(config)]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--api-socket-mode", "0600"], "--api-socket-mode is for the socket of --api-socket"),
+        (["--api-socket", "x", "--serial", "S"], "--serial needs --blk-file"),
+        (["--api-socket", "x", "--cpus", "0", "--cpus", "0", "--io-threads", "3"], "--cpus is given 2 times"),
+        ([], "or --api-socket PATH to add disks later"),
+    ],
+)
+def test_options_that_do_not_fit(arguments: list[str], words: str) -> None:
+    assert words in refused(*arguments)
+
+
+def test_a_table_that_is_not_right(tmp_path: Path) -> None:
+    config = tmp_path / "disks.toml"
+    for text, words in (
+        ("[api]\n", "[api]: socket is missing"),
+        ("api = 1\n", "api: is not a table"),
+        ('[api]\nsocket = "a"\nmode = "0600"\n', '[api]: unknown key "mode"'),
+        ('[api]\nsocket = "a"\nsocket-mode = 600\n', "[api]: socket-mode: 600 is not a file mode"),
+    ):
+        config.write_text(text)
+        assert words in refused("--config", config)
+
+
+def test_a_planned_restart_keeps_the_api_and_a_paused_disk(serve: Serve, tmp_path: Path) -> None:
+    arguments = (*DISK, "--api-socket", "api.sock")
+    old = serve(*arguments)
+    with old.attach() as driver:
+        driver.write(0, b"a" * 512)
+        old.api.post("/v1/disks/a/pause")
+        stream = old.api.events()
+        new = serve(*arguments, "--upgrade")
+        assert old.process.wait(SOON) == 0, old.errors.read_text()
+        assert list(stream) == []
+        assert new.api.disk("a")["paused"]
+        last, kind, _ = next(new.api.events("of-the-old-process-1"))
+        assert (kind, last.rpartition("-")[2]) == ("upgraded", "1")
+        new.api.post("/v1/disks/a/resume")
+        assert driver.read(0, 512) == b"a" * 512
+    new.end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "errors"]
