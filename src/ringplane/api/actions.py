@@ -76,7 +76,7 @@ async def flush(call: Call) -> schemas.Disk:
 
 async def list_io_threads(call: Call) -> schemas.IoThreads:
     threads = call.server.threads
-    queues = {export.name: Counter(worker.name for worker in export.disk.workers) for export in call.server.exports}
+    assigned = {export.name: Counter(worker.name for worker in export.disk.workers) for export in call.server.exports}
     return schemas.IoThreads(
         [
             schemas.IoThreadState(
@@ -85,8 +85,8 @@ async def list_io_threads(call: Call) -> schemas.IoThreads:
                 cpus=sorted(thread.cpus) if thread.cpus is not None else None,
                 poll_us=thread.poll_us,
                 pin_memory=thread.pin_memory,
-                disks=[name for name, counted in queues.items() if thread.name in counted],
-                queue_count=sum(counted[thread.name] for counted in queues.values()),
+                disks=[name for name, counted in assigned.items() if thread.name in counted],
+                queues=sum(counted[thread.name] for counted in assigned.values()),
             )
             for thread in threads.io_threads
         ]

@@ -75,7 +75,7 @@ class Disks(Struct):
     disks: list[Disk]
 
 
-class IoThreadState(Struct, rename={"queue_count": "queues"}):
+class IoThreadState(Struct):
     """An I/O thread."""
 
     name: str
@@ -84,7 +84,7 @@ class IoThreadState(Struct, rename={"queue_count": "queues"}):
     poll_us: Annotated[int | None, Meta(description="The polling limit in microseconds; null: it never sleeps.")]
     pin_memory: bool
     disks: Annotated[list[str], Meta(description="The disks that have queues on it.")]
-    queue_count: Annotated[int, Meta(description="Queues that are assigned to it, used or not.")]
+    queues: Annotated[int, Meta(description="Queues that are assigned to it, used or not.")]
 
 
 class IoThreads(Struct):
@@ -93,7 +93,7 @@ class IoThreads(Struct):
     io_threads: list[IoThreadState]
 
 
-class Resize(Struct, forbid_unknown_fields=True):
+class Resize(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
     """What a resize has to do."""
 
     size: Annotated[
