@@ -124,6 +124,31 @@ def test_unwatched_fds_are_not_reported(engine: Aio | Uring) -> None:
         os.close(fd)
 
 
+def test_more_watches_begin_at_once_than_the_kernel_has_entries_for() -> None:
+    """All rings of many disks are started in the same turn of their I/O thread, for example after an upgrade."""
+    engine = make_engine(need_engine("io_uring"), 8)
+    assert isinstance(engine, Uring)
+    engine.attach_thread()
+    number = 3 * int(engine._engine["sq_mask"][0])
+    fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2)]
+    for token in range(number):
+        engine.watch(fds[0], token)
+    seen: list[int] = []
+    while len(seen) < number:
+        seen += tokens(engine, 1000)
+    assert sorted(seen) == list(range(number))
+    engine.unwatch(fds[0])
+    os.eventfd_write(fds[0], 1)
+    engine.watch(fds[1], TOKEN)
+    while not (found := tokens(engine, 1000)):
+        pass
+    assert found == [TOKEN]
+    assert not np.any(engine._watches["fd"] == fds[0])
+    engine.close()
+    for fd in fds:
+        os.close(fd)
+
+
 def test_watching_and_unwatching_repeatedly(engine: Aio | Uring) -> None:
     """More often than there is room for watches and submissions."""
     for number in range(uring.MAX_WATCHES + 10 if isinstance(engine, Uring) else 10):

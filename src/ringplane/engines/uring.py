@@ -26,6 +26,7 @@ import errno
 import os
 import resource
 import select
+import time
 from collections.abc import Collection
 from errno import EINVAL
 from select import POLLIN
@@ -34,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import unit
+from ringplane.compiler.units import Unit, unit
 from ringplane.engines.common import (
     COMPLETION,
     ENGINE_FIELDS,
@@ -120,6 +121,8 @@ REGISTRATIONS = (
 # The kernel transfers less than 2^31 bytes at a time, and `len` has 32 bits.
 MAX_LENGTH = 0x7FFF_F000
 MAX_WATCHES = 4096
+# Seconds for the kernel to accept operations when it is short of memory.
+PATIENCE = 10.0
 MAX_FILES = 1024
 MAX_BUFFERS, MAX_BUFFER_SIZE = 4096, 1 << 30
 
@@ -159,7 +162,7 @@ URING_ENGINE = np.dtype(
 
 @compiled
 def _next_sqe(engine):
-    """The next submission entry, cleared. There are more entries than operations prepared between two waits."""
+    """The next submission entry, cleared. There always is one: see `make_room`."""
     sqe = view(engine.sqes + (engine.next_sqe & engine.sq_mask) * SQE_SIZE, SQE)
     engine.next_sqe = (engine.next_sqe + 1) & NUMBER_MASK
     engine.prepared += 1
@@ -243,17 +246,41 @@ def prepare_watch(engine, number):
     sqe.user_data = WATCH_BIT | number
 
 
+@compiled
+def make_room(engine):
+    """Submit what is prepared if only the entries for all slots, and for the polls that `wait` repeats, are left.
+
+    Returns 0, or -errno if the kernel accepts nothing at the moment.
+    """
+    if engine.prepared + engine.capacity + MAX_TOKENS <= engine.sq_mask:
+        return 0
+    store32_release(engine.sq_tail, engine.next_sqe)
+    taken = io_uring_enter(engine.ring_fd, engine.prepared, 0, 0, 0, 0)
+    engine.prepared -= max(taken, 0)
+    return min(taken, 0)
+
+
 @unit
 def start_watch(address, number):
-    """See `prepare_watch`."""
-    prepare_watch(view(address, URING_ENGINE), number)
-    return 0
+    """See `prepare_watch`; returns the result of `make_room`."""
+    engine = view(address, URING_ENGINE)
+    result = make_room(engine)
+    if result == 0:
+        prepare_watch(engine, number)
+    return result
 
 
 @unit
 def stop_watch(address, number):
-    """Queue the cancellation of a poll (POLL_REMOVE would fail if the fd becomes readable at the same moment)."""
-    sqe = _next_sqe(view(address, URING_ENGINE))
+    """Queue the cancellation of a poll (POLL_REMOVE would fail if the fd becomes readable at the same moment).
+
+    Returns the result of `make_room`.
+    """
+    engine = view(address, URING_ENGINE)
+    result = make_room(engine)
+    if result < 0:
+        return result
+    sqe = _next_sqe(engine)
     sqe.opcode = IORING_OP_ASYNC_CANCEL
     sqe.flags = 0
     sqe.fd = -1
@@ -507,13 +534,25 @@ class Uring:
             raise OSError(errno.ENOSPC, f"an I/O thread can watch at most {MAX_WATCHES} queues")
         number = int(free[0])
         self._watches[number] = (fd, token)
-        start_watch(self.address, number)
+        try:
+            self._queue(start_watch, number)
+        except OSError:
+            self._watches["fd"][number] = -1
+            raise
 
     def unwatch(self, fd: int) -> None:
-        """Stop watching; a second call does nothing."""
+        """Stop watching; a second call does nothing. Raises OSError if the kernel is short of memory for too long."""
         for number in np.flatnonzero(self._watches["fd"] == fd):
+            self._queue(stop_watch, int(number))
             self._watches["fd"][number] = -1
-            stop_watch(self.address, int(number))
+
+    def _queue(self, operation: Unit, number: int) -> None:
+        """Queue the operation on this watch; the kernel may have to make room first."""
+        end = time.monotonic() + PATIENCE
+        while (result := operation(self.address, number)) < 0:
+            if time.monotonic() > end:
+                raise OSError(-result, f"io_uring accepts no operations: {os.strerror(-result)}")
+            time.sleep(0.001)
 
     def close(self) -> None:
         """Close the ring, which cancels its polls; a second call does nothing."""
