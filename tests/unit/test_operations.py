@@ -20,7 +20,7 @@ from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
-from ringplane.control.turns import MAX_WAITING, Turns
+from ringplane.control.turns import MAX_TAKEN, Turns
 from ringplane.driver.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.log.event_bus import KEPT, Events
@@ -369,14 +369,22 @@ def test_operations_that_do_not_end_hold_up_nobody_for_long() -> None:
             done.append(1)
             return 7
 
-        for _ in range(MAX_WAITING + 1):
+        for _ in range(MAX_TAKEN):
             with pytest.raises(Unavailable, match="pause has not ended after 0 seconds"):
                 await turns.take("pause", hang, 0)
-        with pytest.raises(Unavailable, match="operations wait already"):
-            await turns.take("pause", hang, 0)
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="pause was not begun: 8 operations wait already"):
+                await turns.take("pause", hang, 0)
         go.set()
-        assert await turns.take("pause", hang, SOON) == 7 if len(done) > MAX_WAITING else True
+        # However many ask at the same time, each has its turn.
+        assert await asyncio.gather(*(turns.take("pause", hang, SOON) for _ in range(50))) == [7] * 50
+        assert len(done) == MAX_TAKEN + 50
+        go.clear()
+        waiting = [asyncio.create_task(turns.take("pause", hang, SOON)) for _ in range(MAX_TAKEN + 5)]
+        await asyncio.sleep(0)
         turns.end()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(result) for result in results} == {WrongState}
         with pytest.raises(WrongState, match="has stopped"):
             await turns.take("pause", hang)
 

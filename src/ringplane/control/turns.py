@@ -13,8 +13,9 @@ Result = TypeVar("Result")
 # Seconds.
 PATIENCE = 30.0
 
-# Operations that may wait for one that does not end, because storage hangs for example.
-MAX_WAITING = 8
+# Operations that have begun or wait for their turn, whether or not somebody still waits for them: there are not more if
+# one does not end, because storage hangs for example. Further ones wait for a place as long as their callers do.
+MAX_TAKEN = 8
 
 
 class Turns:
@@ -24,6 +25,7 @@ class Turns:
         """`name`: of the thing, in messages."""
         self._name = name
         self._lock = asyncio.Lock()
+        self._places = asyncio.Semaphore(MAX_TAKEN)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended = False
 
@@ -32,19 +34,15 @@ class Turns:
     ) -> Result:
         """Its result. It is never done in part: when the caller does not wait any more, it continues.
 
-        Raises Unavailable when it has not ended in `patience` seconds, or if too many others wait; WrongState after
-        `end`; and what `work` raises.
+        Raises Unavailable when it has not ended, or not begun, in `patience` seconds; WrongState after `end`; and what
+        `work` raises.
         """
-        if self._ended:
-            raise self._gone()
-        if len(self._tasks) > MAX_WAITING:
-            raise Unavailable(
-                f"{len(self._tasks)} operations wait already, because storage does not answer", self._name, "ask later"
-            )
+        end = asyncio.get_running_loop().time() + patience
+        await self._wait_for_a_place(operation, patience)
         task = asyncio.ensure_future(self._in_turn(work))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
-        await asyncio.wait([task], timeout=patience)
+        await asyncio.wait([task], timeout=max(0.0, end - asyncio.get_running_loop().time()))
         if not task.done():
             raise Unavailable(
                 f"{operation} has not ended after {patience:g} seconds, because storage has not completed requests",
@@ -55,12 +53,28 @@ class Turns:
             raise self._gone()
         return task.result()
 
+    async def _wait_for_a_place(self, operation: str, patience: float) -> None:
+        try:
+            async with asyncio.timeout(patience):
+                await self._places.acquire()
+        except TimeoutError:
+            raise Unavailable(
+                f"{operation} was not begun: {MAX_TAKEN} operations wait already, and none has ended in "
+                f"{patience:g} seconds",
+                self._name,
+                "ask later",
+            ) from None
+        if self._ended:
+            self._places.release()
+            raise self._gone()
+
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         async with self._lock:
             return await work()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._places.release()
         # Nobody may be waiting for it any more; then asyncio would log that its exception was not looked at.
         if not task.cancelled():
             task.exception()
