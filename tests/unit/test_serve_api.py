@@ -96,6 +96,7 @@ def operate(served: Served) -> None:
     assert eventually(lambda: api.disk("a")["state"] == "listening")
     for path in ("/v1/disks", "/v1/io-threads"):
         api.get(path)
+    assert b"ringplane_disk_attached" in api.request("GET", "/metrics").data
     assert b"[[disk]]" in api.request("GET", "/v1/config").data
     assert api.request("POST", "/v1/disks", {"image": 7}).status == 400
     assert api.request("PUT", "/none").status == 404

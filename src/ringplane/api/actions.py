@@ -10,11 +10,13 @@ from starlette.responses import Response
 from ringplane.api import schemas
 from ringplane.api.call import Call
 from ringplane.api.event_stream import EventStream
+from ringplane.api.scrape import scrape
 from ringplane.control.config import ConfigError, read_disk
 from ringplane.control.export import Export
 from ringplane.control.operation_errors import Unavailable, WrongValue
 from ringplane.control.written_config import written_config
 from ringplane.dataplane.ring_states import RingState
+from ringplane.metrics.exposition import MEDIA_TYPE
 from ringplane.options.declare import WrongOptions, dashed, declared
 from ringplane.options.disk_config import DiskConfig
 
@@ -95,6 +97,10 @@ async def list_io_threads(call: Call) -> schemas.IoThreads:
 
 async def config(call: Call) -> Response:
     return Response(written_config(call.server), media_type="application/toml")
+
+
+async def metrics(call: Call) -> Response:
+    return Response(scrape(call.server), media_type=MEDIA_TYPE)
 
 
 async def events(call: Call) -> Response:

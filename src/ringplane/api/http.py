@@ -112,7 +112,13 @@ class HttpApi:
 
 async def _rehearse(application: Any) -> None:
     """Ask once for what loads modules on first use: a confined process cannot read their files."""
-    for method, path in (("GET", "/openapi.json"), ("GET", "/v1/config"), ("GET", "/v1/disks"), ("PUT", "/none")):
+    for method, path in (
+        ("GET", "/openapi.json"),
+        ("GET", "/v1/config"),
+        ("GET", "/v1/disks"),
+        ("GET", "/metrics"),
+        ("PUT", "/none"),
+    ):
         scope: dict[str, Any] = {
             "type": "http",
             "http_version": "1.1",

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from ringplane.api import schemas
-from ringplane.api.routes import EVENTS, TOML, Route
+from ringplane.api.routes import JSON, Route
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -67,7 +67,7 @@ def _content(kind: type[Struct] | str | None) -> dict[str, Any]:
         return {}
     if isinstance(kind, type):
         return {"content": {"application/json": {"schema": _reference(kind)}}}
-    return {"content": {kind: {"schema": {"type": "object" if kind not in (TOML, EVENTS) else "string"}}}}
+    return {"content": {kind: {"schema": {"type": "object" if kind == JSON else "string"}}}}
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ringplane.api.call import Call
 
 Handler = Callable[[Call], Awaitable[Struct | Response | None]]
 
-TOML, EVENTS = "application/toml", "text/event-stream"
+JSON, TOML, EVENTS, TEXT = "application/json", "application/toml", "text/event-stream", "text/plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,9 @@ class Route:
 # Of an operation on one disk, and of one that changes something.
 DISK, CHANGE = (404,), (400, 404, 409, 413, 503)
 
-OPENAPI = Route("GET", "/openapi.json", actions.openapi, "This description.", "application/json")
+OPENAPI = Route("GET", "/openapi.json", actions.openapi, "This description.", JSON)
+
+METRICS = Route("GET", "/metrics", actions.metrics, "Metrics for Prometheus (docs/metrics.md).", TEXT)
 
 ROUTES = (
     OPENAPI,
@@ -71,6 +73,7 @@ ROUTES = (
     ),
     Route("GET", "/v1/io-threads", actions.list_io_threads, "List the I/O threads.", schemas.IoThreads),
     Route("GET", "/v1/config", actions.config, "The configuration file that would make what runs.", TOML),
+    METRICS,
     Route(
         "GET", "/v1/events", actions.events, "Follow what happens to disks (server-sent events).", EVENTS,
         errors=(503,),

@@ -9,21 +9,26 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.dataplane.queue import Queue
-from ringplane.dataplane.state import KINDS
+from ringplane.dataplane.state import COUNTER, COUNTER_HISTOGRAM, KINDS
 from ringplane.metrics import histogram
+
+# Where the histogram begins in a COUNTER struct that is seen as int64.
+FIRST_BUCKET = COUNTER_HISTOGRAM // 8
+SCALARS = (COUNTER.names or ())[:FIRST_BUCKET]
 
 
 @dataclass(frozen=True, slots=True)
 class Counter:
     """Counters of one kind of request, over all queues and front ends of an export.
 
-    `requests` have been answered, `errors` of them with a status other than OK; `bytes` were transferred.
-    `histogram` counts nanoseconds from fetch to answer in the buckets of `ringplane.metrics.histogram`.
+    `requests` have been answered, `errors` of them with a status other than OK; `bytes` were transferred. `nanoseconds`
+    have passed from fetch to answer, in all; `histogram` counts them in the buckets of `ringplane.metrics.histogram`.
     """
 
     requests: int
     errors: int
     bytes: int
+    nanoseconds: int
     histogram: npt.NDArray[np.int64]
 
     def percentile_us(self, percent: float) -> float:
@@ -31,17 +36,18 @@ class Counter:
         return histogram.percentile(self.histogram, percent) / 1000
 
 
-def count(queues: Iterable[Queue]) -> dict[str, Counter]:
-    """The counters of these queues together, by kind of request: `read`, `write`, `flush` and `other`."""
+def total(queues: Iterable[Queue]) -> npt.NDArray[np.int64]:
+    """The sum of the queues' counters: a row for each of KINDS, with the SCALARS and then the histogram."""
     # Queues that were never started share counters that stay 0.
     counted = {id(queue.counters): queue.counters for queue in queues}
-    total = [np.stack([each[kind] for each in counted.values()]) for kind in range(len(KINDS))]
+    rows = [each.view(np.int64).reshape(len(KINDS), -1) for each in counted.values()]
+    return rows[0] if len(rows) == 1 else np.sum(rows, axis=0)
+
+
+def count(queues: Iterable[Queue]) -> dict[str, Counter]:
+    """The counters of these queues together, by kind of request: `read`, `write`, `flush` and so on."""
+    summed = total(queues).copy()
     return {
-        name: Counter(
-            int(rows["requests"].sum()),
-            int(rows["errors"].sum()),
-            int(rows["bytes"].sum()),
-            rows["histogram"].sum(axis=0),
-        )
-        for name, rows in zip(KINDS, total, strict=True)
+        kind: Counter(**dict(zip(SCALARS, row[:FIRST_BUCKET].tolist(), strict=True)), histogram=row[FIRST_BUCKET:])
+        for kind, row in zip(KINDS, summed, strict=True)
     }

@@ -138,7 +138,9 @@ def account(worker, queue, request, status):
     counter.bytes += request.done
     if status != VIRTIO_BLK_S_OK:
         counter.errors += 1
-    count(address_of(counter) + COUNTER_HISTOGRAM, worker.now - request.started)
+    lasted = worker.now - request.started
+    counter.nanoseconds += lasted
+    count(address_of(counter) + COUNTER_HISTOGRAM, lasted)
 
 
 @compiled

@@ -36,6 +36,7 @@ from ringplane.dataplane.tune import count_gap
 from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE
 from ringplane.engines.dispatch import has_events, reap, submit, wait
 from ringplane.inflight import tracking
+from ringplane.metrics.histogram import count_power
 from ringplane.native.access import address_of, load64, relax, view
 from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.ring import available, disable_kicks, enable_kicks, known
@@ -162,6 +163,8 @@ def wait_for_events(worker, channel, engine, timeout):
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
     count = wait(engine, timeout, MANY if worker.unnotified else 1)
+    if timeout != 0:
+        worker.wakeups += 1
     if sleeps:
         worker.now = monotonic_ns()
         count_gap(worker, worker.now - asleep)
@@ -193,23 +196,28 @@ def poll(worker, engine):
 
     A long time is divided into slices. After each one the engine is asked for events that it does not indicate (True).
     """
-    now = monotonic_ns()
+    began = now = monotonic_ns()
     if worker.poll_end == 0:
         worker.poll_end = now + worker.poll_ns
-    pause = now + POLL_SLICE_NS
-    while True:
-        poll_quiet(worker)
-        if worker.ready or has_events(engine):
-            worker.poll_end = 0
-            return True
-        now = monotonic_ns()
-        if now >= worker.poll_end:
-            worker.poll_end = 0
-            return False
-        if now >= pause:
-            worker.turns = ENGINE_TURNS
-            return True
+    pause = min(now + POLL_SLICE_NS, worker.poll_end)
+    found = poll_once(worker, engine)
+    while not found and now < pause:
         relax()
+        now = monotonic_ns()
+        found = poll_once(worker, engine)
+    worker.polled += now - began
+    if found or now >= worker.poll_end:
+        worker.poll_end = 0
+        return found
+    worker.turns = ENGINE_TURNS
+    return True
+
+
+@compiled
+def poll_once(worker, engine):
+    """Whether a quiet queue has chains or the engine has events."""
+    poll_quiet(worker)
+    return worker.ready != 0 or has_events(engine)
 
 
 @compiled
@@ -294,6 +302,9 @@ def serve_ready(worker, channel):
             mark_ready(worker, queue)
         else:
             queue.turn = FIRST_TURN
+    fetched = worker.completed + worker.in_flight
+    count_power(worker.batches, fetched - worker.fetched)
+    worker.fetched = fetched
 
 
 @compiled

@@ -120,6 +120,7 @@ COUNTER = np.dtype(
         ("requests", "<i8"),  # completed
         ("errors", "<i8"),  # of those, with a status other than OK
         ("bytes", "<i8"),
+        ("nanoseconds", "<i8"),  # from fetch to completion, of all of them
         ("histogram", "<i8", (BUCKETS,)),  # nanoseconds from fetch to completion
     ]
 )
@@ -230,6 +231,11 @@ WORKER = struct(
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far
     "one",  # the number 1, for eventfds
+    # Counted for metrics
+    "polled",  # nanoseconds for which the rings were polled
+    "wakeups",  # how often the worker has slept
+    "fetched",  # requests, up to the last turn that fetched some
+    "batches",  # POWERS int64 (metrics/histogram.py): how many requests were fetched in a turn of the loop
     "signaller",  # SIGNALLER (signaller.py) if the worker serves several disks, else 0; set by the control plane
 )
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]

@@ -25,6 +25,7 @@ from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.served_rings import ServedRings
 from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
+from ringplane.dataplane.thread_clock import ThreadClock
 from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose_engine import make_engine
@@ -86,6 +87,7 @@ class Worker:
         pinning = Pinning(self.engine, name, wanted=pin_memory)
         self.rings = ServedRings(self.state, self.engine, pinning, self._signal, self._trace_queue)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self.clock = ThreadClock(self.state.record)
 
     # From any thread.
 
@@ -122,6 +124,7 @@ class Worker:
         """Start the threads; without a call of `load` before, they load the code themselves."""
         self._helpers.start()
         self._thread.start()
+        self.clock.start(self._thread)
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Call `function` on the worker's thread, between two runs; the future gets its result or exception.

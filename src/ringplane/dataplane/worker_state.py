@@ -21,6 +21,7 @@ from ringplane.dataplane.state import (
 from ringplane.dataplane.tune import end_sample_at
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
+from ringplane.metrics.histogram import POWERS
 
 
 class WorkerState:
@@ -38,6 +39,8 @@ class WorkerState:
         record["one"] = 1
         record["channel"], record["requests"] = self.channel.address, self.slots.address
         record["tallies"] = self.tallies.ctypes.data
+        self.batches: npt.NDArray[np.int64] = np.zeros(POWERS, np.int64)
+        record["batches"] = self.batches.ctypes.data
         self._set_policies(poll_us, engine.fine_timeouts)
 
     def _set_policies(self, poll_us: int | None, fine_timeouts: bool) -> None:

@@ -22,6 +22,28 @@ def count(histogram, value):
     store64(address, load64(address) + 1)
 
 
+# Buckets of `count_power`; the last one is for all larger values too.
+POWERS = 12
+
+
+@compiled
+def count_power(histogram, value):
+    """Count a `value` in the POWERS int64 at address `histogram`: bucket i has those up to 2**i. 0 is not counted."""
+    if value > 0:
+        address = histogram + 8 * min(POWERS - 1, 64 - count_leading_zeros(value - 1))
+        store64(address, load64(address) + 1)
+
+
+def below_powers(histograms: npt.NDArray[np.int64], lowest: int) -> npt.NDArray[np.int64]:
+    """How many values are below 2**lowest, twice that, and so on up to 2**63: all.
+
+    The last axis is the histogram. `lowest` is at least STEP_BITS.
+    """
+    by_power = histograms.reshape(*histograms.shape[:-1], BUCKETS // STEPS, STEPS).sum(axis=-1)
+    below: npt.NDArray[np.int64] = by_power.cumsum(axis=-1)[..., lowest - STEP_BITS :]
+    return below
+
+
 def lower_bounds() -> npt.NDArray[np.float64]:
     """The smallest value of each bucket, in the unit that was counted; shape (BUCKETS,)."""
     index = np.arange(BUCKETS)
