@@ -10,7 +10,7 @@ from pathlib import Path
 
 # 5 % above what was measured when this was written (2026-11-26). Raise one only for code that every disk needs; what
 # only some disks need is a unit of theirs (docs/architecture.md, "Compiled units").
-MOST_FUNCTIONS, MOST_TEXT = 224, 1_553_000
+MOST_FUNCTIONS, MOST_TEXT = 224, 1_560_000
 
 COUNTING = """
 import json
