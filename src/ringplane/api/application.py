@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 import msgspec
 from starlette.applications import Starlette
@@ -15,7 +15,7 @@ from starlette.routing import Route as StarletteRoute
 from ringplane import __version__
 from ringplane.api.call import Call, TooLarge
 from ringplane.api.openapi import describe
-from ringplane.api.routes import ROUTES, Route
+from ringplane.api.routes import OPENAPI, Route
 from ringplane.api.schemas import Error, Problem
 from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.server import Server
@@ -31,17 +31,18 @@ STATUSES: dict[type[OperationError], int] = {
 }
 
 
-def make_application(server: Server) -> Starlette:
-    """The API of this server."""
+def make_application(server: Server, routes: Iterable[Route]) -> Starlette:
+    """These operations on this server."""
+    routes = list(routes)
     paths: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
+    for route in routes:
         paths.setdefault(route.path, {})[route.method] = route
     application = Starlette(
         routes=[StarletteRoute(path, _by_method(methods, server), methods=ALL) for path, methods in paths.items()],
-        exception_handlers={HTTPException: _not_found},
+        exception_handlers={HTTPException: _not_found(paths)},
     )
     application.router.redirect_slashes = False
-    application.state.description = describe(ROUTES, __version__)
+    application.state.description = describe(routes, __version__)
     return application
 
 
@@ -85,5 +86,11 @@ def error_response(status: int, what: str, where: str = "", right: str = "") -> 
     return Response(body, status, media_type="application/json")
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
-    return error_response(404, "there is nothing at this path", request.url.path, "GET /openapi.json lists all paths")
+def _not_found(paths: Collection[str]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """The answer of an application that has these paths to others."""
+    right = f"GET {OPENAPI.path} lists all paths" if OPENAPI.path in paths else f"possible are {', '.join(paths)}"
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return error_response(404, "there is nothing at this path", request.url.path, right)
+
+    return answer

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -24,6 +24,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.counted import counted
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
+from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.sizes import format_size
 from ringplane.options.thread_options import IoThread
 from ringplane.options.users import User
@@ -34,8 +35,9 @@ from ringplane.system.signals import name as signal_name
 from ringplane.system.standard_fds import move_socket
 
 if TYPE_CHECKING:
+    from ringplane.control.config import Config
     from ringplane.control.export import Export
-    from ringplane.control.interface import Interface
+    from ringplane.control.interface import Endpoint, Interface
     from ringplane.control.server import Server
     from ringplane.control.start import GiveUp
     from ringplane.dataplane.trace import TraceEvent
@@ -47,6 +49,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # Seconds after which a slow stop is logged.
 STOP_PATIENCE = 2.0
+
+Given = TypeVar("Given")
 
 # Disks, and the threads that serve them.
 Described = tuple[Sequence[DiskConfig], Sequence[IoThread]]
@@ -73,6 +77,7 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
 @click.option("--config", type=FILE, metavar="FILE", help="Serve the disks of this TOML file (docs/config.md).")
 @parameters(OneDisk, fd={"is_eager": True, "callback": inherited_socket})
 @parameters(ApiOptions, "api_", socket={"metavar": "PATH"})
+@parameters(MetricsOptions, "metrics_")
 @click.option(
     "--sandbox/--no-sandbox",
     default=None,
@@ -120,9 +125,14 @@ def serve(
     The exit status is 0 after SIGTERM or SIGINT, 1 if something failed, 2 for wrong options.
     """
     api = api_options(**{name: options.pop(f"api_{name}") for name in declared(ApiOptions)})
+    listen = options.pop("metrics_listen")
+    metrics = MetricsOptions(listen) if listen is not None else None
     if config is not None:
         refuse_other_options(context)
-        disks, io_threads, api = read(config, api)
+        file = read(config)
+        disks, io_threads = file.disks, file.io_threads
+        api = only(config, "api", file.api, api, "--api-socket")
+        metrics = only(config, "metrics", file.metrics, metrics, "--metrics")
     elif options["image_path"] is None and api is not None:
         disks, io_threads = [], threads_alone(context, options)
     else:
@@ -144,6 +154,7 @@ def serve(
                 give_up=rights(sandbox, user, logs),
                 signals=signals,
                 interface=made(api),
+                metrics=made_endpoint(metrics),
             )
 
     with Logs(log_level, log_format) as logs:
@@ -203,6 +214,15 @@ def made(api: ApiOptions | None) -> Interface | None:
     return HttpApi(api)
 
 
+def made_endpoint(metrics: MetricsOptions | None) -> Endpoint | None:
+    """What serves metrics over TCP. It is imported only for that."""
+    if metrics is None:
+        return None
+    from ringplane.api.metrics_endpoint import MetricsEndpoint
+
+    return MetricsEndpoint(metrics)
+
+
 def threads_alone(context: click.Context, options: dict[str, Any]) -> Sequence[IoThread]:
     """The I/O threads of a process that begins without a disk; raises UsageError for options of a disk."""
     if given := on_command_line(context, declared(OneDisk).keys() - declared(OwnThreads).keys()):
@@ -211,17 +231,21 @@ def threads_alone(context: click.Context, options: dict[str, Any]) -> Sequence[I
         return OwnThreads(**{name: options[name] for name in declared(OwnThreads)}).threads()
 
 
-def read(path: Path, api: ApiOptions | None) -> tuple[Sequence[DiskConfig], Sequence[IoThread], ApiOptions | None]:
+def read(path: Path) -> Config:
     """The contents of a configuration file; raises ClickException if it cannot be used."""
     from ringplane.control.config import ConfigError, read_config
 
     try:
-        config = read_config(path)
+        return read_config(path)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
-    if api is not None and config.api is not None:
-        raise click.UsageError(f"{path} has a table [api] already; leave out --api-socket")
-    return config.disks, config.io_threads, api or config.api
+
+
+def only(path: Path, table: str, in_file: Given | None, given: Given | None, flag: str) -> Given | None:
+    """What a file has in this table, or the command line; raises UsageError for both."""
+    if in_file is not None and given is not None:
+        raise click.UsageError(f"{path} has a table [{table}] already; leave out {flag}")
+    return given or in_file
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
@@ -269,6 +293,8 @@ def serve_until_signal(
             server.trace(trace_printer(server, logs))
         if server.interface is not None:
             logs.say(f"API on {server.interface.path}")
+        if server.metrics is not None:
+            logs.say(f"metrics on {server.metrics.url}")
         for export in server.exports:
             announce(export, logs)
         if len(server.exports) == 1:

@@ -12,15 +12,18 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.kinds import PATH, shown, suggestion
+from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.process_rules import ProcessRules
 from ringplane.options.thread_options import IoThread
+
+Group = TypeVar("Group", bound=Options)
 
 # Converts a TOML value to the one that ringplane uses; raises a ValueError that says what is wrong and what is right.
 Check = Callable[[Any], Any]
@@ -44,6 +47,7 @@ class Config:
     disks: Sequence[DiskConfig]
     io_threads: Sequence[IoThread]
     api: ApiOptions | None = None
+    metrics: MetricsOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +124,10 @@ class _Reader:
         self.problems += (f"{place}{error.spelled(dashed)}" for error in errors)
 
     def read(self, document: dict[str, Any]) -> Config:
-        top = self._check_keys(document, {"api": _one_table, "disk": _tables, "io-thread": _tables}, "")
-        api = self._api(top["api"]) if "api" in top else None
+        tables = {"api": _one_table, "metrics": _one_table, "disk": _tables, "io-thread": _tables}
+        top = self._check_keys(document, tables, "")
+        api = self._endpoint(top, "api", ApiOptions, "socket", "the API is")
+        metrics = self._endpoint(top, "metrics", MetricsOptions, "listen", "metrics are")
         io_threads = self._io_threads(top.get("io_thread") or [{}])
         if not document.get("disk") and "api" not in document:
             raise ValueError("has no disk; a line [[disk]] begins each one")
@@ -132,15 +138,20 @@ class _Reader:
                 with self.noting_problems(table.place):
                     disks.append(self.disk(table, self._spread([thread.name for thread in io_threads], table)))
                     self._note(table.place, self._rules.add_disk(table.place.removesuffix(": "), disks[-1]))
-        return Config(disks, io_threads, api)
+        return Config(disks, io_threads, api, metrics)
 
-    def _api(self, keys: Mapping[str, Any]) -> ApiOptions | None:
-        place = "[api]: "
-        values = self._check_keys(keys, self._checks(ApiOptions), place)
-        if "socket" not in keys:
-            self.problems.append(f"{place}socket is missing; it is where the API is served")
+    def _endpoint(
+        self, document: Mapping[str, Any], name: str, group: type[Group], needed: str, what: str
+    ) -> Group | None:
+        """The table `name`, if there is one: where `what` is served."""
+        if name not in document:
+            return None
+        place, keys = f"[{name}]: ", document[name]
+        values = self._check_keys(keys, self._checks(group), place)
+        if needed not in keys:
+            self.problems.append(f"{place}{needed} is missing; it is where {what} served")
         with self.noting_problems(place):
-            return ApiOptions(**values) if "socket" in values else None
+            return group(**values) if needed in values else None
         return None
 
     def _check_keys(self, table: Mapping[str, Any], checks: Mapping[str, Check], place: str) -> dict[str, Any]:

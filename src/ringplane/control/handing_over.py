@@ -64,11 +64,14 @@ async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel
 
 
 def _offer(server: Server, listener: Listener) -> dict[str, Any]:
-    interface = server.interface
+    interface, metrics = server.interface, server.metrics
     return {
         "listener": Fd(listener.sock.fileno()),
         "interface": {"path": os.path.realpath(interface.path), "listener": Fd(interface.listener.sock.fileno())}
         if interface is not None
+        else None,
+        "metrics": {"address": str(metrics.options.listen), "listener": Fd(metrics.sock.fileno())}
+        if metrics is not None
         else None,
         "disks": [
             {

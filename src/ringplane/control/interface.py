@@ -1,12 +1,14 @@
-"""Another way to operate a running server beside signals. The HTTP API is one (api/http.py)."""
+"""Other ways to operate and watch a running server beside signals. The HTTP API (api/http.py) is an interface."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any, Protocol
 
 from ringplane.control.listener import Listener
 from ringplane.options.api_options import ApiOptions
+from ringplane.options.metrics_options import MetricsOptions
 
 
 class Interface(Protocol):
@@ -34,3 +36,24 @@ class Interface(Protocol):
         """Whether `run` is about to return."""
 
     async def run(self) -> None: ...
+
+
+class Endpoint(Protocol):
+    """A task of the control thread with a TCP socket, for whoever watches. It ends when no disk is left."""
+
+    options: MetricsOptions
+    # Once it is prepared.
+    sock: socket.socket
+    url: str
+
+    def prepare(self, inherited: socket.socket | None) -> None:
+        """Bind its socket, or use that of the previous process. Raises ListenError."""
+
+    def open(self, server: Any) -> None:
+        """Listen for whoever watches this Server, and load all that it will ever need. Raises ListenError."""
+
+    def close(self) -> None:
+        """Undo `prepare` and `open`; it does not run. May be called again."""
+
+    async def run(self) -> None:
+        """Serve until this is cancelled."""

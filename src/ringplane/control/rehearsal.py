@@ -18,10 +18,12 @@ from ringplane.control import listener
 from ringplane.control.config import Config
 from ringplane.control.listener import ListenError
 from ringplane.control.sandbox import change_user
+from ringplane.control.tcp_listener import bound
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import check_switches, impossible_with
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.users import User
 from ringplane.system.notes import in_words
 
@@ -40,6 +42,8 @@ def find_problems(config: Config, user: User | None = None) -> list[str]:
                 problems.append(f"[[io-thread]] {each.name}: {in_words(error)}")
         if config.api is not None:
             problems += _of_api(config.api)
+        if config.metrics is not None:
+            problems += _of_metrics(config.metrics)
         for disk in config.disks:
             threads = [workers[name] for name in disk.io_threads if name in workers]
             problems += _of_disk(disk, threads, undo)
@@ -56,6 +60,14 @@ def _of_user(user: User) -> list[str]:
 def _of_api(api: ApiOptions) -> list[str]:
     try:
         listener.check(api.socket, api.socket_group)
+    except ListenError as error:
+        return [str(error)]
+    return []
+
+
+def _of_metrics(metrics: MetricsOptions) -> list[str]:
+    try:
+        bound(metrics.listen).close()
     except ListenError as error:
         return [str(error)]
     return []

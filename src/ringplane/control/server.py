@@ -12,7 +12,7 @@ from typing import Self
 from ringplane.block.image import ImageError
 from ringplane.control.adding import Adding
 from ringplane.control.export import Export
-from ringplane.control.interface import Interface
+from ringplane.control.interface import Endpoint, Interface
 from ringplane.control.listener import ListenError
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
 from ringplane.control.threads import Threads
@@ -38,6 +38,7 @@ class Server:
         self.threads = threads
         self.events = events
         self.interface: Interface | None = None
+        self.metrics: Endpoint | None = None
         self._adding = adding
         self._turns = Turns("the process")
         self._stopping = False

@@ -9,7 +9,7 @@ from pathlib import Path
 from ringplane.control.adding import Adding
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
-from ringplane.control.interface import Interface
+from ringplane.control.interface import Endpoint, Interface
 from ringplane.control.needed_units import units_of_any_disk, units_of_parts, units_of_threads
 from ringplane.control.opening import (
     listen,
@@ -43,6 +43,7 @@ class _Serving(OneDisk):
     give_up: GiveUp | None = None
     signals: Signals = NONE
     interface: Interface | None = None
+    metrics: Endpoint | None = None
 
 
 @taking(_Serving)
@@ -57,7 +58,7 @@ def serve(disk: _Serving) -> Export:
     refuses O_DIRECT the page cache is used, as the export's `disk.source.direct` shows.
 
     When this returns, front ends can connect. An `upgradable` disk can be taken over by another process, with
-    `upgrade`, and stops then (handover.py). `give_up`, `signals`, `interface`: see `serve_all`.
+    `upgrade`, and stops then (handover.py). `give_up`, `signals`, `interface`, `metrics`: see `serve_all`.
 
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
@@ -70,6 +71,7 @@ def serve(disk: _Serving) -> Export:
         give_up=disk.give_up,
         signals=disk.signals,
         interface=disk.interface,
+        metrics=disk.metrics,
     )
     return server.exports[0]
 
@@ -83,6 +85,7 @@ def serve_all(
     give_up: GiveUp | None = None,
     signals: Signals = NONE,
     interface: Interface | None = None,
+    metrics: Endpoint | None = None,
 ) -> Server:
     """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
 
@@ -90,7 +93,8 @@ def serve_all(
     which sockets are removed at the end: a program that is there for nothing else gives up its rights then. `signals`
     can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end. With
     an `interface` (ringplane/api/http.py) disks can be added and removed while the server runs: there need not be
-    one at the start, and the server ends when it is stopped.
+    one at the start, and the server ends when it is stopped. `metrics` (ringplane/api/metrics_endpoint.py) are served
+    as long as there is a disk or an interface.
     """
     occupy()
     if upgrade and any(config.socket_path is None for config in disks):
@@ -103,6 +107,9 @@ def serve_all(
         predecessor = at_last.enter_context(Predecessor(disks, signals, interface_path)) if upgrade else None
         if interface is not None:
             interface.prepare(predecessor.interface_listener(interface.path) if predecessor else None)
+        if metrics is not None:
+            metrics.prepare(predecessor.metrics_socket(metrics.options.listen) if predecessor else None)
+            undo.callback(metrics.close)
         opened = []
         for index, config in enumerate(disks):
             signals.check()
@@ -134,6 +141,10 @@ def serve_all(
             server.interface = interface
             interface.open(server)
             undo.callback(interface.close)
+        if metrics is not None:
+            server.metrics = metrics
+            metrics.open(server)
+            threads.at_end.callback(metrics.close)
         sockets = [*(config.socket_path for config in disks), interface_path]
         successors = listen_for_successors(sockets[0], undo) if upgradable and not predecessor else None
         if give_up is not None:
@@ -144,6 +155,8 @@ def serve_all(
             events.emit("upgraded", previous_process=predecessor.pid)
         threads.start([*server.exports, *([interface] if interface is not None else [])])
         undo.pop_all()
+    if metrics is not None:
+        threads.start_task(metrics.run)
     for config, parts in zip(disks, opened, strict=True):
         report_created(config, parts.source)
     if successors:

@@ -26,6 +26,8 @@ from ringplane.control.handover import (
     socket_beside,
 )
 from ringplane.control.listener import Listener
+from ringplane.control.tcp_listener import from_fd
+from ringplane.options.addresses import Address
 from ringplane.options.disk_config import DiskConfig
 from ringplane.session.refusal import Refused
 from ringplane.session.snapshot import SessionSnapshot
@@ -54,6 +56,7 @@ class Predecessor:
                 offer = self._answer(TAKING_PATIENCE)
                 self._listener: Fd = offer["listener"]
                 self._interface: dict[str, Any] | None = offer.get("interface")
+                self._metrics: dict[str, Any] | None = offer.get("metrics")
             self._disks = _in_order(offer["disks"], configs)
         except BaseException:
             self._channel.close()
@@ -72,6 +75,12 @@ class Predecessor:
         if self._interface is None or self._interface["path"] != os.path.realpath(path):
             return None
         return _listener(self._interface["listener"], path)
+
+    def metrics_socket(self, address: Address) -> socket.socket | None:
+        """The socket of its metrics at this address, if it has one. Both processes use it until we take over."""
+        if self._metrics is None or self._metrics["address"] != str(address):
+            return None
+        return from_fd(self._metrics["listener"].number, address)
 
     def take(self, exports: Sequence[Export], interface: Listener | None = None) -> Listener:
         """Resume all front ends from where they are; returns the socket for our own successor.

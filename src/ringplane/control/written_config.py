@@ -11,6 +11,7 @@ from ringplane.options.toml_text import table
 def written_config(server: Server) -> str:
     """TOML. Disks that a file cannot describe are comments."""
     tables = [table("[api]", server.interface.options)] if server.interface is not None else []
+    tables += [table("[metrics]", server.metrics.options)] if server.metrics is not None else []
     tables += [table("[[io-thread]]", thread) for thread in server.threads.io_threads]
     for export in server.exports:
         if export.config.socket_path is None:

@@ -1,0 +1,132 @@
+"""A thread that serves HTTP with a loop of its own, on one socket: no client holds up the control thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from uvicorn.server import ServerState
+
+from ringplane.api import connections
+
+# Connections that are accepted at a time, before they are counted, and that can wait to be accepted: connect(2)
+# of a client that does not block fails if no more can.
+ACCEPTED_AT_A_TIME, WAITING = 16, 1024
+
+# Seconds for the requests that are being answered when the process stops.
+STOP_PATIENCE = 0.5
+
+
+class HttpThread:
+    """Opened before the process is confined, it serves when `run` is called. It owns the socket."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._stopping = threading.Event()
+        self._stop = asyncio.Event()
+
+    def open(self, application: Any, sock: socket.socket, paths: Iterable[str]) -> None:
+        """Listen, and load all that the application will ever need: it is asked for these paths. Raises OSError."""
+        self._state = ServerState()
+        # Here, because the sandbox forbids to listen, to make a loop, and to load modules on first use.
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._config = connections.config(application)
+            self._config.load()
+            self._loop.run_until_complete(self._open(sock, paths))
+        except BaseException:
+            self._loop.close()
+            raise
+
+    async def _open(self, sock: socket.socket, paths: Iterable[str]) -> None:
+        for path in paths:
+            await _rehearse(self._config.loaded_app, path)
+        self._accepting = await self._loop.create_server(self._connection, sock=sock, backlog=ACCEPTED_AT_A_TIME)
+        sock.listen(WAITING)
+
+    def _connection(self) -> connections.Connection:
+        return connections.Connection(self._config, self._state, {})
+
+    def close(self) -> None:
+        """Undo `open`; it does not run. May be called again."""
+        self._accepting.close()
+        self._loop.close()
+
+    def request_stop(self) -> None:
+        """Begin to end; any thread may call."""
+        self._stopping.set()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `run` is about to return."""
+        return self._stopping.is_set()
+
+    async def run(self) -> None:
+        """Serve until it is stopped, or until this is cancelled."""
+        control, ended = asyncio.get_running_loop(), asyncio.Event()
+        thread = threading.Thread(target=self._main, args=[control, ended], name=self._name, daemon=True)
+        thread.start()
+        try:
+            await ended.wait()
+        finally:
+            self.request_stop()
+            await ended.wait()
+            thread.join()
+
+    # On the thread.
+
+    def _main(self, control: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+            # What was accepted, and has no connection yet.
+            self._loop.run_until_complete(asyncio.sleep(0))
+        finally:
+            self._loop.close()
+            control.call_soon_threadsafe(ended.set)
+
+    async def _serve(self) -> None:
+        if not self.stopped:
+            await self._stop.wait()
+        self._accepting.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if self._state.tasks:
+            await asyncio.wait(set(self._state.tasks), timeout=STOP_PATIENCE)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        for task in list(self._state.tasks):
+            task.cancel()
+        await asyncio.gather(*self._state.tasks, return_exceptions=True)
+
+
+async def _rehearse(application: Any, path: str) -> None:
+    """Ask once for what loads modules on first use: a confined process cannot read their files."""
+    scope: dict[str, Any] = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "scheme": "http",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [],
+        "client": None,
+        "server": None,
+    }
+    await application(scope, _nothing, _ignore)
+
+
+async def _nothing() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def _ignore(message: Any) -> None:
+    """What it answers is not of interest."""
