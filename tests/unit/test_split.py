@@ -20,6 +20,7 @@ from ringplane.dataplane.state import QUEUE
 from ringplane.virtio import split
 
 from . import model
+from .on_structs import on_structs
 from .rig import IN, OK, Line, RigFactory, has_event, rig_factory, wait_for_event
 
 u16 = st.integers(0, 65535)
@@ -80,6 +81,11 @@ class Ring:
         return not self.used_flags() & 1
 
 
+available, take_head = on_structs(split.available), on_structs(split.take_head)
+put_used, publish_used = on_structs(split.put_used), on_structs(split.publish_used)
+enable_kicks, disable_kicks = on_structs(split.enable_kicks), on_structs(split.disable_kicks)
+wants_notification = on_structs(split.wants_notification)
+
 rings = st.builds(Ring, ring_sizes, starts, st.booleans())
 
 
@@ -103,16 +109,16 @@ def test_heads_are_taken_in_order(ring: Ring, data: st.DataObject) -> None:
     for _ in range(3):
         heads = data.draw(st.lists(u16, max_size=ring.size))
         ring.expose(heads)
-        assert split.available(ring.queue) == len(heads)
-        assert [split.take_head(ring.queue) for _ in heads] == heads
-        assert split.available(ring.queue) == 0
+        assert available(ring.queue) == len(heads)
+        assert [take_head(ring.queue) for _ in heads] == heads
+        assert available(ring.queue) == 0
         assert ring.queue["last_avail"] == ring.avail_idx
 
 
 @given(rings, u16)
 def test_available_counts_modulo_2_to_the_16(ring: Ring, jump: int) -> None:
     struct.pack_into("<H", ring.avail, 2, (ring.avail_idx + jump) % 65536)
-    assert split.available(ring.queue) == jump
+    assert available(ring.queue) == jump
 
 
 @given(rings, st.data())
@@ -122,9 +128,9 @@ def test_used_entries_are_visible_after_publishing_and_not_before(ring: Ring, da
         entries = data.draw(st.lists(st.tuples(u16, u32), max_size=ring.size))
         before = ring.published()
         for head, length in entries:
-            split.put_used(ring.queue, head, length)
+            put_used(ring.queue, head, length)
         assert ring.published() == before
-        split.publish_used(ring.queue)
+        publish_used(ring.queue)
         assert ring.published() == (before + len(entries)) % 65536
         assert [ring.used_entry(before + number) for number in range(len(entries))] == entries
 
@@ -142,9 +148,9 @@ def test_with_event_idx_the_driver_is_called_when_its_event_is_passed(
         ring.set_used_event(event)
         done = data.draw(st.integers(0, size))
         for _ in range(done):
-            split.put_used(ring.queue, 0, 0)
-        split.publish_used(ring.queue)
-        assert bool(split.wants_notification(ring.queue)) == model.need_event(event, (old + done) % 65536, old)
+            put_used(ring.queue, 0, 0)
+        publish_used(ring.queue)
+        assert bool(wants_notification(ring.queue)) == model.need_event(event, (old + done) % 65536, old)
 
 
 @given(ring_sizes, starts, st.lists(st.integers(0, 4), min_size=1, max_size=5), st.data())
@@ -156,10 +162,10 @@ def test_one_check_covers_everything_published_since_the_last_one(
     ring.set_used_event(event)
     for batch in batches:
         for _ in range(batch):
-            split.put_used(ring.queue, 0, 0)
-        split.publish_used(ring.queue)
-    assert bool(split.wants_notification(ring.queue)) == model.need_event(event, (old + sum(batches)) % 65536, old)
-    assert not split.wants_notification(ring.queue)
+            put_used(ring.queue, 0, 0)
+        publish_used(ring.queue)
+    assert bool(wants_notification(ring.queue)) == model.need_event(event, (old + sum(batches)) % 65536, old)
+    assert not wants_notification(ring.queue)
 
 
 @given(ring_sizes, starts, u16, st.booleans())
@@ -167,18 +173,18 @@ def test_without_event_idx_only_the_flag_decides_about_calls(size: int, start: i
     ring = Ring(size, start, event_idx=False)
     ring.set_used_event(event)
     ring.set_no_interrupt(wish)
-    split.put_used(ring.queue, 0, 0)
-    split.publish_used(ring.queue)
-    assert bool(split.wants_notification(ring.queue)) == (not wish)
+    put_used(ring.queue, 0, 0)
+    publish_used(ring.queue)
+    assert bool(wants_notification(ring.queue)) == (not wish)
 
 
 @given(rings, st.data())
 def test_enabled_kicks_come_with_the_next_chain(ring: Ring, data: st.DataObject) -> None:
     ring.expose([0] * data.draw(st.integers(0, ring.size)))
-    for _ in range(split.available(ring.queue)):
-        split.take_head(ring.queue)
-    split.disable_kicks(ring.queue)
-    split.enable_kicks(ring.queue)
+    for _ in range(available(ring.queue)):
+        take_head(ring.queue)
+    disable_kicks(ring.queue)
+    enable_kicks(ring.queue)
     old = ring.avail_idx
     ring.expose([0] * data.draw(st.integers(1, ring.size)))
     assert ring.driver_kicks(old)
@@ -186,10 +192,10 @@ def test_enabled_kicks_come_with_the_next_chain(ring: Ring, data: st.DataObject)
 
 @given(rings, st.data())
 def test_disabled_kicks_do_not_come(ring: Ring, data: st.DataObject) -> None:
-    split.enable_kicks(ring.queue)
+    enable_kicks(ring.queue)
     ring.expose([0])
-    split.disable_kicks(ring.queue)
-    split.take_head(ring.queue)
+    disable_kicks(ring.queue)
+    take_head(ring.queue)
     old = ring.avail_idx
     ring.expose([0] * data.draw(st.integers(1, ring.size)))
     assert not ring.driver_kicks(old)
@@ -200,10 +206,10 @@ def test_the_device_writes_only_its_own_ring(ring: Ring) -> None:
     ring.expose([0] * ring.size)
     avail = ring.avail.tobytes()
     for _ in range(ring.size):
-        split.put_used(ring.queue, split.take_head(ring.queue), 1)
-    split.disable_kicks(ring.queue)
-    split.enable_kicks(ring.queue)
-    split.publish_used(ring.queue)
+        put_used(ring.queue, take_head(ring.queue), 1)
+    disable_kicks(ring.queue)
+    enable_kicks(ring.queue)
+    publish_used(ring.queue)
     assert ring.avail.tobytes() == avail
 
 
