@@ -194,6 +194,8 @@ class Process:
         if self.in_flight:
             name, entry, count = self.in_flight.pop(which % len(self.in_flight))
             tracking.use(self.state, entry, name, count, 0)
+            if self.memory.packed:
+                self.publish()
 
     def publish(self) -> None:
         tracking.publish(self.state)

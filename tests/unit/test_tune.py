@@ -50,7 +50,7 @@ class Simulation:
         self._rest -= int(self._rest)
         self.time_in[policy] += length
         if worker["now"] >= worker["sample_end"]:
-            on_structs(end_sample)(worker)
+            end_sample(self._array.ctypes.data)
 
     def run(self, seconds: float) -> None:
         for _ in range(int(seconds * 1e9 / TURN_NS)):

@@ -15,7 +15,7 @@ LLVM cannot optimise across it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ringplane.compiler import interpreted
@@ -45,6 +45,11 @@ class Unit(Whole):
 def unit(function: Callable[..., int]) -> Unit:
     """Compile `function` apart when its address is first needed; it runs without the GIL and never raises."""
     return Unit(function)
+
+
+def addresses(units: Iterable[Unit]) -> dict[str, int]:
+    """The values of a struct's fields that have the names of these units; compiles or loads them. Raises BadCode."""
+    return {each.name.rpartition(".")[2]: each.address() for each in units}
 
 
 @intrinsic(python=interpreted.call)

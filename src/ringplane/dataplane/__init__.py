@@ -23,7 +23,9 @@ Functions with `@compiled` are compiled into those that call them, and run witho
 `view(address, QUEUE)` is the struct at an address: its fields are read and written like attributes of an object, and
 `address_of` gives its address. A struct refers to another one by its address, and lists are linked through fields that
 begin with `next`. `load16`, `store16` and so on access guest memory (native/access.py). A `@unit` is compiled apart,
-and called by its address with `call`. System calls return -errno; nothing raises or allocates.
+and called by its address with `call`: `call(worker.mark_ring, ...)` calls the unit `mark_ring`. What few requests need
+is such a unit, so that the loop takes less time to compile (`UNITS` in worker_state.py). System calls return -errno;
+nothing raises or allocates.
 
 The order of reading
 ====================

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from ringplane.block.io import DISCARD, READ, REFUSED, ZONE_REPORT, io_at
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import call
-from ringplane.dataplane import dirty
-from ringplane.dataplane.failures import record_failure
+from ringplane.compiler.units import call, unit
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.state import (
     COALESCE,
@@ -61,7 +59,7 @@ def status_of(worker, queue, request, io):
         return VIRTIO_BLK_S_OK
     if io.result <= REFUSED:
         return REFUSED - io.result
-    record_failure(worker, queue, request, io)
+    call(worker.record_failure, address_of(worker), address_of(queue), address_of(request), address_of(io))
     # Discard is advice, after which the content is undefined: a driver could do nothing about an error, and loses
     # nothing. This includes errors of the medium: they are found when the range is read or written.
     return VIRTIO_BLK_S_OK if io.operation == DISCARD else VIRTIO_BLK_S_IOERR
@@ -73,7 +71,7 @@ def answer_with(worker, queue, request, status):
     store8(request.status_address, status)
     account(worker, queue, request, status)
     if queue.log:
-        dirty.mark_request(queue, request)
+        call(worker.mark_request, address_of(queue), address_of(request))
     if worker.trace:
         trace(worker, TRACE_COMPLETE, queue, request, status, worker.now - request.started)
     if queue.in_order:
@@ -90,6 +88,10 @@ def use(worker, queue, request):
     if queue.inflight:
         entry = request.entry if queue.packed else request.head
         tracking.use(queue, entry, request.head, request.descriptors, length)
+        if queue.packed:
+            # One at a time. In a batch all used descriptors but the first look used before the batch is published, and
+            # the driver would still see them as used if the next process published another batch there.
+            call(worker.publish_tracked, address_of(queue))
     else:
         put_used(queue, request.head, request.descriptors, length)
     mark_unpublished(worker, queue)
@@ -182,17 +184,27 @@ def publish_all(worker):
         worker.unpublished = queue.next_unpublished
         queue.unpublished = 0
         if queue.inflight:
-            tracking.publish(queue)
+            call(worker.publish_tracked, address_of(queue))
         else:
             publish_used(queue)
         if queue.log:
-            dirty.mark_ring(queue)
+            call(worker.mark_ring, address_of(queue))
         if not queue.unnotified:
             queue.unnotified = 1
             queue.next_unnotified = worker.unnotified
             worker.unnotified = address_of(queue)
     if worker.policy != COALESCE or worker.now >= worker.notify_at:
         notify_all(worker)
+
+
+@unit
+def publish_tracked(queue_address):
+    """Publish the used elements of a ring with an in-flight region, whose stores must have a safe order.
+
+    A unit, because only some front ends want it. Split rings call it once for all used elements of a turn.
+    """
+    tracking.publish(view(queue_address, QUEUE))
+    return 0
 
 
 @compiled

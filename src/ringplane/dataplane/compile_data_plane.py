@@ -15,11 +15,12 @@ from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached,
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE
 from ringplane.compiler.intrinsics import load_intrinsics
 from ringplane.compiler.jit import load
+from ringplane.compiler.side_by_side import Job
 from ringplane.compiler.units import Unit, known
 from ringplane.dataplane import request_types  # noqa: F401
 from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.signaller import signal
-from ringplane.dataplane.tune import end_sample_at
+from ringplane.dataplane.worker_state import UNITS
 from ringplane.engines import aio, uring  # noqa: F401
 from ringplane.native import sigbus
 from ringplane.system.libc import drop_code
@@ -54,26 +55,33 @@ def release_compiler() -> None:
 
 
 def load_loop() -> None:
-    """Nearly all of the data plane."""
+    """What a plain disk does for each request."""
     load(run)
 
 
 def load_rest() -> None:
-    """What all workers call besides the loop."""
+    """What else Python calls in all workers."""
     load(run_helper)
     load(mark_ready_at)
     load(signal)
-    end_sample_at.address()
     sigbus.install()
+
+
+def jobs_of(units: Iterable[str]) -> list[Job]:
+    """What compiles the data plane with the units of these names, the longest jobs first."""
+    names = dict.fromkeys([*(each.name for each in UNITS), *units])
+    return [load_loop, *(known[name].address for name in names), load_rest]
 
 
 def finish() -> None:
     """Mark what all workers need as complete; this process knows their names then."""
     load_loop()
     load_rest()
+    for each in UNITS:
+        each.address()
     mark_cached(DATA_PLANE)
     forget_old_versions()
 
 
 if __name__ == "__main__":
-    run_child(lambda units: [load_loop, load_rest, *(known[name].address for name in units)], finish)
+    run_child(jobs_of, finish)

@@ -16,9 +16,18 @@ from time import monotonic
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.block.io import ENDS_EARLY
-from ringplane.compiler.jit import compiled
-from ringplane.dataplane.state import FAILURE, FAILURE_SIZE, KIND_FLUSH, KIND_READ, KINDS
+from ringplane.block.io import BLOCK_IO, ENDS_EARLY
+from ringplane.compiler.units import unit
+from ringplane.dataplane.state import (
+    FAILURE,
+    FAILURE_SIZE,
+    KIND_FLUSH,
+    KIND_READ,
+    KINDS,
+    QUEUE,
+    REQUEST,
+    WORKER,
+)
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.log.logs import DiskLog
 from ringplane.native.access import view
@@ -35,16 +44,18 @@ BITS = 62
 NAMES = {"read": "reads", "write": "writes", "flush": "flushes", "discard": "discards"}
 
 
-@compiled
-def record_failure(worker, queue, request, io):
-    """Storage failed the block I/O of this request."""
+@unit
+def record_failure(worker_address, queue_address, request_address, io_address):
+    """Storage failed the block I/O of this request. A unit, because it is rare."""
+    worker, queue = view(worker_address, WORKER), view(queue_address, QUEUE)
+    request, io = view(request_address, REQUEST), view(io_address, BLOCK_IO)
     # 0: nothing was transferred.
     result = io.result if io.result != ENDS_EARLY else 0
     failure = view(queue.failures + request.kind * FAILURE_SIZE, FAILURE)
     failure.count += 1
     bit = 1 << (-result % BITS)
     if failure.unreported or (failure.seen & bit and worker.now < failure.report_at):
-        return
+        return 0
     failure.seen |= bit
     failure.report_at = worker.now + REPORT_INTERVAL_NS
     failure.result = result
@@ -52,6 +63,7 @@ def record_failure(worker, queue, request, io):
     failure.length = io.length - io.done
     failure.unreported = 1
     worker.failing = worker.attention = 1
+    return 0
 
 
 @dataclass

@@ -15,9 +15,9 @@ from ringplane.block.route import move_all, until_due, wake_due
 from ringplane.block.transfer import progress_all, submit_batches
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call
-from ringplane.dataplane import dirty, ring_rules
+from ringplane.dataplane import ring_rules
 from ringplane.dataplane.answer import answer_all, answer_with, notify_all, publish_all, queue_up
-from ringplane.dataplane.fetch import gather, gather_copy, gather_packed
+from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.requests import execute
 from ringplane.dataplane.state import (
     ALWAYS,
@@ -256,7 +256,7 @@ def ask_for_kicks(worker):
         if queue.running and not queue.ready:
             enable_kicks(queue)
             if queue.log:
-                dirty.mark_ring(queue)
+                call(worker.mark_ring, address_of(queue))
             if available(queue):
                 mark_ready(worker, queue)
 
@@ -336,7 +336,7 @@ def keep_quiet(worker, queue):
     if not queue.quiet:
         disable_kicks(queue)
         if queue.log:
-            dirty.mark_ring(queue)
+            call(worker.mark_ring, address_of(queue))
         queue.quiet = 1
         queue.next_quiet = worker.quiet
         worker.quiet = address_of(queue)
@@ -347,18 +347,8 @@ def fetch_one(worker, channel, queue):
     """Take one chain and start its request; False when it breaks the ring."""
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
     io = io_at(channel, worker.free)
-    rule = take_chain(queue, request, io)
-    if rule == ring_rules.OK and queue.inflight:
-        record_fetched(queue, request)
+    rule = take_chain(worker, queue, request, io)
     return begin_request(worker, channel, queue, request, io, rule)
-
-
-@compiled
-def record_fetched(queue, request):
-    if queue.packed:
-        request.entry = tracking.fetch_packed(queue, request.descriptors)
-    else:
-        tracking.fetch_split(queue, request.head)
 
 
 @compiled
@@ -373,10 +363,10 @@ def begin_request(worker, channel, queue, request, io, rule):
     queue.in_flight += 1
     worker.in_flight += 1
     if queue.log:
-        dirty.record(queue, request)
+        call(worker.record_buffers, address_of(queue), address_of(request))
     if queue.in_order:
         queue_up(worker, queue, request)
-    status = execute(channel, queue, request, io)
+    status = execute(worker, channel, queue, request, io)
     if worker.trace:
         trace(worker, TRACE_FETCH, queue, request, 0, 0)
     if status != PENDING:
@@ -385,15 +375,17 @@ def begin_request(worker, channel, queue, request, io, rule):
 
 
 @compiled
-def take_chain(queue, request, io):
+def take_chain(worker, queue, request, io):
     """Take the next chain: its head and its buffers; returns the number of the rule that it breaks, or OK."""
-    full = queue.in_flight >= queue.size
     if queue.packed:
-        # A packed chain's id is known only at its last descriptor.
-        request.head = -1
-        return ring_rules.TOO_MANY_IN_FLIGHT if full else gather_packed(queue, request, io)
+        return call(worker.take_packed, address_of(queue), address_of(request), address_of(io))
     request.head = take_head(queue)
-    return ring_rules.TOO_MANY_IN_FLIGHT if full else gather(queue, request, io)
+    if queue.in_flight >= queue.size:
+        return ring_rules.TOO_MANY_IN_FLIGHT
+    rule = gather(queue, request, io)
+    if rule == ring_rules.OK and queue.inflight:
+        tracking.fetch_split(queue, request.head)
+    return rule
 
 
 @compiled
@@ -404,14 +396,7 @@ def resubmit(worker, channel, queue):
             return False
         request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
         io = io_at(channel, worker.free)
-        entry = load64(queue.resubmit)
-        queue.resubmit += 8
-        if queue.packed:
-            request.head, request.entry = -1, entry
-            rule = gather_copy(queue, request, io)
-        else:
-            request.head = entry
-            rule = gather(queue, request, io)
+        rule = take_again(worker, queue, request, io)
         if not begin_request(worker, channel, queue, request, io, rule):
             return False
         queue.resubmits -= 1
@@ -419,6 +404,18 @@ def resubmit(worker, channel, queue):
         queue.running = 0
         worker.attention = 1
     return queue.running != 0
+
+
+@compiled
+def take_again(worker, queue, request, io):
+    """Take the next one of those chains, as `take_chain` does."""
+    entry = load64(queue.resubmit)
+    queue.resubmit += 8
+    if queue.packed:
+        request.entry = entry
+        return call(worker.take_packed, address_of(queue), address_of(request), address_of(io))
+    request.head = entry
+    return gather(queue, request, io)
 
 
 @compiled

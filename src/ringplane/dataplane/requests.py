@@ -1,17 +1,17 @@
 """From a request to a block I/O: the request is checked against the device, then completed at once or passed on.
 
-`begin` is the list of all request types that every disk has. Types that only some disks have are units of their own, in
-the device's table of REQUEST_TYPE structs (state.py).
+`begin` and `begin_other` are the list of all request types that every disk has. Types that only some disks have are
+units of their own, in the device's table of REQUEST_TYPE structs (state.py).
 """
 
 from __future__ import annotations
 
 from ringplane.block.buffers import copy_from, copy_to
-from ringplane.block.io import DISCARD, FLUSH, FUA, READ, REPEATED, SECURE_ERASE, WRITE, ZERO
+from ringplane.block.io import BLOCK_IO, DISCARD, FLUSH, FUA, READ, REPEATED, SECURE_ERASE, WRITE, ZERO
 from ringplane.block.ranges import RANGE, RANGE_SIZE
 from ringplane.block.route import submit
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import call
+from ringplane.compiler.units import call, unit
 from ringplane.dataplane.state import (
     DEVICE,
     DEVICE_LIFETIME,
@@ -26,6 +26,8 @@ from ringplane.dataplane.state import (
     MAX_RANGE_SECTORS,
     MAX_RANGES,
     PENDING,
+    QUEUE,
+    REQUEST,
     REQUEST_TYPE,
     REQUEST_TYPE_SIZE,
     REQUEST_TYPES,
@@ -61,7 +63,7 @@ TYPE_MASK = 0xFFFF_FFFF ^ VIRTIO_BLK_T_BARRIER
 
 
 @compiled
-def execute(channel, queue, request, io):
+def execute(worker, channel, queue, request, io):
     """Begin the request: its status if it is complete already, else PENDING."""
     device = view(queue.device, DEVICE)
     request.type = request.header_type & TYPE_MASK
@@ -73,7 +75,7 @@ def execute(channel, queue, request, io):
     status = (
         call(special, address_of(queue), address_of(request), address_of(io))
         if special
-        else begin(queue, device, request, io)
+        else begin(worker, queue, device, request, io)
     )
     if status == PENDING:
         submit(channel, io)
@@ -92,7 +94,7 @@ def find_special(device, request):
 
 
 @compiled
-def begin(queue, device, request, io):
+def begin(worker, queue, device, request, io):
     """Check the request and fill in its block I/O: PENDING, or the status of a request that is complete."""
     if request.type == VIRTIO_BLK_T_IN:
         prepare_read(request, io)
@@ -104,6 +106,14 @@ def begin(queue, device, request, io):
         request.kind, io.operation = KIND_FLUSH, FLUSH
         io.offset = io.length = 0
         return VIRTIO_BLK_S_OK if device.read_only else PENDING
+    return call(worker.begin_other, address_of(queue), address_of(request), address_of(io))
+
+
+@unit
+def begin_other(queue_address, request_address, io_address):
+    """`begin` for the types that are rare: a unit, so that they are not compiled into the loop."""
+    queue, request = view(queue_address, QUEUE), view(request_address, REQUEST)
+    device, io = view(queue.device, DEVICE), view(io_address, BLOCK_IO)
     if request.type == VIRTIO_BLK_T_DISCARD:
         request.kind, io.operation = KIND_DISCARD, DISCARD
         return check_ranges(queue, device, request, io, VIRTIO_BLK_F_DISCARD)

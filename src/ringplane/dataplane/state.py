@@ -227,6 +227,14 @@ WORKER = struct(
     "steady_ns",  # how long the time from the last trial to the next one is
     "gaps",  # in a row
     "tallies",  # TALLY structs, one per policy
+    # Addresses of units: what few requests need is not compiled into the loop (worker_state.py)
+    "take_packed",
+    "begin_other",
+    "publish_tracked",
+    "record_buffers",
+    "mark_request",
+    "mark_ring",
+    "record_failure",
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
     "trace",  # TRACE structs, or 0 when tracing is off
     "traced",  # events traced so far

@@ -51,24 +51,22 @@ def count_gap(worker, slept):
     begin_sample(worker, SAMPLE_NS)
 
 
-@compiled
-def end_sample(worker):
-    """A sampling period is over: record its result and decide what comes next."""
+@unit
+def end_sample(address):
+    """A sampling period of the WORKER struct at `address` is over: record its result and decide what comes next.
+
+    A unit, because it is rare.
+    """
+    worker = view(address, WORKER)
     completed, lasted = worker.completed - worker.sample_completed, worker.now - worker.sample_start
     if completed < ENOUGH:
         worker.sample_end = worker.now + SAMPLE_NS
-        return
+        return 0
     worker.gaps = 0
     if worker.until_trial > 0:
         stay_steady(worker, rate(completed, lasted), lasted)
     else:
         continue_trial(worker, completed, lasted)
-
-
-@unit
-def end_sample_at(address):
-    """`end_sample`, for the loop: these functions are compiled beside it, because they are called rarely."""
-    end_sample(view(address, WORKER))
     return 0
 
 

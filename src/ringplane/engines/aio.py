@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import unit
+from ringplane.compiler.units import addresses, unit
 from ringplane.engines.common import (
     COMPLETION,
     ENGINE_FIELDS,
@@ -31,7 +31,6 @@ from ringplane.engines.common import (
     READ,
     WRITE,
     EngineUnavailable,
-    addresses,
     complete,
 )
 from ringplane.guest_memory.regions import Mapping

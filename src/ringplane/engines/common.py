@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import Unit
 from ringplane.native.access import view
 
 # The operations of `prepare_io`; block/io.py has those that engines do not know.
@@ -59,11 +58,6 @@ class EngineUnavailable(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
-
-
-def addresses(units: Iterable[Unit]) -> dict[str, int]:
-    """The values of the fields for an engine's units, which have the names of the fields; compiles or loads them."""
-    return {each.name.rpartition(".")[2]: each.address() for each in units}
 
 
 @compiled

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import Unit, unit
+from ringplane.compiler.units import Unit, addresses, unit
 from ringplane.engines.common import (
     COMPLETION,
     ENGINE_FIELDS,
@@ -43,7 +43,6 @@ from ringplane.engines.common import (
     READ,
     WRITE,
     EngineUnavailable,
-    addresses,
     complete,
 )
 from ringplane.guest_memory.regions import Mapping

@@ -93,14 +93,10 @@ def region_bytes(size: int, *, packed: bool) -> int:
 
 @compiled
 def use(queue, entry, head, count, length):
-    """Use a chain, as `put_used` of ring.py does."""
+    """Use a chain, as `put_used` of ring.py does. Packed rings: `publish` must follow each one."""
     put_used(queue, head, count, length)
     store64(queue.batch_list + 8 * queue.batched, entry)
     queue.batched += 1
-    if queue.packed:
-        # One at a time. In a batch all used descriptors but the first look used before the batch is published, and the
-        # driver would still see them as used if the next process published another batch there.
-        publish(queue)
 
 
 @compiled
