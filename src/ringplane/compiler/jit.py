@@ -55,6 +55,11 @@ class Whole:
                 self._address = loader.load(self._read() or self._compile())
             return self._address
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `address` needs no file."""
+        return self._address != 0
+
     def is_cached(self) -> bool:
         return any(cache.exists(self.file_name(cpu)) for cpu in (NATIVE, GENERIC))
 

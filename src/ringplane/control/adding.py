@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ringplane.control.export import Export
+from ringplane.control.limiting import Limiting
 from ringplane.control.listener import Listener
-from ringplane.control.needed_units import units_of_parts
+from ringplane.control.needed_units import units_of_limits, units_of_parts
 from ringplane.control.opening import Parts, listen, open_parts, report_created
 from ringplane.control.operation_errors import WrongState
 from ringplane.control.sandbox import is_confined
@@ -29,16 +30,21 @@ class Adding:
     def __init__(self, threads: Threads, events: Events) -> None:
         self._threads, self._events = threads, events
         self._space = AddressSpace()
+        self._limiting = Limiting()
 
     def make_disk(self, config: DiskConfig, parts: Parts) -> Disk:
         """The device of a disk whose parts are open. Raises ImageError."""
         workers = [self._threads.workers[name] for name in config.io_threads]
         assert config.name is not None
-        return Disk(parts.source, workers, config, parts.layers, self._events.of(config.name))
+        disk = Disk(parts.source, workers, config, parts.layers, self._events.of(config.name))
+        if config.limits:
+            disk.prepare_limits()
+        return disk
 
     def export(self, config: DiskConfig, disk: Disk, listener: Listener) -> Export:
         """What serves it."""
-        return Export(config, disk, listener, self._threads, self._space.quota(), self._events.of(disk.name))
+        emit = self._events.of(disk.name)
+        return Export(config, disk, listener, self._threads, self._space.quota(), self._limiting, emit)
 
     def spread(self, disks: Iterable[DiskConfig]) -> Sequence[str]:
         """The I/O threads of one more disk: all, and first, for queue 0, the one with the fewest such queues."""
@@ -73,7 +79,7 @@ class Adding:
         """
         with contextlib.ExitStack() as undo:
             parts = open_parts(config, undo)
-            warm_up(units_of_parts(parts))
+            warm_up([*units_of_parts(parts), *units_of_limits([config])])
             disk = self.make_disk(config, parts)
             undo.callback(disk.close)
             export = self.export(config, disk, listen(config, parts, undo))

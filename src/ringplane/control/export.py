@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from ringplane.control.counters import Counter, count
 from ringplane.control.front_ends import FrontEnds
+from ringplane.control.limiting import Limiting
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import OperationError, WrongState
 from ringplane.control.operations import Operations, Resized, logging_errors
@@ -24,6 +25,7 @@ from ringplane.guest_memory.address_space import Quota
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.log.logs import DiskLog
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.limit_options import Limits
 from ringplane.session.session import Session
 from ringplane.session.snapshot import SessionSnapshot
 from ringplane.vhost_user import peers
@@ -40,14 +42,23 @@ class Export:
     """A disk served on a socket by threads of this process. Made by `serve` and `serve_all`."""
 
     def __init__(
-        self, config: DiskConfig, disk: Disk, listener: Listener, threads: Threads, quota: Quota, emit: Emit
+        self,
+        config: DiskConfig,
+        disk: Disk,
+        listener: Listener,
+        threads: Threads,
+        quota: Quota,
+        limiting: Limiting,
+        emit: Emit,
     ) -> None:
         self.config = config
+        self._limiting = limiting
+        limiting.add(disk, config.limits)
         self.socket_path = listener.path
         self.threads = threads
         self.disk = disk
         self._logger, self._emit = DiskLog(log, disk.name), emit
-        self.operations = Operations(disk, lambda: self._session, threads.aside, self._logger, emit)
+        self.operations = Operations(disk, lambda: self._session, threads.aside, limiting, self._logger, emit)
         self._listener = listener
         self._quota = quota
         self._front_ends = FrontEnds(listener.sock, self._logger)
@@ -91,6 +102,16 @@ class Export:
         return count(self.disk.queues)
 
     @property
+    def limits(self) -> dict[str, object]:
+        """The limits that hold now, with those of its group, by their names in a configuration file."""
+        return self._limiting.limits_of(self.disk)
+
+    @property
+    def throttled(self) -> float:
+        """Seconds in which requests waited in its rings because of a limit."""
+        return self.disk.member.throttled
+
+    @property
     def paused(self) -> bool:
         """Whether the guest's requests wait in its rings, because of `pause`."""
         return self.disk.paused
@@ -124,6 +145,13 @@ class Export:
     def resize(self, size: int | None = None) -> Resized:
         """Pick up the size of the image; with `size`, make a regular file this long before. Raises OperationError."""
         return self._do(lambda: self.operations.resize(size))
+
+    def change_limits(self, changes: Limits) -> None:
+        """Change these limits, for example `{"total-iops-sec": 20000}`; 0 or None removes one. Raises OperationError.
+
+        When this returns they hold, also for requests that waited because of the previous ones.
+        """
+        self._do(lambda: self.operations.change_limits(changes))
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of a coroutine on the control thread."""
@@ -198,6 +226,7 @@ class Export:
             self._logger.exception("stopped serving because of an internal error; please report it")
         finally:
             self.operations.end()
+            self._limiting.remove(self.disk)
             await self._close_disk()
             self._quota.end()
             self._finished.set()

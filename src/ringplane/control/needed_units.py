@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from ringplane.compiler.units import Unit, known
 from ringplane.control.opening import Parts
+from ringplane.dataplane import limit_gate
 from ringplane.dataplane.request_types import request_types_of, units_of_types
 from ringplane.engines.choose_engine import WORKER_ENGINES, units_of
+from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
 
 
@@ -23,6 +25,11 @@ def units_of_parts(parts: Parts) -> list[Unit]:
         *(unit for layer in parts.layers for unit in layer.units),
         *units_of_types(request_types_of(parts.layers)),
     ]
+
+
+def units_of_limits(disks: Iterable[DiskConfig]) -> list[Unit]:
+    """Those of the limits of these disks."""
+    return [*limit_gate.UNITS] if any(disk.limits for disk in disks) else []
 
 
 def units_of_any_disk() -> list[Unit]:

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ringplane.block.image import ImageError
-from ringplane.control.operation_errors import OperationError, Unavailable, WrongState
+from ringplane.control.limiting import Limiting
+from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
+from ringplane.control.sandbox import is_confined
 from ringplane.control.turns import Turns
+from ringplane.dataplane import limit_gate
+from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
+from ringplane.options.limit_options import Limits, merge_limits
 from ringplane.session.session import Session
 from ringplane.system.notes import in_words
 
@@ -43,12 +48,13 @@ class Operations:
         disk: Disk,
         session: Callable[[], Session | None],
         aside: Aside[Any],
+        limiting: Limiting,
         logger: DiskLog,
         emit: Emit,
     ) -> None:
         """`session`: that of the front end that is attached now, if one is."""
         self._disk, self._session, self._aside = disk, session, aside
-        self._logger, self._emit = logger, emit
+        self._limiting, self._logger, self._emit = limiting, logger, emit
         self._turns = Turns(disk.name)
 
     def end(self) -> None:
@@ -83,6 +89,13 @@ class Operations:
         The front end is notified of a change.
         """
         return await self._take("resize", lambda: self._resize(size))
+
+    async def change_limits(self, changes: Limits) -> dict[str, object]:
+        """Change these limits; 0 or None removes one. Returns all that hold now.
+
+        Requests that wait because of a limit begin at once if the new one allows it.
+        """
+        return await self._take("a change of limits", lambda: self._change_limits(changes))
 
     async def _take(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """Raises OperationError for all that can happen."""
@@ -125,6 +138,29 @@ class Operations:
 
     async def _sync(self) -> None:
         await self._aside(self._disk.sync)
+
+    async def _change_limits(self, changes: Limits) -> dict[str, object]:
+        try:
+            limits = merge_limits(self._limiting.limits_of(self._disk), changes)
+        except ValueError as error:
+            raise WrongValue(str(error), "limits", "docs/limits.md lists the keys") from None
+        await self._aside(self._prepare_limits)
+        await self._limiting.change(self._disk, limits)
+        present = self._limiting.limits_of(self._disk)
+        words = ", ".join(f"{key}={value}" for key, value in present.items())
+        self._logger.info("limits: %s", words or "none")
+        self._emit("limits-changed", limits=present)
+        return present
+
+    def _prepare_limits(self) -> None:
+        if is_confined() and not all(unit.is_loaded for unit in limit_gate.UNITS):
+            raise WrongState(
+                "this process may not load code any more, so its disks cannot be limited",
+                self._disk.name,
+                "start it with a limit for one of its disks, with an API, or with --no-sandbox",
+            )
+        warm_up(limit_gate.UNITS)
+        self._disk.prepare_limits()
 
     async def _resize(self, size: int | None) -> Resized:
         if size is None and (why := self._disk.source.replaced):

@@ -10,7 +10,7 @@ from ringplane.control.adding import Adding
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
 from ringplane.control.interface import Endpoint, Interface
-from ringplane.control.needed_units import units_of_any_disk, units_of_parts, units_of_threads
+from ringplane.control.needed_units import units_of_any_disk, units_of_limits, units_of_parts, units_of_threads
 from ringplane.control.opening import (
     listen,
     listen_for_successors,
@@ -116,7 +116,7 @@ def serve_all(
             opened.append(
                 take_over_parts(config, predecessor, index, undo) if predecessor else open_parts(config, undo, signals)
             )
-        units = units_of_threads(io_threads)
+        units = [*units_of_threads(io_threads), *units_of_limits(disks)]
         for parts in opened:
             units += units_of_parts(parts)
         if interface is not None:

@@ -20,5 +20,6 @@ def written_config(server: Server) -> str:
             # An image may have grown since it was created.
             config, size = export.config, export.disk.size
             config = dataclasses.replace(config, create=size) if config.create is not None else config
+            config = dataclasses.replace(config, limits=export.limits)
             tables.append(table("[[disk]]", config))
     return "\n".join(tables)

@@ -41,6 +41,7 @@ and `pinning` (the memory tables that requests use), `disk_reports` (what the lo
 
 What they use: `ring_rules` (the errors of a driver that break a ring), `request_types` (those that only some disks
 have) with `zone_requests` (those of zoned disks), `failures` and `trace` (what the log gets), `signaller`
-(notifications that never block), `tune` (the choice of a polling policy), `queue` (the Python owners of devices and
-queues). `compile_data_plane` compiles all of it before a start.
+(notifications that never block), `ready` and `limit_gate` (which queues are fetched from, and which ones limits hold),
+`tune` (the choice of a polling policy), `queue` (the Python owners of devices and queues). `compile_data_plane`
+compiles all of it before a start.
 """

@@ -17,7 +17,7 @@ from ringplane.compiler.intrinsics import load_intrinsics
 from ringplane.compiler.jit import load
 from ringplane.compiler.side_by_side import Job
 from ringplane.compiler.units import Unit, known
-from ringplane.dataplane import request_types  # noqa: F401
+from ringplane.dataplane import limit_gate, request_types  # noqa: F401
 from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.worker_state import UNITS

@@ -18,6 +18,8 @@ from ringplane.compiler.units import call
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.answer import answer_all, answer_with, notify_all, publish_all, queue_up
 from ringplane.dataplane.fetch import gather
+from ringplane.dataplane.limit_gate import GATE
+from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.requests import execute
 from ringplane.dataplane.state import (
     ALWAYS,
@@ -119,11 +121,20 @@ def find_timeout(worker, channel, engine):
     if can_fetch(worker) or has_work(channel):
         return 0
     timeout = find_sleep(worker, engine)
-    if timeout == 0 or channel.due_first < 0:
+    if timeout == 0 or (channel.due_first < 0 and not worker.held):
         return timeout
     channel.now = monotonic_ns()
-    due = until_due(channel)
-    return due if timeout < 0 else min(due, timeout)
+    if channel.due_first >= 0:
+        timeout = earlier(timeout, until_due(channel))
+    if worker.held:
+        timeout = earlier(timeout, max(worker.release_at - channel.now, 0))
+    return timeout
+
+
+@compiled
+def earlier(timeout, other):
+    """The shorter one of two timeouts, of which the first may be -1: none."""
+    return other if timeout < 0 else min(timeout, other)
 
 
 @compiled
@@ -262,20 +273,6 @@ def ask_for_kicks(worker):
 
 
 @compiled
-def mark_ready(worker, queue):
-    """Append the queue to the list of queues to fetch from."""
-    if queue.ready:
-        return
-    queue.ready = 1
-    queue.next_ready = 0
-    if worker.ready:
-        view(worker.ready_last, QUEUE).next_ready = address_of(queue)
-    else:
-        worker.ready = address_of(queue)
-    worker.ready_last = address_of(queue)
-
-
-@compiled
 def mark_ready_at(worker_address, queue_address):
     """`mark_ready` for Python."""
     mark_ready(view(worker_address, WORKER), view(queue_address, QUEUE))
@@ -287,6 +284,8 @@ def serve_ready(worker, channel):
 
     When the slots run out, the other queues keep their places: they come first when there are slots again.
     """
+    if worker.held:
+        call(view(worker.held, GATE).release, address_of(worker))
     if not worker.ready:
         return
     worker.now = monotonic_ns()
@@ -317,8 +316,11 @@ def fetch_available(worker, channel, queue):
     keep_quiet(worker, queue)
     if queue.resubmits and not resubmit(worker, channel, queue):
         return queue.running != 0
-    if available(queue) > queue.size:
+    count = available(queue)
+    if count > queue.size:
         break_ring(worker, queue, ring_rules.AVAIL_INDEX, -1)
+        return False
+    if queue.gate and count and not call(view(queue.gate, GATE).admit, address_of(worker), address_of(queue)):
         return False
     for _ in range(queue.turn):
         if not known(queue):
@@ -344,11 +346,15 @@ def keep_quiet(worker, queue):
 
 @compiled
 def fetch_one(worker, channel, queue):
-    """Take one chain and start its request; False when it breaks the ring."""
+    """Take one chain and start its request; False if the ring is broken or held now."""
     request = view(worker.requests + worker.free * REQUEST_SIZE, REQUEST)
     io = io_at(channel, worker.free)
     rule = take_chain(worker, queue, request, io)
-    return begin_request(worker, channel, queue, request, io, rule)
+    if not begin_request(worker, channel, queue, request, io, rule):
+        return False
+    if queue.gate:
+        return call(view(queue.gate, GATE).count, address_of(worker), address_of(queue), address_of(request)) != 0
+    return True
 
 
 @compiled

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ringplane.block.stack import Stack
 from ringplane.dataplane.failures import Failures
+from ringplane.dataplane.limit_gate import Gate
 from ringplane.dataplane.ring_states import RingEvent, RingState, RingStateMachine
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES, RequestTypes
 from ringplane.guest_memory import regions
@@ -17,6 +18,7 @@ from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightRegion
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
+from ringplane.limits.limiter import Limiter, Member
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.native.structs import new
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
@@ -143,6 +145,7 @@ class Queue:
         self.memory = NO_MEMORY
         self.layout: RingLayout | None = None
         self.kick_fd = -1
+        self._gate: Gate | None = None
         self.ring_state = RingStateMachine(self.record)
         self.err_fd = -1
 
@@ -166,6 +169,18 @@ class Queue:
         self.record["counters"] = counters.ctypes.data
         # Last, because other threads read them from now on.
         self.counters = counters
+
+    def make_gate(self, member: Member) -> None:
+        """Load and allocate what limits need; a second call does nothing."""
+        if self._gate is None:
+            self._gate = Gate(self.address, member)
+
+    def limit(self, limiter: Limiter | None) -> None:
+        """Called on the worker's thread, after `make_gate`: these limits hold for what is fetched from now on."""
+        assert self._gate is not None
+        if limiter is not None:
+            self._gate.use(limiter)
+        self.record["gate"] = self._gate.address if limiter is not None else 0
 
     def drop_memory(self) -> None:
         """A ring that is not served keeps no mapping."""

@@ -94,9 +94,10 @@ QUEUE = struct(
     "newest",
     "write_through",  # the driver does not flush, so each request that changes the disk is stable when it completes
     "stack",  # STACK (block/stack.py) of the disk on this worker
+    "gate",  # GATE (limit_gate.py) if the disk has limits, else 0
     "call_fd = -1",
     # Membership in the worker's lists
-    "ready",
+    "ready",  # it is in the list of those to fetch from, or in that of those that are held
     "next_ready",
     "turn",  # how many chains to fetch in the next turn of the loop
     "quiet",  # kicks are off, because the queue was served since the worker last slept
@@ -201,6 +202,8 @@ WORKER = struct(
     "ready",  # list of queues that may have chains to fetch, first in first out: QUEUE, or 0
     "ready_last",
     "quiet",  # list of queues whose kicks are off: QUEUE, or 0
+    "held",  # list of queues that are held because of limits: GATE (limit_gate.py), or 0
+    "release_at",  # nanoseconds, CLOCK_MONOTONIC: when the first of them is to be fetched from again
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
     "unnotified",  # list of queues whose notifications are held back: QUEUE, or 0
     "notify_at",  # nanoseconds, CLOCK_MONOTONIC: when these notifications are due

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable
+from ringplane.limits.limiter import Limiter
 from ringplane.native import interrupt, sigbus
 from ringplane.options.engine_names import AUTO
 from ringplane.options.thread_options import POLL_US
@@ -155,6 +156,10 @@ class Worker:
         """Use another memory table from now on; requests in flight keep the mappings that they use."""
         return self.call(lambda: self.rings.set_memory(queue, memory))
 
+    def limit(self, queues: Sequence[Queue], limiter: Limiter | None) -> Future[None]:
+        """These limits hold for the queues from now on; what waits because of the previous ones asks again at once."""
+        return self.call(lambda: self._limit(queues, limiter))
+
     def set_call_fd(self, queue: Queue, fd: int) -> Future[None]:
         """Notify the driver through `fd` from now on; -1: do not notify. The caller keeps ownership of the fd."""
         return self.call(lambda: queue.record.__setitem__("call_fd", fd))
@@ -218,6 +223,11 @@ class Worker:
         for future in [*(future for future, _ in self._calls), *self.rings.abandon()]:
             if future.set_running_or_notify_cancel():
                 future.set_exception(WorkerEnded(f"{self.name} has ended"))
+
+    def _limit(self, queues: Sequence[Queue], limiter: Limiter | None) -> None:
+        for queue in queues:
+            queue.limit(limiter)
+        self.rings.check_all()
 
     def _signal(self, fd: int) -> None:
         signal(int(self.state.record["signaller"]), fd, self.state.address_of_one)

@@ -7,6 +7,7 @@ import functools
 import logging
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import request_types_of
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
+from ringplane.limits.limiter import Limiter, Member
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import OFF_BY_DEFAULT
@@ -104,6 +106,7 @@ class Disk:
         self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
         for worker in set(self.workers):
             worker.add_disk()
+        self.member = Member()
         self._closed = False
         self._switches = options.features
         check_switches(self._switches, self.limits, self.source, self._impossible)
@@ -156,6 +159,18 @@ class Disk:
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
         self._device.size = size
         return True
+
+    def prepare_limits(self) -> None:
+        """Load what limits need; when the process is confined it cannot."""
+        for queue in self.queues:
+            queue.make_gate(self.member)
+
+    def limit(self, limiter: Limiter | None) -> list[Future[None]]:
+        """Have the I/O threads obey these limits, after `prepare_limits`; the futures are done when they do."""
+        queues: dict[Worker, list[Queue]] = {}
+        for queue, worker in zip(self.queues, self.workers, strict=True):
+            queues.setdefault(worker, []).append(queue)
+        return [worker.limit(some, limiter) for worker, some in queues.items()]
 
     @property
     def flush_failed(self) -> bool:

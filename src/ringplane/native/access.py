@@ -131,6 +131,13 @@ def atomic_or8(llvm: Any, address: Any, bits: Any) -> None:
 
 
 @intrinsic
+def compare_and_swap(llvm: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Atomically store 64 bits if `expected` is there; returns what was there before."""
+    result = llvm.builder.cmpxchg(llvm.pointer(address, 64), expected, value, "seq_cst", "seq_cst")
+    return llvm.builder.extract_value(result, 0)
+
+
+@intrinsic
 def copy(llvm: Any, target: Any, source: Any, size: Any) -> None:
     """memmove(3): `size` bytes from `source` to `target`, which may overlap."""
     llvm.call("memmove", [target, source, size])

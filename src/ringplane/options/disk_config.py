@@ -19,6 +19,7 @@ from ringplane.options.device_options import DeviceOptions
 from ringplane.options.engine_names import AUTO, ENGINES, THREAD_ENGINES
 from ringplane.options.image_options import ImageOptions
 from ringplane.options.kinds import NAMES, PATH, OneOf, Whole
+from ringplane.options.limit_options import LimitOptions
 from ringplane.options.name_options import NameOptions, default_names
 from ringplane.options.socket_options import SocketOptions
 from ringplane.options.thread_options import IoThread, ThreadOptions
@@ -41,7 +42,9 @@ class EngineOptions(Options):
     )
 
 
-class DiskOptions(ZoneOptions, DelayOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions, NameOptions):
+class DiskOptions(
+    ZoneOptions, DelayOptions, LimitOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions, NameOptions
+):
     """All options that a disk has wherever it is described. A group comes before those whose options it needs."""
 
 

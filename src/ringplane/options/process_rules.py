@@ -11,6 +11,7 @@ from pathlib import Path
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import MAX_THREADS, DiskConfig
 from ringplane.options.kinds import shown, suggestion
+from ringplane.options.limit_options import Rates, group_of, rates_of
 from ringplane.options.thread_options import IoThread
 
 
@@ -24,6 +25,8 @@ class ProcessRules:
         self._threads: list[str] = []
         self._names: dict[str, str] = {}
         self._sockets: dict[object, str] = {}
+        # The limits of each group, and who has given them.
+        self._groups: dict[str, tuple[str, Rates]] = {}
         self._images: defaultdict[object, list[tuple[str, DiskConfig]]] = defaultdict(list)
 
     def add_thread(self, thread: IoThread) -> list[WrongOptions]:
@@ -44,6 +47,7 @@ class ProcessRules:
             *self._wrong_threads(disk),
             *self._wrong_socket(place, disk),
             *self._wrong_image(place, disk),
+            *self._wrong_group(place, disk),
         ]
 
     def _wrong_name(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
@@ -79,6 +83,18 @@ class ProcessRules:
                 other=unshared[0],
             )
         same.append((place, disk))
+
+    def _wrong_group(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
+        name, rates = group_of(disk.limits), rates_of(disk.limits)
+        if not name or rates == Rates():
+            return
+        other, shared = self._groups.setdefault(name, (place, rates))
+        if rates != shared:
+            sentence = (
+                "{limits}: the group {name} has other limits at {other}; its disks share one set: give it once, or the "
+                "same for each"
+            )
+            yield WrongOptions(sentence, name=shown(name), other=other)
 
 
 def check_process(disks: Sequence[DiskConfig], io_threads: Iterable[IoThread], *, none: bool = False) -> None:

@@ -1,0 +1,94 @@
+"""The limits of all disks of a process: who shares which ones, and how they are changed while guests run.
+
+A disk that is in no group is a group of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+
+from ringplane.device.disk import Disk
+from ringplane.limits.limiter import Limiter
+from ringplane.options.limit_options import Limits, Rates, group_of, rates_of, weight_of
+
+# The name of a group, or of a disk that is in none.
+Key = tuple[str, str]
+
+
+class Group:
+    """Disks that share limits."""
+
+    def __init__(self) -> None:
+        self.rates = Rates()
+        self.disks: list[Disk] = []
+        self._limiter: Limiter | None = None
+
+    def apply(self) -> list[Future[None]]:
+        """Have all its disks obey the present limits; the futures are done when they do."""
+        limited = any(self.rates.limits())
+        members = [disk.member for disk in self.disks]
+        self._limiter = Limiter(self.rates, members, self._limiter) if limited else None
+        return [done for disk in self.disks for done in disk.limit(self._limiter)]
+
+
+class Limiting:
+    """The groups. Used on the control thread, or before it runs."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Key, Group] = {}
+        self._keys: dict[Disk, Key] = {}
+        self._changing = asyncio.Lock()
+
+    def add(self, disk: Disk, limits: Limits) -> None:
+        """Limit a disk that no front end uses yet, after `prepare_limits`."""
+        if limits:
+            self._join(disk, limits)
+
+    def remove(self, disk: Disk) -> None:
+        """The disk is not served any more: others of its group share what it had."""
+        if disk in self._keys:
+            self._leave(disk)
+
+    async def change(self, disk: Disk, limits: Limits) -> None:
+        """Returns when all I/O threads obey these limits, after `prepare_limits`; raises WorkerEnded.
+
+        The limits of a group are those that were given last, for any of its disks.
+        """
+        async with self._changing:
+            waiting = self._leave(disk) if disk in self._keys and self._keys[disk] != _key(disk, limits) else []
+            waiting += self._join(disk, limits)
+            await asyncio.gather(*map(asyncio.wrap_future, waiting))
+
+    def limits_of(self, disk: Disk) -> dict[str, object]:
+        """All that holds for a disk now, by the names in a configuration file."""
+        if disk not in self._keys:
+            return {}
+        group, name = self._groups[self._keys[disk]], self._keys[disk][0]
+        in_group = {"group-name": name, "weight": disk.member.weight} if name else {}
+        return {**group.rates.keys(), **in_group}
+
+    def _join(self, disk: Disk, limits: Limits) -> list[Future[None]]:
+        key = self._keys[disk] = _key(disk, limits)
+        group = self._groups.setdefault(key, Group())
+        if disk not in group.disks:
+            group.disks.append(disk)
+        disk.member.weight = weight_of(limits)
+        rates = rates_of(limits)
+        # Whoever names only the group leaves its limits as they are.
+        if rates != Rates() or not group_of(limits):
+            group.rates = rates
+        return group.apply()
+
+    def _leave(self, disk: Disk) -> list[Future[None]]:
+        key = self._keys.pop(disk)
+        group = self._groups[key]
+        group.disks.remove(disk)
+        if not group.disks:
+            del self._groups[key]
+        return [*disk.limit(None), *group.apply()]
+
+
+def _key(disk: Disk, limits: Limits) -> Key:
+    group = group_of(limits)
+    return group, "" if group else disk.name

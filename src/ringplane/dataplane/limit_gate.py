@@ -1,0 +1,193 @@
+"""The gate of a queue whose disk has limits (limits/): what may not begin yet is left in the ring.
+
+A queue is held when its disk has no room for another request: it is in the worker's list `held` until a time, with
+kicks off, and takes no slot; the worker sleeps meanwhile, or serves other queues. Whether there is room is known when a
+request was fetched, because its size and type are in it: so each request is counted after it has begun, and the queue
+is held if the limits of its type are exceeded then. After the wait the limits of that type are asked again: other
+queues, on other threads too, use the same ones. So if requests of a type without a limit are behind one that is held,
+they wait too (docs/limits.md).
+
+All of it is units, so a disk without limits compares one field per turn of the loop and one per request.
+"""
+
+from __future__ import annotations
+
+from ringplane.compiler.jit import compiled
+from ringplane.compiler.units import unit
+from ringplane.dataplane.ready import mark_ready
+from ringplane.dataplane.state import NEVER, QUEUE, REQUEST, REQUEST_TYPES, WORKER
+from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.meters import READS, TICKS, WRITES
+from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, may_begin_at, wait_in_group
+from ringplane.native.access import address_of, view
+from ringplane.native.structs import new, struct
+from ringplane.native.syscalls import monotonic_ns
+from ringplane.virtio.blk import (
+    VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_SECURE_ERASE,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+)
+from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND
+from ringplane.virtio.ring import available
+
+# Types of requests that the limits of writes count, one bit each; as in QEMU all that change the disk.
+COUNTED_AS_WRITES = (
+    1 << VIRTIO_BLK_T_OUT
+    | 1 << VIRTIO_BLK_T_DISCARD
+    | 1 << VIRTIO_BLK_T_WRITE_ZEROES
+    | 1 << VIRTIO_BLK_T_SECURE_ERASE
+    | 1 << VIRTIO_BLK_T_ZONE_APPEND
+)
+
+# Of one queue. `admit`, `count` and `release` are the addresses of the units below.
+GATE = struct(
+    "admit",
+    "count",
+    "release",
+    "queue",  # QUEUE
+    "limits",  # LIMITS
+    "member",  # MEMBER
+    "kind",  # of the last request: that of the next one is assumed to be the same
+    "served",  # nanoseconds, CLOCK_MONOTONIC: when the last request began
+    "held_at",  # the same: since when and until when it is held
+    "until",
+    "next",  # in the list of held ones: GATE
+)
+
+# A queue that is held for longer looks again after a second.
+LONGEST_HOLD = 1_000_000_000
+
+
+@unit
+def admit(worker_address, queue_address):
+    """1: a request may be fetched from this queue, which has some. 0: the queue is held."""
+    worker, queue = view(worker_address, WORKER), view(queue_address, QUEUE)
+    gate = view(queue.gate, GATE)
+    until = find_time(worker, gate)
+    if until <= worker.now:
+        return 1
+    wait_in_group(view(gate.member, MEMBER), until * TICKS)
+    hold(worker, queue, gate, until)
+    return 0
+
+
+@unit
+def count(worker_address, queue_address, request_address):
+    """A request has begun. 1: another one may be fetched; 0: the queue is held."""
+    worker, queue, request = view(worker_address, WORKER), view(queue_address, QUEUE), view(request_address, REQUEST)
+    gate = view(queue.gate, GATE)
+    kind = kind_of(request.type)
+    if not kind:
+        return 1
+    gate.kind = kind
+    gate.served = worker.now
+    count_request(view(gate.limits, LIMITS), view(gate.member, MEMBER), kind, request.length, worker.now * TICKS)
+    until = find_time(worker, gate)
+    if until <= worker.now:
+        return 1
+    hold(worker, queue, gate, until)
+    return 0
+
+
+@compiled
+def kind_of(request_type):
+    """What limits count a request of this type, 0: none. Flushes are not counted, as in QEMU."""
+    if request_type == VIRTIO_BLK_T_IN:
+        return READS
+    return WRITES if request_type < REQUEST_TYPES and COUNTED_AS_WRITES >> request_type & 1 else 0
+
+
+@compiled
+def find_time(worker, gate):
+    """The time, in nanoseconds, at which the next request may begin."""
+    limits, member = view(gate.limits, LIMITS), view(gate.member, MEMBER)
+    until = may_begin_at(limits, member, gate.kind, worker.now * TICKS)
+    return (until + TICKS - 1) // TICKS
+
+
+@compiled
+def hold(worker, queue, gate, until):
+    """Put the queue into the list of held ones, in the order in which they were served last.
+
+    Of those with the same limits none is released before one that has waited for longer.
+    """
+    queue.ready = 1
+    gate.held_at = worker.now
+    gate.until = min(until, worker.now + LONGEST_HOLD)
+    before, following = 0, worker.held
+    while following and view(following, GATE).served <= gate.served:
+        older = view(following, GATE)
+        if older.limits == gate.limits:
+            older.until = min(older.until, gate.until)
+        before, following = following, older.next
+    insert(worker, gate, before, following)
+    while following:
+        younger = view(following, GATE)
+        if younger.limits == gate.limits:
+            gate.until = min(gate.until, younger.until)
+        following = younger.next
+    worker.release_at = min(worker.release_at, gate.until)
+
+
+@compiled
+def insert(worker, gate, before, following):
+    """Insert it between two others; 0: an end of the list."""
+    gate.next = following
+    if before:
+        view(before, GATE).next = address_of(gate)
+    else:
+        worker.held = address_of(gate)
+
+
+@unit
+def release(worker_address):
+    """Have the queues fetched from whose time has come."""
+    worker = view(worker_address, WORKER)
+    now = monotonic_ns()
+    if now < worker.release_at:
+        return 0
+    worker.release_at = NEVER
+    following, last = worker.held, 0
+    worker.held = 0
+    while following:
+        gate = view(following, GATE)
+        following = gate.next
+        if gate.until <= now:
+            end_hold(worker, view(gate.queue, QUEUE), gate, now)
+            continue
+        worker.release_at = min(worker.release_at, gate.until)
+        insert(worker, gate, last, 0)
+        last = address_of(gate)
+    return 0
+
+
+@compiled
+def end_hold(worker, queue, gate, now):
+    queue.ready = 0
+    if queue.running:
+        if available(queue):
+            count_throttled(view(gate.member, MEMBER), gate.held_at, now)
+        mark_ready(worker, queue)
+
+
+UNITS = (admit, count, release)
+
+
+class Gate:
+    """The gate of one queue; made before its disk is first limited, because it loads code."""
+
+    def __init__(self, queue_address: int, member: Member) -> None:
+        self._record = new(GATE)
+        self.address = int(self._record.ctypes.data)
+        self._member = member
+        record = self._record[0]
+        record["admit"], record["count"], record["release"] = (each.address() for each in UNITS)
+        record["queue"], record["member"] = queue_address, member.address
+        self._limiter: Limiter | None = None
+
+    def use(self, limiter: Limiter) -> None:
+        """Called on the I/O thread of the queue, after which each queue has to be asked again."""
+        self._record["limits"] = limiter.address
+        self._limiter = limiter

@@ -1,0 +1,118 @@
+"""Leaky buckets. Each is one number that several threads change with atomic operations.
+
+The semantics are those of QEMU's throttling (docs/throttle.txt there), which libvirt's iotune is passed on to. A bucket
+leaks at the rate of its limit, each request fills in its cost, and a request may begin while the bucket is not more
+than full. So its size need not be known before it begins: what it costs too much is a debt, which later requests wait
+for.
+
+A bucket's level changes all the time, but the time at which it will be empty, if nothing is added, does not. That time
+is all that is stored: a bucket that is full for another `room` is one that will be empty in `room`. A request of a
+bucket that leaks 100 units per second makes it 10 ms later. All times are in ticks of CLOCK_MONOTONIC.
+
+A limit with a burst longer than a second has two buckets: one leaks at the rate of the limit and is as large as the
+burst, the other one leaks at the rate of the burst, so that the burst is not faster.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from ringplane.compiler.jit import compiled
+from ringplane.native.access import address_of, compare_and_swap, load64, view
+from ringplane.native.structs import struct
+
+# Per nanosecond. A 64-bit number of ticks is 18 years, and a request of 512 bytes at 5 GB/s costs 1638 of them.
+TICKS = 16
+TICKS_PER_SECOND = TICKS * 1_000_000_000
+
+# What a meter counts.
+READS, WRITES = 1, 2
+
+METER = struct(
+    "kinds",
+    # What a request costs, in ticks: `size` times `cost`, shifted to the right, but at least `least`. Sizes above
+    # `most` count as `most`, because the product must not overflow.
+    "least",
+    "cost",
+    "shift",
+    "most",
+    "room",  # the time in which a full bucket is empty
+    "empty_at",  # when it will be empty; changed by all threads
+)
+METER_SIZE = METER.itemsize
+EMPTY_AT: int = METER.fields["empty_at"][1]  # type: ignore[index]
+
+# The bits of `cost`; the longest request, a discard of 256 ranges of 1 GiB; and the highest cost of a request (52 days)
+# and size of a bucket.
+COST_BITS, LONGEST, MOST_TICKS, MOST_ROOM = 24, 1 << 38, 1 << 56, 1 << 58
+
+# A bucket without a burst, and that for the rate of a burst, hold a tenth of a second: otherwise a thread that is late
+# would lose what it could have done meanwhile.
+SHORT = Fraction(1, 10)
+
+
+@compiled
+def meter_at(meters, index):
+    return view(meters + index * METER_SIZE, METER)
+
+
+@compiled
+def cost_of(meter, size):
+    """The ticks that a request of `size` bytes costs."""
+    return max(meter.least, (min(size, meter.most) * meter.cost) >> meter.shift)
+
+
+@compiled
+def push_back(address, base, ticks):
+    """Make the time at `address`, or `base` if that is later, so much later."""
+    while True:
+        before = load64(address)
+        if compare_and_swap(address, before, max(before, base) + ticks) == before:
+            return
+
+
+@compiled
+def fill_in(meters, count, kind, size, now):
+    """Count a request of this kind in all meters; returns the highest cost in ticks."""
+    highest = 0
+    for index in range(count):
+        meter = meter_at(meters, index)
+        if meter.kinds & kind:
+            cost = cost_of(meter, size)
+            push_back(address_of(meter) + EMPTY_AT, now, cost)
+            highest = max(highest, cost)
+    return highest
+
+
+@compiled
+def full_until(meters, count, kind):
+    """The time from which on a request of this kind may begin; it may be over. 0: no meter counts this kind."""
+    until = 0
+    for index in range(count):
+        meter = meter_at(meters, index)
+        if meter.kinds & kind:
+            until = max(until, load64(address_of(meter) + EMPTY_AT) - meter.room)
+    return until
+
+
+class MeterPlan(NamedTuple):
+    """What a meter is made from: the fields of METER that do not change."""
+
+    kinds: int
+    least: int
+    cost: int
+    shift: int
+    most: int
+    room: int
+
+
+def plan_meter(kinds: int, *, least: Fraction, per_byte: Fraction, room: Fraction) -> MeterPlan:
+    """A request costs `per_byte` seconds for each byte, and at least `least` seconds; the bucket holds `room`."""
+    ticks = per_byte * TICKS_PER_SECOND
+    shift = max(0, COST_BITS - int(ticks).bit_length())
+    cost = round(ticks * (1 << shift))
+    most = min(LONGEST, (MOST_TICKS << shift) // cost) if cost else 0
+    return MeterPlan(
+        kinds, round(least * TICKS_PER_SECOND), cost, shift, most, min(int(room * TICKS_PER_SECOND), MOST_ROOM)
+    )

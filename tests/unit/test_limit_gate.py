@@ -1,0 +1,242 @@
+"""Limits in the loop: what is left in the ring, what is counted, who is served meanwhile, and what ends the wait.
+
+The tests control how full buckets are, not the clock: a bucket of a later time is over its limit until then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.meters import TICKS
+from ringplane.options.limit_options import rates_of
+
+from .packed_ring import PackedRing
+from .rig import (
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    IN,
+    OK,
+    OUT,
+    PATIENCE,
+    Line,
+    RigFactory,
+    Ring,
+    eventually,
+    pattern,
+    rig_factory,
+)
+from .test_ranges import segment
+
+SIZE = 1 << 20
+DISK = pattern(SIZE)
+SECOND, HOUR = 10**9, 3600 * 10**9
+
+
+@pytest.fixture(params=["aio", "io_uring", "memory"])
+def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
+    with rig_factory(tmp_path, DISK, engine=request.param) as factory:
+        yield factory
+
+
+def limiter(*members: Member, later: int = 0, **limits: int) -> Limiter:
+    """Whose buckets are empty in `later` nanoseconds."""
+    keys = {name.replace("_", "-"): value for name, value in limits.items()}
+    return Limiter(rates_of(keys), members, now=time.monotonic_ns() + later)
+
+
+def limit(line: Line, member: Member, limits: Limiter | None) -> None:
+    line.queue.make_gate(member)
+    line.worker.limit([line.queue], limits).result(PATIENCE)
+
+
+def held(line: Line) -> bool:
+    """Whether the queue is held, and nothing of it is in flight."""
+    found: list[bool] = []
+    record = line.queue.record
+    line.worker.call(
+        lambda: found.append(bool(line.worker.state.record["held"]) and record["ready"] and not record["in_flight"])
+    ).result(PATIENCE)
+    return found[0]
+
+
+def hold(line: Line, member: Member, **limits: int) -> None:
+    """Have the next request of this line wait for an hour: the first read passes, because its type is not known."""
+    limit(line, member, limiter(member, later=HOUR, **limits))
+    assert line.do(IN, 0, room=512).status == OK
+
+
+@pytest.mark.parametrize("ring_class", [Ring, PackedRing])
+def test_what_is_over_the_limit_stays_in_the_ring(make_rig: RigFactory, ring_class: type[Any]) -> None:
+    line = make_rig().line().start(ring_class=ring_class)
+    member = Member()
+    hold(line, member, total_iops_sec=10)
+    fetched = line.queue.base
+    line.put(IN, 1, room=512)
+    line.kick()
+    line.turn_is_over()
+    assert eventually(lambda: held(line))
+    assert (line.queue.base, line.queue.in_flight) == (fetched, 0)
+    assert not line.ring.asks_for_kick()
+    limit(line, member, limiter(member, total_iops_sec=10))
+    assert len(line.wait()) == 1
+
+
+def test_a_limit_that_is_removed_ends_the_wait(make_rig: RigFactory) -> None:
+    line = make_rig().line().start()
+    member = Member()
+    hold(line, member, read_bytes_sec=1)
+    pending = line.put(IN, 1, room=512)
+    line.kick()
+    limit(line, member, None)
+    line.wait()
+    assert line.answer(pending).data == DISK[512:1024]
+
+
+def test_others_on_the_thread_are_served_meanwhile(make_rig: RigFactory) -> None:
+    rig = make_rig()
+    limited, free = rig.line().start(), rig.line().start()
+    hold(limited, Member(), total_iops_sec=1)
+    limited.put(IN, 1, room=512)
+    limited.kick()
+    for sector in range(100):
+        assert free.do(IN, sector, room=512).data == DISK[512 * sector :][:512]
+    assert len(limited.ring.pending) == 1
+
+
+def test_a_ring_stops_while_it_is_held(make_rig: RigFactory) -> None:
+    """And resumes with what was left in it."""
+    line = make_rig().line().start()
+    member = Member()
+    hold(line, member, total_iops_sec=1)
+    pending = [line.put(IN, number, room=512) for number in range(5)]
+    line.kick()
+    assert eventually(lambda: held(line))
+    base = line.stop()
+    assert len(line.ring.pending) == 5
+    limit(line, member, None)
+    line.resume(base=base)
+    line.wait()
+    assert [line.answer(each).data for each in pending] == [DISK[512 * n : 512 * n + 512] for n in range(5)]
+
+
+def test_writes_are_not_held_because_of_reads(make_rig: RigFactory) -> None:
+    rig = make_rig()
+    reading, writing = rig.line().start(), rig.line().start()
+    member = Member()
+    limits = limiter(member, later=HOUR, read_iops_sec=1)
+    for line in (reading, writing):
+        limit(line, member, limits)
+    assert reading.do(IN, 0, room=512).status == OK
+    for sector in range(20):
+        assert writing.do(OUT, sector, bytes(512)).status == OK
+    assert eventually(lambda: held(reading))
+
+
+def test_flushes_and_identification_are_not_limited(make_rig: RigFactory) -> None:
+    line = make_rig().line().start()
+    limit(line, (member := Member()), limiter(member, later=HOUR, total_iops_sec=1, total_bytes_sec=1))
+    for _ in range(10):
+        assert line.do(FLUSH).status == OK
+        assert line.do(GET_ID, room=20).status == OK
+
+
+REQUESTS: dict[str, tuple[tuple[Any, ...], int, int]] = {
+    # What is put into the ring; how many bytes and requests are counted, of 4096 bytes each.
+    "read": ((IN, 0, b"", 512), 512, 4096),
+    "large read": ((IN, 0, b"", 6144), 6144, 6144),
+    "write": ((OUT, 0, bytes(8192)), 8192, 8192),
+    "discard": ((DISCARD, 0, segment(0, 64) + segment(128, 8)), 72 * 512, 72 * 512),
+    "flush": ((FLUSH,), 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_what_a_request_costs(make_rig: RigFactory, name: str) -> None:
+    """1.5 requests for 6144 bytes, if 4096 are one."""
+    request, size, counted = REQUESTS[name]
+    line = make_rig().line().start(features=1 << 13)
+    rates = {"total_bytes_sec": 1000, "total_iops_sec": 1000, "size_iops_sec": 4096}
+    bursts = {"total_bytes_sec_max": 10**9, "total_iops_sec_max": 10**9}
+    limits = limiter(member := Member(), later=HOUR, **rates, **bursts)
+    before = limits.meters["empty_at"].copy()
+    limit(line, member, limits)
+    assert line.do(*request).status == OK
+    of_bytes, of_requests = (limits.meters["empty_at"] - before).tolist()
+    assert of_bytes == pytest.approx(size * TICKS * SECOND / 1000, rel=1e-6)
+    assert of_requests == pytest.approx(counted * TICKS * SECOND / 4096 / 1000, rel=1e-6)
+
+
+def test_the_limit_holds(make_rig: RigFactory) -> None:
+    """Without an upper bound: a slow machine may take any time. A tenth of a second passes at once."""
+    line = make_rig().line().start()
+    limit(line, (member := Member()), limiter(member, total_iops_sec=200))
+    start = time.monotonic_ns()
+    for number in range(40):
+        line.put(IN, number, room=512)
+    line.kick()
+    assert len(line.wait()) == 40
+    assert time.monotonic_ns() - start >= (40 - 21) * SECOND // 200
+    assert member.throttled > 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_queues_of_a_disk_take_turns(make_rig: RigFactory, workers: int) -> None:
+    """Those on one thread: the one that was served first of all comes next."""
+    rig = make_rig(workers=workers)
+    lines = [rig.line(number % workers).start() for number in range(3 * workers)]
+    limits = limiter(member := Member(), later=SECOND // 10, total_iops_sec=300)
+    for line in lines:
+        limit(line, member, limits)
+        for number in range(12):
+            line.put(IN, number, room=512)
+    for line in lines:
+        line.kick()
+    done = dict.fromkeys(range(len(lines)), 0)
+
+    def first_is_done() -> bool:
+        for number, line in enumerate(lines):
+            done[number] += len(line.ring.collect())
+        return max(done.values()) == 12
+
+    assert eventually(first_is_done)
+    first = max(done, key=done.__getitem__)
+    assert min(count for number, count in done.items() if number % workers == first % workers) >= 9
+    for line in lines:
+        line.wait()
+
+
+@pytest.mark.parametrize("poll_us", [0, None])
+def test_a_wait_ends_by_itself(make_rig: RigFactory, poll_us: int | None) -> None:
+    """Whether the thread sleeps or polls; the disk that is held is the only one."""
+    line = make_rig(poll_us=poll_us).line().start()
+    limit(line, (member := Member()), limiter(member, later=SECOND // 5, total_iops_sec=100))
+    for number in range(5):
+        assert line.do(IN, number, room=512).data == DISK[512 * number :][:512]
+
+
+def test_a_driver_that_kicks_does_not_end_a_wait(make_rig: RigFactory) -> None:
+    line = make_rig().line().start()
+    hold(line, Member(), total_iops_sec=1)
+    line.put(IN, 1, room=512)
+    for _ in range(100):
+        line.kick()
+    line.turn_is_over()
+    assert eventually(lambda: held(line))
+    assert len(line.ring.pending) == 1
+
+
+def test_a_request_without_data_is_counted(make_rig: RigFactory) -> None:
+    """A driver cannot escape a limit of requests with such that fail."""
+    line = make_rig().line().start()
+    limits = limiter(member := Member(), total_iops_sec=10, total_iops_sec_max=10**6)
+    before = int(limits.meters["empty_at"][0])
+    limit(line, member, limits)
+    assert line.do(IN, SIZE, room=512).status != OK
+    assert int(limits.meters["empty_at"][0]) - before >= TICKS * SECOND // 10

@@ -1,0 +1,320 @@
+"""The leaky buckets against a model in exact numbers, and fair shares, on a clock that the tests drive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringplane.compiler.jit import compiled
+from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.meters import READS, TICKS, WRITES
+from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, may_begin_at
+from ringplane.native.access import view
+from ringplane.options.limit_options import check_limits, rates_of
+
+from .on_structs import on_structs
+
+SECOND = 1_000_000_000
+START = 1000 * SECOND
+MIB = 1 << 20
+
+
+@compiled
+def begin_at(limits, member, kind, now):
+    return may_begin_at(view(limits, LIMITS), view(member, MEMBER), kind, now)
+
+
+@compiled
+def count_at(limits, member, kind, size, now):
+    count_request(view(limits, LIMITS), view(member, MEMBER), kind, size, now)
+
+
+class Bucketful:
+    """A limiter with its disks, and a clock in nanoseconds."""
+
+    def __init__(self, weights: tuple[int, ...] = (1,), **limits: int) -> None:
+        self.limits = {name.replace("_", "-"): value for name, value in limits.items()}
+        check_limits(self.limits)
+        self.members = [Member() for _ in weights]
+        for member, weight in zip(self.members, weights, strict=True):
+            member.weight = weight
+        self.now = START
+        self.limiter = Limiter(rates_of(self.limits), self.members, now=self.now)
+
+    def change(self, **limits: int) -> None:
+        self.limits = {name.replace("_", "-"): value for name, value in limits.items()}
+        self.limiter = Limiter(rates_of(self.limits), self.members, self.limiter, self.now)
+
+    def ready_at(self, kind: int = READS, member: int = 0) -> int:
+        """When the next request of this kind may begin, in nanoseconds."""
+        until = begin_at(self.limiter.address, self.members[member].address, kind, self.now * TICKS)
+        return -(-int(until) // TICKS)
+
+    def begin(self, size: int, kind: int = READS, member: int = 0) -> None:
+        count_at(self.limiter.address, self.members[member].address, kind, size, self.now * TICKS)
+
+    def run(self, seconds: float, size: int, kind: int = READS) -> int:
+        """Begin requests whenever it is allowed; returns how many."""
+        end, done = self.now + int(seconds * SECOND), 0
+        while (ready := self.ready_at(kind)) < end:
+            self.now = max(self.now, ready)
+            self.begin(size, kind)
+            done += 1
+        self.now = end
+        return done
+
+
+@dataclass
+class Model:
+    """A bucket as QEMU's documentation describes it, in exact numbers: two levels that leak."""
+
+    average: int
+    highest: int = 0
+    length: int = 1
+    level: Fraction = Fraction(0)
+    burst: Fraction = Fraction(0)
+    at: int = field(default=START)
+
+    def leak(self, now: int) -> None:
+        passed = Fraction(now - self.at, SECOND)
+        self.level = max(self.level - passed * self.average, Fraction(0))
+        self.burst = max(self.burst - passed * self.highest, Fraction(0))
+        self.at = now
+
+    def wait(self) -> Fraction:
+        """Seconds."""
+        size = Fraction(self.highest * self.length) if self.highest else Fraction(self.average, 10)
+        wait = max(self.level - size, Fraction(0)) / self.average
+        if self.length > 1:
+            wait = max(wait, max(self.burst - Fraction(self.highest, 10), Fraction(0)) / self.highest)
+        return wait
+
+    def fill(self, units: Fraction) -> None:
+        self.level += units
+        if self.length > 1:
+            self.burst += units
+
+
+# Times between requests in nanoseconds, and their sizes.
+STEPS = st.lists(
+    st.tuples(st.integers(0, 2 * SECOND), st.integers(1, 256).map(lambda blocks: 512 * blocks)), min_size=1, max_size=30
+)
+LENGTHS = st.one_of(st.none(), st.tuples(st.integers(1, 100), st.integers(1, 60)))
+
+
+@given(st.integers(1, 10**6), LENGTHS, st.sampled_from([0, 4096, 65536]), STEPS)
+def test_requests_per_second_are_those_of_the_model(
+    average: int, burst: tuple[int, int] | None, unit: int, steps: list[tuple[int, int]]
+) -> None:
+    """The error is a tick per request, of which 100 need a wait."""
+    factor, length = burst or (0, 1)
+    highest = average * factor
+    more = {"total_iops_sec_max": highest, "total_iops_sec_max_length": length} if burst else {}
+    bucket = Bucketful(total_iops_sec=average, size_iops_sec=unit, **more)
+    model = Model(average, highest, length)
+    for pause, size in steps:
+        bucket.now += pause
+        model.leak(bucket.now)
+        assert max(bucket.ready_at() - bucket.now, 0) == pytest.approx(float(model.wait()) * SECOND, rel=1e-5, abs=100)
+        bucket.begin(size)
+        model.fill(max(Fraction(size, unit), Fraction(1)) if unit else Fraction(1))
+
+
+@given(st.integers(1, 10**10), LENGTHS, STEPS)
+def test_bytes_per_second_are_those_of_the_model(
+    average: int, burst: tuple[int, int] | None, steps: list[tuple[int, int]]
+) -> None:
+    factor, length = burst or (0, 1)
+    more = {"read_bytes_sec_max": average * factor, "read_bytes_sec_max_length": length} if burst else {}
+    bucket = Bucketful(read_bytes_sec=average, **more)
+    model = Model(average, average * factor, length)
+    for pause, size in steps:
+        bucket.now += pause
+        model.leak(bucket.now)
+        assert max(bucket.ready_at() - bucket.now, 0) == pytest.approx(float(model.wait()) * SECOND, rel=1e-5, abs=100)
+        bucket.begin(size)
+        model.fill(Fraction(size))
+
+
+@pytest.mark.parametrize("iops", [100, 20_000, 333_333, 1_000_000])
+def test_the_rate_of_requests_is_exact(iops: int) -> None:
+    """Over as long as 5000 requests take, after the bucket is full."""
+    bucket = Bucketful(total_iops_sec=iops, size_iops_sec=4096)
+    bucket.begin(4096 * iops // 10)
+    assert bucket.run(5000 / iops, 4096) == pytest.approx(5000, rel=1e-4, abs=1)
+
+
+@pytest.mark.parametrize("size", [512, 4096, MIB])
+@pytest.mark.parametrize("rate", [1_000_000, 123_456_789, 5_000_000_000])
+def test_the_rate_of_bytes_is_exact(rate: int, size: int) -> None:
+    """Over as long as 2000 requests take."""
+    bucket = Bucketful(total_bytes_sec=rate)
+    bucket.begin(rate // 10)
+    seconds = 2000 * size / rate
+    assert bucket.run(seconds, size) == pytest.approx(2000, rel=1e-3)
+
+
+def test_a_burst_lasts_as_long_as_its_length_at_its_rate() -> None:
+    """The documentation's example, with a tenth of the rates: 10, then 200 for 60 seconds and 3 more."""
+    bucket = Bucketful(total_iops_sec=10, total_iops_sec_max=200, total_iops_sec_max_length=60)
+    assert bucket.run(60, 4096) == pytest.approx(200 * 60, rel=0.01)
+    assert bucket.run(3, 4096) == pytest.approx(200 * 3, rel=0.1)
+    bucket.run(1, 4096)
+    assert bucket.run(100, 4096) == pytest.approx(1000, rel=0.01)
+
+
+def test_reads_do_not_use_up_the_limit_of_writes() -> None:
+    bucket = Bucketful(read_iops_sec=10, write_iops_sec=20)
+    bucket.run(1, 4096, READS)
+    assert bucket.ready_at(WRITES) <= bucket.now
+    assert bucket.run(10, 4096, READS) == pytest.approx(100, abs=1)
+    bucket.run(1, 4096, WRITES)
+    assert bucket.run(10, 4096, WRITES) == pytest.approx(200, abs=1)
+
+
+def test_all_limits_hold_together() -> None:
+    bucket = Bucketful(total_iops_sec=1000, read_bytes_sec=MIB)
+    bucket.run(1, 4096)
+    assert bucket.run(10, 4096) == pytest.approx(10 * MIB / 4096, abs=1)
+    bucket.run(1, 512)
+    assert bucket.run(10, 512) == pytest.approx(10_000, abs=1)
+
+
+def test_a_request_that_is_larger_than_the_limit_is_a_debt() -> None:
+    bucket = Bucketful(total_bytes_sec=MIB)
+    bucket.begin(10 * MIB)
+    assert bucket.ready_at() - bucket.now == pytest.approx(9.9 * SECOND, rel=1e-6)
+
+
+def test_the_largest_request_at_the_lowest_limit_does_not_overflow() -> None:
+    bucket = Bucketful(total_bytes_sec=1)
+    for _ in range(64):
+        bucket.begin(1 << 38, WRITES)
+    assert bucket.ready_at(WRITES) > bucket.now + 64 * 50 * 24 * 3600 * SECOND
+
+
+def test_what_nothing_limits_may_begin_at_once() -> None:
+    assert Bucketful().ready_at() == 0
+    assert Bucketful(read_iops_sec=1).ready_at(WRITES) == 0
+
+
+def test_a_change_keeps_how_full_a_bucket_is() -> None:
+    """So many changes are not as many bursts."""
+    bucket = Bucketful(total_iops_sec=1000)
+    bucket.run(1, 4096)
+    for _ in range(10):
+        bucket.change(total_iops_sec=1000)
+        assert bucket.run(0.1, 4096) == pytest.approx(100, abs=1)
+
+
+def test_a_change_forgives_debts() -> None:
+    bucket = Bucketful(total_bytes_sec=MIB)
+    bucket.begin(100 * MIB)
+    bucket.change(total_bytes_sec=MIB)
+    assert bucket.ready_at() <= bucket.now
+
+
+def test_a_new_limit_begins_empty() -> None:
+    bucket = Bucketful(total_iops_sec=10)
+    bucket.run(10, 4096)
+    bucket.change(total_bytes_sec=MIB)
+    assert bucket.ready_at() < bucket.now
+
+
+class Contest:
+    """Disks of a group, on threads that wake up after a delay of their own: the first one is always the luckiest."""
+
+    def __init__(self, weights: tuple[int, ...], delays: tuple[int, ...], **limits: int) -> None:
+        """`delays` in nanoseconds."""
+        self.bucket = Bucketful(weights, **limits)
+        self.delays = delays
+        self.wakes = [START] * len(weights)
+        self.done = [0] * len(weights)
+
+    def run(self, seconds: float, size: int = 4096, active: range | None = None) -> None:
+        end = self.bucket.now + int(seconds * SECOND)
+        active = range(len(self.wakes)) if active is None else active
+        for number in active:
+            self.wakes[number] = max(self.wakes[number], self.bucket.now)
+        while (number := min(active, key=self.wakes.__getitem__)) is not None and self.wakes[number] < end:
+            self.bucket.now = self.wakes[number]
+            self.turn(number, size)
+        self.bucket.now = end
+
+    def turn(self, number: int, size: int) -> None:
+        """A disk begins all that it may, and then waits as dataplane/limit_gate.py does."""
+        bucket = self.bucket
+        for _ in range(64):
+            ready = bucket.ready_at(member=number)
+            if ready > bucket.now:
+                bucket.members[number]._record["waits_until"] = (ready + 100_000_000) * TICKS
+                self.wakes[number] = ready + self.delays[number]
+                return
+            bucket.begin(size, member=number)
+            self.done[number] += 1
+        self.wakes[number] = bucket.now + 10_000
+
+
+@pytest.mark.parametrize("iops", [200, 20_000])
+@pytest.mark.parametrize("weights", [(1, 1), (1, 2, 4), (1,) * 8])
+def test_shares_are_as_the_weights_whoever_is_first(weights: tuple[int, ...], iops: int) -> None:
+    delays = tuple(1_000 + 50_000 * number for number in range(len(weights)))
+    contest = Contest(weights, delays, total_iops_sec=iops)
+    contest.run(1)
+    contest.done = [0] * len(weights)
+    seconds = max(2.0, 3000 / iops)
+    contest.run(seconds)
+    assert sum(contest.done) == pytest.approx(iops * seconds, rel=0.02)
+    for done, weight in zip(contest.done, weights, strict=True):
+        share = sum(contest.done) * weight / sum(weights)
+        assert done == pytest.approx(share, rel=0.02, abs=0.002 * iops / sum(weights) * weight + 1)
+
+
+def test_a_share_that_is_not_used_is_used_by_others() -> None:
+    contest = Contest((1, 1), (1_000, 1_000), total_iops_sec=1000)
+    contest.run(1)
+    before = contest.done[0]
+    contest.run(5, active=range(1))
+    assert contest.done[0] - before == pytest.approx(5000, rel=0.03)
+
+
+def test_who_returns_has_not_saved_up_what_he_did_not_use() -> None:
+    contest = Contest((1, 1), (1_000, 1_000), total_iops_sec=1000)
+    contest.run(5, active=range(1))
+    before = list(contest.done)
+    contest.run(5)
+    assert contest.done[0] - before[0] == pytest.approx(2500, rel=0.03)
+    assert contest.done[1] - before[1] == pytest.approx(2500, rel=0.03)
+
+
+def test_large_requests_of_one_disk_do_not_take_the_share_of_another() -> None:
+    """Of a limit of bytes: each has half of them, not half of the requests."""
+    contest, sizes = Contest((1, 1), (1_000, 1_000), total_bytes_sec=100 * MIB), (4096, MIB)
+
+    def run(turns: int) -> list[int]:
+        before = list(contest.done)
+        for _ in range(turns):
+            number = 0 if contest.wakes[0] <= contest.wakes[1] else 1
+            contest.bucket.now = max(contest.bucket.now, contest.wakes[number])
+            contest.turn(number, sizes[number])
+        return [(now - then) * size for now, then, size in zip(contest.done, before, sizes, strict=True)]
+
+    run(5_000)
+    small, large = run(60_000)
+    assert small == pytest.approx(large, rel=0.03, abs=2 * MIB)
+
+
+@given(st.lists(st.integers(0, 1000)), st.lists(st.integers(0, 1000)))
+def test_the_time_of_several_queues_is_counted_once(starts: list[int], lengths: list[int]) -> None:
+    """Where no wait lies within another one; otherwise some of it may be missing."""
+    member, covered, end = Member(), np.zeros(2001, bool), 0
+    for start, length in zip(sorted(starts), lengths, strict=False):
+        end = max(end, start + length)
+        on_structs(count_throttled)(member._record[0], START + start, START + end)
+        covered[start:end] = True
+    assert round(member.throttled * 1e9) == covered.sum()
