@@ -76,6 +76,11 @@ class Api:
         assert answer.status == status, answer.data
         return answer.json
 
+    def patch(self, path: str, body: object) -> Any:
+        answer = self.request("PATCH", path, body)
+        assert answer.status == 200, answer.data
+        return answer.json
+
     def delete(self, path: str) -> None:
         answer = self.request("DELETE", path)
         assert (answer.status, answer.data) == (204, b""), answer.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import stat
@@ -34,6 +35,7 @@ from ringplane.options.thread_options import IoThread
 from .api_client import Api, UnixConnection
 from .rig import eventually
 
+MIB = 1 << 20
 SIZE = 4 << 20
 MEMORY_SIZE = 16 << 20
 SOON = 60.0
@@ -197,6 +199,52 @@ def test_sizes_that_are_not_right(served: Served, added: str) -> None:
     ):
         answer = served.api.request("POST", "/v1/disks/a/resize", body)
         assert (answer.status, answer.error["where"]) == (status, where), answer.data
+
+
+def test_limits(served: Served, added: str) -> None:
+    api, stream = served.api, served.api.events()
+    assert (api.disk("a")["limits"], api.disk("a")["throttled_seconds"]) == ({}, 0)
+    shown = api.patch("/v1/disks/a", {"limits": {"total-iops-sec": 1, "read-bytes-sec": "1M"}})
+    assert shown["limits"] == {"total-iops-sec": 1, "read-bytes-sec": MIB}
+    with served.attach("a") as driver, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: [driver.read(0, 512) for _ in range(100)])
+        assert eventually(lambda: api.disk("a")["throttled_seconds"] > 0)
+        changed = {"total-iops-sec": 100_000, "total-iops-sec-max": 200_000, "read-bytes-sec": None}
+        api.patch("/v1/disks/a", {"limits": changed})
+        assert len(reading.result(SOON)) == 100
+    present = {"total-iops-sec": 100_000, "total-iops-sec-max": 200_000}
+    assert api.disk("a")["limits"] == present
+    assert (
+        "limits = { total-iops-sec = 100000, total-iops-sec-max = 200000 }"
+        in api.request("GET", "/v1/config").data.decode()
+    )
+    changes = [data["fields"]["limits"] for _, kind, data in itertools.islice(stream, 4) if kind == "limits-changed"]
+    assert changes[-1] == present
+    assert api.patch("/v1/disks/a", {"limits": {"total-iops-sec": 0}})["limits"] == {}
+
+
+def test_a_disk_that_is_added_with_limits(served: Served) -> None:
+    body = described(served.folder, "l", limits={"total-iops-sec": 5, "group-name": "g", "weight": 2})
+    assert served.api.post("/v1/disks", body, status=201)["limits"] == body["limits"]
+    served.api.delete("/v1/disks/l")
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ({"limits": {"total-iops": 5}}, 'unknown key "total-iops"; did you mean "total-iops-sec"?'),
+        ({"limits": {"total-iops-sec": 5, "read-iops-sec": 5}}, "total-iops-sec and read-iops-sec exclude each other"),
+        ({"limits": {"total-iops-sec": -5}}, "total-iops-sec: -5 is not a whole number"),
+        ({"limits": {"total-iops-sec": [5]}}, "Expected `int | str | null`, got `array`"),
+        ({"limit": {}}, "Object"),
+        ({}, "Object missing required field `limits`"),
+    ],
+)
+def test_limits_that_are_not_right(served: Served, body: object, what: str) -> None:
+    answer = served.api.request("PATCH", "/v1/disks/first", body)
+    assert answer.status == 400
+    assert answer.error["what"].startswith(what)
+    assert served.api.disk("first")["limits"] == {}
 
 
 def test_paths_and_methods_that_do_not_exist(served: Served) -> None:

@@ -47,6 +47,12 @@ async def add_disk(call: Call) -> schemas.Disk:
     return described(await call.operate(lambda: call.server.add(disk)))
 
 
+async def change_disk(call: Call) -> schemas.Disk:
+    export, change = call.export, await call.body(schemas.Change)
+    await call.operate(lambda: export.operations.change_limits(change.limits))
+    return described(export)
+
+
 async def remove_disk(call: Call) -> None:
     name, detach = call.export.name, call.flag("detach")
     await call.operate(lambda: call.server.remove(name, detach=detach))
@@ -127,6 +133,8 @@ def described(export: Export) -> schemas.Disk:
         queues=len(disk.queues),
         io_threads=list(export.config.io_threads),
         in_flight=export.in_flight,
+        limits=export.limits,
+        throttled_seconds=export.throttled,
         flush_failed=disk.flush_failed,
         counters={
             kind: schemas.Counter(counter.requests, counter.errors, counter.bytes)

@@ -86,6 +86,12 @@ DISK_METRICS = (
         "Time that all requests took; its rate is the mean number of requests in flight.",
         lambda disk: sum(map(disk.seconds, KINDS)),
     ),
+    _disk(
+        "counter",
+        "throttled_seconds_total",
+        "Time in which requests waited in the rings because of a limit (docs/limits.md).",
+        lambda disk: disk.export.throttled,
+    ),
     _disk("gauge", "capacity_bytes", "The size that the guest sees.", lambda disk: disk.export.disk.size),
     _disk("gauge", "attached", "1 while a front end is attached.", lambda disk: disk.export.state == "attached"),
     _disk("gauge", "paused", "1 while requests are left in the rings (docs/api.md).", lambda disk: disk.export.paused),

@@ -50,6 +50,10 @@ ROUTES = (
     ),
     Route("GET", "/v1/disks/{name}", actions.show_disk, "Show a disk.", schemas.Disk, errors=DISK),
     Route(
+        "PATCH", "/v1/disks/{name}", actions.change_disk, "Change limits. Answers when they hold.", schemas.Disk,
+        body=schemas.Change, body_required=True, errors=CHANGE,
+    ),
+    Route(
         "DELETE", "/v1/disks/{name}", actions.remove_disk, "Remove a disk; its image is left as it is.", None,
         flags={"detach": "Detach the front end that is attached; without it such a disk is not removed."},
         errors=(400, 404, 409, 503), status=204,

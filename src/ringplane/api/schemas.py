@@ -64,6 +64,11 @@ class Disk(Struct):
     queues: Annotated[int, Meta(description="Virtqueues that a front end can use.")]
     io_threads: Annotated[list[str], Meta(description="The I/O threads of queue 0, queue 1, ..., repeated.")]
     in_flight: Annotated[int, Meta(description="Requests that were fetched and not completed yet.")]
+    limits: Annotated[
+        dict[str, int | str],
+        Meta(description="The limits that hold now, with those of its group, by the keys of docs/limits.md."),
+    ]
+    throttled_seconds: Annotated[float, Meta(description="Time in which requests waited because of a limit.")]
     flush_failed: Annotated[bool, Meta(description="Whether a flush has failed, so that all later ones fail.")]
     counters: Annotated[dict[str, Counter], Meta(description="By kind of request: read, write, flush, ...")]
     rings: list[Ring]
@@ -91,6 +96,15 @@ class IoThreads(Struct):
     """All I/O threads of the process; they are chosen when it starts."""
 
     io_threads: list[IoThreadState]
+
+
+class Change(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
+    """What is to be changed of a disk."""
+
+    limits: Annotated[
+        dict[str, int | str | None],
+        Meta(description="The limits to change, by the keys of docs/limits.md; 0 or null removes one."),
+    ]
 
 
 class Resize(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]

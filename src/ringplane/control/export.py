@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from ringplane.control.counters import Counter, count
 from ringplane.control.front_ends import FrontEnds
-from ringplane.control.limiting import Limiting
+from ringplane.control.limiting import Limiting, Present
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import OperationError, WrongState
 from ringplane.control.operations import Operations, Resized, logging_errors
@@ -102,7 +102,7 @@ class Export:
         return count(self.disk.queues)
 
     @property
-    def limits(self) -> dict[str, object]:
+    def limits(self) -> Present:
         """The limits that hold now, with those of its group, by their names in a configuration file."""
         return self._limiting.limits_of(self.disk)
 

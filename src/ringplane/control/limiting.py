@@ -12,6 +12,9 @@ from ringplane.device.disk import Disk
 from ringplane.limits.limiter import Limiter
 from ringplane.options.limit_options import Limits, Rates, group_of, rates_of, weight_of
 
+# By their names in a configuration file.
+Present = dict[str, int | str]
+
 # The name of a group, or of a disk that is in none.
 Key = tuple[str, str]
 
@@ -60,12 +63,12 @@ class Limiting:
             waiting += self._join(disk, limits)
             await asyncio.gather(*map(asyncio.wrap_future, waiting))
 
-    def limits_of(self, disk: Disk) -> dict[str, object]:
-        """All that holds for a disk now, by the names in a configuration file."""
+    def limits_of(self, disk: Disk) -> Present:
+        """All that holds for a disk now."""
         if disk not in self._keys:
             return {}
         group, name = self._groups[self._keys[disk]], self._keys[disk][0]
-        in_group = {"group-name": name, "weight": disk.member.weight} if name else {}
+        in_group: Present = {"group-name": name, "weight": disk.member.weight} if name else {}
         return {**group.rates.keys(), **in_group}
 
     def _join(self, disk: Disk, limits: Limits) -> list[Future[None]]:

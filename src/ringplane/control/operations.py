@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ringplane.block.image import ImageError
-from ringplane.control.limiting import Limiting
+from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.sandbox import is_confined
 from ringplane.control.turns import Turns
@@ -90,7 +90,7 @@ class Operations:
         """
         return await self._take("resize", lambda: self._resize(size))
 
-    async def change_limits(self, changes: Limits) -> dict[str, object]:
+    async def change_limits(self, changes: Limits) -> Present:
         """Change these limits; 0 or None removes one. Returns all that hold now.
 
         Requests that wait because of a limit begin at once if the new one allows it.
@@ -139,7 +139,7 @@ class Operations:
     async def _sync(self) -> None:
         await self._aside(self._disk.sync)
 
-    async def _change_limits(self, changes: Limits) -> dict[str, object]:
+    async def _change_limits(self, changes: Limits) -> Present:
         try:
             limits = merge_limits(self._limiting.limits_of(self._disk), changes)
         except ValueError as error:
