@@ -33,13 +33,13 @@ from ringplane.metrics.histogram import POWERS
 # of a first start, but beside it. The longest comes first. The fields of WORKER have the same names.
 UNITS: tuple[Unit, ...] = (
     take_packed,
+    end_sample,
     publish_tracked,
     begin_other,
     record_buffers,
     mark_request,
     mark_ring,
     record_failure,
-    end_sample,
 )
 
 
