@@ -68,7 +68,7 @@ def gather(queue, request, io):
 def take_packed(queue_address, request_address, io_address):
     """Take the next chain of a packed ring; while there are some to resubmit, the chain at `request.entry` again.
 
-    A unit, because few drivers use packed rings: two calls per chain (see `use`) cost them 4 ns.
+    A unit, because few drivers use packed rings: it costs them a call by address per chain.
     """
     queue, request = view(queue_address, QUEUE), view(request_address, REQUEST)
     io = view(io_address, BLOCK_IO)
