@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import stat
 import subprocess
@@ -120,8 +121,67 @@ def test_a_confined_process_says_why_it_adds_no_disk(serve: Serve, tmp_path: Pat
     body = {"image": str(tmp_path / "a.img"), "socket-path": str(tmp_path / "a.sock"), "create": "4M"}
     answer = served.api.request("POST", "/v1/disks", body)
     assert (answer.status, answer.error["where"]) == (409, "image")
-    assert "--no-sandbox" in answer.error["right"]
+    assert "--allow-folder" in answer.error["right"]
     assert "stopped by SIGTERM: no disk" in served.end()
+
+
+@needs_all
+def test_disks_are_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
+    """With a filter that ends the process at any call that is not allowed."""
+    served = serve("--api-socket", "api.sock", "--io-threads", "2", "--allow-folder", ".", strict=True)
+    body = {"image": str(tmp_path / "a.img"), "socket-path": str(tmp_path / "a.sock"), "create": "4M"}
+    for buffered in (False, True):
+        added = served.api.post("/v1/disks", body | {"direct": not buffered, "num-queues": 2}, status=201)
+        assert (added["name"], added["size"], added["state"]) == ("a", 4 << 20, "listening")
+        operate(served)
+        served.api.delete("/v1/disks/a")
+        assert not (tmp_path / "a.sock").exists()
+        (tmp_path / "a.img").unlink()
+    assert "Traceback" not in served.end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors"]
+
+
+@needs_all
+def test_disks_that_cannot_be_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
+    allowed, elsewhere = tmp_path / "allowed", tmp_path / "elsewhere"
+    for folder in (allowed, elsewhere):
+        folder.mkdir()
+        (folder / "image").write_bytes(bytes(1 << 20))
+    (allowed / "link").symlink_to(elsewhere / "image")
+    (allowed / "used.sock").touch()
+    served = serve("--api-socket", "api.sock", "--allow-folder", "allowed", strict=True)
+    for image, socket, more, words in (
+        ("elsewhere/image", "allowed/s", {}, "it is not below a folder of --allow-folder"),
+        ("allowed/../elsewhere/image", "allowed/s", {}, "it is not below a folder of --allow-folder"),
+        ("allowed/link", "allowed/s", {}, "there is a symbolic link in its path"),
+        ("allowed/none", "allowed/s", {}, "no such file"),
+        ("allowed/image", "elsewhere/s", {}, "it is not below a folder of --allow-folder"),
+        ("allowed/image", "allowed/used.sock", {}, "exists already"),
+        ("allowed/image", "allowed/s", {"zoned": "64K"}, "no zoned disk can be added"),
+        ("allowed/new", "elsewhere/s", {"create": "1M"}, "it is not below a folder of --allow-folder"),
+    ):
+        body = {"image": str(tmp_path / image), "socket-path": str(tmp_path / socket), **more}
+        answer = served.api.request("POST", "/v1/disks", body)
+        assert answer.status == 409, answer.data
+        assert words in answer.error["what"]
+    assert sorted(path.name for path in allowed.iterdir()) == ["image", "link", "used.sock"]
+    served.end()
+
+
+@needs_all
+def test_the_end_of_the_process_that_opens_files(serve: Serve, tmp_path: Path) -> None:
+    """Disks are served as before, one line is logged, and the API says why no disk can be added."""
+    served = serve(*DISK, "--api-socket", "api.sock", "--allow-folder", ".", strict=True)
+    (child,) = (
+        int(pid) for pid in Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+    )
+    os.kill(child, signal.SIGKILL)
+    assert eventually(lambda: "the process that opens files has ended" in served.errors.read_text())
+    body = {"image": str(tmp_path / "b.img"), "socket-path": str(tmp_path / "b.sock"), "create": "4M"}
+    answer = served.api.request("POST", "/v1/disks", body)
+    assert (answer.status, "restart ringplane" in answer.error["what"]) == (503, True)
+    operate(served)
+    assert served.end().count("the process that opens files has ended") == 1
 
 
 def test_disks_are_added_without_a_sandbox(serve: Serve, tmp_path: Path) -> None:
@@ -155,6 +215,8 @@ def test_a_file_with_an_api(serve: Serve, tmp_path: Path) -> None:
         (["--api-socket", "x", "--serial", "S"], "--serial needs --blk-file"),
         (["--api-socket", "x", "--cpus", "0", "--cpus", "0", "--io-threads", "3"], "--cpus is given 2 times"),
         ([], "or --api-socket PATH to add disks later"),
+        (["--allow-folder", "."], "--allow-folder is for the socket of --api-socket"),
+        (["--api-socket", "x", "--allow-folder", "none"], "none: files cannot be opened below this folder"),
     ],
 )
 def test_options_that_do_not_fit(arguments: list[str], words: str) -> None:

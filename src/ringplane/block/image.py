@@ -22,8 +22,9 @@ from ringplane.block.formats import find_format
 from ringplane.block.image_lock import lock
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ringplane.native.fs import BLKGETSIZE64, BLKROGET
+from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.options.image_options import BLOCK_SIZES, LOCK_OFF, LOCK_ON, ImageOptions
-from ringplane.system import libc, procfs
+from ringplane.system import libc
 from ringplane.system.fd import Fd
 from ringplane.system.signals import NONE, Signals
 
@@ -55,19 +56,16 @@ class Alignment:
 UNALIGNED = Alignment(1, 1)
 
 
-def create(path: Path, size: int) -> None:
+def create(path: Path, size: int, opener: Opener = LOCAL) -> None:
     """Create a sparse image of `size` bytes; raises ImageError if the path exists. A failure leaves no file behind."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        opener.create(path, size)
+    except OverflowError as error:
+        raise _not_so_long(path, size, error) from None
     except OSError as error:
+        if error.errno in (errno.EFBIG, errno.EINVAL):
+            raise _not_so_long(path, size, error) from None
         raise _cannot_be_created(path, error) from None
-    try:
-        _set_size(fd, path, size)
-    except ImageError:
-        os.unlink(path)
-        raise
-    finally:
-        os.close(fd)
 
 
 def create_nameless(path: Path, size: int, *, direct: bool) -> int | None:
@@ -109,31 +107,35 @@ def _set_size(fd: int, path: Path, size: int) -> None:
     try:
         os.ftruncate(fd, size)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or "no file can be that long"
-        raise ImageError(f"{path}: cannot be made {size} bytes long: {why}") from None
+        raise _not_so_long(path, size, error) from None
 
 
-def open_or_create(path: Path, options: ImageOptions, signals: Signals = NONE) -> Image:
+def _not_so_long(path: Path, size: int, error: Exception) -> ImageError:
+    why = getattr(error, "strerror", None) or "no file can be that long"
+    return ImageError(f"{path}: cannot be made {size} bytes long: {why}")
+
+
+def open_or_create(path: Path, options: ImageOptions, signals: Signals = NONE, opener: Opener = LOCAL) -> Image:
     """Open an image, or create it if it is missing and the options say so: a service says so at each start.
 
     Raises ImageError, Interrupted; no new file is left behind.
     """
     if options.create is None or path.exists():
-        return Image(path, options, signals=signals)
-    create(path, options.create)
+        return Image(path, options, signals=signals, opener=opener)
+    create(path, options.create, opener)
     try:
-        image = Image(path, options, signals=signals)
+        image = Image(path, options, signals=signals, opener=opener)
     except BaseException:
-        _remove(path)
+        _remove(path, opener)
         raise
     image.created = True
     return image
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, opener: Opener) -> None:
     """A process that has given up the right to do so leaves it, and reports the first error."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+    with contextlib.suppress(OSError, OpenerEnded):
+        opener.unlink(path)
 
 
 def take_over(path: Path, options: ImageOptions, fd: Fd, size: int) -> Image:
@@ -174,8 +176,9 @@ class Image:
         fd: int | None = None,
         rehearsal: bool = False,
         signals: Signals = NONE,
+        opener: Opener = LOCAL,
     ) -> None:
-        """Open and lock; raises ImageError and, while it waits for locks of others, Interrupted.
+        """Open and lock; raises ImageError, OpenerEnded and, while it waits for locks of others, Interrupted.
 
         A `rehearsal` raises the same errors, but opens it for reading only.
 
@@ -185,9 +188,9 @@ class Image:
         self.path = path
         self.read_only = options.read_only
         self.created = False
-        self._options = options
+        self._options, self._opener = options, opener
         if fd is None:
-            self.fd, self.direct = _open(path, self.read_only or rehearsal, options.direct)
+            self.fd, self.direct = _open(path, self.read_only or rehearsal, options.direct, opener)
         else:
             self.fd, self.direct = fd, bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         self._others: list[int] = []
@@ -228,11 +231,8 @@ class Image:
 
         Raises ImageError.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if self.direct else 0)
         try:
-            # Its path, which may be another file's by now, is used only without /proc.
-            named = procfs.open_file(self.fd)
-            self._others.append(os.open(named if named.exists() else self.path, flags))
+            self._others.append(self._opener.open_again(self.fd, self.path, direct=self.direct))
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be opened again for another thread: {error.strerror}") from None
         if not os.path.sameopenfile(self._others[-1], self.fd):
@@ -279,7 +279,7 @@ class Image:
     def unlink(self) -> None:
         """Remove the file if `open_or_create` has created it."""
         if self.created:
-            _remove(self.path)
+            _remove(self.path, self._opener)
 
     def grow(self, size: int) -> None:
         """Make a regular file this long; `refresh_size` picks it up. Raises ImageError, also if it is longer now."""
@@ -307,15 +307,13 @@ class Image:
             self.fd = -1
 
 
-def _open(path: Path, read_only: bool, direct: bool) -> tuple[int, bool]:
-    # Non-blocking, so that a FIFO is rejected instead of waited for; files and block devices ignore the flag.
-    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+def _open(path: Path, read_only: bool, direct: bool, opener: Opener) -> tuple[int, bool]:
     if direct:
         # Any error is suppressed: one that is not about O_DIRECT comes again below.
         with contextlib.suppress(OSError):
-            return os.open(path, flags | os.O_DIRECT), True
+            return opener.open(path, read_only=read_only, direct=True), True
     try:
-        return os.open(path, flags), False
+        return opener.open(path, read_only=read_only, direct=False), False
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file; --create SIZE (in a configuration file: create) makes one") from None
     except IsADirectoryError:

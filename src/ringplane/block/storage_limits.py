@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import stat
 import struct
@@ -77,9 +78,17 @@ def limits(fd: int, *, read_only: bool, sysfs: Path = SYSFS) -> Limits:
     if stat.S_ISBLK(status.st_mode):
         return _of_device(fd, _disk(sysfs, status.st_rdev), read_only)
     punches = not read_only and _can_punch(fd, status.st_size)
-    # The device below the file system, if any: network file systems and some others have none.
-    block = _number(_disk(sysfs, status.st_dev) / "queue/physical_block_size") or USUAL_BLOCK
+    block = physical_block_below(status.st_dev, sysfs)
     return Limits(block, block, status.st_blksize, discard=_fragment(fd) if punches else 0, punches=punches)
+
+
+@functools.cache
+def physical_block_below(device: int, sysfs: Path) -> int:
+    """The physical block of the device below a file system, if any: network file systems and some others have none.
+
+    It is remembered, because a process that has given up its rights cannot find it out (control/sandbox.py).
+    """
+    return _number(_disk(sysfs, device) / "queue/physical_block_size") or USUAL_BLOCK
 
 
 def _disk(sysfs: Path, device: int) -> Path:

@@ -10,7 +10,7 @@ import click
 
 from ringplane.cli.types import FILE, Parsed
 from ringplane.options.declare import Option, Options, dashed, declared
-from ringplane.options.kinds import FLAG, PATH, Kind, OneOf, Whole
+from ringplane.options.kinds import FLAG, PATH, PATHS, Kind, OneOf, Whole
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -57,4 +57,4 @@ def _of_kind(kind: Kind) -> dict[str, Any]:
         return {"type": click.IntRange(kind.lowest, kind.highest)}
     if isinstance(kind, OneOf):
         return {"type": click.Choice(list(kind.choices)), "callback": lambda _, __, given: kind.parse(given)}
-    return {"type": FILE if kind is PATH else Parsed(kind.metavar, kind.parse), "metavar": kind.metavar}
+    return {"type": FILE if kind in (PATH, PATHS) else Parsed(kind.metavar, kind.parse), "metavar": kind.metavar}

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ringplane.control.server import Server
     from ringplane.control.start import GiveUp
     from ringplane.dataplane.trace import TraceEvent
+    from ringplane.opener.remote_opener import RemoteOpener
 
 # Signals that do not stop the process.
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
@@ -76,7 +77,7 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
 @click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=FILE, metavar="FILE", help="Serve the disks of this TOML file (docs/config.md).")
 @parameters(OneDisk, fd={"is_eager": True, "callback": inherited_socket})
-@parameters(ApiOptions, "api_", socket={"metavar": "PATH"})
+@parameters(ApiOptions, "api_", socket={"metavar": "PATH"}, allow_folders={"metavar": "PATH"})
 @parameters(MetricsOptions, "metrics_")
 @click.option(
     "--sandbox/--no-sandbox",
@@ -139,6 +140,7 @@ def serve(
         disks, io_threads = one_disk(**options)
 
     def start(signals: CaughtSignals) -> Server:
+        opener = started(api, user)
         from ringplane.compiler.apart import ahead
         from ringplane.compiler.cache import DATA_PLANE
 
@@ -155,6 +157,7 @@ def serve(
                 signals=signals,
                 interface=made(api),
                 metrics=made_endpoint(metrics),
+                opener=opener,
             )
 
     with Logs(log_level, log_format) as logs:
@@ -200,8 +203,11 @@ def api_options(socket: Path | None, **others: Any) -> ApiOptions | None:
     if socket is not None:
         return ApiOptions(socket, **others)
     for name, value in others.items():
+        if value == ():
+            continue
         if value is not None:
-            raise click.UsageError(f"{flag(f'api_{name}')} is for the socket of {flag('api_socket')}")
+            given = "--allow-folder" if name == "allow_folders" else flag(f"api_{name}")
+            raise click.UsageError(f"{given} is for the socket of {flag('api_socket')}")
     return None
 
 
@@ -221,6 +227,15 @@ def made_endpoint(metrics: MetricsOptions | None) -> Endpoint | None:
     from ringplane.api.metrics_endpoint import MetricsEndpoint
 
     return MetricsEndpoint(metrics)
+
+
+def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
+    """The process that opens files of disks that are added. It starts beside the imports of this process."""
+    if api is None or not api.allow_folders:
+        return None
+    from ringplane.opener.remote_opener import RemoteOpener
+
+    return RemoteOpener(api.allow_folders, (user.uid, user.gid) if user is not None else None)
 
 
 def threads_alone(context: click.Context, options: dict[str, Any]) -> Sequence[IoThread]:

@@ -19,6 +19,7 @@ from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.log.event_bus import Events
+from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import default_name
 from ringplane.options.process_rules import ProcessRules
@@ -27,8 +28,9 @@ from ringplane.options.process_rules import ProcessRules
 class Adding:
     """Makes exports for a process with these threads."""
 
-    def __init__(self, threads: Threads, events: Events) -> None:
-        self._threads, self._events = threads, events
+    def __init__(self, threads: Threads, events: Events, opener: RemoteOpener | None = None) -> None:
+        """Without an `opener` this process opens files itself."""
+        self._threads, self._events, self._opener = threads, events, opener
         self._space = AddressSpace()
         self._limiting = Limiting()
 
@@ -56,11 +58,7 @@ class Adding:
     def check(self, config: DiskConfig, exports: Sequence[Export]) -> DiskConfig:
         """The disk with a name and I/O threads, if it can be served beside these; raises WrongOptions, WrongState."""
         if is_confined():
-            raise WrongState(
-                "this process may not open files any more, so no disk can be added",
-                "image",
-                "start ringplane with --no-sandbox to add disks later, or with this disk",
-            )
+            self._check_confined(config)
         if config.name is None:
             config = dataclasses.replace(config, name=default_name(config.image, {each.name for each in exports}))
         rules = ProcessRules()
@@ -72,17 +70,35 @@ class Adding:
             raise error
         return config
 
+    def _check_confined(self, config: DiskConfig) -> None:
+        """Raises WrongState for a disk that a confined process cannot add."""
+        if self._opener is None:
+            raise WrongState(
+                "this process may not open files any more, so no disk can be added",
+                "image",
+                "start ringplane with --allow-folder FOLDER, which allows disks whose images and sockets are below it, "
+                "or with this disk",
+            )
+        if config.zoned:
+            raise WrongState(
+                "this process may not open files any more, so no zoned disk can be added, which has a second file",
+                "zoned",
+                "start ringplane with this disk, or with --no-sandbox",
+            )
+
     def open(self, config: DiskConfig) -> Export:
         """Open everything of a disk that was checked, and listen. It may block; if it fails, nothing is left.
 
-        Raises ImageError, ListenError, OSError.
+        Raises ImageError, ListenError, OpenerEnded, OSError.
         """
         with contextlib.ExitStack() as undo:
-            parts = open_parts(config, undo)
-            warm_up([*units_of_parts(parts), *units_of_limits([config])])
+            parts = open_parts(config, undo, opener=self._opener)
+            if not is_confined():
+                # All code was loaded before that (start.py).
+                warm_up([*units_of_parts(parts), *units_of_limits([config])])
             disk = self.make_disk(config, parts)
             undo.callback(disk.close)
-            export = self.export(config, disk, listen(config, parts, undo))
+            export = self.export(config, disk, listen(config, parts, undo, self._opener))
             undo.pop_all()
         report_created(config, parts.source)
         return export

@@ -18,7 +18,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.kinds import PATH, shown, suggestion
+from ringplane.options.kinds import PATH, PATHS, shown, suggestion
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.process_rules import ProcessRules
 from ringplane.options.thread_options import IoThread
@@ -170,6 +170,8 @@ class _Reader:
         return {each.key: self._check(each) for each in declared(group).values() if each.doc}
 
     def _check(self, option: Option) -> Check:
+        if option.kind is PATHS:
+            return self._paths
         return self._path if option.kind is PATH else option.kind.from_toml
 
     def _path(self, value: Any) -> Path:
@@ -179,6 +181,9 @@ class _Reader:
         if not path.is_absolute():
             raise ValueError(f"{shown(value)} is not an absolute path; it has to begin with /")
         return path
+
+    def _paths(self, values: Any) -> tuple[Path, ...]:
+        return tuple(self._path(str(value)) for value in PATHS.from_toml(values))
 
     def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
         threads = []

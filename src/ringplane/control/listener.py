@@ -8,8 +8,11 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+from ringplane.opener.opener import OpenerEnded
+from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.users import format_group
 from ringplane.system.standard_fds import move_socket
 
@@ -30,9 +33,13 @@ class ListenError(Exception):
 class Listener:
     """A UNIX stream socket that front ends connect to, or one connection that was inherited."""
 
-    def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, path: Path | None = None, unlink: Callable[[Path], object] = os.unlink
+    ) -> None:
+        """`unlink` removes its file."""
         self.sock = sock
         self.path = path
+        self._unlink = unlink
         self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         # Whether we remove its file: not while another process listens on it (control/handover.py).
         self.owned = True
@@ -59,6 +66,19 @@ class Listener:
         finally:
             place.unlink(missing_ok=True)
         return cls(sock, path)
+
+    @classmethod
+    def remote(cls, opener: RemoteOpener, path: Path, mode: int | None, group: int | None) -> Listener:
+        """As `at`, by the process that opens files, which replaces nothing. Raises ListenError, OpenerEnded."""
+        try:
+            sock = opener.listen(path, GROUP_MODE if mode is None and group is not None else mode, group)
+        except PermissionError as error:
+            if group is not None and error.errno == errno.EPERM:
+                raise _not_a_member(path, group) from None
+            raise _cannot_listen(path, error) from None
+        except OSError as error:
+            raise _cannot_listen(path, error) from None
+        return cls(sock, path, opener.unlink)
 
     @staticmethod
     def rehearse(path: Path, mode: int | None = None, group: int | None = None) -> None:
@@ -88,15 +108,16 @@ class Listener:
         if self.owned and self.path and self._identity:
             try:
                 self._remove(self.path)
-            except OSError as error:
+            except (OSError, OpenerEnded) as error:
                 # The next process to listen there replaces it.
-                log.warning("%s: cannot remove the socket's file: %s", self.path, error.strerror)
+                why = error.strerror if isinstance(error, OSError) else error
+                log.warning("%s: cannot remove the socket's file: %s", self.path, why)
 
     def _remove(self, path: Path) -> None:
-        """Raises OSError, also if it cannot be known whose file this is."""
+        """Raises OSError, also if it cannot be known whose file this is, and OpenerEnded."""
         with contextlib.suppress(FileNotFoundError):
             if _identity(path) == self._identity:
-                path.unlink()
+                self._unlink(path)
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "an inherited socket"

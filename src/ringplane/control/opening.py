@@ -15,6 +15,8 @@ from ringplane.block.sources.source import Source
 from ringplane.control.handover import socket_beside
 from ringplane.control.listener import Listener, ListenError
 from ringplane.control.taking_over import Predecessor
+from ringplane.opener.opener import LOCAL
+from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.system.signals import NONE, Signals
 
@@ -32,14 +34,20 @@ class Parts:
     listener: Listener | None
 
 
-def open_parts(config: DiskConfig, undo: contextlib.ExitStack, signals: Signals = NONE) -> Parts:
-    """Open the parts of a disk; `undo` closes or removes them. Raises ImageError, ListenError, Interrupted."""
-    source = open_source(config, signals)
+def open_parts(
+    config: DiskConfig, undo: contextlib.ExitStack, signals: Signals = NONE, opener: RemoteOpener | None = None
+) -> Parts:
+    """Open the parts of a disk; `undo` closes or removes them. Without an `opener` this process opens files itself.
+
+    Raises ImageError, ListenError, OpenerEnded, Interrupted.
+    """
+    source = open_source(config, signals, opener or LOCAL)
     undo.callback(source.unlink)
     undo.callback(source.close)
     layers = _open_layers(config, source, undo)
     if config.socket_path:
-        Listener.rehearse(config.socket_path, config.socket_mode, config.socket_group)
+        if opener is None:
+            Listener.rehearse(config.socket_path, config.socket_mode, config.socket_group)
         return Parts(source, layers, None)
     listener = Listener.inherited(config.fd or 0)
     undo.callback(listener.close)
@@ -56,12 +64,15 @@ def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, un
     return Parts(source, layers, listener)
 
 
-def listen(config: DiskConfig, parts: Parts, undo: contextlib.ExitStack) -> Listener:
-    """The socket of a disk that can be served now. Raises ListenError."""
+def listen(
+    config: DiskConfig, parts: Parts, undo: contextlib.ExitStack, opener: RemoteOpener | None = None
+) -> Listener:
+    """The socket of a disk that can be served now. Raises ListenError, OpenerEnded."""
     if parts.listener:
         return parts.listener
     assert config.socket_path
-    listener = Listener.at(config.socket_path, config.socket_mode, config.socket_group)
+    where = config.socket_path, config.socket_mode, config.socket_group
+    listener = Listener.at(*where) if opener is None else Listener.remote(opener, *where)
     undo.callback(listener.close)
     return listener
 

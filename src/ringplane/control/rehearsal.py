@@ -21,6 +21,7 @@ from ringplane.control.sandbox import change_user
 from ringplane.control.tcp_listener import bound
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import check_switches, impossible_with
+from ringplane.opener.remote_opener import find_folder_problem
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.metrics_options import MetricsOptions
@@ -58,11 +59,12 @@ def _of_user(user: User) -> list[str]:
 
 
 def _of_api(api: ApiOptions) -> list[str]:
+    problems = [problem for folder in api.allow_folders if (problem := find_folder_problem(folder))]
     try:
         listener.check(api.socket, api.socket_group)
     except ListenError as error:
-        return [str(error)]
-    return []
+        problems.append(str(error))
+    return problems
 
 
 def _of_metrics(metrics: MetricsOptions) -> list[str]:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from ringplane.compiler.cache import remove_temporary_cache
 from ringplane.engines.uring import REGISTRATIONS
-from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKSECDISCARD
+from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKPBSZGET, BLKROGET, BLKSECDISCARD
 from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
 from ringplane.options.users import User
-from ringplane.system import landlock, libc, procfs, seccomp
-from ringplane.system.seccomp import Only
+from ringplane.system import code_pages, landlock, libc, procfs, seccomp
+from ringplane.system.seccomp import DEADLY, Only
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ ALLOWED = (
         "getsockopt",
     ),
     *("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "eventfd2", "memfd_create", "dup", "close", "preadv2"),
+    # Images of disks that are added: looked at, and the end of the process that opened them (opener/).
+    *("fadvise64", "wait4"),
     # The handover to the next process.
     *("geteuid", "getcwd"),
     # The status of files, and removing the socket's file.
@@ -64,16 +66,16 @@ CLONE_THREADS = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD
 # ioctl_tty(2), which isatty(3) of glibc 2.42 uses; Python's termios lacks it.
 TCGETS2 = 0x802C542A
 
-# Sizes and ranges of block devices; non-blocking sockets and eventfds; isatty(3).
-IOCTLS = (BLKGETSIZE64, BLKDISCARD, BLKSECDISCARD, termios.FIONBIO, termios.TCGETS, TCGETS2)
-FCNTLS = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_ADD_SEALS)
-
-# Calls that ringplane never makes: a caller is an attacker, and the process ends before the call has an effect.
-DEADLY = (
-    *("execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev"),
-    *("mount", "setns", "unshare", "bpf", "init_module", "finit_module"),
+# Sizes, properties and ranges of block devices; non-blocking sockets and eventfds; isatty(3).
+IOCTLS = (
+    *(BLKGETSIZE64, BLKPBSZGET, BLKROGET, BLKDISCARD, BLKSECDISCARD),
+    *(termios.FIONBIO, termios.TCGETS, TCGETS2),
 )
-
+FCNTLS = (
+    *(fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_ADD_SEALS),
+    # The locks of an image.
+    *(fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK),
+)
 
 # Whether `confine` was called; it is for good.
 _confined = False
@@ -118,7 +120,7 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
     libc.limit_arenas(8 * (os.cpu_count() or 1))
     libc.forbid_core_dumps()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    libc.forbid_writable_code()
+    code_pages.forbid_writable_code()
     libc.forbid_new_rights()
     _warn_of_other_threads()
     if "Landlock" not in absent:

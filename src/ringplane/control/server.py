@@ -19,6 +19,7 @@ from ringplane.control.threads import Threads
 from ringplane.control.turns import PATIENCE, Turns
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.log.event_bus import Events
+from ringplane.opener.opener import OpenerEnded
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.system.notes import in_words
@@ -142,6 +143,8 @@ class Server:
             raise WrongValue(error.spelled(dashed), dashed(error.options[0])) from None
         except (ImageError, ListenError) as error:
             raise WrongState(str(error)) from None
+        except OpenerEnded as error:
+            raise Unavailable(str(error)) from None
         except OSError as error:
             raise Unavailable(f"the disk cannot be opened: {in_words(error)}") from None
         self.exports = (*self.exports, export)

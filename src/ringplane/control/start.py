@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+from ringplane.block.storage_limits import SYSFS, physical_block_below
 from ringplane.control.adding import Adding
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
@@ -23,6 +26,7 @@ from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
 from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
 from ringplane.log.event_bus import Events
+from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, taking
 from ringplane.options.disk_config import DiskConfig, OneDisk, named
 from ringplane.options.process_rules import check_process
@@ -30,6 +34,7 @@ from ringplane.options.thread_options import IoThread
 from ringplane.system import procfs
 from ringplane.system.signals import NONE, Signals
 from ringplane.system.standard_fds import occupy
+from ringplane.vhost_user.peers import gone
 
 # See `serve_all`.
 GiveUp = Callable[[Collection[Path]], None]
@@ -86,6 +91,7 @@ def serve_all(
     signals: Signals = NONE,
     interface: Interface | None = None,
     metrics: Endpoint | None = None,
+    opener: RemoteOpener | None = None,
 ) -> Server:
     """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
 
@@ -94,7 +100,8 @@ def serve_all(
     can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end. With
     an `interface` (ringplane/api/http.py) disks can be added and removed while the server runs: there need not be
     one at the start, and the server ends when it is stopped. `metrics` (ringplane/api/metrics_endpoint.py) are served
-    as long as there is a disk or an interface.
+    as long as there is a disk or an interface. The `opener` opens files of disks that are added, which a program that
+    has given up its rights cannot; it is closed at the end.
     """
     occupy()
     if upgrade and any(config.socket_path is None for config in disks):
@@ -103,6 +110,8 @@ def serve_all(
     disks = named(disks)
     procfs.warn_if_missing()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as at_last:
+        if opener is not None:
+            undo.callback(opener.close)
         interface_path = interface.path if interface is not None else None
         predecessor = at_last.enter_context(Predecessor(disks, signals, interface_path)) if upgrade else None
         if interface is not None:
@@ -125,11 +134,14 @@ def serve_all(
         threads = Threads(io_threads)
         undo.callback(threads.end)
         threads.at_end.callback(signals.wake)
+        if opener is not None:
+            threads.at_end.callback(opener.close)
+            opener.wait_until_ready(signals)
         events = Events()
-        adding = Adding(threads, events)
+        adding = Adding(threads, events, opener)
         served = [adding.make_disk(*each) for each in zip(disks, opened, strict=True)]
         if interface is not None:
-            _prepare_for_more(threads)
+            _prepare_for_more(threads, opener.folders if opener is not None else ())
         # All code is loaded.
         release_compiler()
         # A process that has given up its rights can no longer remove what it has created.
@@ -159,14 +171,24 @@ def serve_all(
         threads.start_task(metrics.run)
     for config, parts in zip(disks, opened, strict=True):
         report_created(config, parts.source)
+    if opener is not None:
+        threads.start_task(partial(_report_end, opener))
     if successors:
         threads.at_end.callback(successors.close)
         threads.start_task(lambda: offer_successors(server, successors))
     return server
 
 
-def _prepare_for_more(threads: Threads) -> None:
-    """Load what disks that are added later need: when the process is confined it cannot."""
+async def _report_end(opener: RemoteOpener) -> None:
+    """Log the end of the process that opens files when it happens."""
+    await gone(opener.sock)
+    opener.report_end()
+
+
+def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
+    """Load what disks that are added later need, and find out about their folders: a confined process cannot."""
+    for folder in folders:
+        physical_block_below(os.stat(folder).st_dev, SYSFS)
     for unit in units_of_any_disk():
         unit.address()
     for worker in threads.workers.values():

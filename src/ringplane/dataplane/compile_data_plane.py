@@ -23,7 +23,7 @@ from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.worker_state import UNITS
 from ringplane.engines import aio, uring  # noqa: F401
 from ringplane.native import sigbus
-from ringplane.system.libc import drop_code
+from ringplane.system.code_pages import drop_code
 from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ringplane.options.declare import Options, option
-from ringplane.options.kinds import PATH
+from ringplane.options.kinds import PATH, PATHS
 from ringplane.options.users import GROUP, MODE
 
 # Of its socket: whoever may connect can do with the disks whatever their owner can.
@@ -35,6 +36,17 @@ class ApiOptions(Options):
         help="Group of the API's socket; its members can do everything with the disks.",
         doc='its group, `"ringplane"` or a number; its members can do everything with the disks',
         doc_default="the group of the process",
+    )
+
+    allow_folders: Sequence[Path] = option(
+        PATHS,
+        default=(),
+        several=tuple,
+        flags=("--allow-folder",),
+        help="Disks can be added under the sandbox if their images and sockets are below this folder; repeatable.",
+        doc='folders, `["/srv/images"]`: disks can be added under the sandbox if their images and sockets are below '
+        "one of these ([security.md](security.md#files-of-disks-that-are-added))",
+        doc_default="none",
     )
 
     @property

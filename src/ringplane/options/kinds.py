@@ -104,5 +104,13 @@ def _names_from_toml(value: Any) -> list[str]:
 FLAG = Kind(from_toml=_checked_flag, check=_checked_flag, json_types=("boolean",))
 NAME = Kind()
 NAMES = Kind(from_toml=_names_from_toml, to_toml=list, json_types=("array",))
+
+
+def _paths_from_toml(value: Any) -> tuple[Path, ...]:
+    return tuple(map(Path, _names_from_toml(value)))
+
+
 # In a configuration file a relative path starts at the folder of the file.
 PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)), to_toml=str)
+# On the command line each is given by itself.
+PATHS = Kind("PATH", Path, _paths_from_toml, to_toml=lambda paths: list(map(str, paths)), json_types=("array",))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ringplane.options.declare import Options, declared
-from ringplane.options.kinds import PATH, shown
+from ringplane.options.kinds import PATH, PATHS, shown
 
 
 def table(header: str, options: Options) -> str:
@@ -16,6 +16,8 @@ def table(header: str, options: Options) -> str:
     for name, option in declared(type(options)).items():
         value = getattr(options, name)
         if option.doc and value != option.default:
+            if option.kind is PATHS:
+                value = [os.path.abspath(path) for path in value]
             written = os.path.abspath(value) if option.kind is PATH else option.kind.to_toml(value)
             lines.append(f"{option.key} = {toml(written)}")
     return "\n".join(lines) + "\n"

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
 
 from ringplane.system.libc import system_call
 from ringplane.system.syscall_numbers import NUMBERS
 
+# That of typing, without the memory that importing it takes; the small process that opens files (opener/) has no paths.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 # include/uapi/linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
+LANDLOCK_ACCESS_FS_WRITE_FILE, LANDLOCK_ACCESS_FS_READ_FILE = 1 << 1, 1 << 2
 LANDLOCK_ACCESS_FS_REMOVE_FILE = 1 << 5
+LANDLOCK_ACCESS_FS_MAKE_REG, LANDLOCK_ACCESS_FS_MAKE_SOCK = 1 << 8, 1 << 9
+LANDLOCK_ACCESS_FS_TRUNCATE, LANDLOCK_ACCESS_FS_IOCTL_DEV = 1 << 14, 1 << 15
 
 # For each ABI version that added rights: all rights up to it, as bits. Rights to files (from executing to making
 # symbolic links; moving to another folder; truncating; ioctls of devices), to TCP (bind, connect), and to what is
@@ -41,28 +49,33 @@ def version() -> int:
 
 def give_up_files(but_removing_in: Collection[Path]) -> None:
     """Keep only the right to remove files in these folders. Raises OSError. Call `forbid_new_rights` before."""
-    known = version()
-    attr = RULESET_ATTR.pack(*(_of_version(rights, known) for rights in (FILE_RIGHTS, TCP_RIGHTS, SCOPES)))
-    ruleset = system_call(NUMBERS["landlock_create_ruleset"], attr, len(attr), 0)
+    folders = {}
     try:
         for folder in but_removing_in:
-            _allow_removing(ruleset, folder)
+            # A user who may not even look into the folder (`--user`) cannot remove anything there, with a rule or
+            # without.
+            try:
+                folders[os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)] = LANDLOCK_ACCESS_FS_REMOVE_FILE
+            except PermissionError:
+                continue
+        keep_only(folders)
+    finally:
+        for fd in folders:
+            os.close(fd)
+
+
+def keep_only(rights: Mapping[int, int]) -> None:
+    """Keep only these rights below the folders of these fds. Raises OSError. Call `forbid_new_rights` before."""
+    known = version()
+    attr = RULESET_ATTR.pack(*(_of_version(each, known) for each in (FILE_RIGHTS, TCP_RIGHTS, SCOPES)))
+    ruleset = system_call(NUMBERS["landlock_create_ruleset"], attr, len(attr), 0)
+    try:
+        for folder, bits in rights.items():
+            rule = PATH_BENEATH_ATTR.pack(bits & _of_version(FILE_RIGHTS, known), folder)
+            system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
         system_call(NUMBERS["landlock_restrict_self"], ruleset, 0)
     finally:
         os.close(ruleset)
-
-
-def _allow_removing(ruleset: int, folder: Path) -> None:
-    try:
-        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        # A user who may not even look into the folder (`--user`) cannot remove anything there, with a rule or without.
-        return
-    try:
-        rule = PATH_BENEATH_ATTR.pack(LANDLOCK_ACCESS_FS_REMOVE_FILE, fd)
-        system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
-    finally:
-        os.close(fd)
 
 
 def _of_version(rights: dict[int, int], known: int) -> int:

@@ -7,7 +7,6 @@ import os
 import signal
 import struct
 
-from ringplane.system.procfs import mappings
 from ringplane.system.syscall_numbers import NUMBERS
 
 PROT_READ, PROT_WRITE = 1, 2
@@ -85,24 +84,15 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise _error()
 
 
-def drop_code(library: str) -> None:
-    """madvise(2): release the memory of a loaded library's code; pages that are used again are loaded again.
-
-    Only pages that are mapped executable and were never written: their content is in the file.
-    """
-    for start, end, rights, path in mappings():
-        if rights == "r-xp" and os.path.basename(path) == library:
-            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+def release_pages(address: int, size: int) -> None:
+    """madvise(2), MADV_DONTNEED: the content of these pages is dropped; that of a file is loaded again when used."""
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_DONTNEED)
 
 
-def forbid_writable_code() -> None:
-    """mprotect(2): make writable memory non-executable. Raises OSError.
-
-    libffi has its callback trampolines there (for Python functions that C calls), if it has no better way.
-    """
-    for start, end, rights, _ in list(mappings()):
-        if "wx" in rights and _libc.mprotect(ctypes.c_void_p(start), end - start, PROT_READ | PROT_WRITE) != 0:
-            raise _error()
+def mprotect(address: int, size: int, protection: int) -> None:
+    """mprotect(2); raises OSError."""
+    if _libc.mprotect(ctypes.c_void_p(address), size, protection) != 0:
+        raise _error()
 
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 29, 38

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import platform
+import os
 
 MACHINES = ("x86_64", "aarch64")
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 if MACHINE not in MACHINES:
     raise ImportError(f"ringplane runs on Linux on {' and '.join(MACHINES)}, not on {MACHINE}")
 
@@ -16,6 +16,7 @@ FIRST_COMMON = 424
 # arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 TABLE = {
     "accept4": (288, 242),
+    "bind": (49, 200),
     "bpf": (321, 280),
     "brk": (12, 214),
     "capget": (125, 90),
@@ -35,7 +36,10 @@ TABLE = {
     "execveat": (322, 281),
     "exit": (60, 93),
     "exit_group": (231, 94),
+    "fadvise64": (221, 223),
     "fallocate": (285, 47),
+    "fchdir": (81, 50),
+    "fchownat": (260, 54),
     "fcntl": (72, 25),
     "fdatasync": (75, 83),
     "finit_module": (313, 273),
@@ -65,6 +69,7 @@ TABLE = {
     "landlock_add_rule": (445, 445),
     "landlock_create_ruleset": (444, 444),
     "landlock_restrict_self": (446, 446),
+    "listen": (50, 201),
     "lseek": (8, 62),
     "lstat": (6, -1),
     "madvise": (28, 233),
@@ -75,6 +80,7 @@ TABLE = {
     "mremap": (25, 216),
     "munmap": (11, 215),
     "newfstatat": (262, 79),
+    "openat2": (437, 437),
     "poll": (7, -1),
     "ppoll": (271, 73),
     "prctl": (157, 167),
@@ -107,14 +113,17 @@ TABLE = {
     "setns": (308, 268),
     "shutdown": (48, 210),
     "sigaltstack": (131, 132),
+    "socket": (41, 198),
     "stat": (4, -1),
     "statx": (332, 291),
     "tgkill": (234, 131),
+    "umask": (95, 166),
     "unlink": (87, -1),
     "unlinkat": (263, 35),
     "unshare": (272, 97),
     "vfork": (58, -1),
     "vmsplice": (278, 75),
+    "wait4": (61, 260),
     "write": (1, 64),
     "writev": (20, 66),
 }

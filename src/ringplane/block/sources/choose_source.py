@@ -13,6 +13,7 @@ from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
 from ringplane.block.sources.null import NullSource
 from ringplane.block.sources.source import Source
+from ringplane.opener.opener import LOCAL, Opener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import AUTO, MEMORY, NULL
 from ringplane.system.signals import NONE, Signals
@@ -23,9 +24,12 @@ log = logging.getLogger(__name__)
 Offer = Mapping[str, Any]
 
 
-def open_source(config: DiskConfig, signals: Signals = NONE) -> Source:
-    """Open the source of a disk, or create it if the options say so. Raises ImageError, Interrupted."""
-    opened = image.open_or_create(config.image, config, signals)
+def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
+    """Open the source of a disk, or create it if the options say so. Raises ImageError, OpenerEnded, Interrupted.
+
+    A source opens files through the `opener` only: the process that adds a disk later may not open any itself.
+    """
+    opened = image.open_or_create(config.image, config, signals, opener)
     try:
         source = _of_image(opened, config.engine)
     except BaseException:

@@ -1,0 +1,64 @@
+"""What opens and creates files, and removes those that it has created: this process, or the one beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from ringplane.system import procfs
+
+# Non-blocking, so that a FIFO is rejected instead of waited for; files and block devices ignore the flag.
+NOT_WAITING = os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class OpenerEnded(Exception):
+    """The process that opens files does not answer; the text is one line for the person who needs a file."""
+
+
+class Opener(Protocol):
+    """Its methods raise OSError, and OpenerEnded. An fd is the caller's from then on."""
+
+    def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
+        """The fd of the image at this path, with O_DIRECT if `direct`."""
+
+    def open_again(self, fd: int, path: Path, *, direct: bool) -> int:
+        """The fd of another open file of an open image, for reading and writing; maybe of what is at its path now."""
+
+    def create(self, path: Path, size: int) -> None:
+        """Create a sparse image of so many bytes, where nothing may be; a failure leaves nothing behind."""
+
+    def unlink(self, path: Path) -> None:
+        """Remove the image that was created last."""
+
+
+class LocalOpener:
+    """This process itself."""
+
+    def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
+        """See Opener."""
+        access = os.O_RDONLY if read_only else os.O_RDWR
+        return os.open(path, NOT_WAITING | access | (os.O_DIRECT if direct else 0))
+
+    def open_again(self, fd: int, path: Path, *, direct: bool) -> int:
+        """See Opener: its path, which may be another file's by now, is used only without /proc."""
+        named = procfs.open_file(fd)
+        return self.open(named if named.exists() else path, read_only=False, direct=direct)
+
+    def create(self, path: Path, size: int) -> None:
+        """See Opener."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+
+    def unlink(self, path: Path) -> None:
+        """See Opener."""
+        path.unlink()
+
+
+LOCAL = LocalOpener()
