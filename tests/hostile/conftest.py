@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from ringplane.control.threads import ON_DEMAND
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import MAX_RANGES
 from ringplane.driver import Driver
@@ -147,10 +148,14 @@ class Victim:
         assert eventually(no_more), f"{before} before, {self.resources()} after"
 
     def resources(self) -> tuple[int, int, int]:
-        """The process's numbers of fds, threads (without the kernel's io_uring helpers) and shared mappings."""
+        """The process's numbers of fds, threads and shared mappings.
+
+        Not counted are the kernel's io_uring helpers and the threads that are started on demand, up to a limit.
+        """
         proc = Path(f"/proc/{self.process.pid}")
         mappings = (proc / "maps").read_text().count("memfd:")
-        threads = [task for task in proc.glob("task/*/comm") if not task.read_text().startswith("iou-")]
+        names = [task.read_text().strip() for task in proc.glob("task/*/comm")]
+        threads = [name for name in names if name != ON_DEMAND and not name.startswith("iou-")]
         return len(os.listdir(proc / "fd")), len(threads), mappings
 
     def is_idle(self) -> bool:

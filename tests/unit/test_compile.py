@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ringplane.cli import compilation
-from ringplane.compiler import cache, key
+from ringplane.compiler import apart, cache, key
 from ringplane.driver import generator, virtqueue
 from ringplane.options.sizes import format_size
 from ringplane.system.signals import NONE
@@ -205,7 +205,8 @@ def test_a_changed_constant_compiles_what_depends_on_it(copied: Path, tmp_path: 
     for path in cache.own().glob("*.code"):
         shutil.copy(path, folder)
     before = names(folder)
-    subprocess.run([sys.executable, "-m", cache.DRIVER, folder], env=os.environ | counting(copied), check=True)
+    command = [sys.executable, "-m", cache.DRIVER, folder]
+    subprocess.run(command, input=apart.GO.encode(), env=os.environ | counting(copied), check=True)
     new = {name.partition("-")[0] for name in names(folder) - before}
     assert new == {f"{generator.__name__}.drive", cache.DRIVER}
     assert f"{generator.__name__}.drive" in compiled(copied)

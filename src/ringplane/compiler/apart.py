@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ringplane.compiler.bad_code import BadCode
 from ringplane.compiler.cache import is_cached, place, use_only
+from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.key import NATIVE, variables
 from ringplane.compiler.side_by_side import BAD_CODE, Job, work_off
 from ringplane.system.libc import end_with_parent
@@ -35,7 +36,7 @@ def ahead(module: str) -> Iterator[None]:
 
     `compile_apart` uses it; at the end it is ended if that has not happened.
     """
-    folder = place().folder
+    folder = None if INTERPRETED else place().folder
     key = (module, folder, NATIVE) if folder and not is_cached(module) else None
     if key:
         with contextlib.suppress(OSError):

@@ -16,12 +16,14 @@ from ringplane.dataplane.trace import TraceEvent
 from ringplane.dataplane.worker import Worker
 from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
+from ringplane.system import libc
 from ringplane.system.notes import doing
 
 # Most threads for calls that would block the control thread; they are started on demand. What front ends and hand-overs
 # need does not wait for what operators ask for, which may hang with storage.
 SYNCING_THREADS = 4
 OPERATING_THREADS = 4
+ON_DEMAND = "ringplane-calls"
 
 # Seconds that coroutines which others wait for have at the end.
 CALLS_PATIENCE = 1.0
@@ -58,8 +60,8 @@ class Threads:
         with doing("set up the control thread"):
             self._loop = asyncio.new_event_loop()
         # By default asyncio creates it on first use, and reads files to do so (control/sandbox.py).
-        self._loop.set_default_executor(ThreadPoolExecutor(SYNCING_THREADS, "ringplane-sync"))
-        self._aside = ThreadPoolExecutor(OPERATING_THREADS, "ringplane-operation")
+        self._loop.set_default_executor(_on_demand(SYNCING_THREADS, "ringplane-sync"))
+        self._aside = _on_demand(OPERATING_THREADS, "ringplane-operation")
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
         try:
             self._make_workers()
@@ -191,3 +193,8 @@ def _run_on(cpus: Collection[int] | None) -> None:
     """Bind the calling thread; raises OSError if the kernel refuses."""
     if cpus is not None:
         os.sched_setaffinity(0, cpus)
+
+
+def _on_demand(threads: int, name: str) -> ThreadPoolExecutor:
+    """Threads for calls that block; they are started when they are needed, and appear as ON_DEMAND in ps(1)."""
+    return ThreadPoolExecutor(threads, name, libc.name_thread, (ON_DEMAND,))

@@ -103,6 +103,11 @@ def set_timer_slack(nanoseconds: int) -> None:
     _libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)
 
 
+def name_thread(name: str) -> None:
+    """prctl(2), PR_SET_NAME: the name of the calling thread in ps(1) and /proc, of at most 15 bytes."""
+    _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
 def limit_arenas(count: int) -> None:
     """Limit the number of heaps of malloc(3) (mallopt(3)).
 
