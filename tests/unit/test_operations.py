@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 import ringplane
+from ringplane.control.adding import Adding
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.turns import MAX_TAKEN, Turns
+from ringplane.dataplane.ring_rules import MESSAGES
 from ringplane.driver.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.log.event_bus import KEPT, Events
@@ -28,7 +30,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
 
-from .protocol_rig import open_fds
+from .protocol_rig import break_ring, machine, open_fds
 from .rig import eventually
 
 IMAGE_SIZE = 4 << 20
@@ -159,6 +161,46 @@ def test_disks_come_and_go_beside_a_verified_load(start: Callable[..., Server], 
             count += 1
         assert (steady.result().errors, steady.result().mismatches) == (0, 0)
         assert count > 0
+
+
+def test_a_stop_while_a_disk_is_added(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringplane.control.threads.CALLS_PATIENCE", SOON)
+    server = start()
+    opening, go = threading.Event(), threading.Event()
+    really_open = Adding.open
+
+    def open_slowly(adding: Adding, *arguments: Any) -> ringplane.Export:
+        opening.set()
+        assert go.wait(SOON)
+        return really_open(adding, *arguments)
+
+    monkeypatch.setattr(Adding, "open", open_slowly)
+    adding = server.threads.call(lambda: server.add(disk(tmp_path, "a")))
+    assert opening.wait(SOON)
+    server.request_stop()
+    go.set()
+    with pytest.raises(WrongState, match="the process stops"):
+        adding.result(SOON)
+    assert server.wait(SOON)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_whose_storage_hangs_is_removed_when_it_completes(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringplane.control.server.PATIENCE", 0.01)
+    server = start(disk(tmp_path, "a"))
+    go = threading.Event()
+    close = server.exports[0].disk.close
+    monkeypatch.setattr(server.exports[0].disk, "close", lambda: go.wait(SOON) and close())
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="the disk is removed when they have ended"):
+            do(server, lambda: server.remove("a"))
+    go.set()
+    assert eventually(lambda: server.exports == ())
+    assert kinds(server) == [("removed", "a")]
 
 
 def test_an_attached_disk_is_removed_only_with_its_front_end(start: Callable[..., Server], tmp_path: Path) -> None:
@@ -343,6 +385,29 @@ def test_events_of_a_front_end(start: Callable[..., Server], tmp_path: Path) -> 
     attached = server.events.after(0)[0][0]
     assert str(attached.fields["front_end"]).startswith(f"process {os.getpid()}")
     assert abs(attached.time - time.time()) < 3600
+
+
+def test_the_event_of_a_broken_ring(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    with machine(server.exports[0]) as guest:
+        guest.start()
+        break_ring(guest)
+        assert eventually(lambda: "ring-broken" in [kind for kind, _ in kinds(server)])
+    broken = next(event for event in server.events.after(0)[0] if event.kind == "ring-broken")
+    assert (broken.disk, broken.fields["queue"]) == ("a", 0)
+    assert broken.fields["rule"] in MESSAGES.values()
+
+
+def test_the_event_of_storage_that_fails(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(disk(tmp_path, "a"))
+    with attach(server.exports[0]) as driver:
+        os.truncate(tmp_path / "a.img", 4096)
+        with pytest.raises(OSError, match="I/O error"):
+            driver.read(1 << 20, 512)
+        assert eventually(lambda: "io-error" in [kind for kind, _ in kinds(server)])
+    failed = next(event for event in server.events.after(0)[0] if event.kind == "io-error")
+    assert (failed.disk, failed.fields["operation"], failed.fields["error"]) == ("a", "read", "EIO")
+    assert str(failed.fields["message"]).startswith("read of 512 bytes at 1048576 failed: ")
 
 
 def test_old_events_are_lost_and_counted() -> None:

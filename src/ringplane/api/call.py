@@ -87,6 +87,12 @@ class Call:
     async def operate(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of a coroutine on the control thread, which is not cancelled with this request."""
         try:
-            return await asyncio.shield(asyncio.wrap_future(self.server.threads.call(work)))
+            called = self.server.threads.call(work)
         except RuntimeError:
             raise Unavailable("the process stops") from None
+        try:
+            return await asyncio.shield(asyncio.wrap_future(called))
+        except asyncio.CancelledError:
+            if called.cancelled():
+                raise Unavailable("the process stops") from None
+            raise

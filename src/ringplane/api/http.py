@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ringplane.api.application import make_application
 from ringplane.api.http_thread import HttpThread
 from ringplane.api.routes import ROUTES
@@ -29,8 +31,11 @@ class HttpApi:
 
     def open(self, server: Server) -> None:
         """See Interface."""
-        self.listener = self._inherited or Listener.at(self.path, self.options.mode, self.options.socket_group)
-        self._http.open(make_application(server, ROUTES), self.listener.sock, REHEARSED)
+        with contextlib.ExitStack() as undo:
+            self.listener = self._inherited or Listener.at(self.path, self.options.mode, self.options.socket_group)
+            undo.callback(self.listener.close)
+            self._http.open(make_application(server, ROUTES), self.listener.sock, REHEARSED)
+            undo.pop_all()
 
     def close(self) -> None:
         """See Interface."""

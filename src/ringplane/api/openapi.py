@@ -14,6 +14,9 @@ from ringplane.api.routes import JSON, Route
 
 REFERENCE = "#/components/schemas/{name}"
 
+# Of any operation: 503 if too many connections are in use.
+ALWAYS = (500, 503)
+
 STATUSES = {
     400: "A value is wrong.",
     404: "There is no such disk.",
@@ -52,7 +55,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "summary": route.summary,
         "responses": {
             str(route.status): {"description": "Done.", **_content(route.answer)},
-            **{str(status): _error(status) for status in sorted({*route.errors, 500})},
+            **{str(status): _error(status) for status in sorted({*route.errors, *ALWAYS})},
         },
     }
     if parameters := [*_path_parameters(route), *_query_parameters(route)]:

@@ -33,6 +33,11 @@ class Adding:
         self._threads, self._events, self._opener = threads, events, opener
         self._space = AddressSpace()
         self._limiting = Limiting()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """The process stops: nobody would remove the socket of a disk that is opened now. Any thread may call."""
+        self._stopped = True
 
     def make_disk(self, config: DiskConfig, parts: Parts) -> Disk:
         """The device of a disk whose parts are open. Raises ImageError."""
@@ -55,8 +60,29 @@ class Adding:
         first = min(range(len(names)), key=lambda number: used[names[number]])
         return [*names[first:], *names[:first]]
 
-    def check(self, config: DiskConfig, exports: Sequence[Export]) -> DiskConfig:
-        """The disk with a name and I/O threads, if it can be served beside these; raises WrongOptions, WrongState."""
+    def open(self, config: DiskConfig, exports: Sequence[Export]) -> Export:
+        """Open everything of a disk that is served beside these, and listen. It may block; if it fails, nothing is left.
+
+        Raises WrongOptions, ImageError, ListenError, OpenerEnded, OSError; and WrongState if the process may not, or stops
+        meanwhile.
+        """
+        config = self._checked(config, exports)
+        with contextlib.ExitStack() as undo:
+            parts = open_parts(config, undo, opener=self._opener)
+            if not is_confined():
+                # All code was loaded before that (start.py).
+                warm_up([*units_of_parts(parts), *units_of_limits([config])])
+            disk = self.make_disk(config, parts)
+            undo.callback(disk.close)
+            if self._stopped:
+                raise WrongState("the process stops")
+            export = self.export(config, disk, listen(config, parts, undo, self._opener))
+            undo.pop_all()
+        report_created(config, parts.source)
+        return export
+
+    def _checked(self, config: DiskConfig, exports: Sequence[Export]) -> DiskConfig:
+        """The disk with a name. Raises WrongOptions, WrongState."""
         if is_confined():
             self._check_confined(config)
         if config.name is None:
@@ -85,20 +111,3 @@ class Adding:
                 "zoned",
                 "start ringplane with this disk, or with --no-sandbox",
             )
-
-    def open(self, config: DiskConfig) -> Export:
-        """Open everything of a disk that was checked, and listen. It may block; if it fails, nothing is left.
-
-        Raises ImageError, ListenError, OpenerEnded, OSError.
-        """
-        with contextlib.ExitStack() as undo:
-            parts = open_parts(config, undo, opener=self._opener)
-            if not is_confined():
-                # All code was loaded before that (start.py).
-                warm_up([*units_of_parts(parts), *units_of_limits([config])])
-            disk = self.make_disk(config, parts)
-            undo.callback(disk.close)
-            export = self.export(config, disk, listen(config, parts, undo, self._opener))
-            undo.pop_all()
-        report_created(config, parts.source)
-        return export

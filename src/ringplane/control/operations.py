@@ -71,12 +71,10 @@ class Operations:
         Requests of the guest wait in its rings until `resume`. The disk stays paused when its front end detaches and
         another one attaches.
         """
-        self._disk.paused = True
         await self._take("pause", self._pause)
 
     async def resume(self) -> None:
         """Fetch again after `pause`."""
-        self._disk.paused = False
         await self._take("resume", self._resume)
 
     async def flush(self) -> None:
@@ -115,18 +113,19 @@ class Operations:
             await session.drain()
 
     async def _pause(self) -> None:
+        # First, so that no ring starts meanwhile.
+        self._disk.paused = True
         if session := self._session():
             await session.pause()
-        if self._disk.paused:
-            self._logger.info("paused")
-            self._emit("paused")
+        self._logger.info("paused")
+        self._emit("paused")
 
     async def _resume(self) -> None:
+        self._disk.paused = False
         if session := self._session():
             await session.resume()
-        if not self._disk.paused:
-            self._logger.info("resumed")
-            self._emit("resumed")
+        self._logger.info("resumed")
+        self._emit("resumed")
 
     async def _flush(self) -> None:
         session = self._session()
@@ -163,7 +162,7 @@ class Operations:
         self._disk.prepare_limits()
 
     async def _resize(self, size: int | None) -> Resized:
-        if size is None and (why := self._disk.source.replaced):
+        if size is None and (why := await self._aside(lambda: self._disk.source.replaced)):
             self._logger.warning("%s", why)
         before = self._disk.size
         if size is not None:

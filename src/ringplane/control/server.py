@@ -20,6 +20,7 @@ from ringplane.control.turns import PATIENCE, Turns
 from ringplane.dataplane.trace import TraceEvent
 from ringplane.log.event_bus import Events
 from ringplane.opener.opener import OpenerEnded
+from ringplane.options.counted import counted
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.system.notes import in_words
@@ -42,6 +43,7 @@ class Server:
         self.metrics: Endpoint | None = None
         self._adding = adding
         self._turns = Turns("the process")
+        self._removals: dict[Export, asyncio.Task[None]] = {}
         self._stopping = False
 
     # From any thread.
@@ -70,6 +72,7 @@ class Server:
     def request_stop(self) -> None:
         """Begin to stop all disks and return at once; may be called from a signal handler."""
         self._stopping = True
+        self._adding.stop()
         if self.interface is not None:
             self.interface.request_stop()
         for export in self.exports:
@@ -119,15 +122,15 @@ class Server:
         export = self.find(name)
         if export.front_end and not detach:
             raise WrongState(f"a front end ({export.front_end}) is attached", name, "detach it, or add detach=true")
-        log.info("%s: is removed", name, extra={"disk": name})
-        export.request_stop()
-        await asyncio.wait([asyncio.ensure_future(self.threads.ended(export))], timeout=PATIENCE)
-        if not export.stopped:
+        if export not in self._removals:
+            log.info("%s: is removed", name, extra={"disk": name})
+            self._removals[export] = asyncio.ensure_future(self._remove(export))
+        await asyncio.wait([self._removals[export]], timeout=PATIENCE)
+        if export in self.exports:
             raise Unavailable(
-                f"{export.in_flight} requests are in flight, because storage has not completed them", name,
+                f"{counted(export.in_flight, 'request')} in flight: storage has not completed them", name,
                 "the disk is removed when they have ended",
             )  # fmt: skip
-        self._forget(export)
 
     def abandon_interface(self) -> None:
         """Another process takes over; with the same path, it has the socket too."""
@@ -137,8 +140,7 @@ class Server:
 
     async def _add(self, config: DiskConfig) -> Export:
         try:
-            config = self._adding.check(config, self.exports)
-            export = await self.threads.aside(partial(self._adding.open, config))
+            export = await self.threads.aside(partial(self._adding.open, config, self.exports))
         except WrongOptions as error:
             raise WrongValue(error.spelled(dashed), dashed(error.options[0])) from None
         except (ImageError, ListenError) as error:
@@ -155,7 +157,9 @@ class Server:
         self.events.emit("added", export.name, image=str(export.disk.source.title))
         return export
 
-    def _forget(self, export: Export) -> None:
-        if export in self.exports:
-            self.exports = tuple(each for each in self.exports if each is not export)
-            self.events.emit("removed", export.name)
+    async def _remove(self, export: Export) -> None:
+        export.request_stop()
+        await self.threads.ended(export)
+        self.exports = tuple(each for each in self.exports if each is not export)
+        del self._removals[export]
+        self.events.emit("removed", export.name)

@@ -115,7 +115,10 @@ def serve_all(
         interface_path = interface.path if interface is not None else None
         predecessor = at_last.enter_context(Predecessor(disks, signals, interface_path)) if upgrade else None
         if interface is not None:
-            interface.prepare(predecessor.interface_listener(interface.path) if predecessor else None)
+            inherited = predecessor.interface_listener(interface.path) if predecessor else None
+            if inherited is not None:
+                undo.callback(inherited.close)
+            interface.prepare(inherited)
         if metrics is not None:
             metrics.prepare(predecessor.metrics_socket(metrics.options.listen) if predecessor else None)
             undo.callback(metrics.close)

@@ -164,15 +164,19 @@ class Threads:
     async def _serve(self) -> None:
         for service in list(self._services):
             self.serve(service)
-        while running := [task for task in self._services.values() if task]:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        # What was called has nothing to wait for any more, unless it was called just now.
+        await self._until_unused()
         if self._calls:
             await asyncio.wait(self._calls, timeout=CALLS_PATIENCE)
+            # One of them may have added a service.
+            await self._until_unused()
         tasks = [*self._tasks, *self._calls]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_unused(self) -> None:
+        while running := [task for task in self._services.values() if task]:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
 
     async def _called(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         task = asyncio.current_task()

@@ -45,7 +45,7 @@ class Turns:
         await asyncio.wait([task], timeout=max(0.0, end - asyncio.get_running_loop().time()))
         if not task.done():
             raise Unavailable(
-                f"{operation} has not ended after {patience:g} seconds, because storage has not completed requests",
+                f"{operation} has not ended after {patience:g} seconds",
                 self._name,
                 "it continues; ask again to wait for its end",
             )

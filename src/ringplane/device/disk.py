@@ -104,12 +104,12 @@ class Disk:
         self.workers = [workers[number % len(workers)] for number in range(options.num_queues)]
         stacks = {worker: self._stack(worker) for worker in dict.fromkeys(self.workers)}
         self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
+        self._switches = options.features
+        check_switches(self._switches, self.limits, self.source, self._impossible)
         for worker in set(self.workers):
             worker.add_disk()
         self.member = Member()
         self._closed = False
-        self._switches = options.features
-        check_switches(self._switches, self.limits, self.source, self._impossible)
 
     def _stack(self, worker: Worker) -> Stack:
         """The disk as one worker sees it."""
