@@ -338,6 +338,7 @@ def test_a_confined_process_adds_no_disk_and_says_why(victim: Victim) -> None:
         {
             "what": "this process may not open files any more, so no disk can be added",
             "where": "image",
-            "right": "start ringplane with --no-sandbox to add disks later, or with this disk",
+            "right": "start ringplane with --allow-folder FOLDER, which allows disks whose images and sockets are "
+            "below it, or with this disk",
         },
     )

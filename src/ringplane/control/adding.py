@@ -61,10 +61,10 @@ class Adding:
         return [*names[first:], *names[:first]]
 
     def open(self, config: DiskConfig, exports: Sequence[Export]) -> Export:
-        """Open everything of a disk that is served beside these, and listen. It may block; if it fails, nothing is left.
+        """Open everything of a disk that is served beside these, and listen. It may block; nothing is left if it fails.
 
-        Raises WrongOptions, ImageError, ListenError, OpenerEnded, OSError; and WrongState if the process may not, or stops
-        meanwhile.
+        Raises WrongOptions, ImageError, ListenError, OpenerEnded, OSError; and WrongState if the process may not, or
+        stops meanwhile.
         """
         config = self._checked(config, exports)
         with contextlib.ExitStack() as undo:
