@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,74 +12,36 @@ import pytest
 from click.testing import CliRunner
 
 from ringplane.cli.check import check
-from ringplane.cli.serve import serve as serve_command
-from ringplane.control import sandbox
 from ringplane.driver import Driver
 
 from .api_client import Api
 from .rig import eventually
-from .test_sandbox import STRICT
+from .served import DISK, SOON, Served, needs_all, refused, starter
 
-SOON = 120.0
 MEMORY_SIZE = 16 << 20
 
-needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
 
-
-class Served:
+class ServedApi(Served):
     """A process, and a client of its API."""
 
     def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
-        self.errors = folder / "errors"
-        self.folder = folder
-        with self.errors.open("a") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("API on "), self.errors.read_text()
+        super().__init__(folder, command, *arguments)
+        assert self.announcement.startswith("API on "), self.errors.read_text()
         self.api = Api(folder / "api.sock")
 
     def attach(self) -> Driver:
         return Driver(self.folder / "a.sock", memory_size=MEMORY_SIZE, timeout=SOON)
 
-    def end(self) -> str:
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(SOON) == 0, self.errors.read_text()
-        return self.errors.read_text()
 
-
-Serve = Callable[..., Served]
+Serve = Callable[..., ServedApi]
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    started: list[Served] = []
-
-    def start(*arguments: str, strict: bool = False) -> Served:
-        command = ["-c", STRICT] if strict else ["-m", "ringplane", "serve"]
-        started.append(Served(tmp_path, command, *arguments))
-        return started[-1]
-
-    yield start
-    for served in started:
-        served.process.kill()
-        served.process.wait()
-        assert served.process.stdout is not None
-        served.process.stdout.close()
+    yield from starter(ServedApi, tmp_path)
 
 
-def refused(*arguments: str | Path) -> str:
-    done = CliRunner().invoke(serve_command, [str(each) for each in arguments])
-    assert done.exit_code in (1, 2)
-    return done.output.splitlines()[-1]
-
-
-DISK = ("--blk-file", "a.img", "--create", "4M", "--socket-path", "a.sock")
-
-
-def operate(served: Served) -> None:
+def operate(served: ServedApi) -> None:
     """Everything that can be done with a disk, with a front end and without."""
     api = served.api
     stream = api.events()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +17,6 @@ import pytest
 from click.testing import CliRunner
 
 from ringplane.cli.check import check
-from ringplane.cli.serve import serve as serve_command
 from ringplane.control.config import read_config
 from ringplane.control.listener import ListenError
 from ringplane.control.tcp_listener import bound
@@ -25,24 +24,15 @@ from ringplane.driver import Driver
 from ringplane.options.addresses import Address, parse_address
 from ringplane.options.metrics_options import MetricsOptions
 
-from .test_sandbox import STRICT
-from .test_serve_api import needs_all
-
-SOON = 120.0
-DISK = ("--blk-file", "a.img", "--create", "4M", "--socket-path", "a.sock")
+from .served import DISK, SOON, Served, needs_all, refused, starter
 
 
-class Served:
+class ServedMetrics(Served):
     """A process that serves metrics."""
 
     def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
-        self.folder, self.errors = folder, folder / "errors"
-        with self.errors.open("a") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        assert self.process.stdout is not None
-        lines = iter(self.process.stdout.readline, "")
+        super().__init__(folder, command, *arguments)
+        lines = itertools.chain([self.announcement], iter(self.next_line, ""))
         self.url = next((line.split()[2] for line in lines if line.startswith("metrics on ")), "")
         assert self.url, self.errors.read_text()
 
@@ -60,30 +50,13 @@ class Served:
         assert status == 200
         return text
 
-    def end(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(SOON) == 0, self.errors.read_text()
-        assert "Traceback" not in self.errors.read_text()
 
-
-Serve = Callable[..., Served]
+Serve = Callable[..., ServedMetrics]
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    started: list[Served] = []
-
-    def start(*arguments: str, strict: bool = False) -> Served:
-        command = ["-c", STRICT] if strict else ["-m", "ringplane", "serve"]
-        started.append(Served(tmp_path, command, *arguments))
-        return started[-1]
-
-    yield start
-    for served in started:
-        served.process.kill()
-        served.process.wait()
-        assert served.process.stdout is not None
-        served.process.stdout.close()
+    yield from starter(ServedMetrics, tmp_path)
 
 
 @needs_all
@@ -166,12 +139,6 @@ def test_a_planned_restart_with_another_port(serve: Serve) -> None:
 
 
 # Addresses
-
-
-def refused(*arguments: object) -> str:
-    done = CliRunner().invoke(serve_command, [str(each) for each in arguments])
-    assert done.exit_code in (1, 2)
-    return done.output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,19 @@ class HttpThread:
         self._accepting.close()
         for connection in list(self._state.connections):
             connection.shutdown()
-        if self._state.tasks:
-            await asyncio.wait(set(self._state.tasks), timeout=STOP_PATIENCE)
+        await self._answer_all()
         for connection in list(self._state.connections):
             connection.transport.abort()
+        # Streams without an end notice that their client has gone. A task that is cancelled is logged as a fault.
+        await self._answer_all()
         for task in list(self._state.tasks):
             task.cancel()
         await asyncio.gather(*self._state.tasks, return_exceptions=True)
+
+    async def _answer_all(self) -> None:
+        """Let the requests that are being answered end; not all may do so in time."""
+        if self._state.tasks:
+            await asyncio.wait(set(self._state.tasks), timeout=STOP_PATIENCE)
 
 
 async def _rehearse(application: Any, path: str) -> None:

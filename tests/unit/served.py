@@ -1,0 +1,75 @@
+"""`ringplane serve` as a process in a folder of its own, for tests of its API and of its metrics."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from click.testing import CliRunner
+
+from ringplane.cli.serve import serve as serve_command
+from ringplane.control import sandbox
+
+from .test_sandbox import STRICT
+
+SOON = 120.0
+DISK = ("--blk-file", "a.img", "--create", "4M", "--socket-path", "a.sock")
+
+needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
+
+
+class Served:
+    """A process that has printed its first line, `announcement`."""
+
+    def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
+        self.folder, self.errors = folder, folder / "errors"
+        with self.errors.open("a") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.announcement = self.next_line()
+
+    def next_line(self) -> str:
+        """The next line of its output; empty at its end."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def end(self) -> str:
+        """End the process; returns what it has logged."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(SOON) == 0, self.errors.read_text()
+        assert "Traceback" not in self.errors.read_text()
+        return self.errors.read_text()
+
+
+Kind = TypeVar("Kind", bound=Served)
+
+
+def starter(kind: type[Kind], folder: Path) -> Iterator[Callable[..., Kind]]:
+    """For a fixture: a function that starts processes of this kind. All that are left are killed at the end."""
+    started: list[Kind] = []
+
+    def start(*arguments: str, strict: bool = False) -> Kind:
+        """`strict`: a system call that the sandbox does not allow ends the process."""
+        command = ["-c", STRICT] if strict else ["-m", "ringplane", "serve"]
+        started.append(kind(folder, command, *arguments))
+        return started[-1]
+
+    yield start
+    for served in started:
+        served.process.kill()
+        served.process.wait()
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+
+
+def refused(*arguments: object) -> str:
+    """The last line of what `serve` prints for these arguments, with which it does not start."""
+    done = CliRunner().invoke(serve_command, [str(each) for each in arguments])
+    assert done.exit_code in (1, 2)
+    return done.output.splitlines()[-1]
