@@ -20,7 +20,8 @@ from ringplane.block.bounce_buffers import BOUNCE_BUFFERS
 from ringplane.block.image import Image
 from ringplane.block.sources.file import FileSource
 from ringplane.block.transfer import BOUNCE_SIZE
-from ringplane.dataplane.state import KINDS, TRACE_COMPLETE, TRACE_FETCH
+from ringplane.dataplane.state import KINDS
+from ringplane.dataplane.tracer import COMPLETE, FETCH
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
 from ringplane.guest_memory.address_space import BadMemory
@@ -570,7 +571,7 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
     rig = make_rig(slots=4)
     worker = rig.workers[0]
     lines = [rig.line().start(size=256) for _ in range(3)]
-    reader = worker.start_tracing()
+    reader = worker.start_tracing().result(PATIENCE)
     with held(worker):
         for line in lines:
             for number in range(64):
@@ -579,7 +580,7 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
         worker.call(worker.rings.check_all)
     for line in lines:
         line.wait()
-    fetched = [event.queue for event in reader.events() if event.event == TRACE_FETCH]
+    fetched = [event.queue for event in reader.events() if event.event == FETCH]
     assert len(fetched) == 3 * 64
     # Among the requests of any six turns, each queue had one.
     assert all({0, 1, 2} <= set(fetched[start : start + 24]) for start in range(0, 3 * 64 - 24, 24))
@@ -589,14 +590,14 @@ def test_queues_take_turns_when_there_are_more_requests_than_slots(make_rig: Rig
 
 
 def test_trace_events_of_a_request(line: Line) -> None:
-    reader = line.worker.start_tracing()
+    reader = line.worker.start_tracing().result(PATIENCE)
     line.do(IN, 5, room=1024)
     line.do(SCSI_CMD)
     events = list(reader.events())
-    assert [event.event for event in events] == [TRACE_FETCH, TRACE_COMPLETE] * 2
+    assert [event.event for event in events] == [FETCH, COMPLETE] * 2
     fetched, completed = events[:2]
     for event in (fetched, completed):
-        assert (event.device, event.queue, event.type) == (line.rig.device.address, 0, IN)
+        assert (event.disk, event.queue, event.type) == (line.rig.device.name, 0, IN)
         assert (event.sector, event.length) == (5, 1024)
     assert completed.status == OK
     assert completed.head == fetched.head

@@ -2,45 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ringplane.dataplane.state import (
-    QUEUE,
-    REQUEST,
-    TRACE_CAPACITY,
-    TRACE_COMPLETE,
-    TRACE_FETCH,
-    TRACE_START,
-    TRACE_STOP,
-    WORKER,
+from ringplane.block.layers.delay import DelayPart
+from ringplane.block.stack import SourcePart, Stack
+from ringplane.dataplane.queue import Device, Queue
+from ringplane.dataplane.slots import Slots
+from ringplane.dataplane.state import WORKER
+from ringplane.dataplane.trace_events import TracedQueue, TraceEvent, Tracer, TraceReader
+from ringplane.dataplane.tracer import (
+    CAPACITY,
+    COMPLETE,
+    FETCH,
+    HOLD,
+    LEAVE,
+    RELEASE,
+    RETURN,
+    START,
+    STOP,
+    completed,
+    fetched,
+    held,
 )
-from ringplane.dataplane.trace import TraceEvent, TraceReader, TraceRing, trace
+from ringplane.dataplane.worker_state import WorkerState
+from ringplane.limits.limiter import Member
 
-from .on_structs import on_structs
+from .packed_ring import PackedRing
+from .rig import FLUSH, IN, OK, PATIENCE, Line, RigFactory, Ring, eventually, pattern, rig_factory
+from .test_delay import MS, release
+from .test_limit_gate import hold, limit
+
+DISK = pattern(1 << 20)
 
 
-class Tracer:
-    """A worker that only traces."""
+class Nowhere(SourcePart):
+    """A source without storage."""
+
+    address = submit = ranges = backing = 0
+
+
+class State:
+    """What a tracer needs of a WorkerState."""
 
     def __init__(self) -> None:
-        self.worker = np.zeros(1, WORKER)
-        self.ring = TraceRing(self.worker)
-        self.queue, self.request = np.zeros(1, QUEUE), np.zeros(1, REQUEST)
-        self.worker["trace"] = self.ring.address
+        self.array: npt.NDArray[np.void] = np.zeros(1, WORKER)
+        self.record, self.address, self.slots = self.array[0], int(self.array.ctypes.data), Slots(4)
+        self.record["requests"] = self.slots.address
+
+
+class Traced:
+    """A queue of a worker that only traces."""
+
+    def __init__(self, tracer_class: type[Tracer] = Tracer) -> None:
+        self.state = State()
+        device = Device(1 << 20, read_only=False, block_size=512, serial="", name="data")
+        self.queue = Queue(device, 3, Stack(Nowhere()))
+        self.tracer = tracer_class(cast(WorkerState, self.state))
+        self.tracer.start([self.queue])
+        self.request = self.state.slots.requests[0]
         self.traced = 0
+
+    def fetch(self) -> None:
+        fetched(self.state.address, self.queue.address, self.state.slots.address)
+
+    def complete(self, status: int = OK) -> None:
+        completed(self.state.address, self.queue.address, self.state.slots.address, status)
 
     def trace(self, count: int) -> None:
         """Trace completions whose sectors count up from zero."""
-        worker, queue, request = self.worker[0], self.queue[0], self.request[0]
         for _ in range(count):
-            request["sector"] = self.traced
-            on_structs(trace)(worker, TRACE_COMPLETE, queue, request, 0, 0)
+            self.request["sector"] = self.traced
+            self.complete()
             self.traced += 1
 
     def reader(self) -> TraceReader:
-        return TraceReader(self.ring)
+        return TraceReader(self.tracer, self.tracer.in_flight([self.queue]))
 
 
 def sectors(reader: TraceReader) -> list[int]:
@@ -48,125 +90,279 @@ def sectors(reader: TraceReader) -> list[int]:
 
 
 def test_every_event_is_seen_once() -> None:
-    tracer = Tracer()
-    reader = tracer.reader()
+    traced = Traced()
+    reader = traced.reader()
     assert sectors(reader) == []
-    tracer.trace(3)
+    traced.trace(3)
     assert sectors(reader) == [0, 1, 2]
-    tracer.trace(2)
+    traced.trace(2)
     assert sectors(reader) == [3, 4]
     assert sectors(reader) == []
     assert reader.lost == 0
 
 
-def test_a_reader_starts_with_later_events() -> None:
-    tracer = Tracer()
-    tracer.trace(5)
-    reader = tracer.reader()
-    tracer.trace(1)
+def test_a_reader_begins_with_the_present() -> None:
+    traced = Traced()
+    traced.trace(5)
+    reader = traced.reader()
+    traced.trace(1)
     assert sectors(reader) == [5]
 
 
-def test_two_readers_are_independent() -> None:
-    tracer = Tracer()
-    one, other = tracer.reader(), tracer.reader()
-    tracer.trace(2)
-    assert sectors(one) == sectors(other) == [0, 1]
+def test_readers_do_not_disturb_each_other() -> None:
+    traced = Traced()
+    one, other = traced.reader(), traced.reader()
+    traced.trace(2)
+    assert sectors(one) == [0, 1]
+    assert sectors(other) == [0, 1]
 
 
 def test_the_ring_wraps_around() -> None:
-    tracer = Tracer()
-    reader = tracer.reader()
-    tracer.trace(TRACE_CAPACITY - 2)
-    assert len(sectors(reader)) == TRACE_CAPACITY - 2
-    tracer.trace(5)
-    assert sectors(reader) == list(range(TRACE_CAPACITY - 2, TRACE_CAPACITY + 3))
+    traced = Traced()
+    reader = traced.reader()
+    traced.trace(CAPACITY - 2)
+    assert len(sectors(reader)) == CAPACITY - 2
+    traced.trace(5)
+    assert sectors(reader) == list(range(CAPACITY - 2, CAPACITY + 3))
     assert reader.lost == 0
 
 
-@pytest.mark.parametrize("too_many", [1, 100, TRACE_CAPACITY + 7])
-def test_overwritten_events_are_counted_as_lost(too_many: int) -> None:
-    tracer = Tracer()
-    reader = tracer.reader()
-    tracer.trace(TRACE_CAPACITY + too_many)
+@pytest.mark.parametrize("too_many", [1, 100, CAPACITY + 7])
+def test_overwritten_events_are_lost(too_many: int) -> None:
+    traced = Traced()
+    reader = traced.reader()
+    traced.trace(CAPACITY + too_many)
     seen = sectors(reader)
-    # One more event may be skipped, because the worker could be writing it.
-    assert too_many <= reader.lost <= too_many + 1
-    assert seen == list(range(reader.lost, TRACE_CAPACITY + too_many))
-    tracer.trace(1)
-    assert sectors(reader) == [TRACE_CAPACITY + too_many]
+    # The oldest one left is the one that the worker would overwrite next.
+    assert reader.lost == too_many + 1
+    assert seen == list(range(reader.lost, CAPACITY + too_many))
+    traced.trace(1)
+    assert sectors(reader) == [CAPACITY + too_many]
 
 
-class Racing(TraceRing):
-    """A ring that advances while it is copied."""
+class Racing(Tracer):
+    """A ring buffer that advances while it is copied."""
 
     def copy(self, first: int, last: int) -> npt.NDArray[np.void]:
-        self._worker["traced"] += 10
+        self._record["written"] += 10
         return super().copy(first, last)
 
 
 def test_events_overwritten_during_a_read_are_lost_too() -> None:
-    tracer = Tracer()
-    tracer.ring = Racing(tracer.worker)
-    tracer.worker["trace"] = tracer.ring.address
-    reader = tracer.reader()
-    tracer.trace(TRACE_CAPACITY)
-    assert sectors(reader) == list(range(11, TRACE_CAPACITY))
+    traced = Traced(Racing)
+    reader = traced.reader()
+    traced.trace(CAPACITY)
+    assert sectors(reader) == list(range(11, CAPACITY))
     assert reader.lost == 11
 
 
 def test_fields_of_all_kinds_of_events() -> None:
-    tracer = Tracer()
-    reader = tracer.reader()
-    tracer.worker["now"] = 1_500_000_000
-    tracer.queue["device"], tracer.queue["number"] = 77, 3
-    for field, value in (("head", 9), ("type", 1), ("sector", 64), ("length", 4096)):
-        tracer.request[field] = value
-    on_structs(trace)(tracer.worker[0], TRACE_FETCH, tracer.queue[0], tracer.request[0], 0, 0)
-    on_structs(trace)(tracer.worker[0], TRACE_COMPLETE, tracer.queue[0], tracer.request[0], 1, 2500)
-    tracer.queue["last_avail"], tracer.queue["size"] = 65535, 128
-    tracer.ring.add(TRACE_START, tracer.queue)
-    fetched, completed, started = reader.events()
-    assert fetched == TraceEvent(1_500_000_000, TRACE_FETCH, 77, 3, 9, 1, 64, 4096, 0, 0.0)
-    assert completed == TraceEvent(1_500_000_000, TRACE_COMPLETE, 77, 3, 9, 1, 64, 4096, 1, 2.5)
-    assert (started.event, started.device, started.queue) == (TRACE_START, 77, 3)
+    traced = Traced()
+    reader = traced.reader()
+    for field, value in (("head", 9), ("type", 0xFFFF_FFFE), ("sector", 64), ("length", 1 << 40)):
+        traced.request[field] = value
+    traced.state.record["now"] = traced.request["started"] = 1_500_000_000
+    traced.fetch()
+    traced.state.record["now"] += 2500
+    traced.complete(status=1)
+    traced.queue.record["last_avail"], traced.queue.record["size"] = 65535, 128
+    traced.tracer.add(START, traced.queue)
+    fetch, complete, started = reader.events()
+    assert fetch == TraceEvent(1_500_000_000, FETCH, "data", 3, 9, 0xFFFF_FFFE, 64, 1 << 40, 0, 0.0)
+    assert complete == TraceEvent(1_500_002_500, COMPLETE, "data", 3, 9, 0xFFFF_FFFE, 64, 1 << 40, 1, 2.5)
+    assert (started.event, started.disk, started.queue) == (START, "data", 3)
     assert (started.sector, started.length) == (65535, 128)
 
 
 def test_an_event_keeps_no_fields_of_the_overwritten_one() -> None:
     """The ring has wrapped around, so each place contained a completion before."""
-    tracer = Tracer()
-    reader = tracer.reader()
+    traced = Traced()
+    reader = traced.reader()
     for field in ("head", "type", "sector", "length"):
-        tracer.request[field] = 5
-    for _ in range(TRACE_CAPACITY):
-        on_structs(trace)(tracer.worker[0], TRACE_COMPLETE, tracer.queue[0], tracer.request[0], 1, 2500)
+        traced.request[field] = 5
+    for _ in range(CAPACITY):
+        traced.complete(status=1)
     list(reader.events())
-    tracer.ring.add(TRACE_STOP, tracer.queue)
+    traced.tracer.add(STOP, traced.queue)
     (stopped,) = reader.events()
     assert (stopped.head, stopped.type, stopped.status, stopped.microseconds) == (0, 0, 0, 0.0)
+
+
+def test_a_chain_is_in_the_ring_from_when_it_was_seen() -> None:
+    """The available index is loaded again when all chains up to there have been fetched."""
+    traced = Traced()
+    reader = traced.reader()
+    waits = []
+    for now, seen in ((1000, 10), (1000, 10), (1600, 10), (2000, 11), (2500, 12), (2700, 12)):
+        traced.state.record["now"], traced.queue.record["seen_avail"] = now, seen
+        traced.fetch()
+        waits += [event.microseconds for event in reader.events()]
+    assert waits == [0.0, 0.0, 0.6, 0.0, 0.0, 0.2]
+
+
+def test_what_a_held_queue_has_was_seen_then() -> None:
+    traced = Traced()
+    reader = traced.reader()
+    traced.queue.record["seen_avail"] = 5
+    held(traced.state.address, traced.queue.address, HOLD, 1000)
+    held(traced.state.address, traced.queue.address, RELEASE, 4000)
+    traced.state.record["now"] = 5000
+    traced.fetch()
+    assert [(event.event, event.microseconds) for event in reader.events()] == [(HOLD, 0), (RELEASE, 0), (FETCH, 4.0)]
 
 
 @pytest.mark.parametrize(
     ("event", "text"),
     [
         (
-            TraceEvent(1_500_000_000, TRACE_FETCH, 77, 3, 9, 1, 64, 4096, 0, 0.0),
+            TraceEvent(1_500_000_000, FETCH, "data", 3, 9, 1, 64, 4096, 0, 0.0),
             "1.500000 fetch    queue=3 head=9 write sector=64 length=4096",
         ),
         (
-            TraceEvent(2_000_001_000, TRACE_COMPLETE, 77, 0, 0, 99, 0, 0, 2, 2.52),
+            TraceEvent(2_000_001_000, COMPLETE, "data", 0, 0, 99, 0, 0, 2, 2.52),
             "2.000001 complete queue=0 head=0 type-99 sector=0 length=0 result=unsupp us=2.5",
         ),
         (
-            TraceEvent(2_000_001_000, TRACE_COMPLETE, 77, 0, 0, 15, 0, 0, 4, 2.52),
+            TraceEvent(2_000_001_000, COMPLETE, "data", 0, 0, 15, 0, 0, 4, 2.52),
             "2.000001 complete queue=0 head=0 zone-append sector=0 length=0 result=zone-unaligned-wp us=2.5",
         ),
         (
-            TraceEvent(3_000_000_000, TRACE_START, 0, 1, 0, 0, 65535, 128, 0, 0.0),
+            TraceEvent(3_000_000_000, START, "data", 1, 0, 0, 65535, 128, 0, 0.0),
             "3.000000 start    queue=1 index=65535 size=128",
         ),
+        (TraceEvent(3_000_000_000, HOLD, "data", 1, 0, 0, 0, 0, 0, 0.0), "3.000000 hold     queue=1"),
     ],
 )
 def test_events_as_text(event: TraceEvent, text: str) -> None:
     assert str(event) == text
+
+
+# With a real worker.
+
+
+@pytest.fixture(params=["aio", "io_uring", "memory"])
+def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFactory]:
+    with rig_factory(tmp_path, DISK, engine=request.param) as factory:
+        yield factory
+
+
+def kinds(reader: TraceReader) -> list[int]:
+    return [event.event for event in reader.events()]
+
+
+def start_tracing(line: Line) -> TraceReader:
+    return line.worker.start_tracing().result(PATIENCE)
+
+
+def stop_tracing(line: Line, reader: TraceReader) -> None:
+    line.worker.stop_tracing(reader).result(PATIENCE)
+
+
+@pytest.mark.parametrize("ring_class", [Ring, PackedRing])
+def test_tracing_ends_with_its_last_reader(make_rig: RigFactory, ring_class: type[Any]) -> None:
+    line = make_rig().line().start(ring_class=ring_class)
+    one, other = start_tracing(line), start_tracing(line)
+    line.do(IN, 1, room=512)
+    stop_tracing(line, one)
+    line.do(IN, 2, room=512)
+    line.turn_is_over()
+    stop_tracing(line, other)
+    assert line.worker.state.record["trace"] == 0
+    line.do(IN, 3, room=512)
+    assert sectors(other) == [1, 1, 2, 2]
+    third = start_tracing(line)
+    line.do(IN, 4, room=512)
+    line.turn_is_over()
+    assert sectors(third) == [4, 4]
+    assert kinds(other) == []
+
+
+def test_requests_in_flight_are_fetched_at_the_start(make_rig: RigFactory) -> None:
+    """Their events have the times at which they were fetched, and come before all others."""
+    rig = make_rig(layers=[DelayPart(read=60_000 * MS)])
+    line = rig.line().start()
+    for sector in (7, 8):
+        line.put(IN, sector, room=512)
+        line.kick()
+        assert eventually(lambda sector=sector: line.queue.in_flight == sector - 6)  # type: ignore[misc]
+    reader = start_tracing(line)
+    line.put(FLUSH)
+    line.kick()
+    events: list[TraceEvent] = []
+    assert eventually(lambda: events.extend(reader.events()) or events[-1].event == COMPLETE)  # type: ignore[func-returns-value]
+    assert [(event.event, event.sector) for event in events if event.type == IN] == [(FETCH, 7), (FETCH, 8)]
+    assert [event.time_ns for event in events] == sorted(event.time_ns for event in events)
+    requests = line.worker.state.slots.requests
+    assert {int(each) for each in requests["started"][requests["queue"] != 0]} == {
+        event.time_ns for event in events if event.type == IN
+    }
+    release(line)
+    line.wait()
+
+
+def test_layers_and_storage_are_told_apart(make_rig: RigFactory) -> None:
+    rig = make_rig(layers=[DelayPart(read=2 * MS)])
+    line = rig.line().start()
+    reader = start_tracing(line)
+    line.do(IN, 1, room=512)
+    line.turn_is_over()
+    fetch, leave, back, complete = events = list(reader.events())
+    assert [event.event for event in events] == [FETCH, LEAVE, RETURN, COMPLETE]
+    assert leave.time_ns - fetch.time_ns >= 2 * MS
+    assert fetch.time_ns <= leave.time_ns <= back.time_ns <= complete.time_ns
+    assert {event.sector for event in events} == {1}
+
+
+def test_tracing_begins_and_ends_while_requests_are_in_layers(make_rig: RigFactory) -> None:
+    rig = make_rig(layers=[DelayPart(read=2 * MS)])
+    line = rig.line().start()
+    for _ in range(20):
+        pending = [line.put(IN, sector, room=512) for sector in range(16)]
+        line.kick()
+        reader = start_tracing(line)
+        stop_tracing(line, reader)
+        line.wait()
+        assert [line.answer(each).data for each in pending] == [DISK[512 * n :][:512] for n in range(16)]
+
+
+def test_a_queue_that_was_stopped_while_traced_is_served_afterwards(make_rig: RigFactory) -> None:
+    rig = make_rig(layers=[DelayPart(read=1)])
+    line = rig.line().start()
+    reader = start_tracing(line)
+    assert line.do(IN, 1, room=512).status == OK
+    line.stop()
+    stop_tracing(line, reader)
+    assert kinds(reader)[-1] == STOP
+    line.start()
+    assert line.do(IN, 2, room=512).data == DISK[1024:1536]
+
+
+def test_a_queue_that_starts_while_traced_has_its_name(make_rig: RigFactory) -> None:
+    rig = make_rig()
+    first = rig.line().start()
+    reader = start_tracing(first)
+    second = rig.line(layers=[DelayPart(flush=1)]).start()
+    second.do(IN, 1, room=512)
+    second.turn_is_over()
+    assert [(event.queue, event.event) for event in reader.events()] == [(1, START), (1, FETCH), (1, LEAVE),
+        (1, RETURN), (1, COMPLETE)]  # fmt: skip
+    assert reader.queues == [TracedQueue("disk", 0, False), TracedQueue("disk", 1, True)]
+
+
+def test_a_queue_that_is_held_by_limits(make_rig: RigFactory) -> None:
+    """It looks again after a second, and is held again: its chain has been seen then."""
+    line = make_rig().line().start()
+    reader = start_tracing(line)
+    member = Member()
+    hold(line, member, total_iops_sec=1)
+    line.put(IN, 1, room=512)
+    line.kick()
+    events: list[TraceEvent] = []
+    assert eventually(lambda: events.extend(reader.events()) or [each.event for each in events[-2:]] == [RELEASE, HOLD])
+    limit(line, member, None)
+    line.wait()
+    line.turn_is_over()
+    assert [each.event for each in events if each.event != COMPLETE][:4] == [FETCH, HOLD, RELEASE, HOLD]
+    fetch, complete = reader.events()
+    assert (fetch.event, complete.event) == (FETCH, COMPLETE)
+    assert fetch.time_ns - round(1000 * fetch.microseconds) <= events[-1].time_ns

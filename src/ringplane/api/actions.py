@@ -11,6 +11,7 @@ from ringplane.api import schemas
 from ringplane.api.call import Call
 from ringplane.api.event_stream import EventStream
 from ringplane.api.scrape import scrape
+from ringplane.api.trace_stream import SHORTEST, TraceStream
 from ringplane.control.config import ConfigError, read_disk
 from ringplane.control.export import Export
 from ringplane.control.operation_errors import Unavailable, WrongValue
@@ -113,6 +114,12 @@ async def events(call: Call) -> Response:
     if call.server.events.subscribers >= MAX_STREAMS:
         raise Unavailable(f"{MAX_STREAMS} streams of events are open already", "", "close one of them")
     return EventStream(call.server.events, call.headers.get("last-event-id", ""))
+
+
+async def trace(call: Call) -> Response:
+    seconds = call.seconds("seconds", SHORTEST)
+    disks = frozenset(call.server.find(name).name for name in call.several("disk"))
+    return TraceStream(await call.server.recorder.start(disks), seconds)
 
 
 def described(export: Export) -> schemas.Disk:

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from ringplane.control.export import Export
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongValue
 from ringplane.control.server import Server
+from ringplane.options.durations import MAX_SECONDS, parse_seconds
 
 Result = TypeVar("Result")
 Body = TypeVar("Body")
@@ -55,6 +56,19 @@ class Call:
         if value not in ("true", "false"):
             raise WrongValue(f"{value!r} is neither true nor false", name, "true, false")
         return value == "true"
+
+    def seconds(self, name: str, lowest: float) -> float | None:
+        """A length of time in the query, or None. Raises WrongValue."""
+        text = self._request.query_params.get(name)
+        try:
+            return None if text is None else parse_seconds(text, lowest)
+        except ValueError as error:
+            raise WrongValue(str(error), name, f"{lowest:g} to {MAX_SECONDS}") from None
+
+    def several(self, name: str) -> list[str]:
+        """All values of this name in the query."""
+        values: list[str] = self._request.query_params.getlist(name)
+        return values
 
     async def body(self, kind: type[Body], default: Body | None = None) -> Body:
         """The body; `default` if it is empty. Raises WrongValue, TooLarge."""

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ringplane.api.schemas import EventData, Lost
+from ringplane.api.streams import send_part, until_gone
 from ringplane.log.event_bus import Event, Events
 
 
@@ -46,12 +47,12 @@ class EventStream(Response):
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._wake.set)
 
-        gone = asyncio.create_task(_gone(receive))
+        gone = asyncio.create_task(until_gone(receive))
         self._events.subscribe(wake)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # At once, so that the client knows that nothing is missed from now on.
-            await _send(send, b": ringplane\n\n")
+            await send_part(send, b": ringplane\n\n")
             while not gone.done():
                 await self._send_new(send)
                 await self._wait(gone)
@@ -69,7 +70,7 @@ class EventStream(Response):
         if found:
             self._number = found[-1].number
             # All at once: what a client that has gone does not get is noticed only afterwards.
-            await _send(send, text)
+            await send_part(send, text)
 
     def _text(self, event: Event) -> bytes:
         data = msgspec.json.encode(EventData(event.time, event.kind, event.disk, event.fields))
@@ -85,12 +86,3 @@ class EventStream(Response):
 
 async def _until(wake: asyncio.Event) -> None:
     await wake.wait()
-
-
-async def _send(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

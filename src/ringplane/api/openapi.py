@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from ringplane.api import schemas
-from ringplane.api.routes import JSON, Route
+from ringplane.api.routes import BYTES, JSON, Parameter, Route
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -70,7 +70,8 @@ def _content(kind: type[Struct] | str | None) -> dict[str, Any]:
         return {}
     if isinstance(kind, type):
         return {"content": {"application/json": {"schema": _reference(kind)}}}
-    return {"content": {kind: {"schema": {"type": "object" if kind == JSON else "string"}}}}
+    schema = {} if kind == BYTES else {"type": "object" if kind == JSON else "string"}
+    return {"content": {kind: {"schema": schema}}}
 
 
 def _error(status: int) -> dict[str, Any]:
@@ -90,6 +91,12 @@ def _path_parameters(route: Route) -> list[dict[str, Any]]:
 
 def _query_parameters(route: Route) -> list[dict[str, Any]]:
     return [
-        {"name": name, "in": "query", "description": text, "schema": {"type": "boolean", "default": False}}
-        for name, text in route.flags.items()
+        {"name": each.name, "in": "query", "description": each.text, "schema": _schema_of(each)} for each in route.query
     ]
+
+
+def _schema_of(parameter: Parameter) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": parameter.kind}
+    if parameter.kind == "boolean":
+        schema["default"] = False
+    return {"type": "array", "items": schema} if parameter.several else schema

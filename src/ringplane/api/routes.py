@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from msgspec import Struct
 from starlette.responses import Response
@@ -14,6 +14,17 @@ from ringplane.api.call import Call
 Handler = Callable[[Call], Awaitable[Struct | Response | None]]
 
 JSON, TOML, EVENTS, TEXT = "application/json", "application/toml", "text/event-stream", "text/plain"
+BYTES = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A value in the query, which can be left out; `kind` is its type in JSON."""
+
+    name: str
+    kind: str
+    text: str
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +38,7 @@ class Route:
     answer: type[Struct] | str | None
     body: type[Struct] | None = None
     body_required: bool = False
-    # Parameters in the query, with their descriptions; all are true or false.
-    flags: Mapping[str, str] = field(default_factory=dict)
+    query: tuple[Parameter, ...] = ()
     # Statuses of errors beside those that each operation can have.
     errors: tuple[int, ...] = ()
     status: int = 200
@@ -55,7 +65,7 @@ ROUTES = (
     ),
     Route(
         "DELETE", "/v1/disks/{name}", actions.remove_disk, "Remove a disk; its image is left as it is.", None,
-        flags={"detach": "Detach the front end that is attached; without it such a disk is not removed."},
+        query=(Parameter("detach", "boolean", "Also if a front end is attached, which is detached."),),
         errors=(400, 404, 409, 503), status=204,
     ),
     Route(
@@ -81,5 +91,14 @@ ROUTES = (
     Route(
         "GET", "/v1/events", actions.events, "Follow what happens to disks (server-sent events).", EVENTS,
         errors=(503,),
+    ),
+    Route(
+        "POST", "/v1/trace", actions.trace,
+        "Record what happens to each request, as it happens (docs/tracing.md has the format).", BYTES,
+        query=(
+            Parameter("seconds", "number", "How long; without it until the client closes the connection."),
+            Parameter("disk", "string", "Only this disk; may be repeated.", several=True),
+        ),
+        errors=(400, 404, 409, 503),
     ),
 )  # fmt: skip

@@ -135,8 +135,9 @@ class Stack:
         """`layers`: the highest first."""
         self.source, self.layers = source, layers
         self._users = 0
-        self._layers = np.zeros(len(layers), LAYER)
-        for record, layer in zip(self._layers, layers, strict=True):
+        # One more, for a probe.
+        self._layers = np.zeros(len(layers) + 1, LAYER)
+        for record, layer in zip(self._layers, layers, strict=False):
             record["state"], record["down"], record["up"] = layer.state, layer.down, layer.up
             record["help"] = layer.help
         self._record: npt.NDArray[np.void] = new(STACK)
@@ -155,6 +156,20 @@ class Stack:
     def uses_engine(self) -> bool:
         """Whether the engine of the I/O thread does the I/O."""
         return self.source.submit == 0
+
+    def set_probe(self, state: int, function: int) -> None:
+        """Put a layer below the others, if there are any, to watch I/Os: `function` is its `down` and `up`.
+
+        Only between two runs of the loop. I/Os that are at the source now do not pass it on their way up.
+        """
+        if self.layers:
+            self._layers[-1] = (state, function, function, 0)
+            self._record["layer_count"] = len(self.layers) + 1
+
+    def remove_probe(self) -> None:
+        """Undo it. I/Os that are below it find a layer without functions."""
+        self._layers[-1] = (0, 0, 0, 0)
+        self._record["layer_count"] = len(self.layers)
 
     def attach(self, engine: Engine) -> None:
         """One more queue of the I/O thread uses the stack; raises OSError."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ringplane.control.interface import Endpoint, Interface
     from ringplane.control.server import Server
     from ringplane.control.start import GiveUp
-    from ringplane.dataplane.trace import TraceEvent
+    from ringplane.dataplane.trace_events import TraceEvent
     from ringplane.opener.remote_opener import RemoteOpener
 
 # Signals that do not stop the process.
@@ -158,6 +158,7 @@ def serve(
                 interface=made(api),
                 metrics=made_endpoint(metrics),
                 opener=opener,
+                traced=trace,
             )
 
     with Logs(log_level, log_format) as logs:
@@ -381,16 +382,10 @@ def abandon(server: Server, logs: Logs) -> NoReturn:
 
 def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:
     """A function that prints events on standard error; with several disks, each with its name."""
-    exports: Sequence[Export] = ()
-    names: dict[int, str] = {}
 
     def print_event(event: TraceEvent | str) -> None:
-        nonlocal exports, names
-        if exports is not server.exports:
-            exports = server.exports
-            names = {export.device: f"{export.name} " for export in exports}
-        disk = names.get(event.device, "") if len(names) > 1 and not isinstance(event, str) else ""
-        logs.trace(f"{disk}{event}")
+        several = len(server.exports) > 1
+        logs.trace(f"{event.disk} {event}" if several and not isinstance(event, str) else str(event))
 
     return print_event
 

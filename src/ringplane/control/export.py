@@ -19,7 +19,7 @@ from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import OperationError, WrongState
 from ringplane.control.operations import Operations, Resized, logging_errors
 from ringplane.control.threads import Threads
-from ringplane.dataplane.trace import TraceEvent
+from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
 from ringplane.log.event_bus import Emit, no_events
@@ -85,11 +85,6 @@ class Export:
     def stopped(self) -> bool:
         """Whether it has stopped, and nothing of it is left."""
         return self._finished.is_set()
-
-    @property
-    def device(self) -> int:
-        """The number of this disk in trace events."""
-        return int(self.disk.queues[0].record["device"])
 
     @property
     def in_flight(self) -> int:
@@ -183,7 +178,7 @@ class Export:
             return
 
         def receive_ours(event: TraceEvent | str) -> None:
-            if isinstance(event, str) or event.device == self.device:
+            if isinstance(event, str) or event.disk == self.name:
                 receive(event)
 
         self.threads.trace(receive_ours)

@@ -15,9 +15,10 @@ from ringplane.control.export import Export
 from ringplane.control.interface import Endpoint, Interface
 from ringplane.control.listener import ListenError
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
+from ringplane.control.recording import Recorder
 from ringplane.control.threads import Threads
 from ringplane.control.turns import PATIENCE, Turns
-from ringplane.dataplane.trace import TraceEvent
+from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.log.event_bus import Events
 from ringplane.opener.opener import OpenerEnded
 from ringplane.options.counted import counted
@@ -41,6 +42,7 @@ class Server:
         self.events = events
         self.interface: Interface | None = None
         self.metrics: Endpoint | None = None
+        self.recorder = Recorder(threads)
         self._adding = adding
         self._turns = Turns("the process")
         self._removals: dict[Export, asyncio.Task[None]] = {}

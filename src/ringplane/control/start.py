@@ -24,7 +24,9 @@ from ringplane.control.opening import (
 from ringplane.control.server import Server
 from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
+from ringplane.dataplane import tracer
 from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
+from ringplane.dataplane.trace_events import load_tracing
 from ringplane.log.event_bus import Events
 from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, taking
@@ -92,6 +94,7 @@ def serve_all(
     interface: Interface | None = None,
     metrics: Endpoint | None = None,
     opener: RemoteOpener | None = None,
+    traced: bool = False,
 ) -> Server:
     """Serve several disks on shared threads; like `serve` in all else. The server's `exports` are in their order.
 
@@ -101,7 +104,7 @@ def serve_all(
     an `interface` (ringplane/api/http.py) disks can be added and removed while the server runs: there need not be
     one at the start, and the server ends when it is stopped. `metrics` (ringplane/api/metrics_endpoint.py) are served
     as long as there is a disk or an interface. The `opener` opens files of disks that are added, which a program that
-    has given up its rights cannot; it is closed at the end.
+    has given up its rights cannot; it is closed at the end. With `traced`, `Server.trace` needs no rights either.
     """
     occupy()
     if upgrade and any(config.socket_path is None for config in disks):
@@ -133,6 +136,8 @@ def serve_all(
             units += units_of_parts(parts)
         if interface is not None:
             units += units_of_any_disk()
+        elif traced:
+            units += tracer.UNITS
         warm_up(dict.fromkeys(units), signals)
         threads = Threads(io_threads)
         undo.callback(threads.end)
@@ -140,6 +145,8 @@ def serve_all(
         if opener is not None:
             threads.at_end.callback(opener.close)
             opener.wait_until_ready(signals)
+        if traced:
+            load_tracing()
         events = Events()
         adding = Adding(threads, events, opener)
         served = [adding.make_disk(*each) for each in zip(disks, opened, strict=True)]

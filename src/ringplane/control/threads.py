@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ringplane.control.trace_task import report_trace
-from ringplane.dataplane.trace import TraceEvent
+from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.dataplane.worker import Worker
 from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
@@ -100,7 +100,7 @@ class Threads:
         It is called on the control thread.
         """
         if self._thread.is_alive():
-            readers = [worker.start_tracing() for worker in self.workers.values()]
+            readers = [worker.start_tracing().result() for worker in self.workers.values()]
             self.start_task(lambda: report_trace(readers, receive))
 
     def wait(self, timeout: float | None = None) -> bool:

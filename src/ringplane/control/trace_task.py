@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from ringplane.dataplane.state import TRACE_CAPACITY
-from ringplane.dataplane.trace import TraceEvent, TraceReader
+from ringplane.dataplane.trace_events import TraceEvent, TraceReader
+from ringplane.dataplane.tracer import CAPACITY
 
 log = logging.getLogger(__name__)
 
@@ -38,4 +38,4 @@ async def report_trace(readers: Sequence[TraceReader], receive: Callable[[TraceE
         log.warning("tracing has stopped: %s", error)
     except asyncio.CancelledError:
         # At the end, when all queues have been drained: the remaining events.
-        report(TRACE_CAPACITY)
+        report(CAPACITY)

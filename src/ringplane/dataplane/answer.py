@@ -17,10 +17,9 @@ from ringplane.dataplane.state import (
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
-    TRACE_COMPLETE,
     WORKER_ONE,
 )
-from ringplane.dataplane.trace import trace
+from ringplane.dataplane.tracer import TRACER
 from ringplane.inflight import tracking
 from ringplane.metrics.histogram import count
 from ringplane.native.access import address_of, store8, view
@@ -73,7 +72,8 @@ def answer_with(worker, queue, request, status):
     if queue.log:
         call(worker.mark_request, address_of(queue), address_of(request))
     if worker.trace:
-        trace(worker, TRACE_COMPLETE, queue, request, status, worker.now - request.started)
+        tracer = view(worker.trace, TRACER)
+        call(tracer.completed, address_of(worker), address_of(queue), address_of(request), status)
     if queue.in_order:
         request.ended = 1
         use_in_order(worker, queue)

@@ -13,9 +13,10 @@ All of it is units, so a disk without limits compares one field per turn of the 
 from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import unit
+from ringplane.compiler.units import call, unit
 from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.state import NEVER, QUEUE, REQUEST, REQUEST_TYPES, WORKER
+from ringplane.dataplane.tracer import HOLD, RELEASE, TRACER
 from ringplane.limits.limiter import Limiter, Member
 from ringplane.limits.meters import READS, TICKS, WRITES
 from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, may_begin_at, wait_in_group
@@ -115,6 +116,8 @@ def hold(worker, queue, gate, until):
     """
     queue.ready = 1
     gate.held_at = worker.now
+    if worker.trace:
+        call(view(worker.trace, TRACER).held, address_of(worker), address_of(queue), HOLD, worker.now)
     gate.until = min(until, worker.now + LONGEST_HOLD)
     before, following = 0, worker.held
     while following and view(following, GATE).served <= gate.served:
@@ -166,6 +169,8 @@ def release(worker_address):
 @compiled
 def end_hold(worker, queue, gate, now):
     queue.ready = 0
+    if worker.trace:
+        call(view(worker.trace, TRACER).held, address_of(worker), address_of(queue), RELEASE, now)
     if queue.running:
         if available(queue):
             count_throttled(view(gate.member, MEMBER), gate.held_at, now)

@@ -30,10 +30,9 @@ from ringplane.dataplane.state import (
     REQUEST,
     REQUEST_SIZE,
     TOKEN_HELPERS,
-    TRACE_FETCH,
     WORKER,
 )
-from ringplane.dataplane.trace import trace
+from ringplane.dataplane.tracer import TRACER
 from ringplane.dataplane.tune import count_gap
 from ringplane.engines.common import COMPLETION, COMPLETION_SIZE, ENGINE
 from ringplane.engines.dispatch import has_events, reap, submit, wait
@@ -374,7 +373,7 @@ def begin_request(worker, channel, queue, request, io, rule):
         queue_up(worker, queue, request)
     status = execute(worker, channel, queue, request, io)
     if worker.trace:
-        trace(worker, TRACE_FETCH, queue, request, 0, 0)
+        call(view(worker.trace, TRACER).fetched, address_of(worker), address_of(queue), address_of(request))
     if status != PENDING:
         answer_with(worker, queue, request, status)
     return True

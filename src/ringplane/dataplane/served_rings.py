@@ -18,7 +18,8 @@ from ringplane.dataplane.place_ring import place_ring, prepare_ring
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.retired_memory import RetiredMemory
 from ringplane.dataplane.ring_states import RingEvent, RingState
-from ringplane.dataplane.state import NEVER, TRACE_START, TRACE_STOP
+from ringplane.dataplane.state import NEVER
+from ringplane.dataplane.tracer import START, STOP
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
@@ -69,7 +70,7 @@ class ServedRings:
         queue.ring_state.apply(RingEvent.START)
         # As if kicked: requests may have been in the ring before its kick fd was watched.
         self.check_all()
-        self._trace(TRACE_START, queue)
+        self._trace(START, queue)
 
     def stop(self, queue: Queue, drained: Future[None]) -> None:
         """Stop fetching; `drained` is done when all requests in flight have been completed."""
@@ -163,7 +164,7 @@ class ServedRings:
         queue.drop_memory()
         queue.ring_state.apply(RingEvent.DRAINED)
         self._pin()
-        self._trace(TRACE_STOP, queue)
+        self._trace(STOP, queue)
 
     def _pin(self) -> None:
         """Pin the memory that requests may use."""

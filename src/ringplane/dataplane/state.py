@@ -108,6 +108,10 @@ QUEUE = struct(
     "next_unnotified",
     "counters",  # COUNTER structs, one per kind of request
     "failures",  # FAILURE structs, one per kind of request
+    # Only while requests are traced (tracer.py)
+    "traced",  # its number in trace events
+    "traced_avail",  # `seen_avail` when it was last compared
+    "seen_at",  # nanoseconds, CLOCK_MONOTONIC: when chains up to there were seen; 0: not known
 )
 
 # Three words for what is asked for. The *type* is the number in the request's header (virtio/blk.py, blk_zones.py).
@@ -239,8 +243,7 @@ WORKER = struct(
     "mark_ring",
     "record_failure",
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
-    "trace",  # TRACE structs, or 0 when tracing is off
-    "traced",  # events traced so far
+    "trace",  # TRACER (tracer.py), or 0 when tracing is off
     "one",  # the number 1, for eventfds
     # Counted for metrics
     "polled",  # nanoseconds for which the rings were polled
@@ -250,7 +253,6 @@ WORKER = struct(
     "signaller",  # SIGNALLER (signaller.py) if the worker serves several disks, else 0; set by the control plane
 )
 WORKER_ONE: int = WORKER.fields["one"][1]  # type: ignore[index]
-WORKER_TRACED: int = WORKER.fields["traced"][1]  # type: ignore[index]
 
 # Not a status: the request is still in progress.
 PENDING = -1
@@ -264,9 +266,3 @@ NEVER = 1 << 62
 # What the engine reports of a watched fd: one of these, the address of a QUEUE that was kicked, or an event's token
 # (block/events.py). Structs are at multiples of 8, so no address has one of the bits of NO_ADDRESS.
 TOKEN_CONTROL, TOKEN_HELPERS, NO_ADDRESS = 1, 2, 7
-
-TRACE_FETCH, TRACE_COMPLETE, TRACE_START, TRACE_STOP = 1, 2, 3, 4
-# A trace event of a request. For the start and stop of a queue `sector` is its available index and `length` its size.
-TRACE = struct("time", "event", "device", "queue", "head", "type", "sector", "length", "status", "nanoseconds")
-TRACE_SIZE = TRACE.itemsize
-TRACE_CAPACITY = 1 << 16

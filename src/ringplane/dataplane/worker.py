@@ -26,7 +26,7 @@ from ringplane.dataplane.served_rings import ServedRings
 from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.thread_clock import ThreadClock
-from ringplane.dataplane.trace import EVENT_NAMES, TraceReader, TraceRing
+from ringplane.dataplane.trace_events import EVENT_NAMES, Tracer, TraceReader, load_tracing
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable
@@ -68,7 +68,8 @@ class Worker:
         self.name = name
         self._disks = 0
         self._signaller: Signaller | None = None
-        self._trace: TraceRing | None = None
+        self._tracer: Tracer | None = None
+        self._readers: set[TraceReader] = set()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         # Guards the two fields below, so that each call is either performed or refused.
         self._lock = threading.Lock()
@@ -172,9 +173,14 @@ class Worker:
         """Interrupt the thread if it blocks in a write to a full notifier; otherwise this has no effect."""
         interrupt.interrupt(self._thread)
 
-    def start_tracing(self) -> TraceReader:
-        """Trace requests from now on."""
-        return self.call(self._start_tracing).result()
+    def start_tracing(self) -> Future[TraceReader]:
+        """Trace requests from now on, until the last reader has been passed to `stop_tracing`."""
+        load_tracing()
+        return self.call(self._start_tracing)
+
+    def stop_tracing(self, reader: TraceReader) -> Future[None]:
+        """No more events come for this reader; it can still read those that it has not read."""
+        return self.call(lambda: self._stop_tracing(reader))
 
     def stop(self) -> None:
         """Stop the threads and release everything. All queues must have been stopped."""
@@ -233,15 +239,23 @@ class Worker:
         signal(int(self.state.record["signaller"]), fd, self.state.address_of_one)
 
     def _start_tracing(self) -> TraceReader:
-        if self._trace is None:
-            self._trace = TraceRing(self.state.array)
-            self.state.record["trace"] = self._trace.address
-        return TraceReader(self._trace)
+        if self._tracer is None:
+            self._tracer = Tracer(self.state)
+            self._tracer.start(self.rings)
+        reader = TraceReader(self._tracer, self._tracer.in_flight(self.rings))
+        self._readers.add(reader)
+        return reader
+
+    def _stop_tracing(self, reader: TraceReader) -> None:
+        self._readers.discard(reader)
+        if self._tracer is not None and not self._readers:
+            self._tracer.stop()
+            self._tracer = None
 
     def _trace_queue(self, event: int, queue: Queue) -> None:
         log.debug("%s: %s", queue.name, EVENT_NAMES[event], extra=queue.log_fields)
-        if self._trace is not None:
-            self._trace.add(event, queue.array)
+        if self._tracer is not None:
+            self._tracer.add(event, queue)
 
 
 def _perform(future: Future[Any], function: Callable[[], Any]) -> None:

@@ -1,0 +1,247 @@
+"""The trace events of a worker, from compiled code (tracer.py) and Python, and who reads them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.block.stack import Stack
+from ringplane.compiler.units import addresses
+from ringplane.dataplane.queue import Queue
+from ringplane.dataplane.tracer import (
+    CAPACITY,
+    COMPLETE,
+    EVENT,
+    FETCH,
+    HOLD,
+    LEAVE,
+    RELEASE,
+    RETURN,
+    START,
+    STOP,
+    TRACER,
+    UNITS,
+    passed,
+)
+from ringplane.dataplane.worker_state import WorkerState
+from ringplane.native.structs import new
+from ringplane.virtio import blk, blk_zones
+
+EVENT_NAMES = {
+    FETCH: "fetch",
+    LEAVE: "leave",
+    RETURN: "return",
+    COMPLETE: "complete",
+    START: "start",
+    STOP: "stop",
+    HOLD: "hold",
+    RELEASE: "release",
+}
+TYPE_NAMES = {
+    blk.VIRTIO_BLK_T_IN: "read",
+    blk.VIRTIO_BLK_T_OUT: "write",
+    blk.VIRTIO_BLK_T_FLUSH: "flush",
+    blk.VIRTIO_BLK_T_GET_ID: "get-id",
+    blk.VIRTIO_BLK_T_GET_LIFETIME: "get-lifetime",
+    blk.VIRTIO_BLK_T_DISCARD: "discard",
+    blk.VIRTIO_BLK_T_WRITE_ZEROES: "write-zeroes",
+    blk.VIRTIO_BLK_T_SECURE_ERASE: "secure-erase",
+    blk_zones.VIRTIO_BLK_T_ZONE_APPEND: "zone-append",
+    blk_zones.VIRTIO_BLK_T_ZONE_REPORT: "zone-report",
+    blk_zones.VIRTIO_BLK_T_ZONE_OPEN: "zone-open",
+    blk_zones.VIRTIO_BLK_T_ZONE_CLOSE: "zone-close",
+    blk_zones.VIRTIO_BLK_T_ZONE_FINISH: "zone-finish",
+    blk_zones.VIRTIO_BLK_T_ZONE_RESET: "zone-reset",
+    blk_zones.VIRTIO_BLK_T_ZONE_RESET_ALL: "zone-reset-all",
+}
+STATUS_NAMES = {
+    blk.VIRTIO_BLK_S_OK: "ok",
+    blk.VIRTIO_BLK_S_IOERR: "ioerr",
+    blk.VIRTIO_BLK_S_UNSUPP: "unsupp",
+    blk_zones.VIRTIO_BLK_S_ZONE_INVALID_CMD: "zone-invalid-cmd",
+    blk_zones.VIRTIO_BLK_S_ZONE_UNALIGNED_WP: "zone-unaligned-wp",
+    blk_zones.VIRTIO_BLK_S_ZONE_OPEN_RESOURCE: "zone-open-resource",
+    blk_zones.VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE: "zone-active-resource",
+}
+
+Events = npt.NDArray[np.void]
+
+
+class TracedQueue(NamedTuple):
+    """What is known of a queue that has events. `layered`: its disk has layers."""
+
+    disk: str
+    number: int
+    layered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEvent:
+    """What happens to a request or a queue.
+
+    For a queue, `sector` is its index in the available ring and `length` its size. Only completions have `status` and
+    `microseconds`.
+    """
+
+    time_ns: int
+    event: int
+    disk: str
+    queue: int
+    head: int
+    type: int
+    sector: int
+    length: int
+    status: int
+    microseconds: float
+
+    def __str__(self) -> str:
+        start = f"{self.time_ns / 1e9:.6f} {EVENT_NAMES[self.event]:<8} queue={self.queue}"
+        if self.event in (START, STOP):
+            return f"{start} index={self.sector} size={self.length}"
+        if self.event in (HOLD, RELEASE):
+            return start
+        name = TYPE_NAMES.get(self.type, f"type-{self.type}")
+        what = f"{start} head={self.head} {name} sector={self.sector} length={self.length}"
+        if self.event != COMPLETE:
+            return what
+        return f"{what} result={STATUS_NAMES.get(self.status, self.status)} us={self.microseconds:.1f}"
+
+
+class Tracer:
+    """A worker's ring buffer of events: written by its thread, from compiled code and Python, read by any thread."""
+
+    def __init__(self, state: WorkerState) -> None:
+        """`load` must have been called before."""
+        self._state = state
+        self._events: Events = np.zeros(CAPACITY, EVENT)
+        self._record: npt.NDArray[np.void] = new(TRACER)
+        self.address = int(self._record.ctypes.data)
+        record = self._record[0]
+        for name, address in addresses(UNITS).items():
+            record[name] = address
+        record["worker"], record["events"] = state.address, self._events.ctypes.data
+        # Only appended to, because other threads read it: a queue's number is its index.
+        self.queues: list[TracedQueue] = []
+        self._numbers: dict[TracedQueue, int] = {}
+        # That have a probe, also when their queues are not served any more.
+        self._stacks: set[Stack] = set()
+
+    @property
+    def written(self) -> int:
+        """How many events there have been."""
+        return int(self._record["written"][0])
+
+    def copy(self, first: int, last: int) -> Events:
+        """Events `first` to `last` (excluded); those that were overwritten are replaced by newer ones."""
+        start = first % CAPACITY
+        wrapped = max(start + last - first - CAPACITY, 0)
+        return np.concatenate([self._events[start : start + last - first], self._events[:wrapped]])
+
+    # On the worker's thread, between two runs.
+
+    def start(self, queues: Iterable[Queue]) -> None:
+        """Trace from now on; these queues are served."""
+        for queue in queues:
+            self._watch(queue)
+        self._state.record["trace"] = self.address
+
+    def stop(self) -> None:
+        """Trace no more."""
+        self._state.record["trace"] = 0
+        for stack in self._stacks:
+            stack.remove_probe()
+
+    def add(self, event: int, queue: Queue) -> None:
+        """Add the start or stop of a queue."""
+        self._watch(queue)
+        record = queue.record
+        entry = np.zeros((), EVENT)
+        entry["time"], entry["event"], entry["queue"] = time.monotonic_ns(), event, record["traced"]
+        entry["sector"], entry["length"] = record["last_avail"], record["size"]
+        self._events[self.written % CAPACITY] = entry
+        self._record["written"] += 1
+
+    def in_flight(self, queues: Iterable[Queue]) -> Events:
+        """For each request of these queues that is in flight an event of its fetch, in their order."""
+        requests = self._state.slots.requests
+        found = [np.zeros(0, EVENT)]
+        for queue in queues:
+            ours = requests[requests["queue"] == queue.address]
+            if queue.record["in_order"]:
+                # They are completed, and wait for older ones.
+                ours = ours[ours["ended"] == 0]
+            events = np.zeros(len(ours), EVENT)
+            events["time"], events["event"], events["queue"] = ours["started"], FETCH, queue.record["traced"]
+            for name in ("sector", "length", "type", "slot", "head"):
+                events[name] = ours[name]
+            found.append(events)
+        together = np.concatenate(found)
+        return together[np.argsort(together["time"], kind="stable")]
+
+    def _watch(self, queue: Queue) -> None:
+        described = TracedQueue(queue.device.name, queue.number, bool(queue.stack.layers))
+        number = self._numbers.setdefault(described, len(self.queues))
+        if number == len(self.queues):
+            self.queues.append(described)
+        queue.record["traced"], queue.record["traced_avail"] = number, -1
+        queue.stack.set_probe(self.address, passed.address())
+        self._stacks.add(queue.stack)
+
+
+class TraceReader:
+    """Reads a worker's events without stopping it."""
+
+    def __init__(self, tracer: Tracer, in_flight: Events) -> None:
+        """From now on; `in_flight` are events that come before those."""
+        self._tracer = tracer
+        self._before = in_flight
+        self._read = tracer.written
+        self.lost = 0
+
+    @property
+    def queues(self) -> Sequence[TracedQueue]:
+        """Those of all events that were read, by their numbers; it becomes longer."""
+        return self._tracer.queues
+
+    def read(self, limit: int = CAPACITY) -> Events:
+        """The events since the last call, at most the oldest `limit`; those overwritten unread count in `lost`."""
+        if len(self._before):
+            before, self._before = self._before, self._before[:0]
+            return before
+        written = self._tracer.written
+        first = max(self._read, written - CAPACITY)
+        last = min(written, first + limit)
+        entries = self._tracer.copy(first, last)
+        # Also lost: what the worker has overwritten while we copied, and the entry that it may be writing now.
+        intact = min(last, max(first, self._tracer.written - CAPACITY + 1))
+        self.lost += intact - self._read
+        self._read = last
+        return entries[intact - first :]
+
+    def events(self, limit: int = CAPACITY) -> Iterator[TraceEvent]:
+        """Like `read`, one by one."""
+        for entry in self.read(limit):
+            queue = self.queues[entry["queue"]]
+            yield TraceEvent(
+                time_ns=int(entry["time"]),
+                event=int(entry["event"]),
+                disk=queue.disk,
+                queue=queue.number,
+                head=int(entry["head"]),
+                type=int(entry["type"]),
+                sector=int(entry["sector"]),
+                length=int(entry["length"]),
+                status=int(entry["status"]),
+                microseconds=int(entry["nanoseconds"]) / 1000,
+            )
+
+
+def load_tracing() -> None:
+    """Compile or load what tracing calls, for threads that cannot: I/O threads, and those of a confined process."""
+    for each in UNITS:
+        each.address()

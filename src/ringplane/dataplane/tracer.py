@@ -1,0 +1,139 @@
+"""Tracing in compiled code: what happens to requests is written to a ring buffer, which Python reads (trace_events.py).
+
+All of it is units: while nobody traces, a worker compares one field per fetched and per completed request, and a
+process in which nobody can trace does not load them.
+
+A request has an event when it is fetched and one when it is completed. On a disk with layers it also has one each time
+it leaves the layers for the source, and one each time it comes back: `passed` is the functions of a probe below the
+layers (block/stack.py). Of a disk with limits it is traced when a queue is held, and when that ends (limit_gate.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ringplane.block.io import BLOCK_IO
+from ringplane.block.stack import CONTINUE
+from ringplane.compiler.jit import compiled
+from ringplane.compiler.units import unit
+from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_SIZE, WORKER
+from ringplane.native.access import address_of, store64_release, view
+from ringplane.native.structs import struct
+from ringplane.native.syscalls import monotonic_ns
+
+FETCH, LEAVE, RETURN, COMPLETE, START, STOP, HOLD, RELEASE = range(1, 9)
+
+# Of START and STOP, `sector` is the queue's available index and `length` its size. `nanoseconds` is of FETCH the time
+# since the chain was seen in the ring, and of COMPLETE the time since FETCH.
+EVENT = np.dtype(
+    [
+        ("time", "<i8"),  # nanoseconds, CLOCK_MONOTONIC
+        ("sector", "<i8"),
+        ("length", "<i8"),  # in bytes
+        ("nanoseconds", "<i8"),
+        ("type", "<u4"),
+        ("queue", "<u4"),  # QUEUE's `traced`
+        ("slot", "<u4"),  # no two requests in flight on a worker have the same
+        ("head", "<u2"),
+        ("event", "u1"),
+        ("status", "u1"),
+    ]
+)
+EVENT_SIZE = EVENT.itemsize
+CAPACITY = 1 << 16
+
+# Of a worker. The first four are the addresses of the units below.
+TRACER = struct(
+    "fetched",
+    "completed",
+    "passed",
+    "held",
+    "worker",  # WORKER
+    "events",  # CAPACITY EVENT structs
+    "written",  # events so far
+)
+WRITTEN: int = TRACER.fields["written"][1]  # type: ignore[index]
+
+
+@unit
+def fetched(worker_address, queue_address, request_address):
+    worker, queue, request = view(worker_address, WORKER), view(queue_address, QUEUE), view(request_address, REQUEST)
+    note_seen(queue, worker.now)
+    waited = 0 if queue.packed else worker.now - queue.seen_at
+    write(view(worker.trace, TRACER), worker.now, FETCH, queue, request, 0, waited)
+    return 0
+
+
+@unit
+def completed(worker_address, queue_address, request_address, status):
+    worker, queue, request = view(worker_address, WORKER), view(queue_address, QUEUE), view(request_address, REQUEST)
+    write(view(worker.trace, TRACER), worker.now, COMPLETE, queue, request, status, worker.now - request.started)
+    return 0
+
+
+@unit
+def passed(tracer_address, channel_address, io_address):
+    """The functions of the probe below the layers, on the way down and up."""
+    tracer, io = view(tracer_address, TRACER), view(io_address, BLOCK_IO)
+    worker = view(tracer.worker, WORKER)
+    request = view(worker.requests + io.slot * REQUEST_SIZE, REQUEST)
+    # In the worker, so that what is traced later in this turn has no earlier time.
+    worker.now = monotonic_ns()
+    write(tracer, worker.now, RETURN if io.upward else LEAVE, view(request.queue, QUEUE), request, 0, 0)
+    return CONTINUE
+
+
+@unit
+def held(worker_address, queue_address, event, time):
+    """HOLD or RELEASE of a queue."""
+    worker, queue = view(worker_address, WORKER), view(queue_address, QUEUE)
+    note_seen(queue, time)
+    tracer = view(worker.trace, TRACER)
+    entry = next_entry(tracer, time, event, queue)
+    entry.sector = entry.length = entry.nanoseconds = 0
+    entry.type = entry.slot = entry.head = entry.status = 0
+    count(tracer)
+    return 0
+
+
+UNITS = (fetched, completed, passed, held)
+
+
+@compiled
+def note_seen(queue, now):
+    """Note when a split ring's available index was loaded: all chains up to there were seen then.
+
+    It is loaded again only when all of these have been fetched, so one time is enough.
+    """
+    if queue.seen_avail != queue.traced_avail:
+        queue.traced_avail = queue.seen_avail
+        queue.seen_at = now
+
+
+@compiled
+def write(tracer, time, event, queue, request, status, nanoseconds):
+    """Write an event of a request."""
+    entry = next_entry(tracer, time, event, queue)
+    entry.sector = request.sector
+    entry.length = request.length
+    entry.nanoseconds = nanoseconds
+    entry.type = request.type
+    entry.slot = request.slot
+    entry.head = request.head
+    entry.status = status
+    count(tracer)
+
+
+@compiled
+def next_entry(tracer, time, event, queue):
+    entry = view(tracer.events + (tracer.written & (CAPACITY - 1)) * EVENT_SIZE, EVENT)
+    entry.time = time
+    entry.event = event
+    entry.queue = queue.traced
+    return entry
+
+
+@compiled
+def count(tracer):
+    # Release: the entry is complete before it is counted. The reader loads the count, then the entries.
+    store64_release(address_of(tracer) + WRITTEN, tracer.written + 1)
