@@ -11,7 +11,7 @@ import pytest
 
 from ringplane.cli.start_errors import NO_THREAD, start_errors
 from ringplane.engines.common import EngineUnavailable
-from ringplane.system.notes import doing
+from ringplane.system.notes import doing, in_words
 
 
 def message(error: BaseException, what: str = "") -> str:
@@ -37,6 +37,17 @@ def test_limits_of_process_and_machine() -> None:
     assert "not enough memory" in message(OSError(errno.ENOMEM, ""), "x")
     assert "not enough memory" in message(MemoryError())
     assert message(RuntimeError("can't start new thread")) == NO_THREAD
+
+
+def test_errors_of_a_process_that_cannot_find_out_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox forbids getrlimit(2)."""
+
+    def refuse(_: int) -> tuple[int, int]:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(resource, "getrlimit", refuse)
+    assert in_words(OSError(errno.EIO, "Input/output error")) == "Input/output error"
+    assert in_words(OSError(errno.EMFILE, "")).startswith("this process may open no more files; raise the limit")
 
 
 def test_an_engine_has_its_own_advice() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ringplane.compiler.cache import remove_temporary_cache
 from ringplane.engines.uring import REGISTRATIONS
-from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKPBSZGET, BLKROGET, BLKSECDISCARD
+from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKPBSZGET, BLKROGET, BLKSECDISCARD, BLKSSZGET
 from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
 from ringplane.options.users import User
 from ringplane.system import code_pages, landlock, libc, procfs, seccomp
@@ -68,7 +68,7 @@ TCGETS2 = 0x802C542A
 
 # Sizes, properties and ranges of block devices; non-blocking sockets and eventfds; isatty(3).
 IOCTLS = (
-    *(BLKGETSIZE64, BLKPBSZGET, BLKROGET, BLKDISCARD, BLKSECDISCARD),
+    *(BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKROGET, BLKDISCARD, BLKSECDISCARD),
     *(termios.FIONBIO, termios.TCGETS, TCGETS2),
 )
 FCNTLS = (

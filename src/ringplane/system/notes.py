@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 # By errno, for any system call: the process or the machine has run out of a resource.
 REMEDIES = {
-    errno.EMFILE: "this process may open only {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
+    errno.EMFILE: "this process may open {} files; raise the limit (ulimit -n, systemd's LimitNOFILE=)",
     errno.ENFILE: "the machine has too many open files; raise sysctl fs.file-max",
     errno.ENOMEM: "there is not enough memory; raise the limit (ulimit -v, systemd's MemoryMax=)",
 }
@@ -28,10 +28,17 @@ def doing(what: str) -> Iterator[None]:
 
 def in_words(error: OSError) -> str:
     """The operation (the notes of the error), the file, the error, and the advice."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     why = error.strerror or str(error)
     # The text of an engine's error has its own advice.
     if error.errno in REMEDIES and type(error) is OSError:
-        why = REMEDIES[error.errno].format(limit)
+        why = REMEDIES[error.errno].format(_limit())
     name = [os.fsdecode(error.filename)] if error.filename is not None else []
     return ": ".join([*getattr(error, "__notes__", ()), *name, why])
+
+
+def _limit() -> str:
+    """How many files this process may open; a process that has given up its rights cannot find out."""
+    try:
+        return f"only {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+    except OSError:
+        return "no more"
