@@ -18,10 +18,13 @@ import pytest
 
 import ringplane
 from ringplane.block.image import ImageError
+from ringplane.control import server as server_module
 from ringplane.control.listener import ListenError
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd
 from ringplane.driver.load import Load, Model, Result, check, fill, run_load
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.thread_options import IoThread
 from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 
@@ -51,6 +54,50 @@ def export(image: Path, tmp_path: Path) -> Iterator[ringplane.Export]:
 def attach(export: ringplane.Export, queues: int = 1) -> Driver:
     assert export.socket_path is not None
     return Driver(export.socket_path, queues=queues, memory_size=MEMORY_SIZE)
+
+
+class SlowOpener:
+    """Stands in for a process that removes files, whose storage does not answer."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def unlink(self, path: Path) -> None:
+        self.begun.set()
+        assert self.go.wait(SOON * 12)
+        path.unlink()
+
+
+def test_a_socket_whose_removal_takes_long_holds_nobody_up(export: ringplane.Export) -> None:
+    opener = SlowOpener()
+    export.listener.opener = opener  # type: ignore[assignment]
+    export.request_stop()
+    assert opener.begun.wait(SOON * 12)
+    called = threading.Event()
+    export.threads.soon(called.set)
+    assert called.wait(SOON * 12)
+    opener.go.set()
+    export.stop()
+    assert export.socket_path is not None
+    assert not export.socket_path.exists()
+
+
+def test_a_process_ends_at_once_while_the_removal_of_a_socket_hangs(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "ABANDON_PATIENCE", 0.01)
+    opener = SlowOpener()
+    other = tmp_path / "other"
+    other.write_bytes(bytes(IMAGE_SIZE))
+    disks = [DiskConfig(path, ("io0",), socket_path=Path(f"{path}.sock")) for path in (image, other)]
+    with ringplane.serve_all(disks, [IoThread("io0")]) as server:
+        server.exports[0].listener.opener = opener  # type: ignore[assignment]
+        server.abandon()
+        assert opener.begun.wait(SOON * 12)
+        # The others come first.
+        assert not Path(f"{other}.sock").exists()
+        opener.go.set()
+        wait_until(lambda: not Path(f"{image}.sock").exists())
 
 
 class Loaded:

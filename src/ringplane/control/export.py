@@ -222,16 +222,10 @@ class Export:
         finally:
             self.operations.end()
             self._limiting.remove(self.disk)
-            await self._close_disk()
+            # Storage that hangs must not stop other disks.
+            await _aside(self.disk.close)
             self._quota.end()
             self._finished.set()
-
-    async def _close_disk(self) -> None:
-        """On a thread that may block, because storage that hangs must not stop other disks; if there is one."""
-        try:
-            await asyncio.to_thread(self.disk.close)
-        except RuntimeError:
-            self.disk.close()
 
     async def _serve(self) -> None:
         """One front end after the other; others that connect meanwhile wait in the socket's queue."""
@@ -249,7 +243,11 @@ class Export:
                     await self._serve_front_end(sock)
         finally:
             self._front_ends.drop_waiting()
-            listener.close()
+            if listener.opener is None:
+                listener.close()
+            else:
+                listener.sock.close()
+                await _aside(listener.close)
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
         if self._stopping:
@@ -357,3 +355,11 @@ class Export:
         self._front_ends.stop()
         if self._transport:
             self._transport.close()
+
+
+async def _aside(function: Callable[[], object]) -> None:
+    """Call it on a thread that may block, if one can be started."""
+    try:
+        await asyncio.to_thread(function)
+    except RuntimeError:
+        function()

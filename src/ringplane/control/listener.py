@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from ringplane.opener.opener import OpenerEnded
@@ -33,13 +32,11 @@ class ListenError(Exception):
 class Listener:
     """A UNIX stream socket that front ends connect to, or one connection that was inherited."""
 
-    def __init__(
-        self, sock: socket.socket, path: Path | None = None, unlink: Callable[[Path], object] = os.unlink
-    ) -> None:
-        """`unlink` removes its file."""
+    def __init__(self, sock: socket.socket, path: Path | None = None, opener: RemoteOpener | None = None) -> None:
+        """`opener`: what has made it and removes its file, which may take long, if not this process."""
         self.sock = sock
         self.path = path
-        self._unlink = unlink
+        self.opener = opener
         self.connected = not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         # Whether we remove its file: not while another process listens on it (control/handover.py).
         self.owned = True
@@ -78,7 +75,7 @@ class Listener:
             raise _cannot_listen(path, error) from None
         except OSError as error:
             raise _cannot_listen(path, error) from None
-        return cls(sock, path, opener.unlink)
+        return cls(sock, path, opener)
 
     @staticmethod
     def rehearse(path: Path, mode: int | None = None, group: int | None = None) -> None:
@@ -117,7 +114,10 @@ class Listener:
         """Raises OSError, also if it cannot be known whose file this is, and OpenerEnded."""
         with contextlib.suppress(FileNotFoundError):
             if _identity(path) == self._identity:
-                self._unlink(path)
+                if self.opener is None:
+                    path.unlink()
+                else:
+                    self.opener.unlink(path)
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "an inherited socket"

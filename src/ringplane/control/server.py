@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,6 +29,9 @@ from ringplane.options.disk_config import DiskConfig
 from ringplane.system.notes import in_words
 
 log = logging.getLogger(__name__)
+
+# Seconds that the removal of sockets may take when the process ends at once.
+ABANDON_PATIENCE = 5.0
 
 
 class Server:
@@ -86,11 +91,21 @@ class Server:
         self.threads.wait()
 
     def abandon(self) -> None:
-        """Remove what others can see, the sockets' files, and nothing else: the process ends at once."""
-        for export in self.exports:
-            export.listener.close()
+        """Remove what others can see, the sockets' files, and nothing else: the process ends at once.
+
+        Storage that hangs is not waited for.
+        """
+        removal = threading.Thread(target=self._remove_sockets, daemon=True)
+        with contextlib.suppress(RuntimeError):
+            removal.start()
+            removal.join(ABANDON_PATIENCE)
+
+    def _remove_sockets(self) -> None:
         if self.interface is not None:
             self.interface.listener.close()
+        # Those that the process which opens files removes take longest.
+        for export in sorted(self.exports, key=lambda export: export.listener.opener is not None):
+            export.listener.close()
         self.threads.at_end.close()
 
     def __enter__(self) -> Self:
