@@ -8,6 +8,7 @@ import fcntl
 import os
 import pwd
 import re
+import resource
 import select
 import signal
 import socket
@@ -16,16 +17,19 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ringplane.block.image import open_or_create
 from ringplane.opener import remote_opener
 from ringplane.opener.open_requests import ANSWER, OPEN, parsed
 from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.opener.remote_opener import MEANINGS, OpenerError, RemoteOpener
+from ringplane.options.image_options import ImageOptions
 from ringplane.system import landlock, seccomp
 
 from .waiting import PATIENCE, wait_until
@@ -158,16 +162,27 @@ def test_only_what_was_made_is_removed(remote: RemoteOpener, folder: Path) -> No
             remote.unlink(path)
 
     refuse(folder / "image", errno.EPERM)
-    remote.create(folder / "first", SIZE)
-    remote.create(folder / "second", SIZE)
+    for name in ("first", "second", "third"):
+        remote.create(folder / name, SIZE)
     refuse(folder / "first", errno.EPERM)
     (folder / "second").rename(folder / "moved")
     refuse(folder / "second", errno.ENOENT)
-    remote.create(folder / "third", SIZE)
     (folder / "image").replace(folder / "third")
     refuse(folder / "third", errno.ESTALE)
     refuse(folder / "third", errno.EPERM)
     assert content(folder) == ["first", "moved", "third"]
+
+
+def test_what_was_made_where_something_else_was_made_before_is_removed(remote: RemoteOpener, folder: Path) -> None:
+    path = folder / "new"
+    for _ in range(2):
+        remote.listen(path, 0o600, None).close()
+        path.unlink()
+        remote.create(path, SIZE)
+        path.unlink()
+    remote.create(path, SIZE)
+    remote.unlink(path)
+    assert content(folder) == ["image"]
 
 
 # Sockets
@@ -296,8 +311,8 @@ def test_it_ends_with_its_parent(folder: Path, keep: bool) -> None:
                 os.close(fd)
 
 
-def test_signals_of_a_terminal_are_for_the_parent(remote: RemoteOpener, folder: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def test_signals_are_for_the_parent(remote: RemoteOpener, folder: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         os.kill(remote.pid, number)
     os.close(remote.open(folder / "image", read_only=True, direct=False))
 
@@ -555,6 +570,124 @@ def test_a_late_answer_is_not_that_to_the_next_request(
         assert os.path.sameopenfile(fd, right.fileno())
         os.close(fd)
         assert number_of_fds() == before
+
+
+def test_it_is_closed_while_it_hangs(
+    remote: RemoteOpener, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for it any longer, and it ends when it can."""
+    monkeypatch.setattr(remote_opener, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(remote_opener, "END_PATIENCE", 0.01)
+    os.kill(remote.pid, signal.SIGSTOP)
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            remote.create(folder / "new", SIZE)
+        except OpenerEnded as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_until(lambda: remote._exchange.unanswered is not None)
+    remote.close()
+    thread.join(PATIENCE)
+    assert len(errors) == 1
+    os.kill(remote.pid, signal.SIGCONT)
+    wait_until(lambda: remote._process.poll() == 0)
+    assert caplog.records == []
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """This process cannot open one more file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_no_room_for_one_more_file(remote: RemoteOpener, folder: Path) -> None:
+    """That is not the fault of the process, which is used again, and nothing is left of what was made."""
+    for _ in range(3):
+        with no_room(), pytest.raises(OSError, match="Too many open files"):
+            remote.open(folder / "image", read_only=True, direct=False)
+        with no_room(), pytest.raises(OSError, match="Too many open files"):
+            remote.listen(folder / "socket", 0o600, None)
+        assert content(folder) == ["image"]
+    os.close(remote.open(folder / "image", read_only=True, direct=False))
+    remote.listen(folder / "socket", 0o600, None).close()
+
+
+def test_what_was_done_too_late_is_undone(remote: RemoteOpener, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ask in (
+        lambda: remote.create(folder / "new", SIZE),
+        lambda: remote.listen(folder / "socket", 0o600, None).close(),
+    ):
+        os.kill(remote.pid, signal.SIGSTOP)
+        monkeypatch.setattr(remote_opener, "PATIENCE", 0.01)
+        for _ in range(3):
+            with pytest.raises(OpenerEnded, match="its storage does not answer; try again"):
+                ask()
+        os.kill(remote.pid, signal.SIGCONT)
+        monkeypatch.setattr(remote_opener, "PATIENCE", PATIENCE)
+        ask()
+    remote.unlink(folder / "new")
+    remote.unlink(folder / "socket")
+    assert content(folder) == ["image"]
+
+
+def hang(remote: RemoteOpener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on its storage does not answer, until `answer`."""
+    os.kill(remote.pid, signal.SIGSTOP)
+    monkeypatch.setattr(remote_opener, "PATIENCE", 0.01)
+    monkeypatch.setattr(remote_opener, "REMOVING_PATIENCE", 0.01)
+
+
+def answer(remote: RemoteOpener, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.kill(remote.pid, signal.SIGCONT)
+    monkeypatch.setattr(remote_opener, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(remote_opener, "REMOVING_PATIENCE", PATIENCE)
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["first", "behind another request"])
+def test_what_could_not_be_removed_in_time_is_removed_later(
+    remote: RemoteOpener, folder: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    paths = [folder / "new", folder / "socket"]
+    remote.create(paths[0], SIZE)
+    remote.listen(paths[1], 0o600, None).close()
+    hang(remote, monkeypatch)
+    if waiting:
+        with pytest.raises(OpenerEnded):
+            remote.open(folder / "image", read_only=True, direct=False)
+    for path in paths:
+        with pytest.raises(OpenerEnded):
+            remote.unlink(path)
+    answer(remote, monkeypatch)
+    before = number_of_fds()
+    os.close(remote.open(folder / "image", read_only=True, direct=False))
+    assert content(folder) == ["image"]
+    assert number_of_fds() == before
+
+
+def test_an_image_that_was_created_too_late_is_created_again(
+    remote: RemoteOpener, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ImageOptions(create=SIZE)
+    hang(remote, monkeypatch)
+    with pytest.raises(OpenerEnded):
+        open_or_create(folder / "new", options, opener=remote)
+    answer(remote, monkeypatch)
+    wait_until(lambda: (folder / "new").exists())
+    with contextlib.closing(open_or_create(folder / "new", options, opener=remote)) as image:
+        assert image.created
+        image.unlink()
+    assert content(folder) == ["image"]
 
 
 def test_the_end_during_a_request(remote: RemoteOpener, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -120,9 +120,8 @@ def open_or_create(path: Path, options: ImageOptions, signals: Signals = NONE, o
 
     Raises ImageError, Interrupted; no new file is left behind.
     """
-    if options.create is None or path.exists():
+    if options.create is None or not _create_missing(path, options.create, opener):
         return Image(path, options, signals=signals, opener=opener)
-    create(path, options.create, opener)
     try:
         image = Image(path, options, signals=signals, opener=opener)
     except BaseException:
@@ -130,6 +129,18 @@ def open_or_create(path: Path, options: ImageOptions, signals: Signals = NONE, o
         raise
     image.created = True
     return image
+
+
+def _create_missing(path: Path, size: int, opener: Opener) -> bool:
+    """Create an image if nothing is there; whether it was created. Raises as `create`."""
+    try:
+        create(path, size, opener)
+        return True
+    except ImageError:
+        # Not looked at before: what came too late of an earlier request to the opener is removed only by the next one.
+        if path.exists():
+            return False
+        raise
 
 
 def _remove(path: Path, opener: Opener) -> None:

@@ -6,6 +6,7 @@ other one: this one may be controlled by a guest some day, and the other one rea
 
     opener.py             what opens files: `Opener`, and `LOCAL`, which is this process itself
     remote_opener.py      this end of the small process
+    exchange.py           its requests and answers
     open_requests.py      the messages between the two
     opening_process.py    the small process: its start, and its loop
     allowed_folders.py    what it does below the folders

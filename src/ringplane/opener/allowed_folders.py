@@ -26,8 +26,9 @@ STRICTLY = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 # Non-blocking, so that nothing is waited for; files and block devices ignore the flag.
 OPENED = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
-# Sockets that this process can remove again: more than a process can serve.
-MOST_SOCKETS = 4096
+# Sockets that this process can remove again: more than a process can serve. And images, with their zone files: only
+# those of a disk that cannot be added after all are removed.
+MOST_SOCKETS, MOST_IMAGES = 4096, 2
 
 # The longest name in unix(7)'s sun_path in bytes, without the zero at its end.
 LONGEST_NAME = 107
@@ -64,8 +65,8 @@ class AllowedFolders:
 
     def __init__(self, folders: list[Folder]) -> None:
         self._folders = folders
-        # What this process has made and may remove: the last image, and sockets, by folder and path.
-        self._created: tuple[tuple[int, bytes], tuple[int, int]] | None = None
+        # What this process has made and may remove: the last images, and sockets, by folder and path.
+        self._images: dict[tuple[int, bytes], tuple[int, int]] = {}
         self._sockets: dict[tuple[int, bytes], tuple[int, int]] = {}
 
     def do(self, request: Request) -> int | None:
@@ -102,7 +103,10 @@ class AllowedFolders:
         folder = self._folders[request.folder]
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = _open_beneath(folder.fd, request.path, flags, 0o600)
-        self._created = (request.folder, request.path), _identity(os.fstat(fd))
+        self._forget(request)
+        self._images[request.folder, request.path] = _identity(os.fstat(fd))
+        if len(self._images) > MOST_IMAGES:
+            del self._images[next(iter(self._images))]
         try:
             os.ftruncate(fd, request.size)
         except OSError:
@@ -120,6 +124,7 @@ class AllowedFolders:
             # bind(2) has no parameter for a folder. This is a process with one thread.
             os.fchdir(parent)
             sock = _bound(name, request.mode)
+            self._forget(request)
             try:
                 self._sockets[request.folder, request.path] = _identity(_status(name, parent))
                 if request.group != UNSET:
@@ -138,16 +143,19 @@ class AllowedFolders:
 
     def _unlink(self, request: Request) -> None:
         """Remove what this process has made, if it is still there."""
-        key = request.folder, request.path
-        made = self._sockets.pop(key, None)
-        if made is None and self._created is not None and self._created[0] == key:
-            made, self._created = self._created[1], None
+        made = self._forget(request)
         if made is None:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         with self._parent(request) as (parent, name):
             if _identity(_status(name, parent)) != made:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             os.unlink(name, dir_fd=parent)
+
+    def _forget(self, request: Request) -> tuple[int, int] | None:
+        """What this process has made at this path; it does not remove it any more."""
+        key = request.folder, request.path
+        socket_made, image_made = self._sockets.pop(key, None), self._images.pop(key, None)
+        return socket_made or image_made
 
     @contextlib.contextmanager
     def _parent(self, request: Request) -> Iterator[tuple[int, bytes]]:

@@ -88,5 +88,9 @@ def is_relative(path: bytes) -> bool:
 
 
 def is_below_dev(folder: str | os.PathLike[str]) -> bool:
-    """Whether block devices may be opened in this folder: whoever names one in /dev means them."""
-    return f"{os.path.realpath(folder)}/".startswith("/dev/")
+    """Whether block devices may be opened in this folder: whoever names one in /dev means them.
+
+    /dev/shm is for the files of all users.
+    """
+    place = f"{os.path.realpath(folder)}/"
+    return place.startswith("/dev/") and not place.startswith("/dev/shm/")

@@ -26,10 +26,13 @@ class Opener(Protocol):
         """The fd of another open file of an open image, for reading and writing; maybe of what is at its path now."""
 
     def create(self, path: Path, size: int) -> None:
-        """Create a sparse image of so many bytes, where nothing may be; a failure leaves nothing behind."""
+        """Create a sparse file of so many bytes, where nothing may be; a failure leaves nothing behind."""
+
+    def store_name(self, path: Path) -> None:
+        """Make the name of a file that was created and synced durable, if its file system has not done that."""
 
     def unlink(self, path: Path) -> None:
-        """Remove the image that was created last."""
+        """Remove one of the two files that were created last."""
 
 
 class LocalOpener:
@@ -53,6 +56,14 @@ class LocalOpener:
         except BaseException:
             os.unlink(path)
             raise
+        finally:
+            os.close(fd)
+
+    def store_name(self, path: Path) -> None:
+        """See Opener."""
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
         finally:
             os.close(fd)
 

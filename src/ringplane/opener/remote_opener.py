@@ -10,18 +10,19 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from ringplane.opener.allowed_folders import open_folder
+from ringplane.opener.exchange import KILLED, NO_ROOM, Check, Exchange, WrongAnswer, unpacked
 from ringplane.opener.open_requests import (
     ANSWER,
     CREATE,
@@ -31,7 +32,6 @@ from ringplane.opener.open_requests import (
     LONGEST_PATH,
     OPEN,
     READ_ONLY,
-    READY,
     UNLINK,
     UNSET,
     Request,
@@ -46,16 +46,9 @@ log = logging.getLogger(__name__)
 # Only Python's own modules and ours, which come last, whatever the environment says.
 CODE = "import sys; sys.path.append(sys.argv[1]); from ringplane.opener.opening_process import main; main(sys.argv[2:])"
 
-# Seconds that an answer may take, and the start of the process.
-PATIENCE, START_PATIENCE = 10.0, 60.0
+# Seconds that an answer may take, that to a request which removes something, the start of the process, and its end.
+PATIENCE, REMOVING_PATIENCE, START_PATIENCE, END_PATIENCE = 10.0, 2.0, 60.0, 1.0
 
-# Most fds that are received at a time. More than one is wrong.
-SOME_FDS = 8
-FDS_SIZE = SOME_FDS * struct.calcsize("i")
-
-HIGHEST_NUMBER = (1 << 32) - 1
-
-KILLED = "it was killed, or has failed"
 ENDED = "the process that opens files has ended; restart ringplane to add disks (those that are served continue)"
 
 # What its errors mean here.
@@ -68,16 +61,9 @@ MEANINGS = {
     errno.EADDRINUSE: "exists already; choose another path or remove it",
 }
 
-# Raises _WrongAnswer for an fd that is not what was asked for.
-Check = Callable[[int], None]
-
 
 class OpenerError(RuntimeError):
     """The process that opens files cannot be started; the text is one line for the person who starts it."""
-
-
-class _WrongAnswer(Exception):
-    """What a process that is as it was started never sends; the text says what it is."""
 
 
 class RemoteOpener:
@@ -97,9 +83,9 @@ class RemoteOpener:
         ]
         self._devices = [is_below_dev(path) for path in folders]
         self._lock = threading.Lock()
-        self._number = READY
         self._ended = False
         self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._exchange = Exchange(self.sock)
         try:
             with other:
                 self._process = _start(other, self.folders, user)
@@ -112,8 +98,8 @@ class RemoteOpener:
         if not signals.wait(self.sock.fileno(), START_PATIENCE):
             raise OpenerError("the process that opens files does not start")
         try:
-            _, code, folder = _unpacked(self.sock.recv(ANSWER.size + 1))
-        except (OSError, _WrongAnswer):
+            _, code, folder = unpacked(self.sock.recv(ANSWER.size + 1))
+        except (OSError, WrongAnswer):
             raise OpenerError(f"the process that opens files ended with status {self._process.wait()}") from None
         if code:
             raise OpenerError(self._why_not_ready(code, folder))
@@ -144,9 +130,15 @@ class RemoteOpener:
             raise OverflowError
         self._ask(path, CREATE, None, size=size)
 
+    def store_name(self, path: Path) -> None:
+        """See Opener. The process may not read folders; ext4, XFS and Btrfs store the name when the file is synced."""
+
     def unlink(self, path: Path) -> None:
-        """Remove the image that was created last, or a socket that was made here."""
-        self._ask(path, UNLINK, None)
+        """Remove one of the two files that were created last, or a socket that was made here.
+
+        If that takes too long, it is done before the next request.
+        """
+        self._ask(path, UNLINK, None, patience=REMOVING_PATIENCE)
 
     def listen(self, path: Path, mode: int | None, group: int | None) -> socket.socket:
         """A UNIX socket that listens at this path, where nothing may be; None: what umask(2) leaves, our own group."""
@@ -154,32 +146,39 @@ class RemoteOpener:
         return socket.socket(fileno=self._ask(path, LISTEN, _check_listener, **access))
 
     def close(self) -> None:
-        """End the process. A second call does nothing."""
+        """End the process, and whatever waits for it. A second call does nothing."""
+        self._ended = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
         with self._lock:
-            self._ended = True
             self.sock.close()
+        # If its storage hangs, it ends later.
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            self._process.wait(PATIENCE)
+            self._process.wait(END_PATIENCE)
 
     def report_end(self) -> None:
         """The process has ended; log it unless that is known."""
         with self._lock:
             self._give_up(KILLED)
 
-    def _ask(self, path: Path, kind: int, check: Check | None, **arguments: int) -> int:
+    def _ask(self, path: Path, kind: int, check: Check | None, patience: float | None = None, **arguments: int) -> int:
         """The fd of the answer if there is a check for it, else -1. Raises OSError, OpenerEnded."""
         folder, relative = self._place(path)
         request = Request(kind, folder, relative, **arguments)
-        if not self._lock.acquire(timeout=PATIENCE):
+        patience = PATIENCE if patience is None else patience
+        if not self._lock.acquire(timeout=patience):
+            self._exchange.postpone(request)
             raise OpenerEnded(f"{path}: another file is being opened, and its storage does not answer; try again")
         try:
-            code, fd = self._exchange(request, check)
+            code, fd = self._do(request, check, time.monotonic() + patience)
         except TimeoutError:
             raise OpenerEnded(f"{path}: its storage does not answer; try again") from None
         finally:
             self._lock.release()
+        if code == NO_ROOM:
+            code = errno.EMFILE
         if code:
-            raise OSError(code, MEANINGS.get(code, os.strerror(code)))
+            raise OSError(code, MEANINGS.get(code, os.strerror(code)), str(path))
         return fd
 
     def _place(self, path: Path) -> tuple[int, bytes]:
@@ -189,52 +188,27 @@ class RemoteOpener:
             relative = os.fsencode(path.relative_to(place)) if path.is_relative_to(place) else b"."
             if is_relative(relative):
                 if len(relative) > LONGEST_PATH:
-                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
                 return number, relative
         names = ", ".join(map(str, self.folders))
-        raise OSError(errno.EXDEV, f"it is not below a folder of --allow-folder ({names})")
+        raise OSError(errno.EXDEV, f"it is not below a folder of --allow-folder ({names})", str(path))
 
     # With the lock.
 
-    def _exchange(self, request: Request, check: Check | None) -> tuple[int, int]:
+    def _do(self, request: Request, check: Check | None, deadline: float) -> tuple[int, int]:
         """The errno and the fd of the answer, of which one is there. Raises OpenerEnded, TimeoutError."""
         if self._ended:
             raise OpenerEnded(ENDED)
-        self._number = self._number % HIGHEST_NUMBER + 1
-        deadline = time.monotonic() + PATIENCE
         try:
-            self.sock.settimeout(PATIENCE)
-            self.sock.send(request.packed(self._number))
-            return self._answer(check, deadline)
+            return self._exchange.ask(request, check, deadline)
         except TimeoutError:
             raise
         except (BrokenPipeError, ConnectionResetError):
             self._give_up(KILLED)
             raise OpenerEnded(ENDED) from None
-        except (OSError, _WrongAnswer) as error:
+        except (OSError, WrongAnswer) as error:
             self._give_up(str(error))
             raise OpenerEnded(ENDED) from None
-
-    def _answer(self, check: Check | None, deadline: float) -> tuple[int, int]:
-        """That to our last request; those to earlier ones came too late. Raises TimeoutError, OSError, _WrongAnswer."""
-        while True:
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            message, fds = _receive(self.sock)
-            with contextlib.ExitStack() as undo:
-                for fd in fds:
-                    undo.callback(os.close, fd)
-                number, code, _ = _unpacked(message)
-                if number > self._number:
-                    raise _WrongAnswer("it answered what it was not asked")
-                if number < self._number:
-                    continue
-                if len(fds) != (check is not None and code == 0):
-                    raise _WrongAnswer(f"it sent {len(fds)} file descriptors")
-                if not fds or check is None:
-                    return code, -1
-                check(fds[0])
-                undo.pop_all()
-                return 0, fds[0]
 
     def _give_up(self, why: str) -> None:
         if self._ended:
@@ -275,59 +249,33 @@ def _start(sock: socket.socket, folders: Sequence[Path], user: tuple[int, int] |
         *ids,
         *map(os.path.abspath, folders),
     ]
-    # Signals of a terminal or of systemd are for us: sockets are removed at the end. It ends with us.
+    # Signals are for us, also those that a terminal or `systemctl kill` sends to both. It ends with us, after the
+    # sockets have been removed.
     environment = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-    with held_back():
+    with held_back(signal.valid_signals()):
         return subprocess.Popen(
             command, env=environment, cwd="/", stdin=sock.fileno(), stdout=subprocess.DEVNULL, process_group=0
         )
-
-
-def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and its fds, which are ours. Raises OSError, _WrongAnswer."""
-    message, ancillary, flags, _ = sock.recvmsg(ANSWER.size + 1, socket.CMSG_SPACE(FDS_SIZE), socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds += (fd for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4]))
-    if flags & socket.MSG_CTRUNC:
-        for fd in fds:
-            os.close(fd)
-        # Also if this process may not open more.
-        raise _WrongAnswer("file descriptors were lost; raise the limit of open files (ulimit -n)")
-    return message, fds
-
-
-def _unpacked(message: bytes) -> tuple[int, int, int]:
-    """Number, errno and folder of an answer; raises _WrongAnswer."""
-    if not message:
-        raise _WrongAnswer(KILLED)
-    if len(message) != ANSWER.size:
-        raise _WrongAnswer("it sent a message that is not an answer")
-    number, code, folder = ANSWER.unpack(message)
-    if code and code not in errno.errorcode:
-        raise _WrongAnswer("it sent an unknown error")
-    return number, code, folder
 
 
 def _check_image(how: int, devices: bool, fd: int) -> None:
     """It is a regular file, or a block device if these are allowed, and is open as was asked for."""
     mode, flags = os.fstat(fd).st_mode, fcntl.fcntl(fd, fcntl.F_GETFL)
     if not stat.S_ISREG(mode) and not (devices and stat.S_ISBLK(mode)):
-        raise _WrongAnswer("it sent what is not an image")
+        raise WrongAnswer("it sent what is not an image")
     wanted = (os.O_RDONLY if how & READ_ONLY else os.O_RDWR) | (os.O_DIRECT if how & DIRECT else 0)
     if flags & (os.O_ACCMODE | os.O_DIRECT | os.O_APPEND | os.O_PATH) != wanted:
-        raise _WrongAnswer("it sent an image that is opened in another way")
+        raise WrongAnswer("it sent an image that is opened in another way")
 
 
 def _check_listener(fd: int) -> None:
     """It is a UNIX stream socket that listens."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        raise _WrongAnswer("it sent what is not a socket")
+        raise WrongAnswer("it sent what is not a socket")
     sock = socket.socket(fileno=fd)
     try:
         listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if (sock.family, sock.type, listens) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
-            raise _WrongAnswer("it sent another socket")
+            raise WrongAnswer("it sent another socket")
     finally:
         sock.detach()

@@ -136,12 +136,12 @@ def of(command: object) -> Signals:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Block ENDING in child processes that are started meanwhile: this process ends them.
+def held_back(numbers: Collection[int] = ENDING) -> Iterator[None]:
+    """Block these signals in child processes that are started meanwhile: this process ends them.
 
     A signal mask outlives execve(2). A handler would not, and a terminal signals children too.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -13,7 +13,9 @@ connected belongs to the source, and whoever needs something of it calls a metho
 | `hand_over` | when a successor prepares itself, while this process still serves | not block |
 | `close` | when no queue runs | block |
 
-When threads run, the process has given up its rights: no files can be opened any more, by path or at all.
+When threads run, the process has given up its rights: no files can be opened any more, by path or at all. A disk that
+is added then takes the first three steps on a thread that may block, and its source opens and creates files only
+through the `Opener` that `open_source` gets (opener/): another process does it, below certain folders.
 
 A service on another machine fits this without other methods:
 
