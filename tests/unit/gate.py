@@ -27,6 +27,7 @@ from ringplane.native.syscalls import read
 
 if TYPE_CHECKING:
     from ringplane.block.sources.source import Source
+    from ringplane.opener.opener import Opener
     from ringplane.options.disk_config import DiskConfig
 
 GATE = struct(
@@ -122,7 +123,7 @@ class GateModule:
     def __init__(self) -> None:
         self.layers: list[GateLayer] = []
 
-    def open_layer(self, config: DiskConfig, source: Source, *, shared: bool) -> Layer:
+    def open_layer(self, config: DiskConfig, source: Source, *, shared: bool, opener: Opener) -> Layer:
         self.layers.append(GateLayer())
         return self.layers[-1]
 

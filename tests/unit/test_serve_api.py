@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from click.testing import CliRunner
 
 from ringplane.cli.check import check
 from ringplane.driver import Driver
+from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_RESET
 
 from .api_client import Api
-from .rig import eventually
+from .rig import eventually, loop_device
 from .served import DISK, SOON, Served, needs_all, refused, starter
 
 MEMORY_SIZE = 16 << 20
@@ -102,6 +105,72 @@ def test_disks_are_added_under_confinement(serve: Serve, tmp_path: Path) -> None
 
 
 @needs_all
+def test_a_disk_in_memory_with_limits_is_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--allow-folder", "/dev/shm", strict=True)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        body = {
+            "image": f"{folder}/a.img",
+            "socket-path": str(tmp_path / "a.sock"),
+            "create": "4M",
+            "limits": {"total-iops-sec": 100_000, "group-name": "g"},
+        }
+        added = served.api.post("/v1/disks", body, status=201)
+        assert added["how"] == "engine memory"
+        operate(served)
+        assert "Traceback" not in served.end()
+
+
+@needs_all
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make devices")
+def test_a_block_device_is_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "storage").write_bytes(bytes(4 << 20))
+    with loop_device(tmp_path / "storage") as device:
+        served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--allow-folder", "/dev")
+        body = {"image": str(device), "socket-path": str(tmp_path / "a.sock"), "name": "a"}
+        assert served.api.post("/v1/disks", body, status=201)["size"] == 4 << 20
+        with served.attach() as driver:
+            driver.write(0, b"a" * 4096)
+            driver.discard(4096, 4096)
+            driver.flush()
+            os.truncate(tmp_path / "storage", 8 << 20)
+            subprocess.run(["losetup", "--set-capacity", device], check=True)
+            assert served.api.post("/v1/disks/a/resize")["size"] == 8 << 20
+        with served.attach() as driver:
+            driver.write((8 << 20) - 4096, b"b" * 4096)
+        answer = served.api.request("POST", "/v1/disks/a/resize", {"size": 16 << 20})
+        assert (answer.status, "is a block device; change its size elsewhere" in answer.error["what"]) == (409, True)
+        served.end()
+        assert device.read_bytes()[-4096:] == b"b" * 4096
+        assert device.read_bytes()[:4096] == b"a" * 4096
+
+
+@needs_all
+def test_a_zoned_disk_is_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
+    """The file of its write pointers is opened and created by the other process too."""
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", strict=True)
+    body = {
+        "image": str(tmp_path / "a.img"),
+        "socket-path": str(tmp_path / "a.sock"),
+        "create": "4M",
+        "zoned": "1M,conventional=1",
+    }
+    for written in range(2):
+        served.api.post("/v1/disks", body, status=201)
+        with served.attach() as driver:
+            appended = driver.request(VIRTIO_BLK_T_ZONE_APPEND, 2048, b"y" * 4096, read=8)
+            assert (appended.status, int.from_bytes(appended.data, "little")) == (0, 2048 + 8 * written)
+            driver.flush()
+            assert driver.request(VIRTIO_BLK_T_ZONE_RESET, 4096).status == 0
+        for operation in ("pause", "resume", "flush"):
+            served.api.post(f"/v1/disks/a/{operation}")
+        served.api.delete("/v1/disks/a")
+    plain = {key: value for key, value in body.items() if key != "zoned"}
+    assert "this is a zoned disk" in served.api.request("POST", "/v1/disks", plain).error["what"]
+    served.end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "a.img.zones", "errors"]
+
+
+@needs_all
 def test_disks_that_cannot_be_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
     allowed, elsewhere = tmp_path / "allowed", tmp_path / "elsewhere"
     for folder in (allowed, elsewhere):
@@ -117,7 +186,7 @@ def test_disks_that_cannot_be_added_under_confinement(serve: Serve, tmp_path: Pa
         ("allowed/none", "allowed/s", {}, "no such file"),
         ("allowed/image", "elsewhere/s", {}, "it is not below a folder of --allow-folder"),
         ("allowed/image", "allowed/used.sock", {}, "exists already"),
-        ("allowed/image", "allowed/s", {"zoned": "64K"}, "no zoned disk can be added"),
+        ("allowed/new", "elsewhere/s", {"create": "1M", "zoned": "64K"}, "it is not below a folder of --allow-folder"),
         ("allowed/new", "elsewhere/s", {"create": "1M"}, "it is not below a folder of --allow-folder"),
     ):
         body = {"image": str(tmp_path / image), "socket-path": str(tmp_path / socket), **more}
@@ -158,12 +227,18 @@ def test_disks_are_added_without_a_sandbox(serve: Serve, tmp_path: Path) -> None
 
 def test_a_file_with_an_api(serve: Serve, tmp_path: Path) -> None:
     config = tmp_path / "disks.toml"
-    config.write_text('[api]\nsocket = "api.sock"\nsocket-mode = "0660"\n')
+    config.write_text('[api]\nsocket = "api.sock"\nsocket-mode = "0660"\nallow-folders = [".", "/dev/shm"]\n')
     served = serve("--config", "disks.toml")
     assert stat.S_IMODE((tmp_path / "api.sock").stat().st_mode) == 0o660
-    assert b'socket-mode = "0660"' in served.api.request("GET", "/v1/config").data
+    written = served.api.request("GET", "/v1/config").data.decode()
+    assert 'socket-mode = "0660"' in written
+    assert f'allow-folders = ["{tmp_path}", "/dev/shm"]' in written
     assert f"{config} has a table [api] already" in refused("--config", config, "--api-socket", "x")
     assert "another process is listening there" in CliRunner().invoke(check, [str(config)]).output
+    text = config.read_text()
+    config.write_text(text.replace("/dev/shm", "none"))
+    assert "none: files cannot be opened below this folder" in CliRunner().invoke(check, [str(config)]).output
+    config.write_text(text)
     served.end()
     assert CliRunner().invoke(check, [str(config)]).exit_code == 0
 
@@ -190,6 +265,8 @@ def test_a_table_that_is_not_right(tmp_path: Path) -> None:
         ("api = 1\n", "api: is not a table"),
         ('[api]\nsocket = "a"\nmode = "0600"\n', '[api]: unknown key "mode"'),
         ('[api]\nsocket = "a"\nsocket-mode = 600\n', "[api]: socket-mode: 600 is not a file mode"),
+        ('[api]\nsocket = "a"\nallow-folders = "b"\n', '[api]: allow-folders: "b" is not a list'),
+        ('[api]\nsocket = "a"\nallow-folders = ["none"]\n', "none: files cannot be opened below this folder"),
     ):
         config.write_text(text)
         assert words in refused("--config", config)

@@ -24,11 +24,15 @@ from hypothesis import strategies as st
 import ringplane
 from ringplane.block import zonefile
 from ringplane.block.image import ImageError
+from ringplane.control.config import Config
 from ringplane.control.listener import ListenError
+from ringplane.control.rehearsal import find_problems
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
 from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import peek, poke
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.thread_options import IoThread
 from ringplane.options.zone_options import ZoneModel, parse_zones
 from ringplane.system import procfs
 from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, ProtocolFeature
@@ -699,7 +703,7 @@ def test_a_zoned_image_is_only_served_as_a_zoned_disk(serve: Serve, folder: Path
     (folder / "disk.img.zones").write_bytes(damaged)
     with pytest.raises(ImageError, match="damaged: a write pointer is outside its zone"):
         serve()
-    (folder / "disk.img.zones").write_bytes(bytes(len(damaged)))
+    (folder / "disk.img.zones").write_bytes(b"x" * len(damaged))
     with pytest.raises(ImageError, match="not a zone file of ringplane"):
         serve()
     (folder / "disk.img.zones").write_bytes(damaged[:-1])
@@ -713,6 +717,30 @@ def test_an_image_with_data_does_not_become_a_zoned_disk(serve: Serve, folder: P
     with pytest.raises(ImageError, match=r"has data, but disk\.img\.zones .* is missing"):
         serve()
     assert not (folder / "disk.img.zones").exists()
+
+
+@pytest.mark.parametrize("size", [0, PAGE, 3 * PAGE])
+def test_a_file_whose_creation_was_interrupted_is_completed(
+    serve: Serve, folder: Path, tmp_path: Path, size: int
+) -> None:
+    """Its header is written last."""
+    image, zones = folder / "disk.img", folder / "disk.img.zones"
+    zones.write_bytes(bytes(size))
+    image.write_bytes(pattern(4096) + bytes(SIZE - 4096))
+    with pytest.raises(ImageError, match="has data"):
+        serve()
+    image.unlink()
+    image.touch()
+    os.truncate(image, SIZE)
+    config = DiskConfig(image, ("io0",), socket_path=tmp_path / "socket", create=SIZE, zoned=MODEL)
+    assert find_problems(Config([config], [IoThread("io0")])) == []
+    assert zones.read_bytes() == bytes(size)
+    for written in range(2):
+        export = serve()
+        with Disk(export) as disk:
+            assert disk.append(3, pattern(512)) == (OK, 3 * ZONE + written)
+        export.stop()
+    assert zones.stat().st_size <= zones.stat().st_blocks * 512
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The zone file: it stores the write pointers of an emulated zoned disk, beside the image.
 
-It has a header, then two arrays of pointers (layers/zones.py says what each is for), each at the start of a page.
+It has a header, which is written last when it is created, then two arrays of pointers (layers/zones.py says what each
+is for), each at the start of a page.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -17,6 +19,7 @@ import numpy.typing as npt
 from ringplane.block.image import ImageError
 from ringplane.block.layers.zones import ZONE, ZONES
 from ringplane.block.sources.source import Source
+from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.options.zone_options import ZoneModel
 from ringplane.system import procfs
 from ringplane.virtio import blk_zones
@@ -50,9 +53,16 @@ class ZoneFile:
     """The zones of a source; `address` is the address of their ZONES struct."""
 
     def __init__(
-        self, source: Source, model: ZoneModel, *, block_size: int, read_only: bool = False, shared: bool = False
+        self,
+        source: Source,
+        model: ZoneModel,
+        *,
+        block_size: int,
+        read_only: bool = False,
+        shared: bool = False,
+        opener: Opener = LOCAL,
     ) -> None:
-        """Open the file, or create it for a source without data; raises ImageError and OSError.
+        """Open the file, or create it for a source without data; raises ImageError, OSError and OpenerEnded.
 
         The pointers of the writes that the last process completed count, or, after a crash of the machine, those of its
         stable writes. Data in the image beyond them is erased. `shared`: another process still writes; it hands over
@@ -61,19 +71,34 @@ class ZoneFile:
         self.model, self.source, self.block_size = model, source, block_size
         self.read_only = read_only or source.read_only
         self.path, self.count = _divide(source, model)
+        self._opener = opener
         self.created = not self.path.exists()
         if self.created:
             _check_blank(source, self.path)
-            _create(self.path, model, self.count)
-        self._fd = os.open(self.path, os.O_CLOEXEC | (os.O_RDONLY if self.read_only else os.O_RDWR))
-        try:
+            opener.create(self.path, _file_size(self.count))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.unlink)
+            self._fd = opener.open(self.path, read_only=self.read_only, direct=False)
+            undo.callback(os.close, self._fd)
+            if _is_unfinished(self._fd):
+                _check_blank(source, self.path)
+                self._fill()
             self._map()
             self._load(shared)
-        except BaseException:
-            os.close(self._fd)
-            if self.created:
-                self.path.unlink()
-            raise
+            undo.pop_all()
+
+    def _fill(self) -> None:
+        """Write what a new file has, its header last, and all its space, so that the mapping cannot run out of space.
+
+        Written, because not every file system can allocate space.
+        """
+        model, header = self.model, np.zeros(1, HEADER)
+        header[0]["magic"], header[0]["size"], header[0]["capacity"] = MAGIC, model.size, model.capacity
+        header[0]["count"], header[0]["conventional"] = self.count, model.conventional
+        for content, start in ((bytes(_file_size(self.count)), 0), (header.tobytes(), 0)):
+            _write(self._fd, content, start)
+            os.fsync(self._fd)
+        self._opener.store_name(self.path)
 
     def _map(self) -> None:
         size = _file_size(self.count)
@@ -212,9 +237,13 @@ class ZoneFile:
             self._fd = -1
 
     def unlink(self) -> None:
-        """Remove the file if this object created it."""
+        """Remove the file if this object created it.
+
+        A process that has given up the right to do so leaves it, and reports the first error.
+        """
         if self.created:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, OpenerEnded):
+                self._opener.unlink(self.path)
 
 
 def path_beside(image: Path) -> Path:
@@ -224,7 +253,7 @@ def path_beside(image: Path) -> Path:
 def check(source: Source, model: ZoneModel, *, block_size: int) -> None:
     """Raises ImageError and OSError as a ZoneFile would, but creates and changes nothing."""
     path, _ = _divide(source, model)
-    if not path.exists():
+    if not path.exists() or _is_unfinished_at(path):
         _check_blank(source, path)
         return
     ZoneFile(source, model, block_size=block_size, read_only=True).abandon()
@@ -269,33 +298,21 @@ def _check_blank(source: Source, path: Path) -> None:
         )
 
 
-def _create(path: Path, model: ZoneModel, count: int) -> None:
-    """Create the file atomically and with all its space allocated, so that the mapping cannot run out of space."""
-    header = np.zeros(1, HEADER)
-    header[0]["magic"], header[0]["size"], header[0]["capacity"] = MAGIC, model.size, model.capacity
-    header[0]["count"], header[0]["conventional"] = count, model.conventional
-    new = path.with_name(f"{path.name}.new")
-    fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        # Written, because not every file system can allocate space.
-        os.pwrite(fd, header.tobytes().ljust(_file_size(count), b"\0"), 0)
-        os.fsync(fd)
-        os.rename(new, path)
-    except BaseException:
-        os.unlink(new)
-        raise
-    finally:
-        os.close(fd)
-    _sync_folder(path.parent)
+def _is_unfinished(fd: int) -> bool:
+    """Whether its creation was interrupted: then it has no header, and nothing was served with it."""
+    return not any(os.pread(fd, HEADER.itemsize, 0))
 
 
-def _sync_folder(folder: Path) -> None:
-    """Sync the folder, so that the file's name is there after a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _is_unfinished_at(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _is_unfinished(file.fileno())
+
+
+def _write(fd: int, content: bytes, start: int) -> None:
+    left = memoryview(content)
+    while left:
+        written = os.pwrite(fd, left, start)
+        left, start = left[written:], start + written
 
 
 def _array_size(count: int) -> int:

@@ -83,8 +83,13 @@ class Adding:
 
     def _checked(self, config: DiskConfig, exports: Sequence[Export]) -> DiskConfig:
         """The disk with a name. Raises WrongOptions, WrongState."""
-        if is_confined():
-            self._check_confined(config)
+        if is_confined() and self._opener is None:
+            raise WrongState(
+                "this process may not open files any more, so no disk can be added",
+                "image",
+                "start ringplane with --allow-folder FOLDER, which allows disks whose images and sockets are below it, "
+                "or with this disk",
+            )
         if config.name is None:
             config = dataclasses.replace(config, name=default_name(config.image, {each.name for each in exports}))
         rules = ProcessRules()
@@ -95,19 +100,3 @@ class Adding:
         for error in rules.add_disk("the new disk", config):
             raise error
         return config
-
-    def _check_confined(self, config: DiskConfig) -> None:
-        """Raises WrongState for a disk that a confined process cannot add."""
-        if self._opener is None:
-            raise WrongState(
-                "this process may not open files any more, so no disk can be added",
-                "image",
-                "start ringplane with --allow-folder FOLDER, which allows disks whose images and sockets are below it, "
-                "or with this disk",
-            )
-        if config.zoned:
-            raise WrongState(
-                "this process may not open files any more, so no zoned disk can be added, which has a second file",
-                "zoned",
-                "start ringplane with this disk, or with --no-sandbox",
-            )

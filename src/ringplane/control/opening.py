@@ -15,7 +15,7 @@ from ringplane.block.sources.source import Source
 from ringplane.control.handover import socket_beside
 from ringplane.control.listener import Listener, ListenError
 from ringplane.control.taking_over import Predecessor
-from ringplane.opener.opener import LOCAL
+from ringplane.opener.opener import LOCAL, Opener
 from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.system.signals import NONE, Signals
@@ -44,7 +44,7 @@ def open_parts(
     source = open_source(config, signals, opener or LOCAL)
     undo.callback(source.unlink)
     undo.callback(source.close)
-    layers = _open_layers(config, source, undo)
+    layers = _open_layers(config, source, undo, opener or LOCAL)
     if config.socket_path:
         if opener is None:
             Listener.rehearse(config.socket_path, config.socket_mode, config.socket_group)
@@ -58,7 +58,7 @@ def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, un
     """Like `open_parts`, from the process that serves disk `index` now."""
     source = take_over_source(config, predecessor.offer(index))
     undo.callback(source.close)
-    layers = _open_layers(config, source, undo, shared=True)
+    layers = _open_layers(config, source, undo, LOCAL, shared=True)
     listener = predecessor.listener(index)
     undo.callback(listener.close)
     return Parts(source, layers, listener)
@@ -91,15 +91,15 @@ def listen_for_successors(path: Path | None, undo: contextlib.ExitStack) -> List
 
 
 def _open_layers(
-    config: DiskConfig, source: Source, undo: contextlib.ExitStack, *, shared: bool = False
+    config: DiskConfig, source: Source, undo: contextlib.ExitStack, opener: Opener, *, shared: bool = False
 ) -> Sequence[Layer]:
     layers = []
     for module in LAYERS:
-        if layer := module.open_layer(config, source, shared=shared):
+        if layer := module.open_layer(config, source, shared=shared, opener=opener):
             if shared:
                 undo.callback(layer.abandon)
             else:
-                undo.callback(_remove, layer)
+                undo.callback(layer.unlink)
                 undo.callback(layer.close)
             layers.append(layer)
     return layers
@@ -114,9 +114,3 @@ def report_created(config: DiskConfig, source: Source) -> None:
             "%s: exists with %d bytes, not the %d of create; it is served as it is",
             source.title, source.size, config.create,
         )  # fmt: skip
-
-
-def _remove(made: Layer) -> None:
-    """Remove what was made; a process that has given up the right to do so leaves it, and reports the first error."""
-    with contextlib.suppress(OSError):
-        made.unlink()

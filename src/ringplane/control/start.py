@@ -196,7 +196,8 @@ async def _report_end(opener: RemoteOpener) -> None:
 
 
 def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
-    """Load what disks that are added later need, and find out about their folders: a confined process cannot."""
+    """Load what disks that are added later need, and find out what they ask the system: a confined process cannot."""
+    procfs.boot_id()
     for folder in folders:
         physical_block_below(os.stat(folder).st_dev, SYSFS)
     for unit in units_of_any_disk():

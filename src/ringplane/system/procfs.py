@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,16 @@ def other_threads() -> int:
 
 
 def boot_id() -> bytes:
-    """The boot id, which changes with each start of the machine (random(4)); empty without /proc."""
+    """The boot id, which changes with each start of the machine (random(4)); empty without /proc.
+
+    It is read once, because a process that has given up its rights cannot read it.
+    """
+    return _content(BOOT_ID)
+
+
+@cache
+def _content(path: Path) -> bytes:
     try:
-        return BOOT_ID.read_bytes().strip()
+        return path.read_bytes().strip()
     except FileNotFoundError:
         return b""

@@ -17,6 +17,7 @@ from ringplane.options.delay_options import Delay, DelayOptions
 
 if TYPE_CHECKING:
     from ringplane.block.sources.source import Source
+    from ringplane.opener.opener import Opener
 
 NS_PER_MS = 1_000_000
 
@@ -67,7 +68,7 @@ class DelayLayer(Layer):
         return DelayPart(**times)
 
 
-def open_layer(config: DelayOptions, source: Source, *, shared: bool) -> Layer | None:
+def open_layer(config: DelayOptions, source: Source, *, shared: bool, opener: Opener) -> Layer | None:
     return DelayLayer(config.delay) if config.delay else None
 
 

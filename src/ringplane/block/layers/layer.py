@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ringplane.block.sources.source import Source
+    from ringplane.opener.opener import Opener
     from ringplane.options.disk_config import DiskConfig
 
 
@@ -60,18 +61,18 @@ class Layer:
         """Close the layer; raises OSError. A second call does nothing."""
 
     def unlink(self) -> None:
-        """Remove what this object has created."""
+        """Remove what this object has created, as far as possible: the first error is the one that is reported."""
 
 
 class LayerModule(Protocol):
     """What a module of the registry has."""
 
-    def open_layer(self, config: DiskConfig, source: Source, *, shared: bool) -> Layer | None:
-        """The layer that the options of the disk ask for, if they do.
+    def open_layer(self, config: DiskConfig, source: Source, *, shared: bool, opener: Opener) -> Layer | None:
+        """The layer that the options of the disk ask for, if they do. It opens files through the `opener` only.
 
         `shared`: another process still uses the layer, and hands it over (`resume_from`).
 
-        Raises ImageError and OSError.
+        Raises ImageError, OSError and OpenerEnded.
         """
 
     def check(self, config: DiskConfig, source: Source) -> type[Layer] | None:

@@ -61,6 +61,7 @@ from ringplane.virtio.blk_zones import (
 
 if TYPE_CHECKING:
     from ringplane.block.sources.source import Source
+    from ringplane.opener.opener import Opener
     from ringplane.options.zone_options import ZoneOptions
 
 # What is noted of each slot: the address of the ZONE that a write goes to, or 0, with one of these bits. MUST_SYNC: the
@@ -465,9 +466,10 @@ class ZonedLayer(Layer):
             raise
 
 
-def open_layer(config: ZoneOptions, source: Source, *, shared: bool) -> Layer | None:
+def open_layer(config: ZoneOptions, source: Source, *, shared: bool, opener: Opener) -> Layer | None:
     if config.zoned:
-        return ZonedLayer(ZoneFile(source, config.zoned, block_size=config.block_size, shared=shared))
+        zones = ZoneFile(source, config.zoned, block_size=config.block_size, shared=shared, opener=opener)
+        return ZonedLayer(zones)
     if not shared:
         zonefile.check_not_zoned(source)
     return None
