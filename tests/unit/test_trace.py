@@ -69,7 +69,7 @@ class Traced:
         self.traced = 0
 
     def fetch(self) -> None:
-        fetched(self.state.address, self.queue.address, self.state.slots.address)
+        fetched(self.state.address, self.queue.address, self.state.slots.address, OK)
 
     def complete(self, status: int = OK) -> None:
         completed(self.state.address, self.queue.address, self.state.slots.address, status)

@@ -373,7 +373,8 @@ def begin_request(worker, channel, queue, request, io, rule):
         queue_up(worker, queue, request)
     status = execute(worker, channel, queue, request, io)
     if worker.trace:
-        call(view(worker.trace, TRACER).fetched, address_of(worker), address_of(queue), address_of(request))
+        tracer = view(worker.trace, TRACER)
+        status = call(tracer.fetched, address_of(worker), address_of(queue), address_of(request), status)
     if status != PENDING:
         answer_with(worker, queue, request, status)
     return True

@@ -56,12 +56,13 @@ WRITTEN: int = TRACER.fields["written"][1]  # type: ignore[index]
 
 
 @unit
-def fetched(worker_address, queue_address, request_address):
+def fetched(worker_address, queue_address, request_address, status):
+    """Returns `status`: to keep it across the call would cost the loop instructions also while nobody traces."""
     worker, queue, request = view(worker_address, WORKER), view(queue_address, QUEUE), view(request_address, REQUEST)
     note_seen(queue, worker.now)
     waited = 0 if queue.packed else worker.now - queue.seen_at
     write(view(worker.trace, TRACER), worker.now, FETCH, queue, request, 0, waited)
-    return 0
+    return status
 
 
 @unit
