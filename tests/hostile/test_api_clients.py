@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ringplane.driver import Driver
 from unit.api_client import Api
 from unit.rig import PATIENCE, eventually
 
+from .http_victim import IMPATIENT, MEMORY, PATIENT, HttpVictim, receive, running, unharmed
+
 GET = b"GET /v1/disks HTTP/1.1\r\nhost: x\r\n\r\n"
 
-# What a client may add to the memory of the process in a test, in bytes.
-MEMORY = 24 << 20
 
-# `ringplane`, but impatient: its clients have half a second for a request, and one to read its answer.
-IMPATIENT = """
-from ringplane.api import connections
-from ringplane.cli import main
-connections.REQUEST_PATIENCE, connections.WRITE_PATIENCE = 0.5, 1.0
-main()
-"""
+class Victim(HttpVictim):
+    """A process with an API."""
 
-
-class Victim:
-    """The process; a front end of its disk is attached."""
+    OPTIONS = ("--api-socket", "api.sock")
 
     def __init__(self, folder: Path, code: str) -> None:
-        self.folder, self.path = folder, folder / "api.sock"
-        self.log = folder / "log"
-        command = [sys.executable, "-c", code, "serve", "--blk-file", "disk.img", "--create", "8M"]
-        command += ["--socket-path", "disk.sock", "--api-socket", "api.sock"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert self.process.stdout is not None
-        while not (line := self.process.stdout.readline()).startswith("listening on "):
-            assert line, self.log.read_text()
-        self.driver = Driver(folder / "disk.sock", memory_size=16 << 20, timeout=PATIENCE)
+        super().__init__(folder, code)
+        self.path = folder / "api.sock"
         self.api = Api(self.path)
 
     def connect(self) -> socket.socket:
@@ -57,78 +37,27 @@ class Victim:
         sock.settimeout(PATIENCE)
         return sock
 
-    def check(self) -> None:
-        """The disk and an honest client are served."""
-        data = os.urandom(4096)
-        self.driver.write(0, data)
-        assert self.driver.read(0, 4096) == data
+    def check_client(self) -> None:
         assert [disk["name"] for disk in self.api.get("/v1/disks")["disks"]] == ["disk"]
         for operation in ("pause", "resume", "flush"):
             self.api.post(f"/v1/disks/disk/{operation}")
 
-    def resources(self) -> tuple[int, int]:
-        """Open files, and private memory in bytes."""
-        proc = Path(f"/proc/{self.process.pid}")
-        lines = (proc / "smaps_rollup").read_text().splitlines()
-        private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-        return len(os.listdir(proc / "fd")), private << 10
-
-    def close(self) -> None:
-        self.driver.close()
-        self.process.terminate()
-        try:
-            assert self.process.wait(PATIENCE) == 0, self.log.read_text()
-        finally:
-            self.process.kill()
-            self.process.wait()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-
-
-@contextlib.contextmanager
-def running(code: str) -> Iterator[Victim]:
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        victim = Victim(Path(folder), code)
-        victim.check()
-        try:
-            yield victim
-        finally:
-            victim.close()
-
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Victim]:
-    with running("from ringplane.cli import main; main()") as victim:
+    with running(Victim, PATIENT) as victim:
         yield victim
 
 
 @pytest.fixture
 def victim(served: Victim) -> Iterator[Victim]:
-    """After each test it has what it had before."""
-    fds, memory = served.resources()
-    begins = len(served.log.read_text())
-    yield served
-    served.check()
-    assert eventually(lambda: served.resources()[0] <= fds), f"{fds} files before, {served.resources()[0]} after"
-    assert served.resources()[1] <= memory + MEMORY
-    told = served.log.read_text()[begins:]
-    assert "Traceback" not in told, told
-    assert "report it" not in told, told
+    yield from unharmed(served)
 
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Victim]:
-    with running(IMPATIENT) as victim:
+    with running(Victim, IMPATIENT) as victim:
         yield victim
-
-
-def receive(sock: socket.socket) -> bytes:
-    """Everything until the server closes the connection."""
-    data = bytearray()
-    with contextlib.suppress(ConnectionError):
-        while part := sock.recv(65536):
-            data += part
-    return bytes(data)
 
 
 def error_of(answer: bytes) -> dict[str, str]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import itertools
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
@@ -45,6 +51,47 @@ class Served:
         assert self.process.wait(SOON) == 0, self.errors.read_text()
         assert "Traceback" not in self.errors.read_text()
         return self.errors.read_text()
+
+
+class ServedMetrics(Served):
+    """A process that serves metrics."""
+
+    def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
+        super().__init__(folder, command, *arguments)
+        lines = itertools.chain([self.announcement], iter(self.next_line, ""))
+        self.url = next((line.split()[2] for line in lines if line.startswith("metrics on ")), "")
+        assert self.url, self.errors.read_text()
+
+    def request(self, method: str, path: str) -> tuple[int, str]:
+        """The status and the body of the answer."""
+        address = urlsplit(self.url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=SOON)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
+    def scrape(self) -> str:
+        status, text = self.request("GET", "/metrics")
+        assert status == 200
+        return text
+
+    @contextlib.contextmanager
+    def scraping(self, pool: ThreadPoolExecutor) -> Iterator[Future[int]]:
+        """Scrape all the time; the future is how often, or fails as soon as a scrape does."""
+        ended = threading.Event()
+
+        def repeat() -> int:
+            number = 0
+            while not (number and ended.is_set()):
+                self.scrape()
+                number += 1
+            return number
+
+        try:
+            yield pool.submit(repeat)
+        finally:
+            ended.set()
 
 
 Kind = TypeVar("Kind", bound=Served)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import itertools
 import json
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
@@ -24,32 +21,7 @@ from ringplane.driver import Driver
 from ringplane.options.addresses import Address, parse_address
 from ringplane.options.metrics_options import MetricsOptions
 
-from .served import DISK, SOON, Served, needs_all, refused, starter
-
-
-class ServedMetrics(Served):
-    """A process that serves metrics."""
-
-    def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
-        super().__init__(folder, command, *arguments)
-        lines = itertools.chain([self.announcement], iter(self.next_line, ""))
-        self.url = next((line.split()[2] for line in lines if line.startswith("metrics on ")), "")
-        assert self.url, self.errors.read_text()
-
-    def request(self, method: str, path: str) -> tuple[int, str]:
-        """The status and the body of the answer."""
-        address = urlsplit(self.url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=SOON)
-        with contextlib.closing(connection):
-            connection.request(method, path)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-
-    def scrape(self) -> str:
-        status, text = self.request("GET", "/metrics")
-        assert status == 200
-        return text
-
+from .served import DISK, SOON, ServedMetrics, needs_all, refused, starter
 
 Serve = Callable[..., ServedMetrics]
 
@@ -117,13 +89,15 @@ def test_a_file_with_metrics(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_planned_restart_keeps_the_socket(serve: Serve, tmp_path: Path) -> None:
-    """The same port, although the address leaves it open. While both processes have it, a scrape can fail."""
+    """The same port, although the address leaves it open, and no scrape fails."""
     arguments = (*DISK, "--metrics", "127.0.0.1:0")
     old = serve(*arguments)
     with Driver(tmp_path / "a.sock", timeout=SOON) as driver:
-        new = serve(*arguments, "--upgrade")
-        assert new.url == old.url
-        assert old.process.wait(SOON) == 0, old.errors.read_text()
+        with ThreadPoolExecutor(1) as pool, old.scraping(pool) as scrapes:
+            new = serve(*arguments, "--upgrade")
+            assert new.url == old.url
+            assert old.process.wait(SOON) == 0, old.errors.read_text()
+        assert scrapes.result(SOON) > 0
         assert 'ringplane_disk_attached{disk="a"} 1\n' in new.scrape()
         driver.write(0, b"a" * 512)
     new.end()

@@ -17,8 +17,9 @@ from ringplane.api import connections
 # of a client that does not block fails if no more can.
 ACCEPTED_AT_A_TIME, WAITING = 16, 1024
 
-# Seconds for the requests that are being answered when the process stops.
-STOP_PATIENCE = 0.5
+# Seconds for the requests that are being answered when the process stops, and before that for requests of clients
+# that have connected and not asked yet, which are looked for so often.
+STOP_PATIENCE, STOP_LOOK = 0.5, 0.005
 
 
 class HttpThread:
@@ -85,7 +86,7 @@ class HttpThread:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
-            # What was accepted, and has no connection yet.
+            # Connections that were aborted are closed in the next turn of the loop.
             self._loop.run_until_complete(asyncio.sleep(0))
         finally:
             self._loop.close()
@@ -94,7 +95,7 @@ class HttpThread:
     async def _serve(self) -> None:
         if not self.stopped:
             await self._stop.wait()
-        self._accepting.close()
+        await self._stop_accepting()
         for connection in list(self._state.connections):
             connection.shutdown()
         await self._answer_all()
@@ -105,6 +106,22 @@ class HttpThread:
         for task in list(self._state.tasks):
             task.cancel()
         await asyncio.gather(*self._state.tasks, return_exceptions=True)
+
+    async def _stop_accepting(self) -> None:
+        """Accept no more clients; wait for the requests of those that have just connected.
+
+        When another process takes over the socket, none of its clients may notice.
+        """
+        # A server that is closed drops what it has accepted and has no connection for yet: that comes later.
+        for sock in self._accepting.sockets:
+            self._loop.remove_reader(sock.fileno())
+        end = self._loop.time() + STOP_PATIENCE
+        while True:
+            await asyncio.sleep(STOP_LOOK)
+            asked = all(connection.cycle for connection in self._state.connections)  # type: ignore[union-attr]
+            if asked or self._loop.time() >= end:
+                break
+        self._accepting.close()
 
     async def _answer_all(self) -> None:
         """Let the requests that are being answered end; not all may do so in time."""

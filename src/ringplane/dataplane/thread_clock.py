@@ -33,7 +33,9 @@ class ThreadClock:
 
     def start(self, thread: threading.Thread) -> None:
         """The thread has been started."""
-        self._thread, self._began = thread, time.monotonic_ns()
+        self._began = time.monotonic_ns()
+        # Last, because other threads may read the clock from now on.
+        self._thread = thread
 
     def read(self) -> ThreadTimes:
         """The times so far. None of them is ever less than before, although they are not read at one moment."""
