@@ -283,12 +283,49 @@ def test_rules_of_sockets(given: dict[str, Any], arguments: Sequence[str], sente
         ({"socket_mode": 0o1777}, "socket_mode: 0o1777 is not a file mode, which is a number from 0 to 0o777"),
         ({"socket_mode": "0660"}, 'socket_mode: "0660" is not a file mode, which is a number from 0 to 0o777'),
         ({"socket_group": -1}, "socket_group: -1 is not the number of a group"),
+        ({"serial": 5}, "serial: 5 is not a text"),
+        ({"features": ["packed"]}, 'features: ["packed"] is not a table of features; example: { packed = false }'),
+        ({"cpus": {CPU}}, f'cpus: "{{{CPU}}}" is not a list of sets of CPUs; an example: [{{2, 3}}]'),
+        ({"cpus": [CPU]}, f"cpus: {CPU} is not a set of CPUs; an example: {{2, 3}}"),
+        ({"poll_us": "5"}, 'poll_us: "5" is neither a number of microseconds nor None'),
+        ({"fd": "5"}, 'fd: "5" is not the number of a file descriptor'),
+        ({"zoned": ZoneModel("64M", MIB)}, "zoned: ZoneModel(size='64M', capacity=1048576, "),
+        ({"delay": Delay(read="5")}, "delay: '5' is not a number of milliseconds"),
     ],
 )
 def test_wrong_values_from_python(given: dict[str, Any], words: str) -> None:
     with pytest.raises(WrongOptions) as wrong:
         ringplane.serve("image", "socket", **given)
     assert str(wrong.value).startswith(words)
+
+
+@pytest.mark.parametrize("name", declared(OneDisk))
+@pytest.mark.parametrize("value", [object(), None, True, 5, 0.5, "x", b"x", [object()], {5: 5}, {"x": object()}, set()])
+def test_no_type_of_a_value_from_python_ends_in_another_exception(name: str, value: object) -> None:
+    options: dict[str, Any] = {"image_path": "image", "socket_path": "socket", name: value}
+    try:
+        OneDisk(**options)
+    except WrongOptions as wrong:
+        assert "\n" not in str(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((5, "socket"), "image_path: 5 is not a path"),
+        (("image", b"socket"), "socket_path: \"b'socket'\" is not a path"),
+        ((None, "socket"), "image_path: null is not a path"),
+    ],
+)
+def test_wrong_paths_from_python(arguments: Sequence[Any], words: str) -> None:
+    with pytest.raises(WrongOptions) as wrong:
+        ringplane.serve(*arguments)
+    assert str(wrong.value) == words
+
+
+def test_names_of_threads_are_a_list() -> None:
+    with pytest.raises(WrongOptions, match=r'^io_threads: "io0" is not a list of names$'):
+        DiskConfig(Path("image"), "io0", socket_path=Path("socket"))
 
 
 def test_braces_in_a_value_are_not_options() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ringplane.options.kinds import Kind, shown
@@ -24,8 +24,10 @@ def parse_cpus(text: str) -> frozenset[int]:
     return frozenset(cpus)
 
 
-def check_cpus(cpus: Collection[int]) -> None:
-    """Raises ValueError where this process may not run on all of `cpus`."""
+def check_cpus(cpus: Any) -> None:
+    """Raises ValueError unless these are numbers of CPUs, on all of which this process may run."""
+    if not isinstance(cpus, Collection) or not all(type(cpu) is int for cpu in cpus):
+        raise ValueError(f"{shown(cpus)} is not a set of CPUs; an example: {{2, 3}}")
     allowed = os.sched_getaffinity(0)
     if not cpus:
         raise ValueError(f"no CPU is named; this process may use {format_cpus(allowed)}")
@@ -62,7 +64,9 @@ def _from_toml(value: Any) -> frozenset[int]:
     return frozenset(value)
 
 
-def _check_each(sets: Iterable[Collection[int]]) -> None:
+def _check_each(sets: Any) -> None:
+    if not isinstance(sets, Sequence):
+        raise ValueError(f"{shown(sets)} is not a list of sets of CPUs; an example: [{{2, 3}}]")
     for cpus in sets:
         check_cpus(cpus)
 

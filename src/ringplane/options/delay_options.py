@@ -46,6 +46,8 @@ def _check_delay(delay: Any) -> None:
     if not isinstance(delay, Delay):
         raise ValueError(f"{delay!r} is not a Delay")
     for time in (delay.read, delay.write, delay.flush):
+        if type(time) not in (int, float):
+            raise ValueError(f"{time!r} is not a number of milliseconds")
         _milliseconds(str(time))
 
 

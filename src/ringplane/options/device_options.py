@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ringplane.options.declare import WrongOptions, option
 from ringplane.options.feature_switches import SWITCHES
 from ringplane.options.image_options import ImageOptions
-from ringplane.options.kinds import Kind, Whole, text_from_toml
+from ringplane.options.kinds import Kind, Whole, check_text, text_from_toml
 from ringplane.options.sizes import SIZE
 
 # Virtqueues of a disk. Front ends use as many of them as they want; QEMU wants one for each of its guest's CPUs, and
@@ -24,6 +24,7 @@ MIN_BLOCK, MAX_BLOCK = 512, 64 << 10
 
 def check_serial(serial: str) -> None:
     """Raises ValueError unless a disk can have this serial number."""
+    check_text(serial)
     size = len(os.fsencode(serial))
     if size > MAX_SERIAL:
         raise ValueError(f"{serial!r} has {size} bytes; a serial number has at most {MAX_SERIAL}")

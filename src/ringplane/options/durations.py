@@ -38,7 +38,9 @@ def _poll_us_from_toml(value: Any) -> int | None:
     return parse_poll_us(str(value))
 
 
-def _check_poll_us(value: int | None) -> None:
+def _check_poll_us(value: Any) -> None:
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{shown(value)} is neither a number of microseconds nor None")
     if value is not None:
         parse_poll_us(str(value))
 

@@ -31,19 +31,20 @@ def parse_feature(text: str) -> tuple[str, bool]:
 def check_feature(name: str) -> None:
     """Raises ValueError unless this is the name of a feature that can be switched."""
     if name not in FEATURES:
-        near = difflib.get_close_matches(name, FEATURES, n=1)
+        near = difflib.get_close_matches(str(name), FEATURES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the features are {', '.join(FEATURES)}"
         raise ValueError(f"{name!r} is not a feature that can be switched; {hint}")
 
 
 def _from_toml(value: Any) -> dict[str, bool]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{shown(value)} is not a table of features; example: {{ packed = false }}")
     _check(value)
-    return value
+    switches: dict[str, bool] = value
+    return switches
 
 
-def _check(switches: Mapping[str, bool]) -> None:
+def _check(switches: Any) -> None:
+    if not isinstance(switches, Mapping):
+        raise ValueError(f"{shown(switches)} is not a table of features; example: {{ packed = false }}")
     for name, on in switches.items():
         check_feature(name)
         if not isinstance(on, bool):

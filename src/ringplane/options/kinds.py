@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-
-def _anything(_: Any) -> None:
-    """A check for what its type alone makes right."""
 
 
 def shown(value: object) -> str:
@@ -20,7 +17,7 @@ def shown(value: object) -> str:
 
 def suggestion(name: str, names: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, or the list of what there is."""
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {shown(near[0])}?" if near else f"; possible are {', '.join(map(shown, names))}"
 
 
@@ -28,6 +25,11 @@ def text_from_toml(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or not value:
         raise ValueError(f"{shown(value)} is not a printable text in quotation marks")
     return value
+
+
+def check_text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a text")
 
 
 def _same(value: Any) -> Any:
@@ -46,13 +48,13 @@ class Kind:
         metavar: str = "TEXT",
         parse: Callable[[str], Any] = str,
         from_toml: Callable[[Any], Any] = text_from_toml,
-        check: Callable[[Any], object] = _anything,
+        check: Callable[[Any], object] = check_text,
         to_toml: Callable[[Any], Any] = _same,
         json_types: tuple[str, ...] = ("string",),
     ) -> None:
         """`parse` converts a text of the command line, which shows `metavar` for it, and `from_toml` a value of TOML.
 
-        `check` is for values that a program gives; `to_toml` is the inverse of `from_toml`, whose argument is of one of
+        `check` is for values that a program gives, which may be of any type; `to_toml` is the inverse of `from_toml`, whose argument is of one of
         `json_types`.
         """
         self.metavar = metavar
@@ -100,10 +102,31 @@ def _names_from_toml(value: Any) -> list[str]:
     return [text_from_toml(name) for name in value]
 
 
+def _check_names(value: Any) -> None:
+    _check_list(value, check_text, "names")
+
+
+def _check_path(value: Any) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{shown(value)} is not a path")
+
+
+def _check_paths(value: Any) -> None:
+    _check_list(value, _check_path, "paths")
+
+
+def _check_list(value: Any, check: Callable[[Any], None], what: str) -> None:
+    # A text is a sequence too.
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{shown(value)} is not a list of {what}")
+    for each in value:
+        check(each)
+
+
 # On the command line it has no value.
 FLAG = Kind(from_toml=_checked_flag, check=_checked_flag, json_types=("boolean",))
 NAME = Kind()
-NAMES = Kind(from_toml=_names_from_toml, to_toml=list, json_types=("array",))
+NAMES = Kind(from_toml=_names_from_toml, check=_check_names, to_toml=list, json_types=("array",))
 
 
 def _paths_from_toml(value: Any) -> tuple[Path, ...]:
@@ -111,6 +134,8 @@ def _paths_from_toml(value: Any) -> tuple[Path, ...]:
 
 
 # In a configuration file a relative path starts at the folder of the file.
-PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)), to_toml=str)
+PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)), _check_path, to_toml=str)
 # On the command line each is given by itself.
-PATHS = Kind("PATH", Path, _paths_from_toml, to_toml=lambda paths: list(map(str, paths)), json_types=("array",))
+PATHS = Kind(
+    *("PATH", Path, _paths_from_toml, _check_paths), to_toml=lambda paths: list(map(str, paths)), json_types=("array",)
+)

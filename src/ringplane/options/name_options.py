@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ringplane.options.declare import Options, option
-from ringplane.options.kinds import Kind, shown, text_from_toml
+from ringplane.options.kinds import Kind, check_text, shown, text_from_toml
 
 LONGEST_NAME = 64
 
@@ -19,6 +19,7 @@ NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._-]+")
 
 def parse_disk_name(text: str) -> str:
     """Raises ValueError unless a disk can have this name."""
+    check_text(text)
     if len(text) > LONGEST_NAME or not ALLOWED.fullmatch(text):
         raise ValueError(
             f"{shown(text)} cannot be the name of a disk: up to {LONGEST_NAME} letters (a to z), digits and ._- are "

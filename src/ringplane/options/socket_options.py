@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ringplane.options.declare import Options, option
-from ringplane.options.kinds import Kind
+from ringplane.options.kinds import Kind, shown
 from ringplane.options.users import GROUP, MODE
 
 
@@ -12,6 +14,11 @@ def _parse_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{text!r} is not a valid integer.") from None
+
+
+def _check_number(value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} is not the number of a file descriptor")
 
 
 class SocketOptions(Options):
@@ -32,7 +39,7 @@ class SocketOptions(Options):
         doc_default="the group of the process",
     )
     fd: int | None = option(
-        Kind("INTEGER", _parse_number),
+        Kind("INTEGER", _parse_number, check=_check_number),
         default=None,
         help="File descriptor of an inherited socket, instead of --socket-path.",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ringplane.options.declare import WrongOptions, option
@@ -50,6 +50,8 @@ def _check_zones(model: Any) -> None:
     """Raises ValueError."""
     if not isinstance(model, ZoneModel):
         raise ValueError(f"{model!r} is not a ZoneModel")
+    if not all(type(value) is int for value in astuple(model)):
+        raise ValueError(f"{model!r} has values that are not whole numbers")
     if min(model.conventional, model.max_open, model.max_active) < 0:
         raise ValueError("conventional, max-open and max-active cannot be negative")
     if not MIN_ZONE <= model.size <= MAX_ZONE or model.size & (model.size - 1):
