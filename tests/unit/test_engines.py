@@ -21,7 +21,7 @@ from ringplane.block.ranges import RANGE, Backing, apply
 from ringplane.engines import uring
 from ringplane.engines.aio import Aio
 from ringplane.engines.choose_engine import WORKER_ENGINES, make_engine
-from ringplane.engines.common import READ, WRITE, EngineUnavailable
+from ringplane.engines.common import MAX_TOKENS, READ, WRITE, EngineUnavailable
 from ringplane.engines.dispatch import has_events, prepare_io, reap, submit, wait
 from ringplane.engines.uring import Uring
 from ringplane.native import aio_abi, epoll, io_uring
@@ -147,6 +147,23 @@ def test_more_watches_begin_at_once_than_the_kernel_has_entries_for() -> None:
     engine.close()
     for fd in fds:
         os.close(fd)
+
+
+def test_there_is_no_room_if_the_kernel_accepts_too_few_entries() -> None:
+    """What it does when it is short of memory; here there is nothing to accept."""
+    engine = make_engine(need_engine("io_uring"), 8)
+    assert isinstance(engine, Uring)
+    engine.attach_thread()
+    record = engine._engine[0]
+    fullest = int(record["sq_mask"]) - 8 - MAX_TOKENS
+    for prepared in (fullest + 2, fullest + 1):
+        record["prepared"] = prepared
+        assert uring.start_watch(engine.address, 0) == -errno.EAGAIN
+        assert (int(record["prepared"]), int(record["next_sqe"])) == (prepared, 0)
+    record["prepared"] = fullest
+    assert uring.start_watch(engine.address, 0) == 0
+    assert (int(record["prepared"]), int(record["next_sqe"])) == (fullest + 1, 1)
+    engine.close()
 
 
 def test_watching_and_unwatching_repeatedly(engine: Aio | Uring) -> None:

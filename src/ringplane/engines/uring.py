@@ -28,7 +28,7 @@ import resource
 import select
 import time
 from collections.abc import Collection
-from errno import EINVAL
+from errno import EAGAIN, EINVAL
 from select import POLLIN
 
 import numpy as np
@@ -246,17 +246,25 @@ def prepare_watch(engine, number):
 
 
 @compiled
-def make_room(engine):
-    """Submit what is prepared if only the entries for all slots, and for the polls that `wait` repeats, are left.
+def _has_room(engine):
+    """Whether an entry is free beside those for all slots and for the polls that `wait` repeats."""
+    return engine.prepared + engine.capacity + MAX_TOKENS <= engine.sq_mask
 
-    Returns 0, or -errno if the kernel accepts nothing at the moment.
+
+@compiled
+def make_room(engine):
+    """Submit what is prepared if there is no room for another entry.
+
+    Returns 0 if there is room now, or -errno; -EAGAIN if the kernel has accepted too few entries, for lack of memory.
     """
-    if engine.prepared + engine.capacity + MAX_TOKENS <= engine.sq_mask:
+    if _has_room(engine):
         return 0
     store32_release(engine.sq_tail, engine.next_sqe)
     taken = io_uring_enter(engine.ring_fd, engine.prepared, 0, 0, 0, 0)
-    engine.prepared -= max(taken, 0)
-    return min(taken, 0)
+    if taken < 0:
+        return taken
+    engine.prepared -= taken
+    return 0 if _has_room(engine) else -EAGAIN
 
 
 @unit
