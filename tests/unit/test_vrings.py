@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import ringplane
+from ringplane.dataplane.ring_states import RingState
+from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import peek
-from ringplane.vhost_user.messages import Request
+from ringplane.vhost_user.messages import VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, Request
+from ringplane.vhost_user.payloads import MemoryRegion
 from ringplane.virtio.blk import VIRTIO_BLK_S_OK
 
-from .protocol_rig import RING_SIZE, SECTOR, Machine, by_name, machine, negotiated, open_fds, sector, wait_until
+from .protocol_rig import (
+    DRIVER_FEATURES,
+    MEMORY_SIZE,
+    QUEUES,
+    RING_SIZE,
+    SECTOR,
+    Machine,
+    Peer,
+    by_name,
+    machine,
+    negotiated,
+    open_fds,
+    sector,
+    wait_until,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -102,6 +122,84 @@ def test_reset_stops_the_rings_and_leaves_the_memory(export: ringplane.Export, r
         guest.peer.get_vring_base(0)
         guest.start()
         assert guest.read(6) == sector(6)
+
+
+@contextlib.contextmanager
+def two_rings(export: ringplane.Export) -> Iterator[tuple[Machine, Machine]]:
+    with machine(export) as first, contextlib.closing(Machine(first.peer, index=1, size=8)) as second:
+        memory = second.memory
+        first.peer.add_mem_reg(MemoryRegion(MEMORY_SIZE, MEMORY_SIZE, memory.address, 0), memory.fd)
+        second.ring.state["memory"] -= MEMORY_SIZE
+        first.start()
+        second.start()
+        assert (first.read(3), second.read(4)) == (sector(3), sector(4))
+        yield first, second
+
+
+def set_other_features(peer: Peer) -> None:
+    peer.set_features(VHOST_USER_F_PROTOCOL_FEATURES | DRIVER_FEATURES | VHOST_F_LOG_ALL)
+
+
+def set_log(peer: Peer) -> None:
+    with open(os.memfd_create("log"), "r+b") as file:
+        file.truncate(4096)
+        peer.set_log_base(4096, 0, file.fileno())
+
+
+@pytest.mark.parametrize("cause", ["no room in the in-flight area", "the engine"])
+@pytest.mark.parametrize("change", [set_other_features, set_log])
+def test_a_ring_that_cannot_start_again_stops_no_other_ring(
+    own_export: ringplane.Export, monkeypatch: pytest.MonkeyPatch, cause: str, change: Callable[[Peer], None]
+) -> None:
+    with two_rings(own_export) as (first, second):
+        if change is set_log:
+            set_other_features(first.peer)
+        if cause == "the engine":
+            monkeypatch.setattr(own_export.disk.queues[0].stack, "attach", refuse)
+        else:
+            # For the smaller one of the two rings.
+            described, fd = first.peer.get_inflight_fd(QUEUES, 8)
+            first.peer.set_inflight_fd(described, fd)
+            os.close(fd)
+        with pytest.raises(Refused):
+            change(first.peer)
+        served, failed = own_export.disk.queues[1], own_export.disk.queues[0]
+        assert failed.state is RingState.STOPPED
+        assert served.layout is not None
+        assert served.layout.features & VHOST_F_LOG_ALL
+        assert (served.layout.log is None) == (change is set_other_features)
+        assert second.read(5) == sector(5)
+
+
+def refuse(engine: object) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+@pytest.mark.parametrize("order", ["the log", "the features", "the memory"])
+def test_a_dirty_log_that_is_too_small_is_logged(
+    export: ringplane.Export, dropped: Callable[[], list[str]], order: str
+) -> None:
+    """Whichever message is the last one; a log with a bit for each page is not."""
+    memory_needs = MEMORY_SIZE // 4096 // 8
+    with machine(export) as guest, open(os.memfd_create("log"), "r+b") as log:
+        log.truncate(4096)
+        guest.peer.set_log_base(memory_needs, 0, log.fileno())
+        set_other_features(guest.peer)
+        guest.share_memory()
+        assert dropped() == []
+        if order == "the features":
+            guest.peer.set_features(VHOST_USER_F_PROTOCOL_FEATURES | DRIVER_FEATURES)
+        if order == "the memory":
+            guest.peer.add_mem_reg(MemoryRegion(MEMORY_SIZE, 4096, guest.memory.address, 0), guest.memory.fd)
+            memory_needs += 1
+        else:
+            guest.peer.set_log_base(memory_needs - 1, 0, log.fileno())
+        if order == "the features":
+            assert dropped() == []
+            set_other_features(guest.peer)
+        (line,) = dropped()
+    smaller = f"the dirty log of {memory_needs - 1} bytes is smaller than the {memory_needs} bytes that the shared memory"
+    assert smaller in line
 
 
 def test_reset_device_forgets_the_rings(export: ringplane.Export) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
+from ringplane.dataplane.dirty import PAGE_BITS
 from ringplane.dataplane.queue import DirtyLog
 from ringplane.guest_memory.address_space import Quota
 from ringplane.guest_memory.regions import Alarm, Mapping, MemoryTable, Region
@@ -49,6 +50,13 @@ class FrontEndMemory:
         if size == 0 or size + offset >= 1 << 62:
             raise Refused(f"impossible dirty log: {size} bytes at {offset}")
         self.log = DirtyLog(Mapping(fd, size, offset, self._alarm, self._quota))
+
+    @property
+    def log_size_needed(self) -> int:
+        """The bytes of a dirty log in which each page of the memory has its bit."""
+        # The regions are sorted.
+        ends = [region.guest_address + region.size for region in self.table.regions[-1:]]
+        return sum((end - 1 >> PAGE_BITS) // 8 + 1 for end in ends)
 
     def set_inflight(self, described: Inflight, fd: int) -> None:
         self.inflight = InflightArea(AreaSizes(*astuple(described)), fd, self._alarm, self._quota)

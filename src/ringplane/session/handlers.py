@@ -50,6 +50,7 @@ class Handlers:
 
     def __init__(self, disk: Disk, quota: Quota, logger: DiskLog) -> None:
         self._disk = disk
+        self._logger = logger
         self.negotiation = Negotiation(disk)
         self.config = ConfigSpace(disk)
         self.memory = FrontEndMemory(quota)
@@ -104,8 +105,9 @@ class Handlers:
         if self.negotiation.rings_start_enabled:
             for vring in self.vrings:
                 vring.enabled = True
-        await self.vrings.restart_changed(self.use)
-        await self.vrings.adjust_all(self.use)
+        self._warn_of_small_log()
+        await self.vrings.stop_changed(self.use)
+        await self.vrings.adjust(self.vrings, self.use)
 
     async def _on_get_protocol_features(self, message: Message) -> Payload:
         return U64(int(self.negotiation.offered_protocol))
@@ -191,6 +193,7 @@ class Handlers:
 
     async def _on_set_mem_table(self, message: Message) -> None:
         self.memory.set_table(_expect(message, payloads.MemoryTable).regions, message.fds)
+        self._warn_of_small_log()
         await self.vrings.set_memory(self.use)
 
     async def _on_get_max_mem_slots(self, message: Message) -> Payload:
@@ -198,6 +201,7 @@ class Handlers:
 
     async def _on_add_mem_reg(self, message: Message) -> None:
         self.memory.add_region(_expect(message, SingleMemoryRegion).region, message.fds[0])
+        self._warn_of_small_log()
         await self.vrings.set_memory(self.use)
 
     async def _on_rem_mem_reg(self, message: Message) -> None:
@@ -209,8 +213,19 @@ class Handlers:
     async def _on_set_log_base(self, message: Message) -> Payload:
         """Set the dirty log. SET_FEATURES starts its use; later a larger log may replace it while rings run."""
         self.memory.set_log(_expect(message, LogRegion), message.fds[0])
-        await self.vrings.restart_changed(self.use)
+        self._warn_of_small_log()
+        await self.vrings.adjust(await self.vrings.stop_changed(self.use), self.use)
         return U64(0)
+
+    def _warn_of_small_log(self) -> None:
+        """The front end has to make the log large enough; without a warning its mistake is seen in the guest only."""
+        memory = self.memory
+        if self.negotiation.logs and memory.log is not None and memory.log.mapping.size < memory.log_size_needed:
+            self._logger.warning(
+                "the dirty log of %d bytes is smaller than the %d bytes that the shared memory needs: the migration "
+                "loses what is written to the memory beyond it",
+                *(memory.log.mapping.size, memory.log_size_needed),
+            )
 
     async def _on_set_log_fd(self, message: Message) -> None:
         """An eventfd to announce changes of the log; the front end can read ours at any time."""

@@ -136,11 +136,14 @@ class Vring:
         )
 
     def is_changed_by(self, use: RingUse) -> bool:
-        """Whether the ring runs and has to be restarted to be used in this way."""
+        """Whether the ring runs and has to be restarted to be used in this way, even if it cannot start then."""
         layout, address = self.queue.layout, self._address
         if layout is None or address is None:
             return False
-        return self._layout(use, layout.size, layout.base, address) != layout
+        try:
+            return self._layout(use, layout.size, layout.base, address) != layout
+        except BadMemory:
+            return True
 
     async def stop(self) -> None:
         """Stop fetching and wait until all fetched requests have completed."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
+from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import BadMemory
 from ringplane.inflight.area import InflightArea
@@ -48,24 +49,34 @@ class Vrings:
         for vring in vrings:
             try:
                 await vring.adjust(use)
-            except (BadMemory, OSError) as error:
+            except (BadMemory, OSError, WorkerEnded) as error:
                 self._logger.warning("queue %d: cannot be started again: %s", vring.queue.number, error)
 
-    async def restart_changed(self, use: RingUse) -> None:
-        """Restart the running rings that are to be used in another way than before."""
-        for vring in self:
-            if vring.is_changed_by(use):
-                await vring.stop()
-                await vring.adjust(use)
+    async def stop_changed(self, use: RingUse) -> Sequence[Vring]:
+        """Stop the running rings that are to be used in another way than before; returns them."""
+        changed = [vring for vring in self if vring.is_changed_by(use)]
+        await asyncio.gather(*(vring.stop() for vring in changed))
+        return changed
 
-    async def adjust_all(self, use: RingUse) -> None:
-        for vring in self:
-            await vring.adjust(use)
+    async def adjust(self, vrings: Iterable[Vring], use: RingUse) -> None:
+        """Bring each of these into the state that the messages require, even if others fail; raises the first error."""
+        errors: list[Exception] = []
+        for vring in vrings:
+            try:
+                await vring.adjust(use)
+            except (BadMemory, OSError, WorkerEnded) as error:
+                errors.append(error)
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            # Its traceback refers to this frame: see `Session._refuse`.
+            errors.clear()
 
     async def disable_all(self) -> None:
         for vring in self:
             vring.enabled = False
-            await vring.stop()
+        await asyncio.gather(*(vring.stop() for vring in self))
 
     async def end_all(self, area: InflightArea | None) -> None:
         """Stop all for good."""
