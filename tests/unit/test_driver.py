@@ -425,8 +425,19 @@ def test_errors_are_counted(kind, tmp_path):
         assert result.first_error.startswith("writing sector")
         assert result.first_error.endswith("status 1")
         assert (model.generations == 0).all(), "the data after a failed write is unknown"
-        with pytest.raises(OSError, match="writes failed; the first: writing sector"):
+        with pytest.raises(OSError, match="a write failed: writing sector"):
             fill(disk)
+
+
+def test_nothing_is_written_after_a_failed_write(kind, tmp_path):
+    """On no queue."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    with backend(kind, tmp_path, image, writable=False) as (path, _), Driver(path, queues=2) as disk:
+        load = Load(pattern="sequential", passes=1, read_percent=0, depth=4, queues=2, stop_at_error=True)
+        assert 1 <= run_load(disk, load).errors <= 2 * 4
+        with pytest.raises(OSError, match="a write failed: writing sector"):
+            fill(disk, block_size=4096, depth=4)
 
 
 @pytest.mark.parametrize(

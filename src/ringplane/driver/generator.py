@@ -97,7 +97,8 @@ RUN = np.dtype(
             "one",  # address of a 64-bit 1, which is written to kick_fd
             "measure_from",  # clock: earlier completions do not count
             "deadline",  # clock: from here on nothing is submitted, and completions do not count
-            "stop",
+            "stop",  # address of a number: from when it is not 0, nothing is submitted
+            "stops_at_error",  # the first error sets that number
             # ---
             "random",  # state of the generator
             "cursor",  # next sector of a sequential load
@@ -320,6 +321,8 @@ def _count(run, slot, now):
 @compiled
 def _count_error(run, slot, status):
     run.errors += 1
+    if run.stops_at_error:
+        store64(run.stop, 1)
     if run.errors == 1:
         run.error_kind, run.error_sector, run.error_status = slot.kind, slot.sector, status
 

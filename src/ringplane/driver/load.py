@@ -56,6 +56,7 @@ class Load:
     busy_poll: bool = False  # poll the ring instead of waiting for notifications
     seed: int = 1
     region: tuple[int, int] | None = None  # offset and length; default: the whole disk
+    stop_at_error: bool = False  # submit nothing more, on all queues, after a request has failed
     timeout: float = 30.0  # the longest time without any completion while requests are in flight
 
     @property
@@ -129,8 +130,17 @@ class Result:
 class _Worker:
     """The RUN of one queue, the arrays that it points to, and the function of its thread."""
 
-    def __init__(self, disk: Driver, vring: Vring, load: Load, part: tuple[int, int], model: Model | None) -> None:
-        self.disk, self.vring, self.load = disk, vring, load
+    def __init__(
+        self,
+        disk: Driver,
+        vring: Vring,
+        load: Load,
+        part: tuple[int, int],
+        model: Model | None,
+        stop: npt.NDArray[np.int64],
+    ) -> None:
+        """`stop` is one number for all queues: when it is not 0, nothing more is submitted."""
+        self.disk, self.vring, self.load, self._stop = disk, vring, load, stop
         self.failure: BaseException | None = None
         self._runs: npt.NDArray[np.void] = np.zeros(1, RUN)
         self.run = self._runs[0]
@@ -151,7 +161,6 @@ class _Worker:
 
     def _fill_in(self, part: tuple[int, int], model: Model | None) -> None:
         load, vring, run = self.load, self.vring, self.run
-        self.stop = np.zeros(1, np.int64)
         sizes = np.array([size // SECTOR for size in load.sizes], np.int64)
         values = {
             "ring": vring.ring.address,
@@ -178,7 +187,8 @@ class _Worker:
             "epoll_fd": vring.epoll.fileno(),
             "events": self._own(np.zeros(EVENTS, EPOLL_EVENT)),
             "one": self._own(np.ones(1, np.int64)),
-            "stop": self._own(self.stop),
+            "stop": self._own(self._stop),
+            "stops_at_error": load.stop_at_error,
             "budget": FOREVER,
         }
         for name, value in values.items():
@@ -263,10 +273,11 @@ def run_load(
     region = load.region or (0, disk.capacity)
     model = load.model or (Model(region, load.seed) if load.verify else None)
     workers: list[_Worker] = []
+    stop = np.zeros(1, np.int64)
     try:
         for vring, part in zip(disk.queues, _parts(load, region), strict=False):
-            workers.append(_Worker(disk, vring, load, part, model if load.verify else None))
-        return _run(workers, load, progress, disk.backend_pid if backend_pid is None else backend_pid)
+            workers.append(_Worker(disk, vring, load, part, model if load.verify else None, stop))
+        return _run(workers, load, stop, progress, disk.backend_pid if backend_pid is None else backend_pid)
     finally:
         for worker in workers:
             worker.free()
@@ -356,7 +367,11 @@ class _CpuClock:
 
 
 def _run(
-    workers: Sequence[_Worker], load: Load, progress: Callable[[Progress], None] | None, backend_pid: int
+    workers: Sequence[_Worker],
+    load: Load,
+    stop: npt.NDArray[np.int64],
+    progress: Callable[[Progress], None] | None,
+    backend_pid: int,
 ) -> Result:
     _compile(workers[0])
     threads = [threading.Thread(target=worker.work, name=f"load-{worker.vring.index}") for worker in workers]
@@ -368,7 +383,11 @@ def _run(
             thread.start()
         _watch(workers, threads, clock, progress)
     finally:
-        _stop(workers, threads)
+        # Submit nothing more, and wait for requests in flight (each thread gives up after its time limit).
+        stop[0] = 1
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
     clock.stop()
     for worker in workers:
         if worker.failure is not None:
@@ -414,15 +433,6 @@ def _sleep_or_join(threads: Sequence[threading.Thread], seconds: float) -> None:
     alive = [thread for thread in threads if thread.is_alive()]
     if alive:
         alive[0].join(seconds)
-
-
-def _stop(workers: Sequence[_Worker], threads: Sequence[threading.Thread]) -> None:
-    """Stop submitting, and wait for requests in flight (each thread gives up after its time limit)."""
-    for worker in workers:
-        worker.stop[0] = 1
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join()
 
 
 def _total(workers: Sequence[_Worker], name: str) -> int:
@@ -510,12 +520,12 @@ def fill(
 ) -> tuple[Model, Result]:
     """Write every block of a disk (or region) once; returns its model, for `check` and for verifying loads.
 
-    Raises OSError when a write failed, and what `run_load` raises.
+    Raises OSError when a write has failed, after which nothing more is written, and what `run_load` raises.
     """
     model = Model(region or (0, disk.capacity), seed)
     result = _sweep(disk, model, 0, block_size, depth, queues, progress)
     if result.errors:
-        raise OSError(errno.EIO, f"{result.errors} writes failed; the first: {result.first_error}")
+        raise OSError(errno.EIO, f"a write failed: {result.first_error}")
     return model, result
 
 
@@ -556,5 +566,6 @@ def _sweep(
         model=model,
         seed=model.seed,
         region=region,
+        stop_at_error=read_percent == 0,
     )
     return run_load(disk, load, progress)
