@@ -284,16 +284,32 @@ def test_without_a_child_process_nothing_is_compiled_ahead(
 
 
 def test_other_commands_are_ended_by_a_signal(start: Start) -> None:
-    """Those that do not look for signals, also by one that has come before."""
-    code = "import time; from ringplane.system.signals import CaughtSignals; s = CaughtSignals(); {}; s.default(); {}"
+    """Those that do not look for signals, also by one that has come before; it says so."""
+    code = "import time; from ringplane.system.signals import CaughtSignals; s = CaughtSignals(); {}; s.end_at_once(); {}"
     sleep, ready = "time.sleep(60)", "print('ready', flush=True)"
     process = start(sys.executable, "-c", code.format("pass", f"{ready}; {sleep}"))
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(SOON) == -signal.SIGINT
-    early = "import os; os.kill(os.getpid(), 15)"
-    assert start(sys.executable, "-c", code.format(early, sleep)).wait(SOON) == -signal.SIGTERM
+    assert process.communicate(timeout=SOON) == ("", "interrupted by SIGINT\n")
+    assert process.returncode == -signal.SIGINT
+    early = start(sys.executable, "-c", code.format("import os; os.kill(os.getpid(), 15)", sleep))
+    assert early.communicate(timeout=SOON) == ("", "interrupted by SIGTERM\n")
+    assert early.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_check_says_that_a_signal_has_ended_it(start: Start, tmp_path: Path, number: int) -> None:
+    """While it waits for a file that it reads."""
+    config = tmp_path / "disks.toml"
+    os.mkfifo(config)
+    process = start(sys.executable, "-m", "ringplane", "check", config)
+    # This waits until it is opened to be read.
+    with config.open("w"):
+        process.send_signal(number)
+        out, log = process.communicate(timeout=SOON)
+    assert (out, log) == ("", f"interrupted by {signal.Signals(number).name}\n")
+    assert process.returncode == -number
 
 
 # The socket

@@ -11,7 +11,7 @@ from ringplane import __version__
 from ringplane.system.signals import CaughtSignals
 
 COMMANDS = ("serve", "check", "demo", "bench", "compile")
-# These commands check for signals themselves; a signal ends the others at any point.
+# These commands check for signals themselves; a signal ends the others at any point, because they change nothing.
 INTERRUPTIBLE = ("serve", "demo", "bench", "compile")
 
 
@@ -42,4 +42,4 @@ class Commands(click.Group):
 def main(context: click.Context) -> None:
     """Virtual disks for virtual machines: a vhost-user-blk back end."""
     if context.invoked_subcommand not in INTERRUPTIBLE and isinstance(context.obj, CaughtSignals):
-        context.obj.default()
+        context.obj.end_at_once()

@@ -111,14 +111,14 @@ class CaughtSignals(Signals):
         with contextlib.suppress(BlockingIOError):
             self._came += filter(None, os.read(self._fd, 4096))
 
-    def default(self) -> None:
-        """Restore the default: signals end the process, also those that have arrived already."""
+    def end_at_once(self) -> None:
+        """Let signals end the process at any point, with one line, because it changes nothing; also earlier ones."""
         for number in ENDING:
             if signal.getsignal(number) == _do_nothing:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, _end)
         self._collect()
         for came in self._came:
-            os.kill(os.getpid(), came)
+            _end(came, None)
 
     def ignore(self) -> None:
         """Ignore signals while the process exits, to keep its exit status: Python would let them kill it."""
@@ -150,9 +150,22 @@ def held_back(numbers: Collection[int] = ENDING) -> Iterator[None]:
 
 def end_line(number: int) -> None:
     """Start a new line on a terminal, which shows a Ctrl-C as ^C at its cursor."""
-    if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
-        sys.stderr.write("\n")
+    if sys.stderr is not None:
+        sys.stderr.write(_start_of_line(number))
         sys.stderr.flush()
+
+
+def _start_of_line(number: int) -> str:
+    return "\n" if number == signal.SIGINT and os.isatty(2) else ""
+
+
+def _end(number: int, frame: object) -> None:
+    # A write to the buffer of `sys.stderr` may have been interrupted.
+    line = f"{_start_of_line(number)}{Interrupted(number)}\n"
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _do_nothing(number: int, frame: object) -> None:
