@@ -44,7 +44,7 @@ class Backend:
         self.check_alive()
         old, arguments = self.process, list(self.process.args)  # type: ignore[arg-type]
         self.process = start([*arguments, *([] if "--upgrade" in arguments else ["--upgrade"])], self.log)
-        assert old.wait(STOP_DEADLINE) == 0, self.told()
+        assert old.wait(STOP_DEADLINE) == 0, self.logged()
 
     def stop(self) -> None:
         """Stop the back end like a service manager; it must have run until then, and exit with status 0."""
@@ -55,12 +55,12 @@ class Backend:
             status = self.process.wait(STOP_DEADLINE)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"no end in {STOP_DEADLINE:.0f} s after SIGTERM:\n{self.told()}") from None
-        assert status == 0, f"the back end ended with status {status}:\n{self.told()}"
+            raise AssertionError(f"no end in {STOP_DEADLINE:.0f} s after SIGTERM:\n{self.logged()}") from None
+        assert status == 0, f"the back end ended with status {status}:\n{self.logged()}"
 
     def check_alive(self) -> None:
         status = self.process.poll()
-        assert status is None, f"the back end ended by itself with status {status}:\n{self.told()}"
+        assert status is None, f"the back end ended by itself with status {status}:\n{self.logged()}"
 
     def kill(self) -> None:
         # Once it is reaped, its pid may belong to another process.
@@ -68,7 +68,7 @@ class Backend:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def told(self) -> str:
+    def logged(self) -> str:
         return self.log.read_text(errors="replace")
 
 
@@ -147,7 +147,7 @@ def wait_for_socket(backend: Backend) -> None:
     end = time.monotonic() + START_DEADLINE
     while not listens(backend.socket):
         backend.check_alive()
-        assert time.monotonic() < end, f"no socket after {START_DEADLINE:.0f} s:\n{backend.told()}"
+        assert time.monotonic() < end, f"no socket after {START_DEADLINE:.0f} s:\n{backend.logged()}"
         time.sleep(0.02)
 
 

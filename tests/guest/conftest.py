@@ -59,7 +59,7 @@ def backend(tmp_path: Path) -> Iterator[BackendFactory]:
         finally:
             for running in started:
                 running.kill()
-                print(f"log of {running.log.stem}:\n{running.told()}")  # pytest shows it when the test fails
+                print(f"log of {running.log.stem}:\n{running.logged()}")  # pytest shows it when the test fails
 
 
 @pytest.fixture(scope="session")

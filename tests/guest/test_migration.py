@@ -73,4 +73,4 @@ def test_live_migration(backend: BackendFactory, qemu: QemuGuest, disk_image: Pa
     assert int(result.value("verified_kib")) > 0
     for disk in disks:
         disk.stop()
-        assert "WARNING" not in disk.told()
+        assert "WARNING" not in disk.logged()

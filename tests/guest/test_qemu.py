@@ -96,7 +96,7 @@ def test_no_room_left(backend: BackendFactory, qemu: QemuGuest, tmp_path: Path) 
         threading.Thread(target=make_room, daemon=True).start()
         seen = qemu.run(disk, workloads.no_room())
         disk.stop()
-        assert "No space left on device" in disk.told()
+        assert "No space left on device" in disk.logged()
         assert host.sha256(image, 8 << 20) == seen.value("kept")
         assert host.sha256(image, 32 << 20, 100 << 20) == seen.value("data")
 

@@ -26,4 +26,4 @@ def test_upgraded_under_load(
     assert disk.times == UPGRADES
     assert int(seen.value("verified_kib")) > 0
     started.stop()
-    assert "WARNING" not in started.told()
+    assert "WARNING" not in started.logged()

@@ -35,4 +35,4 @@ def test_a_driver_without_zoned_support_is_refused(backend: BackendFactory, uml:
     disk = backend(disk_image, num_queues=1, extra=["--zoned", f"{ZONE_MIB}M"])
     uml.run(disk, workloads.no_disk())
     disk.stop()
-    assert "it does not know zoned disks" in disk.told()
+    assert "it does not know zoned disks" in disk.logged()

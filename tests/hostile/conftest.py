@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,13 +41,11 @@ from unit.rig import (
     take_events,
     wait_for_event,
 )
+from unit.waiting import is_idle
 
 from .attacker import Attacker, RemoteLine
 
 SIZE = 8 << 20
-
-# <linux/posix-timers.h>: with the complement of a pid above these three bits, the clock of the process's CPU time.
-CPUCLOCK_SCHED = 2
 
 # The size and the capacity of the zoned disk's zones, in sectors.
 ZONE, CAPACITY = (128 << 10) // 512, (96 << 10) // 512
@@ -121,12 +118,12 @@ class Victim:
     def image(self) -> Path:
         return self.folder / "bad.img"
 
-    def told(self) -> str:
+    def logged(self) -> str:
         return (self.folder / "log").read_text()
 
     def check(self) -> None:
         """Check that the process runs, the neighbour reads what it wrote, and the next front end can attach."""
-        assert self.process.poll() is None, self.told()
+        assert self.process.poll() is None, self.logged()
         data = os.urandom(65536)
         self.check_neighbour(data)
         self.neighbour.flush()
@@ -159,11 +156,7 @@ class Victim:
         return len(os.listdir(proc / "fd")), len(threads), mappings
 
     def is_idle(self) -> bool:
-        """Whether the process uses no CPU for a moment, which a spinning loop never does."""
-        clock = ~self.process.pid << 3 | CPUCLOCK_SCHED
-        before = time.clock_gettime(clock)
-        time.sleep(0.03)
-        return time.clock_gettime(clock) - before < 0.01
+        return is_idle(self.process.pid)
 
 
 @contextlib.contextmanager
@@ -218,7 +211,7 @@ def victims() -> Iterator[Callable[[str], Victim]]:
         def get(engine: str) -> Victim:
             victim = stack.enter_context(running(engine))
             victim.check()
-            assert eventually(lambda: victim.told().count("detached") == 1)
+            assert eventually(lambda: victim.logged().count("detached") == 1)
             victim.at_rest = victim.resources()
             return victim
 
@@ -239,9 +232,9 @@ class Target:
         self.attackers.append(Attacker(self.victim.folder / f"{disk}.sock", **options))
         return self.attackers[-1]
 
-    def told(self) -> str:
+    def logged(self) -> str:
         """The log since the test began."""
-        return self.victim.told()[self.begins :]
+        return self.victim.logged()[self.begins :]
 
     def put_slow(self, line: Line) -> Pending:
         """Submit a request of one descriptor that is in flight for at least some milliseconds."""
@@ -256,13 +249,13 @@ class Target:
 
     def assert_breaks(self, line: RemoteLine, rule: int) -> None:
         """Kick: this rule breaks the ring and nothing else changes; after a reset the ring works again."""
-        attacker, before = line.rig, len(self.victim.told())
+        attacker, before = line.rig, len(self.victim.logged())
         memory = attacker.memory_beside_rings()
         line.kick()
         wait_for_event(line.err_fd, f"the error: {ring_rules.MESSAGES[rule]}")
-        told = self.victim.told()[before:]
-        assert f"bad queue {line.number}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in told, told
-        assert told.count("ring broken") == 1
+        logged = self.victim.logged()[before:]
+        assert f"bad queue {line.number}: ring broken by the driver: {ring_rules.MESSAGES[rule]}" in logged, logged
+        assert logged.count("ring broken") == 1
         assert attacker.memory_beside_rings() == memory
         assert not list(line.ring.take_used())
         attacker.check_honest_ring(DISK)
@@ -278,7 +271,7 @@ class Target:
         assert eventually(self.victim.is_idle), "the process spins while the front end is attached"
         for attacker in self.attackers:
             attacker.close()
-        assert self.victim.process.poll() is None, self.told()
+        assert self.victim.process.poll() is None, self.logged()
         for name in ("bad.img", "read-only.img"):
             content = bytearray((self.victim.folder / name).read_bytes())
             for start, end in self.allowed if name == "bad.img" else ():
@@ -289,8 +282,8 @@ class Target:
         self.victim.check()
         self.victim.wait_for_resources(self.victim.at_rest)
         assert eventually(self.victim.is_idle), "the process spins"
-        assert "please report it" not in self.told()
-        assert "Traceback" not in self.told()
+        assert "please report it" not in self.logged()
+        assert "Traceback" not in self.logged()
 
 
 def _changed(content: bytes) -> list[int]:
@@ -319,6 +312,6 @@ def target(victims: Callable[[str], Victim], engine: str) -> Iterator[Target]:
     with victim.image.open("r+b") as file:
         file.write(DISK)
         os.fsync(file.fileno())
-    target = Target(victim, len(victim.told()))
+    target = Target(victim, len(victim.logged()))
     yield target
     target.check()

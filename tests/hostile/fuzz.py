@@ -431,10 +431,10 @@ def send_any_message(connection: socket.socket, draw: random.Random) -> None:
     words = [draw.choice([*EXTREMES, draw.getrandbits(3), draw.getrandbits(64)]) for _ in range(size // 8 + 1)]
     payload = struct.pack(f"<{len(words)}Q", *words)[:size]
     flags = draw.choice([1, 1, 1, 9, 9, 5, 0, 2, draw.getrandbits(32)])
-    told = size if draw.random() < 0.95 else draw.choice(EXTREMES) & 0xFFFF_FFFF
+    announced = size if draw.random() < 0.95 else draw.choice(EXTREMES) & 0xFFFF_FFFF
     fds = [any_fd(draw) for _ in range(draw.choice([0, 0, 1, 1, 2, 8, 9]))]
     try:
-        data = HEADER.pack(number & 0xFFFF_FFFF, flags, told) + payload
+        data = HEADER.pack(number & 0xFFFF_FFFF, flags, announced) + payload
         cut = draw.randrange(1, len(data)) if draw.random() < 0.1 else len(data)
         socket.send_fds(connection, [data[:cut]], fds)
         connection.sendall(data[cut:])
@@ -506,10 +506,10 @@ def run_cases(victim: Victim, over: Callable[[Tally], bool], first: int | None =
                 victim.check()
                 check_zones(victim.folder)
         except Exception as error:
-            raise AssertionError(f"seed {seed}: {error!r}\n{victim.told()[-2000:]}") from error
+            raise AssertionError(f"seed {seed}: {error!r}\n{victim.logged()[-2000:]}") from error
     victim.check()
     victim.wait_for_resources(before)
-    tally.note(victim.told())
+    tally.note(victim.logged())
     return tally
 
 

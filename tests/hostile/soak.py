@@ -224,7 +224,7 @@ class Misbehaviour:
         self.tally.cases += 1
 
 
-def soak(process: Process, seconds: float, window: float, tell: Callable[[Sample], None]) -> list[Sample]:
+def soak(process: Process, seconds: float, window: float, report: Callable[[Sample], None]) -> list[Sample]:
     """Take a sample every `window` seconds. Raises AssertionError if data is wrong or resources have grown."""
     changes, misbehaviour = Changes(process), Misbehaviour(process)
     parts = [Part(changes.once), Part(misbehaviour.once)]
@@ -236,7 +236,7 @@ def soak(process: Process, seconds: float, window: float, tell: Callable[[Sample
     try:
         while time.monotonic() < process.began + seconds:
             samples.append(_sample(process, model, window, parts, at_first))
-            tell(samples[-1])
+            report(samples[-1])
             assert samples[-1].held == at_first, f"{at_first} at first, {samples[-1].held} now"
     finally:
         for part in parts:

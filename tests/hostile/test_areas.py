@@ -77,7 +77,7 @@ def test_inflight_areas_with_invalid_sizes(target: Target, ring_class: Any, faul
         for described in AREA_FAULTS[fault]:
             with pytest.raises(Refused):
                 attacker.front_end.set_inflight_fd(Inflight(*described), fd)
-            assert "SET_INFLIGHT_FD" in target.told().splitlines()[-1]
+            assert "SET_INFLIGHT_FD" in target.logged().splitlines()[-1]
             is_served(attacker)
         assert os.pread(fd, FILE, 0) == bytes(FILE)
 
@@ -94,7 +94,7 @@ def test_inflight_areas_too_small_for_a_ring(target: Target, ring_class: Any) ->
             line.stop()
             with pytest.raises(Refused):
                 attacker.new_ring(line)
-            assert "in-flight" in target.told().splitlines()[-1]
+            assert "in-flight" in target.logged().splitlines()[-1]
             attacker.check_honest_ring(DISK)
             # When a ring is stopped, the version in its area is cleared.
             assert os.pread(fd, FILE, 0).count(b"\xa5") >= FILE - 2
@@ -131,7 +131,7 @@ def test_get_inflight_fd_of_extreme_sizes(target: Target) -> None:
     for queues, size in [(0, 16), (2, 0), (2, 32769), (65535, 65535)]:
         with pytest.raises(ProtocolError):
             attacker.front_end.get_inflight_fd(queues, size)
-        assert "in-flight area" in target.told().splitlines()[-1]
+        assert "in-flight area" in target.logged().splitlines()[-1]
         is_served(attacker)
     for queues, size in [(2, 16), (65535, 32768)]:
         described, fd = attacker.front_end.get_inflight_fd(queues, size)
@@ -153,7 +153,7 @@ def test_logs_with_invalid_sizes(target: Target, ring_class: Any) -> None:
         for size, offset in [(0, 0), (0, 4096), (FILE + 1, 0), (FILE, 1), (1, FILE), (4096, FILE - 4095), *sums]:
             with pytest.raises(Refused):
                 attacker.front_end.set_log_base(size, offset, fd)
-            assert "SET_LOG_BASE" in target.told().splitlines()[-1]
+            assert "SET_LOG_BASE" in target.logged().splitlines()[-1]
             is_served(attacker)
         attacker.front_end.set_features(attacker.front_end.features | VHOST_F_LOG_ALL)
         is_served(attacker)

@@ -39,8 +39,8 @@ def dropped(target: Target, sock: socket.socket) -> str:
     with suppress(ConnectionResetError):
         while sock.recv(4096):
             pass
-    assert eventually(lambda: "front end dropped: " in target.told())
-    return target.told().split("front end dropped: ")[-1].splitlines()[0]
+    assert eventually(lambda: "front end dropped: " in target.logged())
+    return target.logged().split("front end dropped: ")[-1].splitlines()[0]
 
 
 def fds(count: int) -> list[int]:
@@ -66,14 +66,14 @@ def open_fds(victim: Victim) -> int:
 
 
 def with_index(front_end: FrontEnd, index: int) -> dict[str, Callable[[], object]]:
-    def tell(request: Request, payload: Payload) -> Callable[[], object]:
+    def sender(request: Request, payload: Payload) -> Callable[[], object]:
         return lambda: front_end.send(request, payload)
 
     return {
-        "num": tell(Request.SET_VRING_NUM, VringState(index, 16)),
-        "base": tell(Request.SET_VRING_BASE, VringState(index, 0)),
-        "addr": tell(Request.SET_VRING_ADDR, VringAddr(index, 0, USER_BASE, USER_BASE, USER_BASE, 0)),
-        "enable": tell(Request.SET_VRING_ENABLE, VringState(index, 1)),
+        "num": sender(Request.SET_VRING_NUM, VringState(index, 16)),
+        "base": sender(Request.SET_VRING_BASE, VringState(index, 0)),
+        "addr": sender(Request.SET_VRING_ADDR, VringAddr(index, 0, USER_BASE, USER_BASE, USER_BASE, 0)),
+        "enable": sender(Request.SET_VRING_ENABLE, VringState(index, 1)),
     }
 
 
@@ -82,14 +82,14 @@ def with_index(front_end: FrontEnd, index: int) -> dict[str, Callable[[], object
 def test_a_ring_that_does_not_exist(target: Target, index: int) -> None:
     """The message is refused; where the protocol has no reply for that, the connection ends."""
     attacker = target.attacker()
-    for tell in with_index(attacker.front_end, index).values():
+    for send in with_index(attacker.front_end, index).values():
         with pytest.raises(Refused):
-            tell()
-        assert f"queue {index} does not exist; there are 2" in target.told().splitlines()[-1]
+            send()
+        assert f"queue {index} does not exist; there are 2" in target.logged().splitlines()[-1]
     attacker.check_honest_ring(DISK)
     with pytest.raises(ProtocolError):
         attacker.front_end.get_vring_base(index)
-    assert f"front end dropped: GET_VRING_BASE: queue {index} does not exist" in target.told()
+    assert f"front end dropped: GET_VRING_BASE: queue {index} does not exist" in target.logged()
 
 
 @pytest.mark.row("wrong queue index or file descriptors in a message")
@@ -109,7 +109,7 @@ def test_a_flood_of_fds_for_rings(target: Target) -> None:
                 os.close(fd)
     # The fd of the last message is closed after the reply.
     assert eventually(lambda: open_fds(target.victim) == before)
-    assert target.told().count("queue 255 does not exist") == 300
+    assert target.logged().count("queue 255 does not exist") == 300
     attacker.check_honest_ring(DISK)
 
 
@@ -164,7 +164,7 @@ def test_the_process_runs_out_of_fds(target: Target, connection: socket.socket) 
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(victim.socket))
                 expected = f"bad: {complaint}: [Errno 24] Too many open files"
-                assert eventually(lambda expected=expected: expected in target.told())
+                assert eventually(lambda expected=expected: expected in target.logged())
                 assert eventually(victim.is_idle)
                 victim.neighbour.write(0, DISK[:4096])
                 assert victim.neighbour.read(0, 4096) == DISK[:4096]
@@ -233,12 +233,12 @@ def test_invalid_config_ranges(target: Target) -> None:
     for offset, size in [(0, 256), (1, 256), (256, 1), ((1 << 32) - 1, 2), ((1 << 32) - 8, 16)]:
         with suppress(ProtocolError):
             assert len(attacker.front_end.get_config(offset, size)) == size == 256 > offset
-    for told, carried in [(8, 9), (1 << 31, 8), ((1 << 32) - 1, 0)]:
+    for announced, carried in [(8, 9), (1 << 31, 8), ((1 << 32) - 1, 0)]:
         with closing(FrontEnd(target.victim.folder / "read-only.sock", PATIENCE)) as front_end:
             front_end.negotiate(0)
             front_end.sock.sendall(
                 HEADER.pack(Request.GET_CONFIG, VERSION, 12 + carried)
-                + struct.pack("=III", 0, told, 0)
+                + struct.pack("=III", 0, announced, 0)
                 + bytes(carried)
             )
             assert "GET_CONFIG: its config size is" in dropped(target, front_end.sock)
@@ -256,7 +256,7 @@ def test_an_unknown_type(target: Target, number: int) -> None:
     for size in (0, 8, MAX_OPAQUE_SIZE):
         send(sock, HEADER.pack(number, VERSION | NEED_REPLY, size) + bytes(size), 8)
         assert struct.unpack("=IIIQ", sock.recv(64)) == (number, VERSION | REPLY, 8, 1)
-    assert f"request number {number} is not in the specification" in target.told()
+    assert f"request number {number} is not in the specification" in target.logged()
     attacker.check_honest_ring(DISK)
     send(sock, HEADER.pack(number, VERSION, 8) + bytes(8), 8)
     assert f"request number {number}" in dropped(target, sock)

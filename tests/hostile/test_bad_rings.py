@@ -147,12 +147,12 @@ def test_a_bad_head_is_parsed_once(target: Target, ring_class: Any) -> None:
     attacker.check_honest_ring(DISK)
     assert eventually(target.victim.is_idle)
     assert take_events(line.err_fd) == 0
-    assert target.told().count("ring broken") == 1
+    assert target.logged().count("ring broken") == 1
     base = line.stop()
     line.resume(base=base)
     attacker.check_honest_ring(DISK)
     assert eventually(target.victim.is_idle)
-    assert target.told().count("ring broken") <= 2
+    assert target.logged().count("ring broken") <= 2
     line.reset()
     assert line.do(IN, 5, room=512) == Answer(OK, 513, sector(5))
 
@@ -173,7 +173,7 @@ def test_a_chain_of_only_a_head(target: Target, ring_class: Any) -> None:
             offer(line, [getattr(buffers, which)], direct)
             line.kick()
             wait_for_event(line.err_fd, "the error")
-            assert ring_rules.MESSAGES[rule] in target.told().splitlines()[-1]
+            assert ring_rules.MESSAGES[rule] in target.logged().splitlines()[-1]
             done: list[Any] = []
             assert eventually(lambda done=done: done.extend(line.ring.collect()) or len(done) > 0)
             assert done == [before]
@@ -350,7 +350,7 @@ def test_rings_outside_the_memory(target: Target, ring_class: Any) -> None:
             areas[which] = wrong
             with pytest.raises(Refused):
                 front_end.set_vring_addr(0, *areas)
-            assert "SET_VRING_ADDR" in target.told().splitlines()[-1]
+            assert "SET_VRING_ADDR" in target.logged().splitlines()[-1]
             # Nothing runs until the address is valid.
             line.kick()
     attacker.check_honest_ring(DISK)
@@ -496,7 +496,7 @@ def test_more_chains_in_flight_than_descriptors(target: Target, ring_class: Any)
         line.ring.put_available(requests[0].head)
         line.kick()
         select.select([line.err_fd], [], [], 0.2)
-        if ring_rules.MESSAGES[ring_rules.TOO_MANY_IN_FLIGHT] in target.told():
+        if ring_rules.MESSAGES[ring_rules.TOO_MANY_IN_FLIGHT] in target.logged():
             break
         line.reset()
     else:

@@ -77,7 +77,7 @@ def test_an_error_fd_that_is_full_and_blocks(target: Target, ring_class: Any) ->
     with blocking(line.err_fd):
         line.ring.put_bad_head()
         line.kick()
-        assert eventually(lambda: "ring broken by the driver" in target.told())
+        assert eventually(lambda: "ring broken by the driver" in target.logged())
         attacker.check_honest_ring(DISK)
         line.stop()
         take_events(line.err_fd)
@@ -85,13 +85,13 @@ def test_an_error_fd_that_is_full_and_blocks(target: Target, ring_class: Any) ->
         assert_others_are_served(target, attacker, line)
 
 
-@pytest.mark.parametrize("tell", [Request.SET_VRING_CALL, Request.SET_VRING_ERR], ids=lambda each: each.name)
-def test_notifiers_that_are_not_eventfds(target: Target, tell: Request) -> None:
+@pytest.mark.parametrize("kind", [Request.SET_VRING_CALL, Request.SET_VRING_ERR], ids=lambda each: each.name)
+def test_notifiers_that_are_not_eventfds(target: Target, kind: Request) -> None:
     """For example, a file could be on a file system that hangs."""
     attacker = target.attacker()
     with pytest.raises(Refused):
-        attacker.front_end._set_vring_fd(tell, 0, attacker.guest.fd)
-    assert "the fd is not an eventfd" in target.told()
+        attacker.front_end._set_vring_fd(kind, 0, attacker.guest.fd)
+    assert "the fd is not an eventfd" in target.logged()
     attacker.check_honest_ring(DISK)
 
 

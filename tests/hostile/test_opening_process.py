@@ -236,7 +236,7 @@ def test_a_folder_that_was_moved(opening: Opening, top: Path) -> None:
 
 
 def test_hard_links_are_files_of_the_folder(opening: Opening, top: Path) -> None:
-    """They can only be made by who may (protected_hardlinks in proc(5)); there is nothing to tell them apart by."""
+    """They can only be made by who may (protected_hardlinks in proc(5)); nothing distinguishes them."""
     (top / "allowed/hard").hardlink_to(top / "outside/image")
     assert read_and_close(opening.open("hard")) == SECRET
 

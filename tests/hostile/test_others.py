@@ -70,7 +70,7 @@ def test_a_front_end_maps_as_much_as_it_can(target: Target, order: tuple[Callabl
     with sparse(LARGEST) as fd:
         for use_up in order:
             use_up(attacker.front_end, fd)
-        assert "of this disk's front end, which is" in target.told()
+        assert "of this disk's front end, which is" in target.logged()
         for _ in range(2):
             with contextlib.closing(target.attacker("read-only", guest_size=1 << 30)) as other:
                 other.check_honest_ring(DISK)
@@ -112,7 +112,7 @@ def connected(target: Target) -> FrontEnd:
 
 
 def drops(target: Target) -> int:
-    return target.told().count("bad: front end dropped: an fd is a socket")
+    return target.logged().count("bad: front end dropped: an fd is a socket")
 
 
 @pytest.mark.parametrize("how", HAND_OVER)
@@ -160,8 +160,8 @@ def test_a_hidden_connection_needs_a_signal(victim: Victim) -> None:
         front_end.negotiate(0, CHANNEL)
         hide(front_end)
     with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as following:
-        assert eventually(lambda: "bad: a second front end (process " in victim.told())
-        assert "SIGUSR1 detaches the first one" in victim.told()
+        assert eventually(lambda: "bad: a second front end (process " in victim.logged())
+        assert "SIGUSR1 detaches the first one" in victim.logged()
         victim.process.send_signal(signal.SIGUSR1)
         assert following.get_features()
     victim.check()
@@ -172,7 +172,7 @@ def test_a_signal_without_a_waiting_front_end_detaches_nobody(victim: Victim) ->
     with contextlib.closing(FrontEnd(victim.socket, PATIENCE)) as front_end:
         assert front_end.get_features()
         victim.process.send_signal(signal.SIGUSR1)
-        assert eventually(lambda: "bad: front end (process " in victim.told())
-        assert "stays attached: no other one waits" in victim.told()
+        assert eventually(lambda: "bad: front end (process " in victim.logged())
+        assert "stays attached: no other one waits" in victim.logged()
         assert front_end.get_features()
     victim.check()

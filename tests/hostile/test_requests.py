@@ -213,12 +213,12 @@ def test_messages_of_features_that_were_not_negotiated(target: Target) -> None:
     for tell in (lambda: front_end.set_status(0), lambda: front_end.set_config(0, b"\0")):
         with pytest.raises(Refused):
             tell()
-    assert "the protocol feature STATUS was not negotiated" in target.told()
+    assert "the protocol feature STATUS was not negotiated" in target.logged()
     attacker.check_honest_ring(DISK)
     front_end.protocol_features |= ProtocolFeature.MQ
     with pytest.raises(ProtocolError):
         front_end.get_queue_num()
-    assert "front end dropped: GET_QUEUE_NUM: sent although the protocol feature MQ was not negotiated" in target.told()
+    assert "front end dropped: GET_QUEUE_NUM: sent although the protocol feature MQ was not negotiated" in target.logged()
 
 
 @pytest.mark.row("more segments than seg_max")

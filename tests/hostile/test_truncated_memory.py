@@ -43,7 +43,7 @@ def test_memory_is_truncated_under_load(victim: Victim, left: int) -> None:
         driver.close()
         assert failures, "the load noticed nothing"
     victim.check()
-    assert victim.told().count("it truncated memory that it shares with this disk") == 3
+    assert victim.logged().count("it truncated memory that it shares with this disk") == 3
     victim.wait_for_resources(before)
 
 

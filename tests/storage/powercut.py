@@ -270,25 +270,25 @@ class Cuts:
 
     def look(self) -> Tally:
         """Check all cuts; AssertionError if a guarantee is broken."""
-        told = self._what_was_told()
+        seen = self._seen_by_driver()
         for clock in range(len(self._events) + 1):
             touched = set(self._happen(self._events[clock - 1], clock)) if clock else set()
-            for each in told.get(clock, ()):
+            for each in seen.get(clock, ()):
                 touched |= set(self._hear(each, clock))
             for sector in touched:
                 self._check(sector, clock)
             self.tally.cuts += 1
         return self.tally
 
-    def _what_was_told(self) -> dict[int, list[Asked]]:
+    def _seen_by_driver(self) -> dict[int, list[Asked]]:
         """By clock: the driver's submissions and completions that matter at that time."""
-        told: dict[int, list[Asked]] = defaultdict(list)
+        seen: dict[int, list[Asked]] = defaultdict(list)
         for each in self._asked:
             if each.zeros:
-                told[each.submit_clock].append(each)
+                seen[each.submit_clock].append(each)
             if each.kind == VIRTIO_BLK_T_FLUSH or self._write_through:
-                told[each.answer_clock].append(each)
-        return told
+                seen[each.answer_clock].append(each)
+        return seen
 
     def _happen(self, event: Event, clock: int) -> Iterator[int]:
         """Apply an event of the storage; yields the sectors that it affects."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ringplane.driver import Driver
-from ringplane.driver.process import cpu_ns
 from unit.rig import LOGGING_AT_ONCE
 
 # Longer than any intended wait in these tests.
@@ -44,11 +43,8 @@ class Served:
     def driver(self, disk: int = 0, **options: Any) -> Driver:
         return Driver(self.folder / f"{disk}.sock", timeout=PATIENCE, memory_size=64 << 20, **options)
 
-    def told(self) -> str:
+    def logged(self) -> str:
         return (self.folder / "log").read_text()
-
-    def cpu_seconds(self) -> float:
-        return cpu_ns(self.process.pid) / 1e9
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

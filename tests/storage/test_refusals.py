@@ -101,7 +101,7 @@ def test_ranges_of_a_device_of_any_sector_size(tmp_path: Path, sector: int) -> N
                 check_ranges(driver, block)
                 driver.flush()
                 assert driver.read(0, MIB) == (tmp_path / f"{number}.img").read_bytes()
-        assert "failed" not in served.told()
+        assert "failed" not in served.logged()
 
 
 def test_zeroing_part_of_a_sector_keeps_concurrent_writes_beside_it(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_ranges_of_a_file(tmp_path: Path, kind: str, block: int, direct: bool) -
         served = stack.enter_context(serving(Disk(image, direct=direct, block_size=block)))
         with served.driver() as driver:
             check_ranges(driver, block)
-        assert "failed" not in served.told()
+        assert "failed" not in served.logged()
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV])
@@ -185,7 +185,7 @@ def test_an_error_of_writing_zeros_is_reported(fuse: FuseFile) -> None:
             # Requests that do not touch the bad place succeed.
             assert ask(driver, VIRTIO_BLK_T_WRITE_ZEROES, (0, 8, 0)) == OK
             text = f"write_zeroes of {BLOCK} bytes at {8 * BLOCK} failed: {os.strerror(error)}"
-            wait_until(lambda text=text: text in served.told(), text)
+            wait_until(lambda text=text: text in served.logged(), text)
 
 
 def test_a_partly_failed_range_is_zeroed_by_writing(fuse: FuseFile) -> None:
@@ -215,7 +215,7 @@ def test_a_failed_discard_is_logged_and_the_request_succeeds(fuse: FuseFile, err
         expected[16 * SECTOR : 24 * SECTOR] = bytes(8 * SECTOR)
         assert driver.read(0, MIB) == expected, "what could be discarded was not"
         text = f"discard of {2 * BLOCK} bytes at 0 failed: {os.strerror(error)}; discard is advice"
-        wait_until(lambda: text in served.told(), text)
+        wait_until(lambda: text in served.logged(), text)
 
 
 # fallocate(2) is forbidden, as in seccomp profiles of containers.

@@ -56,8 +56,8 @@ class PackedRing(DriverRing):
         """Where a device continues that has fetched everything in the ring."""
         return self._place(self.next) | self._place(self.used_next) << 16
 
-    def _count(self, told: int) -> int:
-        return (told & 0x7FFF) + (0 if told >> 15 else self.size)
+    def _count(self, word: int) -> int:
+        return (word & 0x7FFF) + (0 if word >> 15 else self.size)
 
     def _place(self, count: int) -> int:
         return place(count % self.size, int(count < self.size))

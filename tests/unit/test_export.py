@@ -552,7 +552,7 @@ def test_idle_export_does_not_wake_up(export: ringplane.Export, attached: bool) 
     with suppress(Exception):
         driver.read(0, 512)
     if attached:
-        # The measure can tell: a request wakes the I/O thread.
+        # The measurement detects it: a request wakes the I/O thread.
         wait_until(lambda: switches(threads[0]) > before)
     driver.close()
 

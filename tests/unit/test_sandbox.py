@@ -349,7 +349,7 @@ confine([])
 try:
     json.loads("no JSON")
 except ValueError:
-    logging.exception("told without the lines of the source, which cannot be read")
+    logging.exception("logged without the lines of the source, which cannot be read")
 """
 
 

@@ -189,10 +189,12 @@ def test_no_service_manager_listens(serve: Callable[..., Served], path: Path, ad
 def test_signal_under_load_ends_it_cleanly(serve: Callable[..., Served], path: Path, image: Path, number: int) -> None:
     served = serve()
     errors: list[Exception] = []
+    busy = threading.Event()
 
     def work() -> None:
+        load = Load(depth=32, read_percent=50, region=(0, MIB), seconds=60, timeout=10)
         try:
-            run_load(driver, Load(depth=32, read_percent=50, region=(0, MIB), seconds=30, timeout=10))
+            run_load(driver, load, lambda now: busy.set() if now.requests else None)
         except ConnectionError as error:
             errors.append(error)
 
@@ -200,7 +202,7 @@ def test_signal_under_load_ends_it_cleanly(serve: Callable[..., Served], path: P
         driver.write(IMAGE_SIZE - 512, b"y" * 512)
         load = threading.Thread(target=work)
         load.start()
-        time.sleep(0.2)
+        assert busy.wait(SOON)
         status, _, err = served.end(number)
         load.join()
     assert (status, len(errors)) == (0, 1)
@@ -660,10 +662,18 @@ def test_poll_us(serve: Callable[..., Served], path: Path, poll_us: str, engine:
     served = serve("--poll-us", poll_us, "--engine", engine, "--num-queues", "2")
     with attach(path) as driver:
         driver.write(0, b"p" * 512)
-        time.sleep(0.05)
+        if poll_us != "1000000":
+            wait_until(lambda: state_of_io_thread(served) == ("S" if poll_us == "0" else "R"))
         assert driver.read(0, 512) == b"p" * 512
     status, _, err = served.end()
     assert (status, "Traceback" in err) == (0, False)
+
+
+def state_of_io_thread(served: Served) -> str:
+    """As proc(5) has it."""
+    stats = [each.read_text() for each in Path(f"/proc/{served.process.pid}/task").glob("*/stat")]
+    (stat,) = (each for each in stats if "(ringplane-io-0)" in each)
+    return stat.rpartition(")")[2].split()[0]
 
 
 @pytest.mark.parametrize("poll_us", ["-1", "", "x", "1000001", "1.5", "Always", "50us", "9" * 5000])

@@ -446,9 +446,9 @@ class Model:
             self.content[zone * ZONE * 512 : (zone + 1) * ZONE * 512] = bytes(ZONE * 512)
         return OK
 
-    def close_like(self, told: list[tuple[int, int]]) -> None:
+    def close_like(self, reported: list[tuple[int, int]]) -> None:
         """The device chooses which implicitly opened zones it closes to make room."""
-        for zone, (state, _) in enumerate(told):
+        for zone, (state, _) in enumerate(reported):
             if (self.state[zone], state) == (IOPEN, CLOSED):
                 self.state[zone] = CLOSED
 
@@ -485,9 +485,9 @@ def test_any_requests_agree_with_the_model(serve: Serve, folder: Path, seed: int
                 assert disk.do(FLUSH) == OK
             else:
                 assert disk.do(kind, zone * ZONE) == model.manage(kind, zone)
-            told = disk.zones()
-            model.close_like(told)
-            assert told == model.zones()
+            reported = disk.zones()
+            model.close_like(reported)
+            assert reported == model.zones()
         for zone in range(COUNT):
             assert disk.read(zone * ZONE, ZONE) == (OK, bytes(model.content[zone * ZONE * 512 :][: ZONE * 512]))
     # In the next process no zone is open, and everything else is unchanged.

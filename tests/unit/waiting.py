@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ringplane.driver.process import cpu_ns
+
 # Seconds. A test that passes never waits so long; a busy machine may need many of them.
 PATIENCE = 120.0
 
@@ -22,3 +24,10 @@ def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool
 def wait_until(condition: Callable[[], bool]) -> None:
     """Fail the test unless the condition becomes true."""
     assert eventually(condition), "what the test waits for did not happen"
+
+
+def is_idle(pid: int) -> bool:
+    """Whether the process uses no CPU for a moment, which a loop that spins never does."""
+    before = cpu_ns(pid)
+    time.sleep(0.03)
+    return cpu_ns(pid) - before < 10_000_000
