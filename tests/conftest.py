@@ -15,12 +15,7 @@ from ringplane.driver.compile_driver import warm_up as compile_driver
 
 GUESTS = "tests/guest/"
 # They begin first because they take longest, so that no process has to wait long for another one at the end.
-LONGEST = (
-    GUESTS,
-    "tests/unit/test_container.py",
-    *("tests/unit/test_serve.py", "tests/unit/test_sandbox.py", "tests/unit/test_start.py"),
-    *("tests/unit/test_handover.py", "tests/unit/test_jails.py", "tests/storage/"),
-)
+LONGEST = (GUESTS, "tests/program/test_container.py", "tests/program/test_serve.py", "tests/program/", "tests/storage/")
 # A guest has up to two processors, which are emulated.
 GUESTS_AT_A_TIME = max(1, len(os.sched_getaffinity(0)) // 2)
 

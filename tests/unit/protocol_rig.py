@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ringplane.virtio.features import (
 )
 from ringplane.virtio.split import USED_IDX
 
+from .waiting import PATIENCE
 from .waiting import wait_until as wait_until
 
 IMAGE_SIZE = 64 << 20
@@ -61,6 +63,15 @@ def serve_in(folder: Path) -> ringplane.Export:
     image = folder / "image"
     image.write_bytes(CONTENT)
     return ringplane.serve(image, folder / "socket", num_queues=QUEUES)
+
+
+def take_over(
+    serve: Callable[..., ringplane.Export], running: ringplane.Export, **options: object
+) -> ringplane.Export:
+    """The export of `serve` that has taken over the front ends of the running one."""
+    export = serve(upgrade=True, **options)
+    assert running.wait(PATIENCE)
+    return export
 
 
 def open_fds() -> dict[str, str]:

@@ -27,7 +27,7 @@ def functions(path: Path) -> set[str]:
 
 
 def test_files_of_tests_exist(page: Path) -> None:
-    for name in re.findall(r"(?:unit|guest|storage|hostile)/[\w\-]+\.?\w*", page.read_text()):
+    for name in re.findall(r"(?:unit|program|guest|storage|hostile)/[\w\-]+\.?\w*", page.read_text()):
         assert (TESTS / name.rstrip(".")).exists(), name
 
 

@@ -16,8 +16,8 @@ from ringplane.driver.frontend import FrontEnd
 from ringplane.vhost_user import peers
 from ringplane.vhost_user.messages import ProtocolError
 
+from .protocol_rig import take_over
 from .rig import PATIENCE, eventually
-from .test_handover import take_over
 
 ME = f"process {os.getpid()}, python"
 WAITS = "image: a second front end ("

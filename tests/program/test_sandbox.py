@@ -35,8 +35,8 @@ from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
 
-from .rig import loop_device, need_engine
-from .waiting import wait_until
+from unit.rig import loop_device, need_engine
+from unit.waiting import wait_until
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20

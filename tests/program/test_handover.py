@@ -33,9 +33,20 @@ from ringplane.vhost_user.payloads import VringState
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
 from ringplane.virtio.split import AVAIL_IDX
 
-from .protocol_rig import CONTENT, QUEUES, Machine, front_end, machine, negotiated, open_fds, sector, shared_mappings
-from .rig import OK, PATIENCE, eventually, need_engine, pattern
-from .test_inband import FrontEnd as InbandFrontEnd
+from unit.protocol_rig import (
+    CONTENT,
+    QUEUES,
+    Machine,
+    front_end,
+    machine,
+    negotiated,
+    open_fds,
+    sector,
+    shared_mappings,
+    take_over,
+)
+from unit.rig import OK, PATIENCE, eventually, need_engine, pattern
+from unit.test_inband import FrontEnd as InbandFrontEnd
 from .test_serve import Served, attach
 
 SIZE = 16 << 20
@@ -69,12 +80,6 @@ def serve(image: Path, path: Path) -> Iterator[Serve]:
             return export
 
         yield start
-
-
-def take_over(serve: Serve, running: ringplane.Export, **options: Any) -> ringplane.Export:
-    export = serve(upgrade=True, **options)
-    assert running.wait(PATIENCE)
-    return export
 
 
 # Processes.

@@ -32,8 +32,8 @@ from ringplane.options.engine_names import AUTO, THREAD_ENGINES
 from ringplane.system.open_files import FEWEST_FILES
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 
-from .rig import need_engine
-from .waiting import wait_until
+from unit.rig import need_engine
+from unit.waiting import wait_until
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20

@@ -2,8 +2,8 @@
 
 test_start.py runs some. More run by hand, also with an empty cache of compiled code:
 
-    cd tests && python -m unit.interrupts --starts 300
-    cd tests && python -m unit.interrupts --starts 30 --cold
+    cd tests && python -m program.interrupts --starts 300
+    cd tests && python -m program.interrupts --starts 30 --cold
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ringplane.driver.frontend import FrontEnd
 
-from .waiting import wait_until as wait_until
+from unit.waiting import wait_until as wait_until
 
 SOON = 120.0
 # How much longer than an undisturbed start it may take until the signal is sent.
