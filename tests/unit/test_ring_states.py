@@ -23,6 +23,7 @@ from ringplane.dataplane.ring_states import (
 )
 from ringplane.dataplane.state import QUEUE
 from ringplane.driver.frontend import Refused
+from ringplane.guest_memory.regions import MemoryTable
 from ringplane.vhost_user.messages import Request
 
 from .protocol_rig import Machine, break_ring, machine, sector, serve_in
@@ -152,6 +153,39 @@ def test_a_ring_drains_while_requests_are_in_flight(make_rig: RigFactory, broken
     drained.result(PATIENCE)
     assert meanwhile.result(PATIENCE) is (S.DRAINING_BROKEN if broken else S.DRAINING)
     assert line.queue.state is (S.STOPPED_BROKEN if broken else S.STOPPED)
+
+
+@pytest.mark.parametrize("expected", [S.RUNNING, S.BROKEN, S.SUSPENDED], ids=lambda state: state.name)
+def test_a_stop_is_called_off_while_requests_are_in_flight(make_rig: RigFactory, expected: RingState) -> None:
+    line = make_rig().line().start()
+    memory = MemoryTable() if expected is S.SUSPENDED else line.rig.guest.table()
+    with held(line.worker):
+        pending = line.put(IN, room=512)
+        if expected is S.BROKEN:
+            line.ring.put_bad_head()
+        line.ring.publish()
+        fetch_only(line.worker)
+        drained = line.worker.stop_queue(line.queue)
+        continued = line.worker.call_off_stop(line.queue, memory, line.kick_fd)
+        state = line.worker.call(lambda: (line.queue.state, line.queue.in_flight))
+    assert continued.result(PATIENCE)
+    assert state.result(PATIENCE) == (expected, 1)
+    assert drained.cancelled()
+    line.worker.set_memory(line.queue, line.rig.guest.table()).result(PATIENCE)
+    assert eventually(lambda: line.queue.in_flight == 0)
+    if expected is not S.BROKEN:
+        line.wait()
+        assert line.answer(pending).status == 0
+        # With a kick.
+        assert line.do(IN, room=512).status == 0
+    line.stop()
+
+
+def test_what_has_stopped_is_not_continued(make_rig: RigFactory) -> None:
+    line = make_rig().line().start()
+    line.stop()
+    assert not line.worker.call_off_stop(line.queue, line.rig.guest.table(), line.kick_fd).result(PATIENCE)
+    assert line.queue.state is S.STOPPED
 
 
 def test_a_ring_cannot_be_started_twice_nor_before_its_reset(make_rig: RigFactory) -> None:

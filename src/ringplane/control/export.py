@@ -300,12 +300,12 @@ class Export:
         """The front end that waits until the attached one detaches."""
         return self._front_ends.waiting
 
-    async def freeze(self) -> None:
-        """Stop all activity until `thaw`: no front end is accepted; raises the same as `Session.freeze`."""
+    async def freeze(self, patience: float) -> None:
+        """Stop all activity until `thaw`: no front end is accepted; `patience` and errors as for `Session.freeze`."""
         self._front_ends.freeze()
         try:
             if self._session:
-                await self._session.freeze()
+                await self._session.freeze(patience)
         except BaseException:
             self._front_ends.thaw()
             raise

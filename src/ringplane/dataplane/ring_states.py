@@ -48,6 +48,7 @@ Which messages lead to which events
   SET_VRING_KICK, SET_STATUS 0, RESET_OWNER, RESET_DEVICE, and the end of the connection. For a moment: SET_FEATURES and
   SET_LOG_BASE if they change how the ring is used, SET_CONFIG, `Export.drain`, a hand-over to another process. A ring
   that is already stopped, or about to be, can be stopped again: whoever cleans up need not ask first.
+- CONTINUE: no message; a hand-over is refused because requests in flight take too long, so its stop is called off.
 - RESET, once it is stopped: GET_VRING_BASE, SET_STATUS 0, RESET_DEVICE, and the end of the connection (that one also
   if it is abandoned).
 - MEMORY_REMOVED, MEMORY_CHANGED: SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG, if the ring is outside or inside the new
@@ -106,6 +107,7 @@ class RingEvent(Enum):
     START = auto()
     STOP = auto()
     STOP_AFTER_RESUBMITTING = auto()
+    CONTINUE = auto()
     RESUBMITTED = auto()
     DRAINED = auto()
     BREAK = auto()
@@ -148,6 +150,7 @@ TRANSITIONS: Mapping[RingState, Mapping[RingEvent, RingState]] = {
     S.RESUBMITTING: {
         E.STOP: S.RESUBMITTING,
         E.STOP_AFTER_RESUBMITTING: S.RESUBMITTING,
+        E.CONTINUE: S.RUNNING,
         E.RESUBMITTED: S.DRAINING,
         E.BREAK: S.DRAINING_BROKEN,
         # What is not resubmitted yet cannot be read any more.
@@ -157,6 +160,7 @@ TRANSITIONS: Mapping[RingState, Mapping[RingEvent, RingState]] = {
     },
     S.DRAINING: {
         E.STOP: S.DRAINING,
+        E.CONTINUE: S.RUNNING,
         E.DRAINED: S.STOPPED,
         E.MEMORY_REMOVED: S.DRAINING,
         E.MEMORY_CHANGED: S.DRAINING,
@@ -164,6 +168,7 @@ TRANSITIONS: Mapping[RingState, Mapping[RingEvent, RingState]] = {
     },
     S.DRAINING_BROKEN: {
         E.STOP: S.DRAINING_BROKEN,
+        E.CONTINUE: S.BROKEN,
         E.DRAINED: S.STOPPED_BROKEN,
         E.MEMORY_REMOVED: S.DRAINING_BROKEN,
         E.MEMORY_CHANGED: S.DRAINING_BROKEN,
@@ -175,6 +180,7 @@ TRANSITIONS: Mapping[RingState, Mapping[RingEvent, RingState]] = {
     },
     S.DRAINING_SUSPENDED: {
         E.STOP: S.DRAINING_SUSPENDED,
+        E.CONTINUE: S.SUSPENDED,
         E.DRAINED: S.STOPPED_SUSPENDED,
         E.MEMORY_REMOVED: S.DRAINING_SUSPENDED,
         E.MEMORY_CHANGED: S.DRAINING,

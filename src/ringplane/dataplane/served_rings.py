@@ -84,6 +84,21 @@ class ServedRings:
         if queue.in_flight:
             log.debug("%s: draining %d requests", queue.name, queue.in_flight, extra=queue.log_fields)
 
+    def call_off_stop(self, queue: Queue, memory: MemoryTable, kick_fd: int) -> bool:
+        """Fetch again, whatever is in flight, although the ring was to stop; False if it has been drained."""
+        self._notice(queue)
+        drains = self._draining.pop(queue.address, [])
+        if not drains:
+            return False
+        for drained in drains:
+            drained.cancel()
+        queue.ring_state.apply(RingEvent.CONTINUE)
+        self._watch_kicks(queue, kick_fd)
+        # It may have been removed meanwhile.
+        self.set_memory(queue, memory)
+        self.check_all()
+        return True
+
     def set_memory(self, queue: Queue, memory: MemoryTable) -> None:
         """Use another memory table; requests in flight keep the mappings that they use."""
         self._notice(queue)

@@ -153,6 +153,10 @@ class Worker:
         asked.add_done_callback(lambda future: _pass_on_exception(future, drained))
         return drained
 
+    def call_off_stop(self, queue: Queue, memory: MemoryTable, kick_fd: int) -> Future[bool]:
+        """Call off a stop: fetch again at once; False if the queue has stopped already."""
+        return self.call(lambda: self.rings.call_off_stop(queue, memory, kick_fd))
+
     def set_memory(self, queue: Queue, memory: MemoryTable) -> Future[None]:
         """Use another memory table from now on; requests in flight keep the mappings that they use."""
         return self.call(lambda: self.rings.set_memory(queue, memory))

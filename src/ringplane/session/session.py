@@ -170,10 +170,11 @@ class Session:
 
     # Handing over to another process, and taking over from one.
 
-    async def freeze(self) -> None:
+    async def freeze(self, patience: float) -> None:
         """Stop all activity until `thaw`: no message is taken, no ring runs, and all fetched requests are completed.
 
-        Raises Refused if the front end does not read, or has removed a ring's memory. Waits for all requests in flight.
+        Raises Refused if the front end does not read, has removed a ring's memory, or requests in flight take longer
+        than `patience` seconds; everything continues then.
         """
         async with contextlib.AsyncExitStack() as held:
             self._go.clear()
@@ -185,7 +186,9 @@ class Session:
                     await held.enter_async_context(self._busy)
             if any(vring.enabled and vring.queue.state.suspended for vring in self._handlers.vrings):
                 raise Refused("the front end has removed the memory of a ring and has not added it again yet")
-            held.push_async_callback(self._start_again, await self._handlers.vrings.stop_all())
+            with refusing_timeouts(f"requests in flight took longer than {patience:g} seconds"):
+                running = await self._handlers.vrings.stop_all_in_time(patience, self._handlers.use)
+            held.push_async_callback(self._start_again, running)
             with refusing_timeouts("the front end does not read the back-end channel"):
                 async with asyncio.timeout(FREEZE_PATIENCE):
                     await self._quieten(held)

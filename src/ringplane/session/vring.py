@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import os
 import select
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
+from typing import Protocol, TypeVar
 
 from ringplane.dataplane.place_ring import find_ring
 from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
@@ -27,11 +28,15 @@ from ringplane.vhost_user.payloads import VringAddr
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.split import MAX_QUEUE_SIZE
 
+Result = TypeVar("Result")
+
 # Seconds after which a slow drain is logged.
 SLOW_DRAIN = 2.0
 
-# Waits for an operation of a worker.
-Wait = Callable[[Future[None]], Awaitable[None]]
+class Wait(Protocol):
+    """Waits for an operation of a worker."""
+
+    def __call__(self, future: Future[Result]) -> Awaitable[Result]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,13 @@ class Vring:
             self._logger.warning("queue %d: waiting for %d requests in flight", self.queue.number, self.queue.in_flight)
             await self._wait(drained)
         self._base = self.queue.base
+
+    async def call_off_stop(self, use: RingUse) -> None:
+        """After a cancelled `stop`: fetch again at once, whatever is in flight."""
+        if await self._wait(self._worker.call_off_stop(self.queue, use.memory, self._kick_fd)):
+            return
+        self._base = self.queue.base
+        await self.adjust(use)
 
     async def _reset(self) -> None:
         """Stop the ring and clear its error, if it was broken."""

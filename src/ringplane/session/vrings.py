@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 from ringplane.dataplane.worker import WorkerEnded
@@ -12,7 +12,7 @@ from ringplane.guest_memory.address_space import BadMemory
 from ringplane.inflight.area import InflightArea
 from ringplane.log.logs import DiskLog
 from ringplane.session.refusal import Refused
-from ringplane.session.vring import RingUse, Vring
+from ringplane.session.vring import Result, RingUse, Vring
 
 # Seconds after which a front end is suspected of holding up a worker.
 SUSPICIOUS_WAIT = 0.1
@@ -44,11 +44,24 @@ class Vrings:
         await asyncio.gather(*(vring.stop() for vring in running))
         return running
 
+    async def stop_all_in_time(self, patience: float, use: RingUse) -> Sequence[Vring]:
+        """As `stop_all`; after so many seconds all run again, whatever is in flight, and it raises TimeoutError."""
+        running = [vring for vring in self if vring.queue.state.served]
+        try:
+            async with asyncio.timeout(patience):
+                return await self.stop_all()
+        except TimeoutError:
+            await self._each(running, lambda vring: vring.call_off_stop(use))
+            raise
+
     async def start_again(self, vrings: Iterable[Vring], use: RingUse) -> None:
         """Start these, and log it if one cannot start."""
+        await self._each(vrings, lambda vring: vring.adjust(use))
+
+    async def _each(self, vrings: Iterable[Vring], start: Callable[[Vring], Awaitable[None]]) -> None:
         for vring in vrings:
             try:
-                await vring.adjust(use)
+                await start(vring)
             except (BadMemory, OSError, WorkerEnded) as error:
                 self._logger.warning("queue %d: cannot be started again: %s", vring.queue.number, error)
 
@@ -94,7 +107,7 @@ class Vrings:
         """Return when the front end has acknowledged all notifications in band."""
         await asyncio.gather(*(vring.forwarded() for vring in self))
 
-    async def _wait(self, future: Future[None]) -> None:
+    async def _wait(self, future: Future[Result]) -> Result:
         """Wait for an operation of a worker, which completes it even when nobody waits any more.
 
         A front end must not be able to block the worker with a full notifier (signaller.py). Whether one blocks it
@@ -105,7 +118,7 @@ class Vrings:
             while not (await asyncio.wait([waiting], timeout=SUSPICIOUS_WAIT))[0]:
                 for vring in self:
                     vring.interrupt_if_blocked()
-            waiting.result()
+            return waiting.result()
         finally:
             # See `_perform` of worker.py.
             del future, waiting
