@@ -1,13 +1,17 @@
-"""The documentation: the tests and files that it names exist."""
+"""The documentation: the tests and files that it names exist, and its configuration files have no problems."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+
+from ringplane.control.config import examine
 
 TESTS = Path(__file__).parents[1]
 REPOSITORY = TESTS.parent
@@ -77,3 +81,28 @@ def anchors(page: Path) -> set[str]:
 def test_linked_headings_exist(page: Path) -> None:
     for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text()):
         assert anchor in anchors(page.parent / link if link else page), f"{link}#{anchor}"
+
+
+def toml_blocks(text: str) -> list[str]:
+    """The configuration files of a page: indented, fenced, or in a here-document, from their first table on."""
+    indented = re.findall(r"(?:^(?:    .*)?\n)+", text, re.MULTILINE)
+    marked = re.findall(r"(?:<<'END'|```toml)\n(.*?)^(?:END|```)$", text, re.MULTILINE | re.DOTALL)
+    first_table = re.compile(r"^\[\[?[a-z][\w.-]*\]\]?\n.*", re.MULTILINE | re.DOTALL)
+    found = [first_table.search(textwrap.dedent(block)) for block in (*indented, *marked)]
+    return [each[0] for each in found if each]
+
+
+def test_configuration_files_have_no_problems(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An example names two CPUs.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    for number, block in enumerate(toml_blocks(page.read_text())):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(block)
+        config, problems = examine(path)
+        assert problems == [], block
+        assert config.disks or config.api or config.metrics, block
+
+
+def test_configuration_files_are_found() -> None:
+    found = {page.name: len(toml_blocks(page.read_text())) for page in PAGES}
+    assert (found["README.md"], found["config.md"], found["limits.md"]) == (1, 1, 2), found
