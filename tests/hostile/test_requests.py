@@ -218,7 +218,9 @@ def test_messages_of_features_that_were_not_negotiated(target: Target) -> None:
     front_end.protocol_features |= ProtocolFeature.MQ
     with pytest.raises(ProtocolError):
         front_end.get_queue_num()
-    assert "front end dropped: GET_QUEUE_NUM: sent although the protocol feature MQ was not negotiated" in target.logged()
+    assert (
+        "front end dropped: GET_QUEUE_NUM: sent although the protocol feature MQ was not negotiated" in target.logged()
+    )
 
 
 @pytest.mark.row("more segments than seg_max")

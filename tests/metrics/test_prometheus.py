@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from program.served import DISK, SOON, ServedMetrics, starter
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_T_IN
-from unit.served import DISK, SOON, ServedMetrics, starter
 from unit.waiting import eventually, wait_until
 
 SHARE = Path(__file__).parents[2] / "share"

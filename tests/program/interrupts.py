@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ringplane.driver.frontend import FrontEnd
-
 from unit.waiting import wait_until as wait_until
 
 SOON = 120.0

@@ -32,7 +32,6 @@ from ringplane.vhost_user.messages import HEADER, BackendRequest, ProtocolError,
 from ringplane.vhost_user.payloads import VringState
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT
 from ringplane.virtio.split import AVAIL_IDX
-
 from unit.protocol_rig import (
     CONTENT,
     QUEUES,
@@ -47,6 +46,7 @@ from unit.protocol_rig import (
 )
 from unit.rig import OK, PATIENCE, eventually, need_engine, pattern
 from unit.test_inband import FrontEnd as InbandFrontEnd
+
 from .test_serve import Served, attach
 
 SIZE = 16 << 20

@@ -34,7 +34,6 @@ from ringplane.system import landlock, seccomp
 from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
-
 from unit.rig import loop_device, need_engine
 from unit.waiting import wait_until
 

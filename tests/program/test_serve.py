@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from ringplane.options.cpus import format_cpus
 from ringplane.options.engine_names import AUTO, THREAD_ENGINES
 from ringplane.system.open_files import FEWEST_FILES
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
-
 from unit.rig import need_engine
 from unit.waiting import wait_until
 

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from ringplane.cli.check import check
 from ringplane.driver import Driver
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_RESET
-
 from unit.api_client import Api
 from unit.rig import eventually, loop_device
+
 from .served import DISK, SOON, Served, needs_all, refused, starter
 
 MEMORY_SIZE = 16 << 20

@@ -285,7 +285,9 @@ def test_without_a_child_process_nothing_is_compiled_ahead(
 
 def test_other_commands_are_ended_by_a_signal(start: Start) -> None:
     """Those that do not look for signals, also by one that has come before; it says so."""
-    code = "import time; from ringplane.system.signals import CaughtSignals; s = CaughtSignals(); {}; s.end_at_once(); {}"
+    code = (
+        "import time; from ringplane.system.signals import CaughtSignals; s = CaughtSignals(); {}; s.end_at_once(); {}"
+    )
     sleep, ready = "time.sleep(60)", "print('ready', flush=True)"
     process = start(sys.executable, "-c", code.format("pass", f"{ready}; {sleep}"))
     assert process.stdout
@@ -296,6 +298,29 @@ def test_other_commands_are_ended_by_a_signal(start: Start) -> None:
     early = start(sys.executable, "-c", code.format("import os; os.kill(os.getpid(), 15)", sleep))
     assert early.communicate(timeout=SOON) == ("", "interrupted by SIGTERM\n")
     assert early.returncode == -signal.SIGTERM
+
+
+# A signal comes when the first module is imported.
+AT_FIRST_IMPORT = """
+import os, sys
+class Sender:
+    def find_spec(self, name, *rest):
+        if name.startswith("ringplane.system"):
+            os.kill(os.getpid(), 2)
+sys.meta_path.insert(0, Sender())
+before = set(sys.modules)
+from ringplane.cli import main
+assert set(sys.modules) - before <= {"ringplane", "ringplane.cli", "__future__"}, set(sys.modules) - before
+print("imported", flush=True)
+main()
+"""
+
+
+def test_an_early_ctrl_c_has_no_traceback(start: Start) -> None:
+    """Of all that ringplane does: only Python's own start remains."""
+    process = start(sys.executable, "-c", AT_FIRST_IMPORT)
+    assert process.communicate(timeout=SOON) == ("imported\n", "")
+    assert process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -65,9 +65,7 @@ def serve_in(folder: Path) -> ringplane.Export:
     return ringplane.serve(image, folder / "socket", num_queues=QUEUES)
 
 
-def take_over(
-    serve: Callable[..., ringplane.Export], running: ringplane.Export, **options: object
-) -> ringplane.Export:
+def take_over(serve: Callable[..., ringplane.Export], running: ringplane.Export, **options: object) -> ringplane.Export:
     """The export of `serve` that has taken over the front ends of the running one."""
     export = serve(upgrade=True, **options)
     assert running.wait(PATIENCE)

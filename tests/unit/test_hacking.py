@@ -75,9 +75,10 @@ def test_units_are_found() -> None:
 
 
 def places(text: str) -> list[tuple[str, str]]:
-    """Names and files: "`reply` (`requests.py`)", "`store32` and `store64` (`native/access.py`)", "`put` of `io.py`"."""
-    found = re.findall(r"((?:`\w+`(?:, | and )?)+) (?:of |\()`([\w/]+\.py)`", text)
-    return [(name, file) for names, file in found for name in re.findall(r"\w+", names.replace(" and ", " "))]
+    """Names and files, except those of a whole file: "`store64` (`native/access.py`)", "`put` of `block/io.py`"."""
+    found = re.findall(r"((?:`\w+`(?:, | and )?)+) (?:of |\()`(?!src/)([\w/]+\.py)`", text)
+    each = ((name, file) for names, file in found for name in re.findall(r"\w+", names.replace(" and ", " ")))
+    return [(name, file) for name, file in each if name != Path(file).stem]
 
 
 @pytest.mark.parametrize(("name", "file"), places(TEXT))

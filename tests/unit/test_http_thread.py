@@ -13,7 +13,7 @@ import pytest
 from ringplane.api import http_thread
 from ringplane.api.http_thread import HttpThread
 
-from .served import SOON
+from .waiting import PATIENCE as SOON
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:

@@ -364,7 +364,7 @@ def is_asleep(worker: Worker) -> bool:
     number, arguments = int(words[0]), [int(word, 16) for word in words[1:7]]
     if number == NUMBERS["io_uring_enter"]:
         return arguments[2] > 0 and not arguments[3] & IORING_ENTER_EXT_ARG
-    if number == NUMBERS["epoll_wait"]:
+    if number == NUMBERS["epoll_pwait"]:
         return arguments[3] & 0xFFFF_FFFF == 0xFFFF_FFFF
     return number == NUMBERS["epoll_pwait2"] and arguments[3] == 0
 

@@ -7,10 +7,12 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 import ringplane
+from ringplane.block.stack import Stack
 from ringplane.dataplane.ring_states import RingState
 from ringplane.driver.frontend import Refused
 from ringplane.driver.virtqueue import peek
@@ -155,7 +157,7 @@ def test_a_ring_that_cannot_start_again_stops_no_other_ring(
         if change is set_log:
             set_other_features(first.peer)
         if cause == "the engine":
-            monkeypatch.setattr(own_export.disk.queues[0].stack, "attach", refuse)
+            fail_once(monkeypatch, own_export.disk.queues[0].stack)
         else:
             # For the smaller one of the two rings.
             described, fd = first.peer.get_inflight_fd(QUEUES, 8)
@@ -171,8 +173,17 @@ def test_a_ring_that_cannot_start_again_stops_no_other_ring(
         assert second.read(5) == sector(5)
 
 
-def refuse(engine: object) -> None:
-    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+def fail_once(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
+    """The stack, which the two queues share, cannot be attached for the first one."""
+    attach, failing = stack.attach, [True]
+
+    def attach_later(engine: Any) -> None:
+        if failing:
+            failing.clear()
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        attach(engine)
+
+    monkeypatch.setattr(stack, "attach", attach_later)
 
 
 @pytest.mark.parametrize("order", ["the log", "the features", "the memory"])
@@ -198,7 +209,9 @@ def test_a_dirty_log_that_is_too_small_is_logged(
             assert dropped() == []
             set_other_features(guest.peer)
         (line,) = dropped()
-    smaller = f"the dirty log of {memory_needs - 1} bytes is smaller than the {memory_needs} bytes that the shared memory"
+    smaller = (
+        f"the dirty log of {memory_needs - 1} bytes is smaller than the {memory_needs} bytes that the shared memory"
+    )
     assert smaller in line
 
 

@@ -1,17 +1,20 @@
 """The command line: the entry points of `ringplane` (`python -m ringplane`) and `ringplane-vhost-user-blk`.
 
 Signals are caught before anything else is imported, because imports take long enough for a Ctrl-C. Before that, a
-signal ends the process, which has not done anything yet.
+signal ends the process, which has not done anything yet. So this module imports nothing until it is called, and then
+first replaces Python's handler of SIGINT, which would end the imports with a traceback.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # at once, without `enum`
+
 from ringplane import TYPE_CHECKING
-from ringplane.system.signals import CaughtSignals, Signals
-from ringplane.system.standard_fds import occupy_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ringplane.system.signals import Signals
 
 
 def main() -> None:
@@ -25,6 +28,11 @@ def vhost_user_blk() -> None:
 
 
 def _run(command: Callable[[Signals], None]) -> None:
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    from ringplane.system.signals import CaughtSignals
+    from ringplane.system.standard_fds import occupy_streams
+
     occupy_streams()
     signals = CaughtSignals()
     try:

@@ -54,8 +54,8 @@ class Kind:
     ) -> None:
         """`parse` converts a text of the command line, which shows `metavar` for it, and `from_toml` a value of TOML.
 
-        `check` is for values that a program gives, which may be of any type; `to_toml` is the inverse of `from_toml`, whose argument is of one of
-        `json_types`.
+        `check` is for values that a program gives, which may be of any type; `to_toml` is the inverse of `from_toml`,
+        whose argument is of one of `json_types`.
         """
         self.metavar = metavar
         self.parse, self.from_toml, self.check = parse, from_toml, check

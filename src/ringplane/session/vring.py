@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 # Seconds after which a slow drain is logged.
 SLOW_DRAIN = 2.0
 
+
 class Wait(Protocol):
     """Waits for an operation of a worker."""
 

@@ -14,9 +14,9 @@ import pytest
 
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
+from unit.api_client import UnixConnection
+from unit.rig import eventually
 
-from .api_client import UnixConnection
-from .rig import eventually
 from .served import DISK, SOON, needs_all, starter
 from .test_serve_api import ServedApi
 
