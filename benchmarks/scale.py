@@ -147,6 +147,30 @@ def memory_mib(pid: int, field: str) -> float:
     raise BenchError(f"/proc/{pid}/status tells no {field}")
 
 
+@contextlib.contextmanager
+def loading(disks: Sequence[Driver], load: Load) -> Iterator[list[_Worker]]:
+    """This load on each queue of the disks, to be driven without notifications."""
+    workers: list[_Worker] = []
+    with contextlib.ExitStack() as stack:
+        for disk in disks:
+            for vring in disk.queues:
+                workers.append(_Worker(disk, vring, load, (0, disk.capacity // SECTOR), None))
+                stack.callback(workers[-1].free)
+                workers[-1].run["random"] = len(workers)
+                vring.ring.disable_notifications()
+        yield workers
+
+
+def drain(workers: Sequence[_Worker]) -> None:
+    """Wait until nothing is in flight; raises BenchError, also if requests have failed."""
+    for worker in workers:
+        worker.run["deadline"] = 0
+    if drive_until(workers, time.monotonic_ns() + int(DRAIN_SECONDS * 1e9)) != DONE:
+        raise BenchError(f"requests are unanswered after {DRAIN_SECONDS:g} s")
+    if any(worker.run["errors"] for worker in workers):
+        raise BenchError("requests failed")
+
+
 def drive_until(workers: Sequence[_Worker], until: int) -> int:
     """`drive_all` for Python; raises BenchError."""
     addresses = np.array([worker.address for worker in workers], np.int64)
@@ -167,31 +191,20 @@ def measure(config: Path, setup: Setup, in_flight: int, seconds: float, warm_up:
             stack.enter_context(Driver(config.with_name(f"{number}.sock"), queues=setup.queues, memory_size=64 * MIB))
             for number in range(setup.devices)
         ]
-        workers: list[_Worker] = []
-        for disk in disks[: setup.active]:
-            for vring in disk.queues:
-                workers.append(_Worker(disk, vring, load, (0, disk.capacity // SECTOR), None))
-                stack.callback(workers[-1].free)
-                vring.ring.disable_notifications()
+        workers = stack.enter_context(loading(disks[: setup.active], load))
         # Compiles or loads `drive_all` before the measurement.
         drive_until(workers, 0)
         stack.enter_context(backends.pinned({driver_cpu} if pinned else set()))
         start = time.monotonic_ns() + int(warm_up * 1e9)
         end = start + int(seconds * 1e9)
-        for number, worker in enumerate(workers):
+        for worker in workers:
             worker.run["measure_from"], worker.run["deadline"] = start, FOREVER
-            worker.run["random"] = number + 1
         drive_until(workers, start)
         before = cpu_ns(pid), time.monotonic_ns()
         drive_until(workers, end)
         after = cpu_ns(pid), time.monotonic_ns()
         requests = sum(int(worker.run["requests"]) for worker in workers)
-        for worker in workers:
-            worker.run["deadline"] = 0
-        if drive_until(workers, time.monotonic_ns() + int(DRAIN_SECONDS * 1e9)) != DONE:
-            raise BenchError(f"requests are unanswered after {DRAIN_SECONDS:g} s")
-        if any(worker.run["errors"] for worker in workers):
-            raise BenchError("requests failed")
+        drain(workers)
         memory = memory_mib(pid, "VmRSS") - memory_mib(pid, "RssShmem"), memory_mib(pid, "RssAnon")
     return requests / (after[1] - before[1]) * 1e6, (after[0] - before[0]) / 1000 / requests, *memory
 

@@ -1,0 +1,37 @@
+"""benchmarks/scrapes.py: quantiles within a bucket, and the comparison with rounds without scrapes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from ringplane.metrics import histogram
+
+from . import benchmark
+
+
+@pytest.fixture(scope="module")
+def scrapes() -> ModuleType:
+    return benchmark.load("scrapes")
+
+
+def test_a_quantile_lies_within_its_bucket(scrapes: ModuleType) -> None:
+    counts, bounds = np.zeros(histogram.BUCKETS, np.int64), histogram.lower_bounds()
+    counts[100], counts[200] = 90, 10
+    assert scrapes.quantile_us(counts, 0.45) == pytest.approx((bounds[100] + bounds[101]) / 2000)
+    assert scrapes.quantile_us(counts, 0.95) == pytest.approx((bounds[200] + bounds[201]) / 2000)
+
+
+def test_a_round_is_compared_with_itself(scrapes: ModuleType) -> None:
+    """The machine may be slower in another one."""
+    rows = [
+        scrapes.Row("all", scrapes_per_second, number, 10.0, 1.0, p99, 9.0, (5.0,) * scrapes_per_second)
+        for number, pair in enumerate([(100.0, 110.0), (200.0, 200.0), (50.0, 50.0)])
+        for scrapes_per_second, p99 in zip((0, 1), pair, strict=True)
+    ]
+    without, once = [line.split("|")[1:-1] for line in scrapes.described(rows).splitlines()[2:]]
+    assert [cell.strip() for cell in without[4:7]] == ["100.0", "1.000", "1.00-1.00"]
+    assert [cell.strip() for cell in once[4:7]] == ["110.0", "1.000", "1.00-1.10"]
+    assert [cell.strip() for cell in once[8:]] == ["3", "5.0"]
