@@ -94,6 +94,8 @@ def serve(folder: Path, engine: str) -> Iterator[Serve]:
     def start(**options: Any) -> ringplane.Export:
         image = folder / "disk.img"
         options = {"engine": engine, "zoned": MODEL, "num_queues": 2, "io_threads": 2} | options
+        # A test with a model serves hundreds, each with 20 MB.
+        started[:] = [export for export in started if not export.stopped]
         started.append(ringplane.serve(image, folder / "socket", create=SIZE, **options))
         return started[-1]
 
