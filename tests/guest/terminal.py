@@ -59,6 +59,10 @@ class Terminal:
             if select.select([self._fd], [], [], 0.1)[0]:
                 self.text += os.read(self._fd, 65536).decode(errors="replace")
 
+    def fileno(self) -> int:
+        """Of the terminal's other end."""
+        return self._fd
+
     def close(self) -> None:
         """Kill the shell and everything that it has started."""
         for job in self._jobs():

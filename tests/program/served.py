@@ -20,10 +20,13 @@ from click.testing import CliRunner
 
 from ringplane.cli.serve import serve as serve_command
 from ringplane.control import sandbox
+from ringplane.driver import Driver
+from unit.api_client import Api
 
 from .test_sandbox import STRICT
 
 SOON = 120.0
+MEMORY_SIZE = 16 << 20
 DISK = ("--blk-file", "a.img", "--create", "4M", "--socket-path", "a.sock")
 
 needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
@@ -51,6 +54,18 @@ class Served:
         assert self.process.wait(SOON) == 0, self.errors.read_text()
         assert "Traceback" not in self.errors.read_text()
         return self.errors.read_text()
+
+
+class ServedApi(Served):
+    """A process, and a client of its API."""
+
+    def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
+        super().__init__(folder, command, *arguments)
+        assert self.announcement.startswith("API on "), self.errors.read_text()
+        self.api = Api(folder / "api.sock")
+
+    def attach(self, socket: str = "a.sock") -> Driver:
+        return Driver(self.folder / socket, memory_size=MEMORY_SIZE, timeout=SOON)
 
 
 class ServedMetrics(Served):

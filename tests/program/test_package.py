@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -51,16 +51,25 @@ def test_qemu_finds_the_description(prefix: Path) -> None:
 def test_man_pages(prefix: Path) -> None:
     """One page per command, with everything that its --help shows."""
     pages = prefix / "share/man/man1"
-    context = click.Context(main)
-    names = {"ringplane": main} | {f"ringplane-{name}": main.get_command(context, name) for name in COMMANDS}
+    names = dict(commands("ringplane", main))
     assert sorted(page.stem for page in pages.iterdir()) == sorted([*names, "ringplane-vhost-user-blk"])
     for name, command in names.items():
         text = formatted(pages / f"{name}.1")
-        assert command is not None
         assert f"{name} - {command.short_help}" in text
         for parameter in command.params:
             assert all(option in text for option in parameter.opts if option.startswith("-"))
     assert "ringplane-vhost-user-blk [OPTIONS]" in formatted(pages / "ringplane-vhost-user-blk.1")
+
+
+def commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """A command and all those below it, by the names of their pages."""
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from commands(f"{name}-{inner}", found)
 
 
 def formatted(page: Path) -> str:

@@ -14,27 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from ringplane.cli.check import check
-from ringplane.driver import Driver
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_RESET
-from unit.api_client import Api
 from unit.rig import eventually, loop_device
 
-from .served import DISK, SOON, Served, needs_all, refused, starter
-
-MEMORY_SIZE = 16 << 20
-
-
-class ServedApi(Served):
-    """A process, and a client of its API."""
-
-    def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
-        super().__init__(folder, command, *arguments)
-        assert self.announcement.startswith("API on "), self.errors.read_text()
-        self.api = Api(folder / "api.sock")
-
-    def attach(self) -> Driver:
-        return Driver(self.folder / "a.sock", memory_size=MEMORY_SIZE, timeout=SOON)
-
+from .served import DISK, SOON, ServedApi, needs_all, refused, starter
 
 Serve = Callable[..., ServedApi]
 
@@ -58,7 +41,7 @@ def operate(served: ServedApi) -> None:
         assert api.post("/v1/disks/a/resize", {"size": 8 << 20})["size"] == 8 << 20
         assert driver.read(0, 512) == b"a" * 512
     assert eventually(lambda: api.disk("a")["state"] == "listening")
-    for path in ("/v1/disks", "/v1/io-threads"):
+    for path in ("/v1/disks", "/v1/io-threads", "/v1/statistics"):
         api.get(path)
     assert b"ringplane_disk_attached" in api.request("GET", "/metrics").data
     assert b"[[disk]]" in api.request("GET", "/v1/config").data

@@ -5,27 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jsonschema import Draft202012Validator
 
-PATIENCE = 40.0
-
-
-class UnixConnection(http.client.HTTPConnection):
-    """To a UNIX socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(str(self._path))
-        self.sock.settimeout(PATIENCE)
+from ringplane.client.unix_http import UnixConnection
 
 
 class Answer:
@@ -104,11 +90,12 @@ class Api:
                 name, _, value = line.rstrip("\n").partition(": ")
                 if name:
                     fields[name] = value
-                elif fields:
+                    continue
+                if "data" in fields:
                     data = json.loads(fields["data"])
                     self.validate("Lost" if fields["event"] == "lost" else "EventData", data)
                     yield fields.get("id", ""), fields["event"], data
-                    fields = {}
+                fields = {}
 
     def check(self, method: str, path: str, answer: Answer) -> None:
         """An answer is one of those that the description has for this operation, and has the body that it says."""

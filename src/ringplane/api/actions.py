@@ -11,6 +11,7 @@ from ringplane.api import schemas
 from ringplane.api.call import Call
 from ringplane.api.event_stream import EventStream
 from ringplane.api.scrape import scrape
+from ringplane.api.statistics import statistics as read_statistics
 from ringplane.api.trace_stream import SHORTEST, TraceStream
 from ringplane.control.config import ConfigError, read_disk
 from ringplane.control.export import Export
@@ -100,6 +101,10 @@ async def list_io_threads(call: Call) -> schemas.IoThreads:
             for thread in threads.io_threads
         ]
     )
+
+
+async def statistics(call: Call) -> schemas.Statistics:
+    return read_statistics(call.server)
 
 
 async def config(call: Call) -> Response:

@@ -51,8 +51,8 @@ class EventStream(Response):
         self._events.subscribe(wake)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            # At once, so that the client knows that nothing is missed from now on.
-            await send_part(send, b": ringplane\n\n")
+            # At once, so that the client knows that nothing is missed from now on. It has an id for its next stream.
+            await send_part(send, f": ringplane\nid: {self._events.process}-{self._number}\n\n".encode())
             while not gone.done():
                 await self._send_new(send)
                 await self._wait(gone)

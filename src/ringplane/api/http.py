@@ -12,7 +12,7 @@ from ringplane.control.server import Server
 from ringplane.options.api_options import ApiOptions
 
 # These load modules on first use.
-REHEARSED = ("/openapi.json", "/v1/config", "/v1/disks", "/metrics", "/none")
+REHEARSED = ("/openapi.json", "/v1/config", "/v1/disks", "/v1/statistics", "/metrics", "/none")
 
 
 class HttpApi:

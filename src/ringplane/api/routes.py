@@ -86,6 +86,10 @@ ROUTES = (
         errors=(404, 409, 503),
     ),
     Route("GET", "/v1/io-threads", actions.list_io_threads, "List the I/O threads.", schemas.IoThreads),
+    Route(
+        "GET", "/v1/statistics", actions.statistics, "The counters of all disks and I/O threads, for rates.",
+        schemas.Statistics,
+    ),
     Route("GET", "/v1/config", actions.config, "The configuration file that would make what runs.", TOML),
     METRICS,
     Route(

@@ -98,6 +98,49 @@ class IoThreads(Struct):
     io_threads: list[IoThreadState]
 
 
+class OperationStatistics(Counter):
+    """The counters of an operation with the time that it took. Requests at the same time count each."""
+
+    seconds: Annotated[float, Meta(description="How long all of them took, from fetch to completion.")]
+    latencies: Annotated[
+        list[tuple[int, int]],
+        Meta(description="How many took how long: pairs of nanoseconds, exact to 3 %, and of requests."),
+    ]
+
+
+class DiskStatistics(Struct):
+    """What a disk has done since it was added."""
+
+    name: str
+    state: Literal["listening", "attached", "stopped"]
+    paused: bool
+    flush_failed: bool
+    in_flight: int
+    throttled_seconds: float
+    operations: Annotated[
+        dict[str, OperationStatistics],
+        Meta(description="By operation: read, write, flush, ...; those that there were."),
+    ]
+
+
+class IoThreadStatistics(Struct):
+    """How an I/O thread has spent its time since it was started. The three add up to it."""
+
+    name: str
+    busy_seconds: Annotated[float, Meta(description="CPU time, without polling.")]
+    polling_seconds: Annotated[float, Meta(description="CPU time in which it polled rings that had no requests.")]
+    asleep_seconds: Annotated[float, Meta(description="Time that was neither: it waited.")]
+    wakeups: Annotated[int, Meta(description="How often it has slept.")]
+
+
+class Statistics(Struct):
+    """The counters of all disks and I/O threads. The difference of two answers gives rates."""
+
+    time: Annotated[float, Meta(description="CLOCK_MONOTONIC in seconds, the same for all processes of the machine.")]
+    disks: list[DiskStatistics]
+    io_threads: list[IoThreadStatistics]
+
+
 class Change(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
     """What is to be changed of a disk."""
 

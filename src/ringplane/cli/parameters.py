@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ringplane.cli.types import FILE, Parsed
 from ringplane.options.declare import Option, Options, dashed, declared
@@ -20,8 +21,10 @@ def flag(name: str) -> str:
     return f"--{dashed(name)}"
 
 
-def parameters(group: type[Options], prefix: str = "", **special: dict[str, Any]) -> Callable[[Function], Function]:
-    """A decorator: the command has the options of a group, with this prefix of their names.
+def parameters(
+    group: type[Options], prefix: str = "", leave_out: Collection[str] = (), **special: dict[str, Any]
+) -> Callable[[Function], Function]:
+    """A decorator: the command has the options of a group, with this prefix of their names, but for those to leave out.
 
     `special` are more of click's arguments for some of them.
     """
@@ -29,7 +32,7 @@ def parameters(group: type[Options], prefix: str = "", **special: dict[str, Any]
     def decorate(function: Function) -> Function:
         # Decorators are applied from the last to the first.
         for option in reversed(declared(group).values()):
-            if option.help:
+            if option.help and option.name not in leave_out:
                 name = prefix + option.name
                 flags = option.flags or (flag(name),)
                 more = {**_arguments(option), **special.get(option.name, {})}
@@ -58,3 +61,12 @@ def _of_kind(kind: Kind) -> dict[str, Any]:
     if isinstance(kind, OneOf):
         return {"type": click.Choice(list(kind.choices)), "callback": lambda _, __, given: kind.parse(given)}
     return {"type": FILE if kind in (PATH, PATHS) else Parsed(kind.metavar, kind.parse), "metavar": kind.metavar}
+
+
+def on_command_line(context: click.Context, names: Collection[str]) -> list[str]:
+    """The options of these names that are given, as the command line spells them."""
+    return [
+        "/".join([parameter.opts[0], *parameter.secondary_opts])
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from ringplane.cli.notify import ServiceManager
-from ringplane.cli.parameters import flag, parameters
+from ringplane.cli.parameters import flag, on_command_line, parameters
 from ringplane.cli.start_errors import start_errors, usage_errors
 from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
@@ -176,15 +175,6 @@ def refuse_other_options(context: click.Context) -> None:
     """Raise UsageError for options of a single disk beside --config: they belong in the file."""
     if given := on_command_line(context, declared(OneDisk)):
         raise click.UsageError(f"{', '.join(given)} cannot be given beside --config; write it into the file")
-
-
-def on_command_line(context: click.Context, names: Collection[str]) -> list[str]:
-    """The options of these names that are given, as the command line spells them."""
-    return [
-        "/".join([parameter.opts[0], *parameter.secondary_opts])
-        for parameter in context.command.params
-        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-    ]
 
 
 def one_disk(image_path: Path | None, **options: Any) -> Described:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 
@@ -16,12 +16,12 @@ NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's Tas
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn wrong values and combinations of options into a UsageError."""
+def usage_errors(spell: Callable[[str], str] = flag) -> Iterator[None]:
+    """Turn wrong values and combinations of options, whose names are spelled by `spell`, into a UsageError."""
     try:
         yield
     except WrongOptions as error:
-        raise click.UsageError(error.spelled(flag)) from None
+        raise click.UsageError(error.spelled(spell)) from None
 
 
 @contextlib.contextmanager

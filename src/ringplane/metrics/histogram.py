@@ -51,12 +51,17 @@ def lower_bounds() -> npt.NDArray[np.float64]:
     return np.where(exponent == 0, step, (STEPS + step) * 2.0 ** (exponent - 1))
 
 
+def middles() -> npt.NDArray[np.float64]:
+    """The middle of each bucket, in the unit that was counted; shape (BUCKETS,)."""
+    index = np.arange(BUCKETS)
+    widths = np.where(index < 2 * STEPS, 1.0, 2.0 ** (index // STEPS - 1))
+    return lower_bounds() + (widths - 1) / 2
+
+
 def percentile(histogram: npt.NDArray[np.int64], percent: float) -> float:
     """The value below which `percent` of the counts of a (BUCKETS,) histogram lie (a bucket's middle); 0 if empty."""
     total = int(histogram.sum())
     if total == 0:
         return 0.0
     bucket = int(np.searchsorted(np.cumsum(histogram), max(1.0, total * percent / 100)))
-    bounds = lower_bounds()
-    width = 1.0 if bucket < 2 * STEPS else 2.0 ** (bucket // STEPS - 1)
-    return float(bounds[bucket] + (width - 1) / 2)
+    return float(middles()[bucket])

@@ -11,16 +11,20 @@ from ringplane.options.kinds import PATH, PATHS, shown
 
 
 def table(header: str, options: Options) -> str:
-    """A table that has the keys whose values are not the defaults; paths are absolute."""
-    lines = [header]
+    """A table of a file."""
+    return "\n".join([header, *(f"{key} = {toml(value)}" for key, value in keys(options).items())]) + "\n"
+
+
+def keys(options: Options) -> dict[str, Any]:
+    """The keys whose values are not the defaults, with values as TOML and JSON have them; paths are absolute."""
+    found = {}
     for name, option in declared(type(options)).items():
         value = getattr(options, name)
         if option.doc and value != option.default:
             if option.kind is PATHS:
                 value = [os.path.abspath(path) for path in value]
-            written = os.path.abspath(value) if option.kind is PATH else option.kind.to_toml(value)
-            lines.append(f"{option.key} = {toml(written)}")
-    return "\n".join(lines) + "\n"
+            found[option.key] = os.path.abspath(value) if option.kind is PATH else option.kind.to_toml(value)
+    return found
 
 
 def toml(value: Any) -> str:

@@ -54,6 +54,12 @@ def format_group(number: int) -> str:
     return found.gr_name if found else str(number)
 
 
+def format_user(number: int) -> str:
+    """The name of a user, or its number if it has none."""
+    found = _find(str(number), pwd.getpwnam, pwd.getpwuid)
+    return found.pw_name if found else str(number)
+
+
 def parse_mode(text: str) -> int:
     """The permission bits of a file in octal, as chmod(1) has them: `0660`. Raises ValueError."""
     if not MODE_DIGITS.fullmatch(text):

@@ -1,0 +1,119 @@
+"""`ringplane ctl add`: a disk with the options of `ringplane serve`, or the disks of a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ringplane.cli.ctl.targets import as_json, asking, complete_io_threads
+from ringplane.cli.parameters import flag, on_command_line, parameters
+from ringplane.cli.start_errors import usage_errors
+from ringplane.cli.types import FILE
+from ringplane.options.declare import declared
+from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
+from ringplane.options.kinds import PATH
+from ringplane.options.sizes import format_size
+from ringplane.options.toml_text import keys
+
+if TYPE_CHECKING:
+    from ringplane.client.client import Client
+
+# The disk is served by I/O threads that there are already, at a socket of its own.
+NOT_HERE = {*declared(OwnThreads), *(name for name, option in declared(DiskConfig).items() if not option.doc)}
+
+PATHS = {option.key for option in declared(DiskConfig).values() if option.kind is PATH}
+
+
+@click.command("add", short_help="Add a disk.")
+@click.option("--file", type=FILE, metavar="FILE", help="Add the disks of this TOML file instead, its tables [[disk]].")
+@parameters(OneDisk, leave_out=NOT_HERE)
+@click.option(
+    "--io-thread", "io_threads", metavar="NAME", multiple=True, shell_complete=complete_io_threads,
+    help="An I/O thread that serves its queues; repeat it for the next queue [default: all].",
+)  # fmt: skip
+@as_json
+@asking
+def add_disk(client: Client, /, file: Path | None, as_json: bool, **options: Any) -> None:
+    """Add a disk, with the options that it has for `ringplane serve`, and listen for its front end.
+
+    Under the sandbox, its image and its socket must be below a folder of `ringplane serve --allow-folder`.
+    """
+    given = on_command_line(click.get_current_context(), options)
+    if file is None:
+        _add(client, described(**options), as_json)
+    elif given:
+        raise click.UsageError(f"{', '.join(given)} cannot be given beside --file; write it into the file")
+    else:
+        for number, disk in enumerate(read_disks(file), 1):
+            with _in_table(file, number):
+                _add(client, disk, as_json)
+
+
+def described(
+    image_path: Path | None, socket_path: Path | None, io_threads: Sequence[str], **options: Any
+) -> dict[str, Any]:
+    """The keys of the disk that the options describe; raises UsageError."""
+    if image_path is None or socket_path is None:
+        raise click.UsageError(
+            "give the image with --blk-file PATH and the socket with --socket-path PATH, or disks with --file FILE"
+        )
+    with usage_errors(_spelled):
+        body = keys(DiskConfig(image_path, io_threads or ("all",), socket_path=socket_path, **options))
+    return body | {"io-threads": io_threads} if io_threads else {key: body[key] for key in body if key != "io-threads"}
+
+
+def _spelled(name: str) -> str:
+    return "--io-thread" if name == "io_threads" else flag(name)
+
+
+def read_disks(path: Path) -> list[dict[str, Any]]:
+    """The tables [[disk]] of a file, with absolute paths; the API checks the rest. Raises ClickException."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.ClickException(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise click.ClickException(f"{path}: is not TOML: {error}") from None
+    disks = document.pop("disk", None)
+    if document:
+        others = ", ".join(document)
+        raise click.ClickException(f"{path}: only tables [[disk]] can be added; leave out {others}")
+    if not isinstance(disks, list) or not all(isinstance(disk, dict) for disk in disks):
+        raise click.ClickException(f"{path}: has no disk; a line [[disk]] begins each one")
+    return [_absolute(disk, path.parent) for disk in disks]
+
+
+def _absolute(disk: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths begin at the folder of the file, as for `ringplane serve --config`."""
+    return {
+        key: os.path.abspath(folder / value) if key in PATHS and isinstance(value, str) else value
+        for key, value in disk.items()
+    }
+
+
+@contextlib.contextmanager
+def _in_table(path: Path, number: int) -> Iterator[None]:
+    """Errors name the place in the file."""
+    from ringplane.client.api_errors import Refused
+
+    try:
+        yield
+    except Refused as error:
+        raise click.ClickException(f"{path}: [[disk]] {number}: {error}") from None
+
+
+def _add(client: Client, body: Mapping[str, Any], as_json: bool) -> None:
+    from ringplane.api.schemas import Disk
+
+    data = client.ask("POST", "/v1/disks", body)
+    if as_json:
+        click.echo(data)
+        return
+    disk = client.decode(data, Disk)
+    click.echo(f"{disk.name}: added, {format_size(disk.size)}, listening on {disk.socket}")

@@ -1,0 +1,156 @@
+"""The columns of the table of disks, and which of them a width has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ringplane.cli.top.figures import count, latency, megabytes, percent, whole
+from ringplane.client.rates import DiskRates
+
+# A latency that is not known is less than all others.
+UNKNOWN = -1.0
+
+# Styles of rich.
+BAD, LIMITED = "bold red", "yellow"
+
+Text = Callable[[DiskRates], str]
+Style = Callable[[DiskRates], str]
+Value = Callable[[DiskRates], float]
+
+
+def _plain(_: DiskRates) -> str:
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One figure of each disk. Columns beside each other with the same `group` have one heading above theirs."""
+
+    heading: str
+    text: Text
+    group: str = ""
+    width: int = 5
+    style: Style = _plain
+
+
+def _latency(operation: str, field: str) -> Column:
+    return Column(field, lambda disk: latency(getattr(disk.of(operation), f"{field}_us")), operation)
+
+
+def _per_second(operation: str) -> Column:
+    return Column("IO/s", lambda disk: count(disk.of(operation).per_second), operation)
+
+
+def _megabytes(operation: str) -> Column:
+    return Column("MB/s", lambda disk: megabytes(disk.of(operation).bytes_per_second), operation)
+
+
+def depth(disk: DiskRates) -> float:
+    """The mean number of requests in flight; if none has completed, how many there are now."""
+    return disk.depth if disk.iops else float(disk.in_flight)
+
+
+def _bad_if(holds: Callable[[DiskRates], object]) -> Style:
+    return lambda disk: BAD if holds(disk) else ""
+
+
+# From left to right.
+COLUMNS: Mapping[str, Column] = {
+    "state": Column("state", lambda disk: state(disk), width=8, style=_bad_if(lambda disk: disk.flush_failed)),
+    "iops": Column("IOPS", lambda disk: count(disk.iops)),
+    "mb": Column("MB/s", lambda disk: megabytes(disk.bytes_per_second)),
+    "read iops": _per_second("read"),
+    "read mb": _megabytes("read"),
+    "read p50": _latency("read", "p50"),
+    "read p99": _latency("read", "p99"),
+    "write iops": _per_second("write"),
+    "write mb": _megabytes("write"),
+    "write p50": _latency("write", "p50"),
+    "write p99": _latency("write", "p99"),
+    "flush iops": _per_second("flush"),
+    "flush p50": _latency("flush", "p50"),
+    "flush p99": _latency("flush", "p99"),
+    "depth": Column("depth", lambda disk: count(depth(disk))),
+    "limit": Column("limit", lambda disk: percent(disk.limited), style=lambda disk: LIMITED if disk.limited else ""),
+    "errors": Column("err", lambda disk: whole(disk.errors), width=4, style=_bad_if(lambda disk: disk.errors)),
+}
+
+# What appears together, the most important first, as there is room.
+TIERS = (
+    ("iops",),
+    ("mb",),
+    ("depth",),
+    ("read p99", "write p99"),
+    ("read p50", "write p50"),
+    ("limit", "errors"),
+    ("flush p50", "flush p99"),
+    ("read iops", "write iops"),
+    ("read mb", "write mb"),
+    ("flush iops",),
+    ("state",),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An order of the disks: its key on the keyboard is the first letter of its name."""
+
+    value: Value
+    # The column by which it is, if that is shown.
+    column: str
+
+
+ORDERS: Mapping[str, Order] = {
+    "iops": Order(lambda disk: disk.iops, "iops"),
+    "mb": Order(lambda disk: disk.bytes_per_second, "mb"),
+    "read": Order(lambda disk: _known(disk.of("read").p99_us), "read p99"),
+    "write": Order(lambda disk: _known(disk.of("write").p99_us), "write p99"),
+    "flush": Order(lambda disk: _known(disk.of("flush").p99_us), "flush p99"),
+    "depth": Order(depth, "depth"),
+    "limit": Order(lambda disk: disk.limited, "limit"),
+    "errors": Order(lambda disk: disk.errors, "errors"),
+    "name": Order(lambda _: 0, "name"),
+}
+
+
+def ordered(disks: Sequence[DiskRates], by: str, reverse: bool) -> list[DiskRates]:
+    """The most first, disks that are equal by their names; names from a to z."""
+    value = ORDERS[by].value
+    return sorted(disks, key=lambda disk: (-value(disk), disk.name), reverse=reverse)
+
+
+def state(disk: DiskRates) -> str:
+    """In a word."""
+    if disk.state == "stopped":
+        return disk.state
+    return "paused" if disk.paused else "attached" if disk.state == "attached" else "-"
+
+
+def remark(disk: DiskRates) -> str:
+    """What is to be said of a disk in place of its sparkline; mostly nothing."""
+    if disk.flush_failed:
+        return "flush failed"
+    if disk.state == "listening" and not disk.iops:
+        return "paused" if disk.paused else "no front end"
+    return "" if state(disk) == "attached" else state(disk).strip("-")
+
+
+def _known(microseconds: float | None) -> float:
+    return UNKNOWN if microseconds is None else microseconds
+
+
+def chosen(room: int) -> list[str]:
+    """The names of the columns for which there is room, from left to right; each has a space before it."""
+    names: set[str] = set()
+    for tier in TIERS:
+        room -= sum(COLUMNS[name].width + 1 for name in tier)
+        if room < 0:
+            break
+        names.update(tier)
+    return [name for name in COLUMNS if name in names]
+
+
+def width_of(names: Sequence[str]) -> int:
+    """Of these columns."""
+    return sum(COLUMNS[name].width + 1 for name in names)

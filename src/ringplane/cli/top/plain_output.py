@@ -1,0 +1,73 @@
+"""`ringplane top` for scripts, files and terminals that cannot move their cursor: one table after the other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import click
+import msgspec
+from rich.console import Console
+
+from ringplane.api.schemas import Statistics
+from ringplane.cli.top.live_screen import LOST, TARGET, known
+from ringplane.cli.top.sampler import Sampler
+from ringplane.cli.top.table_layout import View, listing, plain
+from ringplane.client.api_errors import NoConnection
+from ringplane.client.client import Client
+from ringplane.client.rates import Rates
+from ringplane.system.signals import Signals
+
+
+class PlainOutput:
+    """Prints what was measured in each interval."""
+
+    def __init__(self, client: Client, interval: float, sort: str, signals: Signals, console: Console) -> None:
+        self._client, self._interval, self._signals, self._console = client, interval, signals, console
+        self._sampler, self._view = Sampler(), View(sort)
+
+    def run(self, *, once: bool, as_json: bool) -> None:
+        """For one interval or without an end. Raises Interrupted, and ApiError if the first answer does not come."""
+        self._sampler.add(self._client.read(TARGET, Statistics))
+        for number, rates in enumerate(self._measured(once)):
+            if as_json:
+                click.echo(msgspec.json.encode(rates))
+            else:
+                click.echo(self._table(separate=number > 0))
+            if once:
+                return
+
+    def _measured(self, once: bool) -> Iterator[Rates]:
+        """The rates of one interval after the other. It ends with NoConnection only if there is to be but one."""
+        connected = True
+        for _ in self._intervals():
+            try:
+                rates = self._sampler.add(self._client.read(TARGET, Statistics))
+            except NoConnection:
+                if once:
+                    raise
+                if connected:
+                    click.echo(f"{self._client.path}: {LOST}", err=True)
+                connected = False
+                self._sampler.interrupt()
+                continue
+            connected = True
+            if rates is not None:
+                yield rates
+
+    def _intervals(self) -> Iterator[None]:
+        """At the end of each."""
+        # Nothing is ever written to it.
+        fd, due = os.eventfd(0, os.EFD_CLOEXEC), time.monotonic()
+        try:
+            while True:
+                due = max(due, time.monotonic() - self._interval) + self._interval
+                self._signals.wait(fd, max(due - time.monotonic(), 0.0))
+                yield
+        finally:
+            os.close(fd)
+
+    def _table(self, *, separate: bool) -> str:
+        lines = listing(known(self._client, self._sampler, self._console), self._view, self._console.width)
+        return "\n".join([""] * separate + [plain(line) for line in lines])
