@@ -457,6 +457,7 @@ def test_a_waiting_front_end_needs_no_forbidden_call(serve: Callable[..., Served
         ("--engine", "aio", "--feature", "packed=off", "--block-size", "4096"),
         ("--engine", "io_uring", "--feature", "in-order=on", "--feature", "inband-notifications=on"),
         ("--poll-us", "always", "--engine", "aio"),
+        ("--engine", "io_uring", "--limit", "total-iops-sec=5000", "--limit", "write-bytes-sec=100M"),
     ],
     ids=" ".join,
 )

@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 
+from ringplane.dataplane.limit_gate import GATE, LONGEST_HOLD, SHORTEST_HOLD
+from ringplane.dataplane.limit_gate import hold as hold_in_list
+from ringplane.dataplane.state import NEVER, QUEUE, WORKER
 from ringplane.limits.limiter import Limiter, Member
 from ringplane.limits.meters import TICKS
+from ringplane.native.structs import new
 from ringplane.options.limit_options import rates_of
 
+from .on_structs import on_structs
 from .packed_ring import PackedRing
 from .rig import (
     DISCARD,
@@ -26,6 +31,7 @@ from .rig import (
     OUT,
     PATIENCE,
     Line,
+    Pending,
     RigFactory,
     Ring,
     eventually,
@@ -165,10 +171,11 @@ def test_what_a_request_costs(make_rig: RigFactory, name: str) -> None:
     rates = {"total_bytes_sec": 1000, "total_iops_sec": 1000, "size_iops_sec": 4096}
     bursts = {"total_bytes_sec_max": 10**9, "total_iops_sec_max": 10**9}
     limits = limiter(member := Member(), later=HOUR, **rates, **bursts)
-    before = limits.meters["empty_at"].copy()
+    before = [level.empty_at for level in limits.levels.values()]
     limit(line, member, limits)
     assert line.do(*request).status == OK
-    of_bytes, of_requests = (limits.meters["empty_at"] - before).tolist()
+    after = [level.empty_at for level in limits.levels.values()]
+    of_bytes, of_requests = (now - then for now, then in zip(after, before, strict=True))
     assert of_bytes == pytest.approx(size * TICKS * SECOND / 1000, rel=1e-6)
     assert of_requests == pytest.approx(counted * TICKS * SECOND / 4096 / 1000, rel=1e-6)
 
@@ -212,6 +219,28 @@ def test_queues_of_a_disk_take_turns(make_rig: RigFactory, workers: int) -> None
         line.wait()
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_disk_waits_in_its_group_if_there_is_more_in_its_ring(make_rig: RigFactory, more: int) -> None:
+    """When it is held after a request, and not only when it has asked in vain: the others would pass it meanwhile."""
+    line = make_rig().line().start()
+    limit(line, (member := Member()), limiter(member, later=HOUR, total_iops_sec=1))
+    pending = [line.put(IN, number, room=512) for number in range(1 + more)]
+    line.kick()
+    done: list[Pending] = []
+    assert eventually(lambda: done.extend(line.ring.collect()) or pending[0] in done)
+    line.turn_is_over()
+    assert (int(member._record["waits_until"][0]) > time.monotonic_ns() * TICKS) == bool(more)
+
+
+@pytest.mark.parametrize(("wait", "held"), [(1, SHORTEST_HOLD), (10**6, 10**6), (HOUR, LONGEST_HOLD)])
+def test_how_long_a_queue_is_held(wait: int, held: int) -> None:
+    """Not so short that each request needs a wake-up."""
+    worker, queue, gate = (new(layout)[0] for layout in (WORKER, QUEUE, GATE))
+    worker["now"], worker["release_at"] = SECOND, NEVER
+    on_structs(hold_in_list)(worker, queue, gate, SECOND + wait)
+    assert gate["until"] == worker["release_at"] == SECOND + held
+
+
 @pytest.mark.parametrize("poll_us", [0, None])
 def test_a_wait_ends_by_itself(make_rig: RigFactory, poll_us: int | None) -> None:
     """Whether the thread sleeps or polls; the disk that is held is the only one."""
@@ -236,7 +265,8 @@ def test_a_request_without_data_is_counted(make_rig: RigFactory) -> None:
     """A driver cannot escape a limit of requests with such that fail."""
     line = make_rig().line().start()
     limits = limiter(member := Member(), total_iops_sec=10, total_iops_sec_max=10**6)
-    before = int(limits.meters["empty_at"][0])
+    level = limits.levels["total-iops-sec"]
+    before = level.empty_at
     limit(line, member, limits)
     assert line.do(IN, SIZE, room=512).status != OK
-    assert int(limits.meters["empty_at"][0]) - before >= TICKS * SECOND // 10
+    assert level.empty_at - before >= TICKS * SECOND // 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ def reading(export: ringplane.Export) -> Iterator[threading.Event]:
     done, stop = threading.Event(), threading.Event()
 
     def read() -> None:
-        with Driver(export.socket_path, timeout=60) as driver:
+        with contextlib.suppress(ConnectionError), Driver(export.socket_path, timeout=60) as driver:
             for _ in range(40):
                 if stop.is_set():
                     return
@@ -86,6 +87,40 @@ def test_a_limit_that_is_changed_wakes_what_waits(start: Callable[..., Server], 
         export.change_limits({"total-iops-sec": 1_000_000})
         assert done.wait(30)
     assert export.limits == {}
+
+
+def test_a_disk_is_paused_while_its_requests_wait(start: Callable[..., Server], tmp_path: Path) -> None:
+    """At once: what waits because of a limit was not fetched."""
+    export = start(disk(tmp_path, "a", total_iops_sec=1)).exports[0]
+    with reading(export) as done:
+        assert eventually(lambda: export.throttled > 0)
+        export.pause()
+        assert (export.paused, export.in_flight) == (True, 0)
+        before = export.counters["read"].requests
+        export.change_limits({"total-iops-sec": 1_000_000})
+        assert export.counters["read"].requests == before
+        export.resume()
+        assert done.wait(30)
+
+
+def test_a_disk_is_drained_and_stopped_while_its_requests_wait(start: Callable[..., Server], tmp_path: Path) -> None:
+    export = start(disk(tmp_path, "a", total_iops_sec=1)).exports[0]
+    with reading(export):
+        assert eventually(lambda: export.throttled > 0)
+        export.drain()
+        export.stop()
+        assert export.stopped
+
+
+def test_a_disk_is_handed_over_while_its_requests_wait(tmp_path: Path) -> None:
+    """The new process has its own limits."""
+    image, path = tmp_path / "a.img", tmp_path / "a.sock"
+    old = ringplane.serve(image, path, create=SIZE, limits={"total-iops-sec": 1}, upgradable=True)
+    with old, reading(old) as done:
+        assert eventually(lambda: old.throttled > 0)
+        with ringplane.serve(image, path, limits={"total-iops-sec": 1_000_000}, upgrade=True):
+            assert done.wait(30)
+            assert old.wait(30)
 
 
 def test_wrong_changes(start: Callable[..., Server], tmp_path: Path) -> None:
@@ -144,3 +179,40 @@ def test_changes_at_the_same_time(start: Callable[..., Server], tmp_path: Path) 
             server.threads.call(lambda number=number: change_all(number)).result(30)
         assert running.result(60).requests >= 3000
     assert first.limits == second.limits == {"total-iops-sec": 20_019, "group-name": "x", "weight": 1}
+
+
+def test_a_load_does_not_notice_what_is_changed_meanwhile(start: Callable[..., Server], tmp_path: Path) -> None:
+    """Reads and writes with limits of their own, on two threads, in a group and alone, paused and drained."""
+    first, _ = start(
+        disk(tmp_path, "a", "io0", "io1", read_iops_sec=10_000),
+        disk(tmp_path, "b", group_name="x", total_iops_sec=10_000),
+    ).exports
+    randomness = random.Random(1)
+
+    def rate() -> int:
+        return randomness.randrange(5_000, 50_000)
+
+    def be_alone() -> None:
+        first.change_limits(
+            {"group-name": None, "total-iops-sec": 0, "read-iops-sec": rate(), "write-iops-sec": rate()}
+        )
+
+    def join() -> None:
+        weight = randomness.randrange(1, 9)
+        first.change_limits({"group-name": "x", "weight": weight, "read-iops-sec": 0, "write-iops-sec": 0})
+
+    def limit_bytes() -> None:
+        first.change_limits({"write-bytes-sec": randomness.choice([0, 4096 * rate()])})
+
+    def pause() -> None:
+        first.pause()
+        first.resume()
+
+    load = Load(depth=16, queues=2, read_percent=50, requests=10_000, verify=True)
+    with Driver(first.socket_path, queues=2, memory_size=MEMORY) as driver, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_load, driver, load)
+        while not running.done():
+            randomness.choice([be_alone, join, limit_bytes, pause, first.drain])()
+        result = running.result()
+    assert (result.errors, result.mismatches) == (0, 0)
+    assert result.requests >= 10_000

@@ -96,7 +96,8 @@ class Adding:
         for thread in self._threads.io_threads:
             rules.add_thread(thread)
         for export in exports:
-            rules.add_disk(f"disk {export.name}", export.config)
+            # A change of its limits may have changed those of its group.
+            rules.add_disk(f"disk {export.name}", dataclasses.replace(export.config, limits=export.limits))
         for error in rules.add_disk("the new disk", config):
             raise error
         return config

@@ -53,7 +53,6 @@ class Export:
     ) -> None:
         self.config = config
         self._limiting = limiting
-        limiting.add(disk, config.limits)
         self.socket_path = listener.path
         self.threads = threads
         self.disk = disk
@@ -211,6 +210,10 @@ class Export:
         self.stop()
 
     # On the control thread.
+
+    def apply_limits(self) -> None:
+        """Before the first front end; on the control thread, if it runs."""
+        self._limiting.add(self.disk, self.config.limits)
 
     async def run(self) -> None:
         """Serve until stopped; called by its threads. A failure here affects only this disk."""

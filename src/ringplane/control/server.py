@@ -166,6 +166,7 @@ class Server:
             raise Unavailable(str(error)) from None
         except OSError as error:
             raise Unavailable(f"the disk cannot be opened: {in_words(error)}") from None
+        export.apply_limits()
         self.exports = (*self.exports, export)
         self.threads.serve(export)
         if self._stopping:

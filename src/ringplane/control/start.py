@@ -159,6 +159,8 @@ def serve_all(
         # Front ends that connect from now on get an answer at once.
         listeners = [listen(config, parts, undo) for config, parts in zip(disks, opened, strict=True)]
         server = Server(list(map(adding.export, disks, served, listeners)), threads, adding, events)
+        for export in server.exports:
+            export.apply_limits()
         if interface is not None:
             server.interface = interface
             interface.open(server)

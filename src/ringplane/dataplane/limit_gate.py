@@ -13,12 +13,12 @@ All of it is units, so a disk without limits compares one field per turn of the 
 from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
-from ringplane.compiler.units import call, unit
+from ringplane.compiler.units import addresses, call, unit
 from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.state import NEVER, QUEUE, REQUEST, REQUEST_TYPES, WORKER
 from ringplane.dataplane.tracer import HOLD, RELEASE, TRACER
 from ringplane.limits.limiter import Limiter, Member
-from ringplane.limits.meters import READS, TICKS, WRITES
+from ringplane.limits.meters import READS, TICKS, WRITES, move_level
 from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, may_begin_at, wait_in_group
 from ringplane.native.access import address_of, view
 from ringplane.native.structs import new, struct
@@ -57,8 +57,9 @@ GATE = struct(
     "next",  # in the list of held ones: GATE
 )
 
-# A queue that is held for longer looks again after a second.
-LONGEST_HOLD = 1_000_000_000
+# Nanoseconds. A wake-up for each request would cost more than the request, and what a bucket has room for is not lost
+# meanwhile. A queue that is held for longer looks again after a second.
+SHORTEST_HOLD, LONGEST_HOLD = 50_000, 1_000_000_000
 
 
 @unit
@@ -66,12 +67,7 @@ def admit(worker_address, queue_address):
     """1: a request may be fetched from this queue, which has some. 0: the queue is held."""
     worker, queue = view(worker_address, WORKER), view(queue_address, QUEUE)
     gate = view(queue.gate, GATE)
-    until = find_time(worker, gate)
-    if until <= worker.now:
-        return 1
-    wait_in_group(view(gate.member, MEMBER), until * TICKS)
-    hold(worker, queue, gate, until)
-    return 0
+    return hold_unless_ready(worker, queue, gate)
 
 
 @unit
@@ -85,9 +81,17 @@ def count(worker_address, queue_address, request_address):
     gate.kind = kind
     gate.served = worker.now
     count_request(view(gate.limits, LIMITS), view(gate.member, MEMBER), kind, request.length, worker.now * TICKS)
+    return hold_unless_ready(worker, queue, gate)
+
+
+@compiled
+def hold_unless_ready(worker, queue, gate):
+    """1: another request may be fetched; 0: the queue is held."""
     until = find_time(worker, gate)
     if until <= worker.now:
         return 1
+    if available(queue):
+        wait_in_group(view(gate.member, MEMBER), until * TICKS)
     hold(worker, queue, gate, until)
     return 0
 
@@ -118,7 +122,7 @@ def hold(worker, queue, gate, until):
     gate.held_at = worker.now
     if worker.trace:
         call(view(worker.trace, TRACER).held, address_of(worker), address_of(queue), HOLD, worker.now)
-    gate.until = min(until, worker.now + LONGEST_HOLD)
+    gate.until = worker.now + min(max(until - worker.now, SHORTEST_HOLD), LONGEST_HOLD)
     before, following = 0, worker.held
     while following and view(following, GATE).served <= gate.served:
         older = view(following, GATE)
@@ -177,7 +181,8 @@ def end_hold(worker, queue, gate, now):
         mark_ready(worker, queue)
 
 
-UNITS = (admit, count, release)
+# What has to be loaded before disks are limited.
+UNITS = (admit, count, release, move_level)
 
 
 class Gate:
@@ -188,7 +193,9 @@ class Gate:
         self.address = int(self._record.ctypes.data)
         self._member = member
         record = self._record[0]
-        record["admit"], record["count"], record["release"] = (each.address() for each in UNITS)
+        found = addresses(UNITS)
+        for name in ("admit", "count", "release"):
+            record[name] = found[name]
         record["queue"], record["member"] = queue_address, member.address
         self._limiter: Limiter | None = None
 

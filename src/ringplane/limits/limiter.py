@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
-from ringplane.limits.meters import METER, READS, SHORT, TICKS, WRITES, MeterPlan, plan_meter
+from ringplane.limits.meters import METER, READS, SHORT, TICKS, WRITES, MeterPlan, move_level, plan_meter
 from ringplane.limits.shares import LIMITS, MEMBER
 from ringplane.native.structs import new
 from ringplane.options.limit_options import UNLIMITED, Rates
@@ -39,6 +38,27 @@ class Member:
         return int(self._record["throttled"][0]) / 1e9
 
 
+class Level:
+    """How full a bucket is. It outlives changes of its limit: what threads with the previous limits do counts too."""
+
+    def __init__(self, plan: MeterPlan, now: int) -> None:
+        """An empty bucket."""
+        self._plan = plan
+        self._empty_at = np.array([now], np.int64)
+        self.address = int(self._empty_at.ctypes.data)
+
+    @property
+    def empty_at(self) -> int:
+        """When it will be empty, in ticks."""
+        return int(self._empty_at[0])
+
+    def change(self, plan: MeterPlan, now: int) -> None:
+        """Have it as full as that of the new limit should be."""
+        level = max(self.empty_at - now, 0)
+        move_level(self.address, plan.level_after(self._plan, level) - level)
+        self._plan = plan
+
+
 class Limiter:
     """The limits of some disks. It never changes: other limits, or other disks, are another Limiter."""
 
@@ -47,18 +67,21 @@ class Limiter:
     ) -> None:
         """`previous`: what these disks had before. `now`: CLOCK_MONOTONIC in nanoseconds."""
         now = (time.monotonic_ns() if now is None else now) * TICKS
-        self._plans = plan_meters(rates)
         self._members = tuple(members)
-        self.meters: npt.NDArray[np.void] = new(METER, max(len(self._plans), 1))
-        for record, (name, plan) in zip(self.meters, self._plans.items(), strict=False):
+        plans = plan_meters(rates)
+        # By the names of the meters.
+        self.levels: dict[str, Level] = {}
+        self._meters = new(METER, max(len(plans), 1))
+        for record, (name, plan) in zip(self._meters, plans.items(), strict=False):
             for field, value in plan._asdict().items():
                 record[field] = value
-            record["empty_at"] = now + (previous.level(name, plan.room, now) if previous is not None else 0)
+            level = self.levels[name] = previous.level(name, plan, now) if previous is not None else Level(plan, now)
+            record["empty_at"] = level.address
         self._addresses = np.array([member.address for member in members], np.int64)
         self._record = new(LIMITS)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
-        record["meters"], record["meter_count"] = self.meters.ctypes.data, len(self._plans)
+        record["meters"], record["meter_count"] = self._meters.ctypes.data, len(plans)
         record["members"], record["member_count"] = self._addresses.ctypes.data, len(members)
         record["clock"] = previous.clock if previous is not None else 0
 
@@ -67,16 +90,12 @@ class Limiter:
         """See LIMITS."""
         return int(self._record["clock"][0])
 
-    def level(self, name: str, room: int, now: int) -> int:
-        """How full the meter of this name is, as a part of another `room`.
-
-        A debt is forgiven: after a change from 20,000 to 10 requests per second it would last for minutes.
-        """
-        if name not in self._plans:
-            return 0
-        record = self.meters[list(self._plans).index(name)]
-        used = max(int(record["empty_at"]) - now, 0)
-        return min(used * room // max(int(record["room"]), 1), room)
+    def level(self, name: str, plan: MeterPlan, now: int) -> Level:
+        """That of the meter of this name, for its new plan; a new one if there was none."""
+        if name not in self.levels:
+            return Level(plan, now)
+        self.levels[name].change(plan, now)
+        return self.levels[name]
 
 
 def plan_meters(rates: Rates) -> Mapping[str, MeterPlan]:

@@ -19,7 +19,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from ringplane.compiler.jit import compiled
-from ringplane.native.access import address_of, compare_and_swap, load64, view
+from ringplane.compiler.units import unit
+from ringplane.native.access import compare_and_swap, load64, view
 from ringplane.native.structs import struct
 
 # Per nanosecond. A 64-bit number of ticks is 18 years, and a request of 512 bytes at 5 GB/s costs 1638 of them.
@@ -38,10 +39,9 @@ METER = struct(
     "shift",
     "most",
     "room",  # the time in which a full bucket is empty
-    "empty_at",  # when it will be empty; changed by all threads
+    "empty_at",  # the address of the time at which it will be empty; all threads change that
 )
 METER_SIZE = METER.itemsize
-EMPTY_AT: int = METER.fields["empty_at"][1]  # type: ignore[index]
 
 # The bits of `cost`; the longest request, a discard of 256 ranges of 1 GiB; and the highest cost of a request (52 days)
 # and size of a bucket.
@@ -80,7 +80,7 @@ def fill_in(meters, count, kind, size, now):
         meter = meter_at(meters, index)
         if meter.kinds & kind:
             cost = cost_of(meter, size)
-            push_back(address_of(meter) + EMPTY_AT, now, cost)
+            push_back(meter.empty_at, now, cost)
             highest = max(highest, cost)
     return highest
 
@@ -92,12 +92,19 @@ def full_until(meters, count, kind):
     for index in range(count):
         meter = meter_at(meters, index)
         if meter.kinds & kind:
-            until = max(until, load64(address_of(meter) + EMPTY_AT) - meter.room)
+            until = max(until, load64(meter.empty_at) - meter.room)
     return until
 
 
+@unit
+def move_level(empty_at, ticks):
+    """Make a bucket fuller, or less full, while threads fill it: for Python."""
+    push_back(empty_at, 0, ticks)
+    return 0
+
+
 class MeterPlan(NamedTuple):
-    """What a meter is made from: the fields of METER that do not change."""
+    """What a meter is made from: the fields of METER, but for its level."""
 
     kinds: int
     least: int
@@ -105,6 +112,22 @@ class MeterPlan(NamedTuple):
     shift: int
     most: int
     room: int
+
+    @property
+    def unit_cost(self) -> Fraction:
+        """Of one request or byte, in ticks."""
+        return Fraction(self.least) or Fraction(self.cost, 1 << self.shift)
+
+    def level_after(self, old: MeterPlan, level: int) -> int:
+        """How full a bucket of the plan `old` is when this one is its plan.
+
+        It stays as full as it was, as a part of its room. A debt is as many requests or bytes as it was, but never
+        lasts longer: after a change from 1 GB to 1 MB per second it could last for hours.
+        """
+        debt = max(level - old.room, 0)
+        if self.unit_cost < old.unit_cost:
+            debt = int(debt * self.unit_cost / old.unit_cost)
+        return min(level, old.room) * self.room // max(old.room, 1) + debt
 
 
 def plan_meter(kinds: int, *, least: Fraction, per_byte: Fraction, room: Fraction) -> MeterPlan:

@@ -6,7 +6,8 @@ requests wait are compared: one that is more than TOLERANCE ahead of the one tha
 until that one has caught up. Within the tolerance luck does not matter.
 
 A disk that has no request waiting is not compared. When it returns its clock is set forward to that of the group, so
-nobody saves up what he has not used. A limit that is not used up by some is used by the others.
+nobody saves up what he has not used. What is not used by some is used by the others: at the latest when SPARE of the
+limit was not used, nobody waits for anybody.
 """
 
 from __future__ import annotations
@@ -41,16 +42,18 @@ CLOCK: int = LIMITS.fields["clock"][1]  # type: ignore[index]
 
 # In ticks: 2 ms of the limit. A disk within it of the last one need not wait for that.
 TOLERANCE = 2_000_000 * TICKS
+# Nobody waits for another disk if so much of the limit was not used: that disk is too slow to use its share.
+SPARE = 4_000_000 * TICKS
 # How long a disk that is ahead waits until it looks again, and for how long a disk whose thread is late still counts as
 # one that waits.
-SHORTEST_WAIT, LONGEST_WAIT, GRACE = 100_000 * TICKS, 10_000_000 * TICKS, 100_000_000 * TICKS
+SHORTEST_WAIT, LONGEST_WAIT, GRACE = 100_000 * TICKS, 2_000_000 * TICKS, 100_000_000 * TICKS
 
 
 @compiled
 def may_begin_at(limits, member, kind, now):
     """When a request of this kind may begin; up to `now`: at once. 0: nothing limits it."""
     until = full_until(limits.meters, limits.meter_count, kind)
-    if until == 0 or until > now or limits.member_count == 1:
+    if until > now or until < now - SPARE or limits.member_count == 1:
         return until
     ahead = find_lead(limits, member, now) - TOLERANCE
     return now if ahead <= 0 else now + min(max(ahead, SHORTEST_WAIT), LONGEST_WAIT)
