@@ -57,6 +57,9 @@ class Idle:
     def request_stop(self) -> None:
         self._done.set()
 
+    async def release(self) -> None:
+        self.request_stop()
+
     @property
     def stopped(self) -> bool:
         return self._done.is_set()

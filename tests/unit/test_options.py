@@ -140,7 +140,7 @@ def test_tables_of_the_documentation_are_current() -> None:
 
 
 def test_tables_without_their_place_are_reported() -> None:
-    with pytest.raises(SystemExit, match="the table of api needs these two lines around it"):
+    with pytest.raises(SystemExit, match="the table of state needs these two lines around it"):
         tables.renew("")
 
 

@@ -46,6 +46,10 @@ class HttpApi:
         """See Interface."""
         self._http.request_stop()
 
+    async def release(self) -> None:
+        """See Interface."""
+        await self._http.release()
+
     @property
     def stopped(self) -> bool:
         """See Interface."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from uvicorn.server import ServerState
@@ -21,6 +21,9 @@ ACCEPTED_AT_A_TIME, WAITING = 16, 1024
 # that have connected and not asked yet, which are looked for so often.
 STOP_PATIENCE, STOP_LOOK = 0.5, 0.005
 
+# Seconds until no client is accepted any more; guests wait meanwhile.
+RELEASE_PATIENCE = 0.5
+
 
 class HttpThread:
     """Opened before the process is confined, it serves when `run` is called. It owns the socket."""
@@ -29,6 +32,8 @@ class HttpThread:
         self._name = name
         self._stopping = threading.Event()
         self._stop = asyncio.Event()
+        # Set on the control thread when no client is accepted any more.
+        self._deaf = asyncio.Event()
 
     def open(self, application: Any, sock: socket.socket, paths: Iterable[str]) -> None:
         """Listen, and load all that the application will ever need: it is asked for these paths. Raises OSError."""
@@ -63,6 +68,13 @@ class HttpThread:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._stop.set)
 
+    async def release(self) -> None:
+        """Begin to end; returns when no client is accepted any more, or soon."""
+        self.request_stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RELEASE_PATIENCE):
+                await self._deaf.wait()
+
     @property
     def stopped(self) -> bool:
         """Whether `run` is about to return."""
@@ -85,17 +97,17 @@ class HttpThread:
     def _main(self, control: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._serve())
+            self._loop.run_until_complete(self._serve(lambda: control.call_soon_threadsafe(self._deaf.set)))
             # Connections that were aborted are closed in the next turn of the loop.
             self._loop.run_until_complete(asyncio.sleep(0))
         finally:
             self._loop.close()
             control.call_soon_threadsafe(ended.set)
 
-    async def _serve(self) -> None:
+    async def _serve(self, deaf: Callable[[], object]) -> None:
         if not self.stopped:
             await self._stop.wait()
-        await self._stop_accepting()
+        await self._stop_accepting(deaf)
         for connection in list(self._state.connections):
             connection.shutdown()
         await self._answer_all()
@@ -107,7 +119,7 @@ class HttpThread:
             task.cancel()
         await asyncio.gather(*self._state.tasks, return_exceptions=True)
 
-    async def _stop_accepting(self) -> None:
+    async def _stop_accepting(self, deaf: Callable[[], object]) -> None:
         """Accept no more clients; wait for the requests of those that have just connected.
 
         When another process takes over the socket, none of its clients may notice.
@@ -115,6 +127,7 @@ class HttpThread:
         # A server that is closed drops what it has accepted and has no connection for yet: that comes later.
         for sock in self._accepting.sockets:
             self._loop.remove_reader(sock.fileno())
+        deaf()
         end = self._loop.time() + STOP_PATIENCE
         while True:
             await asyncio.sleep(STOP_LOOK)

@@ -43,6 +43,10 @@ class MetricsEndpoint:
             self._http.close()
         self.sock.close()
 
+    async def release(self) -> None:
+        """See Endpoint."""
+        await self._http.release()
+
     async def run(self) -> None:
         """See Endpoint."""
         await self._http.run()

@@ -151,6 +151,8 @@ def _remove(path: Path, opener: Opener) -> None:
 
 def take_over(path: Path, options: ImageOptions, fd: Fd, size: int) -> Image:
     """The image that the previous process has opened and locked; it serves so many bytes of it. Raises ImageError."""
+    if not options.read_only and fcntl.fcntl(fd.number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise ImageError(f"{path}: the running process has not opened it for writing")
     image = Image(path, options, fd=os.dup(fd.number))
     image.size = size
     return image

@@ -29,8 +29,14 @@ class ServiceManager:
     def notify_ready(self) -> None:
         """Report that front ends may connect from now on; services that start after us may depend on it."""
         if self._sock is not None:
-            with self._sock, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
                 # A manager that does not read must not prevent us from stopping.
                 self._sock.settimeout(PATIENCE)
                 self._sock.send(b"READY=1")
-            self._sock = None
+
+    def notify_successor(self, pid: int) -> None:
+        """Report that another process is the service from now on. Any thread may call; it does not block."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.setblocking(False)
+                self._sock.send(b"MAINPID=%d" % pid)

@@ -25,6 +25,7 @@ from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.sizes import format_size
+from ringplane.options.state_options import StateOptions
 from ringplane.options.thread_options import IoThread
 from ringplane.options.users import User
 from ringplane.system import open_files
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from ringplane.control.interface import Endpoint, Interface
     from ringplane.control.server import Server
     from ringplane.control.start import GiveUp
+    from ringplane.control.state_file import StateFile
     from ringplane.dataplane.trace_events import TraceEvent
     from ringplane.opener.remote_opener import RemoteOpener
 
@@ -78,6 +80,7 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
 @parameters(OneDisk, fd={"is_eager": True, "callback": inherited_socket})
 @parameters(ApiOptions, "api_", socket={"metavar": "PATH"}, allow_folders={"metavar": "PATH"})
 @parameters(MetricsOptions, "metrics_")
+@parameters(StateOptions)
 @click.option(
     "--sandbox/--no-sandbox",
     default=None,
@@ -88,6 +91,11 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
     "--upgrade",
     is_flag=True,
     help="Take over these disks from the running ringplane, without an interruption for its guests.",
+)
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="With --upgrade: return when the disks are taken over, and serve in the background, for systemctl reload.",
 )
 @click.option(
     "--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True, help="Least level of log lines."
@@ -110,6 +118,7 @@ def serve(
     /,
     config: Path | None,
     upgrade: bool,
+    detach: bool,
     sandbox: bool | None,
     user: User | None,
     log_level: str,
@@ -127,12 +136,16 @@ def serve(
     api = api_options(**{name: options.pop(f"api_{name}") for name in declared(ApiOptions)})
     listen = options.pop("metrics_listen")
     metrics = MetricsOptions(listen) if listen is not None else None
+    state = options.pop("state")
     if config is not None:
         refuse_other_options(context)
         file = read(config)
         disks, io_threads = file.disks, file.io_threads
         api = only(config, "api", file.api, api, "--api-socket")
         metrics = only(config, "metrics", file.metrics, metrics, "--metrics")
+        if file.state is not None and state is not None:
+            raise click.UsageError(f"{config} has a key state already; leave out --state")
+        state = state or file.state
     elif options["image_path"] is None and api is not None:
         disks, io_threads = [], threads_alone(context, options)
     else:
@@ -158,8 +171,10 @@ def serve(
                 metrics=made_endpoint(metrics),
                 opener=opener,
                 traced=trace,
+                state=made_state(state, sandbox, user),
             )
 
+    begun = detached(upgrade) if detach else None
     with Logs(log_level, log_format) as logs:
         # If the caller is not one of our entry points, signals are not caught yet.
         serve_until_signal(
@@ -168,7 +183,17 @@ def serve(
             config or options["image_path"] or "the API",
             logs,
             trace,
+            begun,
         )
+
+
+def detached(upgrade: bool) -> Callable[[], None]:
+    """See cli/detach.py. Raises UsageError without --upgrade."""
+    if not upgrade:
+        raise click.UsageError("--detach is for --upgrade; a service manager runs the first process in the foreground")
+    from ringplane.cli.detach import detach
+
+    return detach()
 
 
 def refuse_other_options(context: click.Context) -> None:
@@ -220,6 +245,15 @@ def made_endpoint(metrics: MetricsOptions | None) -> Endpoint | None:
     return MetricsEndpoint(metrics)
 
 
+def made_state(path: Path | None, sandbox: bool | None, user: User | None) -> StateFile | None:
+    """The file that keeps changes."""
+    if path is None:
+        return None
+    from ringplane.control.state_file import StateFile
+
+    return StateFile(path, trusted=sandbox is False and user is None)
+
+
 def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
     """The process that opens files of disks that are added. It starts beside the imports of this process."""
     if api is None or not api.allow_folders:
@@ -268,21 +302,29 @@ def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:
     if missing:
         log.warning("the sandbox is incomplete: this system does not have %s", " and ".join(missing))
 
-    def give_up(folders: Collection[Path]) -> None:
+    def give_up(folders: Collection[Path], exchanging_in: Path | None = None) -> None:
         if user is not None:
             box.change_user(user)
         if sandbox is not False:
             with doing("confine the process (--no-sandbox serves without)"):
-                box.confine(folders)
+                box.confine(folders, exchanging_in)
         logs.start()
 
     return give_up
 
 
 def serve_until_signal(
-    signals: CaughtSignals, start: Callable[[CaughtSignals], Server], what: object, logs: Logs, trace: bool
+    signals: CaughtSignals,
+    start: Callable[[CaughtSignals], Server],
+    what: object,
+    logs: Logs,
+    trace: bool,
+    begun: Callable[[], None] | None,
 ) -> None:
-    """Start, print how to attach, and wait until a signal or the end of an inherited connection stops the server."""
+    """Start, print how to attach, and wait until a signal or the end of an inherited connection stops the server.
+
+    `begun` is called when it serves.
+    """
     # NumPy would start one thread per CPU when it is imported. Nobody needs them, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signals.pass_on(REQUESTS)
@@ -295,6 +337,7 @@ def serve_until_signal(
         log.info("stopped by %s while starting; %s was not served", signal_name(interrupted.number), what)
         return
     with server:
+        server.at_takeover = manager.notify_successor
         if trace:
             server.trace(trace_printer(server, logs))
         if server.interface is not None:
@@ -306,6 +349,8 @@ def serve_until_signal(
         if len(server.exports) == 1:
             announce_hint(server.exports[0], logs)
         manager.notify_ready()
+        if begun is not None:
+            begun()
         attend(server, signals, logs)
 
 

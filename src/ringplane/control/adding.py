@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from ringplane.control.changing import Changing
 from ringplane.control.export import Export
 from ringplane.control.limiting import Limiting
 from ringplane.control.listener import Listener
 from ringplane.control.needed_units import units_of_limits, units_of_parts
 from ringplane.control.opening import Parts, listen, open_parts, report_created
 from ringplane.control.operation_errors import WrongState
+from ringplane.control.planned import Planned
 from ringplane.control.sandbox import is_confined
+from ringplane.control.spreading import spread
 from ringplane.control.threads import Threads
 from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
@@ -33,6 +35,7 @@ class Adding:
         self._threads, self._events, self._opener = threads, events, opener
         self._space = AddressSpace()
         self._limiting = Limiting()
+        self.changing = Changing()
         self._stopped = False
 
     def stop(self) -> None:
@@ -48,17 +51,14 @@ class Adding:
             disk.prepare_limits()
         return disk
 
-    def export(self, config: DiskConfig, disk: Disk, listener: Listener) -> Export:
+    def export(self, planned: Planned, disk: Disk, listener: Listener) -> Export:
         """What serves it."""
         emit = self._events.of(disk.name)
-        return Export(config, disk, listener, self._threads, self._space.quota(), self._limiting, emit)
+        return Export(planned, disk, listener, self._threads, self._space.quota(), self._limiting, self.changing, emit)
 
     def spread(self, disks: Iterable[DiskConfig]) -> Sequence[str]:
-        """The I/O threads of one more disk: all, and first, for queue 0, the one with the fewest such queues."""
-        names = [thread.name for thread in self._threads.io_threads]
-        used = Counter(disk.io_threads[0] for disk in disks)
-        first = min(range(len(names)), key=lambda number: used[names[number]])
-        return [*names[first:], *names[:first]]
+        """The I/O threads of one more disk."""
+        return spread(self._threads.io_threads, disks)
 
     def open(self, config: DiskConfig, exports: Sequence[Export]) -> Export:
         """Open everything of a disk that is served beside these, and listen. It may block; nothing is left if it fails.
@@ -76,7 +76,7 @@ class Adding:
             undo.callback(disk.close)
             if self._stopped:
                 raise WrongState("the process stops")
-            export = self.export(config, disk, listen(config, parts, undo, self._opener))
+            export = self.export(Planned(config, added=True), disk, listen(config, parts, undo, self._opener))
             undo.pop_all()
         report_created(config, parts.source)
         return export

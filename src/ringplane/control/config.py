@@ -21,6 +21,7 @@ from ringplane.options.disk_config import DiskConfig
 from ringplane.options.kinds import PATH, PATHS, shown, suggestion
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.process_rules import ProcessRules
+from ringplane.options.state_options import StateOptions
 from ringplane.options.thread_options import IoThread
 
 Group = TypeVar("Group", bound=Options)
@@ -48,6 +49,7 @@ class Config:
     io_threads: Sequence[IoThread]
     api: ApiOptions | None = None
     metrics: MetricsOptions | None = None
+    state: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class _Reader:
 
     def read(self, document: dict[str, Any]) -> Config:
         tables = {"api": _one_table, "metrics": _one_table, "disk": _tables, "io-thread": _tables}
-        top = self._check_keys(document, tables, "")
+        top = self._check_keys(document, tables | self._checks(StateOptions), "")
         api = self._endpoint(top, "api", ApiOptions, "socket", "the API is")
         metrics = self._endpoint(top, "metrics", MetricsOptions, "listen", "metrics are")
         io_threads = self._io_threads(top.get("io_thread") or [{}])
@@ -138,7 +140,7 @@ class _Reader:
                 with self.noting_problems(table.place):
                     disks.append(self.disk(table, self._spread([thread.name for thread in io_threads], table)))
                     self._note(table.place, self._rules.add_disk(table.place.removesuffix(": "), disks[-1]))
-        return Config(disks, io_threads, api, metrics)
+        return Config(disks, io_threads, api, metrics, top.get("state"))
 
     def _endpoint(
         self, document: Mapping[str, Any], name: str, group: type[Group], needed: str, what: str

@@ -12,19 +12,20 @@ from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from ringplane.control.changing import Changing
 from ringplane.control.counters import Counter, count
 from ringplane.control.front_ends import FrontEnds
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import OperationError, WrongState
 from ringplane.control.operations import Operations, Resized, logging_errors
+from ringplane.control.planned import Planned
 from ringplane.control.threads import Threads
 from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.log.logs import DiskLog
-from ringplane.options.disk_config import DiskConfig
 from ringplane.options.limit_options import Limits
 from ringplane.session.session import Session
 from ringplane.session.snapshot import SessionSnapshot
@@ -43,21 +44,24 @@ class Export:
 
     def __init__(
         self,
-        config: DiskConfig,
+        planned: Planned,
         disk: Disk,
         listener: Listener,
         threads: Threads,
         quota: Quota,
         limiting: Limiting,
+        changing: Changing,
         emit: Emit,
     ) -> None:
-        self.config = config
+        self.config, self.added = planned.config, planned.added
         self._limiting = limiting
+        self._planned = planned
+        disk.paused = planned.paused
         self.socket_path = listener.path
         self.threads = threads
         self.disk = disk
         self._logger, self._emit = DiskLog(log, disk.name), emit
-        self.operations = Operations(disk, lambda: self._session, threads.aside, limiting, self._logger, emit)
+        self.operations = Operations(disk, lambda: self._session, threads.aside, limiting, changing, self._logger, emit)
         self._listener = listener
         self._quota = quota
         self._front_ends = FrontEnds(listener.sock, self._logger)
@@ -99,6 +103,11 @@ class Export:
     def limits(self) -> Present:
         """The limits that hold now, with those of its group, by their names in a configuration file."""
         return self._limiting.limits_of(self.disk)
+
+    @property
+    def limits_changed(self) -> bool:
+        """Whether they were changed at run time."""
+        return self._limiting.is_changed(self.disk)
 
     @property
     def throttled(self) -> float:
@@ -213,7 +222,7 @@ class Export:
 
     def apply_limits(self) -> None:
         """Before the first front end; on the control thread, if it runs."""
-        self._limiting.add(self.disk, self.config.limits)
+        self._limiting.add(self.disk, self.config.limits, changed=self._planned.limits_changed)
 
     async def run(self) -> None:
         """Serve until stopped; called by its threads. A failure here affects only this disk."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ringplane.control.changes import Changes
 from ringplane.control.export import Export
+from ringplane.control.handed_counters import saved_counters
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
+from ringplane.control.planned import place
+from ringplane.control.present_changes import changes_of
 from ringplane.control.server import Server
 from ringplane.system.fd import Fd
 
@@ -32,7 +37,12 @@ async def offer_successors(server: Server, listener: Listener) -> None:
 
 
 async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel) -> None:
-    exports = server.exports
+    with contextlib.ExitStack() as held:
+        await _hand_over_in(server, listener, channel, held)
+
+
+async def _hand_over_in(server: Server, listener: Listener, channel: Channel, held: contextlib.ExitStack) -> None:
+    """`held`: what lasts until the disks are handed over, or are not."""
     pid, uid = channel.peer
     try:
         if uid not in (0, os.geteuid()):
@@ -42,11 +52,11 @@ async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel
             raise HandoverError(
                 f"this release uses version {VERSION} of the handover protocol, not version {hello['hello']}"
             )
-        await asyncio.to_thread(channel.send, _offer(server, listener))
+        offered = _lasting(server)
+        await asyncio.to_thread(channel.send, _offer(server, listener, offered))
         await asyncio.to_thread(channel.receive, "ready", READY_PATIENCE)
-        if server.exports != exports:
-            raise HandoverError("disks were added or removed meanwhile; try again")
-        await _hand_over(exports, channel)
+        held.enter_context(_unchanged(server, offered))
+        await _hand_over(server, channel)
     except (HandoverError, EOFError, OSError) as error:
         why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
         log.warning("process %d could not take over: %s", pid, why)
@@ -55,15 +65,30 @@ async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel
         return
     listener.owned = False
     log.info("process %d takes over all disks", pid)
-    server.abandon_interface()
-    for export in exports:
+    server.at_takeover(pid)
+    await server.release_sockets()
+    for export in server.exports:
         await export.abandon()
     # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we end all the same.
     with contextlib.suppress(OSError):
         channel.send({"yours": True})
 
 
-def _offer(server: Server, listener: Listener) -> dict[str, Any]:
+def _lasting(server: Server) -> Changes:
+    """What the offer says of changes. Pauses are a part of the state, because they may still change."""
+    return dataclasses.replace(changes_of(server), paused=[])
+
+
+@contextlib.contextmanager
+def _unchanged(server: Server, offered: Changes) -> Iterator[None]:
+    """No disk is changed in this `with`. Raises HandoverError if it is not as it was offered."""
+    with server.changing.none() as under_way:
+        if under_way or _lasting(server) != offered:
+            raise HandoverError("disks or their limits were changed meanwhile; try again")
+        yield
+
+
+def _offer(server: Server, listener: Listener, offered: Changes) -> dict[str, Any]:
     interface, metrics = server.interface, server.metrics
     return {
         "listener": Fd(listener.sock.fileno()),
@@ -73,9 +98,11 @@ def _offer(server: Server, listener: Listener) -> dict[str, Any]:
         "metrics": {"address": str(metrics.options.listen), "listener": Fd(metrics.sock.fileno())}
         if metrics is not None
         else None,
+        "state": server.state.hand_over() if server.state is not None else None,
+        "changes": offered.as_json(),
         "disks": [
             {
-                "socket_path": os.path.realpath(export.config.socket_path or ""),
+                "socket_path": place(export.config),
                 "options": options_of(export.config),
                 "config_space": export.disk.config_space(),
                 "listener": Fd(export.listener.sock.fileno()),
@@ -87,13 +114,19 @@ def _offer(server: Server, listener: Listener) -> dict[str, Any]:
     }
 
 
-async def _hand_over(exports: Sequence[Export], channel: Channel) -> None:
+async def _hand_over(server: Server, channel: Channel) -> None:
     """Returns, with all disks frozen, when the other process has everything. If it raises, all disks are thawed."""
     async with contextlib.AsyncExitStack() as undo:
-        await _freeze_all(exports, undo)
-        await asyncio.to_thread(channel.send, {"disks": [_state(export) for export in exports]})
+        await _freeze_all(server.exports, undo)
+        state = {"disks": [_state(export) for export in server.exports], "events": server.events.snapshot()}
+        await asyncio.to_thread(_send_with_counters, channel, state, server.exports)
         await asyncio.to_thread(channel.receive, "taking", TAKING_PATIENCE)
         undo.pop_all()
+
+
+def _send_with_counters(channel: Channel, state: Mapping[str, Any], exports: Iterable[Export]) -> None:
+    with saved_counters(export.disk for export in exports) as counters:
+        channel.send({**state, "counters": counters})
 
 
 async def _freeze_all(exports: Sequence[Export], undo: contextlib.AsyncExitStack) -> None:
@@ -115,6 +148,7 @@ def _state(export: Export) -> dict[str, Any]:
         "size": disk.source.size,
         "flush_failed": disk.flush_failed,
         "paused": disk.paused,
+        "throttled": disk.member.throttled_ns,
         "layers": [layer.snapshot() for layer in disk.layers],
         "front_end": export.session.snapshot() if export.session else None,
         "next_front_end": Fd(export.next_front_end.fileno()) if export.next_front_end else None,

@@ -31,6 +31,9 @@ class Interface(Protocol):
     def request_stop(self) -> None:
         """Begin to end; any thread may call."""
 
+    async def release(self) -> None:
+        """Begin to end; returns when no client is accepted any more, because another process accepts them."""
+
     @property
     def stopped(self) -> bool:
         """Whether `run` is about to return."""
@@ -55,5 +58,8 @@ class Endpoint(Protocol):
     def close(self) -> None:
         """Undo `prepare` and `open`; it does not run. May be called again."""
 
+    async def release(self) -> None:
+        """Begin to end; returns when no client is accepted any more, because another process accepts them."""
+
     async def run(self) -> None:
-        """Serve until this is cancelled."""
+        """Serve until this is cancelled, or `release` is called."""

@@ -25,6 +25,8 @@ class Group:
     def __init__(self) -> None:
         self.rates = Rates()
         self.disks: list[Disk] = []
+        # Whether they, or what disks share them, were changed at run time.
+        self.changed = False
         self._limiter: Limiter | None = None
 
     def apply(self) -> list[Future[None]]:
@@ -41,15 +43,24 @@ class Limiting:
     def __init__(self) -> None:
         self._groups: dict[Key, Group] = {}
         self._keys: dict[Disk, Key] = {}
+        # Disks whose limits a previous process removed.
+        self._freed: set[Disk] = set()
         self._changing = asyncio.Lock()
 
-    def add(self, disk: Disk, limits: Limits) -> None:
-        """Limit a disk that no front end uses yet, after `prepare_limits`."""
+    def add(self, disk: Disk, limits: Limits, *, changed: bool = False) -> None:
+        """Limit a disk that no front end uses yet, after `prepare_limits`.
+
+        `changed`: a previous process changed its limits to these.
+        """
         if limits:
             self._join(disk, limits)
+            self._groups[self._keys[disk]].changed |= changed
+        elif changed:
+            self._freed.add(disk)
 
     def remove(self, disk: Disk) -> None:
         """The disk is not served any more: others of its group share what it had."""
+        self._freed.discard(disk)
         if disk in self._keys:
             self._leave(disk)
 
@@ -61,7 +72,12 @@ class Limiting:
         async with self._changing:
             waiting = self._leave(disk) if disk in self._keys and self._keys[disk] != _key(disk, limits) else []
             waiting += self._join(disk, limits)
+            self._groups[self._keys[disk]].changed = True
             await asyncio.gather(*map(asyncio.wrap_future, waiting))
+
+    def is_changed(self, disk: Disk) -> bool:
+        """Whether what holds for a disk was changed at run time."""
+        return self._groups[self._keys[disk]].changed if disk in self._keys else disk in self._freed
 
     def limits_of(self, disk: Disk) -> Present:
         """All that holds for a disk now."""

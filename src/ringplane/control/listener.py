@@ -52,7 +52,7 @@ class Listener:
         By default the file has the mode that umask(2) leaves, and the group of this process. With a `group` its members
         can connect, unless `mode` says something else.
         """
-        _remove_stale(path)
+        remove_stale(path)
         place = _place_beside(path)
         sock = _bound(place, path, mode, group)
         try:
@@ -80,7 +80,7 @@ class Listener:
     @staticmethod
     def rehearse(path: Path, mode: int | None = None, group: int | None = None) -> None:
         """Raise the ListenError that `at` would raise now, without a socket at `path`: nobody can be served yet."""
-        _remove_stale(path)
+        remove_stale(path)
         place = _place_beside(path)
         _bound(place, path, mode, group).close()
         place.unlink()
@@ -147,7 +147,7 @@ def _place_beside(path: Path) -> Path:
     place = path.with_name(f"{path.name}~")
     if len(os.fsencode(place)) > LONGEST_PATH:
         place = path.with_name(path.name[:-1] + ("#" if path.name.endswith("~") else "~"))
-    _remove_stale(place)
+    remove_stale(place)
     return place
 
 
@@ -212,7 +212,7 @@ def _not_a_member(path: Path, group: int) -> ListenError:
     )
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Remove a socket that nobody listens on; raises ListenError if the path is in use."""
     if _is_stale(path):
         path.unlink()

@@ -54,11 +54,13 @@ def open_parts(
     return Parts(source, layers, listener)
 
 
-def take_over_parts(config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack) -> Parts:
+def take_over_parts(
+    config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack, opener: Opener = LOCAL
+) -> Parts:
     """Like `open_parts`, from the process that serves disk `index` now."""
     source = take_over_source(config, predecessor.offer(index))
     undo.callback(source.close)
-    layers = _open_layers(config, source, undo, LOCAL, shared=True)
+    layers = _open_layers(config, source, undo, opener, shared=True)
     listener = predecessor.listener(index)
     undo.callback(listener.close)
     return Parts(source, layers, listener)
@@ -77,10 +79,8 @@ def listen(
     return listener
 
 
-def listen_for_successors(path: Path | None, undo: contextlib.ExitStack) -> Listener | None:
-    """Beside the first socket, if it has a path, and if path length (unix(7)) and permissions allow it."""
-    if path is None:
-        return None
+def listen_for_successors(path: Path, undo: contextlib.ExitStack) -> Listener | None:
+    """Beside this socket, if path length (unix(7)) and permissions allow it."""
     try:
         listener = Listener.at(socket_beside(path), mode=0o600)
     except ListenError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ringplane.block.image import ImageError
+from ringplane.control.changing import Changing
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.sandbox import is_confined
@@ -49,12 +50,13 @@ class Operations:
         session: Callable[[], Session | None],
         aside: Aside[Any],
         limiting: Limiting,
+        changing: Changing,
         logger: DiskLog,
         emit: Emit,
     ) -> None:
         """`session`: that of the front end that is attached now, if one is."""
         self._disk, self._session, self._aside = disk, session, aside
-        self._limiting, self._logger, self._emit = limiting, logger, emit
+        self._limiting, self._changing, self._logger, self._emit = limiting, changing, logger, emit
         self._turns = Turns(disk.name)
 
     def end(self) -> None:
@@ -71,11 +73,11 @@ class Operations:
         Requests of the guest wait in its rings until `resume`. The disk stays paused when its front end detaches and
         another one attaches.
         """
-        await self._take("pause", self._pause)
+        await self._change("pause", self._pause)
 
     async def resume(self) -> None:
         """Fetch again after `pause`."""
-        await self._take("resume", self._resume)
+        await self._change("resume", self._resume)
 
     async def flush(self) -> None:
         """Make all completed requests stable."""
@@ -93,7 +95,16 @@ class Operations:
 
         Requests that wait because of a limit begin at once if the new one allows it.
         """
-        return await self._take("a change of limits", lambda: self._change_limits(changes))
+        return await self._change("a change of limits", lambda: self._change_limits(changes))
+
+    async def _change(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """As `_take`, for what the next process has to learn of."""
+
+        async def change() -> Result:
+            async with self._changing.one():
+                return await work()
+
+        return await self._take(operation, change)
 
     async def _take(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """Raises OperationError for all that can happen."""
@@ -152,13 +163,14 @@ class Operations:
         return present
 
     def _prepare_limits(self) -> None:
-        if is_confined() and not all(unit.is_loaded for unit in limit_gate.UNITS):
+        if not is_confined():
+            warm_up(limit_gate.UNITS)
+        elif not all(unit.is_loaded for unit in limit_gate.UNITS):
             raise WrongState(
                 "this process may not load code any more, so its disks cannot be limited",
                 self._disk.name,
                 "start it with a limit for one of its disks, with an API, or with --no-sandbox",
             )
-        warm_up(limit_gate.UNITS)
         self._disk.prepare_limits()
 
     async def _resize(self, size: int | None) -> Resized:

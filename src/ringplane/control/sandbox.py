@@ -77,6 +77,9 @@ FCNTLS = (
     *(fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK),
 )
 
+# For the state, if it is stored.
+EXCHANGE = {"renameat2": Only(4, (libc.RENAME_EXCHANGE,))}
+
 # Whether `confine` was called; it is for good.
 _confined = False
 
@@ -106,11 +109,12 @@ def change_user(user: User) -> None:
         raise SandboxError(f"cannot become user {user.name}: {error.strerror}; only root can change the user") from None
 
 
-def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> None:
+def confine(removing_in: Collection[Path], exchanging_in: Path | None = None, otherwise: int = seccomp.REFUSE) -> None:
     """Give up all these privileges permanently; raises OSError.
 
-    Files can still be removed in the folders `removing_in`, where the sockets are. `otherwise` is the result of a
-    system call that is neither allowed nor deadly. Parts that are `missing` are left out.
+    Files can still be removed in the folders `removing_in`, where the sockets are, and two files can exchange their
+    names in the folder `exchanging_in`, where the state is (state_file.py). `otherwise` is the result of a system call
+    that is neither allowed nor deadly. Parts that are `missing` are left out.
     """
     global _confined
     absent = missing()
@@ -124,10 +128,11 @@ def confine(removing_in: Collection[Path], otherwise: int = seccomp.REFUSE) -> N
     libc.forbid_new_rights()
     _warn_of_other_threads()
     if "Landlock" not in absent:
-        landlock.give_up_files(removing_in)
+        landlock.give_up_files(removing_in, () if exchanging_in is None else (exchanging_in,))
     libc.drop_capabilities()
     if "seccomp filters" not in absent:
-        seccomp.install(seccomp.program(ALLOWED, limited(), DEADLY, otherwise))
+        only = limited() if exchanging_in is None else limited() | EXCHANGE
+        seccomp.install(seccomp.program(ALLOWED, only, DEADLY, otherwise))
 
 
 def _warn_of_other_threads() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -18,6 +18,7 @@ from ringplane.control.interface import Endpoint, Interface
 from ringplane.control.listener import ListenError
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
 from ringplane.control.recording import Recorder
+from ringplane.control.state_file import StateFile
 from ringplane.control.threads import Threads
 from ringplane.control.turns import PATIENCE, Turns
 from ringplane.dataplane.trace_events import TraceEvent
@@ -34,13 +35,25 @@ log = logging.getLogger(__name__)
 ABANDON_PATIENCE = 5.0
 
 
+def _nothing(_: int) -> None:
+    """Nobody has to know of a successor."""
+
+
 class Server:
     """Disks on one control thread and a shared set of I/O threads.
 
     It ends when its last disk has stopped; with an interface, through which disks can be added, when it is stopped.
     """
 
-    def __init__(self, exports: Sequence[Export], threads: Threads, adding: Adding, events: Events) -> None:
+    def __init__(
+        self,
+        exports: Sequence[Export],
+        threads: Threads,
+        adding: Adding,
+        events: Events,
+        described: Collection[str],
+    ) -> None:
+        """`described`: the places (planned.py) of all disks that the process was started with."""
         # Replaced, never changed: other threads read it.
         self.exports = tuple(exports)
         self.threads = threads
@@ -48,6 +61,11 @@ class Server:
         self.interface: Interface | None = None
         self.metrics: Endpoint | None = None
         self.recorder = Recorder(threads)
+        self.state: StateFile | None = None
+        # Called on the control thread with the ID of a process that takes over, before it serves; must not block.
+        self.at_takeover: Callable[[int], object] = _nothing
+        self.described = frozenset(described)
+        self.changing = adding.changing
         self._adding = adding
         self._turns = Turns("the process")
         self._removals: dict[Export, asyncio.Task[None]] = {}
@@ -140,22 +158,34 @@ class Server:
         if export.front_end and not detach:
             raise WrongState(f"a front end ({export.front_end}) is attached", name, "detach it, or add detach=true")
         if export not in self._removals:
-            log.info("%s: is removed", name, extra={"disk": name})
             self._removals[export] = asyncio.ensure_future(self._remove(export))
-        await asyncio.wait([self._removals[export]], timeout=PATIENCE)
-        if export in self.exports:
+            # Nobody may be waiting for its end any more.
+            self._removals[export].add_done_callback(lambda removal: removal.cancelled() or removal.exception())
+        removal = self._removals[export]
+        await asyncio.wait([removal], timeout=PATIENCE)
+        if not removal.done():
             raise Unavailable(
                 f"{counted(export.in_flight, 'request')} in flight: storage has not completed them", name,
                 "the disk is removed when they have ended",
             )  # fmt: skip
+        removal.result()
 
-    def abandon_interface(self) -> None:
-        """Another process takes over; with the same path, it has the socket too."""
+    async def release_sockets(self) -> None:
+        """Another process has taken over; with the same path, it has the interface's socket too.
+
+        When this returns, clients of interface and metrics are accepted by that process alone.
+        """
+        self.changing.end()
         if self.interface is not None:
             self.interface.listener.owned = False
-            self.interface.request_stop()
+        endpoints = [each for each in (self.interface, self.metrics) if each is not None]
+        await asyncio.gather(*(each.release() for each in endpoints))
 
     async def _add(self, config: DiskConfig) -> Export:
+        async with self.changing.one():
+            return await self._serve_one_more(config)
+
+    async def _serve_one_more(self, config: DiskConfig) -> Export:
         try:
             export = await self.threads.aside(partial(self._adding.open, config, self.exports))
         except WrongOptions as error:
@@ -176,8 +206,12 @@ class Server:
         return export
 
     async def _remove(self, export: Export) -> None:
-        export.request_stop()
-        await self.threads.ended(export)
-        self.exports = tuple(each for each in self.exports if each is not export)
-        del self._removals[export]
-        self.events.emit("removed", export.name)
+        try:
+            async with self.changing.one():
+                log.info("%s: is removed", export.name, extra={"disk": export.name})
+                export.request_stop()
+                await self.threads.ended(export)
+                self.exports = tuple(each for each in self.exports if each is not export)
+                self.events.emit("removed", export.name)
+        finally:
+            del self._removals[export]

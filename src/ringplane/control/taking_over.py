@@ -12,7 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from ringplane.block.sources.choose_source import Offer, is_offered
+from ringplane.control.changes import Changes
 from ringplane.control.export import Export
+from ringplane.control.handed_counters import resume_counters
 from ringplane.control.handover import (
     READY_PATIENCE,
     TAKING_PATIENCE,
@@ -26,7 +28,9 @@ from ringplane.control.handover import (
     socket_beside,
 )
 from ringplane.control.listener import Listener
+from ringplane.control.planned import Planned, place
 from ringplane.control.tcp_listener import from_fd
+from ringplane.log.event_bus import Events
 from ringplane.options.addresses import Address
 from ringplane.options.disk_config import DiskConfig
 from ringplane.session.refusal import Refused
@@ -40,14 +44,12 @@ from ringplane.virtio import blk
 class Predecessor:
     """The running process, seen by its successor. Used in a `with`; leaving it before `take` changes nothing."""
 
-    def __init__(
-        self, configs: Sequence[DiskConfig], signals: Signals = NONE, interface_path: Path | None = None
-    ) -> None:
-        """Find the process that serves these disks, or this interface; raises HandoverError, Interrupted."""
-        self._configs = configs
+    def __init__(self, paths: Sequence[Path], signals: Signals = NONE) -> None:
+        """Find the process that has one of these sockets; raises HandoverError, Interrupted."""
         self._signals = signals
-        paths = [*(config.socket_path for config in configs), interface_path]
-        self._path, sock = _connect([path for path in paths if path is not None])
+        self._planned: Sequence[Planned] = ()
+        # Where our own successor will find us.
+        self.path, sock = _connect(paths)
         self._channel = Channel(sock)
         try:
             with _in_words():
@@ -57,10 +59,17 @@ class Predecessor:
                 self._listener: Fd = offer["listener"]
                 self._interface: dict[str, Any] | None = offer.get("interface")
                 self._metrics: dict[str, Any] | None = offer.get("metrics")
-            self._disks = _in_order(offer["disks"], configs)
+                # Of its state (state_file.py), if it has one.
+                self.state: dict[str, Any] | None = offer.get("state")
+                self.changes = Changes.from_json(offer.get("changes", {}))
+                self._disks: Sequence[dict[str, Any]] = offer["disks"]
         except BaseException:
             self._channel.close()
             raise
+
+    def match(self, planned: Sequence[Planned]) -> None:
+        """From now on the indices of these disks count. Raises HandoverError unless the running process has them."""
+        self._disks, self._planned = _in_order(self._disks, planned), planned
 
     def offer(self, index: int) -> Offer:
         """What the source of disk `index` is made from; its fds are closed at the end of the `with`."""
@@ -68,7 +77,7 @@ class Predecessor:
 
     def listener(self, index: int) -> Listener:
         """The socket of disk `index`; its file is not ours to remove before `take`."""
-        return _listener(self._disks[index]["listener"], self._configs[index].socket_path)
+        return _listener(self._disks[index]["listener"], self._planned[index].config.socket_path)
 
     def interface_listener(self, path: Path) -> Listener | None:
         """The socket of its interface at this path, if it has one; its file is not ours to remove before `take`."""
@@ -82,7 +91,7 @@ class Predecessor:
             return None
         return from_fd(self._metrics["listener"].number, address)
 
-    def take(self, exports: Sequence[Export], interface: Listener | None = None) -> Listener:
+    def take(self, exports: Sequence[Export], events: Events, interface: Listener | None = None) -> Listener:
         """Resume all front ends from where they are; returns the socket for our own successor.
 
         Raises HandoverError, and Interrupted up to the moment when the running process lets go. The disks are served by
@@ -96,11 +105,17 @@ class Predecessor:
             state = self._answer(READY_PATIENCE)
             for export, disk in zip(exports, self._disks, strict=True):
                 _resume_from(export, disk, state["disks"][disk["number"]])
+            # An older release sends neither.
+            if "counters" in state:
+                numbers = (disk["number"] for disk in self._disks)
+                resume_counters(state["counters"], dict(zip(numbers, (each.disk for each in exports), strict=True)))
+            if "events" in state:
+                events.resume_from(state["events"])
             self._channel.send({"taking": True})
             # A process that ends without having read this resets the connection.
             with contextlib.suppress(EOFError, ConnectionResetError):
                 self._channel.receive("yours", READY_PATIENCE)
-        mine = _listener(self._listener, self._path)
+        mine = _listener(self._listener, self.path)
         for listener in [mine, *(export.listener for export in exports), *([interface] if interface else [])]:
             listener.owned = True
         return mine
@@ -146,17 +161,18 @@ def _in_words() -> Iterator[None]:
         raise HandoverError(f"cannot take over from the running process: {error or type(error).__name__}") from None
 
 
-def _in_order(disks: Sequence[dict[str, Any]], configs: Sequence[DiskConfig]) -> list[dict[str, Any]]:
+def _in_order(disks: Sequence[dict[str, Any]], planned: Sequence[Planned]) -> list[dict[str, Any]]:
     """The offer for each of our disks; raises HandoverError unless both processes have the same disks."""
     offered = {disk["socket_path"]: disk | {"number": number} for number, disk in enumerate(disks)}
-    wanted = {os.path.realpath(config.socket_path or ""): config for config in configs}
+    wanted = {place(each.config): each for each in planned}
     if offered.keys() != wanted.keys():
         other = sorted(offered.keys() ^ wanted.keys())[0]
         raise HandoverError(f"{other} is served by only one of the two processes; both must serve the same disks")
-    for path, config in wanted.items():
-        check_options(path, config, offered[path]["options"])
-        if not is_offered(config, offered[path]):
-            raise HandoverError(f"{path}: {config.image} is not the image that the running process serves")
+    for path, each in wanted.items():
+        check_options(path, each.config, offered[path]["options"])
+        # Only the running process knows an image that was added.
+        if not each.added and not is_offered(each.config, offered[path]):
+            raise HandoverError(f"{path}: {each.config.image} is not the image that the running process serves")
     return [offered[path] for path in wanted]
 
 
@@ -189,6 +205,7 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
     if saved["flush_failed"]:
         export.disk.set_flush_failed()
     export.disk.paused = bool(saved.get("paused"))
+    export.disk.member.throttled_ns = saved.get("throttled", 0)
     for layer, state in zip(export.disk.layers, saved["layers"], strict=True):
         layer.resume_from(state)
     if saved["front_end"]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from ringplane.control.server import Server
-from ringplane.options.toml_text import table
+from ringplane.options.toml_text import table, toml
 
 
 def written_config(server: Server) -> str:
     """TOML. Disks that a file cannot describe are comments."""
-    tables = [table("[api]", server.interface.options)] if server.interface is not None else []
+    tables = [f"state = {toml(str(server.state.path))}\n"] if server.state is not None else []
+    tables += [table("[api]", server.interface.options)] if server.interface is not None else []
     tables += [table("[metrics]", server.metrics.options)] if server.metrics is not None else []
     tables += [table("[[io-thread]]", thread) for thread in server.threads.io_threads]
     for export in server.exports:

@@ -170,6 +170,11 @@ class Queue:
         # Last, because other threads read them from now on.
         self.counters = counters
 
+    def resume_counters(self, counted: npt.NDArray[np.int64]) -> None:
+        """Continue to count for another process. No worker may use the queue yet."""
+        self.prepare()
+        self.counters.view(np.int64)[:] = counted
+
     def make_gate(self, member: Member) -> None:
         """Load and allocate what limits need; a second call does nothing."""
         if self._gate is None:

@@ -35,7 +35,16 @@ class Member:
     @property
     def throttled(self) -> float:
         """Seconds in which its requests waited in the ring because of a limit."""
-        return int(self._record["throttled"][0]) / 1e9
+        return self.throttled_ns / 1e9
+
+    @property
+    def throttled_ns(self) -> int:
+        """The same in nanoseconds."""
+        return int(self._record["throttled"][0])
+
+    @throttled_ns.setter
+    def throttled_ns(self, nanoseconds: int) -> None:
+        self._record["throttled"] = nanoseconds
 
 
 class Level:

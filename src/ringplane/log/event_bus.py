@@ -10,9 +10,9 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any, Protocol
 
 # Events that are kept for subscribers that come or read later.
 KEPT = 256
@@ -49,6 +49,17 @@ class Events:
         self._kept: deque[Event] = deque(maxlen=KEPT)
         self._lock = threading.Lock()
         self._wakes: set[Callable[[], None]] = set()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What another process needs to continue."""
+        with self._lock:
+            return {"process": self.process, "kept": [list(astuple(event)) for event in self._kept]}
+
+    def resume_from(self, saved: Mapping[str, Any]) -> None:
+        """Continue for another process: its subscribers miss nothing when they come here. Raises TypeError."""
+        self.process = str(saved["process"])
+        self._kept.extend(Event(*event) for event in saved["kept"])
+        self._numbers = itertools.count(self.last + 1)
 
     @property
     def last(self) -> int:

@@ -114,6 +114,14 @@ class RemoteOpener:
         """The ID of the process."""
         return self._process.pid
 
+    def allows(self, path: Path) -> bool:
+        """Whether it is below one of the folders."""
+        try:
+            self._place(path)
+        except OSError:
+            return False
+        return True
+
     def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
         """See Opener."""
         how = (READ_ONLY if read_only else 0) | (DIRECT if direct else 0)

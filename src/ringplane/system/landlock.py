@@ -47,15 +47,20 @@ def version() -> int:
         return 0
 
 
-def give_up_files(but_removing_in: Collection[Path]) -> None:
-    """Keep only the right to remove files in these folders. Raises OSError. Call `forbid_new_rights` before."""
-    folders = {}
+def give_up_files(but_removing_in: Collection[Path], but_exchanging_in: Collection[Path] = ()) -> None:
+    """Keep only the rights to remove files in some folders, and in others to rename them too.
+
+    Raises OSError. Call `forbid_new_rights` before.
+    """
+    folders: dict[int, int] = {}
+    rights = dict.fromkeys(but_removing_in, LANDLOCK_ACCESS_FS_REMOVE_FILE)
+    rights |= dict.fromkeys(but_exchanging_in, LANDLOCK_ACCESS_FS_REMOVE_FILE | LANDLOCK_ACCESS_FS_MAKE_REG)
     try:
-        for folder in but_removing_in:
+        for folder, bits in rights.items():
             # A user who may not even look into the folder (`--user`) cannot remove anything there, with a rule or
             # without.
             try:
-                folders[os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)] = LANDLOCK_ACCESS_FS_REMOVE_FILE
+                folders[os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)] = bits
             except PermissionError:
                 continue
         keep_only(folders)

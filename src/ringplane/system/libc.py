@@ -11,6 +11,8 @@ from ringplane.system.syscall_numbers import NUMBERS
 
 PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
+# include/uapi/linux/fs.h
+RENAME_EXCHANGE = 2
 MADV_DONTNEED, MADV_DONTDUMP = 4, 16
 MAP_FAILED = ctypes.c_void_p(-1).value
 # <elf.h>: the address of 16 bytes that the kernel has put on the stack of the first thread.

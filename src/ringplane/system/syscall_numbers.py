@@ -98,6 +98,7 @@ TABLE = {
     "readv": (19, 65),
     "recvfrom": (45, 207),
     "recvmsg": (47, 212),
+    "renameat2": (316, 276),
     "restart_syscall": (219, 128),
     "rseq": (334, 293),
     "rt_sigaction": (13, 134),

@@ -1,0 +1,55 @@
+"""Changes while a process runs: none begins while another process takes over, which would not learn of it.
+
+Each is stored, if the process has a file for that (keeping.py), before whoever asked for it has an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+from ringplane.control.operation_errors import Unavailable
+
+
+class Changing:
+    """What all changes of disks, limits and pauses have in common. Used on the control thread."""
+
+    def __init__(self) -> None:
+        self._under_way = 0
+        self._allowed = asyncio.Event()
+        self._allowed.set()
+        self._taken_over = False
+        # Stores all changes so far. Raises Unavailable.
+        self.store: Callable[[], Awaitable[None]] | None = None
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """A change is made in this `async with`, which waits while no change is allowed; at its end it is stored.
+
+        Raises Unavailable, also if it is made, but cannot be stored.
+        """
+        while not self._allowed.is_set():
+            await self._allowed.wait()
+        if self._taken_over:
+            raise Unavailable("another process has taken over; ask again")
+        self._under_way += 1
+        try:
+            yield
+            if self.store is not None:
+                await self.store()
+        finally:
+            self._under_way -= 1
+
+    @contextlib.contextmanager
+    def none(self) -> Iterator[bool]:
+        """No change begins in this `with`; whether one is under way."""
+        self._allowed.clear()
+        try:
+            yield bool(self._under_way)
+        finally:
+            self._allowed.set()
+
+    def end(self) -> None:
+        """Another process has taken over: no change is made any more."""
+        self._taken_over = True

@@ -1,0 +1,482 @@
+"""The state: what was changed at run time is there after a crash, whatever was under way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringplane.control import state_file
+from ringplane.control.changes import Changes
+from ringplane.control.operation_errors import OperationError, Unavailable
+from ringplane.control.server import Server
+from ringplane.control.start import serve_all
+from ringplane.control.state_file import StateError, StateFile
+from ringplane.driver import Driver
+from ringplane.options.declare import WrongOptions
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.thread_options import IoThread
+from unit.rig import eventually
+from unit.test_operations import Idle, disk, do
+
+from .served import SOON, needs_all, starter
+from .test_serve_api import MEMORY_SIZE, ServedApi
+
+ONE, OTHER = Changes(removed=["/one"]), Changes(removed=["/other"], paused=["/disk"] * 1000)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[StateFile]:
+    state = StateFile(path, trusted=True)
+    state.open()
+    try:
+        yield state
+    finally:
+        state.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+# The file
+
+
+def test_what_is_stored_is_read(path: Path) -> None:
+    with opened(path) as state:
+        assert state.read() == Changes()
+        for changes in (ONE, OTHER, ONE):
+            state.store(changes)
+            assert state.read() == changes
+    with opened(path) as state:
+        assert state.read() == ONE
+        state.store(OTHER)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["state", "state~"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+class Counted:
+    """Calls a function; the process ends in place of call number `last` of all that are counted."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.made = last, 0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            self.made += 1
+            if self.made == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **more)
+
+        return call
+
+
+CALLS = ("open", "ftruncate", "pwrite", "fsync", "rename")
+
+
+def store_and_end(path: Path, last: int) -> None:
+    """In a child process, which is killed in place of that system call."""
+    counted = Counted(last)
+    for name in CALLS:
+        setattr(os, name, counted.wrap(getattr(os, name)))
+    state_file.system_call = counted.wrap(state_file.system_call)
+    with opened(path) as state:
+        state.store(OTHER)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_crash_between_any_two_system_calls(path: Path, exists: bool) -> None:
+    """The old or the new state is there, and the next one can be stored."""
+    before = Changes()
+    if exists:
+        before = ONE
+        with opened(path) as state:
+            state.store(ONE)
+    last, found = 1, []
+    while True:
+        child = os.fork()
+        if not child:
+            try:
+                store_and_end(path, last)
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        with opened(path) as state:
+            found.append(state.read())
+            state.store(before)
+        last += 1
+    assert last > 8
+    assert found[0] == before
+    assert found[-1] == OTHER
+    assert all(each in (before, OTHER) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is damaged"),
+        ("{", "is damaged"),
+        ('{"version": 1', "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("[]", "is of version None, and this release reads version 1"),
+        ('{"version": 2}', "is of version 2, and this release reads version 1"),
+        ('{"version": 1, "added": [7]}', "is damaged: added is not a list of dict"),
+    ],
+)
+def test_a_file_that_is_not_a_state(path: Path, text: str, words: str) -> None:
+    path.write_text(text)
+    with opened(path) as state, pytest.raises(ValueError, match=words):
+        state.read()
+    assert path.read_text() == text
+
+
+def test_copies_are_kept(path: Path) -> None:
+    with opened(path) as state:
+        path.write_text("first")
+        assert state.keep().name == "state.kept"
+        path.write_text("second")
+        assert state.keep().name == "state.kept-2"
+        state.store(ONE)
+        state.store(ONE)
+    assert [(path.parent / f"state.kept{end}").read_text() for end in ("", "-2")] == ["first", "second"]
+
+
+def test_one_process_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_file, "LOCK_PATIENCE", 0.05)
+    with opened(path), pytest.raises(StateError, match="another process stores its state there"):
+        StateFile(path, trusted=True).open()
+    with opened(path):
+        pass
+
+
+def test_a_successor_shares_the_lock(path: Path) -> None:
+    with opened(path) as old:
+        old.store(ONE)
+        new = StateFile(path, trusted=True)
+        new.open(old.hand_over())
+        old.store(OTHER)
+        new.store(ONE)
+        assert new.read() == ONE
+    new.store(OTHER)
+    assert new.read() == OTHER
+    new.close()
+    with opened(path) as again:
+        assert again.read() == OTHER
+
+
+def test_a_file_that_was_replaced(path: Path) -> None:
+    """What another program has put there is not exchanged with anything."""
+    with opened(path) as state:
+        (path.parent / "mine").write_text("mine")
+        (path.parent / "mine").rename(path)
+        with pytest.raises(StateError, match="another program has replaced the file"):
+            state.store(ONE)
+        assert path.read_text() == "mine"
+        path.unlink()
+        with pytest.raises(StateError, match="another program has replaced the file"):
+            state.store(ONE)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: os.mkfifo(path), "is not a regular file; choose another path"),
+        (lambda path: path.symlink_to("elsewhere"), "Too many levels of symbolic links"),
+        (lambda path: path.parent.rmdir(), "No such file or directory"),
+    ],
+)
+def test_paths_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
+    path = tmp_path / "folder" / "state"
+    path.parent.mkdir()
+    make(path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StateError, match=words):
+        StateFile(path, trusted=True).open()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# A server that stores its state
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *disks: DiskConfig) -> Iterator[Server]:
+    state = StateFile(folder / "state", trusted=True)
+    threads = [IoThread("io0"), IoThread("io1")]
+    with serve_all(disks, threads, interface=Idle(folder / "interface"), state=state) as server:
+        yield server
+
+
+def shown(server: Server) -> dict[str, Any]:
+    """All that lasts, by the names of the disks."""
+    return {
+        export.name: (
+            export.added, dict(export.limits), export.limits_changed, export.paused, export.config.serial,
+            str(export.config.image), export.config.num_queues, export.config.io_threads,
+        )
+        for export in server.exports
+    }  # fmt: skip
+
+
+LIMITS = st.fixed_dictionaries(
+    {},
+    optional={
+        "total-iops-sec": st.sampled_from([0, 1000, 5000]),
+        "read-bytes-sec": st.sampled_from([0, 10**6, 10**9]),
+        "group-name": st.sampled_from(["one", "two", None]),
+    },
+)
+NAMES = st.sampled_from("abcd")
+STEPS = st.one_of(
+    st.tuples(st.just("add"), NAMES, st.sampled_from([None, "S"])),
+    st.tuples(st.just("remove"), NAMES, st.none()),
+    st.tuples(st.just("limit"), NAMES, LIMITS),
+    st.tuples(st.just("pause"), NAMES, st.none()),
+    st.tuples(st.just("resume"), NAMES, st.none()),
+    st.tuples(st.just("restart"), NAMES, st.none()),
+)
+
+
+async def step(server: Server, folder: Path, kind: str, name: str, value: Any) -> None:
+    if kind == "add":
+        # The same names and sockets as those of disks that were removed.
+        await server.add(disk(folder, name, serial=value))
+    elif kind == "remove":
+        await server.remove(name)
+    elif kind == "limit":
+        await server.find(name).operations.change_limits(value)
+    elif kind == "pause":
+        await server.find(name).operations.pause()
+    elif kind == "resume":
+        await server.find(name).operations.resume()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(STEPS, max_size=12))
+def test_any_changes_are_there_after_a_restart(steps: list[tuple[str, str, Any]]) -> None:
+    """What runs is what ran, however often and with whatever changes; a step that fails changes nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        described = [disk(folder, "a", limits={"total-iops-sec": 500}), disk(folder, "b")]
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(serving(folder, *described))
+            for kind, *rest in [*steps, ("restart", "", None)]:
+                if kind == "restart":
+                    before = shown(server)
+                    stack.close()
+                    server = stack.enter_context(serving(folder, *described))
+                    assert shown(server) == before
+                    continue
+                with contextlib.suppress(OperationError):
+                    do(server, partial(step, server, folder, kind, *rest))
+
+
+def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change is made, whoever asked for it is told, and the next one that can be stored stores both."""
+    with serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
+        with monkeypatch.context() as full:
+
+            def fail(*_: object) -> int:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            full.setattr(os, "pwrite", fail)
+            for change in (
+                lambda: server.find("a").operations.pause(),
+                lambda: server.add(disk(tmp_path, "c")),
+                lambda: server.remove("b"),
+            ):
+                with pytest.raises(Unavailable, match=r"done, but not kept for the next start: .*: cannot be written"):
+                    do(server, change)
+        assert {export.name: export.paused for export in server.exports} == {"a": True, "c": False}
+        server.exports[1].change_limits({"total-iops-sec": 7})
+        before = shown(server)
+    with serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
+        assert shown(server) == before
+
+
+def test_a_state_needs_sockets_with_paths(tmp_path: Path) -> None:
+    config = DiskConfig(tmp_path / "a.img", ("io0",), fd=0)
+    with pytest.raises(WrongOptions, match="state needs socket_path"):
+        serve_all([config], [IoThread("io0")], state=StateFile(tmp_path / "state", trusted=True))
+
+
+# Processes
+
+Serve = Callable[..., ServedApi]
+
+CONFIG = """
+state = "state/disks"
+[api]
+socket = "api.sock"
+allow-folders = ["images"]
+[[disk]]
+image = "a.img"
+create = "4M"
+socket-path = "a.sock"
+[[disk]]
+image = "b.img"
+create = "4M"
+socket-path = "b.sock"
+"""
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    (tmp_path / "disks.toml").write_text(CONFIG)
+    for folder in ("state", "images"):
+        (tmp_path / folder).mkdir()
+    yield from starter(ServedApi, tmp_path)
+
+
+def body(folder: Path, file: str, **keys: object) -> dict[str, object]:
+    where = folder / "images"
+    return {"image": str(where / f"{file}.img"), "socket-path": str(where / f"{file}.sock"), "create": "4M", **keys}
+
+
+def listed(served: ServedApi) -> dict[str, Any]:
+    """What lasts."""
+    return {
+        each["name"]: {key: each[key] for key in ("image", "socket", "paused", "size", "serial", "limits", "queues")}
+        for each in served.api.get("/v1/disks")["disks"]
+    }
+
+
+def kill(served: ServedApi) -> None:
+    served.process.kill()
+    served.process.wait()
+
+
+@needs_all
+def test_a_kill_at_any_moment(serve: Serve, tmp_path: Path) -> None:
+    """Under confinement, with a filter that ends the process at any call that is not allowed."""
+    served = serve("--config", "disks.toml", strict=True)
+    for name in "cd":
+        limits = {"group-name": "tenant", "total-iops-sec": 90000}
+        served.api.post("/v1/disks", body(tmp_path, name, serial=name, limits=limits), status=201)
+    served.api.delete("/v1/disks/b")
+    served.api.patch("/v1/disks/a", {"limits": {"total-iops-sec": 5000}})
+    served.api.post("/v1/disks/d/pause")
+    with Driver(tmp_path / "images/c.sock", memory_size=MEMORY_SIZE, timeout=SOON) as driver:
+        driver.write(0, b"c" * 512)
+        before = listed(served)
+        for _ in range(3):
+            kill(served)
+            served = serve("--config", "disks.toml", strict=True)
+            assert listed(served) == before
+            driver.reconnect()
+            assert driver.read(0, 512) == b"c" * 512
+    served.api.post("/v1/disks/d/resume")
+    served.api.delete("/v1/disks/d")
+    assert b'state = "' in served.api.request("GET", "/v1/config").data
+    served.end()
+    served = serve("--config", "disks.toml", strict=True)
+    assert listed(served).keys() == {"a", "c"}
+    served.end()
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["c.img", "d.img"]
+
+
+@needs_all
+def test_upgrades_share_the_state(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--config", "disks.toml", strict=True)
+    for name in "cd":
+        served.api.post("/v1/disks", body(tmp_path, name), status=201)
+        new = serve("--config", "disks.toml", "--upgrade", strict=True)
+        assert served.process.wait(SOON) == 0, served.errors.read_text()
+        served = new
+    served.api.delete("/v1/disks/a")
+    before = listed(served)
+    kill(served)
+    served = serve("--config", "disks.toml", strict=True)
+    assert listed(served) == before
+    assert before.keys() == {"b", "c", "d"}
+    served.end()
+
+
+def test_what_cannot_be_restored(serve: Serve, tmp_path: Path) -> None:
+    """Each has one line, the rest is served, and the state is kept."""
+    served = serve("--config", "disks.toml")
+    for name in "cdefgh":
+        served.api.post("/v1/disks", body(tmp_path, name), status=201)
+    served.end()
+    (tmp_path / "images/c.img").unlink()
+    (tmp_path / "images/d.img").unlink()
+    (tmp_path / "images/d.img").mkdir()
+    (tmp_path / "images/e.sock").touch()
+    stored = json.loads((tmp_path / "state/disks").read_text())
+    stored["added"][3]["colour"] = "red"
+    stored["added"][4]["image"] = "/etc/passwd"
+    stored["added"].append({**stored["added"][5], "name": "i"})
+    stored["limits"] = {str(tmp_path / "a.sock"): {"total-iops-sec": -1}}
+    text = json.dumps(stored)
+    (tmp_path / "state/disks").write_text(text)
+    (tmp_path / "errors").write_text("")
+    served = serve("--config", "disks.toml")
+    assert listed(served).keys() == {"a", "b", "h"}
+    lines = [line for line in served.end().splitlines() if "WARNING" in line]
+    for name, words in (
+        ("c", "no such file"),
+        ("d", "neither a regular file nor a block device"),
+        ("e", "exists and is not a socket"),
+        ("f", 'unknown key "colour"'),
+        ("g", "is not below a folder of --allow-folder"),
+        ("i", "is also the socket of disk h"),
+        ("a.sock", "its limits are not restored: total-iops-sec: -1 is not a whole number"),
+    ):
+        found = [line for line in lines if f"{name}: " in line and words.lower() in line.lower()]
+        assert len(found) == 1, "\n".join([name, *lines])
+    assert f"the state as it was is kept as {tmp_path}/state/disks.kept" in lines[-1]
+    assert len(lines) == 8
+    assert (tmp_path / "state/disks.kept").read_text() == text
+    # Nothing of them is left in the state.
+    served = serve("--config", "disks.toml")
+    assert listed(served).keys() == {"a", "b", "h"}
+    served.end()
+
+
+@pytest.mark.parametrize("text", ["damaged", '{"version": 9, "added": []}'])
+def test_a_state_that_cannot_be_read(serve: Serve, tmp_path: Path, text: str) -> None:
+    (tmp_path / "state/disks").write_text(text)
+    served = serve("--config", "disks.toml")
+    assert listed(served).keys() == {"a", "b"}
+    assert served.end().count("what was changed at run time is lost") == 1
+    assert (tmp_path / "state/disks.kept").read_text() == text
+
+
+@needs_all
+def test_no_disk_is_restored_that_could_not_be_added(serve: Serve, tmp_path: Path) -> None:
+    """Without --allow-folder the next process opens nothing that a confined one has named."""
+    served = serve("--no-sandbox", "--config", "disks.toml")
+    served.api.post("/v1/disks", body(tmp_path, "c"), status=201)
+    served.end()
+    (tmp_path / "disks.toml").write_text(CONFIG.replace('allow-folders = ["images"]', ""))
+    served = serve("--config", "disks.toml")
+    assert listed(served).keys() == {"a", "b"}
+    assert "is not below a folder of --allow-folder, because there is none" in served.end()
+
+
+def test_a_stale_socket_is_replaced(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--config", "disks.toml")
+    served.api.post("/v1/disks", body(tmp_path, "c"), status=201)
+    kill(served)
+    assert (tmp_path / "images/c.sock").is_socket()
+    served = serve("--config", "disks.toml")
+    with Driver(tmp_path / "images/c.sock", memory_size=MEMORY_SIZE, timeout=SOON) as driver:
+        driver.read(0, 512)
+    assert eventually(lambda: served.api.disk("c")["state"] == "listening")
+    served.end()
