@@ -30,8 +30,7 @@ from ringplane.options.thread_options import IoThread
 from unit.rig import eventually
 from unit.test_operations import Idle, disk, do
 
-from .served import SOON, needs_all, starter
-from .test_serve_api import MEMORY_SIZE, ServedApi
+from .served import MEMORY_SIZE, SOON, ServedApi, needs_all, starter
 
 ONE, OTHER = Changes(removed=["/one"]), Changes(removed=["/other"], paused=["/disk"] * 1000)
 

@@ -27,8 +27,7 @@ from ringplane.options.thread_options import IoThread
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, add, disk, do
 
-from .served import SOON, needs_all, starter
-from .test_serve_api import MEMORY_SIZE, ServedApi
+from .served import MEMORY_SIZE, SOON, ServedApi, needs_all, starter
 
 Serve = Callable[..., ServedApi]
 
