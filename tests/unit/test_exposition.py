@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from ringplane.metrics import histogram
-from ringplane.metrics.exposition import Metric, histogram_text, text
+from ringplane.metrics.exposition import Metric, histogram_text, labelled, text
 
 labels = st.text(st.characters(exclude_categories=["Cs"]))
 numbers = st.one_of(st.integers(0, 2**53), st.floats(0, 1e18))
@@ -25,13 +25,14 @@ def parsed(content: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 @given(st.dictionaries(st.tuples(labels, labels), numbers, min_size=1))
 def test_labels_and_values_are_read_as_they_were(samples: dict[tuple[str, ...], float]) -> None:
     metric = Metric("some_total", "counter", ("one", "other"), "Help.")
-    assert parsed(text(metric, samples.items())) == {
+    content = text(metric, [(labelled(metric.labels, values), value) for values, value in samples.items()])
+    assert parsed(content) == {
         ("some_total", (("one", one), ("other", other))): value for (one, other), value in samples.items()
     }
 
 
 def test_a_metric_without_labels() -> None:
-    content = text(Metric("some", "gauge", (), "Help."), [((), 1.5)])
+    content = text(Metric("some", "gauge", (), "Help."), [(labelled((), ()), 1.5)])
     assert content == "# HELP some Help.\n# TYPE some gauge\nsome 1.5\n"
 
 
@@ -39,7 +40,8 @@ def test_a_metric_without_labels() -> None:
 def test_a_histogram(values: tuple[str, ...]) -> None:
     metric = Metric("some", "histogram", ("one", "other"), "Help.", (0.5, 1e-06))
     named = tuple(zip(metric.labels, values, strict=True))
-    assert parsed(histogram_text(metric, [(values, [1, 2], 5, 0.25)])) == {
+    content = "".join(histogram_text(metric, [(labelled(metric.labels, values), [1, 2], 5, 0.25)]))
+    assert parsed(content) == {
         ("some_bucket", (*named, ("le", "0.5"))): 1,
         ("some_bucket", (*named, ("le", "1e-06"))): 2,
         ("some_bucket", (*named, ("le", "+Inf"))): 5,

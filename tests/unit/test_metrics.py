@@ -64,7 +64,7 @@ class Served:
         return Driver(self.folder / "a.sock", queues=2, memory_size=MEMORY_SIZE, timeout=SOON)
 
     def scrape(self) -> Scraped:
-        return Scraped(scrape(self.server))
+        return Scraped("".join(scrape(self.server)))
 
 
 def config(folder: Path, name: str) -> DiskConfig:

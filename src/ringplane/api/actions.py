@@ -10,6 +10,7 @@ from starlette.responses import Response
 from ringplane.api import schemas
 from ringplane.api.call import Call
 from ringplane.api.event_stream import EventStream
+from ringplane.api.long_text import LongText
 from ringplane.api.scrape import scrape
 from ringplane.api.statistics import statistics as read_statistics
 from ringplane.api.trace_stream import SHORTEST, TraceStream
@@ -112,7 +113,7 @@ async def config(call: Call) -> Response:
 
 
 async def metrics(call: Call) -> Response:
-    return Response(scrape(call.server), media_type=MEDIA_TYPE)
+    return LongText(scrape(call.server), MEDIA_TYPE)
 
 
 async def events(call: Call) -> Response:

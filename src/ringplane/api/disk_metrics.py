@@ -9,7 +9,7 @@ from ringplane.control.counters import FIRST_BUCKET, SCALARS, total
 from ringplane.control.export import Export
 from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.state import KINDS
-from ringplane.metrics.exposition import Metric, Sample, histogram_text, text
+from ringplane.metrics.exposition import Metric, Sample, histogram_text, labelled, text
 from ringplane.metrics.histogram import below_powers
 from ringplane.virtio.blk import SECTOR
 
@@ -28,11 +28,16 @@ class DiskReading:
 
     def __init__(self, export: Export) -> None:
         self.name, self.export = export.name, export
+        self.labels = labelled(("disk",), (self.name,))
         summed = total(export.disk.queues)
         self.kinds: dict[str, list[int]] = dict(zip(KINDS, summed[:, :FIRST_BUCKET].tolist(), strict=True))
         below = below_powers(summed[:, FIRST_BUCKET:], LOWEST_POWER)
         self.below: dict[str, list[int]] = dict(zip(KINDS, below[:, : len(BOUNDS)].tolist(), strict=True))
         self.counts: dict[str, int] = dict(zip(KINDS, below[:, -1].tolist(), strict=True))
+
+    def labelled(self, name: str, value: str) -> str:
+        """Its labels and one more, whose value has no character that would be escaped."""
+        return f'{self.labels},{name}="{value}"'
 
     def seconds(self, kind: str) -> float:
         """How long requests took, in all."""
@@ -131,17 +136,17 @@ def disk_metrics(exports: Iterable[Export]) -> Iterable[str]:
     yield text(DISK_INFO, (_described(disk) for disk in disks))
     for metric, value in DISK_METRICS:
         # Truth values are numbers too.
-        yield text(metric, [((disk.name,), +value(disk)) for disk in disks])
-    yield text(IO_ERRORS, [((disk.name, kind), row[ERRORS]) for disk in disks for kind, row in disk.kinds.items()])
+        yield text(metric, [(disk.labels, +value(disk)) for disk in disks])
+    yield text(IO_ERRORS, (sample for disk in disks for sample in _errors(disk)))
     yield text(RINGS, (sample for disk in disks for sample in _rings(disk)))
-    yield histogram_text(
+    yield from histogram_text(
         DURATION,
-        [
-            ((disk.name, kind), disk.below[kind], disk.counts[kind], disk.seconds(kind))
+        (
+            (disk.labelled("operation", kind), disk.below[kind], disk.counts[kind], disk.seconds(kind))
             for disk in disks
             for kind in KINDS
             if disk.counts[kind]
-        ],
+        ),
     )
 
 
@@ -151,9 +156,16 @@ def _described(disk: DiskReading) -> Sample:
         *(disk.name, device.source.title, socket or "", device.serial, device.how),
         *(str(device.source.read_only).lower(), device.block_size),
     )
-    return tuple(map(str, values)), 1
+    return labelled(DISK_INFO.labels, list(map(str, values))), 1
+
+
+def _errors(disk: DiskReading) -> list[Sample]:
+    return [(disk.labelled("operation", kind), row[ERRORS]) for kind, row in disk.kinds.items()]
 
 
 def _rings(disk: DiskReading) -> list[Sample]:
-    states = Counter(queue.state.value.split()[0] for queue in disk.export.disk.queues)
-    return [((disk.name, state), states[state]) for state in RING_STATES]
+    states = [queue.ring_state.state for queue in disk.export.disk.queues]
+    # Most disks have many queues that their front ends do not use.
+    used = Counter([state.value.split()[0] for state in states if state is not RingState.STOPPED])
+    used[RingState.STOPPED.value] = len(states) - used.total()
+    return [(disk.labelled("state", state), used[state]) for state in RING_STATES]

@@ -18,11 +18,13 @@ from ringplane.control.server import Server
 from ringplane.metrics.exposition import Metric
 
 
-def scrape(server: Server) -> str:
-    """The text of all metrics, which is read from memory that others write at the same time. Any thread may call."""
+def scrape(server: Server) -> Iterator[str]:
+    """The text of all metrics, in pieces. It is read from memory that others write at the same time."""
     threads = server.threads
     workers = ((each, threads.workers[each.name]) for each in threads.io_threads)
-    return "".join([*disk_metrics(server.exports), *thread_metrics(workers), *process_metrics()])
+    yield from disk_metrics(server.exports)
+    yield from thread_metrics(workers)
+    yield from process_metrics()
 
 
 def all_metrics() -> Iterator[Metric]:

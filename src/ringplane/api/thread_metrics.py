@@ -9,7 +9,7 @@ from ringplane import __version__
 from ringplane.api.disk_metrics import SECOND_NS
 from ringplane.dataplane.thread_clock import ThreadTimes
 from ringplane.dataplane.worker import Worker
-from ringplane.metrics.exposition import Metric, histogram_text, text
+from ringplane.metrics.exposition import Metric, histogram_text, labelled, text
 from ringplane.metrics.histogram import POWERS
 from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
@@ -36,6 +36,7 @@ class ThreadReading:
 
     def __init__(self, worker: Worker) -> None:
         self.name, self.worker = worker.name, worker
+        self.labels = labelled(("thread",), (self.name,))
         self.times: ThreadTimes = worker.clock.read()
         self.record = worker.state.record
 
@@ -100,18 +101,19 @@ BATCHES = Metric(
 def thread_metrics(threads: Iterable[tuple[IoThread, Worker]]) -> Iterable[str]:
     """The text of all metrics of these I/O threads."""
     threads = list(threads)
-    yield text(THREAD_INFO, [((each.name, worker.engine.name, _cpus(each)), 1) for each, worker in threads])
+    described = ((each.name, worker.engine.name, _cpus(each)) for each, worker in threads)
+    yield text(THREAD_INFO, [(labelled(THREAD_INFO.labels, values), 1) for values in described])
     readings = [ThreadReading(worker) for _, worker in threads]
     for metric, value in THREAD_METRICS:
-        yield text(metric, [((thread.name,), value(thread)) for thread in readings])
-    yield histogram_text(BATCHES, [((thread.name,), *_batches(thread)) for thread in readings])
+        yield text(metric, [(thread.labels, value(thread)) for thread in readings])
+    yield from histogram_text(BATCHES, [(thread.labels, *_batches(thread)) for thread in readings])
 
 
 def process_metrics() -> Iterable[str]:
     """The text of all metrics of the process."""
-    yield text(BUILD_INFO, [((__version__,), 1)])
+    yield text(BUILD_INFO, [(labelled(BUILD_INFO.labels, (__version__,)), 1)])
     for metric, value in PROCESS_METRICS:
-        yield text(metric, [((), value())])
+        yield text(metric, [("", value())])
 
 
 def _cpus(thread: IoThread) -> str:

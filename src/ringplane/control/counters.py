@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.dataplane.queue import Queue
+from ringplane.dataplane.queue import NO_COUNTERS, Queue, started
 from ringplane.dataplane.state import COUNTER, COUNTER_HISTOGRAM, KINDS
 from ringplane.metrics import histogram
 
@@ -38,9 +38,8 @@ class Counter:
 
 def total(queues: Iterable[Queue]) -> npt.NDArray[np.int64]:
     """The sum of the queues' counters: a row for each of KINDS, with the SCALARS and then the histogram."""
-    # Queues that were never started share counters that stay 0.
-    counted = {id(queue.counters): queue.counters for queue in queues}
-    rows = [each.view(np.int64).reshape(len(KINDS), -1) for each in counted.values()]
+    counted = [queue.counters for queue in started(queues)] or [NO_COUNTERS]
+    rows = [each.view(np.int64).reshape(len(KINDS), -1) for each in counted]
     return rows[0] if len(rows) == 1 else np.sum(rows, axis=0)
 
 

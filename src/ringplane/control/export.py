@@ -21,6 +21,7 @@ from ringplane.control.operation_errors import OperationError, WrongState
 from ringplane.control.operations import Operations, Resized, logging_errors
 from ringplane.control.planned import Planned
 from ringplane.control.threads import Threads
+from ringplane.dataplane.queue import started
 from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
@@ -92,7 +93,7 @@ class Export:
     @property
     def in_flight(self) -> int:
         """Requests fetched from the rings and not yet completed."""
-        return sum(queue.in_flight for queue in self.disk.queues)
+        return sum(queue.in_flight for queue in started(self.disk.queues))
 
     @property
     def counters(self) -> dict[str, Counter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -277,3 +278,8 @@ class Queue:
         """Resume from a process in which the driver broke this rule. No worker may use the queue yet."""
         self.ring_state.apply(RingEvent.TAKE_OVER_BROKEN)
         self.record["broken"] = rule
+
+
+def started(queues: Iterable[Queue]) -> list[Queue]:
+    """Those of the queues that have ever been started. The others have nothing in flight and have counted nothing."""
+    return [queue for queue in queues if queue.counters is not NO_COUNTERS]

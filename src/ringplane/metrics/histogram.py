@@ -39,8 +39,9 @@ def below_powers(histograms: npt.NDArray[np.int64], lowest: int) -> npt.NDArray[
 
     The last axis is the histogram. `lowest` is at least STEP_BITS.
     """
-    by_power = histograms.reshape(*histograms.shape[:-1], BUCKETS // STEPS, STEPS).sum(axis=-1)
-    below: npt.NDArray[np.int64] = by_power.cumsum(axis=-1)[..., lowest - STEP_BITS :]
+    # The buckets of a power of two end where the next one begins.
+    last = (lowest - STEP_BITS + 1) * STEPS - 1
+    below: npt.NDArray[np.int64] = histograms.cumsum(axis=-1)[..., last::STEPS]
     return below
 
 
