@@ -107,6 +107,7 @@ def test_the_life_of_a_disk(served: ServedApi, ctl: Ctl) -> None:
         assert ctl.run("flush", "data") == "data: flushed\n"
         line = ctl.error("remove", "data", status=1)
         assert line.startswith("data: a front end (process ")
+        assert line.endswith(" is attached; detach it, or add --detach")
         assert ctl.run("remove", "data", "--detach") == "data: removed\n"
     assert served.api.get("/v1/disks") == {"disks": []}
     image.unlink()

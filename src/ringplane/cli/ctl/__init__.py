@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from ringplane.cli.ctl.changing import flush_disk, limit_disk, pause_disk, remove_disk, resize_disk, resume_disk
 from ringplane.cli.ctl.disk_adding import add_disk
+from ringplane.cli.ctl.disk_changes import flush_disk, limit_disk, pause_disk, remove_disk, resize_disk, resume_disk
 from ringplane.cli.ctl.following_events import follow_events, wait_for
 from ringplane.cli.ctl.reading import list_disks, list_io_threads, show_config, show_disk
 from ringplane.cli.ctl.targets import EXIT_STATUS, api_socket

@@ -132,7 +132,7 @@ def remark(disk: DiskRates) -> str:
     if disk.flush_failed:
         return "flush failed"
     if disk.state == "listening" and not disk.iops:
-        return "paused" if disk.paused else "no front end"
+        return "paused" if disk.paused else "detached"
     return "" if state(disk) == "attached" else state(disk).strip("-")
 
 

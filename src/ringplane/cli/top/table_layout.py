@@ -20,6 +20,8 @@ MINUTE = 60.0
 # Of names, while there is little room, and of sparklines; a cell for each second at most.
 NAME, LONGEST_NAME, SPARK, LONGEST_SPARK = 14, 64, 10, 60
 
+SPARK_HEADING = "IOPS, 60 s"
+
 # The columns of an I/O thread, which is `width` wide with the space beside it.
 THREAD_FIGURES = ("busy", "poll", "sleep")
 THREAD_FIGURE, BESIDE = 6, 3
@@ -67,6 +69,12 @@ def listing(known: Known, view: View, width: int) -> list[Line]:
     """All of it, however long, for what is not a terminal."""
     lines = [*_above(known, view, width, len(known.rates.io_threads) if known.rates else 0), *_rows(known, view, width)]
     return [_cut(line, width) for line in lines]
+
+
+def shortened(name: str, width: int) -> str:
+    """A name in at most so many characters: its middle is left out, because names differ mostly at their end."""
+    end = width // 2
+    return name if len(name) <= width else f"{name[: width - end - 1]}~{name[len(name) - end :]}"
 
 
 def plain(line: Line) -> str:
@@ -147,7 +155,7 @@ def _headings(disks: Sequence[DiskRates], view: View, width: int) -> list[Line]:
         column = COLUMNS[name]
         headings += [(" ", ""), (f"{column.heading:>{column.width}}", CHOSEN if by == name else HEADING)]
     if widths.spark:
-        headings.append((f" {'IOPS, 1 minute'[: widths.spark]}", HEADING))
+        headings.append((f" {SPARK_HEADING:>{widths.spark}}", HEADING))
     return [groups, headings]
 
 
@@ -163,7 +171,7 @@ def _rows(known: Known, view: View, width: int) -> list[Line]:
 
 def _row(known: Known, disk: DiskRates, widths: _Widths) -> Line:
     style = STALE if known.trouble else REMARK if disk.state != "attached" else ""
-    line: Line = [(disk.name[: widths.name].ljust(widths.name), style)]
+    line: Line = [(shortened(disk.name, widths.name).ljust(widths.name), style)]
     for name in widths.columns:
         column = COLUMNS[name]
         line.append((f" {column.text(disk):>{column.width}}", style if known.trouble else column.style(disk) or style))

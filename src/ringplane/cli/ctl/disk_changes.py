@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 NONE = "none"
 
+# What the API has for --detach.
+DETACH = "detach=true"
+
 
 @click.command("remove", short_help="Remove a disk.")
 @disk_name
@@ -28,9 +31,13 @@ def remove_disk(client: Client, name: str, detach: bool) -> None:
 
     It is removed when its requests in flight have completed, and not while a front end is attached, but for --detach.
     """
+    from ringplane.client.api_errors import Refused
     from ringplane.client.client import disk_path
 
-    client.ask("DELETE", disk_path(name) + ("?detach=true" if detach else ""))
+    try:
+        client.ask("DELETE", disk_path(name) + (f"?{DETACH}" if detach else ""))
+    except Refused as error:
+        raise click.ClickException(str(error).replace(DETACH, "--detach")) from None
     click.echo(f"{name}: removed")
 
 
