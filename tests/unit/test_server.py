@@ -18,7 +18,7 @@ from ringplane.control.listener import ListenError
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.threads import Threads
-from ringplane.dataplane.state import TRACE_FETCH
+from ringplane.dataplane.tracer import FETCH
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
 from ringplane.driver.load import Load, Result, check, fill, run_load
@@ -164,12 +164,12 @@ def test_trace_of_an_export_has_only_its_disk(start: Start) -> None:
 # Threads
 
 
-def served_queues(server: Server, use: Callable[[], None]) -> dict[str, set[tuple[int, int]]]:
-    """The queues (device and number) from which each thread has fetched requests during `use`."""
-    readers = {name: worker.start_tracing() for name, worker in server.threads.workers.items()}
+def served_queues(server: Server, use: Callable[[], None]) -> dict[str, set[tuple[str, int]]]:
+    """The queues (disk and number) from which each thread has fetched requests during `use`."""
+    readers = {name: worker.start_tracing().result() for name, worker in server.threads.workers.items()}
     use()
     return {
-        name: {(event.device, event.queue) for event in reader.events() if event.event == TRACE_FETCH}
+        name: {(event.disk, event.queue) for event in reader.events() if event.event == FETCH}
         for name, reader in readers.items()
     }
 
@@ -184,7 +184,7 @@ def test_queues_are_served_by_the_named_threads(tmp_path: Path) -> None:
                     for queue in range(queues):
                         driver.read(0, 512, queue=queue)
 
-        first, second = (export.device for export in server.exports)
+        first, second = (export.name for export in server.exports)
         assert served_queues(server, use) == {
             "a": {(first, 0), (first, 2), (first, 4)},
             "b": {(first, 1), (first, 3), (second, 0), (second, 1)},
