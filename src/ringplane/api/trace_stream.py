@@ -65,6 +65,8 @@ class TraceStream(Response):
         portions = list(self._recording.read())
         for portion in portions:
             await send_part(send, _line(_announcement(portion)) + portion.events.tobytes())
+            # Other clients get their turn, and it is noticed when this one has gone.
+            await asyncio.sleep(0)
         return bool(portions)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +49,11 @@ class Request:
                 return response.read()
         finally:
             self.close()
+
+    def abort(self) -> None:
+        """End the answer for a thread that reads it."""
+        with contextlib.suppress(OSError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Give up the answer, or what is left of it. May be called again."""

@@ -1,0 +1,145 @@
+"""The stream of a trace as the API sends it (api/trace_stream.py), and its end at any moment."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.client.api_errors import NoConnection
+from ringplane.client.client import Request
+
+VERSION = 1
+
+Events = npt.NDArray[np.void]
+
+
+class Description(msgspec.Struct):
+    """What the first line says."""
+
+    version: int = msgspec.field(name="ringplane-trace")
+    fields: list[tuple[str, str]]
+    began: int
+    events: dict[int, str]
+    types: dict[int, str]
+    statuses: dict[int, str]
+
+
+class NewQueue(msgspec.Struct):
+    """A queue that has events from here on. `layers`: whether its disk has any."""
+
+    number: int
+    disk: str
+    queue: int
+    layers: bool
+
+
+class Announcement(msgspec.Struct, rename="kebab"):
+    """What each further line says: which events follow it. The last one has only `end`, the time."""
+
+    io_thread: str = ""
+    queues: list[NewQueue] = []
+    lost: int = 0
+    events: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Events of an I/O thread, in their order; `lost` ones came before them."""
+
+    thread: str
+    queues: list[NewQueue]
+    lost: int
+    events: Events
+
+
+class Recorded:
+    """What was recorded, complete or not."""
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+        self.blocks: list[Block] = []
+        self.requests = 0
+        # Nanoseconds, CLOCK_MONOTONIC; 0: the stream has no end.
+        self.ended = 0
+        # Whether it has none because the process has ended, or because its events were not read fast enough.
+        self.cut_off = False
+
+    def numbers(self, *names: str) -> list[int]:
+        """The numbers of these events."""
+        by_name = {name: number for number, name in self.description.events.items()}
+        return [by_name[name] for name in names]
+
+
+class Receiver:
+    """Receives a trace on a thread of its own, until its end or until it is stopped."""
+
+    def __init__(self, request: Request, most_requests: int) -> None:
+        """It ends after so many requests. Raises ApiError."""
+        self._response = request.response()
+        self._request, self._most = request, most_requests
+        # While nothing happens there are no events.
+        request.set_patience(None)
+        self._stopping = False
+        self.recorded = Recorded(self._describe())
+        # Can be read when it has ended.
+        self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> Recorded:
+        """End it, if it has not ended, and return what was received."""
+        self._stopping = True
+        self._request.abort()
+        self._thread.join()
+        self._request.close()
+        os.close(self.ended_fd)
+        return self.recorded
+
+    def keep(self, block: Block) -> None:
+        """Called on the thread."""
+        self.recorded.blocks.append(block)
+
+    def _describe(self) -> Description:
+        try:
+            description = msgspec.json.decode(self._response.readline(), type=Description)
+        except (msgspec.MsgspecError, OSError, http.client.HTTPException) as error:
+            raise NoConnection(f"the answer is not a trace ({error}); use the ringplane that serves it") from None
+        if description.version != VERSION:
+            raise NoConnection(f"the trace has version {description.version}; use the ringplane that serves it")
+        return description
+
+    def _receive(self) -> None:
+        try:
+            for block in self._blocks(self._response):
+                self.keep(block)
+                self.recorded.requests += self._completed(block)
+                if self.recorded.requests >= self._most:
+                    return
+            self.recorded.cut_off = not self.recorded.ended and not self._stopping
+        except (msgspec.MsgspecError, OSError, ValueError, http.client.HTTPException):
+            self.recorded.cut_off = not self._stopping
+        finally:
+            os.eventfd_write(self.ended_fd, 1)
+
+    def _completed(self, block: Block) -> int:
+        (complete,) = self.recorded.numbers("complete")
+        return int(np.count_nonzero(block.events["event"] == complete))
+
+    def _blocks(self, source: BinaryIO | http.client.HTTPResponse) -> Iterator[Block]:
+        event: np.dtype[Any] = np.dtype([(name, kind) for name, kind in self.recorded.description.fields])
+        while line := source.readline():
+            announced = msgspec.json.decode(line, type=Announcement)
+            if announced.end:
+                self.recorded.ended = announced.end
+                return
+            data = source.read(announced.events * event.itemsize)
+            yield Block(announced.io_thread, announced.queues, announced.lost, np.frombuffer(data, event))

@@ -1,0 +1,176 @@
+"""`ringplane trace`: what is in its file, how it ends, and what it says of what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringplane.driver.load import Load, run_load
+from unit.chrome_format import Trace, check_depth
+from unit.rig import eventually
+
+from .served import DISK, SOON, needs_all
+from .test_serve_api import ServedApi
+from .test_trace_stream import API, Serve, attach, begins, serve
+
+__all__ = ["serve"]
+
+RINGPLANE = [sys.executable, "-m", "ringplane"]
+
+
+def trace(served: ServedApi, *arguments: str) -> subprocess.Popen[str]:
+    """Once it records: nothing is missed from now on."""
+    command = [*RINGPLANE, "trace", *API, *arguments]
+    process = subprocess.Popen(command, cwd=served.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith("recording "), line + process.stderr.read()
+    return process
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    """The last line of its output."""
+    out, err = process.communicate(timeout=SOON)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    return out.strip()
+
+
+@needs_all
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+def test_a_load_is_traced(serve: Serve, tmp_path: Path, engine: str) -> None:
+    """Of a confined process: each request of the load is in the file, with what the driver knows of it."""
+    served = serve(*DISK, *API, "--num-queues", "2", "--engine", engine, strict=True)
+    with attach(served, queues=2) as driver:
+        tracing = trace(served, "--seconds", "3600", "--requests", "4000")
+        load = Load(depth=8, queues=2, read_percent=50, flush_every=10, requests=4000, block_size=[4096, 8192])
+        result = run_load(driver, load)
+        assert not result.errors
+        line = finish(tracing)
+    written = Trace(tmp_path / "trace.json")
+    groups = [written.groups[f"a queue {number}"] for number in (0, 1)]
+    requests = [request for group in groups for request in group.requests]
+    assert len(requests) == result.requests == written.other["requests"]
+    assert re.fullmatch(rf"trace.json: {result.requests} requests of 2 queues; open it at \S+", line)
+    assert {request.args["result"] for request in requests} == {"ok"}
+    assert {request.name for request in requests} == {"read", "write", "flush"}
+    assert sum(request.args["length"] for request in requests) == result.bytes
+    assert written.other["trace events lost"] == 0
+    for group in groups:
+        check_depth(group)
+        assert max(depth for _, depth in group.counters["requests in flight"]) <= 8
+        assert all(request.stages[-1].end == request.end for request in group.requests if request.stages)
+    assert served.end()
+
+
+@needs_all
+def test_a_disk_with_layers(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, *API, "--delay", "read=2", strict=True)
+    with attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600", "--disk", "a", "--requests", "2")
+        driver.read(0, 4096)
+        driver.write(0, bytes(4096))
+        finish(tracing)
+    requests = {each.name: each for each in Trace(tmp_path / "trace.json").groups["a queue 0"].requests}
+    read = {each.name: each.end - each.begin for each in requests["read"].stages if each.name != "in layers"}
+    assert read["in engine"] > 0
+    assert requests["read"].stages[0].end - requests["read"].stages[0].begin >= 2_000_000
+    served.end()
+
+
+def test_it_ends_by_itself(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, *API)
+    with attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600", "--requests", "100", "--out", "few.json")
+        run_load(driver, Load(depth=4, requests=400))
+        assert "requests of 1 queue" in finish(tracing)
+        tracing = trace(served, "--seconds", "0.2", "--out", "short.json")
+        assert finish(tracing) == "short.json: 0 requests of 0 queues; open it at https://ui.perfetto.dev"
+    assert 100 <= Trace(tmp_path / "few.json").other["requests"] <= 400
+    assert Trace(tmp_path / "short.json").other["complete"]
+    served.end()
+
+
+def test_ctrl_c_ends_it_earlier(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, *API)
+    with attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600")
+        run_load(driver, Load(depth=4, requests=1000))
+        tracing.send_signal(signal.SIGINT)
+        assert re.fullmatch(r"trace.json: [0-9]+ requests? of . queues?; open it at \S+", finish(tracing))
+    written = Trace(tmp_path / "trace.json")
+    assert written.other["complete"]
+    served.end()
+
+
+def test_one_at_a_time(serve: Serve, tmp_path: Path) -> None:
+    """And when its client has gone, the next one can begin."""
+    served = serve(*DISK, *API)
+    tracing = trace(served, "--seconds", "3600")
+    answer = served.api.request("POST", "/v1/trace?seconds=1")
+    assert (answer.status, answer.error["what"]) == (409, "a trace is being recorded already")
+    assert "a trace is being recorded already; wait for its end" in failed(served, 1)
+    tracing.kill()
+    tracing.communicate()
+    assert eventually(lambda: begins(served))
+    served.end()
+
+
+def failed(served: ServedApi, status: int, *arguments: str) -> str:
+    """The last line of a trace that cannot be made, which leaves nothing."""
+    before = set(served.folder.iterdir())
+    command = [*RINGPLANE, "trace", *(arguments or API)]
+    done = subprocess.run(command, cwd=served.folder, capture_output=True, text=True, timeout=SOON)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert set(served.folder.iterdir()) == before
+    return done.stderr.splitlines()[-1]
+
+
+def test_errors_are_one_line_each(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, *API)
+    (tmp_path / "folder").mkdir()
+    assert "no such socket" in failed(served, 3, "--api-socket", "none.sock")
+    assert "give the socket of the API" in failed(served, 2, "--seconds", "1")
+    assert "no disk has this name; the disks are: a" in failed(served, 1, *API, "--disk", "b")
+    assert "none/t.json: cannot be written: No such file" in failed(served, 1, *API, "--out", "none/t.json")
+    assert "folder: is not a regular file" in failed(served, 1, *API, "--out", "folder")
+    assert "seconds" in failed(served, 2, *API, "--seconds", "0")
+    for query, where in (("seconds=x", "seconds"), ("seconds=nan", "seconds"), ("disk=b", "b")):
+        answer = served.api.request("POST", f"/v1/trace?{query}")
+        assert (answer.status, answer.error["where"]) == (404 if where == "b" else 400, where)
+    served.end()
+
+
+def test_the_process_ends_during_a_trace(serve: Serve, tmp_path: Path) -> None:
+    """What was recorded until then is written; it is reported that the end is missing."""
+    served = serve(*DISK, *API)
+    with attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600")
+        run_load(driver, Load(depth=4, requests=1000))
+    served.process.kill()
+    assert "requests of 1 queue; the process has ended meanwhile; open" in finish(tracing)
+    written = Trace(tmp_path / "trace.json")
+    assert not written.other["complete"]
+    check_depth(written.groups["a queue 0"])
+
+
+def test_an_existing_file_is_replaced_only_by_a_complete_one(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, *API)
+    (tmp_path / "trace.json").write_text("before")
+    tracing = trace(served, "--seconds", "3600")
+    assert (tmp_path / "trace.json").read_text() == "before"
+    tracing.kill()
+    tracing.communicate()
+    assert (tmp_path / "trace.json").read_text() == "before"
+    os.umask(mask := os.umask(0))
+    finish(trace(served, "--seconds", "0.1"))
+    Trace(tmp_path / "trace.json")
+    assert (tmp_path / "trace.json").stat().st_mode & 0o777 == 0o666 & ~mask
+    served.end()
