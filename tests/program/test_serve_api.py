@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,33 @@ def test_the_end_of_the_process_that_opens_files(serve: Serve, tmp_path: Path) -
     assert (answer.status, "restart ringplane" in answer.error["what"]) == (503, True)
     operate(served)
     assert served.end().count("the process that opens files has ended") == 1
+
+
+# In place of waiting for a signal.
+PRINT_MODULES = """
+import sys
+from ringplane.cli import serve
+serve.attend = lambda *_: print(*sys.modules)
+serve.serve()
+"""
+
+
+def imported(folder: Path, *arguments: str) -> set[str]:
+    """The modules of a process that serves a disk, and has compiled or loaded its code."""
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", PRINT_MODULES, *DISK, *arguments],
+            cwd=folder, capture_output=True, text=True, timeout=SOON, check=True,
+        )  # fmt: skip
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_nothing_is_imported_that_takes_memory_without_need(tmp_path: Path) -> None:
+    """`ssl` and `hashlib` load OpenSSL, and asyncio imports the first one wherever it is."""
+    of_the_api = {"uvicorn", "starlette", "msgspec", "anyio", "ringplane.control.recording"}
+    others = {"ssl", "hashlib", "difflib", "numba", "ringplane.control.taking_over", "ringplane.control.state_file"}
+    assert imported(tmp_path) & (of_the_api | others | {"ringplane.opener.remote_opener"}) == set()
+    assert imported(tmp_path, "--api-socket", "api.sock") >= of_the_api
 
 
 def test_disks_are_added_without_a_sandbox(serve: Serve, tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -424,9 +422,3 @@ def test_the_end_does_not_wait_for_clients(tmp_path: Path) -> None:
             assert not server.wait(0)
         assert list(stream) == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_of_the_api_is_imported_without_it() -> None:
-    code = "import sys, ringplane.cli.serve, ringplane.control.start; print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON, check=True)
-    assert not {"uvicorn", "starlette", "msgspec", "anyio"} & set(eval(done.stdout))

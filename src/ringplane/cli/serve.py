@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -196,6 +197,15 @@ def detached(upgrade: bool) -> Callable[[], None]:
     return detach()
 
 
+def import_asyncio() -> None:
+    """Without TLS, which takes 0.9 MB, and which this program does not use. uvicorn imports `ssl` itself."""
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+    import asyncio  # noqa: F401
+
+    if sys.modules["ssl"] is None:
+        del sys.modules["ssl"]
+
+
 def refuse_other_options(context: click.Context) -> None:
     """Raise UsageError for options of a single disk beside --config: they belong in the file."""
     if given := on_command_line(context, declared(OneDisk)):
@@ -327,6 +337,7 @@ def serve_until_signal(
     """
     # NumPy would start one thread per CPU when it is imported. Nobody needs them, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import_asyncio()
     signals.pass_on(REQUESTS)
     manager = ServiceManager()
     try:

@@ -10,7 +10,6 @@ imported for it, because a start with saved code does not need it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import re
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from ringplane.system.digests import blake2b
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -42,7 +43,7 @@ COMPILER = ("ringplane.compiler.emitter", "ringplane.compiler.pipeline")
 @cache
 def key_of(module: str, cpu: str = NATIVE) -> str:
     """The key of what is compiled from this module's functions for this CPU, as hexadecimal digits."""
-    digest = hashlib.blake2b(_compiler(cpu).encode(), digest_size=10)
+    digest = blake2b(_compiler(cpu).encode(), digest_size=10)
     for name in sorted(sources(module).union(*map(sources, COMPILER))):
         digest.update(f"\n{name} ".encode() + _digest(name))
     return digest.hexdigest()
@@ -85,7 +86,7 @@ def _text(module: str) -> str:
 
 @cache
 def _digest(module: str) -> bytes:
-    return hashlib.blake2b(_text(module).encode()).digest()
+    return blake2b(_text(module).encode()).digest()
 
 
 def has_key(module: str) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from ringplane.compiler import cache
+from ringplane.system.digests import blake2b
 
 DIGEST_SIZE = 16
 
@@ -22,4 +21,4 @@ def write(name: str, code: bytes) -> None:
 
 
 def _digest(code: bytes) -> bytes:
-    return hashlib.blake2b(code, digest_size=DIGEST_SIZE).digest()
+    return blake2b(code, digest_size=DIGEST_SIZE).digest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ringplane.control.changing import Changing
 from ringplane.control.export import Export
@@ -21,10 +22,12 @@ from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.log.event_bus import Events
-from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import default_name
 from ringplane.options.process_rules import ProcessRules
+
+if TYPE_CHECKING:
+    from ringplane.opener.remote_opener import RemoteOpener
 
 
 class Adding:

@@ -9,11 +9,14 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ringplane.opener.opener import OpenerEnded
-from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.users import format_group
 from ringplane.system.standard_fds import move_socket
+
+if TYPE_CHECKING:
+    from ringplane.opener.remote_opener import RemoteOpener
 
 log = logging.getLogger(__name__)
 

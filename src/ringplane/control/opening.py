@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.registry import LAYERS
@@ -14,11 +15,13 @@ from ringplane.block.sources.choose_source import open_source, take_over_source
 from ringplane.block.sources.source import Source
 from ringplane.control.handover import socket_beside
 from ringplane.control.listener import Listener, ListenError
-from ringplane.control.taking_over import Predecessor
 from ringplane.opener.opener import LOCAL, Opener
-from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.system.signals import NONE, Signals
+
+if TYPE_CHECKING:
+    from ringplane.control.taking_over import Predecessor
+    from ringplane.opener.remote_opener import RemoteOpener
 
 log = logging.getLogger(__name__)
 

@@ -7,18 +7,15 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ringplane.block.image import ImageError
 from ringplane.control.adding import Adding
 from ringplane.control.export import Export
-from ringplane.control.interface import Endpoint, Interface
 from ringplane.control.listener import ListenError
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
-from ringplane.control.recording import Recorder
-from ringplane.control.state_file import StateFile
 from ringplane.control.threads import Threads
 from ringplane.control.turns import PATIENCE, Turns
 from ringplane.dataplane.trace_events import TraceEvent
@@ -28,6 +25,11 @@ from ringplane.options.counted import counted
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.system.notes import in_words
+
+if TYPE_CHECKING:
+    from ringplane.control.interface import Endpoint, Interface
+    from ringplane.control.recording import Recorder
+    from ringplane.control.state_file import StateFile
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,6 @@ class Server:
         self.events = events
         self.interface: Interface | None = None
         self.metrics: Endpoint | None = None
-        self.recorder = Recorder(threads)
         self.state: StateFile | None = None
         # Called on the control thread with the ID of a process that takes over, before it serves; must not block.
         self.at_takeover: Callable[[int], object] = _nothing
@@ -117,6 +118,13 @@ class Server:
         with contextlib.suppress(RuntimeError):
             removal.start()
             removal.join(ABANDON_PATIENCE)
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """What records traces for clients of the API, which has imported it."""
+        from ringplane.control.recording import Recorder
+
+        return Recorder(self.threads)
 
     def _remove_sockets(self) -> None:
         if self.interface is not None:

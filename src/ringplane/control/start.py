@@ -7,15 +7,13 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ringplane.block.storage_limits import SYSFS, physical_block_below
 from ringplane.control.adding import Adding
 from ringplane.control.changes import Changes, plan
 from ringplane.control.export import Export
 from ringplane.control.handing_over import offer_successors
-from ringplane.control.interface import Endpoint, Interface
-from ringplane.control.keeping import Keeping
 from ringplane.control.needed_units import units_of_any_disk, units_of_limits, units_of_parts, units_of_threads
 from ringplane.control.opening import (
     Parts,
@@ -26,17 +24,13 @@ from ringplane.control.opening import (
     take_over_parts,
 )
 from ringplane.control.planned import Planned, place
-from ringplane.control.restoring import Restoring
 from ringplane.control.server import Server
-from ringplane.control.state_file import StateFile
-from ringplane.control.taking_over import Predecessor
 from ringplane.control.threads import Threads
 from ringplane.dataplane import tracer
 from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
 from ringplane.dataplane.trace_events import load_tracing
 from ringplane.log.event_bus import Events
 from ringplane.opener.opener import LOCAL
-from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, taking
 from ringplane.options.disk_config import DiskConfig, OneDisk
 from ringplane.options.process_rules import check_process
@@ -45,6 +39,14 @@ from ringplane.system import procfs
 from ringplane.system.signals import NONE, Signals
 from ringplane.system.standard_fds import occupy
 from ringplane.vhost_user.peers import gone
+
+if TYPE_CHECKING:
+    from ringplane.control.interface import Endpoint, Interface
+    from ringplane.control.keeping import Keeping
+    from ringplane.control.restoring import Restoring
+    from ringplane.control.state_file import StateFile
+    from ringplane.control.taking_over import Predecessor
+    from ringplane.opener.remote_opener import RemoteOpener
 
 
 class GiveUp(Protocol):
@@ -136,12 +138,12 @@ def serve_all(
         interface_path = interface.path if interface is not None else None
         described = [config.socket_path for config in disks if config.socket_path is not None]
         ours = [*([interface_path] if interface_path is not None else []), *described]
-        predecessor = at_last.enter_context(Predecessor(ours, signals)) if upgrade else None
+        predecessor = at_last.enter_context(_predecessor(ours, signals)) if upgrade else None
         restoring = None
         if state is not None:
             undo.callback(state.close)
             state.open(predecessor.state if predecessor else None)
-            restoring = Restoring(state, opener) if predecessor is None else None
+            restoring = _restoring(state, opener) if predecessor is None else None
         planned = _plan(disks, io_threads, predecessor, restoring, none=interface is not None)
         if interface is not None:
             inherited = predecessor.interface_listener(interface.path) if predecessor else None
@@ -215,7 +217,7 @@ def serve_all(
             metrics.open(server)
             threads.at_end.callback(metrics.close)
         successors = listen_for_successors(ours[0], undo) if upgradable and ours and not predecessor else None
-        keeping = Keeping(server, state) if state is not None else None
+        keeping = _keeping(server, state) if state is not None else None
         server.state = state
         if restoring is not None and keeping is not None:
             keeping.store_at_start()
@@ -246,6 +248,27 @@ def serve_all(
         threads.at_end.callback(successors.close)
         threads.start_task(lambda: offer_successors(server, successors))
     return server
+
+
+# Modules that few processes need: each takes memory.
+
+
+def _predecessor(sockets: Sequence[Path], signals: Signals) -> Predecessor:
+    from ringplane.control.taking_over import Predecessor
+
+    return Predecessor(sockets, signals)
+
+
+def _restoring(state: StateFile, opener: RemoteOpener | None) -> Restoring:
+    from ringplane.control.restoring import Restoring
+
+    return Restoring(state, opener)
+
+
+def _keeping(server: Server, state: StateFile) -> Keeping:
+    from ringplane.control.keeping import Keeping
+
+    return Keeping(server, state)
 
 
 def _plan(

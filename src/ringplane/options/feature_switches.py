@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +30,8 @@ def parse_feature(text: str) -> tuple[str, bool]:
 def check_feature(name: str) -> None:
     """Raises ValueError unless this is the name of a feature that can be switched."""
     if name not in FEATURES:
+        import difflib
+
         near = difflib.get_close_matches(str(name), FEATURES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the features are {', '.join(FEATURES)}"
         raise ValueError(f"{name!r} is not a feature that can be switched; {hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,8 @@ def shown(value: object) -> str:
 
 def suggestion(name: str, names: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, or the list of what there is."""
+    import difflib
+
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {shown(near[0])}?" if near else f"; possible are {', '.join(map(shown, names))}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from ringplane.block.image import Image, ImageError, create_nameless
 from ringplane.block.ranges import Backing
 from ringplane.block.sources.source import Source
 from ringplane.block.storage_limits import Limits, limits
+from ringplane.system.digests import blake2b
 from ringplane.system.fd import Fd
 
 
@@ -25,7 +25,7 @@ class ImageSource(Source):
         self.created, self.direct = image.created, image.direct
         self.file = image.path if image.is_file else None
         # /dev/disk/by-id in the guest is stable. The bytes of the path need not be UTF-8.
-        digest = hashlib.blake2b(os.fsencode(image.path.resolve()), digest_size=5).hexdigest()
+        digest = blake2b(os.fsencode(image.path.resolve()), digest_size=5).hexdigest()
         self.serial = f"ringplane-{digest}"
         self.backing = Backing(image.fd, page_cache=page_cache)
 
