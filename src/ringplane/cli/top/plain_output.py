@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import click
 import msgspec
@@ -34,7 +35,7 @@ class PlainOutput:
             if as_json:
                 click.echo(msgspec.json.encode(rates))
             else:
-                click.echo(self._table(separate=number > 0))
+                click.echo("\n".join([""] * (number > 0) + self._table(sparklines=not once)))
             if once:
                 return
 
@@ -68,6 +69,8 @@ class PlainOutput:
         finally:
             os.close(fd)
 
-    def _table(self, *, separate: bool) -> str:
-        lines = listing(known(self._client, self._sampler, self._console), self._view, self._console.width)
-        return "\n".join([""] * separate + [plain(line) for line in lines])
+    def _table(self, *, sparklines: bool) -> list[str]:
+        """The lines. A single interval has no past."""
+        found = known(self._client, self._sampler, self._console)
+        shown = found if sparklines else replace(found, bars="")
+        return [plain(line) for line in listing(shown, self._view, self._console.width)]

@@ -40,7 +40,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What there is to show. `trouble`: why there is nothing newer; empty: there is."""
+    """What there is to show. `trouble`: why there is nothing newer; `bars`: of sparklines. Empty: there are none."""
 
     title: str
     rates: Rates | None = None
@@ -88,7 +88,7 @@ def _above(known: Known, view: View, width: int, most_threads: int) -> list[Line
     if known.rates is None:
         return [*lines, []]
     lines += _threads(known.rates.io_threads, width, most_threads)
-    return [*lines, [], *_headings(known.rates.disks, view, width)]
+    return [*lines, [], *_headings(known, view, width)]
 
 
 def _summary(known: Known, width: int) -> Line:
@@ -132,19 +132,21 @@ def _joined(cells: Sequence[Piece]) -> Line:
 class _Widths:
     """How a width is divided: the names, the columns, and the sparkline at the end."""
 
-    def __init__(self, disks: Iterable[DiskRates], width: int) -> None:
+    def __init__(self, known: Known, width: int) -> None:
+        disks = known.rates.disks if known.rates else ()
         longest = max([len("disk"), *(len(disk.name) for disk in disks)])
         least = min(max(longest, 8), NAME)
-        # Figures come before the sparkline, but a few of them are enough beside one.
-        self.columns = chosen(width - least - SPARK - 1) or chosen(width - least)
+        # With its space. A terminal that is too narrow for it and a figure has the figure.
+        spark = SPARK + 1 if known.bars else 0
+        self.columns = chosen(width - least - spark) or chosen(width - least)
         room = width - least - width_of(self.columns)
-        self.name = least + max(min(longest - least, room - SPARK - 1, LONGEST_NAME - least), 0)
+        self.name = least + max(min(longest - least, room - spark, LONGEST_NAME - least), 0)
         room -= self.name - least
-        self.spark = min(room - 1, LONGEST_SPARK) if room > SPARK else 0
+        self.spark = min(room - 1, LONGEST_SPARK) if spark and room >= spark else 0
 
 
-def _headings(disks: Sequence[DiskRates], view: View, width: int) -> list[Line]:
-    widths = _Widths(disks, width)
+def _headings(known: Known, view: View, width: int) -> list[Line]:
+    widths = _Widths(known, width)
     groups: Line = [(" " * widths.name, "")]
     for group, names in groupby(widths.columns, key=lambda name: COLUMNS[name].group):
         room = width_of(list(names)) - 1
@@ -165,7 +167,7 @@ def _rows(known: Known, view: View, width: int) -> list[Line]:
         return []
     if not known.rates.disks:
         return [[("there is no disk; ringplane ctl add adds one", REMARK)]]
-    widths = _Widths(known.rates.disks, width)
+    widths = _Widths(known, width)
     return [_row(known, disk, widths) for disk in ordered(known.rates.disks, view.sort, view.reverse)]
 
 
