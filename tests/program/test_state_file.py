@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringplane.cli.check import check
 from ringplane.control import state_file
 from ringplane.control.changes import Changes
 from ringplane.control.operation_errors import OperationError, Unavailable
@@ -209,6 +213,70 @@ def test_paths_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], None],
     with pytest.raises(StateError, match=words):
         StateFile(path, trusted=True).open()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "ok: 1 disk"),
+        (lambda path: path.write_text('{"version": 1}'), "ok: 1 disk"),
+        (lambda path: path.write_text("{"), "state: is damaged"),
+        (lambda path: path.mkdir(), "state: is not a regular file; choose another path"),
+        (lambda path: path.parent.rmdir(), "the state cannot be stored there: No such file or directory"),
+    ],
+)
+def test_check(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+    """`ringplane check` creates nothing."""
+    path = tmp_path / "folder" / "state"
+    path.parent.mkdir()
+    make(path)
+    config = tmp_path / "disks.toml"
+    config.write_text('state = "folder/state"\n[[disk]]\nimage = "a"\ncreate = "1M"\nsocket-path = "a.sock"\n')
+    before = sorted(tmp_path.rglob("*"))
+    assert words in CliRunner().invoke(check, [str(config)]).output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+CONFINED = """
+import errno, os, sys
+from pathlib import Path
+from ringplane.control.sandbox import confine
+from ringplane.system import libc
+from ringplane.system.syscall_numbers import NUMBERS
+
+def attempt(function):
+    try:
+        function()
+        return "done"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+def exchange(folder, flags=libc.RENAME_EXCHANGE):
+    return libc.system_call(NUMBERS["renameat2"], folders[folder], b"a", folders[folder], b"b", flags)
+
+folders = {name: os.open(name, os.O_RDONLY) for name in ("state", "elsewhere")}
+confine([], Path("state"))
+print(
+    attempt(lambda: exchange("state")),
+    attempt(lambda: exchange("elsewhere")),
+    attempt(lambda: exchange("state", 0)),
+    attempt(lambda: os.rename("state/a", "state/c")),
+    attempt(lambda: os.open("state/new", os.O_CREAT | os.O_WRONLY)),
+    attempt(lambda: os.open("state/a", os.O_RDONLY)),
+)
+"""
+
+
+@needs_all
+def test_what_a_confined_process_can_do_in_the_folder(tmp_path: Path) -> None:
+    """Exchange two files, and no more."""
+    for folder in ("state", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            (tmp_path / folder / name).touch()
+    command = [sys.executable, "-c", CONFINED]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SOON)
+    assert done.stdout.split() == ["done", "EACCES", "EPERM", "EPERM", "EPERM", "EPERM"], done.stderr
 
 
 # A server that stores its state

@@ -10,14 +10,16 @@ import contextlib
 import multiprocessing
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from ringplane.block.image import ImageError
 from ringplane.block.layers.registry import LAYERS
 from ringplane.block.sources.choose_source import rehearse_source
-from ringplane.control import listener
+from ringplane.control import listener, state_file
 from ringplane.control.config import Config
 from ringplane.control.listener import ListenError
 from ringplane.control.sandbox import change_user
+from ringplane.control.state_file import StateError
 from ringplane.control.tcp_listener import bound
 from ringplane.dataplane.worker import Worker
 from ringplane.device.disk import check_switches, impossible_with
@@ -45,6 +47,8 @@ def find_problems(config: Config, user: User | None = None) -> list[str]:
             problems += _of_api(config.api)
         if config.metrics is not None:
             problems += _of_metrics(config.metrics)
+        if config.state is not None:
+            problems += _of_state(config.state)
         for disk in config.disks:
             threads = [workers[name] for name in disk.io_threads if name in workers]
             problems += _of_disk(disk, threads, undo)
@@ -65,6 +69,14 @@ def _of_api(api: ApiOptions) -> list[str]:
     except ListenError as error:
         problems.append(str(error))
     return problems
+
+
+def _of_state(path: Path) -> list[str]:
+    try:
+        state_file.check(path)
+    except StateError as error:
+        return [str(error)]
+    return []
 
 
 def _of_metrics(metrics: MetricsOptions) -> list[str]:

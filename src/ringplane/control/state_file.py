@@ -37,6 +37,22 @@ LOCK_PATIENCE = 0.5
 EMPTY = Changes()
 
 
+def check(path: Path) -> None:
+    """Raises StateError if nothing can be stored there, or what is there cannot be used; nothing is created."""
+    try:
+        os.stat(f"{path.parent}/.")
+        if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if os.path.lexists(path):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise StateError(f"{path}: is not a regular file; choose another path")
+            _parsed(path.read_bytes())
+    except OSError as error:
+        raise StateError(f"{path}: the state cannot be stored there: {error.strerror}") from None
+    except ValueError as error:
+        raise StateError(f"{path}: {error}") from None
+
+
 class StateError(RuntimeError):
     """The file cannot be used; the text is one line that says why."""
 
@@ -104,18 +120,7 @@ class StateFile:
     def read(self) -> Changes:
         """What the previous process has stored. Raises ValueError for what is not a state of this release."""
         fd = next(fd for fd in self._fds if self._is_at(fd, self._name))
-        data = os.pread(fd, os.fstat(fd).st_size, 0)
-        try:
-            saved = json.loads(data)
-        except (ValueError, RecursionError):
-            raise ValueError("is damaged") from None
-        if not isinstance(saved, dict) or saved.get("version") != VERSION:
-            found = saved.get("version") if isinstance(saved, dict) else None
-            raise ValueError(f"is of version {found}, and this release reads version {VERSION}")
-        try:
-            return Changes.from_json(saved)
-        except ValueError as error:
-            raise ValueError(f"is damaged: {error}") from None
+        return _parsed(os.pread(fd, os.fstat(fd).st_size, 0))
 
     def keep(self) -> Path:
         """Copy the file, so that what cannot be used is not lost; returns the path of the copy. Raises StateError."""
@@ -164,6 +169,21 @@ class StateFile:
             if fd >= 0:
                 os.close(fd)
         self._fds, self._folder = [], -1
+
+
+def _parsed(data: bytes) -> Changes:
+    """Raises ValueError."""
+    try:
+        saved = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("is damaged") from None
+    if not isinstance(saved, dict) or saved.get("version") != VERSION:
+        found = saved.get("version") if isinstance(saved, dict) else None
+        raise ValueError(f"is of version {found}, and this release reads version {VERSION}")
+    try:
+        return Changes.from_json(saved)
+    except ValueError as error:
+        raise ValueError(f"is damaged: {error}") from None
 
 
 def _write(fd: int, changes: Changes) -> None:
