@@ -151,10 +151,12 @@ def memory_mib(pid: int, field: str) -> float:
 def loading(disks: Sequence[Driver], load: Load) -> Iterator[list[_Worker]]:
     """This load on each queue of the disks, to be driven without notifications."""
     workers: list[_Worker] = []
+    stop = np.zeros(1, np.int64)
     with contextlib.ExitStack() as stack:
         for disk in disks:
             for vring in disk.queues:
-                workers.append(_Worker(disk, vring, load, (0, disk.capacity // SECTOR), None))
+                part = (0, disk.capacity // SECTOR)
+                workers.append(_Worker(disk, vring, load, part, None, stop))
                 stack.callback(workers[-1].free)
                 workers[-1].run["random"] = len(workers)
                 vring.ring.disable_notifications()

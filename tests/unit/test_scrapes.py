@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from ringplane.control.start import serve
+from ringplane.driver import Driver
 from ringplane.metrics import histogram
 
 from . import benchmark
@@ -35,3 +38,18 @@ def test_a_round_is_compared_with_itself(scrapes: ModuleType) -> None:
     assert [cell.strip() for cell in without[4:7]] == ["100.0", "1.000", "1.00-1.00"]
     assert [cell.strip() for cell in once[4:7]] == ["110.0", "1.000", "1.00-1.10"]
     assert [cell.strip() for cell in once[8:]] == ["3", "5.0"]
+
+
+@pytest.mark.parametrize("rate", [0, 1000])
+def test_all_disks_are_driven(scrapes: ModuleType, tmp_path: Path, rate: int) -> None:
+    """As many requests as are possible, or this many per second, as soon as there is time."""
+    path = tmp_path / "a.sock"
+    with serve(tmp_path / "a.img", path, create=4 << 20, engine="null") as export:
+        with Driver(path, memory_size=4 << 20) as driver:
+            per_second, counts = scrapes.Paced([driver], rate).measure(seconds=0.5, warm_up=0)
+        counted = export.counters["read"]
+    # On a slow machine nothing may have completed in time, but what was submitted was waited for.
+    assert counted.requests > 0
+    assert counted.errors == 0
+    assert 0 <= counts.sum() <= counted.requests
+    assert (per_second > 0) == (counts.sum() > 0)
