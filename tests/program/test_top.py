@@ -202,6 +202,7 @@ def test_counts(value: float, text: str) -> None:
     ("microseconds", "text"),
     [
         (None, "-"),
+        (0.01, "0us"),
         (0.5, "0.5us"),
         (9.96, "10us"),
         (999.4, "999us"),

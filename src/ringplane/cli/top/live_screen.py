@@ -21,7 +21,7 @@ from ringplane.cli.top.figures import ASCII_BARS, BARS
 from ringplane.cli.top.keyboard import keys_of, pressed
 from ringplane.cli.top.sampler import Sampler
 from ringplane.cli.top.table_layout import Known, Line, View, last_first, screen
-from ringplane.client.api_errors import ApiError
+from ringplane.client.api_errors import ApiError, NoConnection
 from ringplane.client.client import Client, Request
 from ringplane.system.signals import Signals
 
@@ -78,7 +78,7 @@ class LiveScreen:
             self._trouble = "no answer, waiting"
             if waited >= LATE:
                 self._end_request().close()
-                self._lose()
+                self._lose(LOST)
 
     def _ask_if_due(self) -> None:
         if self._request is not None or time.monotonic() < self._next:
@@ -89,15 +89,15 @@ class LiveScreen:
         try:
             self._request = self._client.send("GET", TARGET)
             self._selector.register(self._request, selectors.EVENT_READ, self._read_answer)
-        except ApiError:
-            self._lose()
+        except ApiError as error:
+            self._lose(trouble(error))
 
     def _read_answer(self, _: int) -> None:
         try:
             self._sampler.add(self._client.decode(self._end_request().body(), Statistics))
             self._trouble = ""
-        except ApiError:
-            self._lose()
+        except ApiError as error:
+            self._lose(trouble(error))
 
     def _end_request(self) -> Request:
         """The request, for which nobody waits any more."""
@@ -106,9 +106,9 @@ class LiveScreen:
         self._selector.unregister(request)
         return request
 
-    def _lose(self) -> None:
+    def _lose(self, why: str) -> None:
         self._sampler.interrupt()
-        self._trouble = LOST
+        self._trouble = why
 
     def _read_keys(self, fd: int) -> None:
         data = os.read(fd, 1024)
@@ -139,6 +139,11 @@ class LiveScreen:
     def _picture(self) -> Group:
         width, height = self._console.size
         return Group(*map(_styled, screen(self._known(), self._view, width, height)))
+
+
+def trouble(error: ApiError) -> str:
+    """Why there is no answer for now."""
+    return LOST if isinstance(error, NoConnection) else str(error)
 
 
 def known(client: Client, sampler: Sampler, console: Console, trouble: str = "") -> Known:

@@ -12,10 +12,10 @@ import msgspec
 from rich.console import Console
 
 from ringplane.api.schemas import Statistics
-from ringplane.cli.top.live_screen import LOST, TARGET, known
+from ringplane.cli.top.live_screen import TARGET, known, trouble
 from ringplane.cli.top.sampler import Sampler
 from ringplane.cli.top.table_layout import View, listing, plain
-from ringplane.client.api_errors import NoConnection
+from ringplane.client.api_errors import ApiError
 from ringplane.client.client import Client
 from ringplane.client.rates import Rates
 from ringplane.system.signals import Signals
@@ -40,16 +40,16 @@ class PlainOutput:
                 return
 
     def _measured(self, once: bool) -> Iterator[Rates]:
-        """The rates of one interval after the other. It ends with NoConnection only if there is to be but one."""
+        """The rates of one interval after the other. It ends with ApiError only if there is to be but one."""
         connected = True
         for _ in self._intervals():
             try:
                 rates = self._sampler.add(self._client.read(TARGET, Statistics))
-            except NoConnection:
+            except ApiError as error:
                 if once:
                     raise
                 if connected:
-                    click.echo(f"{self._client.path}: {LOST}", err=True)
+                    click.echo(f"{self._client.path}: {trouble(error)}", err=True)
                 connected = False
                 self._sampler.interrupt()
                 continue
