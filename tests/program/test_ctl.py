@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner
 
+from ringplane.api.schemas import Disk
 from ringplane.cli.ctl import ctl as ctl_command
+from ringplane.cli.ctl.api_tables import print_disks
 from ringplane.cli.ctl.disk_adding import add_disk
 from ringplane.cli.serve import serve as serve_command
 from ringplane.options.declare import declared
@@ -150,6 +153,19 @@ def test_config(served: ServedApi, ctl: Ctl, added: str) -> None:
     assert ctl.run("config").encode() == served.api.request("GET", "/v1/config").data
     (disk,) = ctl.json("config")["disk"]
     assert disk["image"] == str(served.folder / "a.img")
+
+
+def test_names_are_whole_on_a_narrow_terminal(
+    served: ServedApi, ctl: Ctl, added: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    disk = msgspec.convert(served.api.disk("a"), Disk)
+    print_disks([msgspec.structs.replace(disk, name="a-rather-long-name-of-a-tenant-01", image="/folder" * 10)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2
+    assert lines[1].split()[:2] == ["a-rather-long-name-of-a-tenant-01", "listening"]
+    assert all(len(re.sub(r"\x1b\[\d*m", "", line)) <= 80 for line in lines)
 
 
 # Adding

@@ -15,6 +15,9 @@ from ringplane.options.cpus import format_cpus
 from ringplane.options.sizes import format_size
 from ringplane.options.toml_text import toml
 
+# Columns that narrow terminals break into several lines; all others are whole.
+FOLDED = ("IMAGE", "SOCKET", "DISKS")
+
 # Where nobody looks at the end of lines, they are as long as they need to be.
 UNLIMITED = 10_000
 
@@ -105,7 +108,8 @@ def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for position, heading in enumerate(headings):
         justify = "right" if position in right else "left"
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        whole = heading not in FOLDED
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=whole)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(_printable(cell)) for cell in row))
     with console.capture() as captured:
