@@ -219,7 +219,7 @@ def test_disks_of_a_file(served: ServedApi, ctl: Ctl) -> None:
     line = ctl.error("add", "--file", str(file), status=1)
     assert line.startswith(f"{file}: [[disk]] 1: ")
     for name in "xy":
-        ctl.run("remove", name)
+        assert ctl.run("remove", name, "--json") == ""
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_events_for_people(served: ServedApi, running: Callable[..., Running], c
 
 
 def test_waiting(served: ServedApi, running: Callable[..., Running], ctl: Ctl, added: str) -> None:
-    ctl.run("wait", "a", "detached")
+    assert ctl.json("wait", "a", "detached") == served.api.disk("a")
     waiting = running(served, "wait", "a", "attached")
     with served.attach():
         assert waiting.process.wait(SOON) == 0
@@ -482,3 +482,4 @@ def test_each_command_says_what_its_exit_status_means() -> None:
         assert command is not None
         text = " ".join(command.get_help(click.Context(command)).split())
         assert "3 if nobody answers" in text, name
+        assert "--json" in text, name

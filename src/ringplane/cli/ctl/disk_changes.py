@@ -25,8 +25,9 @@ DETACH = "detach=true"
 @click.command("remove", short_help="Remove a disk.")
 @disk_name
 @click.option("--detach", is_flag=True, help="Also if a front end is attached: its guest loses the disk.")
+@as_json
 @asking
-def remove_disk(client: Client, name: str, detach: bool) -> None:
+def remove_disk(client: Client, name: str, detach: bool, as_json: bool) -> None:
     """Stop serving the disk NAME. Its image is left as it is.
 
     It is removed when its requests in flight have completed, and not while a front end is attached, but for --detach.
@@ -38,7 +39,9 @@ def remove_disk(client: Client, name: str, detach: bool) -> None:
         client.ask("DELETE", disk_path(name) + (f"?{DETACH}" if detach else ""))
     except Refused as error:
         raise click.ClickException(str(error).replace(DETACH, "--detach")) from None
-    click.echo(f"{name}: removed")
+    # The answer of the API has no body.
+    if not as_json:
+        click.echo(f"{name}: removed")
 
 
 @click.command("resize", short_help="Serve a new size of the image.")

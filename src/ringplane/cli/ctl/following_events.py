@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringplane.cli.ctl.targets import asking, disk_name
+from ringplane.cli.ctl.targets import as_json, asking, disk_name
 from ringplane.cli.types import SECONDS
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def follow_events(client: Client, as_json: bool) -> None:
 @disk_name
 @click.argument("state", type=click.Choice(list(STATES)))
 @click.option("--timeout", type=SECONDS, metavar="SECONDS", help="Fail after this time [default: never].")
+@as_json
 @asking
-def wait_for(client: Client, name: str, state: str, timeout: float | None) -> None:
+def wait_for(client: Client, name: str, state: str, timeout: float | None, as_json: bool) -> None:
     """Wait until a front end is attached to the disk NAME, or until none is.
 
     The exit status is 1 if that has not happened within --timeout, or if the disk is removed.
@@ -54,6 +55,8 @@ def wait_for(client: Client, name: str, state: str, timeout: float | None) -> No
 
     followed, end = Followed(client), None if timeout is None else time.monotonic() + timeout
     followed.connect()
-    while client.read(disk_path(name), Disk).state != STATES[state]:
+    while client.decode(data := client.ask("GET", disk_path(name)), Disk).state != STATES[state]:
         if not followed.wait(end):
             raise click.ClickException(f"{name}: was not {state} within {timeout:g} seconds")
+    if as_json:
+        click.echo(data)
