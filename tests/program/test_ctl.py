@@ -26,6 +26,8 @@ from ringplane.cli.ctl import ctl as ctl_command
 from ringplane.cli.ctl.api_tables import print_disks
 from ringplane.cli.ctl.disk_adding import add_disk
 from ringplane.cli.serve import serve as serve_command
+from ringplane.client.client import Client
+from ringplane.client.following import Followed
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig
 from unit.rig import eventually
@@ -423,6 +425,19 @@ def test_events_are_followed_over_an_upgrade_and_a_restart(
         f"{tmp_path / 'api.sock'}: not connected, trying again",
         "interrupted by SIGTERM",
     }
+
+
+def test_a_client_that_has_seen_no_event_misses_none(serve: Callable[..., ServedApi], tmp_path: Path) -> None:
+    arguments = (*DISK, "--api-socket", str(tmp_path / "api.sock"), "--no-sandbox")
+    serve(*arguments)
+    followed = Followed(Client(tmp_path / "api.sock"))
+    followed.connect()
+    new = serve(*arguments, "--upgrade")
+    new.api.post("/v1/disks/a/pause")
+    events = followed.read_on(lost=str)
+    assert [next(events).kind for _ in range(2)] == ["upgraded", "paused"]
+    followed.close()
+    new.end()
 
 
 def test_events_for_people(served: ServedApi, running: Callable[..., Running], ctl: Ctl, added: str) -> None:
