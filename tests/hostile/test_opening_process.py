@@ -106,8 +106,25 @@ def allowed(top: Path) -> Path:
     return top / "allowed"
 
 
-@pytest.fixture
-def opening(allowed: Path) -> Iterator[Opening]:
+# Run before CODE: openat2(2) does not exist, as before Linux 5.6 and in services of systemd with DynamicUser=.
+WITHOUT_OPENAT2 = """
+import sys; sys.path.append(sys.argv[1])
+from ringplane.system import libc, seccomp
+from ringplane.system.syscall_numbers import NUMBERS
+libc.forbid_new_rights()
+seccomp.install([
+    (seccomp.LOAD, 0, 0, seccomp.NUMBER),
+    (seccomp.IF_EQUAL, 0, 1, NUMBERS["openat2"]),
+    (seccomp.RETURN, 0, 0, seccomp.UNKNOWN),
+    (seccomp.RETURN, 0, 0, seccomp.SECCOMP_RET_ALLOW),
+])
+"""
+
+
+@pytest.fixture(params=["openat2", "without openat2"])
+def opening(allowed: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opening]:
+    if request.param != "openat2":
+        monkeypatch.setattr(remote_opener, "CODE", WITHOUT_OPENAT2 + remote_opener.CODE)
     process = Opening(allowed)
     yield process
     process.close()

@@ -1,7 +1,7 @@
 """What the process that opens files does: below the folders that were named at the start, and nowhere else.
 
 A folder is the one that had this path at the start, wherever it is moved later. A path below it leads down name by
-name, through no symbolic link of any kind (openat2(2)), whatever others change at the same time.
+name, through no symbolic link of any kind (openat2(2), or name by name), whatever others change at the same time.
 """
 
 from __future__ import annotations
@@ -46,18 +46,54 @@ class Folder:
 def open_folder(path: str) -> Folder:
     """The folder that has this path now. Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return Folder(fd, is_below_dev(path))
+
+
+def has_openat2(folder: Folder) -> bool:
+    """Whether this kernel, or a jail around us, has openat2(2).
+
+    Linux before 5.6 does not; nor do services with RestrictSUIDSGID=, which systemd's DynamicUser= implies.
+    """
     try:
-        # Whether this kernel, or a jail around us, has the call without which nothing is opened.
-        os.close(_open_beneath(fd, b".", os.O_PATH | os.O_CLOEXEC))
-        return Folder(fd, is_below_dev(path))
-    except OSError:
-        os.close(fd)
-        raise
+        os.close(_open_strictly(folder.fd, b".", os.O_PATH | os.O_CLOEXEC, 0))
+    except OSError as error:
+        return error.errno != errno.ENOSYS
+    return True
 
 
 def _open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
+    try:
+        return _open_strictly(folder, path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+    return _descend(folder, path, flags, mode)
+
+
+def _open_strictly(folder: int, path: bytes, flags: int, mode: int) -> int:
     how = OPEN_HOW.pack(flags, mode, STRICTLY)
     return system_call(NUMBERS["openat2"], folder, path, how, OPEN_HOW.size)
+
+
+def _descend(folder: int, path: bytes, flags: int, mode: int) -> int:
+    """The same without openat2(2): each name of the path is opened by itself, and none leads up or along a link."""
+    *above, last = path.split(b"/")
+    with contextlib.ExitStack() as passed:
+        for name in above:
+            folder = _open_name(folder, name, os.O_PATH | os.O_CLOEXEC, 0)
+            passed.callback(os.close, folder)
+        return _open_name(folder, last, flags, mode)
+
+
+def _open_name(folder: int, name: bytes, flags: int, mode: int) -> int:
+    # With O_PATH a link itself is opened. It is not a folder either, and the errors are to be those of openat2(2).
+    fd = os.open(name, flags & ~os.O_DIRECTORY | os.O_NOFOLLOW, mode, dir_fd=folder)
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISLNK(kind) or (flags & os.O_DIRECTORY and not stat.S_ISDIR(kind)):
+        os.close(fd)
+        code = errno.ELOOP if stat.S_ISLNK(kind) else errno.ENOTDIR
+        raise OSError(code, os.strerror(code))
+    return fd
 
 
 class AllowedFolders:

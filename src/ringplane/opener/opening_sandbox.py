@@ -7,7 +7,7 @@ import os
 import resource
 import socket
 
-from ringplane.opener.allowed_folders import Folder
+from ringplane.opener.allowed_folders import Folder, has_openat2
 from ringplane.system import landlock, libc, seccomp
 from ringplane.system.landlock import (
     LANDLOCK_ACCESS_FS_IOCTL_DEV,
@@ -73,7 +73,8 @@ def confine(folders: list[Folder]) -> None:
         landlock.keep_only({folder.fd: _rights(folder) for folder in folders})
     libc.drop_capabilities()
     if seccomp.available():
-        seccomp.install(seccomp.program(ALLOWED, LIMITED, DEADLY))
+        opening = () if has_openat2(folders[0]) else ("openat",)
+        seccomp.install(seccomp.program((*ALLOWED, *opening), LIMITED, DEADLY))
 
 
 def _rights(folder: Folder) -> int:

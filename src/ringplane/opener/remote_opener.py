@@ -237,8 +237,6 @@ def find_folder_problem(folder: Path) -> str:
 
 
 def _why_not_this_folder(folder: Path, code: int) -> str:
-    if code == errno.ENOSYS:
-        return "--allow-folder needs openat2(2), which this system does not have (Linux 5.6)"
     return f"{folder}: files cannot be opened below this folder (--allow-folder): {os.strerror(code)}"
 
 

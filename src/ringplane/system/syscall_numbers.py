@@ -80,6 +80,7 @@ TABLE = {
     "mremap": (25, 216),
     "munmap": (11, 215),
     "newfstatat": (262, 79),
+    "openat": (257, 56),
     "openat2": (437, 437),
     "poll": (7, -1),
     "ppoll": (271, 73),
