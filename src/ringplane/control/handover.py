@@ -1,18 +1,22 @@
 """A planned restart: a new process takes over the disks of a running one, and with them its front ends.
 
-The running process listens on a separate socket beside that of its first disk. The new one connects there, receives
-the description of the disks with their images and sockets, and prepares everything. Only then do the guests wait: the
-running process stops all rings, which completes what is in flight, and sends the position of each; the new one resumes
-from there. If anything fails before the new process has everything, the running one continues as if nothing had
-happened.
+The running process listens on a separate socket beside that of its API, or of its first disk. The new one connects
+there, receives the description of the disks with their images and sockets, and prepares everything. Only then do the
+guests wait: the running process stops all rings, which completes what is in flight, and sends the position of each; the
+new one resumes from there. If anything fails before the new process has everything, the running one continues as if
+nothing had happened.
 
     new                         running
     hello            ->
-                     <-         offer: each disk's image, socket and options
-    ready            ->         freezes all disks
-                     <-         state: of each disk and its front end
+                     <-         offer: each disk's image, socket and options; the sockets of API and metrics; what was
+                                changed at run time (changes.py); the files of its state (state_file.py)
+    ready            ->         freezes all disks, and lets nobody change them
+                     <-         state: of each disk and its front end; events; counters (handed_counters.py)
     taking           ->         lets go of all of them
                      <-         yours, and exits
+
+What a release does not send has not been changed, and what one does not know it leaves out of account; a disk that was
+added at run time is then a disk too many, and the takeover is refused.
 
 A failure is sent as {"refused": why}. Between the last two lines no process serves: if the running one ends there
 without a message, it has let go.

@@ -199,4 +199,6 @@ def _write(fd: int, changes: Changes) -> None:
 def _why(error: OSError) -> str:
     if error.errno == errno.EINVAL:
         return "its file system cannot exchange two files (renameat2(2)); choose another folder"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"user {os.geteuid()} may not rename files in its folder; choose another folder, or change its owner"
     return error.strerror or str(error)
