@@ -47,6 +47,7 @@ def operate(served: ServedApi) -> None:
     assert b"ringplane_disk_attached" in api.request("GET", "/metrics").data
     assert b"[[disk]]" in api.request("GET", "/v1/config").data
     assert api.request("POST", "/v1/disks", {"image": 7}).status == 400
+    assert 'did you mean "image"?' in api.request("POST", "/v1/disks", {"imag": "/a"}).error["what"]
     assert api.request("PUT", "/none").status == 404
     assert next(stream)[1] == "paused"
 

@@ -10,6 +10,7 @@ from ringplane.api.routes import ROUTES
 from ringplane.control.listener import Listener
 from ringplane.control.server import Server
 from ringplane.options.api_options import ApiOptions
+from ringplane.options.kinds import suggestion
 
 # These load modules on first use.
 REHEARSED = ("/openapi.json", "/v1/config", "/v1/disks", "/v1/statistics", "/metrics", "/none")
@@ -34,6 +35,8 @@ class HttpApi:
         with contextlib.ExitStack() as undo:
             self.listener = self._inherited or Listener.at(self.path, self.options.mode, self.options.socket_group)
             undo.callback(self.listener.close)
+            # It loads a module on first use too.
+            suggestion("", ())
             self._http.open(make_application(server, ROUTES), self.listener.sock, REHEARSED)
             undo.pop_all()
 
