@@ -189,10 +189,11 @@ def _parsed(data: bytes) -> Changes:
 def _write(fd: int, changes: Changes) -> None:
     """Raises OSError."""
     data = json.dumps({"version": VERSION, **changes.as_json()}, indent=1).encode() + b"\n"
-    os.ftruncate(fd, 0)
     written = 0
     while written < len(data):
         written += os.pwrite(fd, data[written:], written)
+    # Afterwards: what the file has of its file system is not given away before.
+    os.ftruncate(fd, len(data))
     os.fsync(fd)
 
 
