@@ -246,3 +246,11 @@ def test_the_configuration_space_has_the_limits(tmp_path: Path, block_size: int)
     finally:
         disk.close()
         worker.stop()
+
+
+def test_a_sysfs_that_is_hidden_is_like_none(tmp_path: Path) -> None:
+    """A container may forbid to look there. Root may look everywhere, so another error stands for that one."""
+    hidden = tmp_path / ("x" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        hidden.stat()
+    assert module.physical_block_below(os.makedev(254, 0), hidden) == module.USUAL_BLOCK

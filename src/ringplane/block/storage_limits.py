@@ -94,7 +94,8 @@ def physical_block_below(device: int, sysfs: Path) -> int:
 def _disk(sysfs: Path, device: int) -> Path:
     """The folder of a block device in sysfs; for a partition that of its disk, which has the limits."""
     entry = sysfs / f"{os.major(device)}:{os.minor(device)}"
-    return entry.resolve().parent if (entry / "partition").exists() else entry
+    # Containers hide parts of /sys, by permissions too, for which `Path.exists` raises.
+    return entry.resolve().parent if os.path.exists(entry / "partition") else entry
 
 
 def _can_punch(fd: int, size: int) -> bool:

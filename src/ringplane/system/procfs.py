@@ -17,7 +17,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 def warn_if_missing() -> None:
     """Log one line if /proc is not mounted; each function of this file documents what it returns then."""
-    if not SELF.exists():
+    if not os.path.exists(SELF):
         log.warning(
             "/proc is not mounted: threads outside the sandbox and writable code are not detected; the compiler's "
             "memory is not released; a zoned disk whose process is killed loses what was not flushed"
