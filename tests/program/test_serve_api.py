@@ -110,7 +110,7 @@ def test_a_disk_in_memory_with_limits_is_added_under_confinement(serve: Serve, t
 def test_a_block_device_is_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "storage").write_bytes(bytes(4 << 20))
     with loop_device(tmp_path / "storage") as device:
-        served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--allow-folder", "/dev")
+        served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--allow-folder", "/dev", strict=True)
         body = {"image": str(device), "socket-path": str(tmp_path / "a.sock"), "name": "a"}
         assert served.api.post("/v1/disks", body, status=201)["size"] == 4 << 20
         with served.attach() as driver:

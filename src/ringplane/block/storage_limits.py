@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from ringplane.native.fs import BLKDISCARD, BLKPBSZGET, BLKSECDISCARD
+from ringplane.native.fs import BLKDISCARD, BLKIOMIN, BLKIOOPT, BLKPBSZGET, BLKSECDISCARD
 from ringplane.system import libc
+from ringplane.system.confinement import is_confined
 
 SYSFS = Path("/sys/dev/block")
 
@@ -117,12 +118,12 @@ def _fragment(fd: int) -> int:
 
 def _of_device(fd: int, disk: Path, read_only: bool) -> Limits:
     granularity = _number(disk / "queue/discard_granularity")
-    # Without sysfs the device itself reports its block size, but not the rest.
-    physical = _number(disk / "queue/physical_block_size") or _physical_block(fd)
+    # Without sysfs the device itself reports all sizes but that one.
+    physical = _number(disk / "queue/physical_block_size") or _reported(fd, BLKPBSZGET) or USUAL_BLOCK
     return Limits(
         physical_block=physical,
-        minimum_io=_number(disk / "queue/minimum_io_size") or physical,
-        optimal_io=_number(disk / "queue/optimal_io_size"),
+        minimum_io=_number(disk / "queue/minimum_io_size") or _reported(fd, BLKIOMIN) or physical,
+        optimal_io=_number(disk / "queue/optimal_io_size") or _reported(fd, BLKIOOPT),
         discard=(granularity or physical) if not read_only and _can_discard(fd, disk) else 0,
         secure_erase=(granularity or physical) if not read_only and _refusal(fd, BLKSECDISCARD) == errno.EINVAL else 0,
         punches=not read_only,
@@ -130,11 +131,12 @@ def _of_device(fd: int, disk: Path, read_only: bool) -> Limits:
     )
 
 
-def _physical_block(fd: int) -> int:
+def _reported(fd: int, request: int) -> int:
+    """The size that a device reports; 0 if it does not."""
     try:
-        return int(struct.unpack("I", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))[0])
+        return int(struct.unpack("I", fcntl.ioctl(fd, request, bytes(4)))[0])
     except OSError:
-        return USUAL_BLOCK
+        return 0
 
 
 def _can_discard(fd: int, disk: Path) -> bool:
@@ -154,6 +156,8 @@ def _refusal(fd: int, request: int) -> int | None:
 
 def _lifetime(device: Path) -> tuple[int, int, int] | None:
     """mmc: "life_time" holds two numbers, "pre_eol_info" one, all hexadecimal."""
+    if is_confined():
+        return None
     try:
         first, second = (device / "life_time").read_text().split()
         return int((device / "pre_eol_info").read_text(), 16), int(first, 16), int(second, 16)
@@ -162,7 +166,9 @@ def _lifetime(device: Path) -> tuple[int, int, int] | None:
 
 
 def _number(path: Path) -> int:
-    """The number in a file of sysfs; 0 if there is none."""
+    """The number in a file of sysfs; 0 if there is none, or this process may not read it any more."""
+    if is_confined():
+        return 0
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -15,7 +15,6 @@ from ringplane.control.needed_units import units_of_limits, units_of_parts
 from ringplane.control.opening import Parts, listen, open_parts, report_created
 from ringplane.control.operation_errors import WrongState
 from ringplane.control.planned import Planned
-from ringplane.control.sandbox import is_confined
 from ringplane.control.spreading import spread
 from ringplane.control.threads import Threads
 from ringplane.dataplane.compile_data_plane import warm_up
@@ -25,6 +24,7 @@ from ringplane.log.event_bus import Events
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import default_name
 from ringplane.options.process_rules import ProcessRules
+from ringplane.system.confinement import is_confined
 
 if TYPE_CHECKING:
     from ringplane.opener.remote_opener import RemoteOpener

@@ -15,7 +15,6 @@ from ringplane.block.image import ImageError
 from ringplane.control.changing import Changing
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
-from ringplane.control.sandbox import is_confined
 from ringplane.control.turns import Turns
 from ringplane.dataplane import limit_gate
 from ringplane.dataplane.compile_data_plane import warm_up
@@ -25,6 +24,7 @@ from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.limit_options import Limits, merge_limits
 from ringplane.session.session import Session
+from ringplane.system.confinement import is_confined
 from ringplane.system.notes import in_words
 
 Result = TypeVar("Result")

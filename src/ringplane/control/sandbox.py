@@ -17,10 +17,20 @@ from pathlib import Path
 
 from ringplane.compiler.cache import remove_temporary_cache
 from ringplane.engines.uring import REGISTRATIONS
-from ringplane.native.fs import BLKDISCARD, BLKGETSIZE64, BLKPBSZGET, BLKROGET, BLKSECDISCARD, BLKSSZGET
+from ringplane.native.fs import (
+    BLKDISCARD,
+    BLKGETSIZE64,
+    BLKIOMIN,
+    BLKIOOPT,
+    BLKPBSZGET,
+    BLKROGET,
+    BLKSECDISCARD,
+    BLKSSZGET,
+)
 from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
 from ringplane.options.users import User
 from ringplane.system import code_pages, landlock, libc, procfs, seccomp
+from ringplane.system.confinement import set_confined
 from ringplane.system.seccomp import DEADLY, Only
 
 log = logging.getLogger(__name__)
@@ -68,7 +78,7 @@ TCGETS2 = 0x802C542A
 
 # Sizes, properties and ranges of block devices; non-blocking sockets and eventfds; isatty(3).
 IOCTLS = (
-    *(BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKROGET, BLKDISCARD, BLKSECDISCARD),
+    *(BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT, BLKROGET, BLKDISCARD, BLKSECDISCARD),
     *(termios.FIONBIO, termios.TCGETS, TCGETS2),
 )
 FCNTLS = (
@@ -80,17 +90,9 @@ FCNTLS = (
 # For the state, if it is stored.
 EXCHANGE = {"renameat2": Only(4, (libc.RENAME_EXCHANGE,))}
 
-# Whether `confine` was called; it is for good.
-_confined = False
-
 
 class SandboxError(RuntimeError):
     """The requested privileges cannot be given up; the message is one line for the user."""
-
-
-def is_confined() -> bool:
-    """Whether this process has given up the right to open files."""
-    return _confined
 
 
 def missing() -> list[str]:
@@ -116,9 +118,8 @@ def confine(removing_in: Collection[Path], exchanging_in: Path | None = None, ot
     names in the folder `exchanging_in`, where the state is (state_file.py). `otherwise` is the result of a system call
     that is neither allowed nor deadly. Parts that are `missing` are left out.
     """
-    global _confined
     absent = missing()
-    _confined = True
+    set_confined()
     remove_temporary_cache()
     # The number that glibc would use.
     libc.limit_arenas(8 * (os.cpu_count() or 1))
