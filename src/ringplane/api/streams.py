@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import Receive, Send
 
 
-async def send_part(send: Send, data: bytes) -> None:
+async def send_part(send: Send, data: bytes | memoryview) -> None:
     """Send a part of the body; returns when the client is ready for more."""
     await send({"type": "http.response.body", "body": data, "more_body": True})
 

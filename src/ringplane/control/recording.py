@@ -15,8 +15,9 @@ from ringplane.control.threads import Threads
 from ringplane.dataplane.trace_events import Events, TracedQueue, TraceReader
 from ringplane.dataplane.worker import Worker
 
-# Events that are read at a time.
-PORTION = 1 << 13
+# Events that are read at a time: 0.8 MB.
+PORTION = 1 << 14
+WORTHWHILE = PORTION // 4
 
 # Seconds that an I/O thread may take to begin or end it.
 PATIENCE = 5.0
@@ -84,10 +85,13 @@ class Recording:
             await _all([each.worker.stop_tracing(each.reader) for each in self._tracks])
 
     def read(self) -> Iterator[Portion]:
-        """What has been recorded since the last call, or a part of it; nothing if there is no more."""
+        """What has been recorded since the last call, but for few events that would not be worth it."""
+        least = 1 if self._stopped else WORTHWHILE
         for each in self._tracks:
-            if portion := each.read():
+            while portion := each.read():
                 yield portion
+                if each.reader.unread < least:
+                    break
 
 
 class Track:

@@ -17,6 +17,7 @@ from ringplane.dataplane.tracer import (
     CAPACITY,
     COMPLETE,
     EVENT,
+    EVENT_SIZE,
     FETCH,
     HOLD,
     LEAVE,
@@ -119,6 +120,7 @@ class Tracer:
         """`load` must have been called before."""
         self._state = state
         self._events: Events = np.zeros(CAPACITY, EVENT)
+        self._bytes = self._events.view(np.uint8)
         self._record: npt.NDArray[np.void] = new(TRACER)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
@@ -137,10 +139,10 @@ class Tracer:
         return int(self._record["written"][0])
 
     def copy(self, first: int, last: int) -> Events:
-        """Events `first` to `last` (excluded); those that were overwritten are replaced by newer ones."""
+        """Events `first` to `last` (excluded), in one piece; those that were overwritten are replaced by newer ones."""
         start = first % CAPACITY
-        wrapped = max(start + last - first - CAPACITY, 0)
-        return np.concatenate([self._events[start : start + last - first], self._events[:wrapped]])
+        # As bytes: NumPy copies structs one by one.
+        return self._bytes[start * EVENT_SIZE : (start + last - first) * EVENT_SIZE].copy().view(EVENT)
 
     # On the worker's thread, between two runs.
 
@@ -208,14 +210,22 @@ class TraceReader:
         """Those of all events that were read, by their numbers; it becomes longer."""
         return self._tracer.queues
 
+    @property
+    def unread(self) -> int:
+        """How many events have come since the last call of `read`."""
+        return self._tracer.written - self._read
+
     def read(self, limit: int = CAPACITY) -> Events:
-        """The events since the last call, at most the oldest `limit`; those overwritten unread count in `lost`."""
+        """The oldest events since the last call, at most `limit`, or up to the end of the ring buffer; none: no more.
+
+        Those that were overwritten unread count in `lost`.
+        """
         if len(self._before):
             before, self._before = self._before, self._before[:0]
             return before
         written = self._tracer.written
         first = max(self._read, written - CAPACITY)
-        last = min(written, first + limit)
+        last = min(written, first + limit, first - first % CAPACITY + CAPACITY)
         entries = self._tracer.copy(first, last)
         # Also lost: what the worker has overwritten while we copied, and the entry that it may be writing now.
         intact = min(last, max(first, self._tracer.written - CAPACITY + 1))
@@ -224,21 +234,27 @@ class TraceReader:
         return entries[intact - first :]
 
     def events(self, limit: int = CAPACITY) -> Iterator[TraceEvent]:
-        """Like `read`, one by one."""
-        for entry in self.read(limit):
-            queue = self.queues[entry["queue"]]
-            yield TraceEvent(
-                time_ns=int(entry["time"]),
-                event=int(entry["event"]),
-                disk=queue.disk,
-                queue=queue.number,
-                head=int(entry["head"]),
-                type=int(entry["type"]),
-                sector=int(entry["sector"]),
-                length=int(entry["length"]),
-                status=int(entry["status"]),
-                microseconds=int(entry["nanoseconds"]) / 1000,
-            )
+        """The events since the last call one by one, at least the oldest `limit` of them."""
+        while len(entries := self.read(limit)):
+            limit -= len(entries)
+            yield from map(self._event, entries)
+            if limit <= 0:
+                return
+
+    def _event(self, entry: np.void) -> TraceEvent:
+        queue = self.queues[entry["queue"]]
+        return TraceEvent(
+            time_ns=int(entry["time"]),
+            event=int(entry["event"]),
+            disk=queue.disk,
+            queue=queue.number,
+            head=int(entry["head"]),
+            type=int(entry["type"]),
+            sector=int(entry["sector"]),
+            length=int(entry["length"]),
+            status=int(entry["status"]),
+            microseconds=int(entry["nanoseconds"]) / 1000,
+        )
 
 
 def load_tracing() -> None:

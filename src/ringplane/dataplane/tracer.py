@@ -40,7 +40,7 @@ EVENT = np.dtype(
     ]
 )
 EVENT_SIZE = EVENT.itemsize
-CAPACITY = 1 << 16
+CAPACITY = 1 << 17
 
 # Of a worker. The first four are the addresses of the units below.
 TRACER = struct(

@@ -26,7 +26,7 @@ STDOUT, STDERR = 1, 2
 # Seconds that the readers of standard output and standard error have at the end to take the remaining lines.
 PATIENCE = 2.0
 
-# Trace events that may wait besides log lines: twice as many as an I/O thread keeps.
+# Trace events that may wait besides log lines: as many as an I/O thread keeps.
 TRACE_LIMIT = 1 << 17
 
 # syslog(3)
