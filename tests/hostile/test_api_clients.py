@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ringplane.driver.load import Load, run_load
 from unit.api_client import Api
 from unit.rig import PATIENCE, eventually
 
@@ -126,6 +127,25 @@ def test_a_stream_that_nobody_reads_loses_events_and_its_connection(impatient: V
         while not dropped():
             assert time.monotonic() < deadline, "a stream that nobody reads is never dropped"
     impatient.check()
+    assert impatient.resources()[1] <= memory + MEMORY
+
+
+def test_a_trace_that_nobody_reads_loses_events_and_its_connection(impatient: Victim) -> None:
+    """It ends with the connection: the next client can trace."""
+    fds, memory = impatient.resources()
+    with impatient.connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.sendall(b"POST /v1/trace HTTP/1.1\r\nhost: x\r\n\r\n")
+        # It has begun.
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        deadline = time.monotonic() + 300
+        while impatient.resources()[0] > fds:
+            run_load(impatient.driver, Load(depth=8, requests=1000))
+            assert time.monotonic() < deadline, "a trace that nobody reads is never dropped"
+    impatient.check()
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /v1/trace?seconds=0.01 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert receive(sock).startswith(b"HTTP/1.1 200 ")
     assert impatient.resources()[1] <= memory + MEMORY
 
 
