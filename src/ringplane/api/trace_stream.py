@@ -25,9 +25,9 @@ SHORTEST = 0.01
 
 VERSION = 1
 
-# Seconds between looks at the events of the I/O threads, at most and at least. To look costs CPU time, however few
+# Seconds between looks at the events of the I/O threads, at least and at most. To look costs CPU time, however few
 # there are. Each thread keeps CAPACITY events (dataplane/tracer.py): at a million requests per second those of 65 ms.
-LONGEST, SHORTEST_WAIT = 0.1, 0.02
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.1
 
 
 class TraceStream(Response):
@@ -59,24 +59,20 @@ class TraceStream(Response):
         wait = SHORTEST_WAIT
         while not gone.done() and (left := wait if end is None else end - time.monotonic()) > 0:
             await asyncio.wait([gone], timeout=min(wait, left))
-            sent = await self._send_new(send, gone)
-            # At the present rate, an eighth of what an I/O thread keeps.
-            wait = min(max(wait * CAPACITY / 8 / max(sent, 1), SHORTEST_WAIT), LONGEST)
+            # At the present rate, until an I/O thread has an eighth of what it keeps.
+            wait = min(max(wait * CAPACITY / 8 / max(self._recording.unread, 1), SHORTEST_WAIT), LONGEST_WAIT)
+            await self._send_new(send, gone)
 
-    async def _send_new(self, send: Send, gone: asyncio.Task[None]) -> int:
-        """How many events these were."""
-        sent = 0
+    async def _send_new(self, send: Send, gone: asyncio.Task[None]) -> None:
         for portion in self._recording.read():
             await send_part(send, _line(_announcement(portion)))
-            sent += len(portion.events)
             if len(portion.events):
                 # As bytes, without a copy.
                 await send_part(send, portion.events.view(np.uint8).data)
             # Other clients get their turn, and it is noticed when this one has gone.
             await asyncio.sleep(0)
             if gone.done():
-                break
-        return sent
+                return
 
 
 def _description() -> dict[str, object]:

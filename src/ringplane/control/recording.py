@@ -84,6 +84,11 @@ class Recording:
             self._ended()
             await _all([each.worker.stop_tracing(each.reader) for each in self._tracks])
 
+    @property
+    def unread(self) -> int:
+        """How many events have come since the last `read`, of the I/O thread that had most."""
+        return max((each.reader.unread for each in self._tracks), default=0)
+
     def read(self) -> Iterator[Portion]:
         """What has been recorded since the last call, but for few events that would not be worth it."""
         least = 1 if self._stopped else WORTHWHILE
