@@ -25,7 +25,7 @@ from ringplane.dataplane.queue import started
 from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
-from ringplane.log.event_bus import Emit, no_events
+from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.limit_options import Limits
 from ringplane.session.session import Session
@@ -70,7 +70,7 @@ class Export:
         self._transport: AsyncTransport | None = None
         # Who is attached, for log lines.
         self._attached = ""
-        self._stopping = False
+        self._stopping = self._handed_over = False
         self._finished = threading.Event()
 
     @property
@@ -292,11 +292,18 @@ class Export:
                 self._transport.close()
             self._session = self._transport = None
             self.disk.report_failures()
-            self._logger.info("front end detached")
-            self._emit("detached", front_end=self._attached)
+            self._report_end()
             if watching is not None:
                 watching.cancel()
                 await asyncio.wait([watching])
+
+    def _report_end(self) -> None:
+        if self._handed_over:
+            # The guest does not notice.
+            self._logger.info("front end handed over")
+            return
+        self._logger.info("front end detached")
+        self._emit("detached", front_end=self._attached)
 
     # For handing_over.py and taking_over.py.
 
@@ -332,8 +339,7 @@ class Export:
     async def abandon(self) -> None:
         """After `freeze`: stop, and leave everything unchanged to the process that takes over."""
         self._listener.owned = False
-        # Its front end is not detached.
-        self._emit = no_events
+        self._handed_over = True
         for layer in self.disk.layers:
             layer.abandon()
         if self._session:
