@@ -17,6 +17,7 @@ PACKAGES = {
     "fio": "fio",
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
     "split": "coreutils",
     "blkdiscard": "util-linux",
     "fstrim": "util-linux",

@@ -2,7 +2,7 @@
 
 import hashlib
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from . import kernels
 
@@ -14,19 +14,20 @@ def check_filesystem(image: Path) -> None:
     assert checked.returncode == 0, f"e2fsck on the host:\n{checked.stdout}{checked.stderr}"
 
 
-def check_files(image: Path, folder: Path) -> None:
-    """Check the files in the image against the checksums that the guest left beside them.
+def check_files(image: Path, folder: Path, root: str = "/", at_least: int = 2400) -> None:
+    """Check the files below a folder in the image against the checksums that the guest left there as `sums`.
 
     In the guest, a disk that misplaces every sector in the same way for reads and writes would look right.
     """
     debugfs = kernels.program("debugfs", "e2fsprogs")
     folder.mkdir()
-    subprocess.run([debugfs, "-R", f"rdump / {folder}", image], capture_output=True, check=True)
-    lines = (folder / "sums").read_text().splitlines()
-    assert len(lines) >= 2400
+    subprocess.run([debugfs, "-R", f"rdump {root} {folder}", image], capture_output=True, check=True)
+    copied = folder / PurePosixPath(root).name
+    lines = (copied / "sums").read_text().splitlines()
+    assert len(lines) >= at_least
     for line in lines:
         wanted, name = line.split(maxsplit=1)
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted, f"{name} differs in the image"
+        assert hashlib.sha256((copied / name).read_bytes()).hexdigest() == wanted, f"{name} differs in the image"
 
 
 def sha256(image: Path, size: int | None = None, start: int = 0) -> str:

@@ -265,11 +265,17 @@ def fio_verify_for(seconds: int, ring: str) -> Workload:
     return verifying(ring, fio_verifying(seconds))
 
 
+def fio_command(seconds: int, file: str = "/dev/vda") -> str:
+    """Random reads and writes in two areas, whose data is read back and verified."""
+    return f"""\
+fio --name=verify --filename={file} --direct=1 --ioengine=libaio --iodepth=32 --numjobs=2 --thread --rw=randrw \\
+    --bssplit=4k/50:16k/30:64k/20 --size=32M --offset_increment=200M --verify=crc32c --verify_fatal=1 \\
+    --verify_backlog=64 --time_based --runtime={seconds} --fsync=32"""
+
+
 def fio_verifying(seconds: int) -> str:
     return f"""\
-fio --name=verify --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=32 --numjobs=2 --thread --rw=randrw \\
-    --bssplit=4k/50:16k/30:64k/20 --size=32M --offset_increment=200M --verify=crc32c --verify_fatal=1 \\
-    --verify_backlog=64 --time_based --runtime={seconds} --fsync=32 > /tmp/fio.txt 2>&1 ||
+{fio_command(seconds)} > /tmp/fio.txt 2>&1 ||
     {{ cat /tmp/fio.txt; give_up "fio"; }}
 grep -E 'err=|IOPS=' /tmp/fio.txt
 [ "$(grep -c 'err= 0' /tmp/fio.txt)" = 2 ] || {{ cat /tmp/fio.txt; give_up "fio reported an error"; }}
