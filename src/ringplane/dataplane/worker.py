@@ -207,6 +207,7 @@ class Worker:
         try:
             self.engine.attach_thread()
             libc.set_timer_slack(TIMER_SLACK_NS)
+            libc.name_thread(self.name)
             while not self._stopping:
                 self._turn()
         except BaseException:
