@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from ringplane.dataplane.tracer import EVENT_SIZE
 from ringplane.driver.load import Load, run_load
 from unit.chrome_format import Trace, check_depth
 from unit.rig import eventually
+from unit.waiting import wait_until
 
 from .served import DISK, SOON, needs_all
 from .test_serve_api import ServedApi
@@ -148,12 +153,40 @@ def test_errors_are_one_line_each(serve: Serve, tmp_path: Path) -> None:
     served.end()
 
 
+class Relay:
+    """A socket in front of the API's. `sent`: how many bytes the API has sent to its clients, who can read them."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.sent = 0
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen()
+        threading.Thread(target=self._accept, args=[str(target)], daemon=True).start()
+
+    def _accept(self, target: str) -> None:
+        while True:
+            client, server = self._listening.accept()[0], socket.socket(socket.AF_UNIX)
+            server.connect(target)
+            for arguments in ((client, server, 0), (server, client, 1)):
+                threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, to: socket.socket, counted: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                to.sendall(data)
+                self.sent += counted * len(data)
+            to.shutdown(socket.SHUT_WR)
+
+
 def test_the_process_ends_during_a_trace(serve: Serve, tmp_path: Path) -> None:
     """What was recorded until then is written; it is reported that the end is missing."""
     served = serve(*DISK, *API)
+    relay = Relay(tmp_path / "relay.sock", tmp_path / "api.sock")
     with attach(served) as driver:
-        tracing = trace(served, "--seconds", "3600")
+        tracing = trace(served, "--seconds", "3600", "--api-socket", "relay.sock")
         run_load(driver, Load(depth=4, requests=1000))
+        # Events are sent some time after they were recorded.
+        wait_until(lambda: relay.sent > 1000 * EVENT_SIZE)
     served.process.kill()
     assert "requests of 1 queue; the process has ended meanwhile; open" in finish(tracing)
     written = Trace(tmp_path / "trace.json")
