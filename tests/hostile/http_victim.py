@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -118,3 +119,14 @@ def receive(sock: socket.socket) -> bytes:
         while part := sock.recv(65536):
             data += part
     return bytes(data)
+
+
+def check_garbage(victim: HttpVictim, seed: int, requests: int) -> None:
+    """What is not HTTP has the status 400, or no answer."""
+    draw = random.Random(seed)
+    for _ in range(requests):
+        with victim.connect() as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(draw.randbytes(draw.randrange(1, 3000)) + b"\r\n\r\n")
+            answer = receive(sock)
+            assert not answer or answer.startswith(b"HTTP/1.1 400 ")

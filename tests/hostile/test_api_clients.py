@@ -16,7 +16,7 @@ from ringplane.driver.load import Load, run_load
 from unit.api_client import Api
 from unit.rig import PATIENCE, eventually
 
-from .http_victim import IMPATIENT, MEMORY, PATIENT, HttpVictim, receive, running, unharmed
+from .http_victim import IMPATIENT, MEMORY, PATIENT, HttpVictim, check_garbage, receive, running, unharmed
 
 GET = b"GET /v1/disks HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -223,13 +223,7 @@ def test_connections_that_are_all_busy(victim: Victim) -> None:
 
 
 def test_garbage(victim: Victim) -> None:
-    draw = random.Random(7)
-    for _ in range(300):
-        with victim.connect() as sock:
-            with contextlib.suppress(OSError):
-                sock.sendall(draw.randbytes(draw.randrange(1, 3000)) + b"\r\n\r\n")
-            answer = receive(sock)
-            assert not answer or answer.startswith(b"HTTP/1.1 400 ")
+    check_garbage(victim, seed=7, requests=300)
 
 
 def test_mutated_requests(victim: Victim) -> None:

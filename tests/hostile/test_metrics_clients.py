@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import random
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 
 from unit.rig import PATIENCE, eventually
 
-from .http_victim import IMPATIENT, HttpVictim, receive, running, unharmed
+from .http_victim import IMPATIENT, HttpVictim, check_garbage, receive, running, unharmed
 
 GET = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -52,13 +51,7 @@ def victim(served: Victim) -> Iterator[Victim]:
 
 
 def test_garbage(victim: Victim) -> None:
-    draw = random.Random(9)
-    for _ in range(100):
-        with victim.connect() as sock:
-            with contextlib.suppress(OSError):
-                sock.sendall(draw.randbytes(draw.randrange(1, 3000)) + b"\r\n\r\n")
-            answer = receive(sock)
-            assert not answer or answer.startswith(b"HTTP/1.1 400 ")
+    check_garbage(victim, seed=9, requests=100)
 
 
 def test_a_request_that_does_not_end_is_dropped(victim: Victim) -> None:
