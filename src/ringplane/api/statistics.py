@@ -11,7 +11,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.api.disk_metrics import SECOND_NS
+from ringplane.api.disk_metrics import REQUESTS, SECOND_NS
 from ringplane.api.schemas import DiskStatistics, IoThreadStatistics, OperationStatistics, Statistics
 from ringplane.control.counters import FIRST_BUCKET, SCALARS, total
 from ringplane.control.export import Export
@@ -53,9 +53,6 @@ def _of_operation(row: npt.NDArray[np.int64]) -> OperationStatistics:
     filled = histogram.nonzero()[0]
     latencies = list(zip(MIDDLES[filled].tolist(), histogram[filled].tolist(), strict=True))
     return OperationStatistics(**counted, seconds=nanoseconds / SECOND_NS, latencies=latencies)
-
-
-REQUESTS = SCALARS.index("requests")
 
 
 def _of_thread(worker: Worker) -> IoThreadStatistics:
