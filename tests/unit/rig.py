@@ -32,7 +32,7 @@ from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import TURN, serve_ready
 from ringplane.dataplane.queue import NO_TYPES, Device, DirtyLog, Queue, RingLayout
 from ringplane.dataplane.state import WORKER, RequestTypes
-from ringplane.dataplane.worker import Worker
+from ringplane.dataplane.worker import SLOTS, Worker
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable, Region
 from ringplane.inflight.area import InflightRegion
@@ -472,7 +472,7 @@ class Line:
 
     def __init__(self, rig: Rig, number: int, worker: Worker, layers: Sequence[LayerPart]) -> None:
         self.rig, self.worker = rig, worker
-        self.queue = Queue(rig.device, number, Stack(rig.source.part(), layers))
+        self.queue = Queue(rig.device, number, Stack(rig.source.part(SLOTS), layers))
         self.kick_fd, self.call_fd, self.queue.err_fd = new_eventfd(), new_eventfd(), new_eventfd()
         self.ring: Any
 

@@ -311,9 +311,9 @@ def test_no_type_of_a_value_from_python_ends_in_another_exception(name: str, val
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((5, "socket"), "image_path: 5 is not a path"),
+        ((5, "socket"), "image_path: 5 is neither a path nor the address of an image"),
         (("image", b"socket"), "socket_path: \"b'socket'\" is not a path"),
-        ((None, "socket"), "image_path: null is not a path"),
+        ((None, "socket"), "image_path: null is neither a path nor the address of an image"),
     ],
 )
 def test_wrong_paths_from_python(arguments: Sequence[Any], words: str) -> None:

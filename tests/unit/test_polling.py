@@ -19,7 +19,7 @@ from ringplane.compiler.jit import compiled
 from ringplane.dataplane.loop import ENGINE_TURNS
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.state import COALESCE, NEVER, POLL, SLEEP
-from ringplane.dataplane.worker import Worker
+from ringplane.dataplane.worker import SLOTS, Worker
 from ringplane.driver.virtqueue import (
     QUEUE,
     SEGMENT,
@@ -195,7 +195,7 @@ class Drive:
     ) -> None:
         guest, size = rig.guest, 32
         self.worker, self.depth = worker, depth
-        self.queue = Queue(rig.device, seed, Stack(rig.source.part()))
+        self.queue = Queue(rig.device, seed, Stack(rig.source.part(SLOTS)))
         self.kick_fd, self.call_fd = new_eventfd(), new_eventfd()
         self.epoll = select.epoll()
         self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)

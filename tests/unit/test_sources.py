@@ -109,7 +109,7 @@ def test_it_is_locked_until_it_is_closed(config: Config) -> None:
 
 def test_parts_for_two_threads(config: Config) -> None:
     with opened(config()) as source:
-        for part in (source.part(), source.part()):
+        for part in (source.part(64), source.part(64)):
             # What STACK needs; 0: none.
             assert all(isinstance(each, int) for each in (part.address, part.submit, part.ranges, part.backing))
             assert part.submit != 0 or part.address != 0
@@ -175,7 +175,7 @@ def test_another_size_is_found(config: Config) -> None:
             source.refresh_size()
             assert source.size == size
             source.resize(size)
-        source.part()
+        source.part(64)
 
 
 @pytest.mark.parametrize("kind", FILES, indirect=True)
@@ -261,7 +261,7 @@ class RemoteSource(Source):
         self._failed = self._closed = False
         service.connections += 1
 
-    def part(self) -> NullPart:
+    def part(self, slots: int) -> NullPart:
         return NullPart()
 
     def how(self, engines: str) -> str:

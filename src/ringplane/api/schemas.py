@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from ringplane.options.declare import Option, declared
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.kinds import PATH, Kind, OneOf, Whole
+from ringplane.options.kinds import Kind, OneOf, Whole
 
 
 class Problem(Struct):
@@ -202,7 +202,7 @@ def _type_of(kind: Kind) -> Any:
 
 def meaning(option: Option) -> str:
     """What the documentation of files says of an option, for the API."""
-    return f"{option.doc.partition(';')[0]}; an absolute path" if option.kind is PATH else option.doc
+    return f"{option.doc.partition(';')[0]}; an absolute path" if option.kind.has_paths else option.doc
 
 
 def _new_disk() -> type[Struct]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from ringplane.cli.types import FILE, Parsed
+from ringplane.cli.types import FILE, IMAGE_TYPE, Parsed
 from ringplane.options.declare import Option, Options, dashed, declared
+from ringplane.options.image_address import IMAGE, ImageAddress
 from ringplane.options.kinds import FLAG, PATH, PATHS, Kind, OneOf, Whole
+
+# What the shell completes.
+TYPES: dict[Kind, click.Path] = {PATH: FILE, PATHS: FILE, IMAGE: IMAGE_TYPE}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,7 +65,20 @@ def _of_kind(kind: Kind) -> dict[str, Any]:
         return {"type": click.IntRange(kind.lowest, kind.highest)}
     if isinstance(kind, OneOf):
         return {"type": click.Choice(list(kind.choices)), "callback": lambda _, __, given: kind.parse(given)}
-    return {"type": FILE if kind in (PATH, PATHS) else Parsed(kind.metavar, kind.parse), "metavar": kind.metavar}
+    return {"type": TYPES[kind] if kind in TYPES else Parsed(kind.metavar, kind.parse), "metavar": kind.metavar}
+
+
+def blk_file(function: Function) -> Function:
+    """A decorator: the command has `--blk-file`, QEMU's name of an image that is a file or block device here."""
+    help = "Raw image file or block device to serve; always a path."
+    return click.option("--blk-file", type=FILE, metavar="PATH", help=help)(function)
+
+
+def the_image(blk_file: Path | None, image_path: ImageAddress | None) -> ImageAddress | None:
+    """Of `--blk-file` and `--image` the one that is given, if one is; raises UsageError for both."""
+    if blk_file is not None and image_path is not None:
+        raise click.UsageError("--blk-file and --image are both the image of the disk; give one of them")
+    return blk_file if blk_file is not None else image_path
 
 
 def on_command_line(context: click.Context, names: Collection[str]) -> list[str]:

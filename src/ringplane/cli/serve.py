@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ringplane.cli.notify import ServiceManager
-from ringplane.cli.parameters import flag, on_command_line, parameters
+from ringplane.cli.parameters import blk_file, flag, on_command_line, parameters, the_image
 from ringplane.cli.start_errors import start_errors, usage_errors
 from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
@@ -24,6 +24,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.counted import counted
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
+from ringplane.options.image_address import ImageAddress
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.sizes import format_size
 from ringplane.options.state_options import StateOptions
@@ -78,6 +79,7 @@ def inherited_socket(context: click.Context, _: click.Parameter, fd: int | None)
 
 @click.command(short_help="Serve disks.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=FILE, metavar="FILE", help="Serve the disks of this TOML file (docs/config.md).")
+@blk_file
 @parameters(OneDisk, fd={"is_eager": True, "callback": inherited_socket})
 @parameters(ApiOptions, "api_", socket={"metavar": "PATH"}, allow_folders={"metavar": "PATH"})
 @parameters(MetricsOptions, "metrics_")
@@ -127,13 +129,14 @@ def serve(
     trace: bool,
     **options: Any,
 ) -> None:
-    """Serve raw images or block devices as vhost-user-blk disks until SIGTERM or SIGINT.
+    """Serve raw images, block devices or images elsewhere as vhost-user-blk disks until SIGTERM or SIGINT.
 
     The options describe one disk, a configuration file any number; with --api-socket there need not be one. SIGHUP
     re-reads the sizes of the images. SIGUSR1 detaches a front end from its disk if another one waits for it.
 
     The exit status is 0 after SIGTERM or SIGINT, 1 if something failed, 2 for wrong options.
     """
+    image = options["image_path"] = the_image(options.pop("blk_file"), options["image_path"])
     api = api_options(**{name: options.pop(f"api_{name}") for name in declared(ApiOptions)})
     listen = options.pop("metrics_listen")
     metrics = MetricsOptions(listen) if listen is not None else None
@@ -147,7 +150,7 @@ def serve(
         if file.state is not None and state is not None:
             raise click.UsageError(f"{config} has a key state already; leave out --state")
         state = state or file.state
-    elif options["image_path"] is None and api is not None:
+    elif image is None and api is not None:
         disks, io_threads = [], threads_alone(context, options)
     else:
         disks, io_threads = one_disk(**options)
@@ -181,7 +184,7 @@ def serve(
         serve_until_signal(
             context.obj or CaughtSignals(),
             start,
-            config or options["image_path"] or "the API",
+            config or image or "the API",
             logs,
             trace,
             begun,
@@ -208,16 +211,16 @@ def import_asyncio() -> None:
 
 def refuse_other_options(context: click.Context) -> None:
     """Raise UsageError for options of a single disk beside --config: they belong in the file."""
-    if given := on_command_line(context, declared(OneDisk)):
+    if given := on_command_line(context, [*declared(OneDisk), "blk_file"]):
         raise click.UsageError(f"{', '.join(given)} cannot be given beside --config; write it into the file")
 
 
-def one_disk(image_path: Path | None, **options: Any) -> Described:
+def one_disk(image_path: ImageAddress | None, **options: Any) -> Described:
     """The one disk that the options describe; raises UsageError."""
     if image_path is None:
         raise click.UsageError(
-            "give the image with --blk-file PATH, several disks with --config FILE, or --api-socket PATH to add disks "
-            "later"
+            "give the image with --blk-file PATH or --image ADDRESS, several disks with --config FILE, or "
+            "--api-socket PATH to add disks later"
         )
     with usage_errors():
         disk = OneDisk(image_path, **options)

@@ -10,6 +10,7 @@ import click
 
 from ringplane.options.cpus import CPUS as CPU_LIST
 from ringplane.options.durations import parse_seconds
+from ringplane.options.image_address import parse_image
 from ringplane.options.sizes import parse_size
 from ringplane.options.users import parse_user
 
@@ -28,8 +29,16 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 
             self.fail(str(error), param, ctx)
 
 
+class ImageType(click.Path):
+    """A path or the address of an image; the shell completes paths."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Parsed("image", parse_image).convert(value, param, ctx)
+
+
 # The shell completes it; the code that opens the file checks whether it exists.
 FILE = click.Path(readable=False, path_type=Path)
+IMAGE_TYPE = ImageType(readable=False)
 FOLDER = click.Path(file_okay=False, readable=False, path_type=Path)
 SIZE = Parsed("size", parse_size)
 SECONDS = Parsed("seconds", lambda text: parse_seconds(text, 0.01))

@@ -18,7 +18,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.kinds import PATH, PATHS, shown, suggestion
+from ringplane.options.kinds import shown, suggestion
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.process_rules import ProcessRules
 from ringplane.options.state_options import StateOptions
@@ -172,20 +172,15 @@ class _Reader:
         return {each.key: self._check(each) for each in declared(group).values() if each.doc}
 
     def _check(self, option: Option) -> Check:
-        if option.kind is PATHS:
-            return self._paths
-        return self._path if option.kind is PATH else option.kind.from_toml
+        kind = option.kind
+        return lambda value: kind.with_paths(self._complete, kind.from_toml(value))
 
-    def _path(self, value: Any) -> Path:
-        path: Path = PATH.from_toml(value)
+    def _complete(self, path: Path) -> Path:
         if self._folder is not None:
             return self._folder / path
         if not path.is_absolute():
-            raise ValueError(f"{shown(value)} is not an absolute path; it has to begin with /")
+            raise ValueError(f"{shown(str(path))} is not an absolute path; it has to begin with /")
         return path
-
-    def _paths(self, values: Any) -> tuple[Path, ...]:
-        return tuple(self._path(str(value)) for value in PATHS.from_toml(values))
 
     def _io_threads(self, tables: list[dict[str, Any]]) -> list[IoThread]:
         threads = []

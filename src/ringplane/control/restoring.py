@@ -21,6 +21,7 @@ from ringplane.opener.opener import OpenerEnded
 from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import RemoteImage
 from ringplane.options.limit_options import Limits, check_limits
 from ringplane.options.process_rules import ProcessRules
 from ringplane.options.thread_options import IoThread
@@ -102,9 +103,9 @@ class Restoring:
         """
         assert config.socket_path is not None
         if self._opener is not None:
-            for path in (config.image, config.socket_path):
-                if not self._opener.allows(path):
-                    raise ImageError(f"{path}: is not below a folder of --allow-folder")
+            for place in (config.image, config.socket_path):
+                if isinstance(place, RemoteImage) or not self._opener.allows(place):
+                    raise ImageError(f"{place}: is not below a folder of --allow-folder")
         elif not self._state.trusted:
             raise ImageError(f"{config.image}: is not below a folder of --allow-folder, because there is none")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterable
 
-# These have units.
+# These have units; what has them is also imported when its unit is needed.
 from ringplane.block import ranges  # noqa: F401
 from ringplane.block.helper_threads import run_helper
 from ringplane.block.layers import registry  # noqa: F401
-from ringplane.block.sources import choose_source  # noqa: F401
+from ringplane.block.sources import choose_source
 from ringplane.compiler.apart import compile_apart, run_child
 from ringplane.compiler.cache import DATA_PLANE, forget_old_versions, is_cached, mark_cached, place
 from ringplane.compiler.interpreted import INTERPRETED, VARIABLE
@@ -39,6 +40,8 @@ def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> Non
         log.warning("the data plane is interpreted, because %s is set: it is slow, and not confined", VARIABLE)
         load_intrinsics()
         return
+    if units is None:
+        choose_source.import_all()
     missing = [each.name for each in (known.values() if units is None else units) if not each.is_cached()]
     if is_cached() and not missing:
         return
@@ -70,7 +73,12 @@ def load_rest() -> None:
 def jobs_of(units: Iterable[str]) -> list[Job]:
     """What compiles the data plane with the units of these names, the longest jobs first."""
     names = dict.fromkeys([*(each.name for each in UNITS), *units])
-    return [load_loop, *(known[name].address for name in names), load_rest]
+    return [load_loop, *(_unit(name).address for name in names), load_rest]
+
+
+def _unit(name: str) -> Unit:
+    importlib.import_module(name.rpartition(".")[0])
+    return known[name]
 
 
 def finish() -> None:

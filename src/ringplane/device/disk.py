@@ -99,7 +99,7 @@ class Disk:
             request_types=request_types_of(layers),
             emit=emit,
         )
-        if any(layer.one_thread for layer in layers):
+        if self.source.one_thread or any(layer.one_thread for layer in layers):
             workers = workers[:1]
         self.workers = [workers[number % len(workers)] for number in range(options.num_queues)]
         stacks = {worker: self._stack(worker) for worker in dict.fromkeys(self.workers)}
@@ -113,8 +113,9 @@ class Disk:
 
     def _stack(self, worker: Worker) -> Stack:
         """The disk as one worker sees it."""
-        source = self.source.part()
-        return Stack(source, [layer.part(source.backing, worker.state.slots.count) for layer in self.layers])
+        slots = worker.state.slots.count
+        source = self.source.part(slots)
+        return Stack(source, [layer.part(source.backing, slots) for layer in self.layers])
 
     @property
     def _impossible(self) -> frozenset[str]:

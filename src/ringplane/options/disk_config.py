@@ -17,6 +17,7 @@ from ringplane.options.declare import Options, WrongOptions, option, values
 from ringplane.options.delay_options import DelayOptions
 from ringplane.options.device_options import DeviceOptions
 from ringplane.options.engine_names import AUTO, ENGINES, THREAD_ENGINES
+from ringplane.options.image_address import IMAGE, ImageAddress, RemoteImage, image_from
 from ringplane.options.image_options import ImageOptions
 from ringplane.options.kinds import NAMES, PATH, OneOf, Whole
 from ringplane.options.limit_options import LimitOptions
@@ -55,10 +56,11 @@ class DiskConfig(DiskOptions):
     ValueError unless the options fit together.
     """
 
-    image: Path = option(
-        PATH,
+    image: ImageAddress = option(
+        IMAGE,
         kw_only=False,
-        doc="the raw image file or block device; a relative path starts at the folder of the configuration file",
+        doc="the raw image file or block device, or the address of an image elsewhere ([remote.md](remote.md)); a "
+        "relative path starts at the folder of the configuration file",
         doc_default="required",
     )
     io_threads: Sequence[str] = option(
@@ -127,11 +129,11 @@ class OwnThreads(ThreadOptions):
 class OneDisk(DiskOptions, OwnThreads):
     """A disk that has its I/O threads for itself, as `ringplane.serve` and the command line describe it."""
 
-    image_path: str | os.PathLike[str] = option(
-        PATH,
+    image_path: str | os.PathLike[str] | RemoteImage = option(
+        IMAGE,
         kw_only=False,
-        flags=("--blk-file", "--image"),
-        help="Raw image file or block device to serve.",
+        flags=("--image",),
+        help="Raw image file or block device to serve, or the address of an image elsewhere (docs/remote.md).",
     )
     socket_path: str | os.PathLike[str] | None = option(
         PATH,
@@ -144,7 +146,7 @@ class OneDisk(DiskOptions, OwnThreads):
         path = None if self.socket_path is None else Path(self.socket_path)
         # More threads than queues have nothing to do.
         names = [thread.name for thread in self.own_threads()][: self.num_queues]
-        return DiskConfig(Path(self.image_path), names, socket_path=path, **values(self, DiskOptions))
+        return DiskConfig(image_from(self.image_path), names, socket_path=path, **values(self, DiskOptions))
 
     def own_threads(self) -> list[IoThread]:
         """Its I/O threads, with its engine."""

@@ -52,15 +52,22 @@ class Kind:
         check: Callable[[Any], object] = check_text,
         to_toml: Callable[[Any], Any] = _same,
         json_types: tuple[str, ...] = ("string",),
+        with_paths: Callable[[Callable[[Path], Path], Any], Any] | None = None,
     ) -> None:
         """`parse` converts a text of the command line, which shows `metavar` for it, and `from_toml` a value of TOML.
 
         `check` is for values that a program gives, which may be of any type; `to_toml` is the inverse of `from_toml`,
-        whose argument is of one of `json_types`.
+        whose argument is of one of `json_types`. If values contain paths, `with_paths(change, value)` is the value with
+        each path changed.
         """
         self.metavar = metavar
         self.parse, self.from_toml, self.check = parse, from_toml, check
-        self.to_toml, self.json_types = to_toml, json_types
+        self.to_toml, self.json_types, self._with_paths = to_toml, json_types, with_paths
+        self.has_paths = with_paths is not None
+
+    def with_paths(self, change: Callable[[Path], Path], value: Any) -> Any:
+        """A value with each path in it changed."""
+        return value if self._with_paths is None else self._with_paths(change, value)
 
 
 class OneOf(Kind):
@@ -135,8 +142,15 @@ def _paths_from_toml(value: Any) -> tuple[Path, ...]:
 
 
 # In a configuration file a relative path starts at the folder of the file.
-PATH = Kind("PATH", Path, lambda value: Path(text_from_toml(value)), _check_path, to_toml=str)
+PATH = Kind(
+    *("PATH", Path, lambda value: Path(text_from_toml(value)), _check_path),
+    to_toml=str,
+    with_paths=lambda change, path: change(path),
+)
 # On the command line each is given by itself.
 PATHS = Kind(
-    *("PATH", Path, _paths_from_toml, _check_paths), to_toml=lambda paths: list(map(str, paths)), json_types=("array",)
+    *("PATH", Path, _paths_from_toml, _check_paths),
+    to_toml=lambda paths: list(map(str, paths)),
+    json_types=("array",),
+    with_paths=lambda change, paths: tuple(map(change, paths)),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable
-from pathlib import Path
 from typing import Any
 
 from ringplane.options.declare import Options, option
+from ringplane.options.image_address import ImageAddress
 from ringplane.options.kinds import Kind, check_text, shown, text_from_toml
 
 LONGEST_NAME = 64
@@ -45,7 +45,7 @@ class NameOptions(Options):
     )
 
 
-def default_name(image: Path, taken: Container[str] = ()) -> str:
+def default_name(image: ImageAddress, taken: Container[str] = ()) -> str:
     """The name of a disk without this option, while others have the names that are `taken`."""
     name = NOT_ALLOWED.sub("-", image.stem).lstrip("._-")[:LONGEST_NAME] or "disk"
     number, found = 1, name
@@ -55,7 +55,7 @@ def default_name(image: Path, taken: Container[str] = ()) -> str:
     return found
 
 
-def default_names(images: Iterable[Path], given: Iterable[str | None]) -> list[str]:
+def default_names(images: Iterable[ImageAddress], given: Iterable[str | None]) -> list[str]:
     """The names of disks with these images; those that are given come before all defaults."""
     names = list(given)
     taken = {name for name in names if name is not None}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import MAX_THREADS, DiskConfig
+from ringplane.options.image_address import ImageAddress, RemoteImage
 from ringplane.options.kinds import shown, suggestion
 from ringplane.options.limit_options import Rates, group_of, rates_of
 from ringplane.options.thread_options import IoThread
@@ -122,8 +123,10 @@ def _without_links(socket: Path) -> str:
     return os.path.join(os.path.realpath(socket.parent), socket.name)
 
 
-def _identity(image: Path) -> object:
+def _identity(image: ImageAddress) -> object:
     """Equal for all paths of the same image."""
+    if isinstance(image, RemoteImage):
+        return image.identity
     try:
         status = os.stat(image)
     except OSError:

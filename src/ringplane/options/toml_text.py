@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ringplane.options.declare import Options, declared
-from ringplane.options.kinds import PATH, PATHS, shown
+from ringplane.options.kinds import shown
 
 
 def table(header: str, options: Options) -> str:
@@ -21,10 +22,12 @@ def keys(options: Options) -> dict[str, Any]:
     for name, option in declared(type(options)).items():
         value = getattr(options, name)
         if option.doc and value != option.default:
-            if option.kind is PATHS:
-                value = [os.path.abspath(path) for path in value]
-            found[option.key] = os.path.abspath(value) if option.kind is PATH else option.kind.to_toml(value)
+            found[option.key] = option.kind.to_toml(option.kind.with_paths(_absolute, value))
     return found
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def toml(value: Any) -> str:

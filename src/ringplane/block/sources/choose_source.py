@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 from ringplane.block import image, mapped_image
 from ringplane.block.formats import describe, find_format
@@ -16,12 +17,42 @@ from ringplane.block.sources.source import Source
 from ringplane.opener.opener import LOCAL, Opener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import AUTO, MEMORY, NULL
+from ringplane.options.image_address import RemoteImage
 from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)
 
+# The modules of the sources whose images are not files or devices here, by the `source` of their addresses
+# (options/image_address.py). They are imported only when a disk has one.
+REMOTE: dict[str, str] = {}
+
 # What the running process of a planned restart offers (`Source.hand_over`), and the `size` that it serves.
 Offer = Mapping[str, Any]
+
+
+class RemoteModule(Protocol):
+    """What such a module defines. `title`, `size` and so on of the source are as for all (source.py)."""
+
+    def open_source(self, config: DiskConfig, signals: Signals) -> Source:
+        """Raises ImageError, Interrupted."""
+
+    def take_over_source(self, config: DiskConfig, offer: Offer) -> Source:
+        """Raises ImageError."""
+
+    def is_offered(self, config: DiskConfig, offer: Offer) -> bool: ...
+
+    def rehearse_source(self, config: DiskConfig) -> Source | None:
+        """Raises ImageError."""
+
+
+def _module_of(image: RemoteImage) -> RemoteModule:
+    return cast(RemoteModule, importlib.import_module(REMOTE[image.source]))
+
+
+def import_all() -> None:
+    """Import the modules of all sources, for what is to be compiled in advance."""
+    for name in REMOTE.values():
+        importlib.import_module(name)
 
 
 def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
@@ -29,6 +60,8 @@ def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LO
 
     A source opens files through the `opener` only: the process that adds a disk later may not open any itself.
     """
+    if isinstance(config.image, RemoteImage):
+        return _module_of(config.image).open_source(config, signals)
     opened = image.open_or_create(config.image, config, signals, opener)
     try:
         source = _of_image(opened, config.engine)
@@ -42,16 +75,23 @@ def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LO
 
 def take_over_source(config: DiskConfig, offer: Offer) -> Source:
     """Make the source that a running process offers. Raises ImageError."""
+    if isinstance(config.image, RemoteImage):
+        return _module_of(config.image).take_over_source(config, offer)
     return _of_image(image.take_over(config.image, config, offer["image"], offer["size"]), config.engine)
 
 
 def is_offered(config: DiskConfig, offer: Offer) -> bool:
     """Whether the running process serves what these options name. Raises OSError."""
-    return image.is_open(config.image, offer["image"])
+    if isinstance(config.image, RemoteImage):
+        return _module_of(config.image).is_offered(config, offer)
+    # Without this key the running process has an image elsewhere.
+    return "image" in offer and image.is_open(config.image, offer["image"])
 
 
 def rehearse_source(config: DiskConfig) -> Source | None:
     """Like `open_source`, but creates and changes nothing; None if a new source cannot be imitated."""
+    if isinstance(config.image, RemoteImage):
+        return _module_of(config.image).rehearse_source(config)
     opened = image.rehearse(config.image, config)
     return None if opened is None else _of_image(opened, config.engine)
 

@@ -114,7 +114,7 @@ class FileSource(ImageSource):
                 )
         return self
 
-    def part(self) -> FilePart:
+    def part(self, slots: int) -> FilePart:
         """Through the page cache each one has its own open file: lost writes are reported once to each (flush.py)."""
         fd = self._image.fd
         if self._parts and not self.direct and not self.read_only:

@@ -132,7 +132,7 @@ class MemorySource(ImageSource):
             "raise sysctl vm.nr_hugepages"
         )
 
-    def part(self) -> MemoryPart:
+    def part(self, slots: int) -> MemoryPart:
         assert self.mapped
         return MemoryPart(self.mapped, self.backing)
 

@@ -38,7 +38,7 @@ class NullSource(ImageSource):
 
     units = (submit,)
 
-    def part(self) -> NullPart:
+    def part(self, slots: int) -> NullPart:
         return NullPart(self.backing.address)
 
     def limits(self) -> Limits:

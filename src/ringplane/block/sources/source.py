@@ -7,7 +7,7 @@ connected belongs to the source, and whoever needs something of it calls a metho
 |---|---|---|
 | `open_source` (choose_source.py) | at the start, on the main thread, before any code is compiled | block, open files |
 | `prepare` (`ringplane check`: `check`) | when the I/O threads are made, and code can be loaded | block, open files |
-| `part` | once for each I/O thread of the disk, before the threads run | open files |
+| `part` | once for each I/O thread of the disk, before the threads run | block, open files |
 | `refresh_size`, `grow`, `sync` | while the disk is served, on a thread of the control plane for such calls | block |
 | `resize` | then, on the control thread | not block |
 | `hand_over` | when a successor prepares itself, while this process still serves | not block |
@@ -64,6 +64,8 @@ class Source:
     serial: str
     # By this object, because there was none: it has no data.
     created: bool = False
+    # Whether one I/O thread serves all its queues. Asked after `prepare`.
+    one_thread: bool = False
     # Whether I/O bypasses the page cache of this machine.
     direct: bool = True
     # What users should know about how it was opened, which is not quite what they asked for; empty: nothing.
@@ -86,8 +88,8 @@ class Source:
         """
         return self
 
-    def part(self) -> SourcePart:
-        """The part for one more I/O thread. Raises ImageError."""
+    def part(self, slots: int) -> SourcePart:
+        """The part for one more I/O thread, on which `slots` I/Os can be in progress at a time. Raises ImageError."""
         raise NotImplementedError
 
     def limits(self) -> Limits:

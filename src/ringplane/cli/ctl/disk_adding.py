@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ringplane.cli.ctl.targets import as_json, asking, complete_io_threads
-from ringplane.cli.parameters import flag, on_command_line, parameters
+from ringplane.cli.parameters import blk_file, flag, on_command_line, parameters, the_image
 from ringplane.cli.start_errors import usage_errors
 from ringplane.cli.types import FILE
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
-from ringplane.options.kinds import PATH
+from ringplane.options.image_address import ImageAddress
 from ringplane.options.sizes import format_size
 from ringplane.options.toml_text import keys
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 # The disk is served by I/O threads that there are already, at a socket of its own.
 NOT_HERE = {*declared(OwnThreads), *(name for name, option in declared(DiskConfig).items() if not option.doc)}
 
-PATHS = {option.key for option in declared(DiskConfig).values() if option.kind is PATH}
+WITH_PATHS = {option.key: option.kind for option in declared(DiskConfig).values() if option.kind.has_paths}
 
 
 @click.command("add", short_help="Add a disk.")
 @click.option("--file", type=FILE, metavar="FILE", help="Add the disks of this TOML file instead, its tables [[disk]].")
+@blk_file
 @parameters(OneDisk, leave_out=NOT_HERE)
 @click.option(
     "--io-thread", "io_threads", metavar="NAME", multiple=True, shell_complete=complete_io_threads,
@@ -46,7 +47,8 @@ def add_disk(client: Client, /, file: Path | None, as_json: bool, **options: Any
     """
     given = on_command_line(click.get_current_context(), options)
     if file is None:
-        _add(client, described(**options), as_json)
+        image = the_image(options.pop("blk_file"), options.pop("image_path"))
+        _add(client, described(image, **options), as_json)
     elif given:
         raise click.UsageError(f"{', '.join(given)} cannot be given beside --file; write it into the file")
     else:
@@ -56,15 +58,15 @@ def add_disk(client: Client, /, file: Path | None, as_json: bool, **options: Any
 
 
 def described(
-    image_path: Path | None, socket_path: Path | None, io_threads: Sequence[str], **options: Any
+    image: ImageAddress | None, socket_path: Path | None, io_threads: Sequence[str], **options: Any
 ) -> dict[str, Any]:
     """The keys of the disk that the options describe; raises UsageError."""
-    if image_path is None or socket_path is None:
+    if image is None or socket_path is None:
         raise click.UsageError(
             "give the image with --blk-file PATH and the socket with --socket-path PATH, or disks with --file FILE"
         )
     with usage_errors(_spelled):
-        body = keys(DiskConfig(image_path, io_threads or ("all",), socket_path=socket_path, **options))
+        body = keys(DiskConfig(image, io_threads or ("all",), socket_path=socket_path, **options))
     return body | {"io-threads": io_threads} if io_threads else {key: body[key] for key in body if key != "io-threads"}
 
 
@@ -91,10 +93,17 @@ def read_disks(path: Path) -> list[dict[str, Any]]:
 
 def _absolute(disk: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths begin at the folder of the file, as for `ringplane serve --config`."""
-    return {
-        key: os.path.abspath(folder / value) if key in PATHS and isinstance(value, str) else value
-        for key, value in disk.items()
-    }
+    return {key: _with_absolute_paths(key, value, folder) for key, value in disk.items()}
+
+
+def _with_absolute_paths(key: str, value: Any, folder: Path) -> Any:
+    if key in WITH_PATHS:
+        kind = WITH_PATHS[key]
+        # The API reports what is wrong.
+        with contextlib.suppress(ValueError):
+            given = kind.from_toml(value)
+            return kind.to_toml(kind.with_paths(lambda path: Path(os.path.abspath(folder / path)), given))
+    return value
 
 
 @contextlib.contextmanager

@@ -1,0 +1,85 @@
+"""Where the image of a disk is, as users write it: a path, or the address of an image elsewhere, `nbd://host/export`.
+
+What begins with one of the SCHEMES and a colon is such an address; everything else is a path. A file whose name begins
+so is written with its folder: `./nbd:x`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ringplane.options.kinds import Kind, shown, text_from_toml
+
+# Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError.
+SCHEMES: dict[str, str] = {}
+
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
+
+
+class RemoteImage:
+    """The address of an image that is not a file or device here. Each kind has a frozen dataclass of its own.
+
+    `str` of it is what `parse_image` reads.
+    """
+
+    # Of the source: the key of REMOTE in block/sources/choose_source.py.
+    source: ClassVar[str]
+
+    @property
+    def stem(self) -> str:
+        """What its disk is called by default, like the file name of an image without its suffix."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for all addresses of the same image, as far as the addresses show it."""
+        raise NotImplementedError
+
+    def with_paths(self, change: Callable[[Path], Path]) -> Self:
+        """The same, with each path in it changed."""
+        return self
+
+
+ImageAddress = Path | RemoteImage
+
+
+def parse_image(text: str) -> ImageAddress:
+    """Raises ValueError if it is an address of an image elsewhere and wrong."""
+    found = SCHEME.match(text)
+    if found is None or found[1] not in SCHEMES:
+        return Path(text)
+    module = importlib.import_module(f"ringplane.options.{SCHEMES[found[1]]}")
+    address: RemoteImage = module.parse(text)
+    return address
+
+
+def image_from(value: str | os.PathLike[str] | RemoteImage) -> ImageAddress:
+    """What a program gives as an image: texts are read as on the command line. Raises ValueError."""
+    if isinstance(value, str):
+        return parse_image(value)
+    return value if isinstance(value, RemoteImage) else Path(value)
+
+
+def _check_image(value: Any) -> None:
+    if not isinstance(value, (str, os.PathLike, RemoteImage)):
+        raise ValueError(f"{shown(value)} is neither a path nor the address of an image")
+    image_from(value)
+
+
+def _with_paths(change: Callable[[Path], Path], image: ImageAddress) -> ImageAddress:
+    return image.with_paths(change) if isinstance(image, RemoteImage) else change(image)
+
+
+IMAGE = Kind(
+    "PATH|ADDRESS",
+    parse_image,
+    lambda value: parse_image(text_from_toml(value)),
+    _check_image,
+    to_toml=str,
+    with_paths=_with_paths,
+)
