@@ -353,10 +353,10 @@ def test_the_socket_of_a_disk(served: ServedApi, added: str) -> None:
 class Running:
     """A command that does not end at once."""
 
-    def __init__(self, served: ServedApi, *arguments: str) -> None:
+    def __init__(self, served: ServedApi, *arguments: str, stderr: int = subprocess.PIPE) -> None:
         path = str(served.folder / "api.sock")
         command = [sys.executable, "-m", "ringplane", "ctl", "--api-socket", path, *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, bufsize=0)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -379,9 +379,9 @@ class Running:
         assert eventually(printed)
 
     def end(self) -> str:
-        """End it; returns what it has printed as errors."""
+        """End it; returns what it has printed as errors, unless that went elsewhere."""
         self.process.terminate()
-        return self.process.communicate(timeout=SOON)[1].decode()
+        return (self.process.communicate(timeout=SOON)[1] or b"").decode()
 
 
 @pytest.fixture
@@ -389,8 +389,8 @@ def running() -> Iterator[Callable[..., Running]]:
     """Starts them; those that are left are ended."""
     with contextlib.ExitStack() as stack:
 
-        def run(served: ServedApi, *arguments: str) -> Running:
-            started = Running(served, *arguments)
+        def run(served: ServedApi, *arguments: str, **options: int) -> Running:
+            started = Running(served, *arguments, **options)
             stack.callback(started.end)
             return started
 
@@ -423,6 +423,7 @@ def test_events_are_followed_over_an_upgrade_and_a_restart(
     errors = following.end()
     assert set(errors.splitlines()) <= {
         f"{tmp_path / 'api.sock'}: not connected, trying again",
+        f"{tmp_path / 'api.sock'}: connected again",
         "interrupted by SIGTERM",
     }
 
@@ -445,6 +446,20 @@ def test_events_for_people(served: ServedApi, running: Callable[..., Running], c
     following.when_following(lambda: ctl.run("limit", "a", f"total-iops-sec={next(rates)}"))
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
     assert re.fullmatch(time + r" a limits-changed limits={ total-iops-sec = 2\d{4} }\n", following.line())
+
+
+def test_a_terminal_shows_that_it_is_connected(
+    served: ServedApi, running: Callable[..., Running], ctl: Ctl, added: str
+) -> None:
+    """Whoever has read that misses no event."""
+    terminal, other = os.openpty()
+    with open(other, "wb"), open(terminal, "rb", buffering=0) as shown:
+        following = running(served, "events", stderr=other)
+        line = f"{served.folder / 'api.sock'}: connected, waiting for events; Ctrl-C ends it\r\n"
+        assert shown.read(len(line)) == line.encode()
+        ctl.run("pause", "a")
+        assert following.line().endswith(" a paused\n")
+        ctl.run("resume", "a")
 
 
 def test_waiting(served: ServedApi, running: Callable[..., Running], ctl: Ctl, added: str) -> None:

@@ -164,8 +164,11 @@ def test_states() -> None:
     ]  # fmt: skip
     known = replace(some(0), rates=Rates(1.0, disks, []))
     lines = texts(known, 100, 24, View("name"))
-    remarks = ["detached", "paused", "flush failed", "stopped"]
+    remarks = ["listening", "paused", "flush failed", "stopped"]
     assert [line for line in lines if line.endswith(tuple(remarks))] == lines[5:9]
+    # The same words in the column that there is room for in wide terminals.
+    wide = [line.split()[1] for line in texts(known, 200, 24, View("name"))[5:9]]
+    assert wide == ["listening", "paused", "attached", "stopped"]
     assert "there is no disk; ringplane ctl add adds one" in texts(some(0), 80, 24)
 
 
@@ -202,7 +205,7 @@ def test_counts(value: float, text: str) -> None:
     ("microseconds", "text"),
     [
         (None, "-"),
-        (0.01, "0us"),
+        (0.01, "<1us"),
         (0.5, "0.5us"),
         (9.96, "10us"),
         (999.4, "999us"),

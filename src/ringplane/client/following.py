@@ -18,6 +18,10 @@ from ringplane.client.client import Client, Request
 SOONEST, LATEST, WORTH_A_REMARK = 0.05, 0.8, 0.4
 
 
+def _nothing() -> None:
+    """Nobody has to know."""
+
+
 class Followed:
     """Events of what a client asks, from `connect` on."""
 
@@ -47,11 +51,14 @@ class Followed:
                     yield self._event(fields["event"], fields["data"])
                 fields = {}
 
-    def read_on(self, lost: Callable[[NoConnection], object]) -> Iterator[EventData]:
-        """Events without an end: it connects again as often as needed. `lost` is called if that takes long."""
+    def read_on(self, lost: Callable[[], object], found: Callable[[], object] = _nothing) -> Iterator[EventData]:
+        """Events without an end: it connects again as often as needed.
+
+        If that takes long, `lost` is called, and `found` when it is connected again.
+        """
         while True:
             yield from self.read()
-            self._connect_again(lost)
+            self._connect_again(lost, found)
 
     def wait(self, end: float | None) -> bool:
         """Wait for an event or for the next process, until `end` (CLOCK_MONOTONIC); whether there was one."""
@@ -67,17 +74,22 @@ class Followed:
         if self._request is not None:
             self._request.close()
 
-    def _connect_again(self, lost: Callable[[NoConnection], object] = str, end: float | None = None) -> bool:
+    def _connect_again(
+        self, lost: Callable[[], object] = _nothing, found: Callable[[], object] = _nothing, end: float | None = None
+    ) -> bool:
         """Whether that was possible before `end`."""
         self.close()
-        pause = SOONEST
+        pause, is_lost = SOONEST, False
         while end is None or time.monotonic() < end:
             try:
                 self.connect()
+                if is_lost:
+                    found()
                 return True
-            except NoConnection as error:
+            except NoConnection:
                 if pause == WORTH_A_REMARK:
-                    lost(error)
+                    is_lost = True
+                    lost()
             except ApiError:
                 # Too many streams, for now.
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ from ringplane.cli.types import SECONDS
 if TYPE_CHECKING:
     from ringplane.client.client import Client
 
-LOST = "not connected, trying again"
+# What is printed beside the events.
+CONNECTED = "connected, waiting for events; Ctrl-C ends it"
+LOST, FOUND = "not connected, trying again", "connected again"
 
 # By what is waited for: the state of the disk.
 STATES = {"attached": "attached", "detached": "listening"}
@@ -26,15 +29,21 @@ def follow_events(client: Client, as_json: bool) -> None:
     """Print a line for each event from now on, until Ctrl-C: docs/api.md lists them.
 
     After an upgrade or a restart of the process it connects again by itself. Events between the two are not missed.
+    Whether it is connected is printed on standard error; at the beginning only if that is a terminal.
     """
     import msgspec
 
     from ringplane.cli.ctl.api_tables import event_text
     from ringplane.client.following import Followed
 
+    def remark(text: str) -> None:
+        click.echo(f"{client.path}: {text}", err=True)
+
     followed = Followed(client)
     followed.connect()
-    for event in followed.read_on(lost=lambda _: click.echo(f"{client.path}: {LOST}", err=True)):
+    if sys.stderr.isatty():
+        remark(CONNECTED)
+    for event in followed.read_on(lost=lambda: remark(LOST), found=lambda: remark(FOUND)):
         click.echo(msgspec.json.encode(event) if as_json else event_text(event))
 
 

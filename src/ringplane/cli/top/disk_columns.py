@@ -57,7 +57,7 @@ def _bad_if(holds: Callable[[DiskRates], object]) -> Style:
 
 # From left to right.
 COLUMNS: Mapping[str, Column] = {
-    "state": Column("state", lambda disk: state(disk), width=8, style=_bad_if(lambda disk: disk.flush_failed)),
+    "state": Column("state", lambda disk: state(disk), width=9, style=_bad_if(lambda disk: disk.flush_failed)),
     "iops": Column("IOPS", lambda disk: count(disk.iops)),
     "mb": Column("MB/s", lambda disk: megabytes(disk.bytes_per_second)),
     "read iops": _per_second("read"),
@@ -121,19 +121,16 @@ def ordered(disks: Sequence[DiskRates], by: str, reverse: bool) -> list[DiskRate
 
 
 def state(disk: DiskRates) -> str:
-    """In a word."""
-    if disk.state == "stopped":
-        return disk.state
-    return "paused" if disk.paused else "attached" if disk.state == "attached" else "-"
+    """In a word, the first one of what `ringplane ctl list` shows."""
+    return "paused" if disk.paused and disk.state != "stopped" else disk.state
 
 
 def remark(disk: DiskRates) -> str:
     """What is to be said of a disk in place of its sparkline; mostly nothing."""
     if disk.flush_failed:
         return "flush failed"
-    if disk.state == "listening" and not disk.iops:
-        return "paused" if disk.paused else "detached"
-    return "" if state(disk) == "attached" else state(disk).strip("-")
+    # One whose front end has just detached still has a minute to show.
+    return "" if state(disk) == "attached" or (state(disk) == "listening" and disk.iops) else state(disk)
 
 
 def _known(microseconds: float | None) -> float:

@@ -35,12 +35,12 @@ def megabytes(bytes_per_second: float) -> str:
 
 
 def latency(microseconds: float | None) -> str:
-    """`0us`, `8.5us`, `850us`, `1.2ms`, `12s`."""
+    """`<1us`, `8.5us`, `850us`, `1.2ms`, `12s`."""
     if microseconds is None:
         return NOTHING
     if microseconds < 0.05:
         # The loop reads the clock once per turn.
-        return "0us"
+        return "<1us"
     value, units = microseconds, iter(("us", "ms", "s"))
     unit = next(units)
     while value >= 999.5 and unit != "s":
