@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from ringplane.control.threads import ON_DEMAND
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.state import MAX_RANGES
 from ringplane.driver import Driver
+from ringplane.system.aside import NAME as CALLS
 from unit.combinations import FORMATS
 from unit.rig import (
     IN,
@@ -152,7 +152,7 @@ class Victim:
         proc = Path(f"/proc/{self.process.pid}")
         mappings = (proc / "maps").read_text().count("memfd:")
         names = [task.read_text().strip() for task in proc.glob("task/*/comm")]
-        threads = [name for name in names if name != ON_DEMAND and not name.startswith("iou-")]
+        threads = [name for name in names if name != CALLS and not name.startswith("iou-")]
         return len(os.listdir(proc / "fd")), len(threads), mappings
 
     def is_idle(self) -> bool:

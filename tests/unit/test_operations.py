@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 
 import ringplane
+from ringplane.control import adding as adding_module
 from ringplane.control.adding import Adding
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
-from ringplane.control.server import Server
+from ringplane.control.server import ADDED_AT_ONCE, Server
 from ringplane.control.start import serve_all
 from ringplane.control.turns import MAX_TAKEN, Turns
 from ringplane.dataplane.ring_rules import MESSAGES
@@ -204,6 +206,104 @@ def test_a_disk_whose_storage_hangs_is_removed_when_it_completes(
     go.set()
     assert eventually(lambda: server.exports == ())
     assert kinds(server) == [("removed", "a")]
+
+
+def hang(monkeypatch: pytest.MonkeyPatch, exports: Sequence[ringplane.Export], method: str) -> threading.Event:
+    """This method of these disks hangs until the event is set."""
+    go = threading.Event()
+    for export in exports:
+        really = getattr(export.disk, method)
+        monkeypatch.setattr(export.disk, method, lambda really=really: go.wait(SOON) and really())
+    return go
+
+
+@pytest.mark.parametrize("method", ["close", "sync"])
+def test_storage_that_hangs_holds_up_no_other_disk(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Removals or flushes of twenty disks hang; of others nothing does."""
+    names = [f"hangs-{number}" for number in range(20)]
+    server = start(*(disk(tmp_path, name) for name in (*names, "a", "b")))
+    hanging, well = server.exports[:20], server.exports[20]
+    go = hang(monkeypatch, hanging, method)
+    waiting = []
+    if method == "close":
+        with monkeypatch.context() as patch:
+            patch.setattr("ringplane.control.server.PATIENCE", 0.01)
+            for name in names:
+                with pytest.raises(Unavailable, match="the disk is removed when they have ended"):
+                    do(server, lambda name=name: server.remove(name))
+    else:
+        waiting = [server.threads.call(export.operations.flush) for export in hanging]
+    well.flush()
+    well.resize(2 * IMAGE_SIZE)
+    with attach(well) as driver:
+        driver.write(0, b"x" * 512)
+    do(server, lambda: server.remove("b"))
+    add(server, disk(tmp_path, "c"))
+    do(server, lambda: server.remove("c"))
+    assert not any(future.done() for future in waiting)
+    assert len(server.exports) == 21
+    go.set()
+    for future in waiting:
+        future.result(SOON)
+    assert method == "sync" or eventually(lambda: server.exports == (well,))
+
+
+def test_images_that_hang_hold_up_no_other_disk(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being opened has its name, its socket and its image already."""
+    server, go, really_open = start(), threading.Event(), adding_module.open_parts
+
+    def open_slowly(config: DiskConfig, *arguments: Any, **more: Any) -> Any:
+        assert config.socket_path is not None
+        assert not config.socket_path.name.startswith("hangs") or go.wait(SOON)
+        return really_open(config, *arguments, **more)
+
+    monkeypatch.setattr(adding_module, "open_parts", open_slowly)
+    hanging = [
+        server.threads.call(lambda number=number: server.add(disk(tmp_path, f"hangs-{number}")))
+        for number in range(ADDED_AT_ONCE - 1)
+    ]
+    with attach(add(server, disk(tmp_path, "a"))) as driver:
+        driver.write(0, b"x" * 512)
+    do(server, lambda: server.remove("a", detach=True))
+    new = disk(tmp_path, "b")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"name": "hangs-0"}, 'name: "hangs-0" is the name of disk hangs-0 already'),
+        ({"image": tmp_path / "hangs-1.img"}, "is also the image of disk hangs-1"),
+        ({"socket_path": tmp_path / "hangs-1.sock"}, "is also the socket of disk hangs-1"),
+    ]
+    for changed, words in wrong:
+        with pytest.raises(WrongValue, match=words):
+            add(server, dataclasses.replace(new, **changed))
+    # The name that it would have is taken.
+    (tmp_path / "more").mkdir()
+    assert add(server, dataclasses.replace(new, image=tmp_path / "more" / "hangs-2.img")).name == "hangs-2-2"
+    assert not any(future.done() for future in hanging)
+    go.set()
+    names = [future.result(SOON).name for future in hanging]
+    assert names == [f"hangs-{number}" for number in range(ADDED_AT_ONCE - 1)]
+
+
+def test_without_threads_for_calls(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations say so, and a disk still ends."""
+    server = start(disk(tmp_path, "a"), disk(tmp_path, "b"))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(Unavailable, match="flush failed: no thread can be started; raise the limit"):
+            server.exports[0].flush()
+        with pytest.raises(Unavailable, match="cannot be opened: no thread can be started; raise the limit"):
+            add(server, disk(tmp_path, "c"))
+        do(server, lambda: server.remove("a"))
+    assert [export.name for export in server.exports] == ["b"]
 
 
 def test_an_attached_disk_is_removed_only_with_its_front_end(start: Callable[..., Server], tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import resource
 import click
 import pytest
 
-from ringplane.cli.start_errors import NO_THREAD, start_errors
+from ringplane.cli.start_errors import start_errors
 from ringplane.engines.common import EngineUnavailable
-from ringplane.system.notes import doing, in_words
+from ringplane.system.notes import NO_THREAD, doing, in_words
 
 
 def message(error: BaseException, what: str = "") -> str:

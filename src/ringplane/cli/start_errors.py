@@ -10,9 +10,7 @@ import click
 
 from ringplane.cli.parameters import flag
 from ringplane.options.declare import WrongOptions
-from ringplane.system.notes import REMEDIES, in_words
-
-NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's TasksMax=)"
+from ringplane.system.notes import NO_THREAD, REMEDIES, in_words
 
 
 @contextlib.contextmanager

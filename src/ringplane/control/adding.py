@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.log.event_bus import Events
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import RemoteImage
-from ringplane.options.name_options import default_name
 from ringplane.options.process_rules import ProcessRules
 from ringplane.system.confinement import is_confined
 
@@ -64,13 +62,13 @@ class Adding:
         """The I/O threads of one more disk."""
         return spread(self._threads.io_threads, disks)
 
-    def open(self, config: DiskConfig, exports: Sequence[Export]) -> Export:
+    def open(self, config: DiskConfig, others: Sequence[DiskConfig]) -> Export:
         """Open everything of a disk that is served beside these, and listen. It may block; nothing is left if it fails.
 
         Raises WrongOptions, ImageError, ListenError, OpenerEnded, OSError; and WrongState if the process may not, or
         stops meanwhile.
         """
-        config = self._checked(config, exports)
+        self._check(config, others)
         with contextlib.ExitStack() as undo:
             parts = open_parts(config, undo, opener=self._opener)
             if not is_confined():
@@ -85,8 +83,8 @@ class Adding:
         report_created(config, parts.source)
         return export
 
-    def _checked(self, config: DiskConfig, exports: Sequence[Export]) -> DiskConfig:
-        """The disk with a name. Raises WrongOptions, WrongState."""
+    def _check(self, config: DiskConfig, others: Sequence[DiskConfig]) -> None:
+        """Raises WrongOptions, WrongState."""
         if is_confined() and self._opener is None:
             raise WrongState(
                 "this process may not open files any more, so no disk can be added",
@@ -100,14 +98,10 @@ class Adding:
                 "image",
                 "start ringplane with this disk, or with --no-sandbox",
             )
-        if config.name is None:
-            config = dataclasses.replace(config, name=default_name(config.image, {each.name for each in exports}))
         rules = ProcessRules()
         for thread in self._threads.io_threads:
             rules.add_thread(thread)
-        for export in exports:
-            # A change of its limits may have changed those of its group.
-            rules.add_disk(f"disk {export.name}", dataclasses.replace(export.config, limits=export.limits))
+        for other in others:
+            rules.add_disk(f"disk {other.name}", other)
         for error in rules.add_disk("the new disk", config):
             raise error
-        return config

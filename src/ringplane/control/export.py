@@ -30,6 +30,7 @@ from ringplane.log.logs import DiskLog
 from ringplane.options.limit_options import Limits
 from ringplane.session.session import Session
 from ringplane.session.snapshot import SessionSnapshot
+from ringplane.system.aside import NoThread, aside
 from ringplane.vhost_user import peers
 from ringplane.vhost_user.transport import AsyncTransport
 
@@ -62,7 +63,7 @@ class Export:
         self.threads = threads
         self.disk = disk
         self._logger, self._emit = DiskLog(log, disk.name), emit
-        self.operations = Operations(disk, lambda: self._session, threads.aside, limiting, changing, self._logger, emit)
+        self.operations = Operations(disk, lambda: self._session, limiting, changing, self._logger, emit)
         self._listener = listener
         self._quota = quota
         self._front_ends = FrontEnds(listener.sock, self._logger)
@@ -236,7 +237,7 @@ class Export:
             self.operations.end()
             self._limiting.remove(self.disk)
             # Storage that hangs must not stop other disks.
-            await _aside(self.disk.close)
+            await _closed(self.disk.close)
             self._quota.end()
             self._finished.set()
 
@@ -260,7 +261,7 @@ class Export:
                 listener.close()
             else:
                 listener.sock.close()
-                await _aside(listener.close)
+                await _closed(listener.close)
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
         if self._stopping:
@@ -376,9 +377,9 @@ class Export:
             self._transport.close()
 
 
-async def _aside(function: Callable[[], object]) -> None:
+async def _closed(close: Callable[[], object]) -> None:
     """Call it on a thread that may block, if one can be started."""
     try:
-        await asyncio.to_thread(function)
-    except RuntimeError:
-        function()
+        await aside(close)
+    except NoThread:
+        close()

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ringplane.control.changes import Changes
@@ -18,6 +19,7 @@ from ringplane.control.listener import Listener
 from ringplane.control.planned import place
 from ringplane.control.present_changes import changes_of
 from ringplane.control.server import Server
+from ringplane.system.aside import aside
 from ringplane.system.fd import Fd
 
 log = logging.getLogger(__name__)
@@ -47,21 +49,21 @@ async def _hand_over_in(server: Server, listener: Listener, channel: Channel, he
     try:
         if uid not in (0, os.geteuid()):
             raise HandoverError(f"user {uid} may not take over the disks of user {os.geteuid()}")
-        hello = await asyncio.to_thread(channel.receive, "hello", TAKING_PATIENCE)
+        hello = await aside(partial(channel.receive, "hello", TAKING_PATIENCE))
         if hello["hello"] != VERSION:
             raise HandoverError(
                 f"this release uses version {VERSION} of the handover protocol, not version {hello['hello']}"
             )
         offered = _lasting(server)
-        await asyncio.to_thread(channel.send, _offer(server, listener, offered))
-        await asyncio.to_thread(channel.receive, "ready", READY_PATIENCE)
+        await aside(partial(channel.send, _offer(server, listener, offered)))
+        await aside(partial(channel.receive, "ready", READY_PATIENCE))
         held.enter_context(_unchanged(server, offered))
         await _hand_over(server, channel)
     except (HandoverError, EOFError, OSError) as error:
         why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
         log.warning("process %d could not take over: %s", pid, why)
         with contextlib.suppress(OSError):
-            await asyncio.to_thread(channel.send, {"refused": why})
+            await aside(partial(channel.send, {"refused": why}))
         return
     listener.owned = False
     log.info("process %d takes over all disks", pid)
@@ -119,8 +121,8 @@ async def _hand_over(server: Server, channel: Channel) -> None:
     async with contextlib.AsyncExitStack() as undo:
         await _freeze_all(server.exports, undo)
         state = {"disks": [_state(export) for export in server.exports], "events": server.events.snapshot()}
-        await asyncio.to_thread(_send_with_counters, channel, state, server.exports)
-        await asyncio.to_thread(channel.receive, "taking", TAKING_PATIENCE)
+        await aside(partial(_send_with_counters, channel, state, server.exports))
+        await aside(partial(channel.receive, "taking", TAKING_PATIENCE))
         undo.pop_all()
 
 

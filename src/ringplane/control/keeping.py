@@ -11,6 +11,7 @@ from ringplane.control.operation_errors import Unavailable
 from ringplane.control.present_changes import changes_of
 from ringplane.control.server import Server
 from ringplane.control.state_file import StateError, StateFile
+from ringplane.system.aside import NoThread, aside
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ class Keeping:
         """Raises Unavailable."""
         try:
             async with self._storing:
-                await self._server.threads.aside(partial(self._state.store, changes_of(self._server)))
-        except StateError as error:
+                await aside(partial(self._state.store, changes_of(self._server)))
+        except (StateError, NoThread) as error:
             log.error("what is changed is not kept for the next start: %s", error)
             raise Unavailable(
                 f"done, but not kept for the next start: {error}", "state", "mend that, and change anything again"

@@ -24,13 +24,11 @@ from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.limit_options import Limits, merge_limits
 from ringplane.session.session import Session
+from ringplane.system.aside import aside
 from ringplane.system.confinement import is_confined
 from ringplane.system.notes import in_words
 
 Result = TypeVar("Result")
-
-# Calls a function that may block, beside the control thread.
-Aside = Callable[[Callable[[], Result]], Awaitable[Result]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +46,13 @@ class Operations:
         self,
         disk: Disk,
         session: Callable[[], Session | None],
-        aside: Aside[Any],
         limiting: Limiting,
         changing: Changing,
         logger: DiskLog,
         emit: Emit,
     ) -> None:
         """`session`: that of the front end that is attached now, if one is."""
-        self._disk, self._session, self._aside = disk, session, aside
+        self._disk, self._session = disk, session
         self._limiting, self._changing, self._logger, self._emit = limiting, changing, logger, emit
         self._turns = Turns(disk.name)
 
@@ -147,14 +144,14 @@ class Operations:
             await self._sync()
 
     async def _sync(self) -> None:
-        await self._aside(self._disk.sync)
+        await aside(self._disk.sync)
 
     async def _change_limits(self, changes: Limits) -> Present:
         try:
             limits = merge_limits(self._limiting.limits_of(self._disk), changes)
         except ValueError as error:
             raise WrongValue(str(error), "limits", "docs/limits.md lists the keys") from None
-        await self._aside(self._prepare_limits)
+        await aside(self._prepare_limits)
         await self._limiting.change(self._disk, limits)
         present = self._limiting.limits_of(self._disk)
         words = ", ".join(f"{key}={value}" for key, value in present.items())
@@ -174,11 +171,11 @@ class Operations:
         self._disk.prepare_limits()
 
     async def _resize(self, size: int | None) -> Resized:
-        if size is None and (why := await self._aside(lambda: self._disk.source.replaced)):
+        if size is None and (why := await aside(lambda: self._disk.source.replaced)):
             self._logger.warning("%s", why)
         before = self._disk.size
         if size is not None:
-            await self._aside(lambda: self._disk.grow_source(size))
+            await aside(lambda: self._disk.grow_source(size))
         if not await self._disk.refresh_size():
             self._logger.info("has %d bytes, unchanged", before)
             return Resized(before, before)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -24,6 +25,8 @@ from ringplane.opener.opener import OpenerEnded
 from ringplane.options.counted import counted
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.name_options import default_name
+from ringplane.system.aside import aside
 from ringplane.system.notes import in_words
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ log = logging.getLogger(__name__)
 
 # Seconds that the removal of sockets may take when the process ends at once.
 ABANDON_PATIENCE = 5.0
+
+# How many disks are opened at the same time: storage that does not answer holds up as many, and no other ones.
+ADDED_AT_ONCE = 8
 
 
 def _nothing(_: int) -> None:
@@ -68,7 +74,9 @@ class Server:
         self.described = frozenset(described)
         self.changing = adding.changing
         self._adding = adding
-        self._turns = Turns("the process")
+        self._adds = Turns("the process", ADDED_AT_ONCE)
+        # Not yet among the exports.
+        self._opening: list[DiskConfig] = []
         self._removals: dict[Export, asyncio.Task[None]] = {}
         self._stopping = False
 
@@ -154,11 +162,11 @@ class Server:
 
     def spread(self) -> Sequence[str]:
         """The I/O threads of a disk that is added without naming some."""
-        return self._adding.spread([export.config for export in self.exports])
+        return self._adding.spread([*(export.config for export in self.exports), *self._opening])
 
     async def add(self, config: DiskConfig) -> Export:
         """Serve one more disk."""
-        return await self._turns.take("adding a disk", partial(self._add, config))
+        return await self._adds.take("adding a disk", partial(self._add, config))
 
     async def remove(self, name: str, *, detach: bool = False) -> None:
         """Stop serving a disk and release all of it; an attached front end is detached only with `detach`."""
@@ -191,11 +199,27 @@ class Server:
 
     async def _add(self, config: DiskConfig) -> Export:
         async with self.changing.one():
-            return await self._serve_one_more(config)
+            with self._reserved(config) as (named, others):
+                return await self._serve_one_more(named, others)
 
-    async def _serve_one_more(self, config: DiskConfig) -> Export:
+    @contextlib.contextmanager
+    def _reserved(self, config: DiskConfig) -> Iterator[tuple[DiskConfig, Sequence[DiskConfig]]]:
+        """The disk with a name, and all disks that it must not collide with; in this `with` it is one of them."""
+        # A change of limits may have changed those of a group.
+        served = (dataclasses.replace(export.config, limits=export.limits) for export in self.exports)
+        others = [*served, *self._opening]
+        if config.name is None:
+            taken = {other.name for other in others if other.name is not None}
+            config = dataclasses.replace(config, name=default_name(config.image, taken))
+        self._opening.append(config)
         try:
-            export = await self.threads.aside(partial(self._adding.open, config, self.exports))
+            yield config, others
+        finally:
+            self._opening.remove(config)
+
+    async def _serve_one_more(self, config: DiskConfig, others: Sequence[DiskConfig]) -> Export:
+        try:
+            export = await aside(partial(self._adding.open, config, others))
         except WrongOptions as error:
             raise WrongValue(error.spelled(dashed), dashed(error.options[0])) from None
         except (ImageError, ListenError) as error:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -16,14 +16,7 @@ from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.dataplane.worker import Worker
 from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
-from ringplane.system import libc
 from ringplane.system.notes import doing
-
-# Most threads for calls that would block the control thread; they are started on demand. What front ends and hand-overs
-# need does not wait for what operators ask for, which may hang with storage.
-SYNCING_THREADS = 4
-OPERATING_THREADS = 4
-ON_DEMAND = "ringplane-calls"
 
 # Seconds that coroutines which others wait for have at the end.
 CALLS_PATIENCE = 1.0
@@ -59,9 +52,6 @@ class Threads:
         self._calls: set[asyncio.Task[Any]] = set()
         with doing("set up the control thread"):
             self._loop = asyncio.new_event_loop()
-        # By default asyncio creates it on first use, and reads files to do so (control/sandbox.py).
-        self._loop.set_default_executor(_on_demand(SYNCING_THREADS, "ringplane-sync"))
-        self._aside = _on_demand(OPERATING_THREADS, "ringplane-operation")
         self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
         try:
             self._make_workers()
@@ -116,7 +106,6 @@ class Threads:
     def end(self) -> None:
         """End threads whose control thread was not started."""
         self._loop.close()
-        self._aside.shutdown(wait=False)
         for worker in self.workers.values():
             worker.stop()
         self.at_end.close()
@@ -157,10 +146,6 @@ class Threads:
         if task := self._services.get(service):
             await asyncio.wait([task])
 
-    async def aside(self, function: Callable[[], Result]) -> Result:
-        """The result of a function that may block, called on another thread."""
-        return await self._loop.run_in_executor(self._aside, function)
-
     async def _serve(self) -> None:
         for service in list(self._services):
             self.serve(service)
@@ -197,8 +182,3 @@ def _run_on(cpus: Collection[int] | None) -> None:
     """Bind the calling thread; raises OSError if the kernel refuses."""
     if cpus is not None:
         os.sched_setaffinity(0, cpus)
-
-
-def _on_demand(threads: int, name: str) -> ThreadPoolExecutor:
-    """Threads for calls that block; they are started when they are needed, and appear as ON_DEMAND in ps(1)."""
-    return ThreadPoolExecutor(threads, name, libc.name_thread, (ON_DEMAND,))

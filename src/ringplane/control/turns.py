@@ -1,4 +1,4 @@
-"""Operations that are done one at a time. Whoever asks for one waits only for a limited time."""
+"""Operations that are done one or a few at a time. Whoever asks for one waits only for a limited time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_TAKEN = 8
 class Turns:
     """The operations on one thing, in the order in which they were asked for. Used on the control thread."""
 
-    def __init__(self, name: str) -> None:
-        """`name`: of the thing, in messages."""
+    def __init__(self, name: str, at_once: int = 1) -> None:
+        """`name`: of the thing, in messages; `at_once`: how many are done at the same time."""
         self._name = name
-        self._lock = asyncio.Lock()
+        self._turn = asyncio.Semaphore(at_once)
         self._places = asyncio.Semaphore(MAX_TAKEN)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended = False
@@ -69,7 +69,7 @@ class Turns:
             raise self._gone()
 
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        async with self._lock:
+        async with self._turn:
             return await work()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:

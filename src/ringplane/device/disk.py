@@ -26,6 +26,7 @@ from ringplane.log.event_bus import Emit, no_events
 from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import OFF_BY_DEFAULT
 from ringplane.options.name_options import default_name
+from ringplane.system.aside import aside
 from ringplane.virtio import blk, features
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class Disk:
             return await self._take_size()
 
     async def _take_size(self) -> bool:
-        await asyncio.to_thread(self.source.refresh_size)
+        await aside(self.source.refresh_size)
         size = self.source.size
         # Compared with the size in use; the source may not have been prepared for a size that was found earlier.
         if size == self._device.size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,6 +18,7 @@ from ringplane.session.negotiation import DEVICE_NEEDS_RESET, STATUS_MASK, Negot
 from ringplane.session.refusal import Refused
 from ringplane.session.vring import RingUse
 from ringplane.session.vrings import Vrings
+from ringplane.system.aside import aside
 from ringplane.vhost_user import payloads
 from ringplane.vhost_user.connection import Message, rule_of
 from ringplane.vhost_user.messages import BackendRequest, Request
@@ -184,7 +184,7 @@ class Handlers:
         running = await self.vrings.stop_all()
         try:
             if not write_back:
-                await asyncio.to_thread(self._disk.sync)
+                await aside(self._disk.sync)
             self.config.write_back = write_back
         finally:
             await self.vrings.start_again(running, self.use)

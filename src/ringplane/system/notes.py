@@ -15,6 +15,8 @@ REMEDIES = {
     errno.ENOMEM: "there is not enough memory; raise the limit (ulimit -v, systemd's MemoryMax=)",
 }
 
+NO_THREAD = "no thread can be started; raise the limit (ulimit -u, systemd's TasksMax=)"
+
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
