@@ -30,7 +30,7 @@ from ringplane.native.fs import (
 from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
 from ringplane.options.users import User
 from ringplane.system import code_pages, landlock, libc, procfs, seccomp
-from ringplane.system.confinement import set_confined
+from ringplane.system.confinement import kept, set_confined
 from ringplane.system.seccomp import DEADLY, Only
 
 log = logging.getLogger(__name__)
@@ -133,14 +133,16 @@ def confine(removing_in: Collection[Path], exchanging_in: Path | None = None, ot
     libc.drop_capabilities()
     if "seccomp filters" not in absent:
         only = limited() if exchanging_in is None else limited() | EXCHANGE
-        seccomp.install(seccomp.program(ALLOWED, only, DEADLY, otherwise))
+        allowed = [name for name, how in kept().items() if how is None]
+        only |= {name: how for name, how in kept().items() if how is not None}
+        seccomp.install(seccomp.program([*ALLOWED, *allowed], only, DEADLY, otherwise))
 
 
 def _warn_of_other_threads() -> None:
-    """Numerical libraries may start threads when they are loaded."""
-    others = procfs.other_threads()
-    if others:
-        log.warning("threads started earlier (%d) keep their capabilities and access to files", others)
+    """Numerical libraries may start threads when they are loaded; those of disks are known (`kept`)."""
+    if others := procfs.other_threads():
+        level = logging.INFO if kept() else logging.WARNING
+        log.log(level, "threads started earlier (%d) keep their capabilities and access to files", others)
 
 
 def limited() -> dict[str, Only]:

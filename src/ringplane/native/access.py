@@ -141,3 +141,9 @@ def compare_and_swap(llvm: Any, address: Any, expected: Any, value: Any) -> Any:
 def copy(llvm: Any, target: Any, source: Any, size: Any) -> None:
     """memmove(3): `size` bytes from `source` to `target`, which may overlap."""
     llvm.call("memmove", [target, source, size])
+
+
+@intrinsic
+def clear(llvm: Any, address: Any, size: Any) -> None:
+    """memset(3): fill `size` bytes with zeros."""
+    llvm.call("memset", [address, llvm.number(0, bits=32), size])

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from ringplane.system.seccomp import Only
+
 _confined = False
+
+# System calls that are kept beside those of any process, because of disks that it has; None: with any arguments.
+_kept: dict[str, Only | None] = {}
+
+
+def keep(calls: Mapping[str, Only | None]) -> None:
+    """Keep these too, if it is not confined yet: what a disk uses makes them, for example the threads of a library."""
+    _kept.update(calls)
+
+
+def kept() -> Mapping[str, Only | None]:
+    """All of those."""
+    return _kept
 
 
 def is_confined() -> bool:

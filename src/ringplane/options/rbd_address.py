@@ -1,0 +1,149 @@
+"""Addresses of RADOS block device (RBD) images, in QEMU's form:
+
+    rbd:POOL[/NAMESPACE]/IMAGE[@SNAPSHOT][:id=USER][:conf=PATH][:KEY=VALUE...]
+
+A backslash takes the special meaning from `:`, `/`, `@`, `=` or a backslash that follows it. KEY is an option of Ceph's
+configuration. `keyfile` is one; `encrypt-format` and `encrypt-key-file` are ours, because QEMU's form has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ringplane.options.image_address import RemoteImage
+from ringplane.options.kinds import shown, suggestion
+
+FORM = "rbd:POOL[/NAMESPACE]/IMAGE[@SNAPSHOT][:id=USER][:conf=PATH][:KEY=VALUE...]"
+ENCRYPTIONS = ("luks1", "luks2")
+
+SPECIAL = re.compile(r"[\\:/@=]")
+ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+
+# The fields with keys of their own, and the key of each in an address.
+KEYS = {"user": "id", "conf": "conf", "key_file": "keyfile"}
+ENCRYPTION_KEYS = {"encrypt_format": "encrypt-format", "encrypt_key_file": "encrypt-key-file"}
+PATHS = ("conf", "key_file", "encrypt_key_file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RbdImage(RemoteImage):
+    """An image, or a snapshot of one. Empty or None: not given."""
+
+    source = "rbd"
+
+    pool: str
+    image: str
+    namespace: str = ""
+    snapshot: str = ""
+    user: str = ""
+    conf: Path | None = None
+    key_file: Path | None = None
+    # `luks1` or `luks2`; then the file with the passphrase is given too.
+    encrypt_format: str = ""
+    encrypt_key_file: Path | None = None
+    # Options of Ceph's configuration.
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The image, without how to reach it: that can contain a key."""
+        path = "/".join(map(_escaped, filter(None, (self.pool, self.namespace, self.image))))
+        return f"rbd:{path}" + (f"@{_escaped(self.snapshot)}" if self.snapshot else "")
+
+    @property
+    def stem(self) -> str:
+        return f"{self.image}-{self.snapshot}" if self.snapshot else self.image
+
+    @property
+    def identity(self) -> Hashable:
+        return "rbd", self.conf, self.pool, self.namespace, self.image, self.snapshot
+
+    def with_paths(self, change: Callable[[Path], Path]) -> RbdImage:
+        paths: dict[str, Any] = {name: change(path) for name in PATHS if (path := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **paths)
+
+    def __str__(self) -> str:
+        return "".join((self.title, *(f":{_escaped(key)}={_escaped(value)}" for key, value in self._pairs())))
+
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        for name, key in (KEYS | ENCRYPTION_KEYS).items():
+            if value := getattr(self, name):
+                yield key, str(value)
+        yield from self.settings
+
+
+def parse(text: str) -> RbdImage:
+    """Raises ValueError unless it is such an address."""
+    if not text.isprintable():
+        raise ValueError(f"{shown(text)} has characters that cannot be printed; the form is {FORM}")
+    if re.search(r"(?<!\\)(?:\\\\)*\\$", text):
+        raise ValueError(f"{text}: ends with a backslash, which nothing follows; a backslash itself is written \\\\")
+    place, *pairs = _split(text.partition(":")[2], ":")
+    return RbdImage(**_names(text, place), **_options(text, pairs))
+
+
+def _names(text: str, place: str) -> dict[str, Any]:
+    """The fields of POOL[/NAMESPACE]/IMAGE[@SNAPSHOT]."""
+    pool, *rest = _split(place, "/", 1)
+    path, *snapshot = _split(rest[0] if rest else "", "@", 1)
+    *namespace, image = _split(path, "/", 1)
+    found = {"pool": pool, "image": image}
+    found |= {"namespace": namespace[0]} if namespace else {}
+    found |= {"snapshot": snapshot[0]} if snapshot else {}
+    for name, value in found.items():
+        if not value:
+            raise ValueError(f"{text}: {name} is missing; the form is {FORM}")
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _options(text: str, pairs: list[str]) -> dict[str, Any]:
+    """The fields of the rest."""
+    fields = {key: name for name, key in (KEYS | ENCRYPTION_KEYS).items()}
+    found: dict[str, Any] = {}
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, *value = (_plain(part) for part in _split(pair, "=", 1))
+        if not key or not value or not value[0]:
+            raise ValueError(f"{text}: {shown(pair)} is not KEY=VALUE; the form is {FORM}")
+        if key in settings or fields.get(key) in found:
+            raise ValueError(f"{text}: {key} is given twice")
+        if key not in fields:
+            settings[key] = value[0]
+        else:
+            found[fields[key]] = Path(value[0]) if fields[key] in PATHS else value[0]
+    check_encryption(text, found)
+    return found | {"settings": tuple(settings.items())}
+
+
+def check_encryption(what: str, found: Mapping[str, Any]) -> None:
+    """Raises ValueError unless these fields fit together."""
+    kind = found.get("encrypt_format", "")
+    if kind and kind not in ENCRYPTIONS:
+        raise ValueError(f"{what}: encrypt-format {shown(kind)} is unknown{suggestion(kind, ENCRYPTIONS)}")
+    if bool(kind) != ("encrypt_key_file" in found):
+        raise ValueError(f"{what}: encrypt-format and encrypt-key-file need each other; give both or none")
+
+
+def _split(text: str, separator: str, most: int = -1) -> list[str]:
+    """The parts between separators without a backslash before them; the last one has the rest after `most` of them."""
+    parts = [""]
+    for piece in re.findall(r"\\.|.", text, re.DOTALL):
+        if piece == separator and most != 0:
+            parts.append("")
+            most -= 1
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def _plain(text: str) -> str:
+    return ESCAPED.sub(r"\1", text)
+
+
+def _escaped(text: str) -> str:
+    return SPECIAL.sub(r"\\\g<0>", text)
