@@ -12,6 +12,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from ringplane.dataplane.compile_data_plane import warm_up as compile_data_plane
 from ringplane.driver.compile_driver import warm_up as compile_driver
+from storage.ceph import SHARED, stop_shared
 
 GUESTS = "tests/guest/"
 # They begin first because they take longest, so that no process has to wait long for another one at the end.
@@ -44,6 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: next((at for at, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The Ceph cluster that all processes of the run share is in this folder, when the first test needs it."""
+    os.environ.setdefault(SHARED, f"/dev/shm/ringplane-ceph-{os.getpid()}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        stop_shared()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

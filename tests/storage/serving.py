@@ -24,7 +24,7 @@ PATIENCE = 30.0
 class Disk:
     """An image and the options of its disk."""
 
-    image: Path
+    image: Path | str  # a path, or an address
     queues: int = 1
     direct: bool = True
     engine: str = "auto"
@@ -56,12 +56,12 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 @contextlib.contextmanager
 def serving(
-    *disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ONCE, status: int = 0
+    *disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ONCE, status: int = 0, threads: int = 1
 ) -> Iterator[Served]:
-    """Serve all disks on one I/O thread; `program` is what Python runs as `ringplane`, `status` what it ends with."""
+    """Serve all disks on the I/O threads; `program` is what Python runs as `ringplane`, `status` what it ends with."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tables = [f'[[io-thread]]\nname = "io0"\nengine = "{engine}"\n']
+        tables = [f'[[io-thread]]\nname = "io{number}"\nengine = "{engine}"\n' for number in range(threads)]
         for number, disk in enumerate(disks):
             tables.append(
                 f'[[disk]]\nimage = "{disk.image}"\nsocket-path = "{number}.sock"\nnum-queues = {disk.queues}\n'
@@ -82,7 +82,8 @@ def serving(
             for disk in disks:
                 # ringplane looks at the start of an image. The kernel forgets what it has cached of a file on FUSE when
                 # the file is opened, so that the next read asks the file system.
-                os.close(os.open(disk.image, os.O_RDONLY))
+                if isinstance(disk.image, Path):
+                    os.close(os.open(disk.image, os.O_RDONLY))
             yield Served(process, folder, announced)
             process.terminate()
             assert process.wait(PATIENCE) == status, (folder / "log").read_text()

@@ -13,22 +13,22 @@ import ctypes
 import errno
 import logging
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ringplane.block.image import ImageError
-from ringplane.block.sources import rbd_part
+from ringplane.block.sources import rbd_part, rbd_watching
 from ringplane.block.sources.rbd_cluster import Access, Cluster, ClusterError, Pool
 from ringplane.block.sources.rbd_library import (
     ENCRYPTION_FORMATS,
     RESULT,
-    UPDATE_CALLBACK,
     ImageInfo,
     Library,
     LuksOptions,
     MissingLibrary,
 )
 from ringplane.block.sources.rbd_part import OpenImage, RbdPart, Warnings
+from ringplane.block.sources.rbd_watching import WATCHING, Watch
 from ringplane.block.sources.source import Source
 from ringplane.block.storage_limits import USUAL_BLOCK, Limits
 from ringplane.options.disk_config import DiskConfig
@@ -39,6 +39,9 @@ from ringplane.system.digests import blake2b
 from ringplane.system.seccomp import Only
 from ringplane.system.signals import NONE, Signals
 from ringplane.system.time_limits import within
+
+if TYPE_CHECKING:
+    from ringplane.engines.choose_engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ SYSTEM_CALLS = {
     "setsockopt": Only(1, (socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6)),
     "uname": None,
 }
+
+UNITS = (rbd_part.submit, rbd_part.ready, rbd_part.ended, rbd_watching.header_changed)
 
 # What could not be closed in time: librbd may still use its memory.
 _left: list[object] = []
@@ -141,8 +146,7 @@ class _Opened:
         """Raises ImageError, ClusterError, MissingLibrary, OSError."""
         self.address, self.read_only = address, read_only
         self.created = False
-        # From any thread of librbd.
-        self.changed: Callable[[], None] = lambda: None
+        self._watch: tuple[Watch, int] | None = None
         with contextlib.ExitStack() as undo:
             self.cluster = Cluster.use(Access.of(address, cache=cache))
             undo.callback(self.cluster.release)
@@ -154,7 +158,6 @@ class _Opened:
             undo.callback(self.library.call, "rbd_close", self.image)
             self._load_encryption()
             self._find_out()
-            self._watch()
             undo.pop_all()
 
     def _open_or_create(self, create: int | None) -> int:
@@ -219,27 +222,20 @@ class _Opened:
         image = self.library.text("rbd_get_id", self.image)
         self.number = "/".join((self.cluster.fsid, str(self.pool.number), self.address.namespace, image))
 
-    def _watch(self) -> None:
-        """Notice changes of the header of the image, its size among them; a snapshot does not change."""
-        self._callback = UPDATE_CALLBACK(self._notice)
-        self._watching = 0
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called when the header changes, which has the size; a snapshot does not change."""
         if not self.address.snapshot:
-            self._watching = self.library.created("rbd_update_watch", self.image, RESULT, self._callback, None)
-
-    def _notice(self, _: int | None) -> None:
-        """On a thread of librbd."""
-        with contextlib.suppress(OSError):
-            size = self.current_size()
-            if size != self.size:
-                self.size = size
-                self.changed()
+            watch = WATCHING.add(changed)
+            callback = rbd_watching.callback()
+            self._watch = watch, self.library.created("rbd_update_watch", self.image, RESULT, callback, watch.address)
 
     def current_size(self) -> int:
         return self.library.created("rbd_get_size", self.image, RESULT)
 
     def close(self) -> None:
-        if self._watching:
-            self.library.call("rbd_update_unwatch", self.image, self._watching)
+        if self._watch:
+            self.library.call("rbd_update_unwatch", self.image, self._watch[1])
+            WATCHING.remove(self._watch[0])
         self.library.call("rbd_close", self.image)
         self.pool.close()
         self.cluster.release()
@@ -289,7 +285,7 @@ def _why_not_decrypted(address: RbdImage, error: OSError) -> str:
 class RbdSource(Source):
     """The source of a disk."""
 
-    units = (rbd_part.submit, rbd_part.ready, rbd_part.ended)
+    units = UNITS
 
     def __init__(self, opened: _Opened, *, read_only: bool) -> None:
         """Take over the open image."""
@@ -300,9 +296,24 @@ class RbdSource(Source):
         self.direct = not opened.cluster.access.cache
         digest = blake2b(f"{opened.number}@{address.snapshot}".encode(), digest_size=5).hexdigest()
         self.serial = f"ringplane-{digest}"
-        self._image = OpenImage(opened.library, opened.image)
         self._warnings = Warnings()
         self._parts: list[RbdPart] = []
+        # What is called when the size has changed, and the size then.
+        self._changed: Callable[[], None] = lambda: None
+        self._noticed = self.size
+
+    def prepare(self, engines: Sequence[Engine]) -> Source:
+        self._image = OpenImage(self._open.library, self._open.image)
+        _in_words(self.title, ASK_PATIENCE, lambda: self._open.watch(self._notice))
+        return self
+
+    def _notice(self) -> None:
+        """The header of the image has changed."""
+        with contextlib.suppress(OSError):
+            size = self._open.current_size()
+            if size != self._noticed:
+                self._noticed = size
+                self._changed()
 
     def part(self, slots: int) -> RbdPart:
         self._parts.append(RbdPart(self._image, self._warnings, slots))
@@ -317,7 +328,8 @@ class RbdSource(Source):
         return "librbd" if self.direct else "librbd, with its cache"
 
     def watch(self, changed: Callable[[], None]) -> None:
-        self._open.changed = changed
+        self._changed = changed
+        WATCHING.start()
 
     def refresh_size(self) -> None:
         self.size = _in_words(self.title, ASK_PATIENCE, self._open.current_size)
@@ -355,7 +367,7 @@ class RbdSource(Source):
         if self._opened is None:
             return
         opened, self._opened = self._opened, None
-        opened.changed = lambda: None
+        self._changed = lambda: None
         try:
             within(CLOSE_PATIENCE, opened.close)
         except TimeoutError:

@@ -21,8 +21,6 @@ ENCRYPTION_FORMATS = {"luks1": 0, "luks2": 1}
 # Room for a name or an ID that the libraries return; RBD_MAX_BLOCK_NAME_SIZE is less.
 NAME_ROOM = 256
 
-UPDATE_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
 Handle = ctypes.c_void_p
 
 
@@ -79,7 +77,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rbd_resize": (Handle, _U64),
     "rbd_flush": (Handle,),
     "rbd_encryption_load": (Handle, ctypes.c_int, _OUT, _SIZE),
-    "rbd_update_watch": (Handle, _OUT, UPDATE_CALLBACK, _OUT),
+    "rbd_update_watch": (Handle, _OUT, _OUT, _OUT),
     "rbd_update_unwatch": (Handle, _U64),
 }
 RESULTS: dict[str, Any] = {

@@ -1,0 +1,79 @@
+"""Real Ceph clusters of one monitor and one OSD (../shared/ceph-one-node beside the repository), in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+
+PROGRAM = Path(__file__).parents[3] / "shared/ceph-one-node"
+
+# Where all processes of a run of tests find their cluster; the one that has begun the run stops it (tests/conftest.py).
+SHARED = "RINGPLANE_TEST_CLUSTER"
+
+PATIENCE = 120
+
+
+class CephCluster:
+    """A cluster in this folder, which may run already."""
+
+    def __init__(self, folder: Path, store: str = "memstore") -> None:
+        """`bluestore` can be started again after its end; `memstore` is quicker."""
+        self.folder, self.conf = folder, folder / "ceph.conf"
+        self._store = store
+
+    def start(self) -> None:
+        """Start what does not run, and return when I/O works."""
+        self._do("start")
+
+    def _do(self, action: str) -> None:
+        environment = {**os.environ, "CEPH_STORE": self._store}
+        done = subprocess.run(
+            [PROGRAM, action, self.folder], env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 0, done.stderr
+
+    def signal_osd(self, number: signal.Signals) -> None:
+        os.kill(int((self.folder / "osd.pid").read_text().split()[0]), number)
+
+    def ceph(self, *arguments: str) -> str:
+        return self._run("ceph", *arguments)
+
+    def rbd(self, *arguments: str) -> str:
+        return self._run("rbd", *arguments)
+
+    def rados(self, *arguments: str) -> str:
+        return self._run("rados", *arguments)
+
+    def _run(self, program: str, *arguments: str) -> str:
+        command = [program, "--conf", str(self.conf), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def new_image(self, size: str = "64M", *arguments: str, pool: str = "rbd") -> str:
+        """A new image with a name of its own: POOL/NAME."""
+        name = f"{pool}/test-{uuid.uuid4().hex[:8]}"
+        self.rbd("create", name, "--size", size, *arguments)
+        return name
+
+    def address(self, image: str, more: str = "") -> str:
+        """What ringplane calls it; `more` are options of the address."""
+        return f"rbd:{image}:conf={self.conf}{more}"
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.signal_osd(signal.SIGCONT)
+        self._do("stop")
+        shutil.rmtree(self.folder)
+
+
+def stop_shared() -> None:
+    """Stop the cluster of this run, if there is one."""
+    folder = Path(os.environ.pop(SHARED, "/nonexistent"))
+    if folder.exists():
+        CephCluster(folder).stop()

@@ -1,0 +1,284 @@
+"""RBD images of a real Ceph cluster, served by a real process, confined as always."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ringplane.driver import Driver
+from ringplane.driver.driver import segments
+from ringplane.driver.load import Load, run_load
+from ringplane.virtio.blk import (
+    SECTOR,
+    SEGMENT_F_UNMAP,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+)
+
+from .ceph import CephCluster
+from .serving import PATIENCE, Disk, serving, wait_until
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+# Of librbd's discards, and of an object.
+GRANULARITY, OBJECT = 64 << 10, 4 * MIB
+OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
+
+
+@pytest.fixture
+def image(cluster: CephCluster) -> str:
+    return cluster.new_image()
+
+
+def objects(cluster: CephCluster, image: str) -> int:
+    """How many objects have data."""
+    pool, _, name = image.partition("/")
+    prefix = cluster.rbd("info", image, "--format", "json").split('"block_name_prefix":"')[1].split('"')[0]
+    assert name
+    return cluster.rados("-p", pool, "ls").count(prefix)
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+def test_what_is_written_is_read(cluster: CephCluster, image: str, engine: str) -> None:
+    """Buffers of any size at any address, whole objects and single sectors, and more than a piece at a time."""
+    chance = random.Random(1)
+    with serving(Disk(cluster.address(image)), engine=engine) as served, served.driver() as driver:
+        assert driver.capacity == SIZE
+        model = bytearray(SIZE)
+        for length in (SECTOR, 4096, 3 * SECTOR, MIB + SECTOR, OBJECT, 2 * OBJECT + 8 * SECTOR):
+            offset = chance.randrange(0, (SIZE - length) // SECTOR) * SECTOR
+            data = model[offset : offset + length] = chance.randbytes(length)
+            parts = [16, length // 3, length - length // 3]
+            answer = driver.request(VIRTIO_BLK_T_OUT, offset // SECTOR, data, readable=parts, misalign=3)
+            assert answer.status == OK
+            parts = [length // 5, length - length // 5, 1]
+            answer = driver.request(VIRTIO_BLK_T_IN, offset // SECTOR, read=length, writable=parts, misalign=1)
+            assert (answer.status, answer.used) == (OK, length + 1)
+            assert answer.data == data
+        assert driver.read(0, SIZE) == model
+        driver.flush()
+    assert cluster.rbd("info", image)
+
+
+def test_it_is_in_the_cluster(cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    """Ceph's own program reads what was written and flushed, and writes what is read."""
+    data = random.Random(2).randbytes(MIB)
+    (tmp_path / "data").write_bytes(data)
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        driver.write(OBJECT - SECTOR, data)
+        driver.flush()
+        cluster.rbd("export", image, str(tmp_path / "exported"))
+        assert (tmp_path / "exported").read_bytes()[OBJECT - SECTOR :][:MIB] == data
+    other = f"{image}-imported"
+    cluster.rbd("import", str(tmp_path / "data"), other)
+    with serving(Disk(cluster.address(other))) as served, served.driver() as driver:
+        assert driver.read(0, MIB) == data
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
+def test_a_verified_load(cluster: CephCluster, image: str, threads: int, direct: bool) -> None:
+    """Four queues on one or two I/O threads, which share the image."""
+    disk = Disk(cluster.address(image), queues=4, direct=direct)
+    with serving(disk, threads=threads) as served, served.driver(queues=4) as driver:
+        load = Load(
+            block_size=(512, 4096, 65536),
+            depth=8,
+            queues=4,
+            read_percent=50,
+            flush_every=20,
+            requests=2000,
+            verify=True,
+        )
+        result = run_load(driver, load)
+        assert (result.errors, result.mismatches) == (0, 0), result
+
+
+def test_zeroes_are_thin_or_thick(cluster: CephCluster, image: str) -> None:
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        data = random.Random(3).randbytes(3 * OBJECT)
+        driver.write(0, data)
+        assert objects(cluster, image) == 3
+        driver.write_zeroes(OBJECT, OBJECT, unmap=True)
+        assert objects(cluster, image) == 2
+        driver.write_zeroes(4 * OBJECT, OBJECT)
+        assert objects(cluster, image) == 3, "zeros that may not be a hole have no object"
+        # Any sectors, on both sides of a border of objects.
+        driver.write_zeroes(2 * OBJECT - SECTOR, 2 * SECTOR, unmap=True)
+        driver.write_zeroes(3 * SECTOR, SECTOR)
+        expected = bytearray(data)
+        expected[OBJECT : 2 * OBJECT + SECTOR] = bytes(OBJECT + SECTOR)
+        expected[3 * SECTOR : 4 * SECTOR] = bytes(SECTOR)
+        assert driver.read(0, 3 * OBJECT) == expected
+
+
+def test_discards(cluster: CephCluster, image: str) -> None:
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        assert driver.config["discard_sector_alignment"] * SECTOR == GRANULARITY
+        assert driver.config["opt_io_size"] * SECTOR == OBJECT
+        driver.write(0, b"x" * 2 * OBJECT)
+        driver.discard(0, OBJECT)
+        assert objects(cluster, image) == 1
+        assert driver.read(0, OBJECT) == bytes(OBJECT)
+
+
+def test_several_ranges_in_one_request(cluster: CephCluster, image: str) -> None:
+    """Also empty ones, first, last and alone; the others are done one after the other."""
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        driver.write(0, b"x" * 4 * MIB)
+        ranges = [(0, 0, 0), (8, 8, 0), (100, 0, 0), (1000, 24, SEGMENT_F_UNMAP), (4096, 1, 0), (0, 0, 0)]
+        assert driver.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, segments(*ranges)).status == OK
+        expected = bytearray(b"x" * 4 * MIB)
+        for start, count, _ in ranges:
+            expected[start * SECTOR : (start + count) * SECTOR] = bytes(count * SECTOR)
+        assert driver.read(0, 4 * MIB) == expected
+        assert driver.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, segments((5, 0, 0))).status == OK
+        assert driver.request(VIRTIO_BLK_T_DISCARD, 0, segments((5, 0, 0), (9, 0, 0))).status == OK
+
+
+def test_write_through(cluster: CephCluster, image: str) -> None:
+    """Each request that changes the disk is stable when it ends, also with librbd's cache."""
+    with serving(Disk(cluster.address(image), direct=False)) as served, served.driver() as driver:
+        driver.set_write_back(False)
+        driver.write(0, b"y" * MIB)
+        driver.write_zeroes(0, 4096)
+        driver.discard(GRANULARITY, GRANULARITY)
+        assert driver.read(0, GRANULARITY) == bytes(4096) + b"y" * (GRANULARITY - 4096)
+
+
+def test_a_snapshot(cluster: CephCluster, image: str) -> None:
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        driver.write(0, b"before" + bytes(506))
+        driver.flush()
+        cluster.rbd("snap", "create", f"{image}@s1")
+        driver.write(0, b"after!" + bytes(506))
+        assert driver.read(0, 512).startswith(b"after!")
+        serial = driver.serial()
+    with serving(Disk(cluster.address(f"{image}@s1"))) as served, served.driver() as driver:
+        assert driver.features & VIRTIO_BLK_F_RO
+        assert not driver.features & VIRTIO_BLK_F_DISCARD
+        assert driver.read(0, 512).startswith(b"before")
+        assert driver.request(VIRTIO_BLK_T_OUT, 0, bytes(512)).status == IOERR
+        assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == OK
+        assert driver.serial() != serial
+    with serving(Disk(cluster.address(image), more="read-only = true")) as served, served.driver() as driver:
+        assert driver.features & VIRTIO_BLK_F_RO
+        assert driver.read(0, 512).startswith(b"after!")
+        assert driver.serial() == serial
+
+
+def test_a_namespace(cluster: CephCluster, image: str) -> None:
+    namespace = image.replace("/test", "/ns")
+    cluster.rbd("namespace", "create", namespace)
+    inside = cluster.new_image("16M", pool=namespace)
+    with serving(Disk(cluster.address(inside))) as served, served.driver() as driver:
+        assert driver.capacity == 16 * MIB
+        driver.write(0, b"z" * 512)
+        assert driver.read(0, 512) == b"z" * 512
+
+
+def test_it_is_created(cluster: CephCluster, image: str) -> None:
+    new = f"{image}-new"
+    for _ in range(2):
+        with serving(Disk(cluster.address(new), more='create = "8M"')) as served, served.driver() as driver:
+            assert driver.capacity == 8 * MIB
+            if "created" in served.logged():
+                driver.write(0, b"1" * 512)
+            assert driver.read(0, 512) == b"1" * 512
+    assert cluster.rbd("ls").count(new.partition("/")[2]) == 1
+
+
+def test_another_client_changes_its_size(cluster: CephCluster, image: str) -> None:
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        for size in (128, 32):
+            cluster.rbd("resize", image, "--size", f"{size}M", "--allow-shrink", "--no-progress")
+            wait_until(lambda expected=size * MIB: _capacity(driver) == expected, served.logged())  # type: ignore[misc]
+            driver.write(size * MIB - 512, b"e" * 512)
+            assert driver.request(VIRTIO_BLK_T_IN, size * MIB // 512, read=512).status == IOERR
+
+
+def _capacity(driver: Driver) -> int:
+    driver.read_config()
+    return driver.capacity
+
+
+@pytest.mark.parametrize("kind", ["luks1", "luks2"])
+def test_an_encrypted_image(cluster: CephCluster, image: str, tmp_path: Path, kind: str) -> None:
+    key, wrong = tmp_path / "key", tmp_path / "wrong"
+    key.write_text("a passphrase")
+    wrong.write_text("another one")
+    cluster.rbd("encryption", "format", image, kind, str(key))
+    plain = b"plain text".ljust(512, b".")
+    encryption = f":encrypt-format={kind}:encrypt-key-file="
+    with serving(Disk(cluster.address(image, encryption + str(key)))) as served, served.driver() as driver:
+        # The header of the container takes some of it.
+        assert 0 < driver.capacity < SIZE
+        driver.write(0, plain)
+        driver.flush()
+        assert driver.read(0, 512) == plain
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        assert driver.read(0, 512).startswith(b"LUKS")
+        assert plain not in driver.read(0, 32 * MIB)
+    assert "passphrase" in refusal(cluster.address(image, encryption + str(wrong)))
+
+
+def refusal(address: str, *arguments: str) -> str:
+    """The one line with which `ringplane serve` ends."""
+    command = [sys.executable, "-m", "ringplane", "serve", "--image", address, "--socket-path", "/dev/shm/refused.sock"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE + 30)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+REFUSALS: dict[str, tuple[Callable[[CephCluster], str], str]] = {
+    "no image": (lambda cluster: cluster.address("rbd/missing"), "there is no such image"),
+    "no snapshot": (lambda cluster: cluster.address("rbd/missing@s"), "no such image or snapshot"),
+    "no pool": (lambda cluster: cluster.address("missing/vm"), "the cluster has no pool 'missing'"),
+    "no conf": (lambda _: "rbd:rbd/vm:conf=/missing.conf", "/missing.conf cannot be read: No such file"),
+    "no monitor known": (lambda _: "rbd:rbd/vm:conf=/dev/null", "no monitor or no key of client.admin is known"),
+    "an unknown user": (lambda cluster: cluster.address("rbd/vm", ":id=nobody"), "client.nobody"),
+    "an unknown option": (lambda cluster: cluster.address("rbd/vm", ":no_such_thing=1"), "Ceph has no option"),
+    "a wrong value": (lambda cluster: cluster.address("rbd/vm", ":client_mount_timeout=x"), "cannot be the value"),
+    "no answer": (
+        lambda cluster: cluster.address("rbd/vm", r":mon_host=127.0.0.1\:1:client_mount_timeout=1"),
+        "no monitor answers",
+    ),
+    "no passphrase": (
+        lambda cluster: cluster.address(cluster.new_image(), ":encrypt-format=luks2:encrypt-key-file=/missing"),
+        "/missing: cannot be read",
+    ),
+    "not encrypted": (
+        lambda cluster: cluster.address(cluster.new_image(), ":encrypt-format=luks2:encrypt-key-file=/etc/hostname"),
+        "luks2",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+def test_what_cannot_be_opened_is_one_line(cluster: CephCluster, why: str) -> None:
+    address, expected = REFUSALS[why]
+    began = time.monotonic()
+    assert expected in refusal(address(cluster))
+    assert time.monotonic() - began < PATIENCE
+
+
+def test_a_created_image_that_cannot_be_served_is_removed(cluster: CephCluster, image: str) -> None:
+    new = f"{image}-new"
+    line = refusal(cluster.address(new), "--create", "5632", "--block-size", "4096")
+    assert "is not a multiple of the block size 4096" in line
+    assert new.partition("/")[2] not in cluster.rbd("ls").split()
