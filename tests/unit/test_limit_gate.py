@@ -232,6 +232,23 @@ def test_a_disk_waits_in_its_group_if_there_is_more_in_its_ring(make_rig: RigFac
     assert (int(member._record["waits_until"][0]) > time.monotonic_ns() * TICKS) == bool(more)
 
 
+def test_a_disk_waits_in_its_group_while_one_of_its_queues_does(make_rig: RigFactory) -> None:
+    """Whatever another one has begun meanwhile."""
+    rig = make_rig()
+    waiting, other = rig.line().start(), rig.line().start()
+    member = Member()
+    limits = limiter(member, Member(), later=HOUR, total_iops_sec=1)
+    for line in (waiting, other):
+        limit(line, member, limits)
+    for number in range(2):
+        waiting.put(IN, number, room=512)
+    waiting.kick()
+    assert eventually(lambda: held(waiting))
+    assert other.do(IN, 0, room=512).status == OK
+    other.turn_is_over()
+    assert int(member._record["waits_until"][0]) > time.monotonic_ns() * TICKS
+
+
 @pytest.mark.parametrize(("wait", "held"), [(1, SHORTEST_HOLD), (10**6, 10**6), (HOUR, LONGEST_HOLD)])
 def test_how_long_a_queue_is_held(wait: int, held: int) -> None:
     """Not so short that each request needs a wake-up."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ringplane.compiler.jit import compiled
 from ringplane.limits.limiter import Limiter, Member
 from ringplane.limits.meters import READS, TICKS, WRITES, full_until
-from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, may_begin_at
+from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, end_wait, may_begin_at
 from ringplane.native.access import view
 from ringplane.options.limit_options import check_limits, rates_of
 
@@ -38,7 +38,9 @@ def full_at(limits, kind):
 
 @compiled
 def count_at(limits, member, kind, size, now):
-    count_request(view(limits, LIMITS), view(member, MEMBER), kind, size, now)
+    disk = view(member, MEMBER)
+    end_wait(disk, disk.waits_until)
+    count_request(view(limits, LIMITS), disk, kind, size, now)
 
 
 class Bucketful:

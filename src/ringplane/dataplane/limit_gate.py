@@ -19,7 +19,7 @@ from ringplane.dataplane.state import NEVER, QUEUE, REQUEST, REQUEST_TYPES, WORK
 from ringplane.dataplane.tracer import HOLD, RELEASE, TRACER
 from ringplane.limits.limiter import Limiter, Member
 from ringplane.limits.meters import READS, TICKS, WRITES, move_level
-from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, may_begin_at, wait_in_group
+from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, end_wait, may_begin_at, wait_in_group
 from ringplane.native.access import address_of, view
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns
@@ -52,7 +52,8 @@ GATE = struct(
     "member",  # MEMBER
     "kind",  # of the last request: that of the next one is assumed to be the same
     "served",  # nanoseconds, CLOCK_MONOTONIC: when the last request began
-    "held_at",  # the same: since when and until when it is held
+    "waits_until",  # ticks: until when its disk counts as one that waits, because of this queue
+    "held_at",  # nanoseconds: since when and until when it is held
     "until",
     "next",  # in the list of held ones: GATE
 )
@@ -80,7 +81,9 @@ def count(worker_address, queue_address, request_address):
         return 1
     gate.kind = kind
     gate.served = worker.now
-    count_request(view(gate.limits, LIMITS), view(gate.member, MEMBER), kind, request.length, worker.now * TICKS)
+    member = view(gate.member, MEMBER)
+    end_wait(member, gate.waits_until)
+    count_request(view(gate.limits, LIMITS), member, kind, request.length, worker.now * TICKS)
     return hold_unless_ready(worker, queue, gate)
 
 
@@ -91,7 +94,7 @@ def hold_unless_ready(worker, queue, gate):
     if until <= worker.now:
         return 1
     if available(queue):
-        wait_in_group(view(gate.member, MEMBER), until * TICKS)
+        gate.waits_until = wait_in_group(view(gate.member, MEMBER), until * TICKS)
     hold(worker, queue, gate, until)
     return 0
 

@@ -76,8 +76,16 @@ def find_lead(limits, member, now):
 
 @compiled
 def wait_in_group(member, until):
-    """A request of this disk waits."""
+    """A request of this disk waits; returns until when it counts as one that waits."""
     store64(address_of(member) + WAITS_UNTIL, until + GRACE)
+    return until + GRACE
+
+
+@compiled
+def end_wait(member, waited_until):
+    """A request begins for which `wait_in_group` returned this time, unless another one of the disk waits since then."""
+    if load64(address_of(member) + WAITS_UNTIL) == waited_until:
+        store64(address_of(member) + WAITS_UNTIL, 0)
 
 
 @compiled
@@ -85,7 +93,6 @@ def count_request(limits, member, kind, size, now):
     """A request has begun."""
     cost = fill_in(limits.meters, limits.meter_count, kind, size, now)
     if limits.member_count > 1:
-        store64(address_of(member) + WAITS_UNTIL, 0)
         earliest = load64(address_of(limits) + CLOCK) - TOLERANCE
         push_back(address_of(member) + RECEIVED, earliest, (cost + member.weight // 2) // member.weight)
 
