@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,29 @@ def test_counters_continue(tmp_path: Path) -> None:
             driver.write(0, bytes(512))
             assert new.exports[0].counters["write"].requests == 2
             assert new.exports[0].counters["write"].histogram.sum() == 2
+
+
+def test_what_was_used_of_limits_is_used_in_the_next_process(tmp_path: Path) -> None:
+    """So upgrades are no way to get bursts: of a group, and of a disk alone."""
+    configs = [
+        disk(tmp_path, "a", limits={"total-iops-sec": 1, "total-iops-sec-max": 1000}),
+        disk(tmp_path, "b", limits={"group-name": "x", "total-bytes-sec": 512, "total-bytes-sec-max": 1 << 20}),
+        disk(tmp_path, "c", limits={"group-name": "x"}),
+    ]
+    threads, started = [IoThread("io0")], time.monotonic()
+    with serve_all(configs, threads, upgradable=True) as old:
+        for name in "abc":
+            with attach(tmp_path, name) as driver:
+                for _ in range(100):
+                    driver.read(0, 512)
+        used = [export.used_limits() for export in old.exports]
+        with serve_all(configs, threads, upgradable=True, upgrade=True) as new:
+            assert old.wait(PATIENCE)
+            assert [export.used_limits() for export in new.exports] == used
+    assert used[1] == used[2]
+    for each, seconds in zip(used, (100, 200, 200), strict=True):
+        assert each is not None
+        assert max(each["empty_at"].values()) > (started + seconds) * 1e9
 
 
 # What is said of changes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -316,6 +317,47 @@ def test_what_begins_before_a_thread_knows_of_a_change_counts() -> None:
     for _ in range(100):
         count_at(before.address, bucket.members[0].address, READS, 4096, bucket.now * TICKS)
     assert bucket.ready_at() - bucket.now == pytest.approx(0.1 * SECOND, abs=SECOND // 1000)
+
+
+@given(
+    st.tuples(RATES, BURSTS),
+    st.tuples(RATES, BURSTS),
+    st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(1, 30))),
+    st.integers(0, SECOND),
+)
+def test_another_process_continues_as_after_a_change(
+    first: tuple[int, tuple[int, int]],
+    second: tuple[int, tuple[int, int]],
+    steps: list[tuple[int, int]],
+    pause: int,
+) -> None:
+    """With the same limits or others; in a group the levels may come once for each disk."""
+    before, after = (total_limits(average, *burst) for average, burst in (first, second))
+    bucket = Bucketful(**before)
+    for length, requests in steps:
+        bucket.now += length
+        for _ in range(requests):
+            bucket.begin(4096)
+    saved = json.loads(json.dumps(bucket.limiter.snapshot()))
+    bucket.now += pause
+    other = Bucketful(**after)
+    other.now = bucket.now
+    for _ in range(2):
+        other.limiter.resume_from(saved, bucket.now)
+    if before != after:
+        bucket.change(**after)
+    for name, level in bucket.limiter.levels.items():
+        if name in saved["empty_at"]:
+            assert max(other.limiter.levels[name].empty_at, bucket.now * TICKS) == pytest.approx(
+                max(level.empty_at, bucket.now * TICKS), abs=10 * TICKS, rel=1e-9
+            )
+
+
+def test_levels_of_a_release_with_other_limits() -> None:
+    """What it does not know, or does not have any more, is left out."""
+    bucket = Bucketful(total_iops_sec=10)
+    bucket.limiter.resume_from({"rates": {"total-bytes-sec": 5, "later": 1}, "empty_at": {"total-bytes-sec": 1}})
+    assert bucket.ready_at() < bucket.now
 
 
 def test_a_new_limit_begins_empty() -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -225,6 +225,14 @@ class Export:
     def apply_limits(self) -> None:
         """Before the first front end; on the control thread, if it runs."""
         self._limiting.add(self.disk, self.config.limits, changed=self._planned.limits_changed)
+
+    def used_limits(self) -> dict[str, Any] | None:
+        """How much of its limits is used, for another process."""
+        return self._limiting.snapshot(self.disk)
+
+    def resume_limits(self, used: Mapping[str, Any]) -> None:
+        """So much of them was used in the previous process; before any disk is used."""
+        self._limiting.resume_from(self.disk, used)
 
     async def run(self) -> None:
         """Serve until stopped; called by its threads. A failure here affects only this disk."""

@@ -151,6 +151,7 @@ def _state(export: Export) -> dict[str, Any]:
         "flush_failed": disk.flush_failed,
         "paused": disk.paused,
         "throttled": disk.member.throttled_ns,
+        "used_limits": export.used_limits(),
         "layers": [layer.snapshot() for layer in disk.layers],
         "front_end": export.session.snapshot() if export.session else None,
         "next_front_end": Fd(export.next_front_end.fileno()) if export.next_front_end else None,

@@ -6,7 +6,9 @@ A disk that is in no group is a group of its own.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import Future
+from typing import Any
 
 from ringplane.device.disk import Disk
 from ringplane.limits.limiter import Limiter
@@ -27,14 +29,14 @@ class Group:
         self.disks: list[Disk] = []
         # Whether they, or what disks share them, were changed at run time.
         self.changed = False
-        self._limiter: Limiter | None = None
+        self.limiter: Limiter | None = None
 
     def apply(self) -> list[Future[None]]:
         """Have all its disks obey the present limits; the futures are done when they do."""
         limited = any(self.rates.limits())
         members = [disk.member for disk in self.disks]
-        self._limiter = Limiter(self.rates, members, self._limiter) if limited else None
-        return [done for disk in self.disks for done in disk.limit(self._limiter)]
+        self.limiter = Limiter(self.rates, members, self.limiter) if limited else None
+        return [done for disk in self.disks for done in disk.limit(self.limiter)]
 
 
 class Limiting:
@@ -86,6 +88,19 @@ class Limiting:
         group, name = self._groups[self._keys[disk]], self._keys[disk][0]
         in_group: Present = {"group-name": name, "weight": disk.member.weight} if name else {}
         return {**group.rates.keys(), **in_group}
+
+    def snapshot(self, disk: Disk) -> dict[str, Any] | None:
+        """How much of its limits, or of those of its group, is used now; None: it has none."""
+        limiter = self._limiter_of(disk)
+        return limiter.snapshot() if limiter else None
+
+    def resume_from(self, disk: Disk, saved: Mapping[str, Any]) -> None:
+        """So much of its limits is used; the same may come for each disk of a group. Before any disk is used."""
+        if limiter := self._limiter_of(disk):
+            limiter.resume_from(saved)
+
+    def _limiter_of(self, disk: Disk) -> Limiter | None:
+        return self._groups[self._keys[disk]].limiter if disk in self._keys else None
 
     def _join(self, disk: Disk, limits: Limits) -> list[Future[None]]:
         key = self._keys[disk] = _key(disk, limits)

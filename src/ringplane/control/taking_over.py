@@ -206,6 +206,8 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
         export.disk.set_flush_failed()
     export.disk.paused = bool(saved.get("paused"))
     export.disk.member.throttled_ns = saved.get("throttled", 0)
+    if used := saved.get("used_limits"):
+        export.resume_limits(used)
     for layer, state in zip(export.disk.layers, saved["layers"], strict=True):
         layer.resume_from(state)
     if saved["front_end"]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from ringplane.limits.meters import METER, READS, SHORT, TICKS, WRITES, MeterPlan, move_level, plan_meter
 from ringplane.limits.shares import LIMITS, MEMBER
 from ringplane.native.structs import new
-from ringplane.options.limit_options import UNLIMITED, Rates
+from ringplane.options.limit_options import UNLIMITED, Rates, rates_of
 
 KINDS = {"total": READS | WRITES, "read": READS, "write": WRITES}
 
@@ -67,6 +68,11 @@ class Level:
         move_level(self.address, plan.level_after(self._plan, level) - level)
         self._plan = plan
 
+    def resume_from(self, plan: MeterPlan, empty_at: int, now: int) -> None:
+        """Have it at least as full as another one of this plan, before any thread uses it."""
+        level = self._plan.level_after(plan, max(empty_at - now, 0))
+        self._empty_at[0] = max(self.empty_at, now + level)
+
 
 class Limiter:
     """The limits of some disks. It never changes: other limits, or other disks, are another Limiter."""
@@ -76,6 +82,7 @@ class Limiter:
     ) -> None:
         """`previous`: what these disks had before. `now`: CLOCK_MONOTONIC in nanoseconds."""
         now = (time.monotonic_ns() if now is None else now) * TICKS
+        self._rates = rates
         self._members = tuple(members)
         plans = plan_meters(rates)
         # By the names of the meters.
@@ -98,6 +105,20 @@ class Limiter:
     def clock(self) -> int:
         """See LIMITS."""
         return int(self._record["clock"][0])
+
+    def snapshot(self) -> dict[str, Any]:
+        """How full the buckets are, for another process: when they will be empty, in ns of CLOCK_MONOTONIC."""
+        return {
+            "rates": self._rates.keys(),
+            "empty_at": {name: -(-level.empty_at // TICKS) for name, level in self.levels.items()},
+        }
+
+    def resume_from(self, saved: Mapping[str, Any], now: int | None = None) -> None:
+        """Continue with the levels of another process, which may have had other limits; before any thread uses this."""
+        now = (time.monotonic_ns() if now is None else now) * TICKS
+        plans = plan_meters(rates_of(saved["rates"]))
+        for name in plans.keys() & self.levels.keys():
+            self.levels[name].resume_from(plans[name], saved["empty_at"][name] * TICKS, now)
 
     def level(self, name: str, plan: MeterPlan, now: int) -> Level:
         """That of the meter of this name, for its new plan; a new one if there was none."""
