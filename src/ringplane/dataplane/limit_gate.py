@@ -1,6 +1,6 @@
 """The gate of a queue whose disk has limits (limits/): what may not begin yet is left in the ring.
 
-A queue is held when its disk has no room for another request: it is in the worker's list `held` until a time, with
+A queue is held when its disk has no room for another request: it is in the worker's heap `held` until a time, with
 kicks off, and takes no slot; the worker sleeps meanwhile, or serves other queues. Whether there is room is known when a
 request was fetched, because its size and type are in it: so each request is counted after it has begun, and the queue
 is held if the limits of its type are exceeded then. After the wait the limits of that type are asked again: other
@@ -15,14 +15,21 @@ from __future__ import annotations
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import addresses, call, unit
 from ringplane.dataplane.ready import mark_ready
-from ringplane.dataplane.state import NEVER, QUEUE, REQUEST, REQUEST_TYPES, WORKER
+from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_TYPES, WORKER
 from ringplane.dataplane.tracer import HOLD, RELEASE, TRACER
 from ringplane.limits.limiter import Limiter, Member
 from ringplane.limits.meters import READS, TICKS, WRITES, move_level
-from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, end_wait, may_begin_at, wait_in_group
+from ringplane.limits.shares import (
+    LIMITS,
+    MEMBER,
+    count_request,
+    count_throttled,
+    end_wait,
+    may_begin_at,
+    wait_in_group,
+)
 from ringplane.native.access import address_of, view
 from ringplane.native.structs import new, struct
-from ringplane.native.syscalls import monotonic_ns
 from ringplane.virtio.blk import (
     VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_IN,
@@ -55,7 +62,8 @@ GATE = struct(
     "waits_until",  # ticks: until when its disk counts as one that waits, because of this queue
     "held_at",  # nanoseconds: since when and until when it is held
     "until",
-    "next",  # in the list of held ones: GATE
+    "left",  # in the heap of held ones: GATE, or 0
+    "right",
 )
 
 # Nanoseconds. A wake-up for each request would cost more than the request, and what a bucket has room for is not lost
@@ -117,59 +125,37 @@ def find_time(worker, gate):
 
 @compiled
 def hold(worker, queue, gate, until):
-    """Put the queue into the list of held ones, in the order in which they were served last.
-
-    Of those with the same limits none is released before one that has waited for longer.
-    """
+    """Put the queue into the heap of held ones."""
     queue.ready = 1
     gate.held_at = worker.now
     if worker.trace:
         call(view(worker.trace, TRACER).held, address_of(worker), address_of(queue), HOLD, worker.now)
-    gate.until = worker.now + min(max(until - worker.now, SHORTEST_HOLD), LONGEST_HOLD)
-    before, following = 0, worker.held
-    while following and view(following, GATE).served <= gate.served:
-        older = view(following, GATE)
-        if older.limits == gate.limits:
-            older.until = min(older.until, gate.until)
-        before, following = following, older.next
-    insert(worker, gate, before, following)
-    while following:
-        younger = view(following, GATE)
-        if younger.limits == gate.limits:
-            gate.until = min(gate.until, younger.until)
-        following = younger.next
-    worker.release_at = min(worker.release_at, gate.until)
+    least = find_end_of_pause(view(gate.limits, LIMITS), worker.now)
+    gate.until = min(max(until, least), worker.now + LONGEST_HOLD)
+    gate.left = gate.right = 0
+    worker.held = merge(worker.held, address_of(gate))
 
 
 @compiled
-def insert(worker, gate, before, following):
-    """Insert it between two others; 0: an end of the list."""
-    gate.next = following
-    if before:
-        view(before, GATE).next = address_of(gate)
-    else:
-        worker.held = address_of(gate)
+def find_end_of_pause(limits, now):
+    """How long a queue is held at least: as long as others with the same limits.
+
+    They are released together then, and the one that has waited for longest comes first. With a pause of its own, a
+    queue that was served would be released before one that has asked in vain a moment later, each time.
+    """
+    if limits.pause_until <= now:
+        limits.pause_until = now + SHORTEST_HOLD
+    return limits.pause_until
 
 
 @unit
 def release(worker_address):
     """Have the queues fetched from whose time has come."""
     worker = view(worker_address, WORKER)
-    now = monotonic_ns()
-    if now < worker.release_at:
-        return 0
-    worker.release_at = NEVER
-    following, last = worker.held, 0
-    worker.held = 0
-    while following:
-        gate = view(following, GATE)
-        following = gate.next
-        if gate.until <= now:
-            end_hold(worker, view(gate.queue, QUEUE), gate, now)
-            continue
-        worker.release_at = min(worker.release_at, gate.until)
-        insert(worker, gate, last, 0)
-        last = address_of(gate)
+    while worker.held and view(worker.held, GATE).until <= worker.now:
+        gate = view(worker.held, GATE)
+        worker.held = merge(gate.left, gate.right)
+        end_hold(worker, view(gate.queue, QUEUE), gate, worker.now)
     return 0
 
 
@@ -182,6 +168,39 @@ def end_hold(worker, queue, gate, now):
         if available(queue):
             count_throttled(view(gate.member, MEMBER), gate.held_at, now)
         mark_ready(worker, queue)
+
+
+# The held queues are a skew heap: the time to insert one, or to take out the first, grows with the logarithm of their
+# number.
+
+
+@compiled
+def merge(one, other):
+    """Make two heaps one, and return its first gate; 0 is an empty heap."""
+    first = last = 0
+    while one and other:
+        if is_before(view(other, GATE), view(one, GATE)):
+            one, other = other, one
+        if last:
+            view(last, GATE).left = one
+        else:
+            first = one
+        last, gate = one, view(one, GATE)
+        one = gate.right
+        gate.right = gate.left
+    rest = one + other
+    if not last:
+        return rest
+    view(last, GATE).left = rest
+    return first
+
+
+@compiled
+def is_before(gate, other):
+    """Whether it is released first: of those with the same time, the one that was served longer ago."""
+    if gate.until == other.until:
+        return gate.served < other.served
+    return gate.until < other.until
 
 
 # What has to be loaded before disks are limited.

@@ -126,7 +126,7 @@ def find_timeout(worker, channel, engine):
     if channel.due_first >= 0:
         timeout = earlier(timeout, until_due(channel))
     if worker.held:
-        timeout = earlier(timeout, max(worker.release_at - channel.now, 0))
+        timeout = earlier(timeout, max(view(worker.held, GATE).until - channel.now, 0))
     return timeout
 
 
@@ -284,7 +284,7 @@ def serve_ready(worker, channel):
     When the slots run out, the other queues keep their places: they come first when there are slots again.
     """
     if worker.held:
-        call(view(worker.held, GATE).release, address_of(worker))
+        release_held(worker)
     if not worker.ready:
         return
     worker.now = monotonic_ns()
@@ -303,6 +303,15 @@ def serve_ready(worker, channel):
     fetched = worker.completed + worker.in_flight
     count_power(worker.batches, fetched - worker.fetched)
     worker.fetched = fetched
+
+
+@compiled
+def release_held(worker):
+    """Have those of the held queues fetched from whose time has come."""
+    worker.now = monotonic_ns()
+    gate = view(worker.held, GATE)
+    if gate.until <= worker.now:
+        call(gate.release, address_of(worker))
 
 
 @compiled

@@ -18,7 +18,6 @@ from ringplane.dataplane.place_ring import place_ring, prepare_ring
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.retired_memory import RetiredMemory
 from ringplane.dataplane.ring_states import RingEvent, RingState
-from ringplane.dataplane.state import NEVER
 from ringplane.dataplane.tracer import START, STOP
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.aio import Aio
@@ -128,7 +127,6 @@ class ServedRings:
         """Rebuild the list of ready queues with all running ones: to check a ring in vain costs nothing."""
         record = self._state.record
         record["ready"] = record["ready_last"] = record["quiet"] = record["held"] = 0
-        record["release_at"] = NEVER
         for queue in self:
             queue.record["ready"] = queue.record["quiet"] = 0
             if queue.record["running"]:

@@ -206,8 +206,7 @@ WORKER = struct(
     "ready",  # list of queues that may have chains to fetch, first in first out: QUEUE, or 0
     "ready_last",
     "quiet",  # list of queues whose kicks are off: QUEUE, or 0
-    "held",  # list of queues that are held because of limits: GATE (limit_gate.py), or 0
-    "release_at",  # nanoseconds, CLOCK_MONOTONIC: when the first of them is to be fetched from again
+    "held",  # heap of queues that are held because of limits: its first GATE (limit_gate.py), or 0
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
     "unnotified",  # list of queues whose notifications are held back: QUEUE, or 0
     "notify_at",  # nanoseconds, CLOCK_MONOTONIC: when these notifications are due

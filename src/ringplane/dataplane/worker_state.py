@@ -55,7 +55,7 @@ class WorkerState:
         self.channel = Channel(engine.address, slots)
         self.tallies: npt.NDArray[np.void] = np.zeros(POLICIES, TALLY)
         record = self.record
-        record["one"], record["release_at"] = 1, NEVER
+        record["one"] = 1
         for name, address in addresses(UNITS).items():
             record[name] = address
         record["channel"], record["requests"] = self.channel.address, self.slots.address

@@ -30,13 +30,14 @@ RECEIVED, WAITS_UNTIL, THROTTLED, COUNTED_UNTIL = (
     for name in ("received", "waits_until", "throttled", "counted_until")
 )
 
-# The limits of a disk or of a group. Only `clock` and the meters' levels change.
+# The limits of a disk or of a group. Only `clock`, `pause_until` and the meters' levels change.
 LIMITS = struct(
     "meters",  # METER structs
     "meter_count",
     "members",  # the addresses of the MEMBER structs
     "member_count",
     "clock",  # what the disk that waits has received that has received the least
+    "pause_until",  # nanoseconds: until when queues that have to wait are held at least (dataplane/limit_gate.py)
 )
 CLOCK: int = LIMITS.fields["clock"][1]  # type: ignore[index]
 
@@ -83,7 +84,7 @@ def wait_in_group(member, until):
 
 @compiled
 def end_wait(member, waited_until):
-    """A request begins for which `wait_in_group` returned this time, unless another one of the disk waits since then."""
+    """A request begins for which `wait_in_group` returned this time; another one of the disk may wait since then."""
     if load64(address_of(member) + WAITS_UNTIL) == waited_until:
         store64(address_of(member) + WAITS_UNTIL, 0)
 
