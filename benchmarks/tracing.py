@@ -71,7 +71,8 @@ def tracing(api: Path | None) -> Iterator[Dropping | None]:
     if api is None:
         yield None
         return
-    receiver = Dropping(Client(api).send("POST", "/v1/trace"), 1 << 62)
+    client = Client(api)
+    receiver = Dropping(client, client.send("POST", "/v1/trace"), 1 << 62)
     try:
         yield receiver
     finally:

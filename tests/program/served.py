@@ -51,7 +51,7 @@ class Served:
     def end(self) -> str:
         """End the process; returns what it has logged."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(SOON) == 0, self.errors.read_text()
+        assert self.process.wait(SOON) == 0, f"{self.process.returncode}\n{self.errors.read_text()}"
         assert "Traceback" not in self.errors.read_text()
         return self.errors.read_text()
 

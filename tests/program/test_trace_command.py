@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from ringplane.dataplane.tracer import EVENT_SIZE
+from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
+from ringplane.driver.virtqueue import poke
 from unit.chrome_format import Trace, check_depth
 from unit.rig import eventually
 from unit.waiting import wait_until
@@ -114,6 +117,38 @@ def test_ctrl_c_ends_it_earlier(serve: Serve, tmp_path: Path) -> None:
     served.end()
 
 
+@pytest.mark.parametrize("how", ["ctrl-c", "requests", "time"])
+def test_requests_that_hang_are_in_it(serve: Serve, tmp_path: Path, how: str) -> None:
+    """However the recording ends: one hangs since before it, one since then."""
+    served = serve(*DISK, *API, "--delay", "read=3600000")
+    with attach(served) as driver:
+        buffers = [driver.memory.allocate(8192) for _ in range(2)]
+        hang(driver, buffers[0], sector=8)
+        assert eventually(lambda: served.api.disk("a")["in_flight"] == 1)
+        options = {"time": ("--seconds", "1"), "requests": ("--seconds", "3600", "--requests", "1")}
+        tracing = trace(served, *options.get(how, ("--seconds", "3600")))
+        hang(driver, buffers[1], sector=16)
+        driver.write(0, bytes(512))
+        assert how == "time" or eventually(lambda: served.api.disk("a")["in_flight"] == 2)
+        if how == "ctrl-c":
+            tracing.send_signal(signal.SIGINT)
+        finish(tracing)
+        served.process.kill()
+    written = Trace(tmp_path / "trace.json")
+    group = written.groups["a queue 0"]
+    in_flight = [each.args["sector"] for each in group.requests if each.args["result"] == "in flight"]
+    assert in_flight == [8, 16]
+    assert written.other["requests in flight at the end"] == 2
+    assert written.other["complete"]
+    check_depth(group)
+
+
+def hang(driver: Driver, buffer: int, sector: int) -> None:
+    """Begin a read."""
+    poke(buffer, struct.pack("<IIQ", 0, 0, sector))
+    driver.submit([(buffer, 16, False), (buffer + 4096, 512, True), (buffer + 4096 + 512, 1, True)])
+
+
 def test_one_at_a_time(serve: Serve, tmp_path: Path) -> None:
     """And when its client has gone, the next one can begin."""
     served = serve(*DISK, *API)
@@ -166,7 +201,11 @@ class Relay:
     def _accept(self, target: str) -> None:
         while True:
             client, server = self._listening.accept()[0], socket.socket(socket.AF_UNIX)
-            server.connect(target)
+            try:
+                server.connect(target)
+            except ConnectionRefusedError:
+                client.close()
+                continue
             for arguments in ((client, server, 0), (server, client, 1)):
                 threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ringplane.client.client import Client
+from ringplane.client.trace_receiver import Block, Receiver
+from ringplane.dataplane.tracer import CAPACITY
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
 from unit.api_client import UnixConnection
@@ -53,6 +57,7 @@ class Stream:
             for each in line["queues"]:
                 self.queues[each["number"]] = each["disk"], each["queue"], each["layers"]
             self.lost += line["lost"]
+            assert not line["overwritten"]
             events = np.frombuffer(self._response.read(line["events"] * self._event.itemsize), self._event)
             assert set(events["queue"]) <= self.queues.keys()
             yield events
@@ -101,7 +106,7 @@ def test_all_requests_are_in_it(serve: Serve, engine: str) -> None:
             stream.close()
             assert sorted(stream.queues.values()) == [("a", 0, False), ("a", 1, False)]
             assert stream.lost == 0
-            assert len(stream.of("fetch", events)) == len(stream.of("complete", events)) == result.requests
+            assert len(events) == len(stream.of("complete", events)) == result.requests
             assert stream.of("complete", events)["length"].sum() == result.bytes
             assert (np.diff(events["time"]) >= 0).all()
     served.end()
@@ -124,7 +129,56 @@ def test_disks_of_interest(serve: Serve, tmp_path: Path) -> None:
     events = stream.until("complete", 1)
     stream.close()
     assert list(stream.queues.values()) == [("b", 0, False)]
-    assert len(stream.of("fetch", events)) == 1
+    assert len(stream.of("complete", events)) == 1
+    served.end()
+
+
+def test_it_is_ended(serve: Serve) -> None:
+    """Its client gets the rest of it."""
+    served = serve(*DISK, *API)
+    stream = Stream(served, "seconds=3600")
+    with attach(served) as driver:
+        driver.read(0, 4096)
+    served.api.delete("/v1/trace")
+    (complete,) = stream.of("complete", np.concatenate(list(stream.read())))
+    assert complete["length"] == 4096
+    answer = served.api.request("DELETE", "/v1/trace")
+    assert (answer.status, answer.error["what"]) == (409, "no trace is being recorded")
+    served.end()
+
+
+class Late(Receiver):
+    """Reads nothing more than the first events until `go`."""
+
+    def __init__(self, served: ServedApi) -> None:
+        self.go = threading.Event()
+        self.dropped = 0
+        client = Client(served.folder / "api.sock")
+        super().__init__(client, client.send("POST", "/v1/trace"), 1 << 62)
+
+    def keep(self, block: Block) -> None:
+        super().keep(block)
+        assert self.go.wait(SOON)
+
+    def _drop(self, block: Block, count: int) -> None:
+        self.dropped += count
+        super()._drop(block, count)
+
+
+def test_events_are_overwritten_while_they_are_sent(serve: Serve) -> None:
+    """They are dropped, and counted as lost: none is there twice, or half."""
+    served = serve(*DISK, *API, "--engine", "null")
+    with attach(served) as driver:
+        receiver = Late(served)
+        result = run_load(driver, Load(depth=64, requests=2 * CAPACITY, block_size=[4096]))
+        receiver.go.set()
+        recorded = receiver.stop()
+    events = np.concatenate([block.events for block in recorded.blocks])
+    assert receiver.dropped
+    assert len(events) == recorded.requests
+    assert len(events) + sum(block.lost for block in recorded.blocks) == result.requests
+    assert set(events["length"]) == {4096}
+    assert (np.diff(events["time"]) >= 0).all()
     served.end()
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from ringplane.client.chrome_trace import write_chrome_trace
 from ringplane.client.trace_receiver import Block, Description, NewQueue, Recorded
 from ringplane.dataplane.trace_events import EVENT_NAMES, STATUS_NAMES, TYPE_NAMES
-from ringplane.dataplane.tracer import COMPLETE, EVENT, FETCH, HOLD, LEAVE, RELEASE, RETURN, START
+from ringplane.dataplane.tracer import COMPLETE, EVENT, FETCH, HOLD, IN_FLIGHT, LEAVE, RELEASE, RETURN, START, WAIT_UNIT
 
-from .chrome_format import Trace
+from .chrome_format import Trace, check_depth
 
 READ, WRITE, OK, IOERR = 0, 1, 0, 1
 BEGAN = 1_000_000
@@ -29,8 +29,8 @@ def event(kind: int, time: int, slot: int = 0, **fields: int) -> Any:
 def recorded(*blocks: tuple[int, list[Any]], layers: bool = False, ended: int = 100_000) -> Recorded:
     """Of one queue; each block has the number of events that were lost before it."""
     description = Description(
-        version=1, fields=[(name, EVENT[name].str) for name in EVENT.names or ()], began=BEGAN,
-        events=EVENT_NAMES, types=TYPE_NAMES, statuses=STATUS_NAMES,
+        version=2, fields=[(name, EVENT[name].str) for name in EVENT.names or ()], began=BEGAN,
+        events=EVENT_NAMES, types=TYPE_NAMES, statuses=STATUS_NAMES, wait_unit=WAIT_UNIT,
     )  # fmt: skip
     made = Recorded(description)
     queues = [NewQueue(number=0, disk="data", queue=0, layers=layers)]
@@ -49,60 +49,78 @@ def converted(tmp_path: Path, made: Recorded) -> Trace:
 
 
 def test_a_request_and_its_stages(tmp_path: Path) -> None:
-    fields = {"type": WRITE, "sector": 8, "length": 4096, "head": 5}
-    fetch = event(FETCH, 3000, nanoseconds=2000, **fields)
+    fields = {"type": WRITE, "sector": 8, "length": 4096, "head": 5, "waited": 30}
     complete = event(COMPLETE, 10_001, nanoseconds=7001, status=IOERR, **fields)
-    trace = converted(tmp_path, recorded((0, [fetch, complete])))
+    trace = converted(tmp_path, recorded((0, [complete])))
     (request,) = trace.groups["data queue 0"].requests
-    assert (request.name, request.begin - BEGAN, request.end - BEGAN) == ("write", 1000, 10_001)
+    assert (request.name, request.begin - BEGAN, request.end - BEGAN) == ("write", 1080, 10_001)
     assert request.args == {"sector": 8, "length": 4096, "head": 5, "result": "ioerr"}
     stages = [(each.name, each.begin - BEGAN, each.end - BEGAN) for each in request.stages]
-    assert stages == [("in ring", 1000, 3000), ("in engine", 3000, 10_001)]
+    assert stages == [("in ring", 1080, 3000), ("in engine", 3000, 10_001)]
     assert trace.groups["data queue 0"].counters == {"requests in flight": [(BEGAN + 3000, 1), (BEGAN + 10_001, 0)]}
     assert trace.other["requests"] == 1
     assert trace.other["complete"] is True
 
 
 def test_layers_are_stages(tmp_path: Path) -> None:
-    events = [event(FETCH, 0), event(LEAVE, 100), event(RETURN, 300), event(COMPLETE, 350, nanoseconds=350)]
+    events = [event(LEAVE, 100), event(RETURN, 300), event(COMPLETE, 350, nanoseconds=350)]
     (request,) = converted(tmp_path, recorded((0, events), layers=True)).groups["data queue 0"].requests
     assert [(each.name, each.end - each.begin) for each in request.stages] == [
         ("in layers", 100), ("in engine", 200), ("in layers", 50),
     ]  # fmt: skip
 
 
+def test_stages_that_are_not_known_are_not_there(tmp_path: Path) -> None:
+    """Of requests that were in flight at the beginning, or when events were lost, some may be missing."""
+    before = [event(LEAVE, 10, 1), event(LEAVE, 10, 2), event(COMPLETE, 20, 3, sector=3, nanoseconds=30, waited=1)]
+    after = [
+        event(COMPLETE, 100, 1, sector=1, nanoseconds=95),
+        event(LEAVE, 110, 2),
+        event(RETURN, 120, 2),
+        event(COMPLETE, 130, 2, sector=2, nanoseconds=25),
+    ]
+    trace = converted(tmp_path, recorded((0, before), (1, after), layers=True))
+    stages = {
+        each.args["sector"]: [stage.name for stage in each.stages] for each in trace.groups["data queue 0"].requests
+    }
+    assert stages == {3: ["in ring"], 1: [], 2: ["in layers", "in engine", "in layers"]}
+
+
 def test_what_is_in_flight_at_the_end_ends_there(tmp_path: Path) -> None:
-    trace = converted(tmp_path, recorded((0, [event(FETCH, 50, slot=3)])))
+    trace = converted(tmp_path, recorded((0, [event(IN_FLIGHT, 50, slot=3)])))
     (request,) = trace.groups["data queue 0"].requests
     assert (request.args["result"], request.end) == ("in flight", BEGAN + 100_000)
     assert trace.groups["data queue 0"].counters["requests in flight"] == [(BEGAN + 50, 1)]
     assert trace.other["requests in flight at the end"] == 1
 
 
-def test_lost_events_are_counted_and_mix_nothing(tmp_path: Path) -> None:
-    """Slot 1: completed and fetched again unseen; slot 2: fetched unseen; slot 3: completed unseen, fetched again."""
-    before = [event(FETCH, 10, slot, sector=slot) for slot in (1, 2, 3, 4)] + [
-        event(COMPLETE, 20, 2, sector=2, nanoseconds=10)
+def test_depth_whatever_ends_first(tmp_path: Path) -> None:
+    events = [
+        event(COMPLETE, 20, 2, nanoseconds=10),
+        event(COMPLETE, 20, 3, nanoseconds=5),
+        event(FETCH, 25, 4),
+        event(COMPLETE, 30, 1, nanoseconds=29),
+        event(COMPLETE, 40, 4, nanoseconds=15),
+        event(IN_FLIGHT, 40, 2),
     ]
-    after = [
-        event(COMPLETE, 100, 1, sector=11, nanoseconds=30),
-        event(COMPLETE, 110, 2, sector=12, nanoseconds=40),
-        event(FETCH, 120, 3, sector=13),
-        event(COMPLETE, 130, 3, sector=13, nanoseconds=10),
+    group = converted(tmp_path, recorded((0, events))).groups["data queue 0"]
+    assert group.counters["requests in flight"] == [
+        (BEGAN + time, depth) for time, depth in ((1, 1), (10, 2), (15, 3), (20, 1), (25, 2), (30, 1), (40, 1))
     ]
+    check_depth(group)
+
+
+def test_lost_events_are_counted(tmp_path: Path) -> None:
+    before = [event(COMPLETE, 20, 2, sector=2, nanoseconds=10)]
+    after = [event(COMPLETE, 100, 1, sector=11, nanoseconds=30)]
     trace = converted(tmp_path, recorded((0, before), (7, after)))
     group = trace.groups["data queue 0"]
     spans = {each.args["sector"]: (each.begin - BEGAN, each.end - BEGAN) for each in group.requests}
-    results = {each.args["sector"]: each.args["result"] for each in group.requests}
-    unknown = "unknown, trace events were lost"
-    assert spans == {2: (10, 20), 1: (10, 70), 11: (70, 100), 12: (70, 110), 3: (10, 120), 13: (120, 130),
-        4: (10, 100_000)}  # fmt: skip
-    assert results == {2: "ok", 1: unknown, 11: "ok", 12: "ok", 3: unknown, 13: "ok", 4: unknown}
+    assert spans == {2: (10, 20), 11: (70, 100)}
     thread = trace.groups["I/O thread io0"]
     assert thread.counters["trace events lost"] == [(BEGAN, 0), (BEGAN + 100, 7)]
     assert thread.instants == ["7 trace events lost"]
     assert trace.other["trace events lost"] == 7
-    assert group.counters["requests in flight"][-1][1] == 0
 
 
 def test_holds_and_starts(tmp_path: Path) -> None:
@@ -115,6 +133,6 @@ def test_holds_and_starts(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_known(tmp_path: Path) -> None:
-    events = [event(FETCH, 0, type=99), event(COMPLETE, 5, type=99, status=77, nanoseconds=5)]
+    events = [event(COMPLETE, 5, type=99, status=77, nanoseconds=5)]
     (request,) = converted(tmp_path, recorded((0, events))).groups["data queue 0"].requests
     assert (request.name, request.args["result"]) == ("type-99", "77")

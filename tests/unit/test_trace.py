@@ -14,18 +14,21 @@ from ringplane.block.layers.delay import DelayPart
 from ringplane.block.stack import SourcePart, Stack
 from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.slots import Slots
-from ringplane.dataplane.state import WORKER
-from ringplane.dataplane.trace_events import TracedQueue, TraceEvent, Tracer, TraceReader
+from ringplane.dataplane.state import KIND_FLUSH, WORKER
+from ringplane.dataplane.trace_events import MARGIN, TracedQueue, TraceEvent, Tracer, TraceReader
 from ringplane.dataplane.tracer import (
     CAPACITY,
     COMPLETE,
     FETCH,
     HOLD,
+    IN_FLIGHT,
     LEAVE,
+    LONGEST_WAIT,
     RELEASE,
     RETURN,
     START,
     STOP,
+    WAIT_UNIT,
     completed,
     fetched,
     held,
@@ -81,8 +84,9 @@ class Traced:
             self.complete()
             self.traced += 1
 
-    def reader(self) -> TraceReader:
-        return TraceReader(self.tracer, self.tracer.in_flight([self.queue]))
+    def reader(self, fetches: bool = True) -> TraceReader:
+        self.tracer.want_fetches(fetches)
+        return TraceReader(self.tracer, fetches, self.tracer.in_flight([self.queue], FETCH))
 
 
 def test_what_is_worth_reading() -> None:
@@ -142,27 +146,56 @@ def test_overwritten_events_are_lost(too_many: int) -> None:
     reader = traced.reader()
     traced.trace(CAPACITY + too_many)
     seen = sectors(reader)
-    # The oldest one left is the one that the worker would overwrite next.
-    assert reader.lost == too_many + 1
+    # And some more, which would be overwritten while they are read.
+    assert reader.lost == too_many + MARGIN
     assert seen == list(range(reader.lost, CAPACITY + too_many))
     traced.trace(1)
     assert sectors(reader) == [CAPACITY + too_many]
 
 
+@pytest.mark.parametrize("limit", [1, 100, CAPACITY])
+def test_events_overwritten_while_they_are_used_are_lost(limit: int) -> None:
+    """The oldest one left is the one that the worker would overwrite next."""
+    traced = Traced()
+    reader = traced.reader()
+    traced.trace(CAPACITY)
+    lent = reader.read(limit)
+    traced.trace(9)
+    assert reader.overwritten() == min(limit, 10)
+    assert list(lent["sector"][10:]) == list(range(10, limit))
+    # Each is counted once.
+    assert reader.overwritten() == 0
+    assert reader.lost == min(limit, 10)
+
+
 class Racing(Tracer):
-    """A ring buffer that advances while it is copied."""
+    """A ring buffer that advances when its events are read."""
 
-    def copy(self, first: int, last: int) -> npt.NDArray[np.void]:
+    def lend(self, first: int, last: int) -> npt.NDArray[np.void]:
         self._record["written"] += 10
-        return super().copy(first, last)
+        return super().lend(first, last)
 
 
-def test_events_overwritten_during_a_read_are_lost_too() -> None:
+def test_events_overwritten_during_a_read_are_not_seen() -> None:
     traced = Traced(Racing)
     reader = traced.reader()
     traced.trace(CAPACITY)
-    assert list(reader.read()["sector"]) == list(range(11, CAPACITY))
+    assert [event.sector for event in reader.events(CAPACITY)] == list(range(11, CAPACITY))
     assert reader.lost == 11
+
+
+def test_the_end_of_a_recording() -> None:
+    """Nothing that comes later, and then what is in flight."""
+    traced = Traced()
+    reader = traced.reader(fetches=False)
+    traced.fetch()
+    traced.trace(2)
+    traced.request["queue"], traced.request["started"] = traced.queue.address, 77
+    reader.end(traced.tracer.in_flight([traced.queue], IN_FLIGHT))
+    traced.trace(CAPACITY - 3)
+    assert [(event.event, event.sector) for event in reader.events()] == [(COMPLETE, 0), (COMPLETE, 1), (IN_FLIGHT, 1)]
+    assert list(reader.events()) == []
+    assert reader.lost == 0
 
 
 def test_fields_of_all_kinds_of_events() -> None:
@@ -202,11 +235,24 @@ def test_a_chain_is_in_the_ring_from_when_it_was_seen() -> None:
     traced = Traced()
     reader = traced.reader()
     waits = []
-    for now, seen in ((1000, 10), (1000, 10), (1600, 10), (2000, 11), (2500, 12), (2700, 12)):
+    for now, seen in ((1000, 10), (1000, 10), (1640, 10), (2000, 11), (2500, 12), (2692, 12)):
         traced.state.record["now"], traced.queue.record["seen_avail"] = now, seen
         traced.fetch()
-        waits += [event.microseconds for event in reader.events()]
-    assert waits == [0.0, 0.0, 0.6, 0.0, 0.0, 0.2]
+        traced.complete()
+        waits += [event.waited_us for event in reader.events()]
+    assert waits[::2] == waits[1::2] == [0.0, 0.0, 0.64, 0.0, 0.0, 0.192]
+
+
+def test_waits_that_are_very_long() -> None:
+    traced = Traced()
+    reader = traced.reader(fetches=False)
+    traced.queue.record["seen_avail"] = 1
+    traced.fetch()
+    traced.state.record["now"] = LONGEST_WAIT * WAIT_UNIT + 1_000_000
+    traced.fetch()
+    traced.complete()
+    (event,) = reader.events()
+    assert event.waited_us == LONGEST_WAIT * WAIT_UNIT / 1000
 
 
 def test_what_a_held_queue_has_was_seen_then() -> None:
@@ -215,9 +261,9 @@ def test_what_a_held_queue_has_was_seen_then() -> None:
     traced.queue.record["seen_avail"] = 5
     held(traced.state.address, traced.queue.address, HOLD, 1000)
     held(traced.state.address, traced.queue.address, RELEASE, 4000)
-    traced.state.record["now"] = 5000
+    traced.state.record["now"] = 7400
     traced.fetch()
-    assert [(event.event, event.microseconds) for event in reader.events()] == [(HOLD, 0), (RELEASE, 0), (FETCH, 4.0)]
+    assert [(event.event, event.waited_us) for event in reader.events()] == [(HOLD, 0), (RELEASE, 0), (FETCH, 6.4)]
 
 
 @pytest.mark.parametrize(
@@ -259,8 +305,8 @@ def kinds(reader: TraceReader) -> list[int]:
     return [event.event for event in reader.events()]
 
 
-def start_tracing(line: Line) -> TraceReader:
-    return line.worker.start_tracing().result(PATIENCE)
+def start_tracing(line: Line, fetches: bool = True) -> TraceReader:
+    return line.worker.start_tracing(fetches).result(PATIENCE)
 
 
 def stop_tracing(line: Line, reader: TraceReader) -> None:
@@ -307,6 +353,44 @@ def test_requests_in_flight_are_fetched_at_the_start(make_rig: RigFactory) -> No
     }
     release(line)
     line.wait()
+
+
+def test_requests_in_flight_at_the_end_of_a_recording(make_rig: RigFactory) -> None:
+    """A recording has no events of fetches: one event per request, also of those that began before."""
+    rig = make_rig(layers=[DelayPart(read=60_000 * MS)])
+    line = rig.line().start()
+    line.put(IN, 7, room=512)
+    line.kick()
+    assert eventually(lambda: line.queue.in_flight == 1)
+    reader, other = start_tracing(line, fetches=False), start_tracing(line, fetches=False)
+    line.put(FLUSH)
+    line.kick()
+    assert eventually(lambda: line.queue.counters[KIND_FLUSH]["requests"] == 1)
+    line.turn_is_over()
+    stop_tracing(line, reader)
+    found = {event.event: event for event in reader.events()}
+    assert found.keys() == {LEAVE, RETURN, COMPLETE, IN_FLIGHT}
+    assert found[IN_FLIGHT].sector == 7
+    release(line)
+    line.wait()
+    line.turn_is_over()
+    read = next(event for event in other.events() if event.event == COMPLETE and event.type == IN)
+    assert read.time_ns - round(1000 * read.microseconds) == found[IN_FLIGHT].time_ns
+    stop_tracing(line, other)
+    assert kinds(other) == []
+
+
+def test_fetches_are_traced_while_somebody_wants_them(make_rig: RigFactory) -> None:
+    line = make_rig().line().start()
+    recording = start_tracing(line, fetches=False)
+    line.do(IN, 1, room=512)
+    wanted = start_tracing(line)
+    line.do(IN, 2, room=512)
+    stop_tracing(line, wanted)
+    line.do(IN, 3, room=512)
+    line.turn_is_over()
+    assert [(each.event, each.sector) for each in recording.events()] == [(COMPLETE, 1), (FETCH, 2), (COMPLETE, 2),
+        (COMPLETE, 3)]  # fmt: skip
 
 
 def test_layers_and_storage_are_told_apart(make_rig: RigFactory) -> None:
@@ -374,4 +458,5 @@ def test_a_queue_that_is_held_by_limits(make_rig: RigFactory) -> None:
     assert [each.event for each in events if each.event != COMPLETE][:4] == [FETCH, HOLD, RELEASE, HOLD]
     fetch, complete = reader.events()
     assert (fetch.event, complete.event) == (FETCH, COMPLETE)
-    assert fetch.time_ns - round(1000 * fetch.microseconds) <= events[-1].time_ns
+    # The wait is in units of 64 ns.
+    assert fetch.time_ns - round(1000 * fetch.waited_us) <= events[-1].time_ns + WAIT_UNIT

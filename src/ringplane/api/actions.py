@@ -128,6 +128,10 @@ async def trace(call: Call) -> Response:
     return TraceStream(await call.server.recorder.start(disks), seconds)
 
 
+async def end_trace(call: Call) -> None:
+    call.server.recorder.end()
+
+
 def described(export: Export) -> schemas.Disk:
     """What the API shows of a disk."""
     disk, socket = export.disk, export.config.socket_path

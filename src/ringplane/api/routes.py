@@ -100,9 +100,13 @@ ROUTES = (
         "POST", "/v1/trace", actions.trace,
         "Record what happens to each request, as it happens (docs/tracing.md has the format).", BYTES,
         query=(
-            Parameter("seconds", "number", "How long; without it until the client closes the connection."),
+            Parameter("seconds", "number", "How long; without it until somebody ends it."),
             Parameter("disk", "string", "Only this disk; may be repeated.", several=True),
         ),
         errors=(400, 404, 409, 503),
+    ),
+    Route(
+        "DELETE", "/v1/trace", actions.end_trace, "End the recording; its client gets the rest of it.", None,
+        errors=(409,), status=204,
     ),
 )  # fmt: skip

@@ -83,7 +83,7 @@ def record(client: Client, seconds: float, disks: Sequence[str], requests: int, 
     request = client.send("POST", f"/v1/trace?{query}")
     try:
         signals.wait(request.fileno())
-        receiver = Receiver(request, requests)
+        receiver = Receiver(client, request, requests)
     except BaseException:
         request.close()
         raise

@@ -12,16 +12,21 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, pairwise
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from ringplane.client.trace_receiver import Block, Recorded
+import numpy as np
+
+from ringplane.client.trace_receiver import Block, Events, Recorded
 
 IN_RING, IN_LAYERS, IN_ENGINE, HELD = "in ring", "in layers", "in engine", "held by limits"
 
-# Results of requests whose completion is not in the trace.
-IN_FLIGHT, UNKNOWN = "in flight", "unknown, trace events were lost"
+# The result of a request that has none at the end.
+IN_FLIGHT = '"in flight"'
 
-FIELDS = ("time", "event", "queue", "slot", "type", "sector", "length", "head", "status", "nanoseconds")
+FIELDS = ("time", "event", "queue", "slot", "type", "sector", "length", "head", "status", "nanoseconds", "waited")
+
+# Lines that are written at a time.
+LINES = 10_000
 
 
 @dataclass(eq=False, slots=True)
@@ -30,26 +35,10 @@ class Group:
 
     pid: int
     layers: bool = False
-    # Requests in flight, and when their number changed last.
-    depth: int = 0
-    changed: int = 0
+    # Of each request: when it was fetched, and when it ended.
+    fetched: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
     held_since: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class Fetched:
-    """A request that was fetched. `stages`: when each began."""
-
-    group: Group
-    time: int
-    waited: int
-    type: int
-    sector: int
-    length: int
-    head: int
-    stages: list[tuple[int, str]]
-    # Whether it counts in the depth of its group.
-    counted: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -58,8 +47,23 @@ class Thread:
 
     group: Group
     queues: dict[int, Group] = field(default_factory=dict)
-    open: dict[int, Fetched] = field(default_factory=dict)
+    # By slot: the stages of a request that has not ended, and when each began.
+    stages: dict[int, list[tuple[int, str]]] = field(default_factory=dict)
     lost: int = 0
+    # The time of the last loss, or of the beginning: some stages of requests that were fetched before may be missing.
+    lost_at: int = 0
+
+
+class Request(NamedTuple):
+    """What a request's event says. `seen`: when its chain was seen in the ring."""
+
+    slot: int
+    seen: int
+    fetched: int
+    type: int
+    sector: int
+    length: int
+    head: int
 
 
 @dataclass(slots=True)
@@ -107,8 +111,10 @@ class Conversion:
         for block in self._recorded.blocks:
             self._add(block)
             yield self._take()
-        self._finish()
-        yield self._take()
+        for thread in self._threads.values():
+            for group in thread.queues.values():
+                self._finish(group)
+                yield from self._depths(group)
 
     def other_data(self) -> dict[str, Any]:
         """About the trace as a whole."""
@@ -133,59 +139,66 @@ class Conversion:
             self.summary.queues += 1
         if block.lost:
             self._lose(thread, block)
-        fetch, leave, back, complete = self._recorded.numbers("fetch", "leave", "return", "complete")
-        events = zip(*(block.events[name].tolist() for name in FIELDS), strict=True)
-        for time, event, queue, slot, kind, sector, length, head, status, nanoseconds in events:
-            group = thread.queues[queue]
-            if event == fetch:
-                request = Fetched(group, time, nanoseconds, kind, sector, length, head, [(time, _first_stage(group))])
-                self._begin(thread, slot, request)
-            elif event == complete:
-                begun = [(time - nanoseconds, _first_stage(group))]
-                request = Fetched(group, time - nanoseconds, 0, kind, sector, length, head, begun, counted=False)
-                self._end(self._find(thread, slot, request), time, self._statuses.get(status, f'"{status}"'))
-                self.summary.requests += 1
-            elif event in (leave, back):
-                if slot in thread.open:
-                    thread.open[slot].stages.append((time, IN_ENGINE if event == leave else IN_LAYERS))
-            else:
-                self._add_event_of_queue(group, time, event)
+        self._add_events(thread, block.events)
         if len(block.events):
             self._last = max(self._last, int(block.events["time"][-1]))
 
-    def _begin(self, thread: Thread, slot: int, request: Fetched) -> None:
-        if slot in thread.open:
-            # Its completion was lost.
-            self._end(thread.open[slot], request.time, json.dumps(UNKNOWN))
-        thread.open[slot] = request
-        self._change_depth(request.group, request.time, 1)
+    def _add_events(self, thread: Thread, events: Events) -> None:
+        leave, back, complete, in_flight = self._recorded.numbers("leave", "return", "complete", "in-flight")
+        unit = self._recorded.description.wait_unit
+        entries = zip(*(events[name].tolist() for name in FIELDS), strict=True)
+        for time, event, queue, slot, kind, sector, length, head, status, nanoseconds, waited in entries:
+            group = thread.queues[queue]
+            if event in (complete, in_flight):
+                fetched = time - nanoseconds
+                request = Request(slot, fetched - waited * unit, fetched, kind, sector, length, head)
+                if event == complete:
+                    self._add_completed(thread, group, request, time, status)
+                else:
+                    self._add_in_flight(thread, group, request)
+            elif event in (leave, back):
+                thread.stages.setdefault(slot, []).append((time, IN_ENGINE if event == leave else IN_LAYERS))
+            else:
+                self._add_event_of_queue(group, time, event)
 
-    def _find(self, thread: Thread, slot: int, completed: Fetched) -> Fetched:
-        """The request that is completed now, as it is known from its completion alone or from its fetch too."""
-        request = thread.open.pop(slot, completed)
-        if request.time == completed.time:
-            return request
-        # Its fetch was lost, and so was the completion of the one before.
-        self._end(request, completed.time, json.dumps(UNKNOWN))
-        return completed
+    def _add_completed(self, thread: Thread, group: Group, request: Request, time: int, status: int) -> None:
+        self._add_request(thread, group, request, time, self._statuses.get(status, f'"{status}"'))
+        group.ended.append(time)
+        self.summary.requests += 1
 
-    def _end(self, request: Fetched, time: int, result: str) -> None:
-        """Write a request with its stages."""
-        if request.counted:
-            self._change_depth(request.group, time, -1)
-        time = max(time, request.stages[-1][0])
-        seen = request.time - request.waited
-        slice_ = self._slice(request.group)
+    def _add_in_flight(self, thread: Thread, group: Group, request: Request) -> None:
+        self._add_request(thread, group, request, self._end, IN_FLIGHT)
+        self.summary.in_flight += 1
+
+    @property
+    def _end(self) -> int:
+        """The time of the end."""
+        return max(self._recorded.ended, self._last)
+
+    def _add_request(self, thread: Thread, group: Group, request: Request, end: int, result: str) -> None:
+        """Add a request with its stages."""
+        stages = self._stages(thread, group, request, end)
+        group.fetched.append(request.fetched)
+        slice_ = self._slice(group)
         what = f'{{"sector":{request.sector},"length":{request.length},"head":{request.head},"result":{result}}}'
         name = self._types.get(request.type, f'"type-{request.type}"')
         add = self._lines.append
-        add(f'{{"ph":"b",{slice_},"ts":{_us(seen)},"name":{name},"args":{what}}}')
-        if request.waited:
-            self._add_stage(slice_, IN_RING, seen, request.time)
-        for (begin, stage), (end, _) in pairwise([*request.stages, (time, "")]):
-            if end > begin:
-                self._add_stage(slice_, stage, begin, end)
-        add(f'{{"ph":"e",{slice_},"ts":{_us(time)},"name":{name}}}')
+        add(f'{{"ph":"b",{slice_},"ts":{_us(request.seen)},"name":{name},"args":{what}}}')
+        for (begin, stage), (until, _) in pairwise(stages):
+            if until > begin:
+                self._add_stage(slice_, stage, begin, until)
+        add(f'{{"ph":"e",{slice_},"ts":{_us(end)},"name":{name}}}')
+
+    def _stages(self, thread: Thread, group: Group, request: Request, end: int) -> list[tuple[int, str]]:
+        """The stages of a request and when each began, and its end."""
+        before = [(request.seen, IN_RING)] if request.seen < request.fetched else []
+        if not group.layers:
+            return [*before, (request.fetched, IN_ENGINE), (end, "")]
+        # Those of another request in this slot, whose completion was lost, were earlier.
+        known = [stage for stage in thread.stages.pop(request.slot, ()) if stage[0] >= request.fetched]
+        if request.fetched < thread.lost_at:
+            return [*before, (request.fetched, "")]
+        return [*before, (request.fetched, IN_LAYERS), *known, (end, "")]
 
     def _add_stage(self, slice_: str, name: str, begin: int, end: int) -> None:
         self._lines.append(f'{{"ph":"b",{slice_},"ts":{_us(begin)},"name":"{name}"}}')
@@ -195,22 +208,29 @@ class Conversion:
         """What the events of one asynchronous slice have in common."""
         return f'"cat":"request","id2":{{"local":"{next(self._ids):x}"}},{_of(group)}'
 
-    def _change_depth(self, group: Group, time: int, by: int) -> None:
-        """Only the last of several changes at the same time is written."""
-        if group.changed not in (0, time):
-            self._add_depth(group)
-        group.depth += by
-        group.changed = time
-
-    def _add_depth(self, group: Group) -> None:
-        self._add_counter(group, group.changed, "requests", "in flight", group.depth)
+    def _depths(self, group: Group) -> Iterator[list[str]]:
+        """How many requests were in flight, at each time at which it changed."""
+        times = np.array(group.fetched + group.ended, np.int64)
+        changes = np.repeat([1, -1], [len(group.fetched), len(group.ended)])
+        order = np.argsort(times, kind="stable")
+        times, depths = times[order], changes[order].cumsum()
+        # Of several changes at the same time the last one.
+        last = np.append(times[1:] != times[:-1], True)[: len(times)]
+        for number, (time, depth) in enumerate(zip(times[last].tolist(), depths[last].tolist(), strict=True), 1):
+            self._add_counter(group, time, "requests", "in flight", depth)
+            if not number % LINES:
+                yield self._take()
+        yield self._take()
 
     def _add_counter(self, group: Group, time: int, name: str, series: str, value: int) -> None:
         values = f'{{"{series}":{value}}}'
         self._lines.append(f'{{"ph":"C",{_of(group)},"ts":{_us(time)},"name":"{name}","args":{values}}}')
 
     def _add_event_of_queue(self, group: Group, time: int, event: int) -> None:
-        hold, release = self._recorded.numbers("hold", "release")
+        fetch, hold, release = self._recorded.numbers("fetch", "hold", "release")
+        if event == fetch:
+            # Somebody else wanted it.
+            return
         if event == hold:
             group.held_since = time
         elif event == release:
@@ -222,35 +242,22 @@ class Conversion:
             self._lines.append(f'{{"ph":"i","s":"p",{_of(group)},"ts":{_us(time)},"name":{json.dumps(name)}}}')
 
     def _lose(self, thread: Thread, block: Block) -> None:
-        """Events were lost before this block: what is in flight is not certain any more."""
-        time = int(block.events["time"][0]) if len(block.events) else self._last
+        """Events were lost before this block."""
+        thread.lost_at = max(self._last, *block.events["time"][:1].tolist())
         thread.lost += block.lost
         self.summary.lost += block.lost
         name = f"{block.lost} trace events lost"
-        self._lines.append(f'{{"ph":"i","s":"g",{_of(thread.group)},"ts":{_us(time)},"name":"{name}"}}')
-        self._add_counter(thread.group, time, "trace events", "lost", thread.lost)
-        for group in thread.queues.values():
-            self._change_depth(group, time, -group.depth)
-        for request in thread.open.values():
-            request.counted = False
+        self._lines.append(f'{{"ph":"i","s":"g",{_of(thread.group)},"ts":{_us(thread.lost_at)},"name":"{name}"}}')
+        self._add_counter(thread.group, thread.lost_at, "trace events", "lost", thread.lost)
 
-    def _finish(self) -> None:
+    def _finish(self, group: Group) -> None:
         """Write what has no end yet."""
-        end = max(self._recorded.ended, self._last)
-        for thread in self._threads.values():
-            for request in thread.open.values():
-                self.summary.in_flight += request.counted
-                result, request.counted = IN_FLIGHT if request.counted else UNKNOWN, False
-                self._end(request, end, json.dumps(result))
-            for group in thread.queues.values():
-                if group.changed:
-                    self._add_depth(group)
-                if group.held_since:
-                    self._add_stage(self._slice(group), HELD, group.held_since, end)
+        if group.held_since:
+            self._add_stage(self._slice(group), HELD, group.held_since, self._end)
 
     def _new_thread(self, name: str) -> Thread:
         group = self._new_group(f"I/O thread {name}")
-        thread = self._threads[name] = Thread(group)
+        thread = self._threads[name] = Thread(group, lost_at=self._recorded.description.began)
         self._add_counter(group, self._last, "trace events", "lost", 0)
         return thread
 
@@ -259,10 +266,6 @@ class Conversion:
         args = json.dumps({"name": name})
         self._lines.append(f'{{"ph":"M",{_of(group)},"name":"process_name","args":{args}}}')
         return group
-
-
-def _first_stage(group: Group) -> str:
-    return IN_LAYERS if group.layers else IN_ENGINE
 
 
 def _of(group: Group) -> str:

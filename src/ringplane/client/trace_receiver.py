@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import threading
@@ -13,10 +14,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.client.api_errors import NoConnection
-from ringplane.client.client import Request
+from ringplane.client.api_errors import ApiError, NoConnection
+from ringplane.client.client import Client, Request
 
-VERSION = 1
+VERSION = 2
+
+# Seconds in which the process has to end a recording that is stopped.
+PATIENCE = 5.0
 
 Events = npt.NDArray[np.void]
 
@@ -30,6 +34,7 @@ class Description(msgspec.Struct):
     events: dict[int, str]
     types: dict[int, str]
     statuses: dict[int, str]
+    wait_unit: int = msgspec.field(name="wait-unit")
 
 
 class NewQueue(msgspec.Struct):
@@ -47,11 +52,12 @@ class Announcement(msgspec.Struct, rename="kebab"):
     io_thread: str = ""
     queues: list[NewQueue] = []
     lost: int = 0
+    overwritten: int = 0
     events: int = 0
     end: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Block:
     """Events of an I/O thread, in their order; `lost` ones came before them."""
 
@@ -70,7 +76,7 @@ class Recorded:
         self.requests = 0
         # Nanoseconds, CLOCK_MONOTONIC; 0: the stream has no end.
         self.ended = 0
-        # Whether it has none because the process has ended, or because its events were not read fast enough.
+        # Whether it has none because the process has ended or hangs, or because its events were not read fast enough.
         self.cut_off = False
 
     def numbers(self, *names: str) -> list[int]:
@@ -82,22 +88,28 @@ class Recorded:
 class Receiver:
     """Receives a trace on a thread of its own, until its end or until it is stopped."""
 
-    def __init__(self, request: Request, most_requests: int) -> None:
-        """It ends after so many requests. Raises ApiError."""
+    def __init__(self, client: Client, request: Request, most_requests: int) -> None:
+        """It wants to be stopped after so many requests. Raises ApiError."""
+        self._client = client
         self._response = request.response()
         self._request, self._most = request, most_requests
         # While nothing happens there are no events.
         request.set_patience(None)
-        self._stopping = False
         self.recorded = Recorded(self._describe())
-        # Can be read when it has ended.
+        # The last block of each I/O thread.
+        self._last: dict[str, Block] = {}
+        # Can be read when it has ended or wants to be stopped.
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
     def stop(self) -> Recorded:
         """End it, if it has not ended, and return what was received."""
-        self._stopping = True
+        if self._thread.is_alive():
+            # If it has ended meanwhile, or its process has, the thread notices it too.
+            with contextlib.suppress(ApiError):
+                self._client.ask("DELETE", "/v1/trace")
+            self._thread.join(PATIENCE)
         self._request.abort()
         self._thread.join()
         self._request.close()
@@ -121,18 +133,19 @@ class Receiver:
         try:
             for block in self._blocks(self._response):
                 self.keep(block)
-                self.recorded.requests += self._completed(block)
+                self.recorded.requests += self._completed(block.events)
                 if self.recorded.requests >= self._most:
-                    return
-            self.recorded.cut_off = not self.recorded.ended and not self._stopping
+                    os.eventfd_write(self.ended_fd, 1)
         except (msgspec.MsgspecError, OSError, ValueError, http.client.HTTPException):
-            self.recorded.cut_off = not self._stopping
+            # What was received until then is kept.
+            pass
         finally:
+            self.recorded.cut_off = not self.recorded.ended
             os.eventfd_write(self.ended_fd, 1)
 
-    def _completed(self, block: Block) -> int:
+    def _completed(self, events: Events) -> int:
         (complete,) = self.recorded.numbers("complete")
-        return int(np.count_nonzero(block.events["event"] == complete))
+        return int(np.count_nonzero(events["event"] == complete))
 
     def _blocks(self, source: BinaryIO | http.client.HTTPResponse) -> Iterator[Block]:
         event: np.dtype[Any] = np.dtype([(name, kind) for name, kind in self.recorded.description.fields])
@@ -141,5 +154,14 @@ class Receiver:
             if announced.end:
                 self.recorded.ended = announced.end
                 return
+            if announced.overwritten:
+                self._drop(self._last[announced.io_thread], announced.overwritten)
             data = source.read(announced.events * event.itemsize)
-            yield Block(announced.io_thread, announced.queues, announced.lost, np.frombuffer(data, event))
+            block = Block(announced.io_thread, announced.queues, announced.lost, np.frombuffer(data, event))
+            self._last[announced.io_thread] = block
+            yield block
+
+    def _drop(self, block: Block, count: int) -> None:
+        """Drop the first events of a block."""
+        self.recorded.requests -= self._completed(block.events[:count])
+        block.events = block.events[count:]

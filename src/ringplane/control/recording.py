@@ -15,7 +15,7 @@ from ringplane.control.threads import Threads
 from ringplane.dataplane.trace_events import Events, TracedQueue, TraceReader
 from ringplane.dataplane.worker import Worker
 
-# Events that are read at a time: 0.8 MB.
+# Events that are sent at a time: 0.8 MB.
 PORTION = 1 << 14
 WORTHWHILE = PORTION // 4
 
@@ -25,12 +25,17 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """Some events of an I/O thread, in their order. `queues`: those that had no events before, by number."""
+    """Some events of an I/O thread, in their order, which are lent until the next portion (TraceReader).
+
+    `queues`: those that had no events before, by number. `overwritten`: so many events of the thread's last portion,
+    the first ones, were overwritten before they were sent; they are among those that were `lost` before this one.
+    """
 
     thread: str
     queues: dict[int, TracedQueue]
     events: Events
     lost: int
+    overwritten: int
 
 
 class Recorder:
@@ -52,6 +57,12 @@ class Recorder:
             raise
         return recording
 
+    def end(self) -> None:
+        """Have the recording end; what it has is still sent to its client. Raises WrongState."""
+        if self._recording is None:
+            raise WrongState("no trace is being recorded", "", "POST /v1/trace begins one")
+        self._recording.ending.set()
+
     def _forget(self) -> None:
         self._recording = None
 
@@ -63,12 +74,14 @@ class Recording:
         """`ended` is called once, when another one can begin."""
         self._workers, self._disks, self._ended = workers, disks, ended
         self._stopped = False
+        # Set when somebody wants it to end.
+        self.ending = asyncio.Event()
         self._tracks: list[Track] = []
 
     async def start(self) -> None:
         """Record from now on. Raises Unavailable; it has to be stopped then too."""
         workers = self._workers
-        started = {name: worker.start_tracing() for name, worker in workers.items()}
+        started = {name: worker.start_tracing(fetches=False) for name, worker in workers.items()}
         await _all(started.values())
         for name, future in started.items():
             # A thread that has failed has no events, and the log says why it has failed.
@@ -91,11 +104,10 @@ class Recording:
 
     def read(self) -> Iterator[Portion]:
         """What has been recorded since the last call, but for few events that would not be worth it."""
-        least = 1 if self._stopped else WORTHWHILE
         for each in self._tracks:
             while portion := each.read():
                 yield portion
-                if each.reader.unread < least:
+                if each.reader.unread < WORTHWHILE and not self._stopped:
                     break
 
 
@@ -111,16 +123,22 @@ class Track:
 
     def read(self) -> Portion | None:
         """What is new, if anything is."""
+        overwritten = self.reader.overwritten()
         events = self.reader.read(PORTION)
         if not len(events) and self.reader.lost == self._lost:
             return None
-        lost, self._lost = self.reader.lost - self._lost, self.reader.lost
         # After the events, whose queues are known now.
         queues = self._new_queues()
         if self._disks:
             self._wanted += queues
-            events = events[np.isin(events["queue"], self._wanted)]
-        return Portion(self.name, queues, events, lost)
+            events = self._selected(events)
+        lost, self._lost = self.reader.lost - self._lost, self.reader.lost
+        return Portion(self.name, queues, events, lost, overwritten)
+
+    def _selected(self, events: Events) -> Events:
+        """A copy of those of interest."""
+        copied = events.copy()[self.reader.overwritten() :]
+        return copied[np.isin(copied["queue"], self._wanted)]
 
     def _new_queues(self) -> dict[int, TracedQueue]:
         first, self._known = self._known, len(self.reader.queues)

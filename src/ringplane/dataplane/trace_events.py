@@ -17,9 +17,9 @@ from ringplane.dataplane.tracer import (
     CAPACITY,
     COMPLETE,
     EVENT,
-    EVENT_SIZE,
     FETCH,
     HOLD,
+    IN_FLIGHT,
     LEAVE,
     RELEASE,
     RETURN,
@@ -27,6 +27,7 @@ from ringplane.dataplane.tracer import (
     STOP,
     TRACER,
     UNITS,
+    WAIT_UNIT,
     passed,
 )
 from ringplane.dataplane.worker_state import WorkerState
@@ -42,6 +43,7 @@ EVENT_NAMES = {
     STOP: "stop",
     HOLD: "hold",
     RELEASE: "release",
+    IN_FLIGHT: "in-flight",
 }
 TYPE_NAMES = {
     blk.VIRTIO_BLK_T_IN: "read",
@@ -72,6 +74,9 @@ STATUS_NAMES = {
 
 Events = npt.NDArray[np.void]
 
+# A reader that has lost events continues so many after the oldest one that is left.
+MARGIN = CAPACITY // 4
+
 
 class TracedQueue(NamedTuple):
     """What is known of a queue that has events. `layered`: its disk has layers."""
@@ -86,7 +91,7 @@ class TraceEvent:
     """What happens to a request or a queue.
 
     For a queue, `sector` is its index in the available ring and `length` its size. Only completions have `status` and
-    `microseconds`.
+    `microseconds`, which are since the fetch. `waited_us`: microseconds in the ring before the fetch.
     """
 
     time_ns: int
@@ -99,6 +104,7 @@ class TraceEvent:
     length: int
     status: int
     microseconds: float
+    waited_us: float = 0.0
 
     def __str__(self) -> str:
         start = f"{self.time_ns / 1e9:.6f} {EVENT_NAMES[self.event]:<8} queue={self.queue}"
@@ -120,13 +126,14 @@ class Tracer:
         """`load` must have been called before."""
         self._state = state
         self._events: Events = np.zeros(CAPACITY, EVENT)
-        self._bytes = self._events.view(np.uint8)
+        self._waits = np.zeros(len(state.slots.requests), np.int64)
         self._record: npt.NDArray[np.void] = new(TRACER)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
         for name, address in addresses(UNITS).items():
             record[name] = address
         record["worker"], record["events"] = state.address, self._events.ctypes.data
+        record["waits"] = self._waits.ctypes.data
         # Only appended to, because other threads read it: a queue's number is its index.
         self.queues: list[TracedQueue] = []
         self._numbers: dict[TracedQueue, int] = {}
@@ -138,13 +145,16 @@ class Tracer:
         """How many events there have been."""
         return int(self._record["written"][0])
 
-    def copy(self, first: int, last: int) -> Events:
-        """Events `first` to `last` (excluded), in one piece; those that were overwritten are replaced by newer ones."""
+    def lend(self, first: int, last: int) -> Events:
+        """Events `first` to `last` (excluded), in one piece, where they are: newer ones overwrite them."""
         start = first % CAPACITY
-        # As bytes: NumPy copies structs one by one.
-        return self._bytes[start * EVENT_SIZE : (start + last - first) * EVENT_SIZE].copy().view(EVENT)
+        return self._events[start : start + last - first]
 
     # On the worker's thread, between two runs.
+
+    def want_fetches(self, wanted: bool) -> None:
+        """Whether there are events of fetches from now on."""
+        self._record["fetches"] = wanted
 
     def start(self, queues: Iterable[Queue]) -> None:
         """Trace from now on; these queues are served."""
@@ -168,8 +178,8 @@ class Tracer:
         self._events[self.written % CAPACITY] = entry
         self._record["written"] += 1
 
-    def in_flight(self, queues: Iterable[Queue]) -> Events:
-        """For each request of these queues that is in flight an event of its fetch, in their order."""
+    def in_flight(self, queues: Iterable[Queue], event: int) -> Events:
+        """For each request of these queues that is in flight an event with the time of its fetch, in their order."""
         requests = self._state.slots.requests
         found = [np.zeros(0, EVENT)]
         for queue in queues:
@@ -178,7 +188,8 @@ class Tracer:
                 # They are completed, and wait for older ones.
                 ours = ours[ours["ended"] == 0]
             events = np.zeros(len(ours), EVENT)
-            events["time"], events["event"], events["queue"] = ours["started"], FETCH, queue.record["traced"]
+            events["time"], events["event"], events["queue"] = ours["started"], event, queue.record["traced"]
+            events["waited"] = self._waits[ours["slot"]]
             for name in ("sector", "length", "type", "slot", "head"):
                 events[name] = ours[name]
             found.append(events)
@@ -198,11 +209,16 @@ class Tracer:
 class TraceReader:
     """Reads a worker's events without stopping it."""
 
-    def __init__(self, tracer: Tracer, in_flight: Events) -> None:
-        """From now on; `in_flight` are events that come before those."""
+    def __init__(self, tracer: Tracer, fetches: bool, in_flight: Events) -> None:
+        """From now on; `in_flight` are events that come before those. `fetches`: whether it wants events of fetches."""
+        self.fetches = fetches
         self._tracer = tracer
-        self._before = in_flight
+        self._before, self._after = in_flight, in_flight[:0]
         self._read = tracer.written
+        # How many events there will have been, when that is known.
+        self._end: int | None = None
+        # What `read` returned last.
+        self._lent = range(0)
         self.lost = 0
 
     @property
@@ -213,31 +229,58 @@ class TraceReader:
     @property
     def unread(self) -> int:
         """How many events have come since the last call of `read`."""
-        return self._tracer.written - self._read
+        return self._written - self._read
+
+    @property
+    def _written(self) -> int:
+        return self._tracer.written if self._end is None else self._end
+
+    def end(self, in_flight: Events) -> None:
+        """No events come any more but these. Called on the worker's thread, when nobody reads or after `end`."""
+        self._after = in_flight
+        self._end = self._tracer.written
 
     def read(self, limit: int = CAPACITY) -> Events:
         """The oldest events since the last call, at most `limit`, or up to the end of the ring buffer; none: no more.
 
-        Those that were overwritten unread count in `lost`.
+        They are lent: the worker may overwrite them while they are used, as `overwritten` says afterwards. Those that
+        it has overwritten unread count in `lost`.
         """
+        self._lent = range(0)
         if len(self._before):
             before, self._before = self._before, self._before[:0]
             return before
-        written = self._tracer.written
-        first = max(self._read, written - CAPACITY)
+        first, written = self._read, self._written
+        if first == written and len(self._after):
+            after, self._after = self._after, self._after[:0]
+            return after
+        oldest = self._tracer.written - CAPACITY
+        if first < oldest:
+            # The oldest ones would be overwritten while they are used.
+            first = min(oldest + MARGIN, written)
         last = min(written, first + limit, first - first % CAPACITY + CAPACITY)
-        entries = self._tracer.copy(first, last)
-        # Also lost: what the worker has overwritten while we copied, and the entry that it may be writing now.
-        intact = min(last, max(first, self._tracer.written - CAPACITY + 1))
-        self.lost += intact - self._read
+        self.lost += first - self._read
         self._read = last
-        return entries[intact - first :]
+        self._lent = range(first, last)
+        return self._tracer.lend(first, last)
+
+    def overwritten(self) -> int:
+        """How many of the events that `read` returned last were overwritten since, the oldest; they count in `lost`.
+
+        To be asked once, when they have been used.
+        """
+        # Also the entry that the worker may be writing now.
+        oldest = self._tracer.written - CAPACITY + 1
+        overwritten = min(max(oldest - self._lent.start, 0), len(self._lent))
+        self._lent = range(0)
+        self.lost += overwritten
+        return overwritten
 
     def events(self, limit: int = CAPACITY) -> Iterator[TraceEvent]:
         """The events since the last call one by one, at least the oldest `limit` of them."""
-        while len(entries := self.read(limit)):
+        while len(entries := self.read(limit).copy()):
             limit -= len(entries)
-            yield from map(self._event, entries)
+            yield from map(self._event, entries[self.overwritten() :])
             if limit <= 0:
                 return
 
@@ -254,6 +297,7 @@ class TraceReader:
             length=int(entry["length"]),
             status=int(entry["status"]),
             microseconds=int(entry["nanoseconds"]) / 1000,
+            waited_us=int(entry["waited"]) * WAIT_UNIT / 1000,
         )
 
 

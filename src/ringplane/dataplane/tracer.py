@@ -3,9 +3,11 @@
 All of it is units: while nobody traces, a worker compares one field per fetched and per completed request, and a
 process in which nobody can trace does not load them.
 
-A request has an event when it is fetched and one when it is completed. On a disk with layers it also has one each time
-it leaves the layers for the source, and one each time it comes back: `passed` is the functions of a probe below the
-layers (block/stack.py). Of a disk with limits it is traced when a queue is held, and when that ends (limit_gate.py).
+A request has an event when it is completed, which also has the times before. It has one when it is fetched only if a
+reader wants to know at once: events cost the caches of two CPUs more than they cost instructions. On a disk with layers
+it also has one each time it leaves the layers for the source, and one each time it comes back: `passed` is the
+functions of a probe below the layers (block/stack.py). Of a disk with limits it is traced when a queue is held, and
+when that ends (limit_gate.py).
 """
 
 from __future__ import annotations
@@ -17,23 +19,27 @@ from ringplane.block.stack import CONTINUE
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_SIZE, WORKER
-from ringplane.native.access import address_of, store64_release, view
+from ringplane.native.access import address_of, load64, store64, store64_release, view
 from ringplane.native.structs import struct
 from ringplane.native.syscalls import monotonic_ns
 
-FETCH, LEAVE, RETURN, COMPLETE, START, STOP, HOLD, RELEASE = range(1, 9)
+FETCH, LEAVE, RETURN, COMPLETE, START, STOP, HOLD, RELEASE, IN_FLIGHT = range(1, 10)
 
-# Of START and STOP, `sector` is the queue's available index and `length` its size. `nanoseconds` is of FETCH the time
-# since the chain was seen in the ring, and of COMPLETE the time since FETCH.
+# Of START and STOP, `sector` is the queue's available index and `length` its size. FETCH and IN_FLIGHT have the time of
+# the fetch: IN_FLIGHT is that of a request which is in flight when a recording ends.
 EVENT = np.dtype(
     [
         ("time", "<i8"),  # nanoseconds, CLOCK_MONOTONIC
         ("sector", "<i8"),
         ("length", "<i8"),  # in bytes
-        ("nanoseconds", "<i8"),
+        ("nanoseconds", "<i8"),  # of COMPLETE: since the fetch
+        (
+            "waited",
+            "<u4",
+        ),  # from when the chain was seen in the ring to the fetch, in WAIT_UNITs
         ("type", "<u4"),
-        ("queue", "<u4"),  # QUEUE's `traced`
-        ("slot", "<u4"),  # no two requests in flight on a worker have the same
+        ("queue", "<u2"),  # QUEUE's `traced`
+        ("slot", "<u2"),  # no two requests in flight on a worker have the same
         ("head", "<u2"),
         ("event", "u1"),
         ("status", "u1"),
@@ -41,6 +47,10 @@ EVENT = np.dtype(
 )
 EVENT_SIZE = EVENT.itemsize
 CAPACITY = 1 << 17
+
+# Nanoseconds. Longer waits than LONGEST_WAIT of them, 274 seconds, are traced as that.
+WAIT_SHIFT = 6
+WAIT_UNIT, LONGEST_WAIT = 1 << WAIT_SHIFT, (1 << 32) - 1
 
 # Of a worker. The first four are the addresses of the units below.
 TRACER = struct(
@@ -51,6 +61,8 @@ TRACER = struct(
     "worker",  # WORKER
     "events",  # CAPACITY EVENT structs
     "written",  # events so far
+    "waits",  # int64 per slot: `waited` of its request
+    "fetches",  # 1: a reader wants events of fetches
 )
 WRITTEN: int = TRACER.fields["written"][1]  # type: ignore[index]
 
@@ -59,9 +71,12 @@ WRITTEN: int = TRACER.fields["written"][1]  # type: ignore[index]
 def fetched(worker_address, queue_address, request_address, status):
     """Returns `status`: to keep it across the call would cost the loop instructions also while nobody traces."""
     worker, queue, request = view(worker_address, WORKER), view(queue_address, QUEUE), view(request_address, REQUEST)
+    tracer = view(worker.trace, TRACER)
     note_seen(queue, worker.now)
     waited = 0 if queue.packed else worker.now - queue.seen_at
-    write(view(worker.trace, TRACER), worker.now, FETCH, queue, request, 0, waited)
+    store64(tracer.waits + 8 * request.slot, min(waited >> WAIT_SHIFT, LONGEST_WAIT))
+    if tracer.fetches:
+        write(tracer, worker.now, FETCH, queue, request, 0, 0)
     return status
 
 
@@ -91,7 +106,7 @@ def held(worker_address, queue_address, event, time):
     note_seen(queue, time)
     tracer = view(worker.trace, TRACER)
     entry = next_entry(tracer, time, event, queue)
-    entry.sector = entry.length = entry.nanoseconds = 0
+    entry.sector = entry.length = entry.nanoseconds = entry.waited = 0
     entry.type = entry.slot = entry.head = entry.status = 0
     count(tracer)
     return 0
@@ -118,6 +133,7 @@ def write(tracer, time, event, queue, request, status, nanoseconds):
     entry.sector = request.sector
     entry.length = request.length
     entry.nanoseconds = nanoseconds
+    entry.waited = load64(tracer.waits + 8 * request.slot)
     entry.type = request.type
     entry.slot = request.slot
     entry.head = request.head

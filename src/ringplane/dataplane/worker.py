@@ -27,6 +27,7 @@ from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.thread_clock import ThreadClock
 from ringplane.dataplane.trace_events import EVENT_NAMES, Tracer, TraceReader, load_tracing
+from ringplane.dataplane.tracer import FETCH, IN_FLIGHT
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable
@@ -177,10 +178,14 @@ class Worker:
         """Interrupt the thread if it blocks in a write to a full notifier; otherwise this has no effect."""
         interrupt.interrupt(self._thread)
 
-    def start_tracing(self) -> Future[TraceReader]:
-        """Trace requests from now on, until the last reader has been passed to `stop_tracing`."""
+    def start_tracing(self, fetches: bool = True) -> Future[TraceReader]:
+        """Trace requests from now on, until the last reader has been passed to `stop_tracing`.
+
+        With `fetches` each fetch has an event, and so have at the beginning those of requests that are in flight.
+        Otherwise these are in the event of the completion, and at the end in one per request that is in flight.
+        """
         load_tracing()
-        return self.call(self._start_tracing)
+        return self.call(lambda: self._start_tracing(fetches))
 
     def stop_tracing(self, reader: TraceReader) -> Future[None]:
         """No more events come for this reader; it can still read those that it has not read."""
@@ -243,17 +248,23 @@ class Worker:
     def _signal(self, fd: int) -> None:
         signal(int(self.state.record["signaller"]), fd, self.state.address_of_one)
 
-    def _start_tracing(self) -> TraceReader:
+    def _start_tracing(self, fetches: bool) -> TraceReader:
         if self._tracer is None:
             self._tracer = Tracer(self.state)
             self._tracer.start(self.rings)
-        reader = TraceReader(self._tracer, self._tracer.in_flight(self.rings))
+        in_flight = self._tracer.in_flight(self.rings if fetches else (), FETCH)
+        reader = TraceReader(self._tracer, fetches, in_flight)
         self._readers.add(reader)
+        self._tracer.want_fetches(any(each.fetches for each in self._readers))
         return reader
 
     def _stop_tracing(self, reader: TraceReader) -> None:
+        if self._tracer is None or reader not in self._readers:
+            return
         self._readers.discard(reader)
-        if self._tracer is not None and not self._readers:
+        reader.end(self._tracer.in_flight(() if reader.fetches else self.rings, IN_FLIGHT))
+        self._tracer.want_fetches(any(each.fetches for each in self._readers))
+        if not self._readers:
             self._tracer.stop()
             self._tracer = None
 
