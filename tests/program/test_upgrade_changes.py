@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ringplane.control.changes import Changes, plan
+from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.changing import Changing
 from ringplane.control.handed_counters import resume_counters
 from ringplane.control.handover import VERSION, Channel, HandoverError, socket_beside
@@ -465,7 +465,7 @@ def test_changes_that_are_none(saved: object) -> None:
 )
 def test_an_added_disk_that_makes_no_sense(table: dict[str, Any], words: str) -> None:
     with pytest.raises(WrongOptions, match=re.escape(words)):
-        plan([], Changes(added=[table]), [IoThread("io0")])
+        plan([], Changes(added=[table]), [IoThread("io0")], refuse)
 
 
 def test_changes_are_json(server: Server, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ another file. For a disk that was added at run time what runs counts, unless the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,10 +19,14 @@ from ringplane.control.spreading import spread
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import DiskConfig, named
 from ringplane.options.limit_options import Limits
+from ringplane.options.process_rules import check_process
 from ringplane.options.thread_options import IoThread
 
 # The keys of a [[disk]] table.
 Table = Mapping[str, Any]
+
+# Gets the table of a disk that was added and cannot be served now, and why; it may raise that.
+Unusable = Callable[[Table, WrongOptions], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +70,38 @@ def _checked(name: str, value: Any, kind: type, of: type) -> Any:
     return value
 
 
-def plan(disks: Sequence[DiskConfig], changes: Changes, io_threads: Sequence[IoThread]) -> list[Planned]:
+def refuse(_: Table, error: WrongOptions) -> None:
+    """For those who serve all disks or none."""
+    raise error.of("a disk that was added at run time: ")
+
+
+def plan(
+    disks: Sequence[DiskConfig], changes: Changes, io_threads: Sequence[IoThread], unusable: Unusable
+) -> list[Planned]:
     """The disks that are described and were not removed, then those that were added. Each has a name.
 
-    Raises WrongOptions for changes that make no sense.
+    Raises WrongOptions if the described ones do not fit together as they were changed, and what `unusable` raises.
     """
-    configs = described(disks, changes)
+    configs = _described(disks, changes)
+    rules = check_process(configs, io_threads, least=0)
     count, places = len(configs), set(map(place, configs))
     for table in changes.added:
         try:
-            config = read_added(table, changes, io_threads, configs)
-        except WrongOptions as error:
-            raise error.of("a disk that was added at run time: ") from None
-        if place(config) not in places:
+            config = _read_added(table, changes, io_threads, configs)
+            if place(config) in places:
+                continue
+            for error in rules.add_disk(f"disk {config.name}", config):
+                raise error
             configs.append(config)
-    return planned(configs, count, changes)
+        except WrongOptions as error:
+            unusable(table, error)
+    return [
+        Planned(config, number >= count, place(config) in changes.limits, place(config) in changes.paused)
+        for number, config in enumerate(named(configs))
+    ]
 
 
-def described(disks: Sequence[DiskConfig], changes: Changes) -> list[DiskConfig]:
+def _described(disks: Sequence[DiskConfig], changes: Changes) -> list[DiskConfig]:
     """These disks as they were changed, without those that were removed. Raises WrongOptions."""
     return [
         _changed(dataclasses.replace(disk, name=disk.name or changes.names.get(place(disk))), changes)
@@ -92,7 +110,7 @@ def described(disks: Sequence[DiskConfig], changes: Changes) -> list[DiskConfig]
     ]
 
 
-def read_added(
+def _read_added(
     table: Table, changes: Changes, io_threads: Sequence[IoThread], others: Sequence[DiskConfig]
 ) -> DiskConfig:
     """A disk that was added. If it has I/O threads that do not exist any more, others serve it. Raises WrongOptions."""
@@ -106,14 +124,6 @@ def read_added(
         return _changed(read_disk(table, spread(io_threads, others)), changes)
     except ConfigError as error:
         raise WrongOptions("{problem}", problem=error) from None
-
-
-def planned(configs: Sequence[DiskConfig], count: int, changes: Changes) -> list[Planned]:
-    """The first `count` of these disks are described, the others were added; each gets a name."""
-    return [
-        Planned(config, number >= count, place(config) in changes.limits, place(config) in changes.paused)
-        for number, config in enumerate(named(configs))
-    ]
 
 
 def _changed(config: DiskConfig, changes: Changes) -> DiskConfig:

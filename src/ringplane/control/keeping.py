@@ -17,15 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class Keeping:
-    """Stores them. Used on the control thread, or before it runs."""
+    """Stores them. Used on the control thread."""
 
     def __init__(self, server: Server, state: StateFile) -> None:
         self._server, self._state = server, state
         self._storing = asyncio.Lock()
-
-    def store_at_start(self) -> None:
-        """Raises StateError."""
-        self._state.store(changes_of(self._server))
 
     async def store(self) -> None:
         """Raises Unavailable."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.registry import LAYERS
-from ringplane.block.sources.choose_source import open_source, take_over_source
+from ringplane.block.sources.choose_source import Offer, open_source, take_over_source
 from ringplane.block.sources.source import Source
 from ringplane.control.handover import socket_beside
 from ringplane.control.listener import Listener, ListenError
@@ -20,7 +20,6 @@ from ringplane.options.disk_config import DiskConfig
 from ringplane.system.signals import NONE, Signals
 
 if TYPE_CHECKING:
-    from ringplane.control.taking_over import Predecessor
     from ringplane.opener.remote_opener import RemoteOpener
 
 log = logging.getLogger(__name__)
@@ -58,14 +57,13 @@ def open_parts(
 
 
 def take_over_parts(
-    config: DiskConfig, predecessor: Predecessor, index: int, undo: contextlib.ExitStack, opener: Opener = LOCAL
+    config: DiskConfig, offer: Offer, listener: Listener, undo: contextlib.ExitStack, opener: RemoteOpener | None = None
 ) -> Parts:
-    """Like `open_parts`, from the process that serves disk `index` now."""
-    source = take_over_source(config, predecessor.offer(index))
-    undo.callback(source.close)
-    layers = _open_layers(config, source, undo, opener, shared=True)
-    listener = predecessor.listener(index)
+    """Like `open_parts`, from what the process that serves the disk now has lent."""
     undo.callback(listener.close)
+    source = take_over_source(config, offer)
+    undo.callback(source.close)
+    layers = _open_layers(config, source, undo, opener or LOCAL, shared=True)
     return Parts(source, layers, listener)
 
 

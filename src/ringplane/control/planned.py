@@ -24,3 +24,9 @@ class Planned:
     added: bool = False
     limits_changed: bool = False
     paused: bool = False
+
+    @property
+    def name(self) -> str:
+        """That of the disk, which has one by now."""
+        assert self.config.name is not None
+        return self.config.name

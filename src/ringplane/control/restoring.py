@@ -10,56 +10,46 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ringplane.block.image import ImageError
-from ringplane.control.changes import Changes, described, planned, read_added
+from ringplane.control.changes import Changes, Table, plan
 from ringplane.control.listener import ListenError, remove_stale
 from ringplane.control.opening import Parts, open_parts
-from ringplane.control.planned import Planned, place
+from ringplane.control.origin import Origin
+from ringplane.control.planned import Planned
+from ringplane.control.present_changes import changes_of
+from ringplane.control.server import Server
 from ringplane.control.state_file import StateFile
 from ringplane.opener.opener import OpenerEnded
 from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.image_address import RemoteImage
+from ringplane.options.image_address import ImageAddress, RemoteImage
 from ringplane.options.limit_options import Limits, check_limits
-from ringplane.options.process_rules import ProcessRules
 from ringplane.options.thread_options import IoThread
 from ringplane.system.notes import in_words
-from ringplane.system.signals import Signals
+from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)
 
 
-class Restoring:
-    """What a process restores."""
+class Restoring(Origin):
+    """What a process restores; an Origin."""
 
-    def __init__(self, state: StateFile, opener: RemoteOpener | None) -> None:
-        self._state, self._opener = state, opener
+    def __init__(self, state: StateFile, signals: Signals = NONE) -> None:
+        super().__init__(signals)
+        self._state = state
         self._problems: list[str] = []
 
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
-        """The disks that are to be served. Raises WrongOptions if those that are described do not fit together."""
+        """See Origin."""
         changes = self._read()
         changes = dataclasses.replace(changes, limits=self._usable(changes.limits))
-        configs, rules = described(disks, changes), ProcessRules()
-        for thread in io_threads:
-            rules.add_thread(thread)
-        for config in configs:
-            for error in rules.add_disk(str(config.image), config):
-                raise error.of(f"{config.image}: ")
-        count, places = len(configs), set(map(place, configs))
-        for table in changes.added:
-            try:
-                config = read_added(table, changes, io_threads, configs)
-                if place(config) in places:
-                    continue
-                for error in rules.add_disk(f"disk {config.name}", config):
-                    raise error
-                configs.append(config)
-            except WrongOptions as error:
-                self._note(str(table.get("name")), error.spelled(dashed))
-        return planned(configs, count, changes)
+        return plan(disks, changes, io_threads, self._note_unusable)
+
+    def _note_unusable(self, table: Table, error: WrongOptions) -> None:
+        self._note(str(table.get("name")), error.spelled(dashed))
 
     def _read(self) -> Changes:
         try:
@@ -78,43 +68,54 @@ class Restoring:
                 self._problems.append(f"{where}: its limits are not restored: {error}")
         return usable
 
-    def open(self, config: DiskConfig, undo: contextlib.ExitStack, signals: Signals) -> Parts | None:
-        """Open a disk that was added; None, and nothing is left of it, if that is impossible. Raises Interrupted."""
+    def open(
+        self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None
+    ) -> Parts | None:
+        """See Origin."""
+        if not planned.added:
+            return super().open(number, planned, undo, opener)
         with contextlib.ExitStack() as own:
             try:
-                self._check_allowed(config)
-                parts = open_parts(config, own, signals, self._opener)
-                if self._opener is not None:
-                    assert config.socket_path is not None
-                    remove_stale(config.socket_path)
+                parts = self._open_added(planned.config, own, opener)
             except (ImageError, ListenError, OpenerEnded) as error:
-                self._note(str(config.name), str(error))
+                self._note(planned.name, str(error))
                 return None
             except OSError as error:
-                self._note(str(config.name), in_words(error))
+                self._note(planned.name, in_words(error))
                 return None
             undo.enter_context(own.pop_all())
         return parts
 
-    def _check_allowed(self, config: DiskConfig) -> None:
+    def _open_added(self, config: DiskConfig, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
+        assert config.socket_path is not None
+        self._check_allowed(config.image, config.socket_path, opener)
+        parts = open_parts(config, undo, self._signals, opener)
+        if opener is not None:
+            # The process that opens files replaces nothing.
+            remove_stale(config.socket_path)
+        return parts
+
+    def _check_allowed(self, image: ImageAddress, socket_path: Path, opener: RemoteOpener | None) -> None:
         """A confined process writes the state, so it may not name files that this process alone can open.
 
         Raises ImageError.
         """
-        assert config.socket_path is not None
-        if self._opener is not None:
-            for place in (config.image, config.socket_path):
-                if isinstance(place, RemoteImage) or not self._opener.allows(place):
-                    raise ImageError(f"{place}: is not below a folder of --allow-folder")
-        elif not self._state.trusted:
-            raise ImageError(f"{config.image}: is not below a folder of --allow-folder, because there is none")
+        if opener is None and not self._state.trusted:
+            raise ImageError(f"{image}: is not below a folder of --allow-folder, because there is none")
+        for place in (image, socket_path):
+            if opener is not None and (isinstance(place, RemoteImage) or not opener.allows(place)):
+                raise ImageError(f"{place}: is not below a folder of --allow-folder")
 
     def _note(self, name: str, problem: str) -> None:
         self._problems.append(f"{name}: was added at run time and is not served any more: {problem}")
 
     def report(self) -> None:
-        """Log what cannot be used, and keep a copy of it, before the state is written again. Raises StateError."""
+        """See Origin: also keep a copy of it, before the state is written again."""
         for problem in self._problems:
             log.warning("%s", problem)
         if self._problems:
             log.warning("the state as it was is kept as %s", self._state.keep())
+
+    def store(self, server: Server) -> None:
+        """See Origin."""
+        self._state.store(changes_of(server))

@@ -7,12 +7,12 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ringplane.block.sources.choose_source import Offer, is_offered
-from ringplane.control.changes import Changes
+from ringplane.block.sources.choose_source import is_offered
+from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.export import Export
 from ringplane.control.handed_counters import resume_counters
 from ringplane.control.handover import (
@@ -28,11 +28,14 @@ from ringplane.control.handover import (
     socket_beside,
 )
 from ringplane.control.listener import Listener
+from ringplane.control.opening import Parts, take_over_parts
+from ringplane.control.origin import Origin
 from ringplane.control.planned import Planned, place
+from ringplane.control.server import Server
 from ringplane.control.tcp_listener import from_fd
-from ringplane.log.event_bus import Events
 from ringplane.options.addresses import Address
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.thread_options import IoThread
 from ringplane.session.refusal import Refused
 from ringplane.session.snapshot import SessionSnapshot
 from ringplane.system.fd import Fd
@@ -40,94 +43,107 @@ from ringplane.system.signals import NONE, Signals
 from ringplane.vhost_user.messages import ProtocolError
 from ringplane.virtio import blk
 
+if TYPE_CHECKING:
+    from ringplane.opener.remote_opener import RemoteOpener
 
-class Predecessor:
-    """The running process, seen by its successor. Used in a `with`; leaving it before `take` changes nothing."""
+
+class Predecessor(Origin):
+    """The running process, seen by its successor; an Origin."""
 
     def __init__(self, paths: Sequence[Path], signals: Signals = NONE) -> None:
         """Find the process that has one of these sockets; raises HandoverError, Interrupted."""
-        self._signals = signals
-        self._planned: Sequence[Planned] = ()
+        super().__init__(signals)
+        # Of sockets whose files are not ours before `take`.
+        self._lent: list[Listener] = []
         # Where our own successor will find us.
-        self.path, sock = _connect(paths)
+        self._path, sock = _connect(paths)
         self._channel = Channel(sock)
         try:
             with _in_words():
-                self.pid = self._channel.peer[0]
+                self._pid = self._channel.peer[0]
                 self._channel.send({"hello": VERSION})
                 offer = self._answer(TAKING_PATIENCE)
                 self._listener: Fd = offer["listener"]
                 self._interface: dict[str, Any] | None = offer.get("interface")
                 self._metrics: dict[str, Any] | None = offer.get("metrics")
-                # Of its state (state_file.py), if it has one.
-                self.state: dict[str, Any] | None = offer.get("state")
-                self.changes = Changes.from_json(offer.get("changes", {}))
+                self.state = offer.get("state")
+                self._changes = Changes.from_json(offer.get("changes", {}))
                 self._disks: Sequence[dict[str, Any]] = offer["disks"]
         except BaseException:
             self._channel.close()
             raise
 
-    def match(self, planned: Sequence[Planned]) -> None:
-        """From now on the indices of these disks count. Raises HandoverError unless the running process has them."""
-        self._disks, self._planned = _in_order(self._disks, planned), planned
-
-    def offer(self, index: int) -> Offer:
-        """What the source of disk `index` is made from; its fds are closed at the end of the `with`."""
-        return self._disks[index]
-
-    def listener(self, index: int) -> Listener:
-        """The socket of disk `index`; its file is not ours to remove before `take`."""
-        return _listener(self._disks[index]["listener"], self._planned[index].config.socket_path)
+    def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
+        """See Origin: both processes must have the same ones."""
+        planned = plan(disks, self._changes, io_threads, refuse)
+        self._disks = _in_order(self._disks, planned)
+        return planned
 
     def interface_listener(self, path: Path) -> Listener | None:
-        """The socket of its interface at this path, if it has one; its file is not ours to remove before `take`."""
+        """See Origin."""
         if self._interface is None or self._interface["path"] != os.path.realpath(path):
             return None
-        return _listener(self._interface["listener"], path)
+        return self._borrow(self._interface["listener"], path)
 
     def metrics_socket(self, address: Address) -> socket.socket | None:
-        """The socket of its metrics at this address, if it has one. Both processes use it until we take over."""
+        """See Origin."""
         if self._metrics is None or self._metrics["address"] != str(address):
             return None
         return from_fd(self._metrics["listener"].number, address)
 
-    def take(self, exports: Sequence[Export], events: Events, interface: Listener | None = None) -> Listener:
-        """Resume all front ends from where they are; returns the socket for our own successor.
+    def open(self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
+        """See Origin."""
+        offer = self._disks[number]
+        listener = self._borrow(offer["listener"], planned.config.socket_path)
+        return take_over_parts(planned.config, offer, listener, undo, opener)
 
-        Raises HandoverError, and Interrupted up to the moment when the running process lets go. The disks are served by
-        nobody from then on until the exports are.
+    def successors(self, path: Path, undo: contextlib.ExitStack) -> Listener:
+        """See Origin: where this process was found."""
+        listener = self._borrow(self._listener, self._path)
+        undo.callback(listener.close)
+        return listener
+
+    def take(self, server: Server) -> None:
+        """See Origin. It can be interrupted up to the moment when the running process lets go.
+
+        The disks are served by nobody from then on until the exports of this server are.
         """
         with _in_words():
-            for export, disk in zip(exports, self._disks, strict=True):
+            for export, disk in zip(server.exports, self._disks, strict=True):
                 _check_config_space(export, disk["config_space"])
             self._channel.send({"ready": True})
             # The requests in flight may take long; a refusal because of that arrives after they have ended.
-            state = self._answer(READY_PATIENCE)
-            for export, disk in zip(exports, self._disks, strict=True):
-                _resume_from(export, disk, state["disks"][disk["number"]])
-            # An older release sends neither.
-            if "counters" in state:
-                numbers = (disk["number"] for disk in self._disks)
-                resume_counters(state["counters"], dict(zip(numbers, (each.disk for each in exports), strict=True)))
-            if "events" in state:
-                events.resume_from(state["events"])
+            self._resume(server, self._answer(READY_PATIENCE))
             self._channel.send({"taking": True})
             # A process that ends without having read this resets the connection.
             with contextlib.suppress(EOFError, ConnectionResetError):
                 self._channel.receive("yours", READY_PATIENCE)
-        mine = _listener(self._listener, self.path)
-        for listener in [mine, *(export.listener for export in exports), *([interface] if interface else [])]:
+        for listener in self._lent:
             listener.owned = True
-        return mine
+        server.events.emit("upgraded", previous_process=self._pid)
+
+    def _resume(self, server: Server, state: dict[str, Any]) -> None:
+        disks = {disk["number"]: export.disk for export, disk in zip(server.exports, self._disks, strict=True)}
+        for export, disk in zip(server.exports, self._disks, strict=True):
+            _resume_from(export, disk, state["disks"][disk["number"]])
+        # An older release sends neither.
+        if "counters" in state:
+            resume_counters(state["counters"], disks)
+        if "events" in state:
+            server.events.resume_from(state["events"])
+
+    def _borrow(self, fd: Fd, path: Path | None) -> Listener:
+        """The socket with this fd; its file is not ours to remove before `take`."""
+        listener = Listener(socket.socket(fileno=os.dup(fd.number)), path)
+        listener.owned = False
+        self._lent.append(listener)
+        return listener
 
     def _answer(self, patience: float) -> dict[str, Any]:
         """The running process says something of its disks. Raises what `Channel.receive` does, and Interrupted."""
         if not self._signals.wait(self._channel.fileno(), patience):
             raise TimeoutError
         return self._channel.receive("disks", patience)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._channel.close()
@@ -214,9 +230,3 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
         export.resume_from(SessionSnapshot.from_json(saved["front_end"]))
     if saved.get("next_front_end"):
         export.resume_waiting(saved["next_front_end"].number)
-
-
-def _listener(fd: Fd, path: Path | None) -> Listener:
-    listener = Listener(socket.socket(fileno=os.dup(fd.number)), path)
-    listener.owned = False
-    return listener

@@ -37,8 +37,8 @@ class Service(Protocol):
 class Threads:
     """One control thread with an asyncio loop, and a set of I/O threads. They end when the last service has stopped."""
 
-    def __init__(self, io_threads: Sequence[IoThread]) -> None:
-        """Prepare the I/O threads and load the data plane; no thread is started.
+    def __init__(self, io_threads: Sequence[IoThread], at_end: contextlib.ExitStack) -> None:
+        """Prepare the I/O threads and load the data plane; no thread is started. `at_end` is closed after their end.
 
         Raises OSError when an engine is unavailable; nothing is left.
         """
@@ -46,8 +46,7 @@ class Threads:
         self.workers: dict[str, Worker] = {}
         # Those that have not ended; changed on the control thread.
         self._services: dict[Service, asyncio.Task[None] | None] = {}
-        # Closed together with the threads.
-        self.at_end = contextlib.ExitStack()
+        self.at_end = at_end
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         with doing("set up the control thread"):
@@ -108,7 +107,6 @@ class Threads:
         self._loop.close()
         for worker in self.workers.values():
             worker.stop()
-        self.at_end.close()
 
     def soon(self, function: Callable[[], object]) -> None:
         """Have `function` called on the control thread, if it runs."""
@@ -135,6 +133,7 @@ class Threads:
             self._loop.run_until_complete(self._serve())
         finally:
             self.end()
+            self.at_end.close()
 
     def serve(self, service: Service) -> None:
         """Run one more service, while others run."""

@@ -83,7 +83,7 @@ class RemoteOpener:
         ]
         self._devices = [is_below_dev(path) for path in folders]
         self._lock = threading.Lock()
-        self._ended = False
+        self._ready = self._ended = False
         self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._exchange = Exchange(self.sock)
         try:
@@ -94,7 +94,9 @@ class RemoteOpener:
             raise OpenerError(f"cannot start the process that opens files: {error.strerror or error}") from None
 
     def wait_until_ready(self, signals: Signals = NONE) -> None:
-        """Raises OpenerError, for example for a folder that does not exist, and Interrupted."""
+        """Raises OpenerError, for example for a folder that does not exist, and Interrupted. May be called again."""
+        if self._ready:
+            return
         if not signals.wait(self.sock.fileno(), START_PATIENCE):
             raise OpenerError("the process that opens files does not start")
         try:
@@ -103,6 +105,7 @@ class RemoteOpener:
             raise OpenerError(f"the process that opens files ended with status {self._process.wait()}") from None
         if code:
             raise OpenerError(self._why_not_ready(code, folder))
+        self._ready = True
 
     def _why_not_ready(self, code: int, folder: int) -> str:
         if 0 <= folder < len(self.folders):

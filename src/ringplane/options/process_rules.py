@@ -98,20 +98,21 @@ class ProcessRules:
             yield WrongOptions(sentence, name=shown(name), other=other)
 
 
-def check_process(disks: Sequence[DiskConfig], io_threads: Iterable[IoThread], *, none: bool = False) -> None:
-    """Raises WrongOptions for the first thing that is wrong; disks are called by their images.
+def check_process(disks: Sequence[DiskConfig], io_threads: Iterable[IoThread], *, least: int = 1) -> ProcessRules:
+    """The rules for further disks. Raises WrongOptions for the first thing that is wrong with these.
 
-    `none`: there need not be a disk, because disks can be added later.
+    Disks are called by their images. There have to be `least`: none if disks can be added later.
     """
     rules = ProcessRules()
     for thread in io_threads:
         for error in rules.add_thread(thread):
             raise error.of(f"I/O thread {thread.name}: ")
-    if not disks and not none:
+    if len(disks) < least:
         raise WrongOptions("there is no disk to serve")
     for disk in disks:
         for error in rules.add_disk(str(disk.image), disk):
             raise error.of(f"{disk.image}: ")
+    return rules
 
 
 def _can_share(one: DiskConfig, other: DiskConfig) -> bool:

@@ -1,0 +1,290 @@
+"""The start of a process that serves disks: everything is opened, made and loaded, and then the threads start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ringplane.block.storage_limits import SYSFS, physical_block_below
+from ringplane.control.adding import Adding
+from ringplane.control.handing_over import offer_successors
+from ringplane.control.needed_units import units_of_any_disk, units_of_limits, units_of_parts, units_of_threads
+from ringplane.control.opening import Parts, listen, report_created
+from ringplane.control.origin import Origin
+from ringplane.control.planned import Planned, place
+from ringplane.control.server import Server
+from ringplane.control.threads import Threads
+from ringplane.dataplane import tracer
+from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
+from ringplane.dataplane.trace_events import load_tracing
+from ringplane.log.event_bus import Events
+from ringplane.options.declare import Options, WrongOptions
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.process_rules import check_process
+from ringplane.options.thread_options import IoThread
+from ringplane.system import procfs
+from ringplane.system.signals import NONE, Signals
+from ringplane.system.standard_fds import occupy
+from ringplane.vhost_user.peers import gone
+
+if TYPE_CHECKING:
+    from ringplane.control.interface import Endpoint, Interface
+    from ringplane.control.state_file import StateFile
+    from ringplane.opener.remote_opener import RemoteOpener
+
+# A disk that is to be served, and what has been opened for it.
+Opened = tuple[Planned, Parts]
+
+
+class GiveUp(Protocol):
+    """See `serve_all`."""
+
+    def __call__(self, removing_in: Collection[Path], exchanging_in: Path | None = None, /) -> None: ...
+
+
+class Process(Options):
+    """What a process has beside its disks and I/O threads; `serve_all` (start.py) describes it."""
+
+    upgradable: bool = False
+    upgrade: bool = False
+    give_up: GiveUp | None = None
+    signals: Signals = NONE
+    interface: Interface | None = None
+    metrics: Endpoint | None = None
+    opener: RemoteOpener | None = None
+    state: StateFile | None = None
+    traced: bool = False
+
+
+def start(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], process: Process, *, least: int) -> Server:
+    """Serve these disks, of which there have to be `least`. If this raises, nothing is left behind."""
+    with contextlib.ExitStack() as undo:
+        steps = Start(disks, io_threads, process, least, undo)
+        steps.check()
+        # It is left before anything is undone: the guests of a process that is not taken over do not wait for that.
+        with steps.origin() as origin:
+            server = steps.run(origin)
+        undo.pop_all()
+    return server
+
+
+class Start:
+    """The steps of a start. Each leaves to `undo` what has to be undone if a later one fails."""
+
+    def __init__(
+        self,
+        disks: Sequence[DiskConfig],
+        io_threads: Sequence[IoThread],
+        process: Process,
+        least: int,
+        undo: contextlib.ExitStack,
+    ) -> None:
+        self._disks, self._io_threads, self._least, self._undo = disks, io_threads, least, undo
+        self._process, self._signals = process, process.signals
+        self._interface, self._metrics, self._state = process.interface, process.metrics, process.state
+        self._opener = process.opener
+        # Closed when the process ends, and the last thing that is undone.
+        self._at_end = undo.enter_context(contextlib.ExitStack())
+        self._at_end.callback(self._signals.wake)
+        if self._opener is not None:
+            self._at_end.callback(self._opener.close)
+
+    def check(self) -> None:
+        """Raises WrongOptions for what does not fit together."""
+        occupy()
+        if self._process.upgrade and any(config.socket_path is None for config in self._disks):
+            raise WrongOptions("{upgrade} needs {socket_path}, by which the running process is found")
+        if self._state is not None and any(config.socket_path is None for config in self._disks):
+            raise WrongOptions("{state} needs {socket_path}, by which the disk is recognised")
+        check_process(self._disks, self._io_threads, least=self._least)
+        procfs.warn_if_missing()
+
+    def origin(self) -> Origin:
+        """What this process begins with. Raises HandoverError, Interrupted."""
+        # Modules that few processes need: each takes memory.
+        if self._process.upgrade:
+            from ringplane.control.taking_over import Predecessor
+
+            return Predecessor(self._sockets, self._signals)
+        if self._state is not None:
+            from ringplane.control.restoring import Restoring
+
+            return Restoring(self._state, self._signals)
+        return Origin(self._signals)
+
+    @property
+    def _sockets(self) -> list[Path]:
+        """Those that are described. A process is found by the first one."""
+        disks = [config.socket_path for config in self._disks if config.socket_path is not None]
+        return disks if self._interface is None else [self._interface.path, *disks]
+
+    def run(self, origin: Origin) -> Server:
+        """All that comes then."""
+        self._open_state(origin)
+        planned = self._plan(origin)
+        self._prepare_sockets(origin)
+        opened = self._open(planned, origin)
+        self._compile(opened)
+        threads = self._make_threads()
+        server = self._make_server(opened, threads)
+        self._open_sockets(server)
+        self._listen_for_successors(server, origin)
+        self._keep_changes(server)
+        self._give_up_rights(server, origin)
+        threads.start_io_threads()
+        origin.take(server)
+        self._begin(server)
+        return server
+
+    def _open_state(self, origin: Origin) -> None:
+        if self._state is not None:
+            self._at_end.callback(self._state.close)
+            self._state.open(origin.state)
+
+    def _plan(self, origin: Origin) -> list[Planned]:
+        planned = origin.plan(self._disks, self._io_threads)
+        if len(planned) < self._least:
+            raise WrongOptions("there is no disk to serve: what is described was removed at run time")
+        return planned
+
+    def _prepare_sockets(self, origin: Origin) -> None:
+        """Find out whether it will be possible to listen, before anything is created."""
+        if self._interface is not None:
+            inherited = origin.interface_listener(self._interface.path)
+            if inherited is not None:
+                self._undo.callback(inherited.close)
+            self._interface.prepare(inherited)
+        if self._metrics is not None:
+            self._metrics.prepare(origin.metrics_socket(self._metrics.options.listen))
+            self._at_end.callback(self._metrics.close)
+
+    def _open(self, planned: Iterable[Planned], origin: Origin) -> list[Opened]:
+        """Open or create all disks, as far as they can be served."""
+        opened = []
+        for number, each in enumerate(planned):
+            self._signals.check()
+            parts = origin.open(number, each, self._undo, self._opener_of(each))
+            if parts is not None:
+                opened.append((each, parts))
+        origin.report()
+        return opened
+
+    def _opener_of(self, planned: Planned) -> RemoteOpener | None:
+        """What opens the files of a disk; None: this process. Those of a disk that was added are opened as then."""
+        if self._opener is None or not planned.added:
+            return None
+        self._opener.wait_until_ready(self._signals)
+        return self._opener
+
+    def _compile(self, opened: Sequence[Opened]) -> None:
+        units = [*units_of_threads(self._io_threads), *units_of_limits(each.config for each, _ in opened)]
+        for _, parts in opened:
+            units += units_of_parts(parts)
+        if self._interface is not None:
+            units += units_of_any_disk()
+        elif self._process.traced:
+            units += tracer.UNITS
+        warm_up(dict.fromkeys(units), self._signals)
+
+    def _make_threads(self) -> Threads:
+        """None of them runs yet."""
+        threads = Threads(self._io_threads, self._at_end)
+        self._undo.callback(threads.end)
+        if self._opener is not None:
+            self._opener.wait_until_ready(self._signals)
+            threads.start_task(partial(_report_end, self._opener))
+        return threads
+
+    def _make_server(self, opened: Sequence[Opened], threads: Threads) -> Server:
+        """From here on front ends can connect, and get an answer when the threads run."""
+        events = Events()
+        adding = Adding(threads, events, self._opener)
+        disks = [adding.make_disk(each.config, parts) for each, parts in opened]
+        self._load_rest(threads)
+        # What is created from now on cannot be removed after rights have been given up.
+        self._signals.check()
+        listeners = [listen(each.config, parts, self._undo, self._opener_of(each)) for each, parts in opened]
+        exports = list(map(adding.export, [each for each, _ in opened], disks, listeners))
+        server = Server(exports, threads, adding, events, [place(config) for config in self._disks])
+        server.interface, server.metrics, server.state = self._interface, self._metrics, self._state
+        for export in exports:
+            export.apply_limits()
+        return server
+
+    def _load_rest(self, threads: Threads) -> None:
+        """All code that is used later is loaded now."""
+        if self._process.traced:
+            load_tracing()
+        if self._interface is not None:
+            _prepare_for_more(threads, self._opener.folders if self._opener is not None else ())
+        release_compiler()
+
+    def _open_sockets(self, server: Server) -> None:
+        """Those of interface and metrics."""
+        if self._interface is not None:
+            self._interface.open(server)
+            self._undo.callback(self._interface.close)
+        if self._metrics is not None:
+            self._metrics.open(server)
+            server.threads.start_task(self._metrics.run)
+
+    def _listen_for_successors(self, server: Server, origin: Origin) -> None:
+        if not self._sockets or not (self._process.upgradable or self._process.upgrade):
+            return
+        listener = origin.successors(self._sockets[0], self._at_end)
+        if listener is not None:
+            server.threads.start_task(lambda: offer_successors(server, listener))
+
+    def _keep_changes(self, server: Server) -> None:
+        if self._state is None:
+            return
+        # Few processes need it.
+        from ringplane.control.keeping import Keeping
+
+        keeping = Keeping(server, self._state)
+        server.changing.store = keeping.store
+        if self._process.upgrade:
+            # Not before: until then it is the other process that stores there.
+            server.threads.start_task(keeping.store_now)
+
+    def _give_up_rights(self, server: Server, origin: Origin) -> None:
+        origin.store(server)
+        if self._process.give_up is None:
+            return
+        added = (export.config.socket_path for export in server.exports if export.added)
+        folders = {path.parent for path in [*self._sockets, *_removable(added, self._opener)]}
+        self._process.give_up(folders, *([self._state.folder] if self._state is not None else []))
+        # Also with the rights that are left.
+        origin.store(server)
+
+    def _begin(self, server: Server) -> None:
+        exports = server.exports
+        server.threads.start([*exports, *([self._interface] if self._interface is not None else [])])
+        for export in exports:
+            report_created(export.config, export.disk.source)
+
+
+def _removable(sockets: Iterable[Path | None], opener: RemoteOpener | None) -> Iterator[Path]:
+    """Those of added disks that a confined process may remove at the end: below the folders for such disks."""
+    return (path for path in sockets if path is not None and opener is not None and opener.allows(path))
+
+
+async def _report_end(opener: RemoteOpener) -> None:
+    """Log the end of the process that opens files when it happens."""
+    await gone(opener.sock)
+    opener.report_end()
+
+
+def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
+    """Load what disks that are added later need, and find out what they ask the system: a confined process cannot."""
+    procfs.boot_id()
+    for folder in folders:
+        physical_block_below(os.stat(folder).st_dev, SYSFS)
+    for unit in units_of_any_disk():
+        unit.address()
+    for worker in threads.workers.values():
+        worker.prepare_to_share()
