@@ -201,9 +201,9 @@ def test_the_end_of_the_process_that_opens_files(serve: Serve, tmp_path: Path) -
 # In place of waiting for a signal. The file is opened before the sandbox closes.
 WRITE_MODULES = """
 import sys
-from ringplane.cli import serve
+from ringplane.cli import foreground, serve
 with open(sys.argv.pop(1), "w") as file:
-    serve.attend = lambda *_: print(*sys.modules, file=file)
+    foreground.attend = lambda *_: print(*sys.modules, file=file)
     serve.serve(standalone_mode=False)
 """
 

@@ -1,0 +1,180 @@
+"""Disks that are served in the foreground: what is printed of them, and what signals do to them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from ringplane.cli.notify import ServiceManager
+from ringplane.cli.start_errors import start_errors, usage_errors
+from ringplane.log.logs import Logs
+from ringplane.options.counted import counted
+from ringplane.options.sizes import format_size
+from ringplane.system.signals import WOKEN, CaughtSignals, Interrupted, end_line
+from ringplane.system.signals import name as signal_name
+
+if TYPE_CHECKING:
+    from ringplane.control.export import Export
+    from ringplane.control.server import Server
+    from ringplane.dataplane.trace_events import TraceEvent
+
+# Signals that do not stop the process.
+REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
+
+# Seconds after which a slow stop is logged.
+STOP_PATIENCE = 2.0
+
+log = logging.getLogger(__name__)
+
+
+def serve_until_signal(
+    signals: CaughtSignals,
+    start: Callable[[CaughtSignals], Server],
+    what: object,
+    logs: Logs,
+    trace: bool,
+    begun: Callable[[], None] | None,
+) -> None:
+    """Start, print how to attach, and wait until a signal or the end of an inherited connection stops the server.
+
+    `begun` is called when it serves.
+    """
+    # NumPy would start one thread per CPU when it is imported. Nobody needs them, and they would not be confined.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import_asyncio()
+    signals.pass_on(REQUESTS)
+    manager = ServiceManager()
+    try:
+        with usage_errors(), start_errors():
+            server = start(signals)
+    except Interrupted as interrupted:
+        end_line(interrupted.number)
+        log.info("stopped by %s while starting; %s was not served", signal_name(interrupted.number), what)
+        return
+    with server:
+        server.at_takeover = manager.notify_successor
+        if trace:
+            server.trace(trace_printer(server, logs))
+        if server.interface is not None:
+            logs.say(f"API on {server.interface.path}")
+        if server.metrics is not None:
+            logs.say(f"metrics on {server.metrics.url}")
+        for export in server.exports:
+            announce(export, logs)
+        if len(server.exports) == 1:
+            announce_hint(server.exports[0], logs)
+        manager.notify_ready()
+        if begun is not None:
+            begun()
+        attend(server, signals, logs)
+
+
+def import_asyncio() -> None:
+    """Without TLS, which takes 0.9 MB, and which this program does not use. uvicorn imports `ssl` itself."""
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+    import asyncio  # noqa: F401
+
+    if sys.modules["ssl"] is None:
+        del sys.modules["ssl"]
+
+
+def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:
+    """Handle signals until the server has ended."""
+    while (number := signals.next()) in REQUESTS:
+        if number == signal.SIGHUP:
+            server.refresh_size()
+        else:
+            server.make_way()
+    if number:
+        stop(server, signals, number, logs)
+    server.wait()
+
+
+def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> None:
+    """Stop because of a signal, and log what was stopped.
+
+    Requests in flight are waited for without a limit; if storage hangs, a second signal ends the wait.
+    """
+    end_line(number)
+    attached = sum(export.state == "attached" for export in server.exports)
+    server.request_stop()
+    if not ends_within(signals, STOP_PATIENCE):
+        log.warning(
+            "waiting for %d requests in flight, as storage has not completed them; "
+            "%s again ends the process without them (the guest gets no answer)",
+            in_flight(server), signal_name(number),
+        )  # fmt: skip
+        if not ends_before_signal(signals):
+            abandon(server, logs)
+    detached = f", {attached} front end{'s' * (attached > 1)} detached" if attached else ""
+    disks = ", ".join(f"{export.disk.source.title} ({export.listener})" for export in server.exports) or "no disk"
+    log.info("stopped by %s: %s%s", signal_name(number), disks, detached)
+
+
+def ends_within(signals: CaughtSignals, seconds: float) -> bool:
+    """Whether the server ends in time. Further signals are ignored: a terminal and a parent may both send one."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if signals.next(left) == WOKEN:
+            return True
+    return False
+
+
+def ends_before_signal(signals: CaughtSignals) -> bool:
+    """Whether the server ends before the user sends another signal."""
+    while (number := signals.next()) not in (WOKEN, *signals.ending):
+        pass
+    return number == WOKEN
+
+
+def in_flight(server: Server) -> int:
+    return sum(export.in_flight for export in server.exports)
+
+
+def abandon(server: Server, logs: Logs) -> NoReturn:
+    """End at once, like a crash: no completed request is lost, and the next process recovers the others."""
+    log.warning("stopped by a second signal: %d requests in flight are left without an answer", in_flight(server))
+    server.abandon()
+    logs.close()
+    os._exit(1)
+
+
+def trace_printer(server: Server, logs: Logs) -> Callable[[TraceEvent | str], None]:
+    """A function that prints events on standard error; with several disks, each with its name."""
+
+    def print_event(event: TraceEvent | str) -> None:
+        several = len(server.exports) > 1
+        logs.trace(f"{event.disk} {event}" if several and not isinstance(event, str) else str(event))
+
+    return print_event
+
+
+def announce(export: Export, logs: Logs) -> None:
+    """Print the disk and its socket."""
+    disk, source = export.disk, export.disk.source
+    if source.notice:
+        logs.say(f"{source.title}: {source.notice}")
+    mode = disk.how + (", read-only" if source.read_only else "")
+    size = format_size(source.size)
+    logs.say(f"serving {source.title} as {disk.name} ({size}, {mode}, {counted(len(disk.queues), 'queue')})")
+    logs.say(f"listening on {export.socket_path or 'an inherited socket'}")
+
+
+def announce_hint(export: Export, logs: Logs) -> None:
+    """Print how to attach a guest."""
+    if export.socket_path is not None:
+        # QEMU has a comma doubled in a value.
+        path = str(export.socket_path).replace(",", ",,")
+        logs.say(
+            "attach QEMU with:\n"
+            "  -object memory-backend-memfd,id=mem,size=2G,share=on \\\n"
+            "  -machine memory-backend=mem -m 2G \\\n"
+            f"  -chardev {shlex.quote(f'socket,id=ringplane0,path={path}')} \\\n"
+            "  -device vhost-user-blk-pci,chardev=ringplane0"
+        )
