@@ -1,0 +1,1 @@
+"""Tests that read traces with Perfetto."""
