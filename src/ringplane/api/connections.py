@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import Sequence
+import socket
 from typing import Any
 
 import h11
@@ -30,9 +29,6 @@ MAX_CONNECTIONS = 64
 
 # Of the lines and headers of a request, in bytes.
 MAX_HEADERS = 16 << 10
-
-# Bytes that the transport gets to wait for when a socket is full.
-WAITING = 16 << 10
 
 # An answer before a request: nothing of HTTP has been read yet.
 BUSY = (
@@ -132,37 +128,15 @@ class Connection(H11Protocol):
         """Never: HTTP/1.1 goes on, as RFC 9110 allows."""
         return False
 
-    async def send_from_memory(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Send parts of the body from where they are, without copies; returns when they have been sent.
+    async def share(self) -> socket.socket:
+        """A socket for a thread that sends parts of the body, past the event loop, while nothing else is sent.
 
-        For answers that have begun with "http.response.start"; `scope["state"]["connection"]` is the connection.
+        It waits WRITE_PATIENCE seconds for the client and then raises TimeoutError. The caller closes it.
         """
-        if self.transport.is_closing():
-            return
-        left = [memoryview(piece) for part in parts for piece in self._framed(part)]
-        while left:
-            await self.flow.drain()
-            if self.transport.is_closing():
-                return
-            left = _without(left, self._write(left))
-            if left:
-                # It waits until the socket is not full, for a limited time.
-                self.transport.write(bytes(left[0][:WAITING]))
-                left = _without(left, min(len(left[0]), WAITING))
         await self.flow.drain()
-
-    def _framed(self, part: bytes | memoryview) -> Sequence[bytes | memoryview]:
-        """As HTTP wants it: the object itself, and what comes before and after it."""
-        data = h11.Data(data=part)  # type: ignore[arg-type]
-        return self.conn.send_with_data_passthrough(data) or ()
-
-    def _write(self, pieces: Sequence[memoryview]) -> int:
-        """How many bytes of them the socket takes now."""
-        try:
-            return os.writev(self.transport.get_extra_info("socket").fileno(), pieces)
-        except OSError:
-            # It is full, or broken, which the transport notices at its next write.
-            return 0
+        shared: socket.socket = self.transport.get_extra_info("socket").dup()
+        shared.settimeout(WRITE_PATIENCE)
+        return shared
 
     def send_400_response(self, msg: str) -> None:
         """What arrived is not HTTP; nothing after it can be understood."""
@@ -176,16 +150,6 @@ class Connection(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-
-
-def _without(pieces: Sequence[memoryview], size: int) -> list[memoryview]:
-    """What is left of them after so many bytes."""
-    left = []
-    for piece in pieces:
-        if size < len(piece):
-            left.append(piece[size:])
-        size = max(size - len(piece), 0)
-    return left
 
 
 def _error(what: str, right: str) -> bytes:

@@ -3,25 +3,35 @@
 The first line describes the stream: version, the fields of an event and the names of its numbers. Each further line is
 about one I/O thread: queues that were not mentioned before, how many events follow, and how many were lost before them.
 Events are sent from the memory that the I/O thread writes to, without a copy; if it overwrites some before they are
-sent, the next line says how many. The last one is `{"end": TIME}`: without it the process has ended, or the client did
+sent, the next line says how many. A thread does it, because the event loop would need more CPU time than the rest. The
+last one is `{"end": TIME}`: without it the process has ended, or the client did
 not read fast enough.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
+import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import msgspec
 import numpy as np
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ringplane.api.connections import Connection
 from ringplane.api.streams import send_part, until_gone
 from ringplane.control.recording import Portion, Recording
 from ringplane.dataplane.trace_events import EVENT_NAMES, STATUS_NAMES, TYPE_NAMES
 from ringplane.dataplane.tracer import CAPACITY, EVENT, WAIT_UNIT
+from ringplane.system import libc
+
+# Of the thread, as it appears in ps(1).
+NAME = "ringplane-trace"
 
 # Seconds.
 SHORTEST = 0.01
@@ -44,38 +54,77 @@ class TraceStream(Response):
         self._recording, self._seconds = recording, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(until_gone(receive))
         connection = scope["state"]["connection"]
+        gone = asyncio.create_task(until_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send_part(send, _line(_description()))
-            await self._record(connection, gone)
-            await self._recording.stop()
-            await self._send_new(connection, gone)
+            with Sender(self._recording, await connection.share(), scope["http_version"] != "1.0") as sender:
+                gone.add_done_callback(lambda _: sender.give_up())
+                await sender.on_thread(lambda: sender.run(self._seconds))
+                await self._recording.stop()
+                await sender.on_thread(sender.send_new)
             await send_part(send, _line({"end": time.monotonic_ns()}))
             await send({"type": "http.response.body"})
+        except OSError:
+            # The client has gone, or does not read.
+            connection.drop()
         finally:
             gone.cancel()
             await self._recording.stop()
 
-    async def _record(self, connection: Connection, gone: asyncio.Task[None]) -> None:
-        ended = asyncio.create_task(self._recording.ending.wait())
-        end = None if self._seconds is None else time.monotonic() + self._seconds
+
+class Sender:
+    """Sends what is recorded, on a thread that may wait for the client."""
+
+    def __init__(self, recording: Recording, sock: socket.socket, chunked: bool) -> None:
+        """It owns the socket. `chunked`: as HTTP has it since version 1.1."""
+        self._recording, self._sock, self._chunked = recording, sock, chunked
+        self._thread = ThreadPoolExecutor(1, NAME, libc.name_thread, (NAME,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.give_up()
+        self._thread.shutdown()
+        self._sock.close()
+
+    def give_up(self) -> None:
+        """End the connection, and the thread if it waits; any thread may call."""
+        self._recording.ending.set()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    async def on_thread(self, function: Callable[[], None]) -> None:
+        """Call it on the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    # On the thread. They raise OSError when the client has gone or does not read.
+
+    def run(self, seconds: float | None) -> None:
+        """Send, for so many seconds or until the recording ends, what it has until then."""
+        end = math.inf if seconds is None else time.monotonic() + seconds
         wait = SHORTEST_WAIT
-        while not gone.done() and not ended.done() and (left := wait if end is None else end - time.monotonic()) > 0:
-            await asyncio.wait([gone, ended], timeout=min(wait, left), return_when=asyncio.FIRST_COMPLETED)
+        while (left := end - time.monotonic()) > 0 and not self._recording.ending.wait(min(wait, left)):
             # At the present rate, until an I/O thread has an eighth of what it keeps.
             wait = min(max(wait * CAPACITY / 8 / max(self._recording.unread, 1), SHORTEST_WAIT), LONGEST_WAIT)
-            await self._send_new(connection, gone)
-        ended.cancel()
+            self.send_new()
 
-    async def _send_new(self, connection: Connection, gone: asyncio.Task[None]) -> None:
+    def send_new(self) -> None:
+        """Send what is new."""
         for portion in self._recording.read():
-            await connection.send_from_memory([_line(_announcement(portion)), portion.events.view(np.uint8).data])
-            # Other clients get their turn, and it is noticed when this one has gone.
-            await asyncio.sleep(0)
-            if gone.done():
-                return
+            self._send(_line(_announcement(portion)), portion.events.view(np.uint8).data)
+
+    def _send(self, line: bytes, events: memoryview) -> None:
+        before, after = (b"%x\r\n" % (len(line) + len(events)), b"\r\n") if self._chunked else (b"", b"")
+        parts = [memoryview(before + line), events, memoryview(after)]
+        sent = self._sock.sendmsg(parts)
+        for part in parts:
+            if sent < len(part):
+                self._sock.sendall(part[sent:])
+            sent = max(sent - len(part), 0)
 
 
 def _description() -> dict[str, object]:

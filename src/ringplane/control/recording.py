@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -74,8 +75,8 @@ class Recording:
         """`ended` is called once, when another one can begin."""
         self._workers, self._disks, self._ended = workers, disks, ended
         self._stopped = False
-        # Set when somebody wants it to end.
-        self.ending = asyncio.Event()
+        # Set when somebody wants it to end; any thread may wait for it.
+        self.ending = threading.Event()
         self._tracks: list[Track] = []
 
     async def start(self) -> None:
