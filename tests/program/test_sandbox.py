@@ -202,7 +202,7 @@ elsewhere = os.path.join(os.path.dirname(folder), "elsewhere")
 parent = os.getppid()
 
 
-def files_alone(folders):
+def files_alone(folders, *_):
     libc.forbid_new_rights()
     landlock.give_up_files(folders)
 

@@ -30,7 +30,7 @@ from ringplane.native.fs import (
 from ringplane.native.io_uring import IORING_REGISTER_ENABLE_RINGS
 from ringplane.options.users import User
 from ringplane.system import code_pages, landlock, libc, procfs, seccomp
-from ringplane.system.confinement import kept, set_confined
+from ringplane.system.confinement import kept, kept_ports, set_confined
 from ringplane.system.seccomp import DEADLY, Only
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def confine(removing_in: Collection[Path], exchanging_in: Path | None = None, ot
     libc.forbid_new_rights()
     _warn_of_other_threads()
     if "Landlock" not in absent:
-        landlock.give_up_files(removing_in, () if exchanging_in is None else (exchanging_in,))
+        landlock.give_up_files(removing_in, () if exchanging_in is None else (exchanging_in,), kept_ports())
     libc.drop_capabilities()
     if "seccomp filters" not in absent:
         only = limited() if exchanging_in is None else limited() | EXCHANGE

@@ -10,7 +10,7 @@ import numpy as np
 from ringplane.system import libc
 from ringplane.system.syscall_numbers import MACHINE, NUMBERS
 
-EPOLL_CTL_ADD = 1
+EPOLL_CTL_ADD, EPOLL_CTL_MOD = 1, 3
 
 # struct epoll_event; packed only on x86-64
 EPOLL_EVENT = np.dtype([("events", "<u4"), ("data", "<i8")], align=MACHINE != "x86_64")

@@ -17,6 +17,9 @@ SYS_FALLOCATE = NUMBERS["fallocate"]
 SYS_PREADV = NUMBERS["preadv"]
 SYS_PWRITEV = NUMBERS["pwritev"]
 SYS_SENDTO = NUMBERS["sendto"]
+SYS_SENDMSG = NUMBERS["sendmsg"]
+SYS_RECVMSG = NUMBERS["recvmsg"]
+SYS_EPOLL_CTL = NUMBERS["epoll_ctl"]
 SYS_VMSPLICE = NUMBERS["vmsplice"]
 SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"]
 SYS_EPOLL_PWAIT2 = NUMBERS["epoll_pwait2"]
@@ -97,6 +100,24 @@ def pwritev(fd, iov, iov_count, offset):
 def send(fd, buffer, size, flags):
     """send(2)"""
     return _syscall(SYS_SENDTO, fd, buffer, size, flags, 0, 0)
+
+
+@compiled
+def sendmsg(fd, message, flags):
+    """sendmsg(2): `message` is the address of a MESSAGE."""
+    return _syscall(SYS_SENDMSG, fd, message, flags, 0, 0, 0)
+
+
+@compiled
+def recvmsg(fd, message, flags):
+    """recvmsg(2): `message` is the address of a MESSAGE."""
+    return _syscall(SYS_RECVMSG, fd, message, flags, 0, 0, 0)
+
+
+@compiled
+def epoll_ctl(epoll_fd, operation, fd, event):
+    """epoll_ctl(2): `event` is the address of an EPOLL_EVENT."""
+    return _syscall(SYS_EPOLL_CTL, epoll_fd, operation, fd, event, 0, 0)
 
 
 @compiled

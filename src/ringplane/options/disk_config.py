@@ -22,6 +22,7 @@ from ringplane.options.image_options import ImageOptions
 from ringplane.options.kinds import NAMES, PATH, OneOf, Whole
 from ringplane.options.limit_options import LimitOptions
 from ringplane.options.name_options import NameOptions, default_names
+from ringplane.options.nbd_options import NbdOptions
 from ringplane.options.socket_options import SocketOptions
 from ringplane.options.thread_options import IoThread, ThreadOptions
 from ringplane.options.zone_options import ZoneOptions
@@ -44,7 +45,15 @@ class EngineOptions(Options):
 
 
 class DiskOptions(
-    ZoneOptions, DelayOptions, LimitOptions, DeviceOptions, EngineOptions, ImageOptions, SocketOptions, NameOptions
+    ZoneOptions,
+    DelayOptions,
+    LimitOptions,
+    DeviceOptions,
+    EngineOptions,
+    NbdOptions,
+    ImageOptions,
+    SocketOptions,
+    NameOptions,
 ):
     """All options that a disk has wherever it is described. A group comes before those whose options it needs."""
 
@@ -77,6 +86,8 @@ class DiskConfig(DiskOptions):
     )
 
     def check(self) -> None:
+        if self.nbd_reconnect_delay and getattr(self.image, "source", None) != "nbd":
+            raise WrongOptions("{nbd_reconnect_delay} is for an image nbd://... or nbd+unix://...")
         if (self.socket_path is None) == (self.fd is None):
             raise WrongOptions("give either {socket_path} or {fd}")
         if self.fd is not None and (self.socket_mode, self.socket_group) != (None, None):

@@ -16,7 +16,10 @@ from typing import Any, ClassVar, Self
 from ringplane.options.kinds import Kind, shown, text_from_toml
 
 # Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError.
-SCHEMES: dict[str, str] = {"rbd": "rbd_address"}
+SCHEMES: dict[str, str] = {
+    **dict.fromkeys(("nbd", "nbd+unix", "nbds", "nbds+unix"), "nbd_uri"),
+    "rbd": "rbd_address",
+}
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 

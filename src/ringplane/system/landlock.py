@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 # include/uapi/linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
-LANDLOCK_RULE_PATH_BENEATH = 1
+LANDLOCK_RULE_PATH_BENEATH, LANDLOCK_RULE_NET_PORT = 1, 2
 LANDLOCK_ACCESS_FS_WRITE_FILE, LANDLOCK_ACCESS_FS_READ_FILE = 1 << 1, 1 << 2
 LANDLOCK_ACCESS_FS_REMOVE_FILE = 1 << 5
 LANDLOCK_ACCESS_FS_MAKE_REG, LANDLOCK_ACCESS_FS_MAKE_SOCK = 1 << 8, 1 << 9
+LANDLOCK_ACCESS_NET_CONNECT_TCP = 1 << 1
 LANDLOCK_ACCESS_FS_TRUNCATE, LANDLOCK_ACCESS_FS_IOCTL_DEV = 1 << 14, 1 << 15
 
 # For each ABI version that added rights: all rights up to it, as bits. Rights to files (from executing to making
@@ -37,6 +38,7 @@ SCOPES = {6: (1 << 2) - 1}
 RULESET_ATTR = struct.Struct("=QQQ")
 # Packed.
 PATH_BENEATH_ATTR = struct.Struct("=Qi")
+NET_PORT_ATTR = struct.Struct("=QQ")
 
 
 def version() -> int:
@@ -47,8 +49,10 @@ def version() -> int:
         return 0
 
 
-def give_up_files(but_removing_in: Collection[Path], but_exchanging_in: Collection[Path] = ()) -> None:
-    """Keep only the rights to remove files in some folders, and in others to rename them too.
+def give_up_files(
+    but_removing_in: Collection[Path], but_exchanging_in: Collection[Path] = (), but_connecting_to: Collection[int] = ()
+) -> None:
+    """Keep only the rights to remove files in some folders, in others to rename them too, and to connect to TCP ports.
 
     Raises OSError. Call `forbid_new_rights` before.
     """
@@ -63,14 +67,17 @@ def give_up_files(but_removing_in: Collection[Path], but_exchanging_in: Collecti
                 folders[os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)] = bits
             except PermissionError:
                 continue
-        keep_only(folders)
+        keep_only(folders, but_connecting_to)
     finally:
         for fd in folders:
             os.close(fd)
 
 
-def keep_only(rights: Mapping[int, int]) -> None:
-    """Keep only these rights below the folders of these fds. Raises OSError. Call `forbid_new_rights` before."""
+def keep_only(rights: Mapping[int, int], ports: Collection[int] = ()) -> None:
+    """Keep only these rights below the folders of these fds, and to connect to these TCP ports.
+
+    Raises OSError. Call `forbid_new_rights` before.
+    """
     known = version()
     attr = RULESET_ATTR.pack(*(_of_version(each, known) for each in (FILE_RIGHTS, TCP_RIGHTS, SCOPES)))
     ruleset = system_call(NUMBERS["landlock_create_ruleset"], attr, len(attr), 0)
@@ -78,6 +85,9 @@ def keep_only(rights: Mapping[int, int]) -> None:
         for folder, bits in rights.items():
             rule = PATH_BENEATH_ATTR.pack(bits & _of_version(FILE_RIGHTS, known), folder)
             system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+        for port in ports if _of_version(TCP_RIGHTS, known) else ():
+            rule = NET_PORT_ATTR.pack(LANDLOCK_ACCESS_NET_CONNECT_TCP, port)
+            system_call(NUMBERS["landlock_add_rule"], ruleset, LANDLOCK_RULE_NET_PORT, rule, 0)
         system_call(NUMBERS["landlock_restrict_self"], ruleset, 0)
     finally:
         os.close(ruleset)

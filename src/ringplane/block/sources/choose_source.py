@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 # The modules of the sources whose images are not files or devices here, by the `source` of their addresses
 # (options/image_address.py). They are imported only when a disk has one.
-REMOTE: dict[str, str] = {"rbd": "ringplane.block.sources.rbd"}
+REMOTE: dict[str, str] = {
+    "nbd": "ringplane.block.sources.nbd.nbd_source",
+    "rbd": "ringplane.block.sources.rbd",
+}
 
 # What the running process of a planned restart offers (`Source.hand_over`), and the `size` that it serves.
 Offer = Mapping[str, Any]

@@ -1,0 +1,124 @@
+"""Connections to NBD servers, over UNIX sockets and TCP, made within a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
+from ringplane.options.nbd_uri import NbdUri
+from ringplane.system.signals import NONE, Signals
+
+# Seconds for connection and handshake.
+PATIENCE = 10.0
+
+# Seconds between two looks for a signal, or for room in the queue of a socket that listens.
+PAUSE = 0.1
+
+# A peer that does not answer for this long has lost its machine or network: seconds until it is asked, between two
+# questions, and their number (tcp(7)).
+KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+
+# What socket(2) and connect(2) need.
+Place = tuple[int, str | tuple[object, ...]]
+
+
+def find_places(uri: NbdUri) -> Sequence[Place]:
+    """Where its server is: what its name means now. Raises HandshakeError."""
+    if uri.socket is not None:
+        return [(socket.AF_UNIX, str(uri.socket))]
+    try:
+        found = socket.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise HandshakeError(f"cannot be found: {getattr(error, 'strerror', None) or error}") from None
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def connect(
+    places: Sequence[Place], export: str, signals: Signals = NONE, patience: float = PATIENCE
+) -> tuple[socket.socket, Export]:
+    """A connection that is ready for the transmission. Raises HandshakeError, Interrupted."""
+    end = time.monotonic() + patience
+    error = HandshakeError("has no address")
+    for place in places:
+        sock = socket.socket(place[0], socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            _connect(sock, place, signals, end)
+            return sock, negotiate(_Waiting(sock, signals, end), export)
+        except HandshakeError as why:
+            sock.close()
+            error = why
+        except BaseException:
+            sock.close()
+            raise
+    raise error
+
+
+def _connect(sock: socket.socket, place: Place, signals: Signals, end: float) -> None:
+    code = sock.connect_ex(place[1])
+    # A UNIX socket whose queue is full says EAGAIN; TCP connects later.
+    while code in (errno.EAGAIN, errno.EINPROGRESS, errno.EALREADY):
+        signals.check()
+        left = end - time.monotonic()
+        if left <= 0:
+            raise HandshakeError(f"does not answer: no connection within {PATIENCE:g} s")
+        if code == errno.EAGAIN:
+            time.sleep(min(PAUSE, left))
+            code = sock.connect_ex(place[1])
+        elif _is_writable(sock, min(PAUSE, left)):
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise HandshakeError(f"cannot be reached: {os.strerror(code)}")
+    if place[0] != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _is_writable(sock: socket.socket, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(timeout * 1000))
+
+
+class _Waiting:
+    """See Stream."""
+
+    def __init__(self, sock: socket.socket, signals: Signals, end: float) -> None:
+        self._sock, self._signals, self._end = sock, signals, end
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            if not self._signals.wait(self._sock.fileno(), max(self._end - time.monotonic(), 0)):
+                raise HandshakeError(f"does not answer: no handshake within {PATIENCE:g} s")
+            with contextlib.suppress(BlockingIOError):
+                part = self._receive(size - len(data))
+                if not part:
+                    raise HandshakeError("closed the connection during the handshake")
+                data += part
+        return data
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            return self._sock.recv(size)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise HandshakeError(f"broke the connection during the handshake: {error.strerror}") from None
+
+    def write(self, data: bytes) -> None:
+        """The first few KiB of a connection always have room."""
+        try:
+            if self._sock.send(data, socket.MSG_NOSIGNAL) != len(data):
+                raise HandshakeError("does not read what it is sent during the handshake")
+        except BlockingIOError:
+            raise HandshakeError("does not read what it is sent during the handshake") from None
+        except OSError as error:
+            raise HandshakeError(f"broke the connection during the handshake: {error.strerror}") from None

@@ -1,0 +1,216 @@
+"""A link: the part of an NBD disk for one I/O thread, with its present connection."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from ringplane.block.events import Event
+from ringplane.block.sources.nbd.layout import (
+    BAD_COOKIE,
+    BAD_LENGTH,
+    BAD_MAGIC,
+    BROKEN,
+    CLOSED,
+    LINK,
+    OUT_OF_PLACE,
+    REQUEST,
+    SHUT_DOWN,
+    TOO_SHORT,
+    UNEXPECTED_TYPE,
+)
+from ringplane.block.sources.nbd.nbd_units import obey, ready, submit
+from ringplane.block.sources.nbd.protocol import CMD_DISC, REQUEST_MAGIC
+from ringplane.block.sources.nbd.receiving import AHEAD_SIZE, EAGER
+from ringplane.block.sources.nbd.sending import READABLE
+from ringplane.block.stack import SourcePart
+from ringplane.engines.choose_engine import Engine
+from ringplane.native.epoll import EPOLL_EVENT
+from ringplane.native.sockets import MESSAGE
+from ringplane.native.structs import new
+from ringplane.native.uio import IOV_MAX, IOVEC
+
+GOODBYE = struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0)
+
+# Seconds after which `sync` looks whether an I/O thread uses the link.
+SLICE = 0.1
+
+REASONS = {
+    CLOSED: "the server closed the connection",
+    BROKEN: "the connection broke",
+    BAD_MAGIC: "the server sent garbage",
+    BAD_COOKIE: "the server replied to a request that it was not sent",
+    UNEXPECTED_TYPE: "the server sent a reply of a type that the request cannot have",
+    BAD_LENGTH: "the server sent a reply of a wrong length",
+    OUT_OF_PLACE: "the server sent data that was not asked for, or not in order",
+    TOO_SHORT: "the server ended the reply to a read before all data had come",
+    SHUT_DOWN: "the server shuts down",
+}
+
+
+class Link(SourcePart):
+    """Owns a LINK, its connection and its eventfds."""
+
+    ranges = backing = 0
+
+    def __init__(
+        self, export: int, slots: int, lost_fd: int, begin_to_watch: Callable[[], None], *, patient: bool
+    ) -> None:
+        """`export`: the address of the EXPORT. `lost_fd` is written to when a connection is lost.
+
+        `begin_to_watch` is called on the I/O thread, before that can happen.
+        """
+        self._begin_to_watch = begin_to_watch
+        self._epoll = select.epoll()
+        self._wake_fd, self._sync_fd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
+        self._sock: socket.socket | None = None
+        self._closed = False
+        # Whether the I/O thread uses the link, and the lock of who uses it in its place: never held for long.
+        self._attached, self._lock = False, threading.Lock()
+        self._one_sync = threading.Lock()
+        self._requests = new(REQUEST, slots + 1)
+        self._requests["slot"] = np.arange(slots + 1)
+        self._iovecs, self._ahead = np.zeros(IOV_MAX, IOVEC), np.zeros(AHEAD_SIZE, np.uint8)
+        self._message, self._event = np.zeros(1, MESSAGE), np.zeros(1, EPOLL_EVENT)
+        self._message["iov"] = self._iovecs.ctypes.data
+        self._array = new(LINK)
+        self.record = self._array[0]
+        for name, value in {
+            "export": export,
+            "requests": self._requests.ctypes.data,
+            "slots": slots,
+            "patient": patient,
+            "lost_fd": lost_fd,
+            "wake_fd": self._wake_fd,
+            "sync_fd": self._sync_fd,
+            "epoll_fd": self._epoll.fileno(),
+            "event": self._event.ctypes.data,
+            "message": self._message.ctypes.data,
+            "iovecs": self._iovecs.ctypes.data,
+            "ahead": self._ahead.ctypes.data,
+            "eager": EAGER,
+        }.items():
+            self.record[name] = value
+        self.address, self.submit = int(self._array.ctypes.data), submit.address()
+        self.events = (
+            Event(self._epoll.fileno(), ready.address(), self.address),
+            Event(self._wake_fd, obey.address(), self.address),
+        )
+
+    def begin_with(self, sock: socket.socket, *, structured: bool) -> None:
+        """Use the first connection; no I/O thread uses the link yet."""
+        self._watch(sock)
+        self.record["fd"], self.record["structured"] = sock.fileno(), structured
+
+    def continue_with(self, sock: socket.socket, *, structured: bool) -> None:
+        """Use another connection instead of the one that was lost."""
+        self._watch(sock)
+        self.record["expired"] = 0
+        self.record["new_structured"], self.record["new_fd"] = structured, sock.fileno()
+        self._wake()
+
+    def _watch(self, sock: socket.socket) -> None:
+        self.drop()
+        sock.setblocking(False)
+        self._sock = sock
+        self._epoll.register(sock.fileno(), READABLE)
+
+    def stop_waiting(self) -> None:
+        """Fail what waits for a connection."""
+        self.record["expired"] = 1
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    def take_loss(self) -> str:
+        """Why the connection was lost, if it was since this was last asked; else an empty text."""
+        if not self.record["lost"]:
+            return ""
+        self.record["lost"] = 0
+        reason = REASONS[int(self.record["reason"])]
+        code = int(self.record["reason_errno"])
+        return f"{reason}: {os.strerror(code)}" if code else reason
+
+    @property
+    def connection(self) -> socket.socket | None:
+        """The one in use, if there is one."""
+        return self._sock if int(self.record["fd"]) >= 0 else None
+
+    @property
+    def structured(self) -> bool:
+        return bool(self.record["structured"])
+
+    def attach(self, engine: Engine) -> None:
+        with self._lock:
+            self._attached = True
+        self._begin_to_watch()
+
+    def detach(self, engine: Engine) -> None:
+        with self._lock:
+            self._attached = False
+
+    def sync(self) -> None:
+        """Have the server make stable what it has completed. Raises OSError."""
+        with self._one_sync:
+            if _wait_for(self._sync_fd):
+                os.eventfd_read(self._sync_fd)
+            self.record["sync_wanted"] = 1
+            self._wake()
+            while not _wait_for(self._sync_fd):
+                if self._closed:
+                    raise OSError(errno.EIO, "the disk was closed")
+                _wait_for(self._sync_fd, *self._work_in_its_place(), seconds=SLICE)
+            if result := int(self.record["sync_result"]):
+                raise OSError(-result, os.strerror(-result))
+
+    def _work_in_its_place(self) -> tuple[int, ...]:
+        """If no I/O thread uses the link, do what it would do; returns the fds that say that there is more to do.
+
+        No I/O is in flight then, so there is no channel. Raises OSError.
+        """
+        with self._lock:
+            if self._attached:
+                return ()
+            obey(self.address, 0)
+            ready(self.address, 0)
+            if int(self.record["fd"]) < 0:
+                raise OSError(errno.EIO, "there is no connection to the server")
+            return (self._epoll.fileno(),)
+
+    def say_goodbye(self) -> None:
+        """Tell the server that nothing more comes; nobody else uses the connection."""
+        if self.connection is not None:
+            with contextlib.suppress(OSError):
+                self.connection.send(GOODBYE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+    def drop(self) -> None:
+        """Close the connection; the I/O thread does not use it any more."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def close(self) -> None:
+        """No queue uses it; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.drop()
+            self._epoll.close()
+            os.close(self._wake_fd)
+            os.close(self._sync_fd)
+
+
+def _wait_for(*fds: int, seconds: float = 0) -> bool:
+    """Whether one of the fds is readable within this time."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

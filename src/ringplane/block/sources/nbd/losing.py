@@ -1,0 +1,34 @@
+"""The end of a connection, for whatever reason: what was in flight is sent again on the next one, or fails."""
+
+from __future__ import annotations
+
+from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, ONE, SENT, request_at
+from ringplane.block.sources.nbd.nbd_requests import fail_all, put
+from ringplane.compiler.jit import compiled
+from ringplane.native.access import address_of
+from ringplane.native.syscalls import write
+
+
+@compiled
+def give_up(link, channel, reason, error):
+    """Use the connection no more. The control plane closes it, and makes another one."""
+    link.fd = -1
+    link.reason, link.reason_errno = reason, error
+    link.unanswered = link.sent = link.blocked = link.start = link.end = link.direct = link.left = link.discard = 0
+    link.reading = -1
+    if link.patient:
+        queue_again(link)
+    else:
+        link.failing = 1
+        fail_all(link, channel)
+    link.lost = 1
+    write(link.lost_fd, address_of(link) + ONE, EVENTFD_SIZE)
+
+
+@compiled
+def queue_again(link):
+    """What was sent is sent again; of what waits, a part of the first request may have been sent."""
+    for slot in range(link.slots + 1):
+        request = request_at(link, slot)
+        if request.state == SENT:
+            put(link, request)

@@ -1,0 +1,266 @@
+"""Source `nbd`: opening an export, and what the control plane wants of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ringplane.block.image import ImageError
+from ringplane.block.ranges import ZEROS_SIZE
+from ringplane.block.sources.nbd.connecting import PATIENCE, Place, connect, find_places
+from ringplane.block.sources.nbd.handshake import Export, HandshakeError
+from ringplane.block.sources.nbd.layout import EXPORT
+from ringplane.block.sources.nbd.link import Link
+from ringplane.block.sources.nbd.nbd_units import UNITS
+from ringplane.block.sources.nbd.protocol import (
+    FLAG_SEND_FLUSH,
+    FLAG_SEND_TRIM,
+    FLAG_SEND_WRITE_ZEROES,
+    LARGEST_PAYLOAD,
+)
+from ringplane.block.sources.nbd.reconnecting import Reconnecting
+from ringplane.block.sources.source import Source
+from ringplane.block.storage_limits import LARGEST_BLOCK, USUAL_BLOCK, Limits
+from ringplane.native.structs import new
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.engine_names import MEMORY, NULL
+from ringplane.options.image_options import LOCK_ON
+from ringplane.options.nbd_uri import NbdUri
+from ringplane.system.confinement import keep
+from ringplane.system.digests import blake2b
+from ringplane.system.fd import Fd
+from ringplane.system.seccomp import Only
+from ringplane.system.signals import NONE, Signals
+
+log = logging.getLogger(__name__)
+
+# To connect again, a confined process makes sockets of these families only.
+FAMILIES = Only(0, (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6))
+TO_CONNECT = {"socket": FAMILIES, "connect": None, "setsockopt": None}
+
+# In the offer of a running process.
+KEY = "nbd"
+
+Connection = tuple[socket.socket, Export]
+
+
+def open_source(config: DiskConfig, signals: Signals = NONE) -> Source:
+    """Connect to the server. Raises ImageError, Interrupted."""
+    uri = _checked(config)
+    try:
+        places = find_places(uri)
+        connection = connect(places, uri.export, signals)
+    except HandshakeError as error:
+        raise ImageError(f"{uri}: the server {error}") from None
+    return _source(config, places, connection[1], [connection])
+
+
+def take_over_source(config: DiskConfig, offer: Mapping[str, Any]) -> Source:
+    """With the connections of the running process, which do not end when it does. Raises ImageError."""
+    offered = offer[KEY]
+    export = Export(**offered["export"])
+    connections = [(socket.socket(fileno=os.dup(fd.number)), export) for fd in offered["connections"]]
+    places = [
+        (family, tuple(address) if isinstance(address, list) else address) for family, address in offered["places"]
+    ]
+    source = _source(config, places, export, connections)
+    if offered["flush_failed"]:
+        source.set_flush_failed()
+    return source
+
+
+def is_offered(config: DiskConfig, offer: Mapping[str, Any]) -> bool:
+    """Whether it is the same export."""
+    return KEY in offer and bool(offer[KEY]["uri"] == str(config.image))
+
+
+def rehearse_source(config: DiskConfig) -> Source | None:
+    """A server is not changed by a connection."""
+    return open_source(config)
+
+
+def _checked(config: DiskConfig) -> NbdUri:
+    """Raises ImageError for options that an export cannot have."""
+    uri = config.image
+    assert isinstance(uri, NbdUri)
+    wrong = {
+        "create": config.create is not None,
+        "zoned": config.zoned is not None,
+        "lock": config.lock == LOCK_ON,
+        "buffered (direct = false)": not config.direct,
+        f"engine {config.engine}": config.engine in (MEMORY, NULL),
+    }
+    for name, given in wrong.items():
+        if given:
+            raise ImageError(f"{uri}: {name} is for files and devices of this machine; leave it out for NBD")
+    return uri
+
+
+def _source(
+    config: DiskConfig, places: Sequence[Place], export: Export, connections: Sequence[Connection]
+) -> NbdSource:
+    try:
+        return NbdSource(config, places, export, connections)
+    except BaseException:
+        for sock, _ in connections:
+            sock.close()
+        raise
+
+
+class NbdSource(Source):
+    """The source of a disk."""
+
+    units = UNITS
+
+    def __init__(
+        self, config: DiskConfig, places: Sequence[Place], export: Export, connections: Sequence[Connection]
+    ) -> None:
+        """Take over the connections, of which there may be none. Raises ImageError."""
+        self._uri = _checked(config)
+        self._places, self._connections = places, list(connections)
+        self._export = export
+        self.title = str(self._uri)
+        self._check_read_only(config)
+        self._check_sizes(config)
+        self.size, self.read_only = self._export.size, config.read_only
+        self.serial = f"ringplane-{blake2b(self.title.encode(), digest_size=5).hexdigest()}"
+        self._zeros = np.frombuffer(mmap.mmap(-1, ZEROS_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ), np.uint8)
+        self._record = new(EXPORT)
+        self._record["flags"] = self._export.flags
+        smallest = max(self._export.smallest, config.block_size)
+        self._record["largest"] = min(self._export.largest, LARGEST_PAYLOAD) // smallest * smallest
+        self._record["zeros"] = self._zeros.ctypes.data
+        self._links: list[Link] = []
+        self._closed = self._handed_over = False
+        self._reconnecting = Reconnecting(self.title, self._connect_again, config.nbd_reconnect_delay)
+        keep(TO_CONNECT, [] if self._uri.socket is not None else [self._uri.port])
+        if not self._export.flags & FLAG_SEND_FLUSH:
+            self.notice = "the server does not support flushes: it has to make writes stable itself"
+
+    def _check_read_only(self, config: DiskConfig) -> None:
+        if self._export.read_only and not config.read_only:
+            raise ImageError(f"{self.title}: the server exports it read-only; --read-only serves it")
+
+    def _check_sizes(self, config: DiskConfig) -> None:
+        smallest, block = self._export.smallest, config.block_size
+        if smallest > block:
+            advice = f"; use --block-size {smallest}" if smallest == USUAL_BLOCK else ", which ringplane cannot serve"
+            raise ImageError(f"{self.title}: the server reads and writes only blocks of {smallest} bytes{advice}")
+        if self._export.size % block:
+            raise ImageError(
+                f"{self.title}: its size of {self._export.size} bytes is not a multiple of the block size {block}"
+            )
+        if self._export.largest < block:
+            raise ImageError(f"{self.title}: the server takes at most {self._export.largest} bytes at a time")
+
+    @property
+    def one_thread(self) -> bool:  # type: ignore[override]
+        """Only some servers allow several connections to an export, and a connection is used by one thread."""
+        return not self._export.many_connections
+
+    def part(self, slots: int) -> Link:
+        sock, export = self._connections.pop(0) if self._connections else self._connect()
+        look, address = self._reconnecting, int(self._record.ctypes.data)
+        link = Link(address, slots, look.lost_fd, look.start, patient=look.delay > 0)
+        link.begin_with(sock, structured=export.structured)
+        self._links.append(link)
+        self._reconnecting.add(link)
+        return link
+
+    def _connect(self) -> Connection:
+        """One more connection. Raises ImageError."""
+        try:
+            return self._connect_again()
+        except HandshakeError as error:
+            raise ImageError(f"{self.title}: the server {error}") from None
+
+    def _connect_again(self, signals: Signals = NONE, patience: float = PATIENCE) -> Connection:
+        """A connection to the same export. Raises HandshakeError."""
+        sock, export = connect(self._places, self._uri.export, signals, patience)
+        if why := _find_difference(self._export, export):
+            sock.close()
+            raise HandshakeError(why)
+        return sock, export
+
+    def limits(self) -> Limits:
+        export = self._export
+        physical = export.preferred if 512 <= export.preferred <= LARGEST_BLOCK else USUAL_BLOCK
+        discards = export.flags & FLAG_SEND_TRIM and not self.read_only
+        return Limits(
+            physical_block=physical,
+            minimum_io=export.preferred,
+            discard=physical if discards else 0,
+            punches=bool(export.flags & FLAG_SEND_WRITE_ZEROES) and not self.read_only,
+            granule=export.smallest,
+        )
+
+    def how(self, engines: str) -> str:
+        count = len(self._links)
+        replies = "structured replies" if self._export.structured else "simple replies"
+        return f"NBD, {count} connection{'s' * (count != 1)}, {replies}"
+
+    def refresh_size(self) -> None:
+        raise ImageError(f"{self.title}: the size of an export cannot change while it is served; start it again")
+
+    def grow(self, size: int) -> None:
+        raise ImageError(f"{self.title}: NBD cannot change the size of an export; do it at the server, and start again")
+
+    @property
+    def flush_failed(self) -> bool:
+        return bool(self._record["flush_failed"][0])
+
+    def set_flush_failed(self) -> None:
+        self._record["flush_failed"] = 1
+
+    def sync(self) -> None:
+        """NBD_CMD_FLUSH. With several connections, a flush of one is a flush of all."""
+        if self.flush_failed:
+            raise OSError(5, "a flush failed before")
+        if self._links:
+            self._links[0].sync()
+
+    def hand_over(self) -> dict[str, Any]:
+        """The connections too: a server may allow only one, and no reply is under way when they change hands."""
+        self._handed_over = True
+        used = [link.connection for link in self._links]
+        export = self._export
+        return {
+            KEY: {
+                "uri": self.title,
+                "places": self._places,
+                "connections": [Fd(sock.fileno()) for sock in used if sock is not None],
+                "export": {name: getattr(export, name) for name in Export.__dataclass_fields__},
+                "flush_failed": self.flush_failed,
+            }
+        }
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._reconnecting.close()
+        for link in self._links:
+            if not self._handed_over:
+                link.say_goodbye()
+            link.close()
+        for sock, _ in self._connections:
+            with contextlib.suppress(OSError):
+                sock.close()
+
+
+def _find_difference(before: Export, now: Export) -> str:
+    """Why the export cannot be used in place of what it was; empty: it can."""
+    if now.size < before.size:
+        return f"has made the export smaller: {now.size} bytes instead of {before.size}"
+    if before.flags & ~now.flags or (now.read_only and not before.read_only):
+        return "supports less than before (it was configured in another way)"
+    if now.smallest > before.smallest or now.largest < before.largest:
+        return "has other block sizes than before"
+    return ""

@@ -1,0 +1,67 @@
+"""The units of the source `nbd`: what the I/O thread calls."""
+
+from __future__ import annotations
+
+from errno import EIO
+
+from ringplane.block.io import CHANNEL, io_at
+from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, LINK, REPLY
+from ringplane.block.sources.nbd.nbd_requests import begin, begin_sync, fail_all
+from ringplane.block.sources.nbd.receiving import receive_all
+from ringplane.block.sources.nbd.sending import send_all
+from ringplane.block.stack import STACK
+from ringplane.compiler.units import unit
+from ringplane.engines.common import complete
+from ringplane.native.access import view
+from ringplane.native.syscalls import read
+
+
+@unit
+def submit(stack_address, channel_address, first):
+    """Begin the I/Os of a turn, a list that begins with slot `first`, and send their requests together."""
+    link = view(view(stack_address, STACK).source, LINK)
+    channel = view(channel_address, CHANNEL)
+    slot = first
+    while slot >= 0:
+        io = io_at(channel, slot)
+        slot = io.next
+        if link.failing:
+            complete(channel.engine, io.slot, -EIO)
+        else:
+            begin(link, channel, io)
+    if not link.blocked:
+        send_all(link, channel)
+    return 0
+
+
+@unit
+def ready(link_address, channel_address):
+    """The server has sent something, has closed the connection, or there is room for requests."""
+    link, channel = view(link_address, LINK), view(channel_address, CHANNEL)
+    receive_all(link, channel)
+    begin_sync(link)
+    send_all(link, channel)
+    return 0
+
+
+@unit
+def obey(link_address, channel_address):
+    """The control plane asks for something."""
+    link, channel = view(link_address, LINK), view(channel_address, CHANNEL)
+    read(link.wake_fd, link_address + REPLY, EVENTFD_SIZE)
+    if link.new_fd >= 0:
+        link.fd, link.structured = link.new_fd, link.new_structured
+        link.new_fd = -1
+        link.failing = 0
+        # What came before is an edge that was not for this connection.
+        receive_all(link, channel)
+    elif link.expired and link.fd < 0:
+        link.failing = 1
+        fail_all(link, channel)
+    link.expired = 0
+    begin_sync(link)
+    send_all(link, channel)
+    return 0
+
+
+UNITS = (submit, ready, obey)

@@ -1,0 +1,116 @@
+"""The address of an export of an NBD server: doc/uri.md of the NBD specification, without TLS.
+
+nbd://HOST[:PORT]/EXPORT            nbd+unix:///EXPORT?socket=PATH
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+from ringplane.options.image_address import RemoteImage
+from ringplane.options.kinds import shown
+
+# IANA's
+DEFAULT_PORT = 10809
+
+# A string of the protocol has at most this many bytes; and sun_path of unix(7) without the final zero.
+LONGEST_EXPORT, LONGEST_SOCKET = 4096, 107
+
+EXAMPLES = "examples: nbd://server:10809/disk1, nbd+unix:///disk1?socket=/run/nbd.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class NbdUri(RemoteImage):
+    """An export of the server at `socket`, or, without one, at `host` and `port`."""
+
+    export: str
+    host: str = ""
+    port: int = DEFAULT_PORT
+    socket: Path | None = None
+
+    source: ClassVar[str] = "nbd"
+
+    def __str__(self) -> str:
+        if self.socket is not None:
+            return f"nbd+unix:///{quote(self.export)}?socket={quote(os.fsencode(self.socket))}"
+        host = f"[{self.host}]" if ":" in self.host else quote(self.host)
+        port = "" if self.port == DEFAULT_PORT else f":{self.port}"
+        return f"nbd://{host}{port}/{quote(self.export)}"
+
+    @property
+    def stem(self) -> str:
+        """The name of the export, or of the server if the export has none."""
+        return Path(self.export).stem or (self.socket.stem if self.socket is not None else self.host)
+
+    @property
+    def identity(self) -> Hashable:
+        server = (self.host.lower(), self.port) if self.socket is None else os.path.realpath(self.socket)
+        return self.source, server, self.export
+
+    def with_paths(self, change: Callable[[Path], Path]) -> NbdUri:
+        return self if self.socket is None else replace(self, socket=change(self.socket))
+
+
+def parse(text: str) -> NbdUri:
+    """Raises ValueError."""
+    try:
+        return _parsed(text)
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: {error}") from None
+
+
+def _parsed(text: str) -> NbdUri:
+    scheme, _, rest = text.partition(":")
+    if scheme.startswith("nbds"):
+        raise ValueError("NBD over TLS is not supported; use nbd:// through a tunnel or in a network that you trust")
+    if not rest.startswith("//"):
+        raise ValueError(f"is not an NBD address; {EXAMPLES}; a file of this name is written with ./ before it")
+    parts = urlsplit(text)
+    if parts.fragment or "#" in text:
+        raise ValueError("an NBD address has no part that begins with #; write %23 in the name of an export")
+    export = _decoded(parts.path.removeprefix("/"), "the name of the export")
+    if len(export.encode()) > LONGEST_EXPORT:
+        raise ValueError(f"the name of an export has at most {LONGEST_EXPORT} bytes")
+    return _over_unix(parts, export) if scheme == "nbd+unix" else _over_tcp(parts, export)
+
+
+def _over_unix(parts: SplitResult, export: str) -> NbdUri:
+    if parts.netloc:
+        raise ValueError(f"nbd+unix has no host: three slashes come before the name of the export; {EXAMPLES}")
+    given = dict(parameter.partition("=")[::2] for parameter in parts.query.split("&"))
+    if given.keys() != {"socket"} or parts.query.count("=") != 1:
+        raise ValueError(f"its only parameter is socket, the path of the server's socket; {EXAMPLES}")
+    path = _decoded(given["socket"], "the path of the socket")
+    if not 0 < len(os.fsencode(path)) <= LONGEST_SOCKET:
+        raise ValueError(f"the path of a socket has 1 to {LONGEST_SOCKET} bytes")
+    return NbdUri(export, socket=Path(path))
+
+
+def _over_tcp(parts: SplitResult, export: str) -> NbdUri:
+    if "@" in parts.netloc:
+        raise ValueError("a user is for NBD over TLS, which is not supported; leave it out")
+    if parts.query:
+        raise ValueError(f"it has no parameters; {EXAMPLES}")
+    host = _decoded(parts.hostname or "", "the host")
+    if not host:
+        raise ValueError(f"the host is missing; {EXAMPLES}")
+    # Raises ValueError.
+    port = parts.port
+    if port == 0:
+        raise ValueError("a port is a number from 1 to 65535")
+    return NbdUri(export, host, DEFAULT_PORT if port is None else port)
+
+
+def _decoded(text: str, what: str) -> str:
+    try:
+        found = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not UTF-8") from None
+    if "\0" in found or not found.isprintable():
+        raise ValueError(f"{what} contains characters that cannot be printed")
+    return found

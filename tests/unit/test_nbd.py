@@ -1,0 +1,465 @@
+"""The source `nbd` with a server in Python: I/Os as requests, all kinds of replies, lost connections."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ringplane
+from ringplane.block.image import ImageError
+from ringplane.block.sources.nbd import protocol as nbd
+from ringplane.block.sources.nbd import receiving
+from ringplane.control.export import Export
+from ringplane.driver import Driver
+from ringplane.driver.driver import segments
+from ringplane.virtio import blk
+
+from .nbd_server import (
+    EVERYTHING,
+    HangUp,
+    NbdServer,
+    Request,
+    chunk,
+    data_chunk,
+    error_chunk,
+    hole_chunk,
+    simple,
+)
+from .rig import PATIENCE, eventually, pattern
+
+SIZE = 1 << 20
+OK, IOERR = 0, 1
+READ, WRITE = blk.VIRTIO_BLK_T_IN, blk.VIRTIO_BLK_T_OUT
+FUA, NO_HOLE = nbd.CMD_FLAG_FUA, nbd.CMD_FLAG_NO_HOLE
+
+
+@pytest.fixture(params=[True, False], ids=["structured", "simple"])
+def structured(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def server(tmp_path: Path, structured: bool) -> Iterator[NbdServer]:
+    made = NbdServer(tmp_path / "nbd", bytearray(pattern(SIZE)), structured)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def served(server: NbdServer, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Serve the export with these options; returns a driver."""
+    opened: list[Any] = []
+
+    def serve(**options: Any) -> Driver:
+        export = ringplane.serve(server.uri, tmp_path / "socket", **({"num_queues": 1} | options))
+        opened.append(export)
+        opened.append(Driver(tmp_path / "socket", timeout=PATIENCE, queues=options.get("num_queues", 1)))
+        driver: Driver = opened[-1]
+        return driver
+
+    yield serve
+    for each in reversed(opened):
+        if isinstance(each, Export):
+            each.request_stop()
+            assert each.wait(PATIENCE)
+        else:
+            each.close()
+
+
+Served = Callable[..., Driver]
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+def test_any_reads_and_writes(server: NbdServer, served: Served, engine: str) -> None:
+    driver, model, chance = served(engine=engine), bytearray(server.content), random.Random(1)
+    for _ in range(150):
+        start = chance.randrange(SIZE // 512)
+        length = min(chance.choice([1, 1, 8, 8, 31, 33, 64, 300]), SIZE // 512 - start) * 512
+        start *= 512
+        if chance.random() < 0.5:
+            model[start : start + length] = data = chance.randbytes(length)
+            driver.write(start, data)
+        else:
+            assert driver.read(start, length) == model[start : start + length]
+    assert server.content == model
+
+
+@pytest.mark.parametrize("length", [512, 4096, receiving.EAGER, 100 * 1024, 900 * 1024])
+@pytest.mark.parametrize("pieces", [1, 7, 100])
+def test_data_in_any_buffers(server: NbdServer, served: Served, length: int, pieces: int) -> None:
+    driver, some = served(), length // pieces
+    framing = [some] * (pieces - 1) + [length - some * (pieces - 1)]
+    answer = driver.request(READ, 3, read=length, writable=[*framing, 1])
+    assert answer.data == server.content[3 * 512 : 3 * 512 + length]
+    data = pattern(length, 5)
+    assert driver.request(WRITE, 5, data, readable=[16, *framing]).status == OK
+    assert server.content[5 * 512 : 5 * 512 + length] == data
+
+
+def test_many_in_flight_are_answered_in_any_order(server: NbdServer, served: Served, structured: bool) -> None:
+    held: list[Request] = []
+
+    def hold_eight(request: Request, server: NbdServer) -> bytes:
+        held.append(request)
+        if len(held) < 8:
+            return b""
+        replies = [server.usual(each) for each in reversed(held)]
+        held.clear()
+        return b"".join(replies)
+
+    server.reply = hold_eight
+    driver = served()
+    sizes = [4096 * (1 + number % 5) for number in range(16)]
+    sent = [driver._submit_request(READ, 100 * number, b"", size, 0) for number, size in enumerate(sizes)]
+    for number, each in enumerate(sent):
+        assert driver._answer(*each).data == server.content[51200 * number :][: sizes[number]]
+
+
+@pytest.mark.parametrize("flags", [EVERYTHING, EVERYTHING & ~nbd.FLAG_SEND_FUA])
+def test_writes_that_must_be_stable(server: NbdServer, served: Served, flags: int) -> None:
+    server.flags = flags
+    driver = served()
+    driver.write(0, bytes(512))
+    driver.flush()
+    assert [(each.command, each.flags) for each in server.requests] == [(nbd.CMD_WRITE, 0), (nbd.CMD_FLUSH, 0)]
+    driver.set_write_back(False)
+    server.requests.clear()
+    driver.write(0, bytes(512))
+    driver.write_zeroes(512, 512)
+    commands = [(each.command, each.flags) for each in server.requests]
+    if flags & nbd.FLAG_SEND_FUA:
+        assert commands == [(nbd.CMD_WRITE, FUA), (nbd.CMD_WRITE_ZEROES, FUA | NO_HOLE)]
+    else:
+        flush = (nbd.CMD_FLUSH, 0)
+        assert commands == [(nbd.CMD_WRITE, 0), flush, (nbd.CMD_WRITE_ZEROES, NO_HOLE), flush]
+
+
+def test_a_server_that_knows_no_flush(server: NbdServer, served: Served) -> None:
+    server.flags = EVERYTHING & ~nbd.FLAG_SEND_FLUSH & ~nbd.FLAG_SEND_FUA
+    driver = served()
+    driver.flush()
+    driver.set_write_back(False)
+    driver.write(0, bytes(512))
+    assert server.commands() == [nbd.CMD_WRITE]
+
+
+def test_discards_and_zeroes(server: NbdServer, served: Served) -> None:
+    driver = served()
+    driver.discard(4096, 8192)
+    driver.write_zeroes(65536, 4096)
+    driver.write_zeroes(131072, 4096, unmap=True)
+    driver.request(blk.VIRTIO_BLK_T_DISCARD, 0, segments((0, 8, 0), (16, 8, 0), (400, 1, 0)))
+    assert [(each.command, each.flags, each.offset, each.length) for each in server.requests] == [
+        (nbd.CMD_TRIM, 0, 4096, 8192),
+        (nbd.CMD_WRITE_ZEROES, NO_HOLE, 65536, 4096),
+        (nbd.CMD_WRITE_ZEROES, 0, 131072, 4096),
+        (nbd.CMD_TRIM, 0, 0, 4096),
+        (nbd.CMD_TRIM, 0, 8192, 4096),
+        (nbd.CMD_TRIM, 0, 204800, 512),
+    ]
+
+
+def test_a_server_that_knows_neither(server: NbdServer, served: Served) -> None:
+    server.flags = EVERYTHING & ~nbd.FLAG_SEND_TRIM & ~nbd.FLAG_SEND_WRITE_ZEROES
+    server.block_sizes = (1, 4096, 16384)
+    driver = served()
+    before = bytes(server.content)
+    driver.write_zeroes(512, 65536)
+    assert [(each.command, each.length) for each in server.requests] == [(nbd.CMD_WRITE, 16384)] * 4
+    assert server.content == before[:512] + bytes(65536) + before[512 + 65536 :]
+    assert not driver.features & blk.VIRTIO_BLK_F_DISCARD
+
+
+def test_sizes_of_the_server(server: NbdServer, served: Served) -> None:
+    server.block_sizes = (4096, 4096, 10000)
+    with pytest.raises(ImageError, match="blocks of 4096 bytes; use --block-size 4096"):
+        served()
+    driver = served(block_size=4096)
+    data = pattern(65536, 1)
+    driver.write(4096, data)
+    assert driver.read(4096, 65536) == data
+    assert {(each.offset % 4096, each.length) for each in server.requests} == {(0, 8192)}
+
+
+@pytest.mark.parametrize("queues", [2])
+def test_a_connection_for_each_thread(server: NbdServer, served: Served, queues: int) -> None:
+    driver = served(num_queues=queues, io_threads=2)
+    assert server.accepted == 2
+    for queue in range(queues):
+        assert driver.read(0, 4096, queue) == server.content[:4096]
+
+
+def test_a_server_that_allows_one_connection(server: NbdServer, served: Served) -> None:
+    server.flags = EVERYTHING & ~nbd.FLAG_CAN_MULTI_CONN
+    driver = served(num_queues=2, io_threads=2)
+    assert server.accepted == 1
+    assert driver.read(0, 4096, 1) == server.content[:4096]
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_chunks(server: NbdServer, served: Served) -> None:
+    server.content[8192:12288] = bytes(4096)
+
+    def in_chunks(request: Request, server: NbdServer) -> bytes:
+        start = request.offset
+        return (
+            data_chunk(request, start, bytes(server.content[start : start + 1000]))
+            + data_chunk(request, start + 1000, bytes(server.content[start + 1000 : start + 8192]))
+            + hole_chunk(request, start + 8192, 4096)
+            + data_chunk(request, start + 12288, bytes(server.content[start + 12288 : start + 65536]))
+            + chunk(request, nbd.TYPE_NONE, done=True)
+        )
+
+    server.reply = in_chunks
+    assert served().read(0, 65536) == server.content[:65536]
+
+
+def test_errors_of_the_server(server: NbdServer, served: Served, structured: bool) -> None:
+    def fail(request: Request, server: NbdServer) -> bytes | None:
+        if request.offset < 65536:
+            return None
+        if structured:
+            return error_chunk(request, errno.ENOSPC, b"full", done=False) + chunk(request, nbd.TYPE_NONE, done=True)
+        return simple(request, errno.EIO)
+
+    server.reply = fail
+    driver = served()
+    for _ in range(3):
+        assert driver.request(READ, 128, read=4096).status == IOERR
+        assert driver.request(WRITE, 128, bytes(4096)).status == IOERR
+        assert driver.read(0, 4096) == server.content[:4096]
+    assert server.accepted == 1
+
+
+def test_a_flush_that_fails(server: NbdServer, served: Served) -> None:
+    server.reply = lambda request, server: simple(request, errno.EIO) if request.command == nbd.CMD_FLUSH else None
+    driver = served()
+    assert [driver.request(blk.VIRTIO_BLK_T_FLUSH, 0).status for _ in range(3)] == [IOERR] * 3
+    assert server.commands() == [nbd.CMD_FLUSH]
+
+
+def test_flushes_of_the_control_plane(server: NbdServer, tmp_path: Path) -> None:
+    with ringplane.serve(server.uri, tmp_path / "socket", num_queues=1) as export:
+        export.disk.sync()
+        with Driver(tmp_path / "socket", timeout=PATIENCE) as driver:
+            driver.read(0, 512)
+            export.disk.sync()
+        assert server.commands() == [nbd.CMD_FLUSH, nbd.CMD_READ, nbd.CMD_FLUSH]
+        server.reply = lambda request, server: simple(request, errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"):
+            export.disk.sync()
+        with pytest.raises(OSError, match="a flush failed before"):
+            export.disk.sync()
+
+
+# Hostile servers. The first reply is wrong; then the server is as it should be.
+
+
+def with_cookie(request: Request, change: Callable[[int], int]) -> Request:
+    cookie = struct.pack("<Q", change(int.from_bytes(request.cookie, "little")))
+    return Request(request.flags, request.command, cookie, request.offset, request.length)
+
+
+SIMPLE_FAULTS = {
+    "sent garbage": lambda request: b"garbage" * 100,
+    "was not sent": lambda request: simple(with_cookie(request, lambda cookie: cookie ^ 1), data=bytes(4096)),
+    "was not sent ": lambda request: simple(with_cookie(request, lambda cookie: cookie ^ 1 << 40), data=bytes(4096)),
+    "was not sent  ": lambda request: simple(with_cookie(request, lambda cookie: cookie | 0xFFFFFFFF)),
+    "was not sent   ": lambda request: simple(with_cookie(request, lambda cookie: cookie ^ 1 << 63)),
+    "was not sent    ": lambda request: simple(request, data=bytes(4096)) + simple(request, data=bytes(4096)),
+    "shuts down": lambda request: simple(request, errno.ESHUTDOWN),
+    "garbage ": lambda request: data_chunk(request, request.offset, bytes(4096), done=True),
+}
+STRUCTURED_FAULTS = {
+    "cannot have": lambda request: simple(request, data=bytes(4096)),
+    "cannot have ": lambda request: chunk(request, 77, bytes(4)),
+    "cannot have  ": lambda request: chunk(request, 5, bytes(12), done=True),
+    "wrong length": lambda request: chunk(request, nbd.TYPE_NONE, bytes(1), done=True),
+    "wrong length ": lambda request: chunk(request, nbd.TYPE_NONE),
+    "wrong length  ": lambda request: data_chunk(request, request.offset, b"", done=True),
+    "wrong length   ": lambda request: chunk(request, nbd.TYPE_OFFSET_HOLE, bytes(3), done=True),
+    "wrong length    ": lambda request: hole_chunk(request, request.offset, 0, done=True),
+    "wrong length     ": lambda request: error_chunk(request, 0),
+    "wrong length      ": lambda request: error_chunk(request, 5, bytes(60000)),
+    "not in order": lambda request: data_chunk(request, request.offset, bytes(4097), done=True),
+    "not in order ": lambda request: data_chunk(request, request.offset + 1, bytes(4096), done=True),
+    "not in order  ": lambda request: data_chunk(request, request.offset - 512, bytes(4096), done=True),
+    "not in order   ": lambda request: data_chunk(request, request.offset, bytes(512)) * 2,
+    "not in order    ": lambda request: hole_chunk(request, request.offset, 0xFFFFFFFF, done=True),
+    "not in order     ": lambda request: data_chunk(request, 1 << 63, bytes(4096), done=True),
+    "before all data": lambda request: data_chunk(request, request.offset, bytes(4095), done=True),
+    "before all data ": lambda request: chunk(request, nbd.TYPE_NONE, done=True),
+    "was not sent": lambda request: chunk(with_cookie(request, lambda cookie: cookie ^ 1), nbd.TYPE_NONE, done=True),
+    "was not sent ": lambda request: chunk(request, nbd.TYPE_NONE, done=True)[:8] + b"\xff" * 12,
+    "shuts down": lambda request: error_chunk(request, errno.ESHUTDOWN, b"bye"),
+}
+
+
+def once(fault: Callable[[Request], bytes]) -> Callable[[Request, NbdServer], bytes | None]:
+    left = [fault]
+
+    def reply(request: Request, server: NbdServer) -> bytes | None:
+        return left.pop()(request) if left else None
+
+    return reply
+
+
+@pytest.mark.parametrize("delay", [0, 60])
+@pytest.mark.parametrize(
+    ("structured", "words"),
+    [(False, words) for words in SIMPLE_FAULTS] + [(True, words) for words in STRUCTURED_FAULTS],
+    indirect=["structured"],
+)
+def test_a_wrong_reply(
+    server: NbdServer, served: Served, structured: bool, words: str, delay: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection is given up, and another one is made."""
+    caplog.set_level(logging.INFO)
+    server.reply = once((STRUCTURED_FAULTS if structured else SIMPLE_FAULTS)[words])
+    driver = served(nbd_reconnect_delay=delay)
+    answer = driver.request(READ, 8, read=4096)
+    # The first of two replies with the same cookie was right.
+    assert answer.status == (OK if delay or words == "was not sent    " else IOERR)
+    if delay and words != "was not sent    ":
+        assert answer.data == server.content[4096:8192]
+    assert eventually(lambda: any("connected again" in line for line in caplog.messages))
+    assert any(words.strip() in line for line in caplog.messages), caplog.messages
+    assert eventually(lambda: driver.request(READ, 8, read=4096).status == OK)
+    assert driver.read(4096, 4096) == server.content[4096:8192]
+
+
+@pytest.mark.parametrize("length", [0, 3, 16, 19, 27, 28, 29, 1000])
+def test_half_a_reply(server: NbdServer, served: Served, length: int) -> None:
+    def half(request: Request, server: NbdServer) -> bytes | None:
+        if server.accepted > 1:
+            return None
+        server.connections[0].sendall(server.usual(request)[:length])
+        raise HangUp
+
+    server.reply = half
+    assert served(nbd_reconnect_delay=60).read(4096, 4096) == server.content[4096:8192]
+
+
+def test_replies_byte_by_byte(server: NbdServer, served: Served) -> None:
+    def slowly(request: Request, server: NbdServer) -> bytes:
+        for byte in server.usual(request):
+            server.connections[0].sendall(bytes([byte]))
+        return b""
+
+    server.reply = slowly
+    driver = served()
+    assert driver.read(0, 1024) == server.content[:1024]
+    driver.write(512, bytes(512))
+    assert driver.read(0, 1024) == server.content[:512] + bytes(512)
+
+
+# Connections that are lost.
+
+
+def test_requests_wait_for_the_server(server: NbdServer, served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    came = threading.Event()
+
+    def never(request: Request, server: NbdServer) -> bytes:
+        came.set()
+        return b""
+
+    server.reply = never
+    driver = served(nbd_reconnect_delay=3600)
+    sent = [driver._submit_request(READ, 8 * number, b"", 4096, 0) for number in range(20)]
+    sent.append(driver._submit_request(WRITE, 1024, pattern(65536, 3), 0, 0))
+    assert came.wait(PATIENCE)
+    server.stop()
+    assert eventually(lambda: any("cannot be reached" in line for line in caplog.messages))
+    sent.append(driver._submit_request(blk.VIRTIO_BLK_T_FLUSH, 0, b"", 0, 0))
+    server.reply = lambda request, server: None
+    server.start()
+    answers = [driver._answer(*each) for each in sent]
+    assert {answer.status for answer in answers} == {OK}
+    assert [answer.data for answer in answers[:20]] == [
+        bytes(server.content[4096 * number : 4096 * (number + 1)]) for number in range(20)
+    ]
+    assert server.content[1024 * 512 :][:65536] == pattern(65536, 3)
+
+
+def test_requests_fail_when_it_takes_too_long(
+    server: NbdServer, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = served(nbd_reconnect_delay=1)
+    server.stop()
+    assert driver.request(READ, 0, read=512).status == IOERR
+    assert any("no connection for 1 s; requests fail until there is one" in line for line in caplog.messages)
+    assert driver.request(READ, 0, read=512).status == IOERR
+    server.start()
+    assert eventually(lambda: driver.request(READ, 0, read=512).status == OK)
+
+
+def test_a_server_that_comes_back_smaller(server: NbdServer, served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    driver = served(nbd_reconnect_delay=3600)
+    whole = server.content
+    server.stop()
+    server.content = whole[: SIZE // 2]
+    server.start()
+    assert eventually(lambda: any("has made the export smaller" in line for line in caplog.messages))
+    server.stop()
+    server.content = whole
+    server.start()
+    assert driver.read(SIZE - 512, 512) == whole[-512:]
+
+
+def test_it_is_closed_while_the_server_is_gone(server: NbdServer, served: Served) -> None:
+    driver = served()
+    server.stop()
+    assert driver.request(READ, 0, read=512).status == IOERR
+
+
+def test_it_is_taken_over(server: NbdServer, tmp_path: Path) -> None:
+    """With its connection: the server may allow only one."""
+    server.flags = EVERYTHING & ~nbd.FLAG_CAN_MULTI_CONN
+    path = tmp_path / "socket"
+    with (
+        ringplane.serve(server.uri, path, num_queues=1, upgradable=True) as export,
+        Driver(path, timeout=PATIENCE) as driver,
+    ):
+        driver.write(0, pattern(4096, 7))
+        with ringplane.serve(server.uri, path, num_queues=1, upgrade=True) as successor:
+            assert export.wait(PATIENCE)
+            assert driver.read(0, 4096) == pattern(4096, 7)
+            assert server.accepted == 1
+            server.stop()
+            server.start()
+            assert eventually(lambda: driver.request(READ, 0, read=512).status == OK)
+            successor.disk.sync()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"create": SIZE}, "create is for files and devices of this machine"),
+        ({"engine": "null"}, "engine null is for files"),
+        ({"direct": False}, "buffered .* is for files"),
+        ({"lock": "on"}, "lock is for files"),
+    ],
+)
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_options_of_files(server: NbdServer, served: Served, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        served(**options)
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_read_only(server: NbdServer, served: Served) -> None:
+    server.flags = EVERYTHING | nbd.FLAG_READ_ONLY
+    with pytest.raises(ImageError, match="exports it read-only; --read-only serves it"):
+        served()
+    driver = served(read_only=True)
+    assert driver.read(0, 512) == server.content[:512]
+    assert driver.request(WRITE, 0, bytes(512)).status == IOERR

@@ -1,0 +1,291 @@
+"""Addresses of NBD exports, and the handshake with good and hostile servers."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from ringplane.block.image import ImageError
+from ringplane.block.sources.choose_source import open_source, rehearse_source
+from ringplane.block.sources.nbd import connecting
+from ringplane.block.sources.nbd import protocol as nbd
+from ringplane.block.sources.nbd.connecting import connect, find_places
+from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import parse_image
+from ringplane.options.nbd_uri import NbdUri, parse
+from ringplane.system.signals import Interrupted, Signals
+
+from .nbd_server import EVERYTHING, NbdServer, option_reply
+from .rig import PATIENCE
+
+GREETING = struct.pack(">8sQH", nbd.MAGIC, nbd.OPTION_MAGIC, nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES)
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("nbd://server/disk", NbdUri("disk", "server")),
+        ("nbd://server", NbdUri("", "server")),
+        ("nbd://server:10810//a%20b", NbdUri("/a b", "server", 10810)),
+        ("nbd://[::1]:1/x", NbdUri("x", "::1", 1)),
+        ("nbd+unix:///disk?socket=/run/nbd.sock", NbdUri("disk", socket=Path("/run/nbd.sock"))),
+        ("nbd+unix:///?socket=a%3Fb", NbdUri("", socket=Path("a?b"))),
+        ("nbd+unix:///%C3%A4?socket=a+b", NbdUri("ä", socket=Path("a+b"))),
+    ],
+)
+def test_an_address(text: str, uri: NbdUri) -> None:
+    assert parse_image(text) == uri
+    assert parse(str(uri)) == uri
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nbds://server/x", "NBD over TLS is not supported"),
+        ("nbds+unix:///x?socket=y", "NBD over TLS is not supported"),
+        ("nbd:server:10809", "is not an NBD address; examples"),
+        ("nbd:///x", "the host is missing"),
+        ("nbd://user@server/x", "a user is for NBD over TLS"),
+        ("nbd://server:0/x", "from 1 to 65535"),
+        ("nbd://server:70000/x", "[Pp]ort"),
+        ("nbd://server/x?socket=y", "it has no parameters"),
+        ("nbd://server/x#y", "no part that begins with #"),
+        ("nbd://server/%00", "cannot be printed"),
+        ("nbd://server/%ff", "is not UTF-8"),
+        ("nbd://server/" + "x" * 4097, "at most 4096 bytes"),
+        ("nbd+unix://server/x?socket=y", "three slashes"),
+        ("nbd+unix:///x", "its only parameter is socket"),
+        ("nbd+unix:///x?socket=y&tls=z", "its only parameter is socket"),
+        ("nbd+unix:///x?socket=", "1 to 107 bytes"),
+        ("nbd+unix:///x?socket=" + "y" * 108, "1 to 107 bytes"),
+    ],
+)
+def test_a_wrong_address(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as wrong:
+        parse_image(text)
+    assert "\n" not in str(wrong.value)
+
+
+@given(some.text(max_size=50).map("nbd://server/".__add__) | some.text(max_size=50).map("nbd+unix:".__add__))
+def test_any_address(text: str) -> None:
+    try:
+        uri = parse(text)
+    except ValueError:
+        return
+    assert parse(str(uri)) == uri
+
+
+def test_names_and_paths() -> None:
+    uri = parse("nbd+unix:///vms/a.img?socket=run/x.sock")
+    assert uri.stem == "a"
+    assert uri.with_paths(Path("/top").joinpath).socket == Path("/top/run/x.sock")
+    assert parse("nbd+unix:///?socket=run/x.sock").stem == "x"
+    assert parse("nbd://HOST/a").identity == parse("nbd://host:10809/a").identity
+
+
+# Handshakes.
+
+
+class Canned:
+    """A server that sends these bytes, whatever it is sent, and then hangs up."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.written = data, b""
+
+    def read(self, size: int) -> bytes:
+        assert size <= 8192
+        data, self._data = self._data[:size], self._data[size:]
+        if len(data) < size:
+            raise HandshakeError("closed the connection during the handshake")
+        return data
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+
+def information(size: int = 1 << 20, flags: int = EVERYTHING) -> bytes:
+    return option_reply(nbd.OPT_GO, nbd.REP_INFO, struct.pack(">HQH", nbd.INFO_EXPORT, size, flags))
+
+
+def sizes(smallest: int, preferred: int, largest: int) -> bytes:
+    data = struct.pack(">HIII", nbd.INFO_BLOCK_SIZE, smallest, preferred, largest)
+    return option_reply(nbd.OPT_GO, nbd.REP_INFO, data)
+
+
+STRUCTURED = option_reply(nbd.OPT_STRUCTURED_REPLY, nbd.REP_ACK)
+NOT_STRUCTURED = option_reply(nbd.OPT_STRUCTURED_REPLY, nbd.REP_ERR_UNSUP)
+DONE = option_reply(nbd.OPT_GO, nbd.REP_ACK)
+
+
+def test_a_handshake() -> None:
+    stream = Canned(GREETING + STRUCTURED + information() + sizes(512, 4096, 1 << 20) + DONE)
+    assert negotiate(stream, "disk") == Export(1 << 20, EVERYTHING, 512, 4096, 1 << 20, True)
+    assert stream.written == (
+        struct.pack(">I", 3)
+        + struct.pack(">QII", nbd.OPTION_MAGIC, nbd.OPT_STRUCTURED_REPLY, 0)
+        + struct.pack(">QIII", nbd.OPTION_MAGIC, nbd.OPT_GO, 12, 4)
+        + b"disk"
+        + struct.pack(">HH", 1, nbd.INFO_BLOCK_SIZE)
+    )
+
+
+def test_without_sizes_and_with_what_it_does_not_know() -> None:
+    unknown = option_reply(nbd.OPT_GO, nbd.REP_INFO, struct.pack(">H", 77) + b"x")
+    stream = Canned(GREETING + NOT_STRUCTURED + unknown + information() + DONE)
+    assert negotiate(stream, "") == Export(1 << 20, EVERYTHING, 1, 4096, 32 << 20, False)
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_a_server_without_go(zeroes: bool) -> None:
+    flags = nbd.FLAG_FIXED_NEWSTYLE | (0 if zeroes else nbd.FLAG_NO_ZEROES)
+    greeting = struct.pack(">8sQH", nbd.MAGIC, nbd.OPTION_MAGIC, flags)
+    refused = option_reply(nbd.OPT_GO, nbd.REP_ERR_UNSUP)
+    stream = Canned(greeting + NOT_STRUCTURED + refused + struct.pack(">QH", 4096, 1) + bytes(124 if zeroes else 0))
+    assert negotiate(stream, "x") == Export(4096, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2p1 Debian", "is not an NBD server"),
+        (nbd.MAGIC + bytes(10), "is not an NBD server"),
+        (struct.pack(">8sQH", nbd.MAGIC, nbd.OLD_MAGIC, 0), "speaks an old version"),
+        (struct.pack(">8sQH", nbd.MAGIC, nbd.OPTION_MAGIC, 0), "speaks an old version"),
+        (GREETING + bytes(20), "sent garbage"),
+        (GREETING + option_reply(nbd.OPT_GO, nbd.REP_ACK), "sent garbage"),
+        (GREETING + STRUCTURED[:-4] + b"\xff\xff\xff\xff", "sent a reply of 4294967295 bytes"),
+        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_UNKNOWN), "^has no such export$"),
+        (
+            GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_POLICY, b"not\n you\0"),
+            r"^refuses this client \(it says: not you\)$",
+        ),
+        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_TLS_REQD), "requires TLS"),
+        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_FLAG_ERROR + 99), r"\(error 99\)"),
+        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, 77), "sent garbage"),
+        (GREETING + STRUCTURED + DONE, "did not send the size"),
+        (GREETING + STRUCTURED + information(0) + DONE, "an export of 0 bytes"),
+        (GREETING + STRUCTURED + information((1 << 64) - 1) + DONE, "an export of 18446744073709551615 bytes"),
+        (GREETING + STRUCTURED + information() + sizes(3, 4096, 1 << 20) + DONE, "impossible block sizes"),
+        (GREETING + STRUCTURED + information() + sizes(1 << 17, 1 << 17, 1 << 20) + DONE, "impossible block sizes"),
+        (GREETING + STRUCTURED + information() + sizes(512, 4096, 1024) + DONE, "impossible block sizes"),
+        (GREETING + STRUCTURED + information() + sizes(512, 0, 1024) + DONE, "impossible block sizes"),
+        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_INFO, b"\0"), "wrong length"),
+        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_INFO, bytes(5)), "wrong length"),
+        (GREETING + STRUCTURED + information() * 100, "does not end its information"),
+        (GREETING + STRUCTURED + information(), "closed the connection"),
+    ],
+)
+def test_a_server_that_cannot_be_used(data: bytes, words: str) -> None:
+    with pytest.raises(HandshakeError, match=words):
+        negotiate(Canned(data), "disk")
+
+
+@given(some.binary(max_size=400), some.integers(0, 200))
+def test_any_bytes(data: bytes, place: int) -> None:
+    good = GREETING + STRUCTURED + information() + sizes(512, 4096, 1 << 20) + DONE
+    for sent in (data, good[:place] + data, good[:place] + data + good[place + len(data) :]):
+        try:
+            export = negotiate(Canned(sent), "disk")
+        except HandshakeError:
+            continue
+        assert 0 < export.size < 1 << 63
+
+
+# Over sockets.
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(tmp_path / "nbd"))
+        made.listen(1)
+        yield made
+
+
+def config(tmp_path: Path) -> DiskConfig:
+    return DiskConfig(NbdUri("x", socket=tmp_path / "nbd"), ["io0"], socket_path=tmp_path / "socket")
+
+
+@pytest.mark.parametrize("opening", [open_source, rehearse_source])
+def test_nobody_listens(tmp_path: Path, opening: Callable[[DiskConfig], object]) -> None:
+    with pytest.raises(ImageError, match=r"^nbd\+unix:///x\?socket=.*/nbd: the server cannot be reached: No such file"):
+        opening(config(tmp_path))
+
+
+def test_a_server_that_says_nothing(listener: socket.socket, tmp_path: Path) -> None:
+    places = find_places(NbdUri("x", socket=tmp_path / "nbd"))
+    with pytest.raises(HandshakeError, match="does not answer: no handshake"):
+        connect(places, "x", patience=0.05)
+    # Connections that wait in the queue of the socket.
+    waiting = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)]
+    while not waiting[-1].connect_ex(str(tmp_path / "nbd")):
+        waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+    with pytest.raises(HandshakeError, match="does not answer: no connection"):
+        connect(places, "x", patience=0.05)
+    for sock in waiting:
+        sock.close()
+
+
+def test_it_can_be_interrupted(listener: socket.socket, tmp_path: Path) -> None:
+    class Once(Signals):
+        def wait(self, fd: int, timeout: float | None = None) -> bool:
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        open_source(config(tmp_path), Once())
+
+
+def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    with pytest.raises(HandshakeError, match="cannot be found: Name or service not known"):
+        find_places(NbdUri("x", "host.invalid"))
+
+
+def test_tcp() -> None:
+    """A port where somebody hangs up, and where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        hanging_up = threading.Thread(target=lambda: server.accept()[0].close())
+        hanging_up.start()
+        with pytest.raises(HandshakeError, match="the connection during the handshake"):
+            connect(find_places(NbdUri("x", "localhost", port)), "x", patience=PATIENCE)
+        hanging_up.join()
+    with pytest.raises(HandshakeError, match="cannot be reached: Connection refused"):
+        connect([(socket.AF_INET, ("127.0.0.1", port))], "x")
+
+
+def test_the_options_of_a_connection(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, NbdServerAt(listener, tmp_path):
+        uri = NbdUri("disk", "127.0.0.1", listener.getsockname()[1])
+        sock, export = connect(find_places(uri), uri.export)
+        with sock:
+            assert export.size == 4096
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == connecting.KEEPALIVE[socket.TCP_KEEPIDLE]
+
+
+class NbdServerAt:
+    """An NbdServer for one TCP connection."""
+
+    def __init__(self, listener: socket.socket, folder: Path) -> None:
+        self._server = NbdServer(folder / "nbd", bytearray(4096))
+        threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
+
+    def _serve(self, listener: socket.socket) -> None:
+        self._server._serve(listener.accept()[0])
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
