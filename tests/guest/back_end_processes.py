@@ -14,7 +14,6 @@ from typing import Protocol
 from unit.rig import listens
 
 from . import kernels
-from .workloads import say_enough
 
 # The control experiment: the same tests with QEMU's own back end instead of ringplane.
 STAND_IN = os.environ.get("RINGPLANE_TEST_BACKEND") == "qemu-storage-daemon"
@@ -80,7 +79,8 @@ class Disturbed:
     """
 
     backend: Backend
-    image: Path
+    # Ends the load.
+    say_enough: Callable[[], None]
     console: Path
     happens: Callable[[], None]
     most: int
@@ -101,26 +101,28 @@ class Disturbed:
             self.times += 1
             self.last = time.monotonic()
             if self.times == self.most:
-                say_enough(self.image)
+                self.say_enough()
 
 
 class BackendFactory(Protocol):
     """The type of the fixture `backend`; 0 queues: the back end's default."""
 
     def __call__(
-        self, image: Path, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False
+        self, image: Path | str, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False
     ) -> Backend: ...
 
 
-def ringplane(image: Path, socket: Path, num_queues: int, read_only: bool) -> list[str]:
+def ringplane(image: Path | str, socket: Path, num_queues: int, read_only: bool) -> list[str]:
+    """`image`: a path or an address."""
+    what = "--blk-file" if isinstance(image, Path) else "--image"
     return [
-        *(sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)),
+        *(sys.executable, "-m", "ringplane", "serve", what, str(image), "--socket-path", str(socket)),
         *(("--num-queues", str(num_queues)) if num_queues else ()),
         *(["--read-only"] if read_only else []),
     ]
 
 
-def stand_in(image: Path, socket: Path, num_queues: int, read_only: bool) -> list[str]:
+def stand_in(image: Path | str, socket: Path, num_queues: int, read_only: bool) -> list[str]:
     """QEMU's own back end: if a test fails with it as well, the fault is not ringplane's."""
     program = kernels.program("qemu-storage-daemon", "qemu-utils")
     switch = "on" if read_only else "off"
@@ -151,7 +153,9 @@ def wait_for_socket(backend: Backend) -> None:
         time.sleep(0.02)
 
 
-def launch(folder: Path, log: Path, image: Path, num_queues: int, extra: Sequence[str], read_only: bool) -> Backend:
+def launch(
+    folder: Path, log: Path, image: Path | str, num_queues: int, extra: Sequence[str], read_only: bool
+) -> Backend:
     """Start a back end with its socket in this folder; it may not listen yet."""
     socket = folder / f"{log.stem}.sock"
     make = stand_in if STAND_IN else ringplane

@@ -46,7 +46,9 @@ def backend(tmp_path: Path) -> Iterator[BackendFactory]:
     started: list[Backend] = []
     with tempfile.TemporaryDirectory(prefix="ringplane-") as folder:  # a socket's path must be short
 
-        def start(image: Path, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False) -> Backend:
+        def start(
+            image: Path | str, num_queues: int = 2, extra: Sequence[str] = (), *, read_only: bool = False
+        ) -> Backend:
             log = tmp_path / f"backend-{len(started)}.log"
             started.append(launch(Path(folder), log, image, num_queues, extra, read_only))
             wait_for_socket(started[-1])

@@ -1,5 +1,6 @@
 """The back end is killed repeatedly under load, and the guest notices only pauses."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def test_killed_under_load(
     qemu.chardev = "reconnect=1"
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     started = backend(disk_image)
-    disk = Disturbed(started, disk_image, tmp_path / "console-1.txt", started.crash, KILLS, LIFE)
+    enough = partial(workloads.say_enough, disk_image)
+    disk = Disturbed(started, enough, tmp_path / "console-1.txt", started.crash, KILLS, LIFE)
     seen = qemu.run(disk, workloads.fio_verify_until_enough(ring))  # type: ignore[arg-type]
     assert disk.times == KILLS
     assert int(seen.value("verified_kib")) > 0

@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from . import workloads
 from .back_end_processes import STAND_IN, BackendFactory
 from .initramfs import with_script
-from .machines import DEADLINE, QemuGuest, end_group, read
+from .machines import DEADLINE, QemuGuest, Result, end_group, read
 from .qmp import Qmp
 
 # Seconds of load before the migration.
@@ -49,13 +50,21 @@ class Move:
 def test_live_migration(backend: BackendFactory, qemu: QemuGuest, disk_image: Path, tmp_path: Path, ring: str) -> None:
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     disks = [backend(disk_image, extra=["--share-rw"]) for _ in range(2)]
-    workload = workloads.fio_verify_for(seconds=30, ring=ring)
+    result = migrate(qemu, [disk.socket for disk in disks], workloads.fio_verify_for(seconds=30, ring=ring), tmp_path)
+    assert int(result.value("verified_kib")) > 0
+    for disk in disks:
+        disk.stop()
+        assert "WARNING" not in disk.logged()
+
+
+def migrate(qemu: QemuGuest, sockets: Sequence[Path], workload: workloads.Workload, tmp_path: Path) -> Result:
+    """The result of a workload that begins with the first disk, and is moved to a machine with the second one."""
     initrd = tmp_path / "initrd"
     initrd.write_bytes(with_script(qemu.initramfs(workload), workload.script))
     with tempfile.TemporaryDirectory(prefix="move-") as folder, contextlib.ExitStack() as undo:
         commands = [
-            [*qemu.command([disk.socket], initrd, 512, 2), "-qmp", f"unix:{folder}/{number},server=on,wait=off"]
-            for number, disk in enumerate(disks)
+            [*qemu.command([socket], initrd, 512, 2), "-qmp", f"unix:{folder}/{number},server=on,wait=off"]
+            for number, socket in enumerate(sockets)
         ]
         console = tmp_path / "console-source.txt"
         with console.open("wb") as output:
@@ -70,7 +79,4 @@ def test_live_migration(backend: BackendFactory, qemu: QemuGuest, disk_image: Pa
         result = qemu.run_command(there, tmp_path / "console-there.txt", DEADLINE, move.check)
     assert result.status == 0, result.console
     assert move.states[-1] == "completed"
-    assert int(result.value("verified_kib")) > 0
-    for disk in disks:
-        disk.stop()
-        assert "WARNING" not in disk.logged()
+    return result

@@ -1,5 +1,6 @@
 """A new process takes over from the running one under load, repeatedly, and the guest notices nothing."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def test_upgraded_under_load(
     """QEMU would not reconnect, because `reconnect` is not set here."""
     qemu.properties = f"packed={'on' if ring == 'packed' else 'off'}"
     started = backend(disk_image)
-    disk = Disturbed(started, disk_image, tmp_path / "console-1.txt", started.upgrade, UPGRADES, LIFE)
+    enough = partial(workloads.say_enough, disk_image)
+    disk = Disturbed(started, enough, tmp_path / "console-1.txt", started.upgrade, UPGRADES, LIFE)
     seen = qemu.run(disk, workloads.fio_verify_until_enough(ring))  # type: ignore[arg-type]
     assert disk.times == UPGRADES
     assert int(seen.value("verified_kib")) > 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ceph import CephCluster
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
 from ringplane.driver.load import Load, run_load
@@ -28,7 +29,6 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
 
-from .ceph import CephCluster
 from .serving import PATIENCE, Disk, serving, wait_until
 
 MIB = 1 << 20

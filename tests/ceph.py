@@ -7,15 +7,35 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 import uuid
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[3] / "shared/ceph-one-node"
+PROGRAM = Path(__file__).parents[2] / "shared/ceph-one-node"
 
 # Where all processes of a run of tests find their cluster; the one that has begun the run stops it (tests/conftest.py).
 SHARED = "RINGPLANE_TEST_CLUSTER"
 
 PATIENCE = 120
+
+# A program that writes to an image.
+WRITE = """
+import ctypes, sys
+conf, pool, name, offset, data = sys.argv[1:]
+rados, rbd = ctypes.CDLL("librados.so.2"), ctypes.CDLL("librbd.so.1")
+cluster, place, image = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+content = bytes.fromhex(data)
+assert rados.rados_create(ctypes.byref(cluster), None) == 0
+assert rados.rados_conf_read_file(cluster, conf.encode()) == 0
+assert rados.rados_connect(cluster) == 0
+assert rados.rados_ioctx_create(cluster, pool.encode(), ctypes.byref(place)) == 0
+assert rbd.rbd_open(place, name.encode(), ctypes.byref(image), None) == 0
+assert rbd.rbd_write(image, ctypes.c_uint64(int(offset)), ctypes.c_size_t(len(content)), content) == len(content)
+assert rbd.rbd_close(image) == 0
+rados.rados_ioctx_destroy(place)
+rados.rados_shutdown(cluster)
+"""
 
 
 class CephCluster:
@@ -38,7 +58,18 @@ class CephCluster:
         assert done.returncode == 0, done.stderr
 
     def signal_osd(self, number: signal.Signals) -> None:
-        os.kill(int((self.folder / "osd.pid").read_text().split()[0]), number)
+        os.kill(self._osd(), number)
+
+    def kill_osd(self) -> None:
+        """Kill the OSD, and start it again at once."""
+        pid = self._osd()
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.01)
+        self.start()
+
+    def _osd(self) -> int:
+        return int((self.folder / "osd.pid").read_text().split()[0])
 
     def ceph(self, *arguments: str) -> str:
         return self._run("ceph", *arguments)
@@ -60,6 +91,13 @@ class CephCluster:
         name = f"{pool}/test-{uuid.uuid4().hex[:8]}"
         self.rbd("create", name, "--size", size, *arguments)
         return name
+
+    def write(self, image: str, offset: int, data: bytes) -> None:
+        """As another client, which takes the exclusive lock of the image for it."""
+        pool, _, name = image.partition("/")
+        command = [sys.executable, "-c", WRITE, str(self.conf), pool, name, str(offset), data.hex()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
 
     def address(self, image: str, more: str = "") -> str:
         """What ringplane calls it; `more` are options of the address."""
