@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ringplane
 from ringplane.cli.check import check
 from ringplane.control import state_file
 from ringplane.control.changes import Changes
@@ -383,6 +384,20 @@ def test_a_state_needs_sockets_with_paths(tmp_path: Path) -> None:
         serve_all([config], [IoThread("io0")], state=StateFile(tmp_path / "state", trusted=True))
 
 
+def test_a_disk_that_was_removed_is_not_served_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
+        do(server, lambda: server.remove("a"))
+    state = StateFile(tmp_path / "state", trusted=True)
+    words = r"a\.sock was removed at run time, according to state; use another file there, or remove this one"
+    with pytest.raises(WrongOptions, match=words):
+        ringplane.serve(tmp_path / "a.img", tmp_path / "a.sock", interface=Idle(tmp_path / "interface"), state=state)
+    with pytest.raises(WrongOptions, match=words):
+        serve_all([disk(tmp_path, "a")], [IoThread("io0")], state=StateFile(tmp_path / "state", trusted=True))
+    with caplog.at_level("INFO"), serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
+        assert [export.name for export in server.exports] == ["b"]
+    assert f"{tmp_path / 'a.sock'}: not served, because this disk was removed at run time" in caplog.messages
+
+
 # Processes
 
 Serve = Callable[..., ServedApi]
@@ -472,6 +487,33 @@ def test_upgrades_share_the_state(serve: Serve, tmp_path: Path) -> None:
     served = serve("--config", "disks.toml", strict=True)
     assert listed(served) == before
     assert before.keys() == {"b", "c", "d"}
+    served.end()
+
+
+def test_an_upgrade_that_would_drop_the_state_is_refused(serve: Serve, tmp_path: Path) -> None:
+    """What is there would be stale, and wrong for a later start. Without the file nothing is dropped."""
+    served, state = serve("--config", "disks.toml"), tmp_path / "state/disks"
+    served.api.post("/v1/disks", body(tmp_path, "c"), status=201)
+    for line in ("", 'state = "state/other"\n'):
+        (tmp_path / "others.toml").write_text(CONFIG.replace('state = "state/disks"\n', line))
+        with pytest.raises(AssertionError, match=f"{state}: the running process stores there what is changed"):
+            serve("--config", "others.toml", "--upgrade")
+    # It continues, and stores what is changed.
+    served.api.delete("/v1/disks/b")
+    before = listed(served)
+    kill(served)
+    served = serve("--config", "disks.toml")
+    assert listed(served) == before
+    (tmp_path / "errors").write_text("")
+    state.unlink()
+    served = serve("--config", "others.toml", "--upgrade")
+    assert listed(served) == before
+    assert not state.exists()
+    # The other file has all of it soon.
+    assert eventually(lambda: json.loads((tmp_path / "state/other").read_text())["removed"])
+    kill(served)
+    served = serve("--config", "others.toml")
+    assert listed(served) == before
     served.end()
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+import ringplane
 from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.changing import Changing
 from ringplane.control.handed_counters import resume_counters
 from ringplane.control.handover import VERSION, Channel, HandoverError, socket_beside
+from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import Unavailable
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
@@ -306,6 +308,41 @@ def server(tmp_path: Path) -> Iterator[Server]:
     interface = Idle(tmp_path / "interface")
     with serve_all([disk(tmp_path, "a")], [IoThread("io0")], interface=interface, upgradable=True) as served:
         yield served
+
+
+class Following(Idle):
+    """The interface of a successor; it knows its server."""
+
+    server: Server
+
+    def prepare(self, inherited: Listener | None) -> None:
+        assert inherited is not None
+        self.listener = inherited
+
+    def open(self, server: Server) -> None:
+        self.server = server
+
+
+def test_serve_returns_its_own_disk_or_takes_over_nothing(server: Server, tmp_path: Path) -> None:
+    """Its disk was removed at run time, and another one was added."""
+    add(server, disk(tmp_path, "b"))
+    do(server, lambda: server.remove("a"))
+    following = Following(tmp_path / "interface")
+
+    def take_over() -> ringplane.Export:
+        return ringplane.serve(
+            tmp_path / "a.img", tmp_path / "a.sock", num_queues=2, name="a", interface=following, upgrade=True
+        )
+
+    with pytest.raises(WrongOptions, match=r"a\.sock was removed at run time from the running process; add it there"):
+        take_over()
+    assert not server.wait(0)
+    add(server, disk(tmp_path, "a"))
+    export = take_over()
+    with following.server:
+        assert server.wait(PATIENCE)
+        assert export.name == "a"
+        assert [each.name for each in following.server.exports] == ["b", "a"]
 
 
 @pytest.fixture

@@ -34,6 +34,9 @@ class Origin:
     def __init__(self, signals: Signals = NONE) -> None:
         self._signals = signals
 
+    def check_state(self, path: Path | None) -> None:
+        """Raises HandoverError if a running process keeps its state in another file than at this path; None: in one."""
+
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
         """The disks that are to be served if these are described. Raises WrongOptions, HandoverError."""
         return [Planned(config) for config in named(disks)]

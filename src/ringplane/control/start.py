@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import field
 
 from ringplane.control.export import Export
+from ringplane.control.planned import place
 from ringplane.control.server import Server
 from ringplane.control.start_steps import Process, start
 from ringplane.options.declare import taking
@@ -42,7 +43,10 @@ def serve(disk: _One) -> Export:
     Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
     kernel lacks what the data plane needs; nothing is left behind.
     """
-    return start([disk.config()], disk.own_threads(), disk, least=1).exports[0]
+    config = disk.config()
+    exports = start([config], disk.own_threads(), disk, least=1).exports
+    # Others were added at run time.
+    return next(export for export in exports if place(export.config) == place(config))
 
 
 @taking(_Several)
@@ -56,8 +60,8 @@ def serve_all(several: _Several) -> Server:
     one at the start, and the server ends when it is stopped. `metrics` (ringplane/api/metrics_endpoint.py) are served
     as long as there is a disk or an interface. The `opener` opens files of disks that are added, which a program that
     has given up its rights cannot; it is closed at the end. What is changed while the server runs is kept in `state`
-    for the next start: disks that were added are served then too, after `disks`. With `traced`, `Server.trace` needs no
-    rights either.
+    for the next start: disks that were added are served then too, after `disks`, and those that were removed are not.
+    With `traced`, `Server.trace` needs no rights either.
     """
     least = 1 if several.interface is None else 0
     return start(several.disks, several.io_threads, several, least=least)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
     from ringplane.control.state_file import StateFile
     from ringplane.opener.remote_opener import RemoteOpener
 
+log = logging.getLogger(__name__)
+
+REMOVED = "{socket_path}: the disk at {path} was removed at run time"
+REMOVED_BEFORE = f"{REMOVED} from the running process; add it there again, or serve it without {{upgrade}}"
+REMOVED_IN_STATE = f"{REMOVED}, according to {{state}}; use another file there, or remove this one"
+
 # A disk that is to be served, and what has been opened for it.
 Opened = tuple[Planned, Parts]
 
@@ -61,7 +68,10 @@ class Process(Options):
 
 
 def start(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], process: Process, *, least: int) -> Server:
-    """Serve these disks, of which there have to be `least`. If this raises, nothing is left behind."""
+    """Serve these disks, but for those that were removed at run time; `least` have to be left.
+
+    If this raises, nothing is left behind.
+    """
     with contextlib.ExitStack() as undo:
         steps = Start(disks, io_threads, process, least, undo)
         steps.check()
@@ -141,14 +151,21 @@ class Start:
         return server
 
     def _open_state(self, origin: Origin) -> None:
+        origin.check_state(self._state.path if self._state is not None else None)
         if self._state is not None:
             self._at_end.callback(self._state.close)
             self._state.open(origin.state)
 
     def _plan(self, origin: Origin) -> list[Planned]:
         planned = origin.plan(self._disks, self._io_threads)
-        if len(planned) < self._least:
-            raise WrongOptions("there is no disk to serve: what is described was removed at run time")
+        served = {place(each.config) for each in planned}
+        removed = [disk for disk in self._disks if place(disk) not in served]
+        if len(self._disks) - len(removed) < self._least:
+            raise WrongOptions(
+                REMOVED_BEFORE if self._process.upgrade else REMOVED_IN_STATE, path=removed[0].socket_path
+            )
+        for disk in removed:
+            log.info("%s: not served, because this disk was removed at run time", disk.socket_path)
         return planned
 
     def _prepare_sockets(self, origin: Origin) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,17 @@ class Predecessor(Origin):
         except BaseException:
             self._channel.close()
             raise
+
+    def check_state(self, path: Path | None) -> None:
+        """See Origin: a later start with its file would bring back what had been changed since."""
+        if self.state is None:
+            return
+        theirs = self.state["path"]
+        if (path is None or os.path.realpath(path) != theirs) and os.path.lexists(theirs):
+            raise HandoverError(
+                f"{theirs}: the running process stores there what is changed at run time, so the next one has to; "
+                f"use --state {shlex.quote(theirs)}, or remove the file first to give up what it has"
+            )
 
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
         """See Origin: both processes must have the same ones."""
