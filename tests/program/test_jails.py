@@ -358,7 +358,7 @@ def test_a_user_without_anything_is_served_without_a_cache(serve: Serve, folder_
     served = serve(without_anything(folder_of_somebody), disk=folder_of_somebody / "image", environment=environment)
     served.exercise()
     (warning,) = served.warnings()
-    assert " WARNING: compiling the data plane, which takes some 10 s of CPU time, at each start: " in warning
+    assert " WARNING: compiling the data plane, which takes some 6 s of CPU time, at each start: " in warning
     assert warning.endswith("; set RINGPLANE_CACHE_DIR to a folder that this user can write to")
 
 

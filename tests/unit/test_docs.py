@@ -6,8 +6,11 @@ import ast
 import functools
 import os
 import re
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -106,3 +109,55 @@ def test_configuration_files_have_no_problems(page: Path, tmp_path: Path, monkey
 def test_configuration_files_are_found() -> None:
     pages = (REPOSITORY / "README.md", REPOSITORY / "docs" / "config.md", REPOSITORY / "docs" / "limits.md")
     assert [len(toml_blocks(page.read_text())) for page in pages] == [1, 1, 2]
+
+
+# libvirt's schemas, of Debian's package libvirt0.
+SCHEMAS = Path("/usr/share/libvirt/schemas")
+
+# What each domain needs, and what an excerpt leaves out.
+REST = "<name>guest</name><memory>1048576</memory><os><type arch='x86_64' machine='q35'>hvm</type></os>"
+
+
+def xml_blocks(text: str) -> list[str]:
+    """What a page has of libvirt's domains: fenced, or indented."""
+    fence = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    indented = map(textwrap.dedent, re.findall(r"(?:^(?: {4}.*)?\n)+", fence.sub("", text), re.MULTILINE))
+    blocks = (*fence.findall(text), *indented)
+    return [block for block in blocks if re.match(r"\s*<(domain|memoryBacking|devices|disk)\b", block)]
+
+
+def whole_domain(excerpt: str) -> str:
+    """A domain that has this element, and all that is missing around it."""
+    element = ElementTree.fromstring(excerpt)
+    domain = element if element.tag == "domain" else ElementTree.Element("domain", {"type": "kvm"})
+    if element is not domain:
+        around = domain if element.tag in ("memoryBacking", "devices") else ElementTree.SubElement(domain, "devices")
+        around.append(element)
+    missing = ElementTree.fromstring(f"<rest>{REST}</rest>")
+    domain.extend(each for each in missing if domain.find(each.tag) is None)
+    return ElementTree.tostring(domain, encoding="unicode")
+
+
+def schema_errors(domain: str) -> str:
+    """What libvirt's schema says of it; empty: it is valid."""
+    if shutil.which("xmllint") is None or not SCHEMAS.exists():
+        assert os.environ.get("CI") != "true", "CI must not skip this test"
+        pytest.skip("libvirt's schemas or xmllint are missing (Debian: libvirt0, libxml2-utils)")
+    command = ["xmllint", "--noout", "--relaxng", str(SCHEMAS / "domain.rng"), "-"]
+    done = subprocess.run(command, input=domain, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""
+
+
+def test_libvirt_accepts_the_domains(page: Path) -> None:
+    for block in xml_blocks(page.read_text()):
+        assert schema_errors(whole_domain(block)) == "", block
+
+
+def test_domains_are_found_and_checked() -> None:
+    (block,) = xml_blocks((REPOSITORY / "README.md").read_text())
+    assert schema_errors(whole_domain(block)) == ""
+    assert "fails to validate" in schema_errors(whole_domain(block.replace("vhostuser", "vhost-user")))
+    assert "fails to validate" in schema_errors(whole_domain(block.replace("queues='2'", "queues='two'")))
+    disk = re.search(r"<disk .*</disk>", block, re.DOTALL)
+    assert disk
+    assert schema_errors(whole_domain(disk[0])) == ""

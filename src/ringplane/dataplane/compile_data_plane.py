@@ -46,7 +46,7 @@ def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> Non
     if is_cached() and not missing:
         return
     if why := place().short_lived:
-        log.warning("compiling the data plane, which takes some 10 s of CPU time, at each start: %s", why)
+        log.warning("compiling the data plane, which takes some 6 s of CPU time, at each start: %s", why)
     else:
         log.info("compiling the data plane; only the first start after an installation does this ...")
     compile_apart(__name__, signals, missing)
