@@ -446,6 +446,10 @@ def test_events_for_people(served: ServedApi, running: Callable[..., Running], c
     following.when_following(lambda: ctl.run("limit", "a", f"total-iops-sec={next(rates)}"))
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
     assert re.fullmatch(time + r" a limits-changed limits={ total-iops-sec = 2\d{4} }\n", following.line())
+    ctl.run("limit", "a", "none")
+    while "total-iops-sec" in (line := following.line()):
+        pass
+    assert line.endswith(" a limits-changed limits=none\n")
 
 
 def test_a_terminal_shows_that_it_is_connected(

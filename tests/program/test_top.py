@@ -153,7 +153,10 @@ def test_more_threads_than_room() -> None:
 
 
 def test_without_sparklines_there_is_room_for_more_figures() -> None:
-    assert "flush" in texts(replace(some(1), bars=""), 80, 24)[4]
+    assert "flush" not in texts(some(1), 83, 24)[4]
+    assert "flush" in texts(replace(some(1), bars=""), 83, 24)[4]
+    # It is not in the place of a sparkline.
+    assert texts(replace(some(1), bars=""), 80, 24)[5].split()[1] == "state"
     assert "60 s" not in texts(replace(some(1), bars=""), 200, 24)[5]
 
 
@@ -185,6 +188,9 @@ def test_orders() -> None:
     assert [disk.name for disk in ordered(disks, "iops", True)] == ["b", "a", "c"]
     assert [disk.name for disk in ordered(disks, "name", False)] == ["a", "b", "c"]
     assert [disk.name for disk in ordered(disks, "read", False)] == ["a", "b", "c"]
+    numbers = [a_disk(name, iops=1.0) for name in ("vm-10", "vm-9-b", "vm-9", "vm", "9", "a1b2", "a1b10", "vm-²")]
+    names = ["9", "a1b2", "a1b10", "vm", "vm-9", "vm-9-b", "vm-10", "vm-²"]
+    assert [disk.name for disk in ordered(numbers, "iops", False)] == names
     assert ordered(disks, "errors", False)[0].name == "c"
     assert tuple(ORDERS) == OFFERED
     assert len({name[0] for name in ORDERS} | {"q", "j", "k", "g"}) == len(ORDERS) + 4

@@ -72,7 +72,11 @@ def limits_text(limits: dict[str, int | str]) -> str:
 def event_text(event: EventData) -> str:
     """A line, with the time as in log lines."""
     when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    fields = (f"{key}={toml(value)}" for key, value in event.fields.items() if value not in (None, ""))
+    fields = (
+        f"{key}={'none' if value == {} else toml(value)}"
+        for key, value in event.fields.items()
+        if value not in (None, "")
+    )
     return _printable(" ".join([when, event.disk or "-", event.kind, *fields]))
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ringplane.cli.top.figures import count, latency, megabytes, percent, whole
 from ringplane.client.rates import DiskRates
+
+# Of names: digits are compared as numbers.
+PIECES = re.compile(r"(\D*)([0-9]*)")
 
 # A latency that is not known is less than all others.
 UNKNOWN = -1.0
@@ -115,9 +119,14 @@ ORDERS: Mapping[str, Order] = {
 
 
 def ordered(disks: Sequence[DiskRates], by: str, reverse: bool) -> list[DiskRates]:
-    """The most first, disks that are equal by their names; names from a to z."""
+    """The most first, disks that are equal by their names; names from a to z, and `vm-9` before `vm-10`."""
     value = ORDERS[by].value
-    return sorted(disks, key=lambda disk: (-value(disk), disk.name), reverse=reverse)
+    return sorted(disks, key=lambda disk: (-value(disk), _in_parts(disk.name), disk.name), reverse=reverse)
+
+
+def _in_parts(name: str) -> list[tuple[str, int]]:
+    """The name in pieces that are a text and a number after it."""
+    return [(text, int(digits or 0)) for text, digits in PIECES.findall(name)]
 
 
 def state(disk: DiskRates) -> str:
@@ -137,11 +146,14 @@ def _known(microseconds: float | None) -> float:
     return UNKNOWN if microseconds is None else microseconds
 
 
-def chosen(room: int) -> list[str]:
-    """The names of the columns for which there is room, from left to right; each has a space before it."""
+def chosen(room: int, first: Sequence[str] = ()) -> list[str]:
+    """The names of the columns for which there is room, from left to right; each has a space before it.
+
+    `first`: those that are more important than all others.
+    """
     names: set[str] = set()
-    for tier in TIERS:
-        room -= sum(COLUMNS[name].width + 1 for name in tier)
+    for tier in (first, *TIERS):
+        room -= sum(COLUMNS[name].width + 1 for name in tier if name not in names)
         if room < 0:
             break
         names.update(tier)

@@ -138,7 +138,9 @@ class _Widths:
         least = min(max(longest, 8), NAME)
         # With its space. A terminal that is too narrow for it and a figure has the figure.
         spark = SPARK + 1 if known.bars else 0
-        self.columns = chosen(width - least - spark) or chosen(width - least)
+        # A sparkline says it in its place.
+        first = () if known.bars else ("state",)
+        self.columns = chosen(width - least - spark, first) or chosen(width - least)
         room = width - least - width_of(self.columns)
         self.name = least + max(min(longest - least, room - spark, LONGEST_NAME - least), 0)
         room -= self.name - least
