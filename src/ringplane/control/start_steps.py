@@ -161,9 +161,8 @@ class Start:
         served = {place(each.config) for each in planned}
         removed = [disk for disk in self._disks if place(disk) not in served]
         if len(self._disks) - len(removed) < self._least:
-            raise WrongOptions(
-                REMOVED_BEFORE if self._process.upgrade else REMOVED_IN_STATE, path=removed[0].socket_path
-            )
+            sentence = REMOVED_BEFORE if self._process.upgrade else REMOVED_IN_STATE
+            raise WrongOptions(sentence, path=removed[0].socket_path)
         for disk in removed:
             log.info("%s: not served, because this disk was removed at run time", disk.socket_path)
         return planned
