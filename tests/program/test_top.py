@@ -48,7 +48,7 @@ WRITE = OperationRates(3.2, 13e3, 9.0, 8.5, 12_345_678.0)
 def a_disk(name: str, **changes: object) -> DiskRates:
     disk = DiskRates(
         name=name, state="attached", paused=False, flush_failed=False, in_flight=3, iops=12348.8,
-        bytes_per_second=50.6e6, depth=3.25, limited=0.455, errors=0, new_errors=0,
+        bytes_per_second=50.6e6, depth=3.25, busy=0.75, limited=0.455, errors=0, new_errors=0,
         operations={"read": READ, "write": WRITE},
     )  # fmt: skip
     return replace(disk, **changes)

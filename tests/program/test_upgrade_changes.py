@@ -17,7 +17,7 @@ import pytest
 import ringplane
 from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.changing import Changing
-from ringplane.control.handed_counters import resume_counters
+from ringplane.control.handed_counters import resume_counters, resume_thread_counters
 from ringplane.control.handover import VERSION, Channel, HandoverError, socket_beside
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import Unavailable
@@ -26,6 +26,7 @@ from ringplane.control.start import serve_all
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.content import Model
 from ringplane.options.declare import WrongOptions
+from ringplane.options.delay_options import Delay
 from ringplane.options.thread_options import IoThread
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, add, disk, do
@@ -186,7 +187,7 @@ def test_events_continue(serve: Serve, tmp_path: Path) -> None:
 
 # Under load.
 
-SAMPLE = re.compile(r"^(ringplane_disk_\w+(?:_total|_bucket|_sum|_count)\{[^}]*\}) (\S+)$", re.MULTILINE)
+SAMPLE = re.compile(r"^(ringplane_(?:disk|io_thread)_\w+(?:_total|_bucket|_sum|_count)\{[^}]*\}) (\S+)$", re.MULTILINE)
 
 
 class Scraper(threading.Thread):
@@ -412,7 +413,7 @@ def test_a_change_that_is_under_way_is_noticed() -> None:
     asyncio.run(check())
 
 
-OLDER = ("changes", "events", "counters")
+OLDER = ("changes", "events", "counters", "io_threads")
 
 
 def test_an_older_release_sends_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +433,9 @@ def test_an_older_release_sends_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_counters_of_another_kind_begin_at_0(caplog: pytest.LogCaptureFixture) -> None:
     resume_counters({"layout": [["read"], ["requests"], 7], "disks": [0]}, {})
-    assert "counters begin at 0" in caplog.text
+    resume_thread_counters({"layout": ["busy"], "counted": {"io0": [1]}}, {})
+    assert "counters of disks begin at 0" in caplog.text
+    assert "counters of I/O threads begin at 0" in caplog.text
 
 
 def test_counters_continue(tmp_path: Path) -> None:
@@ -468,6 +471,45 @@ def test_what_was_used_of_limits_is_used_in_the_next_process(tmp_path: Path) -> 
     for each, seconds in zip(used, (100, 200, 200), strict=True):
         assert each is not None
         assert max(each["empty_at"].values()) > (started + seconds) * 1e9
+
+
+def test_counters_of_io_threads_continue(tmp_path: Path) -> None:
+    """Of those that have the same name."""
+    config, threads = disk(tmp_path, "a"), [IoThread("io0")]
+    with serve_all([config], threads, upgradable=True) as old, attach(tmp_path, "a") as driver:
+        run_load(driver, Load(depth=8, requests=500))
+        with serve_all([config], [*threads, IoThread("io1")], upgradable=True, upgrade=True) as new:
+            assert old.wait(PATIENCE)
+            driver.write(0, bytes(512))
+            same, other = (new.threads.workers[name].counters for name in ("io0", "io1"))
+            before = old.threads.workers["io0"].counters.hand_over()
+            assert all(then <= now for then, now in zip(before, same.hand_over(), strict=True))
+            assert same.read()["completed"] == same.read()["fetched"] == 501
+            assert other.read()["completed"] == 0
+
+
+def test_counters_of_io_threads_continue_when_no_process_takes_over(server: Server, successor: Channel) -> None:
+    """They stand still only while another process may continue them."""
+    counters = server.threads.workers["io0"].counters
+    successor.send({"ready": True})
+    successor.receive("disks", PATIENCE)
+    asleep = counters.read()["asleep"]
+    assert asleep == counters.read()["asleep"]
+    successor.close()
+    assert eventually(lambda: counters.read()["asleep"] > asleep)
+
+
+def test_the_time_with_requests_in_flight_continues(tmp_path: Path) -> None:
+    config, threads = disk(tmp_path, "a", delay=Delay(read=20)), [IoThread("io0")]
+    with serve_all([config], threads, upgradable=True) as old, attach(tmp_path, "a") as driver:
+        driver.read(0, 512)
+        assert old.exports[0].disk.device.busy_ticks > 0
+        with serve_all([config], threads, upgradable=True, upgrade=True) as new:
+            assert old.wait(PATIENCE)
+            before = new.exports[0].disk.device.busy_ticks
+            assert before >= old.exports[0].disk.device.busy_ticks
+            driver.read(0, 512)
+            assert new.exports[0].disk.device.busy_ticks > before
 
 
 # What is said of changes.

@@ -236,7 +236,7 @@ def test_a_part_of_a_block_does_not_count(export: ringplane.Export, image: Path)
 def test_the_next_front_end_sees_a_resize(export: ringplane.Export, image: Path) -> None:
     os.truncate(image, 2 * SIZE)
     export.refresh_size()
-    wait_until(lambda: export.disk._device.size == 2 * SIZE)
+    wait_until(lambda: export.disk.device.size == 2 * SIZE)
     with attach(export) as driver:
         assert driver.capacity == 2 * SIZE
 

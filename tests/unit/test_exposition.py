@@ -40,7 +40,7 @@ def test_a_metric_without_labels() -> None:
 def test_a_histogram(values: tuple[str, ...]) -> None:
     metric = Metric("some", "histogram", ("one", "other"), "Help.", (0.5, 1e-06))
     named = tuple(zip(metric.labels, values, strict=True))
-    content = "".join(histogram_text(metric, [(labelled(metric.labels, values), [1, 2], 5, 0.25)]))
+    content = "".join(histogram_text(metric, [(labelled(metric.labels, values), [1, 2, 5], 0.25)]))
     assert parsed(content) == {
         ("some_bucket", (*named, ("le", "0.5"))): 1,
         ("some_bucket", (*named, ("le", "1e-06"))): 2,
@@ -52,12 +52,13 @@ def test_a_histogram(values: tuple[str, ...]) -> None:
 
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=20), st.integers(histogram.STEP_BITS, 40))
 def test_values_below_powers_of_two(values: list[int], lowest: int) -> None:
-    counts = np.zeros((2, histogram.BUCKETS), np.int64)
+    counts = np.zeros(histogram.BUCKETS, np.int64)
     for value in values:
-        histogram.count(counts[1].ctypes.data, value)
-    below = histogram.below_powers(counts, lowest).tolist()
-    expected = [sum(value < 2**power for value in values) for power in range(lowest, 64)]
-    assert below == [[0] * len(expected), expected]
+        histogram.count(counts.ctypes.data, value)
+    below = np.arange(4)
+    histogram.add_below(counts.ctypes.data, lowest, 3, below.ctypes.data)
+    expected = [sum(value < 2**power for value in values) for power in range(lowest, lowest + 3)]
+    assert below.tolist() == [number + more for number, more in enumerate([*expected, len(values)])]
 
 
 @given(st.integers(0, 2**62))

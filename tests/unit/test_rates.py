@@ -16,8 +16,8 @@ def operation(
     return OperationStatistics(requests, errors, size, seconds, pairs)
 
 
-def disk(name: str, throttled: float = 0.0, **operations: OperationStatistics) -> DiskStatistics:
-    return DiskStatistics(name, "attached", False, False, 0, throttled, operations)
+def disk(name: str, throttled: float = 0.0, busy: float = 0.0, **operations: OperationStatistics) -> DiskStatistics:
+    return DiskStatistics(name, "attached", False, False, 0, throttled, busy, operations)
 
 
 def thread(busy: float, polling: float, asleep: float, wakeups: int) -> IoThreadStatistics:
@@ -25,13 +25,15 @@ def thread(busy: float, polling: float, asleep: float, wakeups: int) -> IoThread
 
 
 def test_known_counters() -> None:
-    before = Statistics(10.0, [disk("a", 1.0, read=operation(100, 1000, 1.0, ns1000=100))], [thread(1, 1, 1, 10)])
+    before = Statistics(10.0, [disk("a", 1.0, 5.0, read=operation(100, 1000, 1.0, ns1000=100))], [thread(1, 1, 1, 10)])
     reads = operation(300, 4000, 2.0, errors=3, ns1000=298, ns9000=2)
-    after = Statistics(12.0, [disk("a", 2.0, read=reads, write=operation(20, ns5000=20))], [thread(2, 1.5, 1.5, 30)])
+    after = Statistics(
+        12.0, [disk("a", 2.0, 5.5, read=reads, write=operation(20, ns5000=20))], [thread(2, 1.5, 1.5, 30)]
+    )
     found = rates(before, after)
     (of_disk,), (of_thread,) = found.disks, found.io_threads
     assert (found.seconds, of_disk.iops, of_disk.bytes_per_second, of_disk.depth) == (2.0, 110.0, 1500.0, 0.5)
-    assert (of_disk.limited, of_disk.errors, of_disk.new_errors) == (0.5, 3, 3)
+    assert (of_disk.limited, of_disk.busy, of_disk.errors, of_disk.new_errors) == (0.5, 0.25, 3, 3)
     read, write = of_disk.of("read"), of_disk.of("write")
     assert (read.per_second, read.mean_us, read.p50_us, read.p99_us) == (100.0, 5000.0, 1.0, 1.0)
     assert (write.per_second, write.p50_us) == (10.0, 5.0)

@@ -2,69 +2,81 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ringplane.control.counters import FIRST_BUCKET, SCALARS, total
+import numpy as np
+import numpy.typing as npt
+
 from ringplane.control.export import Export
+from ringplane.dataplane.disk_figures import HIGHEST_POWER, LOWEST_POWER, read_figures
+from ringplane.dataplane.io_time import TICK_NS
 from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.state import KINDS
-from ringplane.metrics.exposition import Metric, Sample, histogram_text, labelled, text
-from ringplane.metrics.histogram import below_powers
+from ringplane.metrics.exposition import Distribution, Metric, Sample, histogram_text, labelled, text
 from ringplane.virtio.blk import SECTOR
 
 SECOND_NS = 1e9
 
-# The bounds of latencies are powers of two in nanoseconds: from 1.024 us to 17.2 s.
-LOWEST_POWER, HIGHEST_POWER = 10, 34
 BOUNDS = tuple(2**power / SECOND_NS for power in range(LOWEST_POWER, HIGHEST_POWER + 1))
 
-# The states of rings: that of a broken one is `broken`, whether it is draining or stopped.
-RING_STATES = tuple(dict.fromkeys(state.value.split()[0] for state in RingState))
+# The state of a ring in a word: that of a broken one is `broken`, whether it is draining or stopped.
+RING_STATES = {state: state.value.split()[0] for state in RingState}
 
 
-class DiskReading:
-    """What a scrape has read of a disk, all of it from memory. `kinds` has a row of SCALARS for each of KINDS."""
+class Readings:
+    """What a scrape has read of all disks, all of it from memory. Columns have a value for each of them."""
 
-    def __init__(self, export: Export) -> None:
-        self.name, self.export = export.name, export
-        self.labels = labelled(("disk",), (self.name,))
-        summed = total(export.disk.queues)
-        self.kinds: dict[str, list[int]] = dict(zip(KINDS, summed[:, :FIRST_BUCKET].tolist(), strict=True))
-        below = below_powers(summed[:, FIRST_BUCKET:], LOWEST_POWER)
-        self.below: dict[str, list[int]] = dict(zip(KINDS, below[:, : len(BOUNDS)].tolist(), strict=True))
-        self.counts: dict[str, int] = dict(zip(KINDS, below[:, -1].tolist(), strict=True))
+    def __init__(self, exports: Iterable[Export]) -> None:
+        self.exports = tuple(exports)
+        self.labels = [labelled(("disk",), (each.name,)) for each in self.exports]
+        self.figures = read_figures([each.disk.device for each in self.exports])
+        self.operations = {kind: self.labelled("operation", kind) for kind in KINDS}
 
-    def labelled(self, name: str, value: str) -> str:
-        """Its labels and one more, whose value has no character that would be escaped."""
-        return f'{self.labels},{name}="{value}"'
+    def labelled(self, name: str, value: str) -> list[str]:
+        """The labels of the disks and one more, whose value has no character that would be escaped."""
+        more = f',{name}="{value}"'
+        return [labels + more for labels in self.labels]
 
-    def seconds(self, kind: str) -> float:
-        """How long requests took, in all."""
-        return self.kinds[kind][NANOSECONDS] / SECOND_NS
+    def of(self, kind: str) -> npt.NDArray[np.void]:
+        """The figures of a kind of requests."""
+        figures: npt.NDArray[np.void] = self.figures["kinds"][:, KINDS.index(kind)]
+        return figures
 
-
-REQUESTS, ERRORS, BYTES, NANOSECONDS = (SCALARS.index(name) for name in ("requests", "errors", "bytes", "nanoseconds"))
-
-# The value for a disk.
-Value = Callable[[DiskReading], float]
+    def each(self, value: Callable[[Export], float]) -> list[float]:
+        """A column of what is not among the figures."""
+        return list(map(value, self.exports))
 
 
-def _disk(type: str, suffix: str, help: str, value: Value) -> tuple[Metric, Value]:
-    return Metric(f"ringplane_disk_{suffix}", type, ("disk",), help), value  # type: ignore[arg-type]
+# The values for all disks.
+Column = Callable[[Readings], Iterable[float]]
 
 
-def _requests(kind: str, suffix: str, what: str) -> tuple[Metric, Value]:
-    return _disk("counter", suffix, f"Completed {what}.", lambda disk: disk.kinds[kind][REQUESTS])
+def _seconds(nanoseconds: npt.NDArray[np.int64]) -> list[float]:
+    seconds: list[float] = (nanoseconds / SECOND_NS).tolist()
+    return seconds
 
 
-def _bytes(kind: str, suffix: str, help: str, unit: int = 1) -> tuple[Metric, Value]:
-    return _disk("counter", suffix, help, lambda disk: disk.kinds[kind][BYTES] // unit)
+def _disk(type: str, suffix: str, help: str, column: Column) -> tuple[Metric, Column]:
+    return Metric(f"ringplane_disk_{suffix}", type, ("disk",), help), column  # type: ignore[arg-type]
 
 
-def _time(kind: str, suffix: str, what: str) -> tuple[Metric, Value]:
+def _requests(kind: str, suffix: str, what: str) -> tuple[Metric, Column]:
+    return _disk("counter", suffix, f"Completed {what}.", lambda disks: disks.of(kind)["requests"].tolist())
+
+
+def _bytes(kind: str, suffix: str, help: str, unit: int = 1) -> tuple[Metric, Column]:
+    return _disk("counter", suffix, help, lambda disks: (disks.of(kind)["bytes"] // unit).tolist())
+
+
+def _time(kind: str, suffix: str, what: str) -> tuple[Metric, Column]:
     help = f"Time that all {what} took, from fetch to completion; requests at the same time count each."
-    return _disk("counter", suffix, help, lambda disk: disk.seconds(kind))
+    return _disk("counter", suffix, help, lambda disks: _seconds(disks.of(kind)["nanoseconds"]))
+
+
+def _gauge(suffix: str, help: str, value: Callable[[Export], float]) -> tuple[Metric, Column]:
+    # Truth values are numbers too.
+    return _disk("gauge", suffix, help, lambda disks: disks.each(lambda export: +value(export)))
 
 
 DISK_METRICS = (
@@ -84,27 +96,37 @@ DISK_METRICS = (
     _time("write_zeroes", "write_zeroes_time_seconds_total", "requests to write zeroes or to erase"),
     _requests("other", "other_requests_total", "other requests, for example for the serial number"),
     _time("other", "other_requests_time_seconds_total", "other requests"),
-    _disk("gauge", "io_now", "Requests that were fetched and are not completed.", lambda disk: disk.export.in_flight),
+    _disk(
+        "gauge",
+        "io_now",
+        "Requests that were fetched and are not completed.",
+        lambda disks: disks.figures["in_flight"].tolist(),
+    ),
+    _disk(
+        "counter",
+        "io_time_seconds_total",
+        "Time in which requests were in flight, however many.",
+        lambda disks: _seconds(disks.figures["busy_ticks"] * TICK_NS),
+    ),
     _disk(
         "counter",
         "io_time_weighted_seconds_total",
         "Time that all requests took; its rate is the mean number of requests in flight.",
-        lambda disk: sum(map(disk.seconds, KINDS)),
+        lambda disks: _seconds(disks.figures["kinds"]["nanoseconds"].sum(axis=1)),
     ),
     _disk(
         "counter",
         "throttled_seconds_total",
         "Time in which requests waited in the rings because of a limit (docs/limits.md).",
-        lambda disk: disk.export.throttled,
+        lambda disks: disks.each(lambda export: export.throttled),
     ),
-    _disk("gauge", "capacity_bytes", "The size that the guest sees.", lambda disk: disk.export.disk.size),
-    _disk("gauge", "attached", "1 while a front end is attached.", lambda disk: disk.export.state == "attached"),
-    _disk("gauge", "paused", "1 while requests are left in the rings (docs/api.md).", lambda disk: disk.export.paused),
-    _disk(
-        "gauge",
+    _gauge("capacity_bytes", "The size that the guest sees.", lambda export: export.disk.size),
+    _gauge("attached", "1 while a front end is attached.", lambda export: export.state == "attached"),
+    _gauge("paused", "1 while requests are left in the rings (docs/api.md).", lambda export: export.paused),
+    _gauge(
         "flush_failed",
         "1 if a flush has failed: earlier writes may be lost, and each later flush fails.",
-        lambda disk: disk.export.disk.flush_failed,
+        lambda export: export.disk.flush_failed,
     ),
 )
 
@@ -130,42 +152,44 @@ DURATION = Metric(
 )
 
 
-def disk_metrics(exports: Iterable[Export]) -> Iterable[str]:
+def disk_metrics(exports: Iterable[Export]) -> Iterator[str]:
     """The text of all metrics of these disks."""
-    disks = [DiskReading(export) for export in exports]
-    yield text(DISK_INFO, (_described(disk) for disk in disks))
-    for metric, value in DISK_METRICS:
-        # Truth values are numbers too.
-        yield text(metric, [(disk.labels, +value(disk)) for disk in disks])
-    yield text(IO_ERRORS, (sample for disk in disks for sample in _errors(disk)))
-    yield text(RINGS, (sample for disk in disks for sample in _rings(disk)))
-    yield from histogram_text(
-        DURATION,
-        (
-            (disk.labelled("operation", kind), disk.below[kind], disk.counts[kind], disk.seconds(kind))
-            for disk in disks
-            for kind in KINDS
-            if disk.counts[kind]
-        ),
-    )
+    disks = Readings(exports)
+    yield text(DISK_INFO, map(_described, disks.exports))
+    for metric, column in DISK_METRICS:
+        yield text(metric, zip(disks.labels, column(disks), strict=True))
+    yield text(IO_ERRORS, _errors(disks))
+    yield text(RINGS, _rings(disks))
+    yield from histogram_text(DURATION, _durations(disks))
 
 
-def _described(disk: DiskReading) -> Sample:
-    device, socket = disk.export.disk, disk.export.config.socket_path
+def _described(export: Export) -> Sample:
+    device, socket = export.disk, export.config.socket_path
     values: Sequence[object] = (
-        *(disk.name, device.source.title, socket or "", device.serial, device.how),
+        *(export.name, device.source.title, socket or "", device.serial, device.how),
         *(str(device.source.read_only).lower(), device.block_size),
     )
     return labelled(DISK_INFO.labels, list(map(str, values))), 1
 
 
-def _errors(disk: DiskReading) -> list[Sample]:
-    return [(disk.labelled("operation", kind), row[ERRORS]) for kind, row in disk.kinds.items()]
+def _errors(disks: Readings) -> Iterator[Sample]:
+    for kind, labels in disks.operations.items():
+        yield from zip(labels, disks.of(kind)["errors"].tolist(), strict=True)
 
 
-def _rings(disk: DiskReading) -> list[Sample]:
-    states = [queue.ring_state.state for queue in disk.export.disk.queues]
-    # Most disks have many queues that their front ends do not use.
-    used = Counter([state.value.split()[0] for state in states if state is not RingState.STOPPED])
-    used[RingState.STOPPED.value] = len(states) - used.total()
-    return [(disk.labelled("state", state), used[state]) for state in RING_STATES]
+def _rings(disks: Readings) -> Iterator[Sample]:
+    """Most disks have many queues that their front ends do not use."""
+    unused = [len(export.disk.queues) - len(export.disk.started) for export in disks.exports]
+    used = [[RING_STATES[queue.state] for queue in export.disk.started] for export in disks.exports]
+    for state in dict.fromkeys(RING_STATES.values()):
+        counts = [states.count(state) for states in used]
+        if state == RING_STATES[RingState.STOPPED]:
+            counts = list(map(operator.add, counts, unused))
+        yield from zip(disks.labelled("state", state), counts, strict=True)
+
+
+def _durations(disks: Readings) -> Iterator[Distribution]:
+    for kind, labels in disks.operations.items():
+        figures = disks.of(kind)
+        columns = zip(labels, figures["below"].tolist(), _seconds(figures["nanoseconds"]), strict=True)
+        yield from (each for each in columns if each[1][-1])

@@ -117,6 +117,7 @@ class DiskStatistics(Struct):
     flush_failed: bool
     in_flight: int
     throttled_seconds: float
+    io_seconds: Annotated[float, Meta(description="Time in which requests were in flight, however many.")]
     operations: Annotated[
         dict[str, OperationStatistics],
         Meta(description="By operation: read, write, flush, ...; those that there were."),

@@ -7,60 +7,71 @@ for people who look at a latency.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from ringplane.api.disk_metrics import REQUESTS, SECOND_NS
+from ringplane.api.disk_metrics import SECOND_NS
 from ringplane.api.schemas import DiskStatistics, IoThreadStatistics, OperationStatistics, Statistics
-from ringplane.control.counters import FIRST_BUCKET, SCALARS, total
+from ringplane.control.counters import FIRST_BUCKET, SCALARS, SHAPE, total
 from ringplane.control.export import Export
 from ringplane.control.server import Server
+from ringplane.dataplane.disk_figures import read_figures
+from ringplane.dataplane.io_time import TICK_NS
 from ringplane.dataplane.state import KINDS
+from ringplane.dataplane.thread_counters import TIMES
 from ringplane.dataplane.worker import Worker
 from ringplane.metrics.histogram import middles
 
-MIDDLES = middles().astype(np.int64)
+# In a row with the counters of all kinds: the nanoseconds of each bucket, and where each histogram begins and ends.
+TIMES_OF_BUCKETS = np.tile(np.concatenate([np.zeros(FIRST_BUCKET), middles()]), SHAPE[0]).astype(np.int64)
+HISTOGRAMS = np.arange(SHAPE[0])[:, None] * SHAPE[1] + (FIRST_BUCKET, SHAPE[1])
+
+# Nanoseconds and numbers of requests.
+Latencies = list[tuple[int, int]]
 
 
 def statistics(server: Server) -> Statistics:
     """What has been counted until now."""
-    now = time.monotonic()
-    workers = server.threads.workers
+    now, exports, workers = time.monotonic(), server.exports, server.threads.workers
+    figures = read_figures([export.disk.device for export in exports])
+    io_seconds = (figures["busy_ticks"] * TICK_NS / SECOND_NS).tolist()
+    counted = np.stack([figures["kinds"][name] for name in SCALARS], axis=-1).tolist()
     return Statistics(
         now,
-        [_of_disk(export) for export in server.exports],
+        list(map(_of_disk, exports, figures["in_flight"].tolist(), io_seconds, counted)),
         [_of_thread(workers[thread.name]) for thread in server.threads.io_threads],
     )
 
 
-def _of_disk(export: Export) -> DiskStatistics:
-    rows = zip(KINDS, total(export.disk.queues), strict=True)
+def _of_disk(export: Export, in_flight: int, io_seconds: float, counted: Sequence[Sequence[int]]) -> DiskStatistics:
+    """`counted` has the SCALARS of each of KINDS."""
+    kinds = zip(KINDS, counted, _latencies(export), strict=True)
     return DiskStatistics(
         name=export.name,
         state=export.state,
         paused=export.paused,
         flush_failed=export.disk.flush_failed,
-        in_flight=export.in_flight,
+        in_flight=in_flight,
         throttled_seconds=export.throttled,
-        operations={kind: _of_operation(row) for kind, row in rows if row[REQUESTS]},
+        io_seconds=io_seconds,
+        operations={
+            kind: OperationStatistics(requests, errors, size, nanoseconds / SECOND_NS, latencies)
+            for kind, (requests, errors, size, nanoseconds), latencies in kinds
+            if requests
+        },
     )
 
 
-def _of_operation(row: npt.NDArray[np.int64]) -> OperationStatistics:
-    counted = dict(zip(SCALARS, row[:FIRST_BUCKET].tolist(), strict=True))
-    nanoseconds, histogram = counted.pop("nanoseconds"), row[FIRST_BUCKET:]
-    filled = histogram.nonzero()[0]
-    latencies = list(zip(MIDDLES[filled].tolist(), histogram[filled].tolist(), strict=True))
-    return OperationStatistics(**counted, seconds=nanoseconds / SECOND_NS, latencies=latencies)
+def _latencies(export: Export) -> list[Latencies]:
+    """Of each of KINDS. The counters are searched as one row, because NumPy searches several ones slowly."""
+    counted = total(export.disk.started).ravel()
+    filled = counted.nonzero()[0]
+    pairs = list(zip(TIMES_OF_BUCKETS[filled].tolist(), counted[filled].tolist(), strict=True))
+    return [pairs[first:end] for first, end in filled.searchsorted(HISTOGRAMS).tolist()]
 
 
 def _of_thread(worker: Worker) -> IoThreadStatistics:
-    times = worker.clock.read()
-    return IoThreadStatistics(
-        name=worker.name,
-        busy_seconds=times.busy / SECOND_NS,
-        polling_seconds=times.polling / SECOND_NS,
-        asleep_seconds=times.asleep / SECOND_NS,
-        wakeups=int(worker.state.record["wakeups"]),
-    )
+    counted = worker.counters.read()
+    times = {f"{name}_seconds": float(counted[name] / SECOND_NS) for name in TIMES}
+    return IoThreadStatistics(name=worker.name, **times, wakeups=int(counted["wakeups"]))

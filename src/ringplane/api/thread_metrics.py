@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ringplane import __version__
 from ringplane.api.disk_metrics import SECOND_NS
-from ringplane.dataplane.thread_clock import ThreadTimes
 from ringplane.dataplane.worker import Worker
 from ringplane.metrics.exposition import Metric, histogram_text, labelled, text
 from ringplane.metrics.histogram import POWERS
@@ -35,10 +34,9 @@ class ThreadReading:
     """What a scrape has read of an I/O thread, all of it from memory, and from a clock of the kernel."""
 
     def __init__(self, worker: Worker) -> None:
-        self.name, self.worker = worker.name, worker
-        self.labels = labelled(("thread",), (self.name,))
-        self.times: ThreadTimes = worker.clock.read()
-        self.record = worker.state.record
+        self.worker = worker
+        self.labels = labelled(("thread",), (worker.name,))
+        self.counted = worker.counters.read()
 
 
 # The value for a thread.
@@ -54,32 +52,32 @@ THREAD_METRICS = (
         "counter",
         "busy_seconds_total",
         "CPU time, without polling; in the kernel too.",
-        lambda thread: thread.times.busy / SECOND_NS,
+        lambda thread: thread.counted["busy"] / SECOND_NS,
     ),
     _thread(
         "counter",
         "polling_seconds_total",
         "CPU time in which it polled rings that had no requests.",
-        lambda thread: thread.times.polling / SECOND_NS,
+        lambda thread: thread.counted["polling"] / SECOND_NS,
     ),
     _thread(
         "counter",
         "asleep_seconds_total",
         "Time that was neither: it waited for requests, for storage, or for a CPU.",
-        lambda thread: thread.times.asleep / SECOND_NS,
+        lambda thread: thread.counted["asleep"] / SECOND_NS,
     ),
-    _thread("counter", "wakeups_total", "How often it has slept.", lambda thread: thread.record["wakeups"]),
+    _thread("counter", "wakeups_total", "How often it has slept.", lambda thread: thread.counted["wakeups"]),
     _thread(
         "counter",
         "requests_completed_total",
         "Requests that it has completed, of all disks.",
-        lambda thread: thread.record["completed"],
+        lambda thread: thread.counted["completed"],
     ),
     _thread(
         "gauge",
         "io_now",
         "Requests that were fetched and are not completed, of all disks.",
-        lambda thread: thread.record["in_flight"],
+        lambda thread: thread.worker.state.record["in_flight"],
     ),
     _thread(
         "gauge", "io_max", "How many requests it can have in flight.", lambda thread: thread.worker.state.slots.count
@@ -120,7 +118,6 @@ def _cpus(thread: IoThread) -> str:
     return "" if thread.cpus is None else format_cpus(thread.cpus)
 
 
-def _batches(thread: ThreadReading) -> tuple[Sequence[int], int, float]:
-    """The counts up to each bound, the number of turns, and that of requests."""
-    below = thread.worker.state.batches.cumsum().tolist()
-    return below[:-1], below[-1], int(thread.record["fetched"])
+def _batches(thread: ThreadReading) -> tuple[Sequence[int], float]:
+    """The counts up to each bound and of all turns, and the number of requests."""
+    return thread.counted["batches"].cumsum().tolist(), int(thread.counted["fetched"])

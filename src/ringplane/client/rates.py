@@ -26,7 +26,9 @@ class OperationRates:
 
 @dataclass(frozen=True, slots=True)
 class DiskRates:
-    """A disk. `depth` is the mean number of requests in flight, `limited` the share of the time at a limit (0 to 1).
+    """A disk. `depth` is the mean number of requests in flight.
+
+    Shares of the time, 0 to 1: in `busy` it had requests in flight, in `limited` it was at a limit.
 
     `errors` counts all since the disk was added, `new_errors` those between the two answers.
     """
@@ -39,6 +41,7 @@ class DiskRates:
     iops: float
     bytes_per_second: float
     depth: float
+    busy: float
     limited: float
     errors: int
     new_errors: int
@@ -90,6 +93,7 @@ def _of_disk(before: DiskStatistics | None, after: DiskStatistics, seconds: floa
         for name, operation in after.operations.items()
     }
     throttled = _rise(before.throttled_seconds if before is not None else 0, after.throttled_seconds)
+    io_time = _rise(before.io_seconds if before is not None else 0, after.io_seconds)
     return DiskRates(
         name=after.name,
         state=after.state,
@@ -99,6 +103,7 @@ def _of_disk(before: DiskStatistics | None, after: DiskStatistics, seconds: floa
         iops=sum(change.requests for change in changes.values()) / seconds,
         bytes_per_second=sum(change.bytes for change in changes.values()) / seconds,
         depth=sum(change.seconds for change in changes.values()) / seconds,
+        busy=min(io_time / seconds, 1.0),
         limited=min(throttled / seconds, 1.0),
         errors=sum(operation.errors for operation in after.operations.values()),
         new_errors=sum(change.errors for change in changes.values()),

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.dataplane.queue import NO_COUNTERS, Queue, started
+from ringplane.dataplane.queue import Queue
 from ringplane.dataplane.state import COUNTER, COUNTER_HISTOGRAM, KINDS
 from ringplane.metrics import histogram
 
 # Where the histogram begins in a COUNTER struct that is seen as int64.
 FIRST_BUCKET = COUNTER_HISTOGRAM // 8
+SHAPE = len(KINDS), COUNTER.itemsize // 8
 SCALARS = (COUNTER.names or ())[:FIRST_BUCKET]
 
 
@@ -38,9 +39,8 @@ class Counter:
 
 def total(queues: Iterable[Queue]) -> npt.NDArray[np.int64]:
     """The sum of the queues' counters: a row for each of KINDS, with the SCALARS and then the histogram."""
-    counted = [queue.counters for queue in started(queues)] or [NO_COUNTERS]
-    rows = [each.view(np.int64).reshape(len(KINDS), -1) for each in counted]
-    return rows[0] if len(rows) == 1 else np.sum(rows, axis=0)
+    rows = [queue.counters.view(np.int64).reshape(SHAPE) for queue in queues]
+    return rows[0] if len(rows) == 1 else np.sum(rows, axis=0) if rows else np.zeros(SHAPE, np.int64)
 
 
 def count(queues: Iterable[Queue]) -> dict[str, Counter]:

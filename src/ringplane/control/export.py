@@ -21,7 +21,6 @@ from ringplane.control.operation_errors import OperationError, WrongState
 from ringplane.control.operations import Operations, Resized, logging_errors
 from ringplane.control.planned import Planned
 from ringplane.control.threads import Threads
-from ringplane.dataplane.queue import started
 from ringplane.dataplane.trace_events import TraceEvent
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
@@ -94,12 +93,12 @@ class Export:
     @property
     def in_flight(self) -> int:
         """Requests fetched from the rings and not yet completed."""
-        return sum(queue.in_flight for queue in started(self.disk.queues))
+        return sum(queue.in_flight for queue in self.disk.started)
 
     @property
     def counters(self) -> dict[str, Counter]:
         """By kind of request: `read`, `write`, `flush`, `discard`, `write_zeroes` and `other`."""
-        return count(self.disk.queues)
+        return count(self.disk.started)
 
     @property
     def limits(self) -> Present:

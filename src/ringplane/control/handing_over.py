@@ -13,7 +13,7 @@ from typing import Any
 
 from ringplane.control.changes import Changes
 from ringplane.control.export import Export
-from ringplane.control.handed_counters import saved_counters
+from ringplane.control.handed_counters import saved_counters, thread_counters
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
 from ringplane.control.planned import place
@@ -120,7 +120,13 @@ async def _hand_over(server: Server, channel: Channel) -> None:
     """Returns, with all disks frozen, when the other process has everything. If it raises, all disks are thawed."""
     async with contextlib.AsyncExitStack() as undo:
         await _freeze_all(server.exports, undo)
-        state = {"disks": [_state(export) for export in server.exports], "events": server.events.snapshot()}
+        for worker in server.threads.workers.values():
+            undo.callback(worker.counters.thaw)
+        state = {
+            "disks": [_state(export) for export in server.exports],
+            "io_threads": thread_counters(server.threads.workers),
+            "events": server.events.snapshot(),
+        }
         await aside(partial(_send_with_counters, channel, state, server.exports))
         await aside(partial(channel.receive, "taking", TAKING_PATIENCE))
         undo.pop_all()
@@ -152,6 +158,7 @@ def _state(export: Export) -> dict[str, Any]:
         "paused": disk.paused,
         "throttled": disk.member.throttled_ns,
         "used_limits": export.used_limits(),
+        "busy_ticks": disk.device.busy_ticks,
         "layers": [layer.snapshot() for layer in disk.layers],
         "front_end": export.session.snapshot() if export.session else None,
         "next_front_end": Fd(export.next_front_end.fileno()) if export.next_front_end else None,

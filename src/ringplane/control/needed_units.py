@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ringplane.compiler.units import Unit, known
 from ringplane.control.opening import Parts
 from ringplane.dataplane import limit_gate
+from ringplane.dataplane.disk_figures import read_disk
 from ringplane.dataplane.request_types import request_types_of, units_of_types
 from ringplane.engines.choose_engine import WORKER_ENGINES, units_of
 from ringplane.options.disk_config import DiskConfig
@@ -30,6 +31,11 @@ def units_of_parts(parts: Parts) -> list[Unit]:
 def units_of_limits(disks: Iterable[DiskConfig]) -> list[Unit]:
     """Those of the limits of these disks."""
     return [*limit_gate.UNITS] if any(disk.limits for disk in disks) else []
+
+
+def units_of_metrics() -> list[Unit]:
+    """What reads the counters of disks."""
+    return [read_disk]
 
 
 def units_of_any_disk() -> list[Unit]:

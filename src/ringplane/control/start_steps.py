@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 from ringplane.block.storage_limits import SYSFS, physical_block_below
 from ringplane.control.adding import Adding
 from ringplane.control.handing_over import offer_successors
-from ringplane.control.needed_units import units_of_any_disk, units_of_limits, units_of_parts, units_of_threads
+from ringplane.control.needed_units import (
+    units_of_any_disk,
+    units_of_limits,
+    units_of_metrics,
+    units_of_parts,
+    units_of_threads,
+)
 from ringplane.control.opening import Parts, listen, report_created
 from ringplane.control.origin import Origin
 from ringplane.control.planned import Planned, place
@@ -204,6 +210,8 @@ class Start:
             units += units_of_any_disk()
         elif self._process.traced:
             units += tracer.UNITS
+        if self._metrics is not None:
+            units += units_of_metrics()
         warm_up(dict.fromkeys(units), self._signals)
 
     def _make_threads(self) -> Threads:

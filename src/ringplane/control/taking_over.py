@@ -15,7 +15,7 @@ import numpy as np
 from ringplane.block.sources.choose_source import is_offered
 from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.export import Export
-from ringplane.control.handed_counters import resume_counters
+from ringplane.control.handed_counters import resume_counters, resume_thread_counters
 from ringplane.control.handover import (
     READY_PATIENCE,
     TAKING_PATIENCE,
@@ -138,9 +138,11 @@ class Predecessor(Origin):
         disks = {disk["number"]: export.disk for export, disk in zip(server.exports, self._disks, strict=True)}
         for export, disk in zip(server.exports, self._disks, strict=True):
             _resume_from(export, disk, state["disks"][disk["number"]])
-        # An older release sends neither.
+        # An older release sends none of these.
         if "counters" in state:
             resume_counters(state["counters"], disks)
+        if "io_threads" in state:
+            resume_thread_counters(state["io_threads"], server.threads.workers)
         if "events" in state:
             server.events.resume_from(state["events"])
 
@@ -236,6 +238,7 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
     export.disk.member.throttled_ns = saved.get("throttled", 0)
     if used := saved.get("used_limits"):
         export.resume_limits(used)
+    export.disk.device.busy_ticks = saved.get("busy_ticks", 0)
     for layer, state in zip(export.disk.layers, saved["layers"], strict=True):
         layer.resume_from(state)
     if saved["front_end"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ringplane.block.io import DISCARD, READ, REFUSED, ZONE_REPORT, io_at
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call, unit
+from ringplane.dataplane.io_time import TICK_BITS
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.state import (
     COALESCE,
@@ -179,10 +180,13 @@ def publish_all(worker):
         if not worker.unnotified:
             worker.notify_limit = worker.now + COALESCE_MAX_NS
         worker.notify_at = min(worker.now + COALESCE_NS, worker.notify_limit)
+    tick = worker.now >> TICK_BITS
     while worker.unpublished:
         queue = view(worker.unpublished, QUEUE)
         worker.unpublished = queue.next_unpublished
         queue.unpublished = 0
+        if queue.tick != tick:
+            call(worker.begin_tick, address_of(queue), tick, 1)
         if queue.inflight:
             call(worker.publish_tracked, address_of(queue))
         else:

@@ -18,6 +18,7 @@ from ringplane.compiler.units import call
 from ringplane.dataplane import ring_rules
 from ringplane.dataplane.answer import answer_all, answer_with, notify_all, publish_all, queue_up
 from ringplane.dataplane.fetch import gather
+from ringplane.dataplane.io_time import TICK_BITS
 from ringplane.dataplane.limit_gate import GATE
 from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.requests import execute
@@ -288,6 +289,7 @@ def serve_ready(worker, channel):
     if not worker.ready:
         return
     worker.now = monotonic_ns()
+    tick = worker.now >> TICK_BITS
     last = worker.ready_last
     served = 0
     while worker.free >= 0 and served != last:
@@ -295,6 +297,8 @@ def serve_ready(worker, channel):
         queue = view(served, QUEUE)
         worker.ready = queue.next_ready
         queue.ready = 0
+        if queue.tick != tick:
+            call(worker.begin_tick, served, tick, 0)
         if queue.running and fetch_available(worker, channel, queue):
             queue.turn = min(TURN, 2 * queue.turn)
             mark_ready(worker, queue)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ringplane.block.stack import Stack
 from ringplane.dataplane.failures import Failures
+from ringplane.dataplane.io_time import TICK_BITS
 from ringplane.dataplane.limit_gate import Gate
 from ringplane.dataplane.ring_states import RingEvent, RingState, RingStateMachine
 from ringplane.dataplane.state import COUNTER, DEVICE, FAILURE, KINDS, QUEUE, REQUEST_TYPE, REQUEST_TYPES, RequestTypes
@@ -53,6 +54,8 @@ class Device:
         self.name = name
         self.emit = emit
         self.failures = Failures(name, emit)
+        # The queues that have ever been started. The others have nothing in flight and have counted nothing.
+        self.started: list[Queue] = []
         self._record: npt.NDArray[np.void] = np.zeros(1, DEVICE)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
@@ -60,6 +63,7 @@ class Device:
         record["block_mask"] = block_size - 1
         record["lifetime"] = len(lifetime)
         record["lifetime_data"][: len(lifetime)] = np.frombuffer(lifetime, np.uint8)
+        record["tick"] = time.monotonic_ns() >> TICK_BITS
         encoded = serial.encode()[:VIRTIO_BLK_ID_BYTES]
         record["serial"][: len(encoded)] = np.frombuffer(encoded, np.uint8)
         if request_types:
@@ -76,6 +80,20 @@ class Device:
     @size.setter
     def size(self, size: int) -> None:
         self._record["capacity"] = size // SECTOR
+
+    def start(self, queue: Queue) -> None:
+        """This queue has counters from now on, which other threads read."""
+        self._record["queues"][0, queue.number] = queue.address
+        self.started.append(queue)
+
+    @property
+    def busy_ticks(self) -> int:
+        """For how many ticks it had requests in flight (io_time.py), as far as that is counted."""
+        return int(self._record["busy_ticks"][0])
+
+    @busy_ticks.setter
+    def busy_ticks(self, ticks: int) -> None:
+        self._record["busy_ticks"] = ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +140,6 @@ def _was_used(ring: int, size: int) -> bool:
     return any(flag & VIRTQ_DESC_F_USED for flag in flags)
 
 
-# Shared by all queues that were never started, so that queues that a front end does not use cost nothing.
-NO_COUNTERS: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
-NO_COUNTERS.flags.writeable = False
 NO_MEMORY = MemoryTable()
 
 
@@ -139,7 +154,6 @@ class Queue:
         self.array: npt.NDArray[np.void] = new(QUEUE)
         self.address = int(self.array.ctypes.data)
         self.record = self.array[0]
-        self.counters = NO_COUNTERS
         self.record["number"] = number
         self.record["device"], self.record["stack"] = device.address, stack.address
         # Keeps the mappings of the present table. The worker keeps a replaced table while requests still need it.
@@ -162,14 +176,14 @@ class Queue:
 
     def prepare(self) -> None:
         """Allocate the structs that only a started queue needs; a second call does nothing."""
-        if self.counters is not NO_COUNTERS:
+        if self in self.device.started:
             return
         self.failures: npt.NDArray[np.void] = np.zeros(len(KINDS), FAILURE)
         self.record["failures"] = self.failures.ctypes.data
-        counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
-        self.record["counters"] = counters.ctypes.data
+        self.counters: npt.NDArray[np.void] = np.zeros(len(KINDS), COUNTER)
+        self.record["counters"] = self.counters.ctypes.data
         # Last, because other threads read them from now on.
-        self.counters = counters
+        self.device.start(self)
 
     def resume_counters(self, counted: npt.NDArray[np.int64]) -> None:
         """Continue to count for another process. No worker may use the queue yet."""
@@ -276,10 +290,6 @@ class Queue:
 
     def take_over_broken(self, rule: int) -> None:
         """Resume from a process in which the driver broke this rule. No worker may use the queue yet."""
+        self.prepare()
         self.ring_state.apply(RingEvent.TAKE_OVER_BROKEN)
         self.record["broken"] = rule
-
-
-def started(queues: Iterable[Queue]) -> list[Queue]:
-    """Those of the queues that have ever been started. The others have nothing in flight and have counted nothing."""
-    return [queue for queue in queues if queue.counters is not NO_COUNTERS]

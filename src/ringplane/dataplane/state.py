@@ -13,9 +13,10 @@ import numpy as np
 from ringplane.compiler.units import Unit
 from ringplane.metrics.histogram import BUCKETS
 from ringplane.native.structs import struct
+from ringplane.options.device_options import MAX_QUEUES
 from ringplane.virtio.blk import VIRTIO_BLK_ID_BYTES
 
-# A disk. Written by the control plane.
+# A disk. Written by the control plane, but for `tick` and `busy_ticks`.
 DEVICE = np.dtype(
     [
         ("capacity", "<i8"),  # in sectors of 512 bytes
@@ -26,10 +27,17 @@ DEVICE = np.dtype(
         ("request_types", "<i8"),  # REQUEST_TYPE structs by number, or 0 if there are only those of requests.py
         ("lifetime", "<i8"),  # size of the LIFETIME data that the storage reports of its wear; 0: none
         ("lifetime_data", "u1", (8,)),
+        ("queues", "<i8", (MAX_QUEUES,)),  # by number: QUEUE of those that have ever been started, or 0
+        # How long it had requests in flight (io_time.py)
+        ("tick", "<i8"),  # up to which that is counted
+        ("busy_ticks", "<i8"),
     ]
 )
 DEVICE_LIFETIME: int = DEVICE.fields["lifetime_data"][1]  # type: ignore[index]
 DEVICE_SERIAL: int = DEVICE.fields["serial"][1]  # type: ignore[index]
+DEVICE_QUEUES: int = DEVICE.fields["queues"][1]  # type: ignore[index]
+DEVICE_TICK: int = DEVICE.fields["tick"][1]  # type: ignore[index]
+DEVICE_BUSY_TICKS: int = DEVICE.fields["busy_ticks"][1]  # type: ignore[index]
 
 # A type of request that only some disks have: addresses of units, or 0. begin(queue, request, io) checks the request
 # and fills in the block I/O; it returns PENDING, or the status of a request that is complete. end(queue, request, io,
@@ -108,11 +116,15 @@ QUEUE = struct(
     "next_unnotified",
     "counters",  # COUNTER structs, one per kind of request
     "failures",  # FAILURE structs, one per kind of request
+    "tick",  # the last tick in which anything was fetched or completed (io_time.py)
     # Only while requests are traced (tracer.py)
     "traced",  # its number in trace events
     "traced_avail",  # `seen_avail` when it was last compared
     "seen_at",  # nanoseconds, CLOCK_MONOTONIC: when chains up to there were seen; 0: not known
 )
+
+QUEUE_COUNTERS: int = QUEUE.fields["counters"][1]  # type: ignore[index]
+QUEUE_IN_FLIGHT: int = QUEUE.fields["in_flight"][1]  # type: ignore[index]
 
 # Three words for what is asked for. The *type* is the number in the request's header (virtio/blk.py, blk_zones.py).
 # The *kind* is how requests are counted and logged: types that are rare share one. The *operation* is what the block
@@ -241,6 +253,7 @@ WORKER = struct(
     "mark_request",
     "mark_ring",
     "record_failure",
+    "begin_tick",
     "now",  # nanoseconds, CLOCK_MONOTONIC, of the present turn
     "trace",  # TRACER (tracer.py), or 0 when tracing is off
     "one",  # the number 1, for eventfds

@@ -26,6 +26,7 @@ from ringplane.dataplane.served_rings import ServedRings
 from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.thread_clock import ThreadClock
+from ringplane.dataplane.thread_counters import ThreadCounters
 from ringplane.dataplane.trace_events import EVENT_NAMES, Tracer, TraceReader, load_tracing
 from ringplane.dataplane.tracer import FETCH, IN_FLIGHT
 from ringplane.dataplane.worker_state import WorkerState
@@ -91,6 +92,7 @@ class Worker:
         self.rings = ServedRings(self.state, self.engine, pinning, self._signal, self._trace_queue)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self.clock = ThreadClock(self.state.record)
+        self.counters = ThreadCounters(self.state, self.clock)
 
     # From any thread.
 

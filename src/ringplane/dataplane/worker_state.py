@@ -11,6 +11,7 @@ from ringplane.dataplane.answer import publish_tracked
 from ringplane.dataplane.dirty import mark_request, mark_ring, record_buffers
 from ringplane.dataplane.failures import record_failure
 from ringplane.dataplane.fetch import take_packed
+from ringplane.dataplane.io_time import begin_tick
 from ringplane.dataplane.requests import begin_other
 from ringplane.dataplane.slots import Slots
 from ringplane.dataplane.state import (
@@ -40,6 +41,7 @@ UNITS: tuple[Unit, ...] = (
     mark_request,
     mark_ring,
     record_failure,
+    begin_tick,
 )
 
 

@@ -90,7 +90,7 @@ class Disk:
         self.paused = False
         found = self.source.limits()
         self.limits = found.for_blocks(self.block_size, options.physical_block_size)
-        self._device = Device(
+        self.device = Device(
             self.source.size,
             read_only=self.source.read_only,
             block_size=self.block_size,
@@ -104,7 +104,7 @@ class Disk:
             workers = workers[:1]
         self.workers = [workers[number % len(workers)] for number in range(options.num_queues)]
         stacks = {worker: self._stack(worker) for worker in dict.fromkeys(self.workers)}
-        self.queues = [Queue(self._device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
+        self.queues = [Queue(self.device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
         self._switches = options.features
         check_switches(self._switches, self.limits, self.source, self._impossible)
         for worker in set(self.workers):
@@ -123,6 +123,11 @@ class Disk:
         return impossible_with(self.layers)
 
     @property
+    def started(self) -> Sequence[Queue]:
+        """The queues that front ends have ever started."""
+        return self.device.started
+
+    @property
     def how(self) -> str:
         """How I/O is done, for users."""
         return self.source.how("/".join(sorted({worker.engine.name for worker in self.workers})))
@@ -130,7 +135,7 @@ class Disk:
     @property
     def size(self) -> int:
         """The bytes that the guest sees."""
-        return self._device.size
+        return self.device.size
 
     def grow_source(self, size: int) -> None:
         """Make the source this long, which `refresh_size` picks up. Raises ImageError and OSError; may block."""
@@ -152,14 +157,14 @@ class Disk:
         await aside(self.source.refresh_size)
         size = self.source.size
         # Compared with the size in use; the source may not have been prepared for a size that was found earlier.
-        if size == self._device.size:
+        if size == self.device.size:
             return False
         # If the source shrank, requests beyond its new end fail at once.
-        self._device.size = min(self._device.size, size)
+        self.device.size = min(self.device.size, size)
         self.source.resize(size)
         # A worker that sees the new size must not use an older mapping, so each worker runs a call in between.
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
-        self._device.size = size
+        self.device.size = size
         return True
 
     def prepare_limits(self) -> None:
@@ -209,7 +214,7 @@ class Disk:
 
     def report_failures(self) -> None:
         """Log the number of failed requests since the last such log line."""
-        self._device.failures.report_rest()
+        self.device.failures.report_rest()
 
     @property
     def features(self) -> int:
@@ -238,7 +243,7 @@ class Disk:
     def config_space(self) -> bytes:
         """struct virtio_blk_config; fields of features that are not offered are zero, except `num_queues`."""
         config = np.zeros(1, blk.CONFIG)[0]
-        capacity = self._device.size // blk.SECTOR
+        capacity = self.device.size // blk.SECTOR
         config["capacity"] = capacity
         config["size_max"], config["seg_max"] = SIZE_MAX, SEG_MAX
         config["cylinders"] = max(1, min(capacity // (HEADS * SECTORS_PER_TRACK), MAX_CYLINDERS))

@@ -16,8 +16,8 @@ MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Labels as `labelled` writes them, and the value of the metric with these labels.
 Sample = tuple[str, float]
 
-# The same for a histogram: how many values are at most as large as each bound, how many there are, and their sum.
-Distribution = tuple[str, Sequence[int], int, float]
+# The same for a histogram: how many values are at most as large as each bound, and how many there are; their sum.
+Distribution = tuple[str, Sequence[int], float]
 
 
 # Histograms in a piece of text: some 100 KB.
@@ -49,16 +49,14 @@ def text(metric: Metric, samples: Iterable[Sample]) -> str:
 def histogram_text(metric: Metric, distributions: Iterable[Distribution]) -> Iterator[str]:
     """The lines of a histogram, which may be very many, in pieces."""
     yield _heading(metric)
-    # All lines of one are made at once. No label is in them yet: it may have any character.
+    # All lines of one are made at once: its labels join what is between them, then the values are filled in.
     lines = [f'{metric.name}_bucket{{LABELS,le="{bound}"}} %d\n' for bound in (*metric.bounds, "+Inf")]
-    block = "".join([*lines, f"{metric.name}_sum{{LABELS}} %s\n{metric.name}_count{{LABELS}} %d\n"])
+    lines += [f"{metric.name}_sum{{LABELS}} %s\n", f"{metric.name}_count{{LABELS}} %d\n"]
+    parts = "".join(lines).split("LABELS")
     every = iter(distributions)
     while some := list(islice(every, TOGETHER)):
         yield "".join(
-            [
-                (block % (*counts, count, total, count)).replace("LABELS", labels)
-                for labels, counts, count, total in some
-            ]
+            [labels.replace("%", "%%").join(parts) % (*counts, total, counts[-1]) for labels, counts, total in some]
         )
 
 

@@ -34,15 +34,21 @@ def count_power(histogram, value):
         store64(address, load64(address) + 1)
 
 
-def below_powers(histograms: npt.NDArray[np.int64], lowest: int) -> npt.NDArray[np.int64]:
-    """How many values are below 2**lowest, twice that, and so on up to 2**63: all.
+@compiled
+def add_below(histogram, lowest, powers, place):
+    """Add how many values are below 2**lowest, twice that, and so on, and how many there are, to int64 at `place`.
 
-    The last axis is the histogram. `lowest` is at least STEP_BITS.
+    There are so many `powers` of two; `lowest` is at least STEP_BITS.
     """
-    # The buckets of a power of two end where the next one begins.
-    last = (lowest - STEP_BITS + 1) * STEPS - 1
-    below: npt.NDArray[np.int64] = histograms.cumsum(axis=-1)[..., last::STEPS]
-    return below
+    total = bucket = 0
+    for index in range(powers + 1):
+        # The buckets of a power of two end where those of the next one begin.
+        end = (lowest + index - STEP_BITS + 1) * STEPS if index < powers else BUCKETS
+        while bucket < end:
+            total += load64(histogram + 8 * bucket)
+            bucket += 1
+        address = place + 8 * index
+        store64(address, load64(address) + total)
 
 
 def lower_bounds() -> npt.NDArray[np.float64]:

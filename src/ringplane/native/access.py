@@ -131,6 +131,12 @@ def atomic_or8(llvm: Any, address: Any, bits: Any) -> None:
 
 
 @intrinsic
+def atomic_add(llvm: Any, address: Any, value: Any) -> None:
+    """Atomically add to 64 bits that others change too."""
+    llvm.builder.atomic_rmw("add", llvm.pointer(address, 64), value, "seq_cst")
+
+
+@intrinsic
 def compare_and_swap(llvm: Any, address: Any, expected: Any, value: Any) -> Any:
     """Atomically store 64 bits if `expected` is there; returns what was there before."""
     result = llvm.builder.cmpxchg(llvm.pointer(address, 64), expected, value, "seq_cst", "seq_cst")

@@ -76,6 +76,7 @@ COLUMNS: Mapping[str, Column] = {
     "flush p50": _latency("flush", "p50"),
     "flush p99": _latency("flush", "p99"),
     "depth": Column("depth", lambda disk: count(depth(disk))),
+    "busy": Column("util", lambda disk: percent(disk.busy)),
     "limit": Column("limit", lambda disk: percent(disk.limited), style=lambda disk: LIMITED if disk.limited else ""),
     "errors": Column("err", lambda disk: whole(disk.errors), width=4, style=_bad_if(lambda disk: disk.errors)),
 }
@@ -89,6 +90,7 @@ TIERS = (
     ("read p50", "write p50"),
     ("limit", "errors"),
     ("flush p50", "flush p99"),
+    ("busy",),
     ("read iops", "write iops"),
     ("read mb", "write mb"),
     ("flush iops",),
