@@ -195,7 +195,7 @@ class Drive:
     ) -> None:
         guest, size = rig.guest, 32
         self.worker, self.depth = worker, depth
-        self.queue = Queue(rig.device, seed, Stack(rig.source.part(SLOTS)))
+        self.queue = Queue(rig.device, len(rig.device.started), Stack(rig.source.part(SLOTS)))
         self.kick_fd, self.call_fd = new_eventfd(), new_eventfd()
         self.epoll = select.epoll()
         self.epoll.register(self.call_fd, select.EPOLLIN | select.EPOLLET)
