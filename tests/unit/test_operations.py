@@ -201,7 +201,7 @@ def test_a_disk_whose_storage_hangs_is_removed_when_it_completes(
     close = server.exports[0].disk.close
     monkeypatch.setattr(server.exports[0].disk, "close", lambda: go.wait(SOON) and close())
     for _ in range(3):
-        with pytest.raises(Unavailable, match="the disk is removed when they have ended"):
+        with pytest.raises(Unavailable, match="its image is being closed: storage does not answer"):
             do(server, lambda: server.remove("a"))
     go.set()
     assert eventually(lambda: server.exports == ())
@@ -231,7 +231,7 @@ def test_storage_that_hangs_holds_up_no_other_disk(
         with monkeypatch.context() as patch:
             patch.setattr("ringplane.control.server.PATIENCE", 0.01)
             for name in names:
-                with pytest.raises(Unavailable, match="the disk is removed when they have ended"):
+                with pytest.raises(Unavailable, match="its image is being closed: storage does not answer"):
                     do(server, lambda name=name: server.remove(name))
     else:
         waiting = [server.threads.call(export.operations.flush) for export in hanging]
@@ -244,6 +244,7 @@ def test_storage_that_hangs_holds_up_no_other_disk(
     do(server, lambda: server.remove("c"))
     assert not any(future.done() for future in waiting)
     assert len(server.exports) == 21
+    assert {export.state for export in hanging} == {"stopping" if method == "close" else "listening"}
     go.set()
     for future in waiting:
         future.result(SOON)

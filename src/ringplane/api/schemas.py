@@ -13,6 +13,9 @@ from ringplane.options.declare import Option, declared
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.kinds import Kind, OneOf, Whole
 
+# Of a disk.
+State = Literal["listening", "attached", "stopping", "stopped"]
+
 
 class Problem(Struct):
     """Why a request was not carried out."""
@@ -51,8 +54,11 @@ class Disk(Struct):
     image: Annotated[str, Meta(description="The path of the image, as it was given.")]
     socket: Annotated[str | None, Meta(description="The vhost-user socket; null: an inherited one.")]
     state: Annotated[
-        Literal["listening", "attached", "stopped"],
-        Meta(description="Whether a front end is attached; `stopped`: it is not served any more, and can be removed."),
+        State,
+        Meta(
+            description="Whether a front end is attached; `stopping`: it ends when its storage answers; `stopped`: it "
+            "is not served any more, and can be removed."
+        ),
     ]
     front_end: Annotated[str | None, Meta(description="The attached front end, for example `process 4242`.")]
     paused: Annotated[bool, Meta(description="Whether requests wait in the rings, because of `pause`.")]
@@ -112,7 +118,7 @@ class DiskStatistics(Struct):
     """What a disk has done since it was added."""
 
     name: str
-    state: Literal["listening", "attached", "stopped"]
+    state: State
     paused: bool
     flush_failed: bool
     in_flight: int

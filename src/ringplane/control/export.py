@@ -79,10 +79,12 @@ class Export:
         return self.disk.name
 
     @property
-    def state(self) -> Literal["listening", "attached", "stopped"]:
-        """`listening`, `attached` (to a front end) or `stopped`."""
+    def state(self) -> Literal["listening", "attached", "stopping", "stopped"]:
+        """`listening`, `attached` (to a front end), `stopping` (its storage has not ended yet) or `stopped`."""
         if self.stopped:
             return "stopped"
+        if self._stopping:
+            return "stopping"
         return "attached" if self._session else "listening"
 
     @property

@@ -85,7 +85,9 @@ def _lasting(server: Server) -> Changes:
 def _unchanged(server: Server, offered: Changes) -> Iterator[None]:
     """No disk is changed in this `with`. Raises HandoverError if it is not as it was offered."""
     with server.changing.none() as under_way:
-        if under_way or _lasting(server) != offered:
+        if under_way:
+            raise HandoverError("a disk is being added, removed or changed, and that has not ended; try again")
+        if _lasting(server) != offered:
             raise HandoverError("disks or their limits were changed meanwhile; try again")
         yield
 

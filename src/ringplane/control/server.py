@@ -180,10 +180,9 @@ class Server:
         removal = self._removals[export]
         await asyncio.wait([removal], timeout=PATIENCE)
         if not removal.done():
-            raise Unavailable(
-                f"{counted(export.in_flight, 'request')} in flight: storage has not completed them", name,
-                "the disk is removed when they have ended",
-            )  # fmt: skip
+            requests = export.in_flight
+            what = f"{counted(requests, 'request')} in flight" if requests else "its image is being closed"
+            raise Unavailable(f"{what}: storage does not answer", name, "the disk is removed when it does")
         removal.result()
 
     async def release_sockets(self) -> None:
