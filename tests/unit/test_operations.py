@@ -288,6 +288,24 @@ def test_images_that_hang_hold_up_no_other_disk(
     assert names == [f"hangs-{number}" for number in range(ADDED_AT_ONCE - 1)]
 
 
+def test_images_of_other_disks_are_not_looked_at(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their storage may hang. A disk with the same image is found all the same."""
+    server, really_stat = start(disk(tmp_path, "a")), os.stat
+    new = disk(tmp_path, "b")
+    (tmp_path / "link.img").symlink_to("a.img")
+
+    def stat(path: Any, *arguments: Any, **more: Any) -> os.stat_result:
+        assert path != tmp_path / "a.img"
+        return really_stat(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(WrongValue, match="is also the image of disk a"):
+        add(server, dataclasses.replace(new, image=tmp_path / "link.img"))
+    assert add(server, new).name == "b"
+
+
 def test_without_threads_for_calls(
     start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

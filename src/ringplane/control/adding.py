@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from ringplane.opener.remote_opener import RemoteOpener
 
 
+# A disk, and what identifies its image (process_rules.py).
+Other = tuple[DiskConfig, object]
+
+
 class Adding:
     """Makes exports for a process with these threads."""
 
@@ -62,7 +66,7 @@ class Adding:
         """The I/O threads of one more disk."""
         return spread(self._threads.io_threads, disks)
 
-    def open(self, config: DiskConfig, others: Sequence[DiskConfig]) -> Export:
+    def open(self, config: DiskConfig, others: Iterable[Other]) -> Export:
         """Open everything of a disk that is served beside these, and listen. It may block; nothing is left if it fails.
 
         Raises WrongOptions, ImageError, ListenError, OpenerEnded, OSError; and WrongState if the process may not, or
@@ -83,7 +87,7 @@ class Adding:
         report_created(config, parts.source)
         return export
 
-    def _check(self, config: DiskConfig, others: Sequence[DiskConfig]) -> None:
+    def _check(self, config: DiskConfig, others: Iterable[Other]) -> None:
         """Raises WrongOptions, WrongState."""
         if is_confined() and self._opener is None:
             raise WrongState(
@@ -101,7 +105,7 @@ class Adding:
         rules = ProcessRules()
         for thread in self._threads.io_threads:
             rules.add_thread(thread)
-        for other in others:
-            rules.add_disk(f"disk {other.name}", other)
+        for other, image in others:
+            rules.add_disk(f"disk {other.name}", other, image)
         for error in rules.add_disk("the new disk", config):
             raise error

@@ -27,6 +27,7 @@ from ringplane.guest_memory.address_space import Quota
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.limit_options import Limits
+from ringplane.options.process_rules import identity
 from ringplane.session.session import Session
 from ringplane.session.snapshot import SessionSnapshot
 from ringplane.system.aside import NoThread, aside
@@ -55,6 +56,8 @@ class Export:
         emit: Emit,
     ) -> None:
         self.config, self.added = planned.config, planned.added
+        # By which a disk with the same image is found. Later its storage may hang.
+        self.image = identity(planned.config.image)
         self._limiting = limiting
         self._planned = planned
         disk.paused = planned.paused

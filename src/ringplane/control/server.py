@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ringplane.block.image import ImageError
-from ringplane.control.adding import Adding
+from ringplane.control.adding import Adding, Other
 from ringplane.control.export import Export
 from ringplane.control.listener import ListenError
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
@@ -26,6 +26,7 @@ from ringplane.options.counted import counted
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import default_name
+from ringplane.options.process_rules import named_identity
 from ringplane.system.aside import aside
 from ringplane.system.notes import in_words
 
@@ -202,13 +203,15 @@ class Server:
                 return await self._serve_one_more(named, others)
 
     @contextlib.contextmanager
-    def _reserved(self, config: DiskConfig) -> Iterator[tuple[DiskConfig, Sequence[DiskConfig]]]:
+    def _reserved(self, config: DiskConfig) -> Iterator[tuple[DiskConfig, Sequence[Other]]]:
         """The disk with a name, and all disks that it must not collide with; in this `with` it is one of them."""
         # A change of limits may have changed those of a group.
-        served = (dataclasses.replace(export.config, limits=export.limits) for export in self.exports)
-        others = [*served, *self._opening]
+        others: list[Other] = [
+            *((dataclasses.replace(export.config, limits=export.limits), export.image) for export in self.exports),
+            *((other, named_identity(other.image)) for other in self._opening),
+        ]
         if config.name is None:
-            taken = {other.name for other in others if other.name is not None}
+            taken = {other.name for other, _ in others if other.name is not None}
             config = dataclasses.replace(config, name=default_name(config.image, taken))
         self._opening.append(config)
         try:
@@ -216,7 +219,7 @@ class Server:
         finally:
             self._opening.remove(config)
 
-    async def _serve_one_more(self, config: DiskConfig, others: Sequence[DiskConfig]) -> Export:
+    async def _serve_one_more(self, config: DiskConfig, others: Sequence[Other]) -> Export:
         try:
             export = await aside(partial(self._adding.open, config, others))
         except WrongOptions as error:

@@ -41,13 +41,13 @@ class ProcessRules:
         self._threads.append(thread.name)
         return errors
 
-    def add_disk(self, place: str, disk: DiskConfig) -> list[WrongOptions]:
-        """What is wrong with it."""
+    def add_disk(self, place: str, disk: DiskConfig, image: object = None) -> list[WrongOptions]:
+        """What is wrong with it. `image`: its `identity`, if it must not be looked at, because its storage may hang."""
         return [
             *self._wrong_name(place, disk),
             *self._wrong_threads(disk),
             *self._wrong_socket(place, disk),
-            *self._wrong_image(place, disk),
+            *self._wrong_image(place, disk, image or identity(disk.image)),
             *self._wrong_group(place, disk),
         ]
 
@@ -75,8 +75,8 @@ class ProcessRules:
             yield WrongOptions(sentence, value=value, other=self._sockets[same])
         self._sockets.setdefault(same, place)
 
-    def _wrong_image(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
-        same = self._images[_identity(disk.image)]
+    def _wrong_image(self, place: str, disk: DiskConfig, image: object) -> Iterator[WrongOptions]:
+        same = self._images[image]
         if unshared := [other for other, before in same if not _can_share(disk, before)]:
             yield WrongOptions(
                 "{image}: is also the image of {other}; disks can share an image if all are {read_only}, or if all "
@@ -124,7 +124,12 @@ def _without_links(socket: Path) -> str:
     return os.path.join(os.path.realpath(socket.parent), socket.name)
 
 
-def _identity(image: ImageAddress) -> object:
+def named_identity(image: ImageAddress) -> object:
+    """What `identity` is of an image that does not exist, without links in its path; it is not looked at."""
+    return image.identity if isinstance(image, RemoteImage) else os.path.abspath(image)
+
+
+def identity(image: ImageAddress) -> object:
     """Equal for all paths of the same image."""
     if isinstance(image, RemoteImage):
         return image.identity
