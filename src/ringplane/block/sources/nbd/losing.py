@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EFAULT
+
 from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, ONE, SENT, request_at
 from ringplane.block.sources.nbd.nbd_requests import fail_all, put
 from ringplane.compiler.jit import compiled
@@ -16,7 +18,8 @@ def give_up(link, channel, reason, error):
     link.reason, link.reason_errno = reason, error
     link.unanswered = link.sent = link.blocked = link.start = link.end = link.direct = link.left = link.discard = 0
     link.reading = -1
-    if link.patient:
+    # The memory of a front end that has taken it away would be missing next time too.
+    if link.patient and error != EFAULT:
         queue_again(link)
     else:
         link.failing = 1

@@ -1,0 +1,112 @@
+"""Disks on real NBD servers, which are killed, stopped and continued under a verified load."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ringplane.driver.load import Load, run_load
+
+from .nbd_processes import NbdServer, free_port, nbdkit, qemu_nbd, qemu_nbd_alone
+from .serving import Disk, serving, wait_until
+
+SIZE = 64 << 20
+KILLS = 10
+WAITING = "nbd-reconnect-delay = 3600\n"
+MIXED = Load(block_size=(4096, 65536), depth=16, read_percent=50, flush_every=20, verify=True, seconds=3, timeout=120)
+
+SERVERS = {"qemu-nbd": qemu_nbd, "one connection": qemu_nbd_alone, "nbdkit": nbdkit, "tcp": qemu_nbd}
+
+Start = Callable[..., NbdServer]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a server of this kind with a new image."""
+    started: list[NbdServer] = []
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+
+        def begin(command: Callable[[NbdServer], Sequence[str]], *, tcp: bool = False) -> NbdServer:
+            image = Path(folder, f"{len(started)}.img")
+            with image.open("wb") as file:
+                file.truncate(SIZE)
+            started.append(NbdServer(command, image, free_port() if tcp else 0))
+            return started[-1]
+
+        yield begin
+        for server in started:
+            server.stop()
+
+
+@pytest.fixture(params=list(SERVERS))
+def server(request: pytest.FixtureRequest, start: Start) -> NbdServer:
+    return start(SERVERS[request.param], tcp=request.param == "tcp")
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+def test_a_verified_load(server: NbdServer, engine: str) -> None:
+    disk = Disk(server.uri, queues=2)
+    with serving(disk, engine=engine, threads=2) as served, served.driver(queues=2) as driver:
+        result = run_load(driver, MIXED)
+        assert (result.errors, result.mismatches) == (0, 0)
+        driver.write(0, b"x" * 4096)
+        driver.discard(0, 1 << 20)
+        driver.write_zeroes(2 << 20, 1 << 20)
+        driver.write_zeroes(4 << 20, 1 << 20, unmap=True)
+        driver.flush()
+        assert driver.read(0, 5 << 20)[2 << 20 : 3 << 20] == bytes(1 << 20)
+
+
+def test_killed_under_a_verified_load(server: NbdServer) -> None:
+    """With a delay no request fails; the process is confined, and connects again nevertheless."""
+    with serving(Disk(server.uri, queues=2, more=WAITING), threads=2) as served, served.driver(queues=2) as driver:
+
+        def again(wanted: int) -> bool:
+            return served.logged().count("connected again") >= wanted
+
+        def kill() -> None:
+            for number in range(1, KILLS + 1):
+                server.crash()
+                wanted = number * server.connections
+                wait_until(partial(again, wanted), f"{wanted} new connections: {served.logged()}")
+
+        with ThreadPoolExecutor(1) as pool:
+            kills = pool.submit(kill)
+            while True:
+                result = run_load(driver, MIXED)
+                assert (result.errors, result.mismatches) == (0, 0), result.first_error or result.first_mismatch
+                if kills.done():
+                    break
+            kills.result()
+
+
+def test_a_server_that_hangs(start: Start) -> None:
+    """It is stopped and continued: requests wait, another disk of the thread is served, and nothing fails."""
+    hanging, other = start(qemu_nbd), start(qemu_nbd)
+    with serving(Disk(hanging.uri), Disk(other.uri)) as served, served.driver(0) as slow, served.driver(1) as fast:
+        slow.write(0, b"x" * 512)
+        hanging.process.send_signal(signal.SIGSTOP)
+        waiting = slow._submit_request(0, 0, b"", 512, 0)
+        for _ in range(100):
+            fast.write(0, b"y" * 4096)
+        assert not slow._done(slow.queues[0], waiting[1])
+        hanging.process.send_signal(signal.SIGCONT)
+        assert slow._answer(*waiting).data == b"x" * 512
+
+
+def test_without_a_delay(start: Start) -> None:
+    """What is in flight fails; later I/O works."""
+    server = start(qemu_nbd)
+    with serving(Disk(server.uri)) as served, served.driver() as driver:
+        server.process.send_signal(signal.SIGSTOP)
+        waiting = driver._submit_request(0, 0, b"", 512, 0)
+        server.kill()
+        assert driver._answer(*waiting).status == 1
+        server.start()
+        wait_until(lambda: driver.request(0, 0, read=512).status == 0, "no connection")
