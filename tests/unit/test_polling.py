@@ -502,13 +502,13 @@ def test_a_kicked_queue_is_served_beside_one_that_is_polled(make_rig: RigFactory
     worker = rig.workers[0]
     line = rig.line().start(event_idx=event_idx)
     busy = Drive(rig, worker, 6, event_idx=event_idx, sleeps=False, pause_us=10, depth=1)
-    busy.start(0.6)
+    busy.start(PATIENCE)
     turns = []
     for _ in range(20):
         served = int(busy.record["requests"])
         assert eventually(lambda served=served: int(busy.record["requests"]) > served + 100)
         turns.append(turns_until(worker, line))
-    busy.finish()
+    busy.stop()
     # The median, and a multiple of the usual number: this thread and the driver's may be off the CPU for long.
     assert sorted(turns)[len(turns) // 2] < 50 * ENGINE_TURNS
 
