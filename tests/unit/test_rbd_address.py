@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringplane.control.config import ConfigError, read_config
 from ringplane.options.rbd_address import RbdImage, parse
 
 GOOD = {
@@ -119,3 +120,51 @@ def test_relative_paths() -> None:
     assert dataclasses.replace(changed, conf=None) == dataclasses.replace(
         address, conf=None, encrypt_key_file=Path("/etc/p")
     )
+
+
+TABLE = """
+[[disk]]
+socket-path = "vm1.sock"
+[disk.rbd]
+pool = "rbd"
+namespace = "tenant"
+image = "vm1"
+conf = "ceph.conf"
+user = "libvirt"
+key-file = "/k"
+server = [{ host = "10.0.0.1", port = "3300" }, "10.0.0.2"]
+encrypt-format = "luks2"
+encrypt-key-file = "p"
+options = { rados_osd_op_timeout = "30" }
+"""
+
+
+def test_a_table_of_a_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "disks.toml").write_text(TABLE)
+    (disk,) = read_config(tmp_path / "disks.toml").disks
+    settings = ":mon_host=10.0.0.1\\:3300,10.0.0.2:rados_osd_op_timeout=30"
+    expected = f"rbd:rbd/tenant/vm1:id=libvirt:conf={tmp_path}/ceph.conf:keyfile=/k:encrypt-format=luks2"
+    assert str(disk.image) == f"{expected}:encrypt-key-file={tmp_path}/p{settings}"
+    assert disk.image == parse(str(disk.image))
+
+
+WRONG_TABLES = {
+    'rbd = { image = "vm1" }': "rbd: pool is missing",
+    'rbd = { pool = "rbd" }': "rbd: image is missing",
+    'rbd = "rbd/vm1"': "is not a table; write it as [disk.rbd]",
+    'rbd = { pool = "rbd", image = "vm1", snap = "s" }': 'unknown key "snap"; did you mean "snapshot"?',
+    'rbd = { pool = 1, image = "vm1" }': "pool: 1 is not a printable text",
+    'rbd = { pool = "rbd", image = "vm1", server = "10.0.0.1" }': "is not a list of monitors",
+    'rbd = { pool = "rbd", image = "vm1", options = 1 }': "is not a table of Ceph's options",
+    'rbd = { pool = "rbd", image = "vm1", encrypt-format = "luks2" }': "need each other",
+    'image = "x"\nrbd = { pool = "rbd", image = "vm1" }': "image and [disk.rbd] are both the image",
+}
+
+
+@pytest.mark.parametrize("keys", WRONG_TABLES)
+def test_a_wrong_table_is_one_line(keys: str, tmp_path: Path) -> None:
+    (tmp_path / "disks.toml").write_text(f'[[disk]]\nsocket-path = "vm1.sock"\n{keys}\n')
+    with pytest.raises(ConfigError) as wrong:
+        read_config(tmp_path / "disks.toml")
+    (line,) = str(wrong.value).splitlines()
+    assert WRONG_TABLES[keys] in line

@@ -18,6 +18,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import TABLES, image_of_table
 from ringplane.options.kinds import shown, suggestion
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.process_rules import ProcessRules
@@ -200,11 +201,21 @@ class _Reader:
 
     def disk_table(self, place: str, table: Mapping[str, Any]) -> _Table:
         """The keys of a disk, each checked by itself."""
-        values = self._check_keys(table, self._checks(DiskConfig), place)
-        for name in ("image", "socket-path"):
-            if name not in table:
+        others = {key: value for key, value in table.items() if key not in TABLES}
+        values = self._image_of_table(place, table) | self._check_keys(others, self._checks(DiskConfig), place)
+        for name, given in (("image", {"image", *TABLES}), ("socket-path", {"socket-path"})):
+            if not given & table.keys():
                 self.problems.append(f"{place}{name} is missing; each disk needs one")
         return _Table(place, values)
+
+    def _image_of_table(self, place: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The image that a table of its own describes, as [disk.rbd] does, if there is one."""
+        for name in TABLES.keys() & table.keys():
+            if "image" in table:
+                self.problems.append(f"{place}image and [disk.{name}] are both the image of the disk; leave one out")
+            with self.noting_problems(f"{place}{name}: "):
+                return {"image": image_of_table(name, table[name]).with_paths(self._complete)}
+        return {}
 
     def disk(self, table: _Table, threads: Sequence[str]) -> DiskConfig:
         """Served by the first of these threads, if the table names none. Raises ValueError."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,6 +20,9 @@ SCHEMES: dict[str, str] = {
     **dict.fromkeys(("nbd", "nbd+unix", "nbds", "nbds+unix"), "nbd_uri"),
     "rbd": "rbd_address",
 }
+
+# Modules with a function `from_table`, which makes a RemoteImage of a disk's table of this name in a file.
+TABLES: dict[str, str] = {"rbd": "rbd_address"}
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 
@@ -58,6 +61,14 @@ def parse_image(text: str) -> ImageAddress:
         return Path(text)
     module = importlib.import_module(f"ringplane.options.{SCHEMES[found[1]]}")
     address: RemoteImage = module.parse(text)
+    return address
+
+
+def image_of_table(name: str, table: Any) -> RemoteImage:
+    """Raises ValueError."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{shown(table)} is not a table; write it as [disk.{name}]")
+    address: RemoteImage = importlib.import_module(f"ringplane.options.{TABLES[name]}").from_table(table)
     return address
 
 

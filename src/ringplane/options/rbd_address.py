@@ -16,18 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from ringplane.options.image_address import RemoteImage
-from ringplane.options.kinds import shown, suggestion
+from ringplane.options.kinds import shown, suggestion, text_from_toml
 
 FORM = "rbd:POOL[/NAMESPACE]/IMAGE[@SNAPSHOT][:id=USER][:conf=PATH][:KEY=VALUE...]"
 ENCRYPTIONS = ("luks1", "luks2")
 
-SPECIAL = re.compile(r"[\\:/@=]")
+SPECIAL, IN_VALUE = re.compile(r"[\\:/@=]"), re.compile(r"[\\:]")
 ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 
 # The fields with keys of their own, and the key of each in an address.
 KEYS = {"user": "id", "conf": "conf", "key_file": "keyfile"}
 ENCRYPTION_KEYS = {"encrypt_format": "encrypt-format", "encrypt_key_file": "encrypt-key-file"}
 PATHS = ("conf", "key_file", "encrypt_key_file")
+
+# In a configuration file; `options` are those of Ceph's configuration.
+TABLE_KEYS = (
+    *("pool", "namespace", "image", "snapshot", "conf", "user", "server", "key-file"),
+    *("encrypt-format", "encrypt-key-file", "options"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,7 @@ class RbdImage(RemoteImage):
         return dataclasses.replace(self, **paths)
 
     def __str__(self) -> str:
-        return "".join((self.title, *(f":{_escaped(key)}={_escaped(value)}" for key, value in self._pairs())))
+        return "".join((self.title, *(f":{_escaped(key)}={_escaped(value, IN_VALUE)}" for key, value in self._pairs())))
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for name, key in (KEYS | ENCRYPTION_KEYS).items():
@@ -120,6 +126,54 @@ def _options(text: str, pairs: list[str]) -> dict[str, Any]:
     return found | {"settings": tuple(settings.items())}
 
 
+def from_table(table: Mapping[str, Any]) -> RbdImage:
+    """The image that a table of a configuration file describes, with the names of QEMU's `blockdev-add`.
+
+    Raises ValueError.
+    """
+    found: dict[str, Any] = {}
+    settings: dict[str, str] = {}
+    for key, value in table.items():
+        if key not in TABLE_KEYS:
+            raise ValueError(f"unknown key {shown(key)}{suggestion(key, TABLE_KEYS)}")
+        try:
+            if key == "server":
+                settings["mon_host"] = ",".join(map(_monitor, _some(value)))
+            elif key == "options":
+                settings |= {name: text_from_toml(each) for name, each in _table(value).items()}
+            else:
+                name = key.replace("-", "_")
+                found[name] = Path(text_from_toml(value)) if name in PATHS else text_from_toml(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    for key in ("pool", "image"):
+        if key not in found:
+            raise ValueError(f"{key} is missing; each RBD image has one")
+    check_encryption(f"{found['pool']}/{found['image']}", found)
+    return RbdImage(**found, settings=tuple(settings.items()))
+
+
+def _some(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{shown(value)} is not a list of monitors; example: ["10.0.0.1:3300"]')
+    return value
+
+
+def _monitor(value: Any) -> str:
+    """As Ceph writes it, of a text or of a table with QEMU's keys."""
+    if isinstance(value, Mapping) and value.keys() == {"host", "port"}:
+        return f"{text_from_toml(value['host'])}:{text_from_toml(value['port'])}"
+    return text_from_toml(value)
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f'{shown(value)} is not a table of Ceph\'s options; example: {{ rados_osd_op_timeout = "30" }}'
+        )
+    return value
+
+
 def check_encryption(what: str, found: Mapping[str, Any]) -> None:
     """Raises ValueError unless these fields fit together."""
     kind = found.get("encrypt_format", "")
@@ -145,5 +199,5 @@ def _plain(text: str) -> str:
     return ESCAPED.sub(r"\1", text)
 
 
-def _escaped(text: str) -> str:
-    return SPECIAL.sub(r"\\\g<0>", text)
+def _escaped(text: str, special: re.Pattern[str] = SPECIAL) -> str:
+    return special.sub(r"\\\g<0>", text)
