@@ -21,7 +21,7 @@ from ringplane.control import adding as adding_module
 from ringplane.control.adding import Adding
 from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
-from ringplane.control.server import ADDED_AT_ONCE, Server
+from ringplane.control.server import ADDED_AT_ONCE, MOST_NAMES, Server
 from ringplane.control.start import serve_all
 from ringplane.control.turns import MAX_TAKEN, Turns
 from ringplane.dataplane.ring_rules import MESSAGES
@@ -339,6 +339,10 @@ def test_an_attached_disk_is_removed_only_with_its_front_end(start: Callable[...
 def test_names_that_do_not_exist(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start(disk(tmp_path, "a"), disk(tmp_path, "b"))
     with pytest.raises(NoSuchDisk, match="no disk has this name; the disks are: a, b"):
+        do(server, lambda: server.remove("c"))
+    for number in range(MOST_NAMES - 1):
+        add(server, disk(tmp_path, f"more-{number}"))
+    with pytest.raises(NoSuchDisk, match="no disk has this name; list the disks: there are 11"):
         do(server, lambda: server.remove("c"))
 
 

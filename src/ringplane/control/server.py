@@ -40,8 +40,18 @@ log = logging.getLogger(__name__)
 # Seconds that the removal of sockets may take when the process ends at once.
 ABANDON_PATIENCE = 5.0
 
+# Names of disks in an error.
+MOST_NAMES = 10
+
 # How many disks are opened at the same time: storage that does not answer holds up as many, and no other ones.
 ADDED_AT_ONCE = 8
+
+
+def _right_names(names: Sequence[str]) -> str:
+    """Those that could be meant, in an error."""
+    if len(names) > MOST_NAMES:
+        return f"list the disks: there are {len(names)}"
+    return f"the disks are: {', '.join(names)}" if names else "there is no disk"
 
 
 def _nothing(_: int) -> None:
@@ -158,8 +168,7 @@ class Server:
         for export in self.exports:
             if export.name == name:
                 return export
-        names = ", ".join(export.name for export in self.exports)
-        raise NoSuchDisk("no disk has this name", name, f"the disks are: {names}" if names else "there is no disk")
+        raise NoSuchDisk("no disk has this name", name, _right_names([export.name for export in self.exports]))
 
     def spread(self) -> Sequence[str]:
         """The I/O threads of a disk that is added without naming some."""
