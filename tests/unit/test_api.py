@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 from ringplane.api.http import HttpApi
 from ringplane.api.openapi import describe
 from ringplane.api.routes import ROUTES
+from ringplane.api.schemas import meaning
 from ringplane.control.config import read_config
 from ringplane.control.listener import ListenError
 from ringplane.control.server import Server
@@ -27,6 +28,7 @@ from ringplane.driver.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.log.event_bus import KEPT
 from ringplane.options.api_options import ApiOptions
+from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
 
@@ -422,3 +424,9 @@ def test_the_end_does_not_wait_for_clients(tmp_path: Path) -> None:
             assert not server.wait(0)
         assert list(stream) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_meanings_of_options_have_no_links() -> None:
+    found = [meaning(option) for option in declared(DiskConfig).values() if option.doc]
+    assert any(" docs/features.md lists their names" in text for text in found)
+    assert not any("](" in text for text in found)

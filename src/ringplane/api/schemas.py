@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,6 +13,9 @@ from msgspec import Meta, Struct
 from ringplane.options.declare import Option, declared
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.kinds import Kind, OneOf, Whole
+
+# In Markdown.
+LINK = re.compile(r"\[([^]]+)\]\([^)]*\)")
 
 # Of a disk.
 State = Literal["listening", "attached", "stopping", "stopped"]
@@ -208,8 +212,9 @@ def _type_of(kind: Kind) -> Any:
 
 
 def meaning(option: Option) -> str:
-    """What the documentation of files says of an option, for the API."""
-    return f"{option.doc.partition(';')[0]}; an absolute path" if option.kind.has_paths else option.doc
+    """What the documentation of files says of an option, for the API, which has no links."""
+    text = LINK.sub(r"docs/\1", option.doc)
+    return f"{text.partition(';')[0]}; an absolute path" if option.kind.has_paths else text
 
 
 def _new_disk() -> type[Struct]:
