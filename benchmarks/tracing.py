@@ -99,8 +99,9 @@ class Instructions:
 
 
 def io_thread(pid: int) -> int:
-    """Its thread ID: the one that has used the CPU most."""
-    return max((int(each) for each in os.listdir(f"/proc/{pid}/task")), key=lambda tid: thread_us(pid, tid))
+    """The ID of the I/O thread."""
+    names = {int(path.parent.name): path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/comm")}
+    return next(tid for tid, name in names.items() if name.startswith("ringplane-io"))
 
 
 def thread_us(pid: int, tid: int) -> float:
