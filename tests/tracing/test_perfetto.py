@@ -57,7 +57,7 @@ def test_a_load(serve: Serve, tmp_path: Path) -> None:
         assert processor.rows(ERRORS) == []
         found, counted = requests(processor), processor.rows(COUNTERS)
     assert len(found) == result.requests == 2000
-    assert {each["queue"] for each in found} == {"a queue 0", "a queue 1"}
+    assert {each["queue"] for each in found} == {"a queue 0, group", "a queue 1, group"}
     assert {each["name"] for each in found} == {"read", "write", "flush"}
     assert all(each["track"] == each["name"] for each in found)
     assert {each["result"] for each in found} == {"ok"}
@@ -65,7 +65,7 @@ def test_a_load(serve: Serve, tmp_path: Path) -> None:
     assert all(0 <= each["sector"] < 8192 and each["head"] >= 0 for each in found)
     for each in found:
         check_stages(each)
-    for queue in ("a queue 0", "a queue 1"):
+    for queue in ("a queue 0, group", "a queue 1, group"):
         depths = [row["value"] for row in counted if (row["place"], row["name"]) == (queue, "requests in flight")]
         assert (max(depths), depths[-1]) == (8, 0)
     lost = [row["value"] for row in counted if row["name"] == "trace events lost"]

@@ -69,7 +69,9 @@ class Trace:
         if event["ph"] == "M":
             assert event["name"] == "process_name"
             assert event["pid"] not in self._pids
-            group = self._pids[event["pid"]] = self.groups[event["args"]["name"]] = Group(event["args"]["name"])
+            name, _, suffix = event["args"]["name"].rpartition(", ")
+            assert suffix == "group"
+            group = self._pids[event["pid"]] = self.groups[name] = Group(name)
             assert len(self.groups) == len(self._pids), f"two groups with the same name: {group.name}"
         else:
             # Microseconds with three decimals: exact as nanoseconds.

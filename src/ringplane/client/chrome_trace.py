@@ -263,7 +263,8 @@ class Conversion:
 
     def _new_group(self, name: str, layers: bool = False) -> Group:
         group = Group(next(self._pids), layers)
-        args = json.dumps({"name": name})
+        # Perfetto shows the number of the process behind its name: "data queue 0 2" would be misread.
+        args = json.dumps({"name": f"{name}, group"})
         self._lines.append(f'{{"ph":"M",{_of(group)},"name":"process_name","args":{args}}}')
         return group
 
