@@ -20,6 +20,9 @@ from ringplane.block.sources.nbd import receiving
 from ringplane.control.export import Export
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import parse_image
+from ringplane.options.thread_options import IoThread
 from ringplane.virtio import blk
 
 from .nbd_server import (
@@ -34,6 +37,7 @@ from .nbd_server import (
     simple,
 )
 from .rig import PATIENCE, eventually, pattern
+from .waiting import wait_until
 
 SIZE = 1 << 20
 OK, IOERR = 0, 1
@@ -463,3 +467,29 @@ def test_read_only(server: NbdServer, served: Served) -> None:
     driver = served(read_only=True)
     assert driver.read(0, 512) == server.content[:512]
     assert driver.request(WRITE, 0, bytes(512)).status == IOERR
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_server_that_is_started_again_between_two_guests(
+    server: NbdServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first request of the next guest does not fail, also without a delay."""
+    caplog.set_level(logging.INFO)
+    with ringplane.serve(server.uri, tmp_path / "socket", num_queues=1) as export:
+        for number in range(1, 4):
+            server.stop()
+            server.start()
+            wait_until(lambda number=number: caplog.text.count("connected again") == number)  # type: ignore[misc]
+            with Driver(tmp_path / "socket", timeout=PATIENCE) as driver:
+                assert driver.read(0, 4096) == server.content[:4096]
+            # It is not used by the I/O thread any more.
+            wait_until(lambda: export.state != "attached")
+
+
+def test_it_is_added_to_a_running_process(server: NbdServer, tmp_path: Path) -> None:
+    first = DiskConfig(tmp_path / "image", ["io0"], socket_path=tmp_path / "first", create=SIZE, name="first")
+    added = DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket", name="added")
+    with ringplane.serve_all([first], [IoThread("io0")]) as process:
+        process.threads.call(lambda: process.add(added)).result(PATIENCE)
+        with Driver(tmp_path / "socket", timeout=PATIENCE) as driver:
+            assert driver.read(0, 4096) == server.content[:4096]

@@ -9,7 +9,6 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable
 
 import numpy as np
 
@@ -61,14 +60,8 @@ class Link(SourcePart):
 
     ranges = backing = 0
 
-    def __init__(
-        self, export: int, slots: int, lost_fd: int, begin_to_watch: Callable[[], None], *, patient: bool
-    ) -> None:
-        """`export`: the address of the EXPORT. `lost_fd` is written to when a connection is lost.
-
-        `begin_to_watch` is called on the I/O thread, before that can happen.
-        """
-        self._begin_to_watch = begin_to_watch
+    def __init__(self, export: int, slots: int, lost_fd: int, *, patient: bool) -> None:
+        """`export`: the address of the EXPORT. `lost_fd` is written to when a connection is lost."""
         self._epoll = select.epoll()
         self._wake_fd, self._sync_fd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
         self._sock: socket.socket | None = None
@@ -116,6 +109,10 @@ class Link(SourcePart):
         self.record["expired"] = 0
         self.record["new_structured"], self.record["new_fd"] = structured, sock.fileno()
         self._wake()
+        with self._lock:
+            if not self._attached:
+                # The next front end's first request is not to fail.
+                obey(self.address, 0)
 
     def _watch(self, sock: socket.socket) -> None:
         self.drop()
@@ -152,11 +149,22 @@ class Link(SourcePart):
     def attach(self, engine: Engine) -> None:
         with self._lock:
             self._attached = True
-        self._begin_to_watch()
 
     def detach(self, engine: Engine) -> None:
         with self._lock:
             self._attached = False
+        os.eventfd_write(int(self.record["lost_fd"]), 1)
+
+    @property
+    def unattended(self) -> socket.socket | None:
+        """The connection in use, if no I/O thread would notice its end."""
+        return None if self._attached else self.connection
+
+    def look_after(self) -> None:
+        """Notice the end of a connection that no I/O thread uses."""
+        with self._lock:
+            if not self._attached:
+                ready(self.address, 0)
 
     def sync(self) -> None:
         """Have the server make stable what it has completed. Raises OSError."""

@@ -7,7 +7,7 @@ import logging
 import mmap
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ class NbdSource(Source):
     def part(self, slots: int) -> Link:
         sock, export = self._connections.pop(0) if self._connections else self._connect()
         look, address = self._reconnecting, int(self._record.ctypes.data)
-        link = Link(address, slots, look.lost_fd, look.start, patient=look.delay > 0)
+        link = Link(address, slots, look.lost_fd, patient=look.delay > 0)
         link.begin_with(sock, structured=export.structured)
         self._links.append(link)
         self._reconnecting.add(link)
@@ -205,6 +205,10 @@ class NbdSource(Source):
         count = len(self._links)
         replies = "structured replies" if self._export.structured else "simple replies"
         return f"NBD, {count} connection{'s' * (count != 1)}, {replies}"
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """The size does not change. This is the moment from which the disk is served."""
+        self._reconnecting.start()
 
     def refresh_size(self) -> None:
         raise ImageError(f"{self.title}: the size of an export cannot change while it is served; start it again")

@@ -1,8 +1,8 @@
 """Reconnecting: a thread of the control plane makes another connection for each one that was lost.
 
-It starts when the I/O thread begins to use the disk: then the process is confined, and the thread with it. For `delay`
-seconds requests wait, and are sent again on the new connection. Then they fail, and so do new ones, until there is a
-connection again.
+It starts when the disk is served: then the process is confined, and the thread with it. For `delay` seconds requests
+wait, and are sent again on the new connection. Then they fail, and so do new ones, until there is a connection again.
+An I/O thread notices the end of its connection; without a front end, this thread does.
 """
 
 from __future__ import annotations
@@ -77,19 +77,15 @@ class Reconnecting:
         self._links: list[Link] = []
         self._losses: list[_Loss] = []
         self._closed = False
-        # Its state is that of `start`, which several I/O threads call.
         self._thread = threading.Thread(target=self._run, name="nbd-reconnect", daemon=True)
-        self._starting = threading.Lock()
 
     def add(self, link: Link) -> None:
         """Look after this link too; before any I/O thread uses it."""
         self._links.append(link)
 
     def start(self) -> None:
-        """Start the thread; later calls do nothing."""
-        with self._starting:
-            if self._thread.ident is None:
-                self._thread.start()
+        """Start the thread."""
+        self._thread.start()
 
     def close(self) -> None:
         """End the thread. No I/O thread uses a link."""
@@ -116,10 +112,12 @@ class Reconnecting:
 
     def _look_for_losses(self, seconds: float | None) -> None:
         """Wait for this time, or until a connection is lost; None: until one is lost."""
-        if _wait(self.lost_fd, self._ending.fd, seconds=self._until_late(seconds)):
+        unattended = [sock.fileno() for link in self._links if (sock := link.unattended)]
+        if _wait(self.lost_fd, self._ending.fd, *unattended, seconds=self._until_late(seconds)):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.lost_fd)
         for link in self._links:
+            link.look_after()
             if why := link.take_loss():
                 self._note(link, why)
 
