@@ -234,7 +234,7 @@ WORKER = struct(
     "policy",
     "policies",  # the policies that are allowed, one bit each
     "best",  # the policy that the last trial found best
-    "rate",  # and how many requests per second it completed then
+    "rate",  # how many requests per second it completed in the first sample after that
     "sample_start",  # nanoseconds, CLOCK_MONOTONIC
     "sample_end",
     "end_sample",  # address of the unit that is called then (tune.py)

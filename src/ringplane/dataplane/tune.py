@@ -25,6 +25,8 @@ MARGIN = 1.06
 # result. Meanwhile the rate is sampled once per STEADY_SAMPLE_NS: if it changes by factor CHANGE, a trial begins.
 STEADY_MIN_NS, STEADY_MAX_NS, STEADY_SAMPLE_NS = 200_000_000, 6_400_000_000, 20_000_000
 CHANGE = 1.5
+# The rate of a load that was not sampled yet.
+UNKNOWN = -1
 # The weight of the last trial's results in the next trial, if the load has not changed.
 OLD_WEIGHT = 0.5
 
@@ -72,8 +74,14 @@ def end_sample(address):
 
 @compiled
 def stay_steady(worker, present, lasted):
-    """Keep the policy until the next trial is due or the load has changed."""
+    """Keep the policy until the next trial is due or the load has changed.
+
+    The load is compared with that of the first sample after the trial, not with that of the trial. A disk at its limit
+    does more in a trial: a bad policy leaves room in its bucket, which the next one uses.
+    """
     worker.until_trial -= lasted
+    if worker.rate == UNKNOWN:
+        worker.rate = present
     if present > CHANGE * worker.rate or worker.rate > CHANGE * present:
         worker.steady_ns = 0
         begin_trial(worker, 0)
@@ -117,7 +125,7 @@ def continue_trial(worker, completed, lasted):
         worker.rounds += 1
         best = find_best(worker)
         if worker.rounds == ROUNDS:
-            keep(worker, best, rate_of(worker, best))
+            keep(worker, best, UNKNOWN)
             return
         drop_hopeless(worker, rate_of(worker, best))
         following = next_policy(worker, SLEEP)
