@@ -21,6 +21,8 @@ RINGPLANE, QEMU = "ringplane", "qemu-storage-daemon"
 SIZE = 1 << 30
 # The I/O threads of ringplane. qemu-storage-daemon serves all disks in its main loop.
 THREADS = ("io0", "io1")
+# Another one, which does not poll, for those disks that name it.
+SLEEPING = "sleeping"
 
 # What QEMU calls the keys of limits.
 NAMES = {"sec-max-length": "max-length", "sec-max": "max", "sec": ""}
@@ -98,6 +100,8 @@ def qemu(disks: Sequence[Disk], folder: Path) -> Iterator[list[Path]]:
 def ringplane_config(disks: Sequence[Disk], folder: Path) -> str:
     """TOML."""
     tables = [f'[[io-thread]]\nname = "{name}"' for name in THREADS]
+    if any(SLEEPING in disk.threads for disk in disks):
+        tables.append(f'[[io-thread]]\nname = "{SLEEPING}"\npoll-us = 0')
     for number, (disk, socket) in enumerate(zip(disks, sockets_of(disks, folder), strict=True)):
         lines = [
             "[[disk]]", f'image = "{number}.img"', f'socket-path = "{socket}"', f"create = {SIZE}", 'engine = "null"',

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from limited_disks import QEMU, RINGPLANE, THREADS, Disk, Limits, served
+from limited_disks import QEMU, RINGPLANE, SLEEPING, THREADS, Disk, Limits, served
+from one_driver import SECOND_NS, drive_together, serving_apart
 from trees import table
 
 from ringplane.bench import machine
@@ -285,30 +286,50 @@ def measure_mixed(settings: Settings) -> Iterator[Row]:
         yield Row("mixed", what, {server: {"iops": results[server][number].iops} for server in settings.servers})
 
 
-# A disk without a limit, beside one that has one, on the same I/O thread
+# A disk without a limit, beside one at its limit on the same I/O thread; and beside one that has no limit, but as many
+# requests, because its driver pauses
+
+BESIDE = 1000
+BESIDE_CASES = ("alone", "limited", "paced")
 
 
 def measure_beside(settings: Settings) -> Iterator[Row]:
-    disks = [Disk(threads=THREADS[:1]), Disk({"total-iops-sec": 1000}, threads=THREADS[:1])]
-    for depth in DEPTHS[:2]:
-        found = {server: beside_figures(server, disks, depth) for server in settings.servers}
-        yield Row("beside", {"depth": depth}, found)
+    for thread, depth in itertools.product((THREADS[0], SLEEPING), DEPTHS[:2]):
+        disks = [Disk(threads=(thread,)), Disk({"total-iops-sec": BESIDE}, threads=(thread,)), Disk(threads=(thread,))]
+        # QEMU has one thread, which polls if that pays off.
+        able = [server for server in settings.servers if server == RINGPLANE or thread != SLEEPING]
+        found = {server: beside_figures(server, disks, depth) for server in able}
+        yield Row("beside", {"depth": depth, "I/O thread": "sleeps" if thread == SLEEPING else "may poll"}, found)
 
 
 def beside_figures(server: str, disks: Sequence[Disk], depth: int) -> Figures:
-    """Medians of some rounds: alone, and while the other disk is at its limit with 32 requests in flight."""
-    free = Load(depth=depth, seconds=ROUND_SECONDS, warm_up=WARM_UP)
-    limited = Load(depth=32, seconds=ROUND_SECONDS + WARM_UP, warm_up=0)
-    taken: dict[str, list[float]] = {"alone": [], "beside": [], "p99_alone": [], "p99_beside": []}
-    with contextlib.ExitStack() as stack:
-        sockets = stack.enter_context(served(server, disks))
-        drivers = [stack.enter_context(Driver(socket, memory_size=64 << 20, timeout=120)) for socket in sockets]
-        for _ in range(ROUNDS):
-            for name, count in (("alone", 1), ("beside", 2)):
-                result = drive(drivers[:count], [free, limited][:count])[0]
-                taken[name].append(result.iops)
-                taken[f"p99_{name}"].append(result.p99_us)
+    """Medians of some rounds."""
+    taken: dict[str, list[float]] = {}
+    with serving_apart(server, disks) as (free, limited, paced):
+        both, pause = [depth, 32], SECOND_NS // BESIDE
+        loads = ([free], [depth], [0]), ([free, limited], both, [0, 0]), ([free, paced], both, [0, pause])
+        cases = list(zip(BESIDE_CASES, loads, strict=True))
+        for number in range(ROUNDS):
+            for name, load in cases[:: -1 if number % 2 else 1]:
+                found = drive_together(*load, ROUND_SECONDS)
+                taken.setdefault(name, []).append(found.iops)
+                taken.setdefault(f"p99_{name}", []).append(found.p99_us)
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+# Very many disks, all at their limits
+
+MANY, IN_ALL = (1, 64, 512), 51_200
+
+
+def measure_many(settings: Settings) -> Iterator[Row]:
+    """The CPU time of an I/O thread that does not poll, for as many requests in all."""
+    for count in MANY:
+        disks = [Disk({"total-iops-sec": IN_ALL // count}, threads=(SLEEPING,))] * count
+        with serving_apart(RINGPLANE, disks) as drivers:
+            measured = [drive_together(drivers, [4] * count, [0] * count, ROUND_SECONDS) for _ in range(ROUNDS)]
+        busy, iops = (statistics.median(getattr(each, name) for each in measured) for name in ("busy", "iops"))
+        yield Row("many", {"disks": count}, {RINGPLANE: {"cpu_us": busy * 1e6 / (iops * count)}})
 
 
 # The tables
@@ -345,14 +366,21 @@ PARTS = {
         {"IOPS in all": lambda figures: f"{figures['iops']:,.0f}"},
     ),
     "beside": Part(
-        "A disk without a limit, beside one at its limit of 1000 IOPS on the same thread",
+        f"A disk without a limit, beside one of {BESIDE} IOPS on its thread: at its limit, or paced by its driver",
         measure_beside,
         {
             "IOPS alone": lambda figures: f"{figures['alone']:,.0f}",
-            "beside": lambda figures: percent(figures["beside"] / figures["alone"] - 1, 1),
-            "p99 alone": lambda figures: f"{figures['p99_alone']:.0f} us",
-            "p99 beside": lambda figures: f"{figures['p99_beside']:.0f} us",
+            "beside limited": lambda figures: percent(figures["limited"] / figures["alone"] - 1, 1),
+            "paced": lambda figures: percent(figures["paced"] / figures["alone"] - 1, 1),
+            "p99 us": lambda figures: ", ".join(
+                f"{figures[f'p99_{name}']:.1f}" for name in ("alone", "limited", "paced")
+            ),
         },
+    ),
+    "many": Part(
+        f"Many disks at their limits, {IN_ALL} IOPS in all",
+        measure_many,
+        {"CPU us per request": lambda figures: f"{figures['cpu_us']:.2f}"},
     ),
 }
 
