@@ -114,6 +114,6 @@ def wake_due(channel):
 
 
 @compiled
-def until_due(channel):
-    """How many nanoseconds until the next one's time; call it only if one waits."""
-    return max(io_at(channel, channel.due_first).due - channel.now, 0)
+def first_due(channel):
+    """The time of the next one; call it only if one waits."""
+    return io_at(channel, channel.due_first).due

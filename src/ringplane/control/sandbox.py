@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 ALLOWED = (
     # The I/O threads: engines, kicks and notifications, copies into holes.
     *("io_uring_enter", "io_submit", "epoll_pwait", "epoll_pwait2", "read", "write", "preadv", "pwritev", "vmsplice"),
+    "timerfd_settime",
     # All threads: locks and memory (see also `limited`).
     *("futex", "madvise", "munmap", "mremap", "brk"),
     # The helper threads, flushes and resizes.

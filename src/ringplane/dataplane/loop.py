@@ -11,11 +11,12 @@ from ringplane.block.events import EVENT_TOKEN, handle_event
 from ringplane.block.helper_threads import take_from_helpers
 from ringplane.block.io import CHANNEL, io_at
 from ringplane.block.merge import send_held
-from ringplane.block.route import move_all, until_due, wake_due
+from ringplane.block.route import first_due, move_all, wake_due
 from ringplane.block.transfer import progress_all, submit_batches
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call
 from ringplane.dataplane import ring_rules
+from ringplane.dataplane.alarm import find_timeout_until
 from ringplane.dataplane.answer import answer_all, answer_with, notify_all, publish_all, queue_up
 from ringplane.dataplane.fetch import gather
 from ringplane.dataplane.io_time import TICK_BITS
@@ -30,6 +31,7 @@ from ringplane.dataplane.state import (
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
+    TOKEN_ALARM,
     TOKEN_HELPERS,
     WORKER,
 )
@@ -124,17 +126,19 @@ def find_timeout(worker, channel, engine):
     if timeout == 0 or (channel.due_first < 0 and not worker.held):
         return timeout
     channel.now = monotonic_ns()
-    if channel.due_first >= 0:
-        timeout = earlier(timeout, until_due(channel))
-    if worker.held:
-        timeout = earlier(timeout, max(view(worker.held, GATE).until - channel.now, 0))
-    return timeout
+    time = find_next_time(worker, channel)
+    if timeout > 0:
+        return min(timeout, max(time - channel.now, 0))
+    return find_timeout_until(worker.alarm, time, channel.now)
 
 
 @compiled
-def earlier(timeout, other):
-    """The shorter one of two timeouts, of which the first may be -1: none."""
-    return other if timeout < 0 else min(timeout, other)
+def find_next_time(worker, channel):
+    """When the first of the held queues is released, or the first of the waiting I/Os continues. There is one."""
+    if channel.due_first < 0:
+        return view(worker.held, GATE).until
+    time = first_due(channel)
+    return min(time, view(worker.held, GATE).until) if worker.held else time
 
 
 @compiled
@@ -187,7 +191,7 @@ def wait_for_events(worker, channel, engine, timeout):
             handle_event(channel, token)
         elif token == TOKEN_HELPERS:
             take_from_helpers(channel)
-        else:
+        elif token != TOKEN_ALARM:
             worker.attention = 1
 
 

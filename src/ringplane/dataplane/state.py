@@ -219,6 +219,7 @@ WORKER = struct(
     "ready_last",
     "quiet",  # list of queues whose kicks are off: QUEUE, or 0
     "held",  # heap of queues that are held because of limits: its first GATE (limit_gate.py), or 0
+    "alarm",  # ALARM (alarm.py), or 0
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
     "unnotified",  # list of queues whose notifications are held back: QUEUE, or 0
     "notify_at",  # nanoseconds, CLOCK_MONOTONIC: when these notifications are due
@@ -277,4 +278,4 @@ NEVER = 1 << 62
 
 # What the engine reports of a watched fd: one of these, the address of a QUEUE that was kicked, or an event's token
 # (block/events.py). Structs are at multiples of 8, so no address has one of the bits of NO_ADDRESS.
-TOKEN_CONTROL, TOKEN_HELPERS, NO_ADDRESS = 1, 2, 7
+TOKEN_CONTROL, TOKEN_HELPERS, TOKEN_ALARM, NO_ADDRESS = 1, 2, 3, 7

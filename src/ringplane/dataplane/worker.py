@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 from ringplane.block.helper_threads import Helpers
 from ringplane.compiler.jit import load
+from ringplane.dataplane.alarm import Alarm
 from ringplane.dataplane.disk_reports import report_failures, report_sources
 from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.served_rings import ServedRings
 from ringplane.dataplane.signaller import Signaller, signal
-from ringplane.dataplane.state import TOKEN_CONTROL, TOKEN_HELPERS
+from ringplane.dataplane.state import TOKEN_ALARM, TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.thread_clock import ThreadClock
 from ringplane.dataplane.thread_counters import ThreadCounters
 from ringplane.dataplane.trace_events import EVENT_NAMES, Tracer, TraceReader, load_tracing
@@ -83,11 +84,16 @@ class Worker:
             self.engine = make_engine(engine, slots)
             opened.callback(self.engine.close)
             self.state = WorkerState(self.engine, slots, poll_us)
+            self._alarm = Alarm()
+            opened.callback(self._alarm.close)
             self._helpers = Helpers(name, int(self.state.channel.ios.ctypes.data), slots)
             opened.pop_all()
         self.state.channel.connect(self._helpers.jobs_fd, self._helpers.done_fd)
         self.engine.watch(self._helpers.done_fd, TOKEN_HELPERS)
         self.engine.watch(self._control_fd, TOKEN_CONTROL)
+        if self._alarm.address:
+            self.engine.watch(self._alarm.fd, TOKEN_ALARM)
+            self.state.record["alarm"] = self._alarm.address
         pinning = Pinning(self.engine, name, wanted=pin_memory)
         self.rings = ServedRings(self.state, self.engine, pinning, self._signal, self._trace_queue)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -206,6 +212,7 @@ class Worker:
         if self._signaller is not None:
             self._signaller.close()
             self._signaller = None
+        self._alarm.close()
         os.close(self._control_fd)
 
     # On the worker's thread.

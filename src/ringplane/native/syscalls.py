@@ -23,6 +23,7 @@ SYS_EPOLL_CTL = NUMBERS["epoll_ctl"]
 SYS_VMSPLICE = NUMBERS["vmsplice"]
 SYS_EPOLL_PWAIT = NUMBERS["epoll_pwait"]
 SYS_EPOLL_PWAIT2 = NUMBERS["epoll_pwait2"]
+SYS_TIMERFD_SETTIME = NUMBERS["timerfd_settime"]
 SYS_IO_SUBMIT = NUMBERS["io_submit"]
 SYS_IO_URING_ENTER = NUMBERS["io_uring_enter"]
 
@@ -143,6 +144,12 @@ def epoll_wait(epoll_fd, events, max_events, timeout_ms):
 def epoll_pwait2(epoll_fd, events, max_events, timeout):
     """epoll_pwait2(2): like `epoll_wait`, with the address of a TIMESPEC."""
     return _syscall(SYS_EPOLL_PWAIT2, epoll_fd, events, max_events, timeout, 0, 0)
+
+
+@compiled
+def timerfd_settime(fd, flags, new, old):
+    """timerfd_settime(2): `new` and `old` are addresses of ITIMERSPEC structs; `old` may be 0."""
+    return _syscall(SYS_TIMERFD_SETTIME, fd, flags, new, old, 0, 0)
 
 
 @compiled

@@ -121,6 +121,8 @@ TABLE = {
     "stat": (4, -1),
     "statx": (332, 291),
     "tgkill": (234, 131),
+    "timerfd_create": (283, 85),
+    "timerfd_settime": (286, 86),
     "umask": (95, 166),
     "uname": (63, 160),
     "unlink": (87, -1),
