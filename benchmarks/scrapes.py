@@ -9,6 +9,9 @@ does not. The driver has a CPU of its own, polls the rings, and never sleeps; ri
 the other CPUs. A latency is from submission to when the driver sees the used chain. "x" compares the p99 with that of
 the same round without scrapes: the median of all rounds, and the spread.
 
+The rows "no scrape" are a control: at the same times a process that has nothing to do with ringplane uses as much CPU
+time, on the same CPUs, as ringplane and the client need for a scrape. What it changes too is for want of CPU time.
+
 `many`: one process with 1000 disks of engine `null`, each of which has had requests of all kinds.
 """
 
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -45,8 +49,11 @@ from ringplane.metrics import histogram
 from ringplane.native.access import load64, store64, view
 from ringplane.native.syscalls import monotonic_ns
 
-# How often per second it is scraped.
-SCRAPES = (0, 1, 10)
+# What happens beside the load, and how often per second.
+NOTHING, SCRAPE, NO_SCRAPE = "nothing", "scrape", "no scrape"
+BESIDE = ((NOTHING, 0), (SCRAPE, 1), (NO_SCRAPE, 1), (SCRAPE, 10), (NO_SCRAPE, 10))
+# By which the CPU time of a scrape is measured.
+CALIBRATION = 20
 # At a fixed rate more than one is in flight only while ringplane is late.
 DEPTH = 8
 SECOND_NS = 1_000_000_000
@@ -54,16 +61,17 @@ SECOND_NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement. Latencies are in microseconds, the times of scrapes in milliseconds."""
+    """One measurement. Latencies are in microseconds, the times of what happens beside it in milliseconds."""
 
     load: str
-    scrapes: int
+    beside: str
+    per_second: int
     round: int
     kiops: float
     p50: float
     p99: float
     p999: float
-    scrape_ms: tuple[float, ...]
+    beside_ms: tuple[float, ...]
 
 
 @compiled
@@ -147,24 +155,48 @@ class Scraper:
         return (time.perf_counter() - began) * 1000
 
 
-def scrape_often(url: str, per_second: int, cpus: set[int], connection: Connection) -> None:
-    """Scrape until something arrives; then send the time of each scrape."""
+class Spinner:
+    """Uses so much CPU time for nothing."""
+
+    def __init__(self, cpu_ms: float) -> None:
+        self._cpu_ms = cpu_ms
+
+    def time_ms(self) -> float:
+        """How long it takes."""
+        began, end = time.perf_counter(), time.thread_time() + self._cpu_ms / 1000
+        while time.thread_time() < end:
+            pass
+        return (time.perf_counter() - began) * 1000
+
+
+def cpu_ms_of_scrape(url: str, pid: int) -> float:
+    """The CPU time that ringplane, whose disks have nothing to do, and the client need."""
+    scraper = Scraper(url)
+    scraper.scrape()
+    began = cpu_ns(pid) + time.thread_time_ns()
+    for _ in range(CALIBRATION):
+        scraper.scrape()
+    return (cpu_ns(pid) + time.thread_time_ns() - began) / 1e6 / CALIBRATION
+
+
+def repeat(what: Callable[[], Scraper | Spinner], per_second: int, cpus: set[int], connection: Connection) -> None:
+    """Until something arrives; then send the time of each."""
     os.sched_setaffinity(0, cpus)
-    scraper, times = Scraper(url), []
+    each, times = what(), []
     while not connection.poll(1 / per_second):
-        times.append(scraper.time_ms())
+        times.append(each.time_ms())
     connection.send(times)
 
 
 @contextlib.contextmanager
-def scraping(url: str, per_second: int, cpus: set[int]) -> Iterator[list[float]]:
-    """Scrape in a process of its own; at the end the list has the time of each scrape."""
+def repeating(what: Callable[[], Scraper | Spinner], per_second: int, cpus: set[int]) -> Iterator[list[float]]:
+    """Do it in a process of its own; at the end the list has the time of each."""
     times: list[float] = []
     if not per_second:
         yield times
         return
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=scrape_often, args=(url, per_second, cpus, theirs))
+    process = multiprocessing.Process(target=repeat, args=(what, per_second, cpus, theirs))
     process.start()
     try:
         yield times
@@ -193,33 +225,34 @@ def serving_metrics(config: Path, setup: Setup, cpus: set[int]) -> Iterator[tupl
 
 
 def measure_round(
-    number: int, loads: dict[str, Paced], url: str, cpus: set[int], seconds: float, warm_up: float
+    number: int, loads: dict[str, Paced], url: str, cpu_ms: float, cpus: set[int], seconds: float, warm_up: float
 ) -> Iterator[Row]:
-    """Each load with each number of scrapes, in an order that changes from round to round."""
+    """Each load with each thing beside it, in an order that changes from round to round."""
     for name, load in loads.items():
-        for scrapes in SCRAPES if number % 2 == 0 else SCRAPES[::-1]:
-            with scraping(url, scrapes, cpus) as times:
+        for beside, per_second in BESIDE if number % 2 == 0 else BESIDE[::-1]:
+            what = partial(Scraper, url) if beside == SCRAPE else partial(Spinner, cpu_ms)
+            with repeating(what, per_second, cpus) as times:
                 rate, counts = load.measure(seconds, warm_up)
             p50, p99, p999 = (quantile_us(counts, share) for share in (0.5, 0.99, 0.999))
-            yield Row(name, scrapes, number, rate / 1000, p50, p99, p999, tuple(times))
+            yield Row(name, beside, per_second, number, rate / 1000, p50, p99, p999, tuple(times))
 
 
 def described(rows: Sequence[Row]) -> str:
     """Medians of all rounds."""
-    heading = ["load", "scrapes/s", "k IOPS", "p50 us", "p99 us", "x", "spread", "p99.9 us", "scrapes", "ms"]
+    heading = ["load", "beside", "per s", "k IOPS", "p50 us", "p99 us", "x", "spread", "p99.9 us", "in all", "ms"]
     lines = []
-    for load, scrapes in dict.fromkeys((row.load, row.scrapes) for row in rows):
-        found = [row for row in rows if (row.load, row.scrapes) == (load, scrapes)]
-        without = {row.round: row.p99 for row in rows if (row.load, row.scrapes) == (load, 0)}
+    for load, beside, per_second in dict.fromkeys((row.load, row.beside, row.per_second) for row in rows):
+        found = [row for row in rows if (row.load, row.beside, row.per_second) == (load, beside, per_second)]
+        without = {row.round: row.p99 for row in rows if (row.load, row.beside) == (load, NOTHING)}
         ratios = [row.p99 / without[row.round] for row in found]
-        times = [time for row in found for time in row.scrape_ms]
+        times = [time for row in found for time in row.beside_ms]
 
         def median(value: Callable[[Row], float], found: Sequence[Row] = found) -> str:
             return f"{statistics.median(map(value, found)):.1f}"
 
         lines.append(
             [
-                *(load, str(scrapes), median(lambda row: row.kiops), median(lambda row: row.p50)),
+                *(load, beside, str(per_second), median(lambda row: row.kiops), median(lambda row: row.p50)),
                 *(median(lambda row: row.p99), f"{statistics.median(ratios):.3f}"),
                 *(f"{min(ratios):.2f}-{max(ratios):.2f}", median(lambda row: row.p999)),
                 *(str(len(times)), f"{statistics.median(times):.1f}" if times else ""),
@@ -242,7 +275,7 @@ def main() -> None:
 @click.option("--place", type=Path, default=Path("/dev/shm"), show_default=True, help="A folder for the images.")
 @click.option("--engine", default="auto", show_default=True)
 def busy(count: int, rate: int, rounds: int, seconds: float, warm_up: float, place: Path, engine: str) -> None:
-    """The latency of busy disks with and without scrapes. With the defaults it takes 3.5 minutes."""
+    """The latency of busy disks with and without scrapes. With the defaults it takes 6 minutes."""
     driver_cpu, *others = sorted(os.sched_getaffinity(0))
     cpus = set(others or [driver_cpu])
     setup = Setup(count, 1, count)
@@ -251,7 +284,7 @@ def busy(count: int, rate: int, rounds: int, seconds: float, warm_up: float, pla
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ringplane-scrapes-", dir=place))
             config = write_config(Path(folder), setup, 256 * MIB, engine)
-            _, url = stack.enter_context(serving_metrics(config, setup, cpus))
+            pid, url = stack.enter_context(serving_metrics(config, setup, cpus))
             disks = [
                 stack.enter_context(Driver(config.with_name(f"{number}.sock"), memory_size=8 * MIB))
                 for number in range(count)
@@ -260,11 +293,13 @@ def busy(count: int, rate: int, rounds: int, seconds: float, warm_up: float, pla
             # Compiles or loads `drive_paced`.
             loads["as many as possible"].measure(0, 0)
             stack.enter_context(backends.pinned({driver_cpu}))
+            cpu_ms = cpu_ms_of_scrape(url, pid)
             for number in range(rounds):
-                rows += measure_round(number, loads, url, cpus, seconds, warm_up)
+                rows += measure_round(number, loads, url, cpu_ms, cpus, seconds, warm_up)
     except (BenchError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{count} disks, engine {engine}, 4 KiB random reads, one I/O thread; {rounds} rounds of {seconds:g} s")
+    click.echo(f"CPU time of a scrape, of ringplane and the client: {cpu_ms:.1f} ms")
     click.echo(described(rows))
 
 

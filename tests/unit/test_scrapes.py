@@ -30,14 +30,14 @@ def test_a_quantile_lies_within_its_bucket(scrapes: ModuleType) -> None:
 def test_a_round_is_compared_with_itself(scrapes: ModuleType) -> None:
     """The machine may be slower in another one."""
     rows = [
-        scrapes.Row("all", scrapes_per_second, number, 10.0, 1.0, p99, 9.0, (5.0,) * scrapes_per_second)
+        scrapes.Row("all", beside, per_second, number, 10.0, 1.0, p99, 9.0, (5.0,) * per_second)
         for number, pair in enumerate([(100.0, 110.0), (200.0, 200.0), (50.0, 50.0)])
-        for scrapes_per_second, p99 in zip((0, 1), pair, strict=True)
+        for (beside, per_second), p99 in zip(scrapes.BESIDE[:2], pair, strict=True)
     ]
     without, once = [line.split("|")[1:-1] for line in scrapes.described(rows).splitlines()[2:]]
-    assert [cell.strip() for cell in without[4:7]] == ["100.0", "1.000", "1.00-1.00"]
-    assert [cell.strip() for cell in once[4:7]] == ["110.0", "1.000", "1.00-1.10"]
-    assert [cell.strip() for cell in once[8:]] == ["3", "5.0"]
+    assert [cell.strip() for cell in without[5:8]] == ["100.0", "1.000", "1.00-1.00"]
+    assert [cell.strip() for cell in once[5:8]] == ["110.0", "1.000", "1.00-1.10"]
+    assert [cell.strip() for cell in once[9:]] == ["3", "5.0"]
 
 
 @pytest.mark.parametrize("rate", [0, 1000])
