@@ -31,6 +31,7 @@ from ringplane.log.event_bus import KEPT, Events
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
+from ringplane.system.aside import aside
 
 from .protocol_rig import break_ring, machine, open_fds
 from .rig import eventually
@@ -67,7 +68,7 @@ class Idle:
         return self._done.is_set()
 
     async def run(self) -> None:
-        await asyncio.to_thread(self._done.wait)
+        await aside(self._done.wait)
         self.close()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ringplane.system.aside import aside
 from ringplane.vhost_user.connection import Connection, Role, UnknownRequest, encode_request
 from ringplane.vhost_user.messages import BackendRequest, ProtocolError, Request, UsageError
 from ringplane.vhost_user.payloads import U64, Config, Empty, Inflight, MemoryRegion, MemoryTable, Opaque, VringFd
@@ -269,7 +270,7 @@ def test_a_slow_reader_gets_every_message_whole(pair: Pair, fd: int) -> None:
         assert not all(task.done() for task in tasks)
         thread.start()
         await asyncio.gather(*tasks)
-        await asyncio.to_thread(thread.join)
+        await aside(thread.join)
         transport.close()
 
     run(main)
