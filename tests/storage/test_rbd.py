@@ -277,6 +277,27 @@ def test_what_cannot_be_opened_is_one_line(cluster: CephCluster, why: str) -> No
     assert time.monotonic() - began < PATIENCE
 
 
+def test_what_is_only_for_files_is_one_line(cluster: CephCluster, image: str) -> None:
+    assert "only a file can be served as a zoned disk" in refusal(cluster.address(image), "--zoned", "1M")
+    assert "engine memory does not serve RBD images" in refusal(cluster.address(image), "--engine", "memory")
+
+
+def test_a_check_creates_nothing(cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    """`ringplane check` opens images for reading only, and reports those that are missing."""
+    disks = {image: "", f"{image}-missing": "", f"{image}-new": 'create = "8M"'}
+    tables = (
+        f'[[disk]]\nimage = "{cluster.address(name)}"\nsocket-path = "{number}.sock"\n{more}\n'
+        for number, (name, more) in enumerate(disks.items())
+    )
+    (tmp_path / "disks.toml").write_text("".join(tables))
+    command = [sys.executable, "-m", "ringplane", "check", str(tmp_path / "disks.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"rbd:{image}-missing: there is no such image" in line
+    assert f"{image.partition('/')[2]}-new" not in cluster.rbd("ls").split()
+
+
 def test_a_created_image_that_cannot_be_served_is_removed(cluster: CephCluster, image: str) -> None:
     new = f"{image}-new"
     line = refusal(cluster.address(new), "--create", "5632", "--block-size", "4096")

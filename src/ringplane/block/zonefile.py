@@ -273,7 +273,7 @@ def check_not_zoned(source: Source) -> None:
 def _divide(source: Source, model: ZoneModel) -> tuple[Path, int]:
     """The path of the zone file, and the number of zones; raises ImageError if there can be none."""
     if source.file is None:
-        raise ImageError(f"{source.title}: this is a block device, but only a file can be served as a zoned disk")
+        raise ImageError(f"{source.title}: this is not a file, and only a file can be served as a zoned disk")
     if source.size % model.size:
         more = -source.size % model.size
         raise ImageError(
