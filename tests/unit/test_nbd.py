@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import random
+import select
+import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +19,7 @@ import pytest
 
 import ringplane
 from ringplane.block.image import ImageError
+from ringplane.block.sources.choose_source import open_source
 from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd import receiving
 from ringplane.control.export import Export
@@ -484,6 +489,23 @@ def test_a_server_that_is_started_again_between_two_guests(
                 assert driver.read(0, 4096) == server.content[:4096]
             # It is not used by the I/O thread any more.
             wait_until(lambda: export.state != "attached")
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_replies_to_its_successor_are_left_alone(server: NbdServer, tmp_path: Path) -> None:
+    """Between the end of its I/O and its own end both processes have the connection."""
+    config = DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket")
+    with contextlib.closing(open_source(config).prepare([])) as source:
+        source.part(64)
+        source.watch(lambda: None)
+        [fd] = source.hand_over()["nbd"]["connections"]
+        with socket.socket(fileno=os.dup(fd.number)) as successor:
+            for _ in range(20):
+                successor.send(struct.pack(">IHHQQI", nbd.REQUEST_MAGIC, 0, nbd.CMD_READ, 1, 0, 512))
+                readable = select.poll()
+                readable.register(successor, select.POLLIN)
+                assert readable.poll(PATIENCE * 1000)
+                assert len(successor.recv(8192)) == 20 + 8 + 512
 
 
 def test_it_is_added_to_a_running_process(server: NbdServer, tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ class NbdSource(Source):
     def hand_over(self) -> dict[str, Any]:
         """The connections too: a server may allow only one, and no reply is under way when they change hands."""
         self._handed_over = True
+        self._reconnecting.leave_alone()
         used = [link.connection for link in self._links]
         export = self._export
         return {

@@ -77,6 +77,7 @@ class Reconnecting:
         self._links: list[Link] = []
         self._losses: list[_Loss] = []
         self._closed = False
+        self._looks_after, self._looking = True, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="nbd-reconnect", daemon=True)
 
     def add(self, link: Link) -> None:
@@ -86,6 +87,11 @@ class Reconnecting:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def leave_alone(self) -> None:
+        """From now on another process may use the connections that no I/O thread uses: what arrives is not ours."""
+        with self._looking:
+            self._looks_after = False
 
     def close(self) -> None:
         """End the thread. No I/O thread uses a link."""
@@ -112,12 +118,15 @@ class Reconnecting:
 
     def _look_for_losses(self, seconds: float | None) -> None:
         """Wait for this time, or until a connection is lost; None: until one is lost."""
-        unattended = [sock.fileno() for link in self._links if (sock := link.unattended)]
+        looked_after = self._links if self._looks_after else ()
+        unattended = [sock.fileno() for link in looked_after if (sock := link.unattended)]
         if _wait(self.lost_fd, self._ending.fd, *unattended, seconds=self._until_late(seconds)):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.lost_fd)
+        with self._looking:
+            for link in self._links if self._looks_after else ():
+                link.look_after()
         for link in self._links:
-            link.look_after()
             if why := link.take_loss():
                 self._note(link, why)
 
