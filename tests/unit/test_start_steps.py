@@ -69,8 +69,16 @@ def serve_with_everything(folder: Path) -> Server:
     )
 
 
-def children() -> list[str]:
-    return [ids for task in Path("/proc/self/task").iterdir() for ids in (task / "children").read_text().split()]
+def children() -> list[int]:
+    """Those that run. One that took longer than a second to end is waited for by the next one."""
+    ids = [int(each) for task in Path("/proc/self/task").iterdir() for each in (task / "children").read_text().split()]
+    return [each for each in ids if running(each)]
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def present(folder: Path) -> tuple[list[str], int, int, int]:
