@@ -219,7 +219,15 @@ def imported(folder: Path, *arguments: str) -> set[str]:
 def test_nothing_is_imported_that_takes_memory_without_need(tmp_path: Path) -> None:
     """`ssl` and `hashlib` load OpenSSL, and asyncio imports the first one wherever it is."""
     of_the_api = {"uvicorn", "starlette", "msgspec", "anyio", "ringplane.control.recording"}
-    others = {"ssl", "hashlib", "difflib", "numba", "ringplane.control.taking_over", "ringplane.control.state_file"}
+    others = {
+        "ssl",
+        "hashlib",
+        "difflib",
+        "numba",
+        "fractions",
+        "ringplane.control.taking_over",
+        "ringplane.control.state_file",
+    }
     found = imported(tmp_path)
     assert "ringplane.control.start" in found
     assert found & (of_the_api | others | {"ringplane.opener.remote_opener"}) == set()

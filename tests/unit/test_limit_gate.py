@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ringplane.dataplane.limit_gate import GATE, LONGEST_HOLD, SHORTEST_HOLD, merge
 from ringplane.dataplane.limit_gate import hold as hold_in_heap
 from ringplane.dataplane.state import QUEUE, WORKER
-from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.limiter import Limiter
+from ringplane.limits.member import Member
 from ringplane.limits.meters import TICKS
 from ringplane.limits.shares import LIMITS
 from ringplane.native.structs import new

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringplane.compiler.jit import compiled
-from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.limiter import Limiter
+from ringplane.limits.member import Member
 from ringplane.limits.meters import READS, TICKS, WRITES, full_until
 from ringplane.limits.shares import LIMITS, MEMBER, count_request, count_throttled, end_wait, may_begin_at
 from ringplane.native.access import view

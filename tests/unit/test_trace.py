@@ -34,7 +34,7 @@ from ringplane.dataplane.tracer import (
     held,
 )
 from ringplane.dataplane.worker_state import WorkerState
-from ringplane.limits.limiter import Member
+from ringplane.limits.member import Member
 
 from .packed_ring import PackedRing
 from .rig import FLUSH, IN, OK, PATIENCE, Line, RigFactory, Ring, eventually, pattern, rig_factory

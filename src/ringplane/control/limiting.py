@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringplane.device.disk import Disk
-from ringplane.limits.limiter import Limiter
 from ringplane.options.limit_options import Limits, Rates, group_of, rates_of, weight_of
+
+if TYPE_CHECKING:
+    from ringplane.limits.limiter import Limiter
 
 # By their names in a configuration file.
 Present = dict[str, int | str]
@@ -33,10 +35,14 @@ class Group:
 
     def apply(self) -> list[Future[None]]:
         """Have all its disks obey the present limits; the futures are done when they do."""
-        limited = any(self.rates.limits())
-        members = [disk.member for disk in self.disks]
-        self.limiter = Limiter(self.rates, members, self.limiter) if limited else None
+        self.limiter = self._make_limiter() if any(self.rates.limits()) else None
         return [done for disk in self.disks for done in disk.limit(self.limiter)]
+
+    def _make_limiter(self) -> Limiter:
+        # It takes memory, and most disks have no limits. A confined process has imported it (start_steps.py).
+        from ringplane.limits.limiter import Limiter
+
+        return Limiter(self.rates, [disk.member for disk in self.disks], self.limiter)
 
 
 class Limiting:

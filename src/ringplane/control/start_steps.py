@@ -305,6 +305,8 @@ async def _report_end(opener: RemoteOpener) -> None:
 
 def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
     """Load what disks that are added later need, and find out what they ask the system: a confined process cannot."""
+    from ringplane.limits import limiter  # noqa: F401
+
     procfs.boot_id()
     for folder in folders:
         physical_block_below(os.stat(folder).st_dev, SYSFS)

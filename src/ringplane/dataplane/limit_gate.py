@@ -12,12 +12,14 @@ All of it is units, so a disk without limits compares one field per turn of the 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import addresses, call, unit
 from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_TYPES, WORKER
 from ringplane.dataplane.tracer import HOLD, RELEASE, TRACER
-from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.member import Member
 from ringplane.limits.meters import READS, TICKS, WRITES, move_level
 from ringplane.limits.shares import (
     LIMITS,
@@ -39,6 +41,9 @@ from ringplane.virtio.blk import (
 )
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND
 from ringplane.virtio.ring import available
+
+if TYPE_CHECKING:
+    from ringplane.limits.limiter import Limiter
 
 # Types of requests that the limits of writes count, one bit each; as in QEMU all that change the disk.
 COUNTED_AS_WRITES = (

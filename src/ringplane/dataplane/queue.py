@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,16 @@ from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightRegion
 from ringplane.inflight.recover import PackedTracking, Place, SplitTracking
-from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.member import Member
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.native.structs import new
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_ID_BYTES
 from ringplane.virtio.features import VIRTIO_F_RING_PACKED
 from ringplane.virtio.packed import DESC_FLAGS, VIRTQ_DESC_F_USED
 from ringplane.virtio.split import DESC_SIZE, INDEX_MASK
+
+if TYPE_CHECKING:
+    from ringplane.limits.limiter import Limiter
 
 NO_TYPES: RequestTypes = {}
 

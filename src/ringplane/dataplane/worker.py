@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringplane.block.helper_threads import Helpers
 from ringplane.compiler.jit import load
@@ -33,11 +33,13 @@ from ringplane.dataplane.tracer import FETCH, IN_FLIGHT
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable
-from ringplane.limits.limiter import Limiter
 from ringplane.native import interrupt, sigbus
 from ringplane.options.engine_names import AUTO
 from ringplane.options.thread_options import POLL_US
 from ringplane.system import libc
+
+if TYPE_CHECKING:
+    from ringplane.limits.limiter import Limiter
 
 log = logging.getLogger(__name__)
 

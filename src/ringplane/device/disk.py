@@ -9,6 +9,7 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,13 +22,16 @@ from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import request_types_of
 from ringplane.dataplane.state import MAX_RANGE_SECTORS, MAX_RANGES
 from ringplane.dataplane.worker import Worker
-from ringplane.limits.limiter import Limiter, Member
+from ringplane.limits.member import Member
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.options.disk_config import DiskOptions
 from ringplane.options.feature_switches import OFF_BY_DEFAULT
 from ringplane.options.name_options import default_name
 from ringplane.system.aside import aside
 from ringplane.virtio import blk, features
+
+if TYPE_CHECKING:
+    from ringplane.limits.limiter import Limiter
 
 log = logging.getLogger(__name__)
 

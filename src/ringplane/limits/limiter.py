@@ -4,48 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from ringplane.limits.meters import METER, READS, SHORT, TICKS, WRITES, MeterPlan, move_level, plan_meter
-from ringplane.limits.shares import LIMITS, MEMBER
+from ringplane.limits.member import Member
+from ringplane.limits.meter_plans import MeterPlan, plan_meters
+from ringplane.limits.meters import METER, TICKS, move_level
+from ringplane.limits.shares import LIMITS
 from ringplane.native.structs import new
-from ringplane.options.limit_options import UNLIMITED, Rates, rates_of
-
-KINDS = {"total": READS | WRITES, "read": READS, "write": WRITES}
-
-
-class Member:
-    """What a disk has used of its limits. It lives as long as the disk."""
-
-    def __init__(self) -> None:
-        self._record = new(MEMBER)
-        self.address = int(self._record.ctypes.data)
-
-    @property
-    def weight(self) -> int:
-        """Its share of the limits of its group."""
-        return int(self._record["weight"][0])
-
-    @weight.setter
-    def weight(self, weight: int) -> None:
-        self._record["weight"] = weight
-
-    @property
-    def throttled(self) -> float:
-        """Seconds in which its requests waited in the ring because of a limit."""
-        return self.throttled_ns / 1e9
-
-    @property
-    def throttled_ns(self) -> int:
-        """The same in nanoseconds."""
-        return int(self._record["throttled"][0])
-
-    @throttled_ns.setter
-    def throttled_ns(self, nanoseconds: int) -> None:
-        self._record["throttled"] = nanoseconds
+from ringplane.options.limit_options import Rates, rates_of
 
 
 class Level:
@@ -126,24 +94,3 @@ class Limiter:
             return Level(plan, now)
         self.levels[name].change(plan, now)
         return self.levels[name]
-
-
-def plan_meters(rates: Rates) -> Mapping[str, MeterPlan]:
-    """A meter for each limit, and one more for each burst that lasts longer than a second."""
-    plans = {}
-    for rate in rates.limits():
-        average = Fraction(1, rate.average)
-        room = SHORT if rate.highest == UNLIMITED else Fraction(rate.highest * rate.length, rate.average)
-        plans[rate.name] = _plan(rates, rate.scope, rate.counts_bytes, average, room)
-        if rate.length > 1:
-            plans[f"{rate.name}-max"] = _plan(rates, rate.scope, rate.counts_bytes, Fraction(1, rate.highest), SHORT)
-    return plans
-
-
-def _plan(rates: Rates, scope: str, counts_bytes: bool, seconds: Fraction, room: Fraction) -> MeterPlan:
-    """`seconds` for each byte or request."""
-    none = Fraction(0)
-    if counts_bytes:
-        return plan_meter(KINDS[scope], least=none, per_byte=seconds, room=room)
-    per_byte = seconds / rates.size_iops_sec if rates.size_iops_sec else none
-    return plan_meter(KINDS[scope], least=seconds, per_byte=per_byte, room=room)

@@ -15,9 +15,6 @@ burst, the other one leaks at the rate of the burst, so that the burst is not fa
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import NamedTuple
-
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import compare_and_swap, load64, view
@@ -46,10 +43,6 @@ METER_SIZE = METER.itemsize
 # The bits of `cost`; the longest request, a discard of 256 ranges of 1 GiB; and the highest cost of a request (52 days)
 # and size of a bucket.
 COST_BITS, LONGEST, MOST_TICKS, MOST_ROOM = 24, 1 << 38, 1 << 56, 1 << 58
-
-# A bucket without a burst, and that for the rate of a burst, hold a tenth of a second: otherwise a thread that is late
-# would lose what it could have done meanwhile.
-SHORT = Fraction(1, 10)
 
 
 @compiled
@@ -101,41 +94,3 @@ def move_level(empty_at, ticks):
     """Make a bucket fuller, or less full, while threads fill it: for Python."""
     push_back(empty_at, 0, ticks)
     return 0
-
-
-class MeterPlan(NamedTuple):
-    """What a meter is made from: the fields of METER, but for its level."""
-
-    kinds: int
-    least: int
-    cost: int
-    shift: int
-    most: int
-    room: int
-
-    @property
-    def unit_cost(self) -> Fraction:
-        """Of one request or byte, in ticks."""
-        return Fraction(self.least) or Fraction(self.cost, 1 << self.shift)
-
-    def level_after(self, old: MeterPlan, level: int) -> int:
-        """How full a bucket of the plan `old` is when this one is its plan.
-
-        It stays as full as it was, as a part of its room. A debt is as many requests or bytes as it was, but never
-        lasts longer: after a change from 1 GB to 1 MB per second it could last for hours.
-        """
-        debt = max(level - old.room, 0)
-        if self.unit_cost < old.unit_cost:
-            debt = int(debt * self.unit_cost / old.unit_cost)
-        return min(level, old.room) * self.room // max(old.room, 1) + debt
-
-
-def plan_meter(kinds: int, *, least: Fraction, per_byte: Fraction, room: Fraction) -> MeterPlan:
-    """A request costs `per_byte` seconds for each byte, and at least `least` seconds; the bucket holds `room`."""
-    ticks = per_byte * TICKS_PER_SECOND
-    shift = max(0, COST_BITS - int(ticks).bit_length())
-    cost = round(ticks * (1 << shift))
-    most = min(LONGEST, (MOST_TICKS << shift) // cost) if cost else 0
-    return MeterPlan(
-        kinds, round(least * TICKS_PER_SECOND), cost, shift, most, min(int(room * TICKS_PER_SECOND), MOST_ROOM)
-    )
