@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from .nbd_processes import NbdServer, free_port, nbdkit, qemu_nbd, qemu_nbd_alon
 from .serving import Disk, serving, wait_until
 
 SIZE = 64 << 20
-KILLS = 10
+KILLS, UPGRADES = 10, 5
 WAITING = "nbd-reconnect-delay = 3600\n"
 MIXED = Load(block_size=(4096, 65536), depth=16, read_percent=50, flush_every=20, verify=True, seconds=3, timeout=120)
 
@@ -110,3 +112,38 @@ def test_without_a_delay(start: Start) -> None:
         assert driver._answer(*waiting).status == 1
         server.start()
         wait_until(lambda: driver.request(0, 0, read=512).status == 0, "no connection")
+
+
+def test_upgrades_under_a_verified_load(start: Start) -> None:
+    """Of a server that allows one connection: each process gets it from the one before."""
+    server = start(qemu_nbd_alone)
+    with serving(Disk(server.uri, queues=2, more=WAITING)) as served, served.driver(queues=2) as driver:
+
+        def upgrade() -> None:
+            for _ in range(UPGRADES):
+                old = served.process
+                command = [*old.args, *([] if "--upgrade" in old.args else ["--upgrade"])]  # type: ignore[list-item, operator, misc]
+                with (served.folder / "log").open("a") as log:
+                    served.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+                assert old.wait(120) == 0, served.logged()
+
+        with ThreadPoolExecutor(1) as pool:
+            upgrades = pool.submit(upgrade)
+            while True:
+                result = run_load(driver, MIXED, backend_pid=os.getpid())
+                assert (result.errors, result.mismatches) == (0, 0), result.first_error or result.first_mismatch
+                if upgrades.done():
+                    break
+            upgrades.result()
+        assert "connecting again" not in served.logged()
+
+
+def test_a_stop_while_the_server_hangs(start: Start) -> None:
+    """The ring stops when the request in flight has ended; a second signal does not wait for it."""
+    server = start(qemu_nbd)
+    with serving(Disk(server.uri), status=1) as served, served.driver() as driver:
+        driver.write(0, b"x" * 512)
+        server.process.send_signal(signal.SIGSTOP)
+        driver._submit_request(0, 0, b"", 512, 0)
+        served.process.terminate()
+        wait_until(lambda: "waiting for 1 requests in flight, as storage" in served.logged(), served.logged())
