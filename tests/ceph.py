@@ -12,6 +12,8 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parents[2] / "shared/ceph-one-node"
 
 # Where all processes of a run of tests find their cluster; the one that has begun the run stops it (tests/conftest.py).
@@ -108,6 +110,12 @@ class CephCluster:
             self.signal_osd(signal.SIGCONT)
         self._do("stop")
         shutil.rmtree(self.folder)
+
+
+def need_ceph() -> None:
+    """Skip a test that needs a cluster where none can be started; CI must not."""
+    if os.environ.get("CI") != "true" and not (PROGRAM.exists() and shutil.which("ceph-osd")):
+        pytest.skip(f"{PROGRAM} and Debian's packages ceph-mon, ceph-osd, ceph-common and librbd1 are needed")
 
 
 def stop_shared() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from ceph import SHARED, CephCluster, stop_shared
+from ceph import SHARED, CephCluster, need_ceph, stop_shared
 from ringplane.dataplane.compile_data_plane import warm_up as compile_data_plane
 from ringplane.driver.compile_driver import warm_up as compile_driver
 
@@ -81,6 +80,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def cluster() -> CephCluster:
     """The one of all tests of this run, whose daemons nobody stops."""
+    need_ceph()
     found = CephCluster(Path(os.environ[SHARED]))
     # Others that start it at the same time wait for its lock.
     found.start()
@@ -90,9 +90,8 @@ def cluster() -> CephCluster:
 @pytest.fixture(scope="module")
 def failing_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephCluster]:
     """One whose OSD a test may stop, kill and start again."""
+    need_ceph()
     own = CephCluster(Path(f"{os.environ[SHARED]}-{os.getpid()}"), "bluestore")
     own.start()
     yield own
-    if keep := os.environ.get("RINGPLANE_KEEP_CEPH_LOGS"):
-        shutil.copytree(own.folder / "log", keep, dirs_exist_ok=True)
     own.stop()
