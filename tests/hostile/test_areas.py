@@ -8,7 +8,7 @@ import random
 import signal
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from typing import Any
 
 import pytest
@@ -216,32 +216,39 @@ def test_killed_before_the_first_completion(engine: str, ring_class: Any) -> Non
     """Nothing was ever used on this ring; the next process completes the requests in flight in their order."""
     with running(engine) as victim:
         victim.image.write_bytes(DISK)
-        attacker = Attacker(victim.socket, ring_class=ring_class, in_order=True, protocol_features=AREAS)
-        with closing(attacker):
-            line, front_end = attacker.lines[0], attacker.front_end
-            described, fd = front_end.get_inflight_fd(2, 16)
-            front_end.set_inflight_fd(described, fd)
-            line.reset()
-            requests = stopped_in_flight(victim, line, lambda: in_flight(fd, ring_class))
-            victim.process.kill()
-            victim.process.wait()
-            assert in_flight(fd, ring_class) == len(requests)
-            assert used_index(fd, ring_class) == 0
-            assert not list(line.ring.take_used())
-            front_end.close()
-            with serving(victim.folder):
-                attacker.connect()
-                attacker.front_end.set_inflight_fd(described, fd)
-                attacker.lines[1].start(ring_class=ring_class, size=16, **attacker.negotiated)
-                line.resume(base=NEW_RING if ring_class is PackedRing else 0)
-                assert line.wait() == requests
-                assert line.answer(requests[0]) == Answer(OK, 1, b"")
-                for number, request in enumerate(requests[1:]):
-                    assert line.answer(request) == Answer(OK, 513, sector(number))
-                attacker.check_honest_ring(DISK)
-                assert in_flight(fd, ring_class) == 0
-                attacker.front_end.close()
-            os.close(fd)
+        complete_after_a_kill(victim, ring_class, lambda: serving(victim.folder))
+
+
+def complete_after_a_kill(
+    victim: Victim, ring_class: Any, next_process: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """Kill a process with requests in flight: the next one completes them in their order."""
+    attacker = Attacker(victim.socket, ring_class=ring_class, in_order=True, protocol_features=AREAS)
+    with closing(attacker):
+        line, front_end = attacker.lines[0], attacker.front_end
+        described, fd = front_end.get_inflight_fd(2, 16)
+        front_end.set_inflight_fd(described, fd)
+        line.reset()
+        requests = stopped_in_flight(victim, line, lambda: in_flight(fd, ring_class))
+        victim.process.kill()
+        victim.process.wait()
+        assert in_flight(fd, ring_class) == len(requests)
+        assert used_index(fd, ring_class) == 0
+        assert not list(line.ring.take_used())
+        front_end.close()
+        with next_process():
+            attacker.connect()
+            attacker.front_end.set_inflight_fd(described, fd)
+            attacker.lines[1].start(ring_class=ring_class, size=16, **attacker.negotiated)
+            line.resume(base=NEW_RING if ring_class is PackedRing else 0)
+            assert line.wait() == requests
+            assert line.answer(requests[0]) == Answer(OK, 1, b"")
+            for number, request in enumerate(requests[1:]):
+                assert line.answer(request) == Answer(OK, 513, sector(number))
+            attacker.check_honest_ring(DISK)
+            assert in_flight(fd, ring_class) == 0
+            attacker.front_end.close()
+        os.close(fd)
 
 
 @pytest.mark.parametrize("count", [2, 4], ids=["open", "full"])
