@@ -156,6 +156,18 @@ def test_a_zoned_disk_is_added_under_confinement(serve: Serve, tmp_path: Path) -
 
 
 @needs_all
+@pytest.mark.parametrize("image", ["nbd://localhost/x", "rbd:pool/image"])
+def test_an_image_elsewhere_is_not_added_under_confinement(serve: Serve, tmp_path: Path, image: str) -> None:
+    """The address is read, which needs a module of its own; but the process may not connect."""
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", strict=True)
+    body = {"image": image, "socket-path": str(tmp_path / "a.sock")}
+    answer = served.api.request("POST", "/v1/disks", body)
+    assert (answer.status, answer.error["where"]) == (409, "image")
+    assert "may not connect" in answer.error["what"]
+    assert "Traceback" not in served.end()
+
+
+@needs_all
 def test_disks_that_cannot_be_added_under_confinement(serve: Serve, tmp_path: Path) -> None:
     allowed, elsewhere = tmp_path / "allowed", tmp_path / "elsewhere"
     for folder in (allowed, elsewhere):

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import click
 import pytest
@@ -20,7 +20,9 @@ from ringplane.block.sources.source import Source
 from ringplane.cli.ctl.disk_adding import described, read_disks
 from ringplane.cli.parameters import the_image
 from ringplane.cli.serve import serve as serve_command
+from ringplane.control import adding
 from ringplane.control.config import ConfigError, read_config
+from ringplane.control.operation_errors import WrongState
 from ringplane.driver import Driver
 from ringplane.options import image_address
 from ringplane.options.declare import WrongOptions
@@ -180,3 +182,10 @@ def test_a_path_given_by_a_program() -> None:
     assert image_address.image_from("made::x") == Made(None, "x")
     with pytest.raises(ValueError, match="image_path: 5 is neither a path nor the address of an image"):
         ringplane.serve(5, "socket")  # type: ignore[arg-type]
+
+
+def test_a_confined_process_does_not_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adding, "is_confined", lambda: True)
+    process = adding.Adding(cast(Any, None), cast(Any, None), cast(Any, object()))
+    with pytest.raises(WrongState, match="made::x: this process may not connect to other services any more; start"):
+        process.open(disk(Made(None, "x")), [])

@@ -31,6 +31,7 @@ from ringplane.dataplane.trace_events import load_tracing
 from ringplane.log.event_bus import Events
 from ringplane.options.declare import Options, WrongOptions
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import load_schemes
 from ringplane.options.process_rules import check_process
 from ringplane.options.thread_options import IoThread
 from ringplane.system import procfs
@@ -307,6 +308,7 @@ def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
     """Load what disks that are added later need, and find out what they ask the system: a confined process cannot."""
     from ringplane.limits import limiter  # noqa: F401
 
+    load_schemes()
     procfs.boot_id()
     for folder in folders:
         physical_block_below(os.stat(folder).st_dev, SYSFS)

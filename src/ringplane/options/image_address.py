@@ -72,6 +72,12 @@ def image_of_table(name: str, table: Any) -> RemoteImage:
     return address
 
 
+def load_schemes() -> None:
+    """Import the modules of all schemes: a process that may open no files later reads addresses nevertheless."""
+    for name in SCHEMES.values():
+        importlib.import_module(f"ringplane.options.{name}")
+
+
 def image_from(value: str | os.PathLike[str] | RemoteImage) -> ImageAddress:
     """What a program gives as an image: texts are read as on the command line. Raises ValueError."""
     if isinstance(value, str):
