@@ -72,6 +72,7 @@ def serving(
         with (folder / "log").open("w") as log:
             command = [sys.executable, "-c", program, "serve", "--config", str(folder / "disks.toml")]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        served = None
         try:
             assert process.stdout is not None
             announced = ""
@@ -84,10 +85,15 @@ def serving(
                 # the file is opened, so that the next read asks the file system.
                 if isinstance(disk.image, Path):
                     os.close(os.open(disk.image, os.O_RDONLY))
-            yield Served(process, folder, announced)
+            served = Served(process, folder, announced)
+            yield served
+            process = served.process
             process.terminate()
             assert process.wait(PATIENCE) == status, (folder / "log").read_text()
         finally:
+            if served is not None:
+                # An upgrade has replaced it.
+                process = served.process
             process.kill()
             # Storage that hangs blocks even this, until it is unmounted afterwards.
             with contextlib.suppress(subprocess.TimeoutExpired):

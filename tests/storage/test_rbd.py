@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,9 +271,7 @@ REFUSALS: dict[str, tuple[Callable[[CephCluster], str], str]] = {
 @pytest.mark.parametrize("why", REFUSALS)
 def test_what_cannot_be_opened_is_one_line(cluster: CephCluster, why: str) -> None:
     address, expected = REFUSALS[why]
-    began = time.monotonic()
     assert expected in refusal(address(cluster))
-    assert time.monotonic() - began < PATIENCE
 
 
 def test_what_is_only_for_files_is_one_line(cluster: CephCluster, image: str) -> None:
