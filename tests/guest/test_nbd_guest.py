@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_the_server_is_killed_under_load(
     backend: BackendFactory, qemu: QemuGuest, server: NbdServer, disk_image: Path, tmp_path: Path
 ) -> None:
     started = backend(server.uri, extra=WAITING)
-    disk = Disturbed(started, disk_image, tmp_path / "console-1.txt", server.crash, KILLS, LIFE)
+    enough = partial(workloads.say_enough, disk_image)
+    disk = Disturbed(started, enough, tmp_path / "console-1.txt", server.crash, KILLS, LIFE)
     seen = qemu.run(disk, workloads.fio_verify_until_enough("split"))  # type: ignore[arg-type]
     assert disk.times == KILLS
     assert int(seen.value("verified_kib")) > 0
@@ -65,7 +67,8 @@ def test_ringplane_is_killed_under_load(
 ) -> None:
     qemu.chardev = "reconnect=1"
     started = backend(server.uri, extra=WAITING)
-    disk = Disturbed(started, disk_image, tmp_path / "console-1.txt", started.crash, KILLS, LIFE)
+    enough = partial(workloads.say_enough, disk_image)
+    disk = Disturbed(started, enough, tmp_path / "console-1.txt", started.crash, KILLS, LIFE)
     seen = qemu.run(disk, workloads.fio_verify_until_enough("split"))  # type: ignore[arg-type]
     assert disk.times == KILLS
     assert int(seen.value("verified_kib")) > 0

@@ -11,13 +11,13 @@ from ringplane.driver.process import cpu_ns
 PATIENCE = 120.0
 
 
-def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Whether the condition becomes true in time."""
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE, pause: float = 0.001) -> bool:
+    """Whether the condition becomes true in time; it is asked for again after each `pause`, in seconds."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.001)
+        time.sleep(pause)
     return True
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ringplane.compiler import cache
 from ringplane.compiler.apart import compile_apart
-from ringplane.compiler.units import known
-from ringplane.dataplane import compile_data_plane  # noqa: F401  # imports all modules with units
+from ringplane.dataplane.compile_data_plane import all_units
 from ringplane.system.signals import NONE, Signals
 
 
@@ -28,7 +27,7 @@ def fill(folder: Path, cpu: str, signals: Signals = NONE) -> list[Path]:
                 for path in contents(source, cpu):
                     shutil.copyfile(path, staging / path.name)
             else:
-                compile_apart(cache.DATA_PLANE, signals, list(known), staging, cpu)
+                compile_apart(cache.DATA_PLANE, signals, [unit.name for unit in all_units()], staging, cpu)
                 compile_apart(cache.DRIVER, signals, [], staging, cpu)
             for path in contents(staging, cpu):
                 # The marks come last. All users may read it.
@@ -41,7 +40,7 @@ def fill(folder: Path, cpu: str, signals: Signals = NONE) -> list[Path]:
 
 def contents(folder: Path, cpu: str) -> list[Path]:
     """The files of everything for this CPU, the marks at the end; none if anything is missing."""
-    names = [unit.file_name(cpu) for unit in known.values()]
+    names = [unit.file_name(cpu) for unit in all_units()]
     with contextlib.suppress(FileNotFoundError):
         for what in (cache.DATA_PLANE, cache.DRIVER):
             names += cache.names_of(folder, what, cpu)

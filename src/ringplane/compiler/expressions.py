@@ -49,8 +49,8 @@ class Program(Protocol):
     def assigned(self, name: str, shape: Shape) -> None:
         """This is assigned to a variable of this name."""
 
-    def is_field(self, function: Compiled, name: str) -> bool:
-        """Whether any struct that the function may know has such a field."""
+    def is_field(self, name: str) -> bool:
+        """Whether any struct has such a field."""
 
     def unit_arguments(self, name: str) -> set[int]:
         """How many arguments the units of this name take."""
@@ -205,7 +205,7 @@ class Expressions:
     def _has(self, element: Element, name: str) -> bool:
         if isinstance(element, Struct):
             return name in element.fields
-        return element is Kind.ANY and self.program.is_field(self.function, name)
+        return element is Kind.ANY and self.program.is_field(name)
 
     def _no_field(self, node: ast.Attribute, element: Element) -> str:
         if isinstance(element, Struct):

@@ -6,6 +6,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ringplane.compiler.flow import Flow
@@ -43,8 +44,8 @@ class Inference:
         self._callers: defaultdict[Compiled, set[Compiled]] = defaultdict(set)
         self._passed: defaultdict[tuple[Compiled, str, Element], set[_Passed]] = defaultdict(set)
         self._meanings: defaultdict[str, set[Struct]] = defaultdict(set)
-        self._fields: set[str] = set()
         self._waiting = dict.fromkeys(functions)
+        self._sources = {function.source for function in self._waiting}
         self._unit_arguments: defaultdict[str, set[int]] = defaultdict(set)
         for function in self._waiting:
             if function.unit:
@@ -109,10 +110,14 @@ class Inference:
         for each in shape:
             if isinstance(each, Struct):
                 self._meanings[name].add(each)
-                self._fields.update(each.fields)
 
-    def is_field(self, function: Compiled, name: str) -> bool:
-        return name in self._fields or any(name in (each.names or ()) for each in function.source.layouts())
+    def is_field(self, name: str) -> bool:
+        """Whether any struct has a field of this name."""
+        return name in self._all_fields
+
+    @cached_property
+    def _all_fields(self) -> set[str]:
+        return {name for source in self._sources for layout in source.layouts() for name in layout.names or ()}
 
     def unit_arguments(self, name: str) -> set[int]:
         return self._unit_arguments[name]

@@ -18,7 +18,7 @@ from ringplane.compiler.intrinsics import load_intrinsics
 from ringplane.compiler.jit import load
 from ringplane.compiler.side_by_side import Job
 from ringplane.compiler.units import Unit, known
-from ringplane.dataplane import limit_gate, request_types  # noqa: F401
+from ringplane.dataplane import disk_figures, limit_gate, request_types  # noqa: F401
 from ringplane.dataplane.loop import mark_ready_at, run
 from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.worker_state import UNITS
@@ -40,9 +40,7 @@ def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> Non
         log.warning("the data plane is interpreted, because %s is set: it is slow, and not confined", VARIABLE)
         load_intrinsics()
         return
-    if units is None:
-        choose_source.import_all()
-    missing = [each.name for each in (known.values() if units is None else units) if not each.is_cached()]
+    missing = [each.name for each in (all_units() if units is None else units) if not each.is_cached()]
     if is_cached() and not missing:
         return
     if why := place().short_lived:
@@ -50,6 +48,12 @@ def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> Non
     else:
         log.info("compiling the data plane; only the first start after an installation does this ...")
     compile_apart(__name__, signals, missing)
+
+
+def all_units() -> list[Unit]:
+    """Those that any disk or any command may need."""
+    choose_source.import_all()
+    return list(known.values())
 
 
 def release_compiler() -> None:
