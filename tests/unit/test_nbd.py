@@ -19,14 +19,17 @@ import pytest
 
 import ringplane
 from ringplane.block.image import ImageError
-from ringplane.block.sources.choose_source import open_source
+from ringplane.block.sources.choose_source import open_source, take_over_source
 from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd import receiving
+from ringplane.block.sources.nbd.connecting import connect, find_places
+from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.control.export import Export
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import parse_image
+from ringplane.options.nbd_uri import NbdUri
 from ringplane.options.thread_options import IoThread
 from ringplane.virtio import blk
 
@@ -253,6 +256,20 @@ def test_a_flush_that_fails(server: NbdServer, served: Served) -> None:
     driver = served()
     assert [driver.request(blk.VIRTIO_BLK_T_FLUSH, 0).status for _ in range(3)] == [IOERR] * 3
     assert server.commands() == [nbd.CMD_FLUSH]
+
+
+def test_a_flush_beside_one_that_fails(server: NbdServer, served: Served) -> None:
+    """A server reports lost writes once, to the first of several flushes."""
+    held: list[Request] = []
+
+    def fail_the_first(request: Request, server: NbdServer) -> bytes:
+        held.append(request)
+        return b"" if len(held) < 2 else simple(held[0], errno.EIO) + simple(held[1])
+
+    server.reply = fail_the_first
+    driver = served()
+    sent = [driver._submit_request(blk.VIRTIO_BLK_T_FLUSH, 0, b"", 0, 0) for _ in range(2)]
+    assert [driver._answer(*each).status for each in sent] == [IOERR] * 2
 
 
 def test_flushes_of_the_control_plane(server: NbdServer, tmp_path: Path) -> None:
@@ -506,6 +523,31 @@ def test_replies_to_its_successor_are_left_alone(server: NbdServer, tmp_path: Pa
                 readable.register(successor, select.POLLIN)
                 assert readable.poll(PATIENCE * 1000)
                 assert len(successor.recv(8192)) == 20 + 8 + 512
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_successor_that_never_serves_leaves_the_connection_as_it_is(server: NbdServer, tmp_path: Path) -> None:
+    config = DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket")
+    with contextlib.closing(open_source(config).prepare([])) as source:
+        source.part(64)
+        source.watch(lambda: None)
+        with contextlib.closing(take_over_source(config, source.hand_over()).prepare([])) as successor:
+            successor.part(64)
+        source.sync()
+        assert server.commands() == [nbd.CMD_FLUSH]
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_an_address_without_a_socket(server: NbdServer) -> None:
+    """The next one is tried, and the error is one of the server, not of this process."""
+    uri = parse_image(server.uri)
+    assert isinstance(uri, NbdUri)
+    impossible = (250, "")
+    sock, export = connect([impossible, *find_places(uri)], uri.export)
+    sock.close()
+    assert export.size == SIZE
+    with pytest.raises(HandshakeError, match="cannot be reached: Address family not supported by protocol"):
+        connect([impossible], uri.export)
 
 
 def test_it_is_added_to_a_running_process(server: NbdServer, tmp_path: Path) -> None:

@@ -358,6 +358,9 @@ class RbdSource(Source):
         except OSError:
             self.set_flush_failed()
             raise
+        if self.flush_failed:
+            # One of a guest, meanwhile.
+            raise OSError(errno.EIO, "a flush failed meanwhile")
 
     def hand_over(self) -> dict[str, Any]:
         return {"rbd": self.title}

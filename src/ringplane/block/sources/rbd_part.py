@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from errno import EOPNOTSUPP, ESHUTDOWN, ETIMEDOUT
+from errno import EIO, EOPNOTSUPP, ESHUTDOWN, ETIMEDOUT
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -246,9 +246,13 @@ def ready(part_address, channel_address):
 @compiled
 def proceed(channel, part, operation, io):
     """A call has ended."""
+    is_flush = operation.flushing or io.operation == FLUSH
     if operation.result < 0:
         fail(channel, part, io, operation.result)
-    elif operation.flushing or io.operation == FLUSH:
+    elif is_flush and view(part.rbd_image, RBD_IMAGE).flush_failed:
+        # Another one has failed meanwhile: what both were for may be lost.
+        fail(channel, part, io, -EIO)
+    elif is_flush:
         end(channel, operation, io)
     elif io.operation == READ:
         clear_rest(io, operation.result, operation.size)

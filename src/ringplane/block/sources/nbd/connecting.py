@@ -46,17 +46,24 @@ def connect(
     end = time.monotonic() + patience
     error = HandshakeError("has no address")
     for place in places:
-        sock = socket.socket(place[0], socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            _connect(sock, place, signals, end)
-            return sock, negotiate(_Waiting(sock, signals, end), export)
+            return _connect_to(place, export, signals, end)
         except HandshakeError as why:
-            sock.close()
             error = why
-        except BaseException:
-            sock.close()
-            raise
+        except OSError as why:
+            # No fd is left, or this machine does not support the protocol.
+            error = HandshakeError(f"cannot be reached: {why.strerror}")
     raise error
+
+
+def _connect_to(place: Place, export: str, signals: Signals, end: float) -> tuple[socket.socket, Export]:
+    sock = socket.socket(place[0], socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _connect(sock, place, signals, end)
+        return sock, negotiate(_Waiting(sock, signals, end), export)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _connect(sock: socket.socket, place: Place, signals: Signals, end: float) -> None:

@@ -154,6 +154,10 @@ def succeed(link, channel, request):
     """The server has done a request."""
     request.state = FREE
     link.unanswered -= 1
+    if request.command == CMD_FLUSH and view(link.export, EXPORT).flush_failed:
+        # Another one has failed meanwhile, and a server reports lost writes only once.
+        fail(link, channel, request, EIO)
+        return
     if request.io == 0:
         end_sync(link, 0)
         return

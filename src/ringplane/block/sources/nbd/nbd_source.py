@@ -8,6 +8,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,15 @@ def take_over_source(config: DiskConfig, offer: Mapping[str, Any]) -> Source:
     """With the connections of the running process, which do not end when it does. Raises ImageError."""
     offered = offer[KEY]
     export = Export(**offered["export"])
-    connections = [(socket.socket(fileno=os.dup(fd.number)), export) for fd in offered["connections"]]
+    connections = [
+        (socket.socket(fileno=os.dup(fd.number)), replace(export, structured=structured))
+        for fd, structured in zip(offered["connections"], offered["structured"], strict=True)
+    ]
     places = [
         (family, tuple(address) if isinstance(address, list) else address) for family, address in offered["places"]
     ]
     source = _source(config, places, export, connections)
+    source.share_connections()
     if offered["flush_failed"]:
         source.set_flush_failed()
     return source
@@ -138,7 +143,8 @@ class NbdSource(Source):
         self._record["largest"] = min(self._export.largest, LARGEST_PAYLOAD) // smallest * smallest
         self._record["zeros"] = self._zeros.ctypes.data
         self._links: list[Link] = []
-        self._closed = self._handed_over = False
+        # Whether another process has the connections too, and may use them.
+        self._closed = self._shared = False
         self._reconnecting = Reconnecting(self.title, self._connect_again, config.nbd_reconnect_delay)
         keep(TO_CONNECT, [] if self._uri.socket is not None else [self._uri.port])
         if not self._export.flags & FLAG_SEND_FLUSH:
@@ -206,8 +212,13 @@ class NbdSource(Source):
         replies = "structured replies" if self._export.structured else "simple replies"
         return f"NBD, {count} connection{'s' * (count != 1)}, {replies}"
 
+    def share_connections(self) -> None:
+        """Another process uses the connections until the disk is served here, if it ever is."""
+        self._shared = True
+
     def watch(self, changed: Callable[[], None]) -> None:
         """The size does not change. This is the moment from which the disk is served."""
+        self._shared = False
         self._reconnecting.start()
 
     def refresh_size(self) -> None:
@@ -232,15 +243,16 @@ class NbdSource(Source):
 
     def hand_over(self) -> dict[str, Any]:
         """The connections too: a server may allow only one, and no reply is under way when they change hands."""
-        self._handed_over = True
+        self.share_connections()
         self._reconnecting.leave_alone()
-        used = [link.connection for link in self._links]
+        used = [(sock, link.structured) for link in self._links if (sock := link.connection) is not None]
         export = self._export
         return {
             KEY: {
                 "uri": self.title,
                 "places": self._places,
-                "connections": [Fd(sock.fileno()) for sock in used if sock is not None],
+                "connections": [Fd(sock.fileno()) for sock, _ in used],
+                "structured": [structured for _, structured in used],
                 "export": {name: getattr(export, name) for name in Export.__dataclass_fields__},
                 "flush_failed": self.flush_failed,
             }
@@ -252,7 +264,7 @@ class NbdSource(Source):
         self._closed = True
         self._reconnecting.close()
         for link in self._links:
-            if not self._handed_over:
+            if not self._shared:
                 link.say_goodbye()
             link.close()
         for sock, _ in self._connections:
