@@ -316,8 +316,9 @@ class Image:
         while self._others:
             os.close(self._others.pop())
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            # close(2) may hang, but frees the number at once: a late call on another thread must not use it.
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
 def _open(path: Path, read_only: bool, direct: bool, opener: Opener) -> tuple[int, bool]:

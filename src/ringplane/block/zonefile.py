@@ -217,8 +217,8 @@ class ZoneFile:
 
     def abandon(self) -> None:
         """Close the file without changing it, because another process continues with it."""
-        os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def close(self) -> None:
         """Sync, mark the file as cleanly closed, and close it; no queue may be running.
@@ -233,8 +233,7 @@ class ZoneFile:
                 self._header[0]["in_use"] = 0
                 os.fdatasync(self._fd)
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            self.abandon()
 
     def unlink(self) -> None:
         """Remove the file if this object created it.

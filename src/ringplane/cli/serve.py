@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,10 +16,9 @@ from ringplane.cli.parameters import blk_file, parameters
 from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
 from ringplane.options.api_options import ApiOptions
-from ringplane.options.disk_config import DiskConfig, OneDisk
+from ringplane.options.disk_config import OneDisk
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.state_options import StateOptions
-from ringplane.options.thread_options import IoThread
 from ringplane.options.users import User
 from ringplane.system import open_files
 from ringplane.system.notes import doing
@@ -34,18 +32,7 @@ if TYPE_CHECKING:
     from ringplane.control.state_file import StateFile
     from ringplane.opener.remote_opener import RemoteOpener
 
-# Signals that do not stop the process.
-REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
-
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-# Seconds after which a slow stop is logged.
-STOP_PATIENCE = 2.0
-
-Given = TypeVar("Given")
-
-# Disks, and the threads that serve them.
-Described = tuple[Sequence[DiskConfig], Sequence[IoThread]]
 
 log = logging.getLogger(__name__)
 
