@@ -499,8 +499,9 @@ def test_more_chains_in_flight_than_descriptors(target: Target, ring_class: Any)
         select.select([line.err_fd], [], [], 0.2)
         if ring_rules.MESSAGES[ring_rules.TOO_MANY_IN_FLIGHT] in target.logged():
             break
-        line.reset()
+        # The ring is made again in the same memory.
         attacker.guest.free = start
+        line.reset()
     else:
         pytest.fail("the slow request was not in flight for long enough")
     attacker.check_honest_ring(DISK)
