@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from errno import EIO
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,7 @@ class NbdSource(Source):
     def sync(self) -> None:
         """NBD_CMD_FLUSH. With several connections, a flush of one is a flush of all."""
         if self.flush_failed:
-            raise OSError(5, "a flush failed before")
+            raise OSError(EIO, "a flush failed before")
         if self._links:
             self._links[0].sync()
 
