@@ -9,8 +9,9 @@ does not. The driver has a CPU of its own, polls the rings, and never sleeps; ri
 the other CPUs. A latency is from submission to when the driver sees the used chain. "x" compares the p99 with that of
 the same round without scrapes: the median of all rounds, and the spread.
 
-The rows "no scrape" are a control: at the same times a process that has nothing to do with ringplane uses as much CPU
-time, on the same CPUs, as ringplane and the client need for a scrape. What it changes too is for want of CPU time.
+The rows "another's" are a control: at the same times a second process of ringplane is scraped, on the same CPUs, which
+has as many disks of its own with nothing to do. What that changes too is for want of CPU time; only what the scrapes of
+the process itself change beyond it comes from what its API thread and its I/O thread share.
 
 `many`: one process with 1000 disks of engine `null`, each of which has had requests of all kinds.
 """
@@ -27,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,10 +50,8 @@ from ringplane.native.access import load64, store64, view
 from ringplane.native.syscalls import monotonic_ns
 
 # What happens beside the load, and how often per second.
-NOTHING, SCRAPE, NO_SCRAPE = "nothing", "scrape", "no scrape"
-BESIDE = ((NOTHING, 0), (SCRAPE, 1), (NO_SCRAPE, 1), (SCRAPE, 10), (NO_SCRAPE, 10))
-# By which the CPU time of a scrape is measured.
-CALIBRATION = 20
+NOTHING, OWN, OTHERS = "nothing", "scrape", "another's"
+BESIDE = ((NOTHING, 0), (OWN, 1), (OTHERS, 1), (OWN, 10), (OTHERS, 10))
 # At a fixed rate more than one is in flight only while ringplane is late.
 DEPTH = 8
 SECOND_NS = 1_000_000_000
@@ -155,48 +153,24 @@ class Scraper:
         return (time.perf_counter() - began) * 1000
 
 
-class Spinner:
-    """Uses so much CPU time for nothing."""
-
-    def __init__(self, cpu_ms: float) -> None:
-        self._cpu_ms = cpu_ms
-
-    def time_ms(self) -> float:
-        """How long it takes."""
-        began, end = time.perf_counter(), time.thread_time() + self._cpu_ms / 1000
-        while time.thread_time() < end:
-            pass
-        return (time.perf_counter() - began) * 1000
-
-
-def cpu_ms_of_scrape(url: str, pid: int) -> float:
-    """The CPU time that ringplane, whose disks have nothing to do, and the client need."""
-    scraper = Scraper(url)
-    scraper.scrape()
-    began = cpu_ns(pid) + time.thread_time_ns()
-    for _ in range(CALIBRATION):
-        scraper.scrape()
-    return (cpu_ns(pid) + time.thread_time_ns() - began) / 1e6 / CALIBRATION
-
-
-def repeat(what: Callable[[], Scraper | Spinner], per_second: int, cpus: set[int], connection: Connection) -> None:
-    """Until something arrives; then send the time of each."""
+def scrape_often(url: str, per_second: int, cpus: set[int], connection: Connection) -> None:
+    """Until something arrives; then send the time of each scrape."""
     os.sched_setaffinity(0, cpus)
-    each, times = what(), []
+    scraper, times = Scraper(url), []
     while not connection.poll(1 / per_second):
-        times.append(each.time_ms())
+        times.append(scraper.time_ms())
     connection.send(times)
 
 
 @contextlib.contextmanager
-def repeating(what: Callable[[], Scraper | Spinner], per_second: int, cpus: set[int]) -> Iterator[list[float]]:
-    """Do it in a process of its own; at the end the list has the time of each."""
+def scraping(url: str, per_second: int, cpus: set[int]) -> Iterator[list[float]]:
+    """In a process of its own; at the end the list has the time of each scrape."""
     times: list[float] = []
     if not per_second:
         yield times
         return
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=repeat, args=(what, per_second, cpus, theirs))
+    process = multiprocessing.Process(target=scrape_often, args=(url, per_second, cpus, theirs))
     process.start()
     try:
         yield times
@@ -225,13 +199,12 @@ def serving_metrics(config: Path, setup: Setup, cpus: set[int]) -> Iterator[tupl
 
 
 def measure_round(
-    number: int, loads: dict[str, Paced], url: str, cpu_ms: float, cpus: set[int], seconds: float, warm_up: float
+    number: int, loads: dict[str, Paced], urls: dict[str, str], cpus: set[int], seconds: float, warm_up: float
 ) -> Iterator[Row]:
     """Each load with each thing beside it, in an order that changes from round to round."""
     for name, load in loads.items():
         for beside, per_second in BESIDE if number % 2 == 0 else BESIDE[::-1]:
-            what = partial(Scraper, url) if beside == SCRAPE else partial(Spinner, cpu_ms)
-            with repeating(what, per_second, cpus) as times:
+            with scraping(urls.get(beside, ""), per_second, cpus) as times:
                 rate, counts = load.measure(seconds, warm_up)
             p50, p99, p999 = (quantile_us(counts, share) for share in (0.5, 0.99, 0.999))
             yield Row(name, beside, per_second, number, rate / 1000, p50, p99, p999, tuple(times))
@@ -283,23 +256,26 @@ def busy(count: int, rate: int, rounds: int, seconds: float, warm_up: float, pla
     try:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ringplane-scrapes-", dir=place))
-            config = write_config(Path(folder), setup, 256 * MIB, engine)
-            pid, url = stack.enter_context(serving_metrics(config, setup, cpus))
-            disks = [
-                stack.enter_context(Driver(config.with_name(f"{number}.sock"), memory_size=8 * MIB))
-                for number in range(count)
-            ]
-            loads = {f"{rate} per disk and second": Paced(disks, rate), "as many as possible": Paced(disks, 0)}
-            # Compiles or loads `drive_paced`.
-            loads["as many as possible"].measure(0, 0)
+            urls, disks = {}, {}
+            for whose in (OWN, OTHERS):
+                home = Path(folder, whose)
+                home.mkdir()
+                config = write_config(home, setup, 256 * MIB, engine)
+                _, urls[whose] = stack.enter_context(serving_metrics(config, setup, cpus))
+                sockets = [config.with_name(f"{number}.sock") for number in range(count)]
+                disks[whose] = [stack.enter_context(Driver(socket, memory_size=8 * MIB)) for socket in sockets]
+                # Loads `drive_paced`, and both have the same metrics.
+                Paced(disks[whose], 0).measure(0.1, 0)
+            loads = {
+                f"{rate} per disk and second": Paced(disks[OWN], rate),
+                "as many as possible": Paced(disks[OWN], 0),
+            }
             stack.enter_context(backends.pinned({driver_cpu}))
-            cpu_ms = cpu_ms_of_scrape(url, pid)
             for number in range(rounds):
-                rows += measure_round(number, loads, url, cpu_ms, cpus, seconds, warm_up)
+                rows += measure_round(number, loads, urls, cpus, seconds, warm_up)
     except (BenchError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{count} disks, engine {engine}, 4 KiB random reads, one I/O thread; {rounds} rounds of {seconds:g} s")
-    click.echo(f"CPU time of a scrape, of ringplane and the client: {cpu_ms:.1f} ms")
     click.echo(described(rows))
 
 
