@@ -3,11 +3,11 @@
     python benchmarks/scrapes.py busy
     python benchmarks/scrapes.py many
 
-`busy`: one process, one I/O thread, 64 disks. In each round it is not scraped, scraped once a second, and ten times a
-second, in turn, under two loads: a fixed rate of requests, which leaves CPU time, and as many as are possible, which
-does not. The driver has a CPU of its own, polls the rings, and never sleeps; ringplane and the client that scrapes have
-the other CPUs. A latency is from submission to when the driver sees the used chain. "x" compares the p99 with that of
-the same round without scrapes: the median of all rounds, and the spread.
+`busy`: one process, one I/O thread, 64 disks. In each round it is not scraped, scraped every 15 seconds, every second,
+and ten times a second, in turn, under two loads: a fixed rate of requests, which leaves CPU time, and as many as are
+possible, which does not. The driver has a CPU of its own, polls the rings, and never sleeps; ringplane and the client
+that scrapes have the other CPUs. A latency is from submission to when the driver sees the used chain. "x" compares the
+p99 with that of the same round without scrapes: the median of all rounds, and the spread.
 
 The rows "another's" are a control: at the same times a second process of ringplane is scraped, on the same CPUs, which
 has as many disks of its own with nothing to do. What that changes too is for want of CPU time; only what the scrapes of
@@ -49,9 +49,9 @@ from ringplane.metrics import histogram
 from ringplane.native.access import load64, store64, view
 from ringplane.native.syscalls import monotonic_ns
 
-# What happens beside the load, and how often per second.
+# What happens beside the load, and every how many seconds. Debian's Prometheus scrapes every 15 s.
 NOTHING, OWN, OTHERS = "nothing", "scrape", "another's"
-BESIDE = ((NOTHING, 0), (OWN, 1), (OTHERS, 1), (OWN, 10), (OTHERS, 10))
+BESIDE = ((NOTHING, 0.0), *((whose, every) for every in (15.0, 1.0, 0.1) for whose in (OWN, OTHERS)))
 # At a fixed rate more than one is in flight only while ringplane is late.
 DEPTH = 8
 SECOND_NS = 1_000_000_000
@@ -63,7 +63,7 @@ class Row:
 
     load: str
     beside: str
-    per_second: int
+    every: float
     round: int
     kiops: float
     p50: float
@@ -153,24 +153,26 @@ class Scraper:
         return (time.perf_counter() - began) * 1000
 
 
-def scrape_often(url: str, per_second: int, cpus: set[int], connection: Connection) -> None:
+def scrape_often(url: str, every: float, cpus: set[int], connection: Connection) -> None:
     """Until something arrives; then send the time of each scrape."""
     os.sched_setaffinity(0, cpus)
     scraper, times = Scraper(url), []
-    while not connection.poll(1 / per_second):
+    pause = every / 2
+    while not connection.poll(pause):
         times.append(scraper.time_ms())
+        pause = every
     connection.send(times)
 
 
 @contextlib.contextmanager
-def scraping(url: str, per_second: int, cpus: set[int]) -> Iterator[list[float]]:
+def scraping(url: str, every: float, cpus: set[int]) -> Iterator[list[float]]:
     """In a process of its own; at the end the list has the time of each scrape."""
     times: list[float] = []
-    if not per_second:
+    if not every:
         yield times
         return
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=scrape_often, args=(url, per_second, cpus, theirs))
+    process = multiprocessing.Process(target=scrape_often, args=(url, every, cpus, theirs))
     process.start()
     try:
         yield times
@@ -203,19 +205,19 @@ def measure_round(
 ) -> Iterator[Row]:
     """Each load with each thing beside it, in an order that changes from round to round."""
     for name, load in loads.items():
-        for beside, per_second in BESIDE if number % 2 == 0 else BESIDE[::-1]:
-            with scraping(urls.get(beside, ""), per_second, cpus) as times:
-                rate, counts = load.measure(seconds, warm_up)
+        for beside, every in BESIDE if number % 2 == 0 else BESIDE[::-1]:
+            with scraping(urls.get(beside, ""), every, cpus) as times:
+                rate, counts = load.measure(max(seconds, every), warm_up)
             p50, p99, p999 = (quantile_us(counts, share) for share in (0.5, 0.99, 0.999))
-            yield Row(name, beside, per_second, number, rate / 1000, p50, p99, p999, tuple(times))
+            yield Row(name, beside, every, number, rate / 1000, p50, p99, p999, tuple(times))
 
 
 def described(rows: Sequence[Row]) -> str:
     """Medians of all rounds."""
-    heading = ["load", "beside", "per s", "k IOPS", "p50 us", "p99 us", "x", "spread", "p99.9 us", "in all", "ms"]
+    heading = ["load", "beside", "every s", "k IOPS", "p50 us", "p99 us", "x", "spread", "p99.9 us", "in all", "ms"]
     lines = []
-    for load, beside, per_second in dict.fromkeys((row.load, row.beside, row.per_second) for row in rows):
-        found = [row for row in rows if (row.load, row.beside, row.per_second) == (load, beside, per_second)]
+    for load, beside, every in dict.fromkeys((row.load, row.beside, row.every) for row in rows):
+        found = [row for row in rows if (row.load, row.beside, row.every) == (load, beside, every)]
         without = {row.round: row.p99 for row in rows if (row.load, row.beside) == (load, NOTHING)}
         ratios = [row.p99 / without[row.round] for row in found]
         times = [time for row in found for time in row.beside_ms]
@@ -225,7 +227,13 @@ def described(rows: Sequence[Row]) -> str:
 
         lines.append(
             [
-                *(load, beside, str(per_second), median(lambda row: row.kiops), median(lambda row: row.p50)),
+                *(
+                    load,
+                    beside,
+                    f"{every:g}" if every else "",
+                    median(lambda row: row.kiops),
+                    median(lambda row: row.p50),
+                ),
                 *(median(lambda row: row.p99), f"{statistics.median(ratios):.3f}"),
                 *(f"{min(ratios):.2f}-{max(ratios):.2f}", median(lambda row: row.p999)),
                 *(str(len(times)), f"{statistics.median(times):.1f}" if times else ""),
@@ -242,7 +250,7 @@ def main() -> None:
 @main.command()
 @click.option("--disks", "count", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--rate", type=click.IntRange(1), default=500, show_default=True, help="Requests per second and disk.")
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Of each measurement.")
 @click.option("--warm-up", type=click.FloatRange(0), default=0.5, show_default=True)
 @click.option("--place", type=Path, default=Path("/dev/shm"), show_default=True, help="A folder for the images.")
