@@ -33,7 +33,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from ringplane.bench import backends, machine, places
+from ringplane.bench import backends, machine, places, qsd
 from ringplane.bench.cells import WORKLOADS
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import RINGPLANE, Subject
@@ -515,7 +515,7 @@ def load(paths: Sequence[Path]) -> tuple[list[Row], dict[str, Any]]:
 )
 @click.option("--ringplane", "variants", multiple=True, default=("",), metavar="FLAGS",
               help="A variant of ringplane: more flags of `ringplane serve`; can be repeated.")  # fmt: skip
-@click.option("--qsd", "modes", type=click.Choice(backends.QSD_AIO), multiple=True, default=backends.QSD_AIO,
+@click.option("--qsd", "modes", type=click.Choice(qsd.AIO), multiple=True, default=qsd.AIO,
               show_default=True, help="A mode of qemu-storage-daemon; can be repeated.")  # fmt: skip
 @click.option("--iothread", is_flag=True, help="Give qemu-storage-daemon's exports an iothread, which polls.")
 @click.option("--pin/--no-pin", default=None,
@@ -543,7 +543,7 @@ def main(
                 "seconds": seconds,
             }
             subjects = [backends.ringplane(flags) for flags in variants]
-            subjects += [backends.qemu_storage_daemon(mode, iothread) for mode in modes]
+            subjects += [qsd.subject(mode, iothread) for mode in modes]
             turns = plan([(name, depth) for name in names for depth in depths], len(subjects), rounds)
             rows = []
             for kind in kinds:

@@ -64,6 +64,10 @@ def _polls(subject: Subject) -> bool:
     return POLL_US != 0 if chosen is None else chosen != "0"
 
 
+def _is_local(at: Compared) -> bool:
+    return at.storage.kind not in ("nbd", "rbd")
+
+
 def _deep_on_tmpfs(at: Compared, driver: str) -> bool:
     return at.storage.kind == "tmpfs" and at.cell.depth >= 32 and at.cell.driver == driver
 
@@ -95,18 +99,23 @@ TARGETS = (
         "IOPS, tmpfs, depth 32 and up, busy-polling", 1.5, True,
         lambda at: _deep_on_tmpfs(at, BUSY), lambda at: at.ratio("iops"),
     ),
-    Target("CPU per I/O, depth 8 and up", 0.6, False, lambda at: at.cell.depth >= 8, lambda at: at.ratio("cpu_us")),
+    Target(
+        "CPU per I/O, depth 8 and up", 0.6, False,
+        lambda at: _is_local(at) and at.cell.depth >= 8, lambda at: at.ratio("cpu_us"),
+    ),
+    Target("CPU per I/O, NBD", 0.45, False, lambda at: at.storage.kind == "nbd", lambda at: at.ratio("cpu_us")),
+    Target("CPU per I/O, RBD", 0.75, False, lambda at: at.storage.kind == "rbd", lambda at: at.ratio("cpu_us")),
     Target(
         "CPU per I/O, tmpfs, depth 128", 0.5, False,
         lambda at: at.storage.kind == "tmpfs" and at.cell.depth == 128, lambda at: at.ratio("cpu_us"),
     ),
     Target(
         "p50, depth 1, without polling", 1.0, False,
-        lambda at: at.cell.depth == 1 and not _polls(at.subject), lambda at: at.ratio("p50_us"),
+        lambda at: _is_local(at) and at.cell.depth == 1 and not _polls(at.subject), lambda at: at.ratio("p50_us"),
     ),
     Target(
         "p50, depth 1, with polling", 0.5, False,
-        lambda at: at.cell.depth == 1 and _polls(at.subject), lambda at: at.ratio("p50_us"),
+        lambda at: _is_local(at) and at.cell.depth == 1 and _polls(at.subject), lambda at: at.ratio("p50_us"),
     ),
     Target(
         "IOPS over raw fio, depth 32 and up, image on a disk", 0.95, True,

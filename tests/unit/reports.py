@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringplane.bench import backends, fio, machine, run
+from ringplane.bench import backends, fio, machine, qsd, run
 from ringplane.bench.cells import Cell
 from ringplane.bench.results import Report, Row, Storage, Subject
 
@@ -12,8 +12,8 @@ CELL = Cell("randread", 32, 1, "event")
 TMPFS = Storage("/dev/shm (tmpfs)", "tmpfs", "tmpfs")
 OURS, NATIVE, THREADS = (
     backends.ringplane(),
-    backends.qemu_storage_daemon("native"),
-    backends.qemu_storage_daemon("threads"),
+    qsd.subject("native"),
+    qsd.subject("threads"),
 )
 
 

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from ringplane.bench import backends, cells, curves, fio, markdown, places, results, run, summary
+from ringplane.bench import backends, cells, curves, fio, markdown, places, qsd, results, run, summary
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Report
 from ringplane.cli.bench import bench
 from ringplane.metrics import histogram
+from ringplane.options.image_address import RemoteImage
 from ringplane.system.signals import Interrupted
 
 from .reports import CELL, NATIVE, OURS, THREADS, report_of, row
@@ -109,6 +110,22 @@ def test_markdown_goes_between_the_markers(tmp_path: Path) -> None:
     assert path.read_text().count(markdown.BEGIN) == again.count(markdown.BEGIN) == 1
     markdown.write(tmp_path / "new.md", report_of(row(OURS, 1.0)))
     assert (tmp_path / "new.md").read_text().startswith(markdown.BEGIN)
+
+
+def test_a_file_has_markers_for_several_sections(tmp_path: Path) -> None:
+    path = tmp_path / "performance.md"
+    begin, end = markdown.markers("remote")
+    path.write_text(f"{markdown.BEGIN}\nlocal\n{markdown.END}\nbetween\n{begin}\nearlier\n{end}\nafter\n")
+    report = tmp_path / "report.json"
+    report_of(row(OURS, 200_000.0), row(NATIVE, 100_000.0)).save(report)
+    assert invoke("--report", report, "--markdown", path, "--section", "remote").exit_code == 0
+    text = path.read_text()
+    assert text.startswith(f"{markdown.BEGIN}\nlocal\n{markdown.END}\nbetween\n{begin}\n\n### /dev/shm (tmpfs)")
+    assert text.endswith(f"\n{end}\nafter\n")
+    assert "earlier" not in text
+    done = invoke("--report", report, "--markdown", path, "--section", "others")
+    assert (done.exit_code, path.read_text()) == (1, text)
+    assert "<!-- ringplane bench: end others -->" in done.output
 
 
 def test_markdown_without_markers_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
@@ -199,7 +216,7 @@ def test_images_beside_a_new_one_overwrite_nothing(tmp_path: Path) -> None:
         ([], "name one SOCKET, or start back ends with --against"),
         (["/nowhere"], "/nowhere does not exist; start a back end that listens there"),
         (["/tmp"], "/tmp is not a socket; to start back ends on images there, add --against"),
-        (["--against", "nothing"], "name at least one PLACE for the images"),
+        (["--against", "nothing"], "name at least one PLACE"),
         (["--against", "nothing", "/nowhere/disk.img"], "the directory /nowhere does not exist; create it first"),
         (["--against", "nothing", "loop:/nowhere"], "the directory /nowhere does not exist; create it first"),
         (["--against", "nothing", "/dev/null", "--destroy-data"], "neither a regular file nor a block device"),
@@ -213,6 +230,19 @@ def test_images_beside_a_new_one_overwrite_nothing(tmp_path: Path) -> None:
         (["--against", "nothing", "/tmp", "--seconds", "nan"], "is not a number of seconds from 0.01 to 86400"),
         (["--against", "nothing", "/tmp", "--warm-up", "-1"], "is not a number of seconds from 0 to 86400"),
         (["/nowhere", "--workload", "randwrite"], "ALL DATA"),
+        (["nbd://host/disk"], "nbd://host/disk is the address of an image; add --against qemu-storage-daemon or"),
+        (["--against", "nothing", "rbd:x"], "rbd:x: image is missing; the form is rbd:POOL"),
+        (["--against", "nothing", "nbds://host/disk"], "NBD over TLS is not supported"),
+        (["--against", "nothing", "nbd://host/disk", "nbd://HOST:10809/disk"], "nbd://HOST/disk is given twice"),
+        (["--against", "nothing", "nbd://host/disk", "--workload", "randwrite"], "behind the socket or address; add"),
+        (
+            ["--against", "nothing", "nbd://host/disk", "--size", "1G"],
+            "every PLACE is an image elsewhere: leave out --s",
+        ),
+        (
+            ["--against", "nothing", "rbd:a/b:key=secret"],
+            "rbd:a/b: a report shows the command, and no key may be in it",
+        ),
         (["--report", "/nowhere", "/tmp"], "--report measures nothing: leave out SOCKET | PLACE..."),
         (["--report", "/nowhere", "--rounds", "1", "--full"], "--report measures nothing: leave out --full, --rounds"),
         (["--report", "/nowhere"], "/nowhere: cannot be read"),
@@ -300,6 +330,44 @@ def test_a_back_end_that_does_not_start_is_reported_with_its_last_line(tmp_path:
     assert "ringplane --engine nonsense did not start: Invalid value for '--engine'" in done.output
     assert "'nonsense' is not one of" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "node"),
+    [
+        (
+            "nbd+unix:///disk%201?socket=/run/a,b.sock",
+            {"driver": "nbd", "server": {"type": "unix", "path": "/run/a,b.sock"}, "export": "disk 1"},
+        ),
+        (
+            "nbd://[::1]:1234/disk",
+            {"driver": "nbd", "server": {"type": "inet", "host": "::1", "port": "1234"}, "export": "disk"},
+        ),
+        (
+            "rbd:pool/space/image@snap:id=user:conf=/etc/some.conf",
+            {
+                "driver": "rbd", "pool": "pool", "namespace": "space", "image": "image", "snapshot": "snap",
+                "user": "user", "conf": "/etc/some.conf", "cache": {"direct": True},
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_qemu_storage_daemon_gets_the_same_image(address: str, node: dict[str, object], tmp_path: Path) -> None:
+    place = places.parse(address)
+    assert isinstance(place.address, RemoteImage)
+    words = backends.command(qsd.remote_subject(), place.address, tmp_path / "sock", 1, read_only=not place.writable)
+    assert json.loads(words[words.index("--blockdev") + 1]) == {"node-name": "disk", **node, "read-only": True}
+    assert "writable=off" in words[-1]
+    ours = backends.command(OURS, place.address, tmp_path / "sock", 1, read_only=not place.writable)
+    assert ours[ours.index("--image") + 1] == address
+    assert "--read-only" in ours
+
+
+def test_qemu_storage_daemon_cannot_be_given_all_of_an_address(tmp_path: Path) -> None:
+    for more in ("rados_osd_op_timeout=3", "keyfile=/etc/key", "encrypt-format=luks2:encrypt-key-file=/etc/key"):
+        address = places.parse(f"rbd:pool/image:{more}").address
+        with pytest.raises(BenchError, match="rbd:pool/image: qemu-storage-daemon takes"):
+            backends.command(qsd.remote_subject(), address, tmp_path / "sock", 1)
 
 
 # With back ends

@@ -12,14 +12,14 @@ from click.testing import CliRunner
 from matplotlib.text import Text
 from rich.console import Console
 
-from ringplane.bench import backends, bars, cells, console_tables, fio, markdown, places, plots, run
+from ringplane.bench import backends, bars, cells, console_tables, fio, markdown, places, plots, qsd, run
 from ringplane.bench.results import SOCKET, Report, Storage, Subject
 from ringplane.bench.themes import LIGHT
 from ringplane.cli.bench import bench, described, progress, settings_of
 
 from .reports import NATIVE, OURS, THREADS, report_of, row
 
-URING = backends.qemu_storage_daemon("io_uring")
+URING = qsd.subject("io_uring")
 DISK = Storage("/srv/images/a-rather-long-name-of-an-image-file.img (ext4)", "disk", "ext4")
 POLLING = backends.ringplane("--engine io_uring --poll-us always --pin-memory")
 SOMEWHERE = Subject("/run/disks/some-back-end.sock", SOCKET)
@@ -176,7 +176,7 @@ def test_help_has_the_defaults() -> None:
     assert float(default("--warm-up")) == settings.warm_up
     assert default("--size") == "1G"
     assert settings.size == 1 << 30
-    assert default("--qsd-aio") == ", ".join(backends.QSD_AIO)
+    assert default("--qsd-aio") == ", ".join(qsd.AIO)
     assert (settings.backend_cpus, settings.driver_cpus) == ((), ())
 
 

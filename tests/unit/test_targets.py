@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from ringplane.bench import backends
+from ringplane.bench import backends, qsd
 from ringplane.bench.errors import BenchError
+from ringplane.bench.results import Storage
 from ringplane.bench.summary import compare
 
 from . import benchmark
@@ -37,6 +38,17 @@ def test_targets_count_the_cells_that_hold_and_name_the_others(targets: ModuleTy
     assert found["IOPS, tmpfs, depth 32 and up, event-driven, default engine"].held == 0
     assert "IOPS, tmpfs, depth 32 and up, event-driven, engine aio" not in found
     assert "IOPS over raw fio, depth 32 and up, image on a disk" not in found
+
+
+def test_remote_storage_has_targets_of_its_own(targets: ModuleType) -> None:
+    remote, theirs = Storage("rbd:rbd/disk", "rbd", "RBD"), qsd.remote_subject()
+    report = report_of(
+        row(OURS, 100.0, storage=remote.name, cpu_us=7.0), row(theirs, 100.0, storage=remote.name, cpu_us=10.0),
+        subjects=(OURS, theirs),
+    )  # fmt: skip
+    report.storages[:] = [remote]
+    found = {outcome.target.text: outcome.held for outcome in targets.outcomes(compare(report))}
+    assert found == {"IOPS, every cell": 1, "CPU per I/O, RBD": 1}
 
 
 def test_variants_are_distinguished_by_their_options(targets: ModuleType) -> None:

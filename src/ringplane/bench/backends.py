@@ -13,16 +13,21 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringplane.bench import qsd
 from ringplane.bench.errors import BenchError, never
-from ringplane.bench.results import QSD, RINGPLANE, Subject
+from ringplane.bench.places import Place
+from ringplane.bench.results import FIO, QSD, RINGPLANE, Subject
 from ringplane.options.cpus import format_cpus
+from ringplane.options.image_address import ImageAddress, RemoteImage
+from ringplane.options.nbd_uri import NbdUri
 
-QSD_AIO = ("native", "io_uring", "threads")
 # The first start of ringplane compiles the data plane.
 START_DEADLINE = 120.0
 # The line that ringplane prints when it is ready.
 READY = "listening on"
 STOP_DEADLINE = 20.0
+# What qemu-storage-daemon says where its module for Ceph is missing.
+NO_DRIVER = "Unknown driver 'rbd'"
 
 
 def ringplane(flags: str = "") -> Subject:
@@ -34,9 +39,11 @@ def ringplane(flags: str = "") -> Subject:
     return Subject(" ".join((RINGPLANE, *words)), RINGPLANE, words)
 
 
-def qemu_storage_daemon(aio: str, iothread: bool = False) -> Subject:
-    """qemu-storage-daemon with `aio`, its export in the main loop or in an iothread (which polls up to 32 us)."""
-    return Subject(f"{QSD} {aio}{' iothread' if iothread else ''}", QSD, (aio, *(["iothread"] if iothread else [])))
+def serves(subject: Subject, place: Place) -> bool:
+    """Whether a subject is measured in a place."""
+    if subject.family == QSD:
+        return (qsd.REMOTE in subject.flags) == place.is_remote
+    return subject.family != FIO or not place.is_remote
 
 
 def require(subject: Subject) -> None:
@@ -50,23 +57,24 @@ def keeps_data(subject: Subject) -> bool:
     return subject.option("--engine") != "null"
 
 
-def command(subject: Subject, image: Path, socket: Path, queues: int, shared: bool) -> list[str]:
-    """The command line of a back end with `queues` queues; `shared`: other processes have the image open too."""
-    if subject.family == RINGPLANE:
-        serve = [sys.executable, "-m", "ringplane", "serve", "--blk-file", str(image), "--socket-path", str(socket)]
-        share = ["--share-rw"] if shared else []
-        return [*serve, "--num-queues", str(queues), "--log-level", "warning", *share, *subject.flags]
-    kind = "host_device" if image.is_block_device() else "file"
-    locking = ",locking=off" if shared else ""
-    iothread = "iothread" in subject.flags
-    return [
-        QSD,
-        *(["--object", "iothread,id=iothread"] if iothread else []),
-        "--blockdev", f"driver={kind},node-name=file,filename={image},cache.direct=on,aio={subject.flags[0]}{locking}",
-        "--blockdev", "driver=raw,node-name=disk,file=file",
-        "--export", f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on,"
-        f"num-queues={queues}{',iothread=iothread' if iothread else ''}",
-    ]  # fmt: skip
+def command(
+    subject: Subject, image: ImageAddress, socket: Path, queues: int, *, shared: bool = False, read_only: bool = False
+) -> list[str]:
+    """The command line of a back end with `queues` queues; `shared`: other processes have the image open too.
+
+    Raises BenchError.
+    """
+    if subject.family == QSD:
+        return qsd.command(subject, image, socket, queues, shared=shared, read_only=read_only)
+    serve = [sys.executable, "-m", "ringplane", "serve", *_image(image, shared), "--socket-path", str(socket)]
+    read = ["--read-only"] if read_only else []
+    return [*serve, "--num-queues", str(queues), "--log-level", "warning", *read, *subject.flags]
+
+
+def _image(image: ImageAddress, shared: bool) -> list[str]:
+    if isinstance(image, RemoteImage):
+        return ["--image", str(image)]
+    return ["--blk-file", str(image), *(["--share-rw"] if shared else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ class Running:
     """A back end that listens at `socket`; its standard output and error are files."""
 
     subject: Subject
-    image: Path
+    image: ImageAddress
     socket: Path
     process: subprocess.Popen[bytes]
     output: Path
@@ -89,11 +97,12 @@ class Running:
 @contextlib.contextmanager
 def running(
     subject: Subject,
-    image: Path,
+    image: ImageAddress,
     folder: Path,
     queues: int,
     *,
     shared: bool = False,
+    read_only: bool = False,
     cpus: Collection[int] = (),
     pulse: Callable[[], None] = never,
 ) -> Iterator[Running]:
@@ -104,7 +113,7 @@ def running(
     """
     number = len(list(folder.glob("*.out")))
     socket, output, errors = (folder / f"{number}.{kind}" for kind in ("sock", "out", "err"))
-    words = command(subject, image, socket, queues, shared)
+    words = command(subject, image, socket, queues, shared=shared, read_only=read_only)
     with output.open("wb") as out, errors.open("wb") as err, pinned(cpus):
         # It has its own session: Ctrl-C must signal only the bench, which stops its back ends in order.
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
@@ -138,12 +147,24 @@ def _wait_for_socket(backend: Running, pulse: Callable[[], None]) -> None:
     while not _listens(backend):
         if backend.process.poll() is not None:
             status = f"exit status {backend.process.returncode}"
-            raise BenchError(f"{backend.subject.name} did not start: {backend.last_line() or status}")
+            raise BenchError(f"{backend.subject.name} did not start: {_explained(backend.last_line()) or status}")
         if time.monotonic() > deadline:
-            after = f"did not listen within {START_DEADLINE:.0f} s"
+            after = f"did not listen within {START_DEADLINE:.0f} s{_why_waiting(backend.image)}"
             raise BenchError(f"{backend.subject.name} {after}{ending(backend.last_line())}")
         pulse()
         time.sleep(0.01)
+
+
+def _explained(line: str) -> str:
+    """The last message of a back end, with what to do if it is known."""
+    return f"{line}; apt install qemu-block-extra" if line.endswith(NO_DRIVER) else line
+
+
+def _why_waiting(image: ImageAddress) -> str:
+    """Why a back end may wait for a server."""
+    if isinstance(image, NbdUri):
+        return "; the server has to accept two clients at a time (qemu-nbd --shared=2)"
+    return ""
 
 
 def _listens(backend: Running) -> bool:

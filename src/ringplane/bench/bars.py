@@ -146,7 +146,12 @@ class _Picture:
 
 
 def _where(storage: Storage) -> str:
-    kinds = {"tmpfs": f"in memory ({storage.medium})", "loop": f"loop device ({storage.medium})"}
+    kinds = {
+        "tmpfs": f"in memory ({storage.medium})",
+        "loop": f"loop device ({storage.medium})",
+        "rbd": "in a Ceph cluster",
+        "nbd": "on an NBD server",
+    }
     return kinds.get(storage.kind, f"on a disk ({storage.medium})")
 
 

@@ -20,30 +20,38 @@ END = "<!-- ringplane bench: end -->"
 WIDTH = 100
 
 
-def write(path: Path, report: Report) -> None:
+def write(path: Path, report: Report, section: str = "") -> None:
     """Replace the text between the markers of a file, or create the file; raises BenchError without the markers."""
-    before, after = _around(path)
-    files.write(path, f"{before}{BEGIN}\n\n{render(report)}\n{END}\n{after}")
+    before, after = _around(path, section)
+    begin, end = markers(section)
+    files.write(path, f"{before}{begin}\n\n{render(report)}\n{end}\n{after}")
 
 
-def check(path: Path) -> None:
+def check(path: Path, section: str = "") -> None:
     """Raise BenchError unless `write` will succeed; called before measuring."""
     files.check(path)
-    _around(path)
+    _around(path, section)
 
 
-def _around(path: Path) -> tuple[str, str]:
+def markers(section: str) -> tuple[str, str]:
+    """The two lines around the tables; a file with several reports has a pair for each section."""
+    name = f"{section} " if section else ""
+    return BEGIN.replace("(", f"{name}(", 1), END.replace("-->", f"{name}-->")
+
+
+def _around(path: Path, section: str) -> tuple[str, str]:
     """The text before and after the markers of a file; raises BenchError unless it has exactly one pair of them."""
+    begin, end = markers(section)
     if not path.exists():
         return "", ""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"{path}: cannot be read as text: {error}") from None
-    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise BenchError(f"{path}: needs these two lines; the tables are put between them:\n{BEGIN}\n{END}")
-    before, _, rest = text.partition(BEGIN)
-    return before, rest.partition(END)[2].removeprefix("\n")
+    if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+        raise BenchError(f"{path}: needs these two lines; the tables are put between them:\n{begin}\n{end}")
+    before, _, rest = text.partition(begin)
+    return before, rest.partition(end)[2].removeprefix("\n")
 
 
 def render(report: Report) -> str:

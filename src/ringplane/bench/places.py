@@ -1,4 +1,7 @@
-"""Places for images: a directory, a new file, a loop device, or an existing target. Images are removed afterwards."""
+"""Places for images: a directory, a new file, a loop device, an existing target here, or an image elsewhere.
+
+Images that are created are removed afterwards.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +20,7 @@ from typing import Literal
 from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Storage
 from ringplane.block.image import ImageError, create
+from ringplane.options.image_address import ImageAddress, RemoteImage, parse_image
 from ringplane.options.sizes import format_size
 
 LOOP = "loop:"
@@ -31,16 +35,52 @@ class Place:
     """A place for the images of a bench.
 
     `how` is folder (files in a new folder inside `path`), loop (such files, each behind a loop device), new (`path` and
-    `path`.2 and so on) or existing (`path`, a file or block device that all back ends share, since it is only one).
+    `path`.2 and so on), existing (`path`, a file or block device) or remote (the image at `address`). All back ends
+    share an image that exists. Only a remote one can be measured without writing to it (not `writable`).
     """
 
-    how: Literal["folder", "loop", "new", "existing"]
-    path: Path
+    how: Literal["folder", "loop", "new", "existing", "remote"]
+    address: ImageAddress
     storage: Storage
+    writable: bool = True
+
+    @property
+    def path(self) -> Path:
+        """Of a place on this machine."""
+        assert isinstance(self.address, Path)
+        return self.address
+
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.address, RemoteImage)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all back ends use the same image."""
+        return self.how in ("existing", "remote")
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two places that are the same."""
+        return self.address.identity if isinstance(self.address, RemoteImage) else (self.how, self.address.resolve())
 
 
 def parse(text: str, *, destroy: bool = False) -> Place:
-    """Parse DIRECTORY, loop:DIRECTORY, or IMAGE (with `destroy` it may exist); raises BenchError."""
+    """Parse DIRECTORY, loop:DIRECTORY, IMAGE (with `destroy` it may exist) or ADDRESS; raises BenchError."""
+    try:
+        address = parse_image(text)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    return _remote(address, destroy) if isinstance(address, RemoteImage) else _local(text, destroy)
+
+
+def _remote(address: RemoteImage, destroy: bool) -> Place:
+    if "key" in dict(getattr(address, "settings", ())):
+        raise BenchError(f"{address.title}: a report shows the command, and no key may be in it; use keyfile=PATH")
+    return Place("remote", address, Storage(address.title, address.source, address.source.upper()), writable=destroy)
+
+
+def _local(text: str, destroy: bool) -> Place:
     path = Path(text.removeprefix(LOOP))
     if text.startswith(LOOP):
         if not path.is_dir():
@@ -103,10 +143,20 @@ def file_system(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
-    """`count` images of `size` bytes in a place, removed afterwards; of an existing target, that one `count` times.
+def images_of(place: Place, count: int, size: int) -> Iterator[Sequence[ImageAddress]]:
+    """What `count` back ends serve: images of `size` bytes here, or one image elsewhere. Raises BenchError."""
+    if place.is_remote:
+        yield [place.address] * count
+        return
+    with images(place, count, size) as paths:
+        yield paths
 
-    Raises BenchError.
+
+@contextlib.contextmanager
+def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
+    """`count` images of `size` bytes in a place on this machine, removed afterwards.
+
+    Of an existing target, that one `count` times. Raises BenchError.
     """
     if place.how == "existing":
         yield [place.path] * count
@@ -124,7 +174,7 @@ def images(place: Place, count: int, size: int) -> Iterator[list[Path]]:
 
 def rehearse(place: Place, count: int, size: int) -> None:
     """Raise BenchError if the images cannot be created; called before measuring anything."""
-    if place.how != "existing":
+    if not place.is_shared:
         check_room(place.path if place.path.is_dir() else place.path.parent, count * size)
         with images(place, 1, 1 << 20):
             pass

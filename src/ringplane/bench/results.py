@@ -46,9 +46,9 @@ def short(subject: Subject) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The storage of images: `name` is shown, `kind` is tmpfs, disk or loop, `medium` stores the bytes.
+    """The storage of images: `name` is shown, `kind` is tmpfs, disk, loop, nbd or rbd, `medium` stores the bytes.
 
-    `medium` is the name of a file system, or "block device".
+    `medium` is the name of a file system, "block device", or how an image elsewhere is reached.
     """
 
     name: str

@@ -12,12 +12,13 @@ from ringplane.bench import backends, fio
 from ringplane.bench.backends import ending
 from ringplane.bench.cells import BUSY, WORKLOADS, Cell
 from ringplane.bench.errors import BenchError, never
-from ringplane.bench.places import SMALLEST, Place, images
+from ringplane.bench.places import SMALLEST, Place, images_of, rehearse
 from ringplane.bench.results import FIO, SOCKET, Report, Row, Storage, Subject, short, sparse
 from ringplane.driver import Driver, Load, Model, Result, fill, run_load
 from ringplane.driver.driver_failures import FAILURES, reason
 from ringplane.driver.frontend import SharedMemory
 from ringplane.driver.load import Progress
+from ringplane.options.image_address import ImageAddress
 from ringplane.options.sizes import format_size
 from ringplane.virtio.blk import VIRTIO_BLK_F_RO
 
@@ -147,33 +148,60 @@ class Bench:
 
     # Places
 
+    def check_room(self, places: Sequence[Place]) -> None:
+        """Raise BenchError if the images cannot be created somewhere."""
+        for place in places:
+            here = [subject for subject in self.report.subjects if backends.serves(subject, place)]
+            rehearse(place, len(here), self.settings.size)
+
+    def rehearse(self, places: Sequence[Place]) -> None:
+        """Start the back ends of images elsewhere, and stop them: what is missing is known before minutes of measuring.
+
+        Raises BenchError.
+        """
+        for place in places:
+            if place.is_remote:
+                with self._all_started(place, self.report.subjects):
+                    pass
+
     def place(self, place: Place, subjects: Sequence[Subject]) -> None:
-        """Measure all subjects with images in a place. Raises BenchError."""
+        """Measure those of the subjects that can be measured in a place, with images there. Raises BenchError."""
         self.report.storages.append(place.storage)
-        programs = [subject for subject in subjects if subject.family != FIO]
-        shared = place.how == "existing"
+        with self._all_started(place, subjects) as (disks, images):
+            raw = any(subject.family == FIO and backends.serves(subject, place) for subject in subjects)
+            if place.writable:
+                self._fill(disks, place.is_shared)
+            else:
+                self._find_sizes(disks)
+            self._rounds(place.storage, disks, (_path(images[0]), disks[0].contents) if raw else None)
+            if place.writable:
+                self._final_check(place.storage, disks[:1] if place.is_shared else disks)
+
+    @contextlib.contextmanager
+    def _all_started(
+        self, place: Place, subjects: Sequence[Subject]
+    ) -> Iterator[tuple[Sequence[Disk], Sequence[ImageAddress]]]:
+        """The back ends of a place, and the image of each."""
+        programs = [subject for subject in subjects if subject.family != FIO and backends.serves(subject, place)]
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ringplane-bench-")))
-            made = stack.enter_context(images(place, len(programs), self.settings.size))
+            images = stack.enter_context(images_of(place, len(programs), self.settings.size))
             memory = stack.enter_context(contextlib.closing(SharedMemory()))
             disks = []
-            for subject, image in zip(programs, made, strict=True):
+            for subject, image in zip(programs, images, strict=True):
                 self._say(f"start {short(subject)} on {place.storage.name}")
-                disks.append(stack.enter_context(self._started(subject, image, folder, shared, memory)))
+                disks.append(stack.enter_context(self._started(subject, image, folder, place, memory)))
                 self.done += START
-            self._fill(disks, shared)
-            raw = (made[0], disks[0].contents) if len(programs) < len(subjects) else None
-            self._rounds(place.storage, disks, raw)
-            self._final_check(place.storage, disks[:1] if shared else disks)
+            yield disks, images
 
     @contextlib.contextmanager
     def _started(
-        self, subject: Subject, image: Path, folder: Path, shared: bool, memory: SharedMemory
+        self, subject: Subject, image: ImageAddress, folder: Path, place: Place, memory: SharedMemory
     ) -> Iterator[Disk]:
         settings = self.settings
         with backends.running(
-            subject, image, folder, settings.queues,
-            shared=shared, cpus=settings.backend_cpus, pulse=self.pulse,
+            subject, image, folder, settings.queues, shared=place.is_shared, read_only=not place.writable,
+            cpus=settings.backend_cpus, pulse=self.pulse,
         ) as process:  # fmt: skip
             disk = Disk(subject, process.socket, queue_size(settings.depth), memory, process.process.pid)
             disk.last_line = process.last_line
@@ -198,7 +226,7 @@ class Bench:
             if destroy:
                 self._fill([disk], False)
             else:
-                disk.contents = Contents(driver.capacity)
+                self._find_sizes([disk])
             self._rounds(storage, [disk], None)
             if destroy:
                 self._final_check(storage, [disk])
@@ -226,6 +254,11 @@ class Bench:
                 disk.contents.model, _ = fill(driver, progress=self._progress)
                 driver.flush()
             self.done += driver.capacity / SWEEP_RATE
+
+    def _find_sizes(self, disks: Sequence[Disk]) -> None:
+        """Of images that are only read, with unknown contents."""
+        for disk in disks:
+            disk.contents = Contents(disk.connect(self.settings.queues).capacity)
 
     def _final_check(self, storage: Storage, disks: Sequence[Disk]) -> None:
         """Read and compare all known contents of each image once more."""
@@ -346,6 +379,12 @@ class Bench:
         self.announce(self.done, what)
 
 
+def _path(image: ImageAddress) -> Path:
+    """fio is for images here."""
+    assert isinstance(image, Path)
+    return image
+
+
 def queue_size(depth: int) -> int:
     """256 descriptors, or more if `depth` needs them (with indirect descriptors: one per request)."""
     return max(256, 1 << (depth - 1).bit_length())
@@ -363,11 +402,21 @@ def turn(settings: Settings) -> float:
 
 def estimate(settings: Settings, places: Sequence[Place], subjects: Sequence[Subject]) -> float:
     """About how long `Bench.place` takes for all places, in seconds; without compiling."""
-    programs = [subject for subject in subjects if subject.family != FIO]
+    return sum(_estimate(settings, place, subjects) for place in places)
+
+
+def _estimate(settings: Settings, place: Place, subjects: Sequence[Subject]) -> float:
+    here = [subject for subject in subjects if backends.serves(subject, place)]
+    programs = [subject for subject in here if subject.family != FIO]
     rounds = settings.rounds * len(settings.cells) * len(programs) * turn(settings)
-    if len(programs) < len(subjects):
+    if len(programs) < len(here):
         raw = sum(raw_in(cell, settings.cells) for cell in settings.cells)
         rounds += settings.rounds * raw * (settings.seconds + settings.warm_up + fio.OVERHEAD)
-    reading = any(WORKLOADS[cell.workload].writes for cell in settings.cells)
-    swept = settings.size + (min(CHECKED, settings.size) if reading else settings.size)
-    return len(places) * (rounds + len(programs) * (START + swept / SWEEP_RATE))
+    swept = 1 if place.is_shared else len(programs)
+    return rounds + len(programs) * START + swept * place.writable * _swept(settings) / SWEEP_RATE
+
+
+def _swept(settings: Settings) -> int:
+    """How many bytes of an image are written before the measurements, and read after them."""
+    writes = any(WORKLOADS[cell.workload].writes for cell in settings.cells)
+    return settings.size + (min(CHECKED, settings.size) if writes else settings.size)

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from ringplane.cli.types import CPUS, FILE, FOLDER, SECONDS, SIZE, WARM_UP
 from ringplane.options.counted import counted
+from ringplane.options.image_address import scheme_of
 from ringplane.system.signals import Interrupted, Signals, end_line
 from ringplane.system.signals import of as signals_of
 
@@ -36,6 +37,7 @@ WIDTH = 100
 
 # Parameters that are valid for some uses only.
 OF_QSD = ("qsd_aio", "qsd_iothread")
+OF_LOCAL_IMAGES = ("qsd_aio", "with_fio", "size")
 OF_STARTED = (*OF_QSD, "variants", "with_fio", "pin_back_end", "size")
 OF_MEASURING = (
     *("targets", "against", "workloads", "depths", "queues", "driver", "full", "rounds", "seconds", "warm_up"),
@@ -91,8 +93,8 @@ OF_MEASURING = (
 @click.option("--pin-driver", type=CPUS, metavar="CPUS", help="CPUs for the driver [default: all].")
 @click.option(
     "--destroy-data", is_flag=True,
-    help="Allow writing to what exists: the disk behind SOCKET, or a PLACE that is an image or block device. "
-    "ALL DATA IN IT IS LOST.",
+    help="Allow writing to what exists: the disk behind SOCKET, or a PLACE that is an image, a block device or an "
+    "ADDRESS. ALL DATA IN IT IS LOST.",
 )  # fmt: skip
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write all results there, after each round.")
 @click.option(
@@ -107,6 +109,9 @@ OF_MEASURING = (
     help="Write tables into a new FILE, or between the markers of an existing one.",
 )  # fmt: skip
 @click.option(
+    "--section", default="", metavar="NAME", help="The section of the --markdown FILE, if it has markers for several."
+)
+@click.option(
     "--report", "report_path", type=FILE, metavar="FILE",
     help="Measure nothing: show the results of an earlier --json FILE, and write its --plot and --markdown.",
 )  # fmt: skip
@@ -119,6 +124,7 @@ def bench(
     json_path: Path | None,
     plot_directory: Path | None,
     markdown_path: Path | None,
+    section: str,
     **options: Any,
 ) -> None:
     """Measure vhost-user-blk back ends: IOPS, latency and CPU time per request; and check the data that they return.
@@ -128,10 +134,13 @@ def bench(
         any back end, at its socket; only reads, unless --destroy-data is given
     ringplane bench --against qemu-storage-daemon /dev/shm /var/tmp
         ringplane beside qemu-storage-daemon, each on an image of its own
+    ringplane bench --against qemu-storage-daemon rbd:rbd/test nbd://server/test
+        both on the same image elsewhere; only reads, unless --destroy-data is given
 
     A PLACE is a directory (images are created in it and removed afterwards), loop:DIRECTORY (the same, behind loop
-    devices; needs root), a new file, or with --destroy-data an existing image or block device, which all back ends then
-    share. In each round each cell (workload, depth, queues, driver) is measured on one back end after the other, in
+    devices; needs root), a new file, with --destroy-data an existing image or block device, or the ADDRESS of an image
+    in a Ceph cluster (rbd:POOL/IMAGE) or on an NBD server (nbd://, nbd+unix://). All back ends share an image that
+    exists. In each round each cell (workload, depth, queues, driver) is measured on one back end after the other, in
     alternating order. Before each measurement a short load of the same kind is verified, and at the end the whole
     image.
 
@@ -147,13 +156,13 @@ def bench(
     terminal = Console(highlight=False)
     console = terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH)
     try:
-        check_outputs(json_path, plot_directory, markdown_path)
+        check_outputs(json_path, plot_directory, markdown_path, section)
         if report_path:
             refuse(context, OF_MEASURING, "--report measures nothing")
             report = results.load(report_path)
         else:
             report = measured(context, console, signals_of(context.obj), targets, json_path, **options)
-        put_out(console, report, json_path, plot_directory, markdown_path)
+        put_out(console, report, json_path, plot_directory, markdown_path, section)
     except BenchError as error:
         raise click.ClickException(str(error)) from None
     except Interrupted as interrupted:
@@ -167,7 +176,9 @@ def bench(
         raise SystemExit(1)
 
 
-def check_outputs(json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None) -> None:
+def check_outputs(
+    json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None, section: str
+) -> None:
     """Raise BenchError for files that cannot be written; called before measuring."""
     from ringplane.bench import files, markdown, plots
 
@@ -177,7 +188,7 @@ def check_outputs(json_path: Path | None, plot_directory: Path | None, markdown_
         plots.require()
         files.check_directory(plot_directory)
     if markdown_path:
-        markdown.check(markdown_path)
+        markdown.check(markdown_path, section)
 
 
 def refuse(context: click.Context, names: Collection[str], why: str) -> None:
@@ -197,7 +208,12 @@ def is_given(context: click.Context, name: str) -> bool:
 
 
 def put_out(
-    console: Console, report: Report, json_path: Path | None, plot_directory: Path | None, markdown_path: Path | None
+    console: Console,
+    report: Report,
+    json_path: Path | None,
+    plot_directory: Path | None,
+    markdown_path: Path | None,
+    section: str,
 ) -> None:
     """Print a report and write it to the files given by options."""
     from ringplane.bench import console_tables, machine, markdown, plots
@@ -211,7 +227,7 @@ def put_out(
         paths = plots.draw(plot_directory, report)
         console.print(f"{len(paths)} plots in {plot_directory}", markup=False, soft_wrap=True)
     if markdown_path:
-        markdown.write(markdown_path, report)
+        markdown.write(markdown_path, report, section)
 
 
 def measured(
@@ -229,27 +245,39 @@ def measured(
     from ringplane.bench.errors import never
     from ringplane.driver.compile_driver import warm_up
 
-    settings = settings_of(context, options, only_reads=against is None and not destroy_data)
+    chosen = places_of(context, targets, destroy_data) if against else []
+    writes = all(place.writable for place in chosen) if against else destroy_data
+    settings = settings_of(context, options, only_reads=not writes)
     report = results.Report(machine.describe(), settings.described())
     save = (lambda: report.save(json_path)) if json_path else never
     session = run.Bench(settings, report, pulse=signals.check, save=save)
     warm_up(signals)
-    if against is None:
-        socket = socket_of(context, targets)
-        seconds = settings.rounds * len(settings.cells) * run.turn(settings)
-        with progress(console, session, seconds):
-            session.socket(socket, destroy=destroy_data)
+    if against:
+        if against == NOTHING:
+            refuse(context, OF_QSD, f"--against {NOTHING} does not start {QSD}")
+        report.subjects += subjects_of(against, options, chosen)
+        side_by_side(console, session, chosen)
         return report
-    if against == NOTHING:
-        refuse(context, OF_QSD, f"--against {NOTHING} does not start {QSD}")
-    report.subjects += subjects_of(against, options)
-    chosen = places_of(targets, destroy_data, len(report.subjects), settings.size)
-    seconds = run.estimate(settings, chosen, report.subjects)
-    console.print(described(settings, chosen, report.subjects, seconds))
+    socket = socket_of(context, targets)
+    seconds = settings.rounds * len(settings.cells) * run.turn(settings)
     with progress(console, session, seconds):
-        for place in chosen:
-            session.place(place, report.subjects)
+        session.socket(socket, destroy=destroy_data)
     return report
+
+
+def side_by_side(console: Console, session: Bench, places: Sequence[Place]) -> None:
+    """Measure the subjects of the report in these places; raises BenchError, Interrupted."""
+    from ringplane.bench import run
+
+    settings, subjects = session.settings, session.report.subjects
+    session.check_room(places)
+    seconds = run.estimate(settings, places, subjects)
+    console.print(described(settings, places, subjects, seconds))
+    with progress(console, session, seconds):
+        # The first one shows what is missing when it is measured.
+        session.rehearse(places[1:])
+        for place in places:
+            session.place(place, subjects)
 
 
 def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: bool) -> Settings:
@@ -265,8 +293,8 @@ def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: 
         refused = [name for name in workloads if name not in cells.READ_ONLY_WORKLOADS]
         if refused:
             raise click.UsageError(
-                f"{', '.join(refused)} would overwrite the disk behind the socket; add --destroy-data to allow it: ALL "
-                "DATA ON THE DISK IS LOST"
+                f"{', '.join(refused)} would overwrite the disk behind the socket or address; add --destroy-data to "
+                "allow it: ALL DATA ON THE DISK IS LOST"
             )
     if chosen["size"] % (1 << 20) or chosen["size"] < places.SMALLEST:
         raise click.UsageError(f"--size must be a multiple of 1M and at least {places.SMALLEST >> 20}M")
@@ -282,14 +310,13 @@ def settings_of(context: click.Context, options: dict[str, Any], *, only_reads: 
     )
 
 
-def subjects_of(against: str, options: dict[str, Any]) -> list[Subject]:
+def subjects_of(against: str, options: dict[str, Any], places: Sequence[Place]) -> list[Subject]:
     """The back ends to measure side by side; raises BenchError for programs that are not installed."""
     from ringplane.bench import backends, fio
 
     subjects = [backends.ringplane(flags) for flags in options["variants"] or [""]]
     if against == QSD:
-        aios = dict.fromkeys(options["qsd_aio"])
-        subjects += [backends.qemu_storage_daemon(aio, options["qsd_iothread"]) for aio in aios]
+        subjects += qsd_subjects(options, places)
     if options["with_fio"]:
         fio.require()
         subjects.append(fio.RAW)
@@ -300,17 +327,30 @@ def subjects_of(against: str, options: dict[str, Any]) -> list[Subject]:
     return subjects
 
 
-def places_of(targets: tuple[str, ...], destroy: bool, images: int, size: int) -> list[Place]:
-    """The given places, with room for the images; raises BenchError and click.UsageError."""
+def qsd_subjects(options: dict[str, Any], places: Sequence[Place]) -> list[Subject]:
+    """The variants of qemu-storage-daemon."""
+    from ringplane.bench import qsd
+
+    iothread = options["qsd_iothread"]
+    local = [qsd.subject(aio, iothread) for aio in dict.fromkeys(options["qsd_aio"])]
+    return [
+        *(local if not all(place.is_remote for place in places) else []),
+        *([qsd.remote_subject(iothread)] if any(place.is_remote for place in places) else []),
+    ]
+
+
+def places_of(context: click.Context, targets: tuple[str, ...], destroy: bool) -> list[Place]:
+    """The given places; raises BenchError and click.UsageError."""
     from ringplane.bench import places
 
     if not targets:
-        raise click.UsageError("name at least one PLACE for the images: a directory, loop:DIRECTORY or a new file")
+        raise click.UsageError("name at least one PLACE: a directory, loop:DIRECTORY, a new file or an ADDRESS")
     chosen = [places.parse(text, destroy=destroy) for text in targets]
     for number, place in enumerate(chosen):
-        if (place.how, place.path.resolve()) in [(other.how, other.path.resolve()) for other in chosen[:number]]:
-            raise click.UsageError(f"{place.path} is given twice; leave one out")
-        places.rehearse(place, images, size)
+        if place.identity in [other.identity for other in chosen[:number]]:
+            raise click.UsageError(f"{place.address} is given twice; leave one out")
+    if all(place.is_remote for place in chosen):
+        refuse(context, OF_LOCAL_IMAGES, "every PLACE is an image elsewhere")
     return chosen
 
 
@@ -318,6 +358,8 @@ def socket_of(context: click.Context, targets: tuple[str, ...]) -> Path:
     """The given socket; raises click.UsageError if the argument is something else."""
     if len(targets) != 1:
         raise click.UsageError(f"name one SOCKET, or start back ends with --against {QSD} PLACE")
+    if scheme_of(targets[0]):
+        raise click.UsageError(f"{targets[0]} is the address of an image; add --against {QSD} or --against {NOTHING}")
     path = Path(targets[0])
     if not path.exists():
         raise click.UsageError(f"{path} does not exist; start a back end that listens there, or use --against {QSD}")

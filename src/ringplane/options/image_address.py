@@ -37,6 +37,11 @@ class RemoteImage:
     source: ClassVar[str]
 
     @property
+    def title(self) -> str:
+        """The image for messages, without what is secret."""
+        return str(self)
+
+    @property
     def stem(self) -> str:
         """What its disk is called by default, like the file name of an image without its suffix."""
         raise NotImplementedError
@@ -54,12 +59,18 @@ class RemoteImage:
 ImageAddress = Path | RemoteImage
 
 
+def scheme_of(text: str) -> str:
+    """The scheme of an address of an image elsewhere; empty: it is a path."""
+    found = SCHEME.match(text)
+    return found[1] if found is not None and found[1] in SCHEMES else ""
+
+
 def parse_image(text: str) -> ImageAddress:
     """Raises ValueError if it is an address of an image elsewhere and wrong."""
-    found = SCHEME.match(text)
-    if found is None or found[1] not in SCHEMES:
+    scheme = scheme_of(text)
+    if not scheme:
         return Path(text)
-    module = importlib.import_module(f"ringplane.options.{SCHEMES[found[1]]}")
+    module = importlib.import_module(f"ringplane.options.{SCHEMES[scheme]}")
     address: RemoteImage = module.parse(text)
     return address
 
