@@ -135,6 +135,58 @@ def test_many_in_flight_are_answered_in_any_order(server: NbdServer, served: Ser
         assert driver._answer(*each).data == server.content[51200 * number :][: sizes[number]]
 
 
+ADJACENT, PART = 8, 4096
+
+
+def at_once(server: NbdServer, folder: Path, kind: int, engine: str = "auto") -> list[tuple[int, bytes]]:
+    """The answers to ADJACENT requests of PART bytes each, which are fetched together."""
+    data = [pattern(PART, number) if kind == WRITE else b"" for number in range(ADJACENT)]
+    size = 0 if kind == WRITE else PART
+    with (
+        ringplane.serve(server.uri, folder / "socket", num_queues=1, engine=engine) as export,
+        Driver(folder / "socket", timeout=PATIENCE) as driver,
+    ):
+        export.pause()
+        sent = [driver._submit_request(kind, 8 * number, each, size, 0) for number, each in enumerate(data)]
+        export.resume()
+        answers = [driver._answer(*each) for each in sent]
+        return [(answer.status, answer.data) for answer in answers]
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "aio"])
+@pytest.mark.parametrize("kind", [READ, WRITE])
+def test_adjacent_requests_are_sent_as_one(server: NbdServer, tmp_path: Path, kind: int, engine: str) -> None:
+    before = bytes(server.content)
+    answers = at_once(server, tmp_path, kind, engine)
+    if kind == READ:
+        assert answers == [(OK, before[PART * number :][:PART]) for number in range(ADJACENT)]
+    else:
+        written = b"".join(pattern(PART, number) for number in range(ADJACENT))
+        assert (answers, server.content[: len(written)]) == ([(OK, b"")] * ADJACENT, written)
+    assert len(server.requests) < ADJACENT
+    assert sum(request.length for request in server.requests) == ADJACENT * PART
+
+
+@pytest.mark.parametrize("kind", [READ, WRITE])
+def test_a_bad_block_fails_only_its_own_request(server: NbdServer, tmp_path: Path, structured: bool, kind: int) -> None:
+    bad = 3 * PART
+
+    def fail(request: Request, server: NbdServer) -> bytes | None:
+        if not request.offset <= bad < request.offset + request.length:
+            return None
+        return error_chunk(request, errno.EIO) if structured and kind == READ else simple(request, errno.EIO)
+
+    server.reply = fail
+    answers = at_once(server, tmp_path, kind)
+    assert [status for status, _ in answers] == [OK, OK, OK, IOERR, OK, OK, OK, OK]
+
+
+def test_a_server_of_small_requests_gets_them_one_by_one(server: NbdServer, tmp_path: Path) -> None:
+    server.block_sizes = (1, 4096, 65536)
+    assert [status for status, _ in at_once(server, tmp_path, WRITE)] == [OK] * ADJACENT
+    assert [request.length for request in server.requests] == [PART] * ADJACENT
+
+
 @pytest.mark.parametrize("flags", [EVERYTHING, EVERYTHING & ~nbd.FLAG_SEND_FUA])
 def test_writes_that_must_be_stable(server: NbdServer, served: Served, flags: int) -> None:
     server.flags = flags

@@ -114,6 +114,18 @@ def io_at(channel, slot):
 
 
 @compiled
+def bytes_left(io):
+    """How many bytes the source has to transfer: those of a merged I/O, or the rest of this one."""
+    return io.whole_length if io.joined >= 0 else io.length - io.done
+
+
+@compiled
+def iovecs_left(io):
+    """The number of their IOVEC structs at `iov`."""
+    return io.whole_iov_count if io.joined >= 0 else io.iov_count
+
+
+@compiled
 def put(channel, address, io):
     """Append the I/O to the IO_LIST at `address`; it is in no other list."""
     some = view(address, IO_LIST)

@@ -1,14 +1,15 @@
 """Merging: an I/O that begins where the previously fetched one ends becomes part of the same larger one.
 
-A sequential stream costs storage, and the kernel on the way there, less in large pieces. The first I/O is held back
-until the turn's fetching is over or one comes that is not adjacent. When the larger one has ended, each is finished
-separately. If it was not transferred whole, each is retried alone: one bad sector fails one I/O.
+A sequential stream costs storage, and the kernel or the network on the way there, less in large pieces. The first I/O
+is held back until the turn's fetching is over or one comes that is not adjacent. When the larger one has ended, each is
+finished separately. If it was not transferred whole, each is retried alone: one bad sector fails one I/O.
 """
 
 from __future__ import annotations
 
 from ringplane.block.io import io_at
 from ringplane.block.sources.file import queue_io
+from ringplane.block.stack import STACK, add_to_batch
 from ringplane.compiler.jit import compiled
 from ringplane.engines.common import ENGINE
 from ringplane.native.access import copy, view
@@ -27,13 +28,18 @@ def hold(channel, io):
     io.bounce_iov_len = 0
     if channel.held >= 0:
         first = io_at(channel, channel.held)
-        if view(channel.engine, ENGINE).merges and adjoins(first, io):
+        if adjoins(first, io) and merges(channel, io):
             join(channel, first, io)
             return
         send_held(channel)
     io.whole_length = io.length
     io.whole_iov_count = io.iov_count
     channel.held = channel.held_last = io.slot
+
+
+@compiled
+def merges(channel, io):
+    return view(io.stack, STACK).merges or view(channel.engine, ENGINE).merges
 
 
 @compiled
@@ -63,9 +69,13 @@ def join(channel, first, io):
 
 @compiled
 def send_held(channel):
-    """Queue the I/O that is held back, if there is one, with the engine."""
+    """Pass the I/O that is held back, if there is one, to its source or the engine."""
     if channel.held < 0:
         return
     io = io_at(channel, channel.held)
     channel.held = -1
-    queue_io(channel, io, io.iov, io.whole_iov_count)
+    stack = view(io.stack, STACK)
+    if stack.submit:
+        add_to_batch(channel, stack, io)
+    else:
+        queue_io(channel, io, io.iov, io.whole_iov_count)

@@ -55,6 +55,7 @@ STACK = struct(
     "layer_count",
     "source",  # the source's struct
     "submit",  # address of the source's function; 0: `source` is a FILE
+    "merges",  # adjacent I/Os reach that function as one (merge.py)
     "ranges",  # address of the function with which a helper discards, zeroes and erases, and its first argument
     "backing",
     "batch_first = -1",  # IO_LIST: the I/Os of this turn for `submit`
@@ -73,6 +74,15 @@ def finish(channel, io, result):
         put(channel, address_of(channel) + MOVING, io)
     else:
         put(channel, address_of(channel) + ENDED, io)
+
+
+@compiled
+def add_to_batch(channel, stack, io):
+    """Have `submit` of the source called for the I/O at the end of this turn."""
+    if stack.batch_first < 0:
+        stack.next_batch = channel.batches
+        channel.batches = address_of(stack)
+    put(channel, address_of(stack) + BATCH, io)
 
 
 @compiled
@@ -114,6 +124,8 @@ class SourcePart:
     # Watched as long as a queue uses the stack.
     events: Sequence[Event] = ()
     submit: int
+    # Whether `submit` wants adjacent I/Os as one: then it transfers `bytes_left` of `iovecs_left` (io.py).
+    merges = False
     ranges: int
     backing: int
 
@@ -145,6 +157,7 @@ class Stack:
         record = self._record[0]
         record["layers"], record["layer_count"] = self._layers.ctypes.data, len(layers)
         record["source"], record["submit"] = source.address, source.submit
+        record["merges"] = source.merges
         record["ranges"], record["backing"] = source.ranges, source.backing
 
     @property

@@ -6,7 +6,7 @@ results come from the engine's completions, where sources without the engine put
 
 from __future__ import annotations
 
-from errno import EINTR, EOPNOTSUPP
+from errno import EINTR, EOPNOTSUPP, ETIMEDOUT
 
 from ringplane.block.buffers import consume, copy_from, copy_to, restore
 from ringplane.block.flush import begin_flush, flush
@@ -31,7 +31,7 @@ from ringplane.block.io import (
 from ringplane.block.merge import hold
 from ringplane.block.ranges import BACKING
 from ringplane.block.sources.file import file_of, is_aligned, queue_io
-from ringplane.block.stack import BATCH, STACK, finish
+from ringplane.block.stack import STACK, add_to_batch, finish
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call
 from ringplane.native.access import address_of, load64, store64, view
@@ -47,7 +47,7 @@ def start(channel, stack, io):
     io.done = 0
     if io.operation == READ or io.operation == WRITE:
         io.phase = PIECES
-        if stack.submit == 0 and is_aligned(file_of(io), io.iov, io.iov_count):
+        if stack.merges or (stack.submit == 0 and is_aligned(file_of(io), io.iov, io.iov_count)):
             hold(channel, io)
         else:
             issue(channel, stack, io)
@@ -113,14 +113,6 @@ def issue_to_file(channel, file, io):
 
 
 @compiled
-def add_to_batch(channel, stack, io):
-    if stack.batch_first < 0:
-        stack.next_batch = channel.batches
-        channel.batches = address_of(stack)
-    put(channel, address_of(stack) + BATCH, io)
-
-
-@compiled
 def submit_batches(channel):
     """Pass the I/Os of this turn to their sources, which take them from the list `batch`."""
     while channel.batches:
@@ -173,8 +165,8 @@ def progress_all(channel, io, result):
     if io.joined < 0:
         progress(channel, io, result)
         return
-    # If it was not transferred whole, for whatever reason, each I/O is retried alone.
-    whole = result == io.whole_length
+    # If it was not transferred whole, each I/O is retried alone, unless that would only take as long again.
+    whole, final = result == io.whole_length, result == -ETIMEDOUT or result <= REFUSED
     slot = io.slot
     while slot >= 0:
         io = io_at(channel, slot)
@@ -182,6 +174,8 @@ def progress_all(channel, io, result):
         io.joined = -1
         if whole:
             progress(channel, io, io.length)
+        elif final:
+            progress(channel, io, result)
         else:
             reissue(channel, io)
 

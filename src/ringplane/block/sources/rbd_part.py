@@ -27,7 +27,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.block.events import Event
-from ringplane.block.io import CHANNEL, DISCARD, FLUSH, FUA, READ, REFUSED, WRITE, ZERO, io_at
+from ringplane.block.io import (
+    CHANNEL,
+    DISCARD,
+    FLUSH,
+    FUA,
+    READ,
+    REFUSED,
+    WRITE,
+    ZERO,
+    bytes_left,
+    io_at,
+    iovecs_left,
+)
 from ringplane.block.ranges import RANGE, RANGE_SIZE
 from ringplane.block.stack import STACK, SourcePart
 from ringplane.compiler.interpreted import INTERPRETED
@@ -164,7 +176,7 @@ def make_call(image, operation, io):
 @compiled
 def transfer(function, image, operation, io):
     """Read or write the rest of the I/O, or its first LARGEST_PIECE bytes."""
-    iov, count, size = io.iov, io.iov_count, io.length - io.done
+    iov, count, size = io.iov, iovecs_left(io), bytes_left(io)
     if size > LARGEST_PIECE:
         iov, count, size = first_piece(operation, io)
     operation.size = size
@@ -341,6 +353,7 @@ class OpenImage:
 class RbdPart(SourcePart):
     """The part of the source for one I/O thread."""
 
+    merges = True
     ranges = backing = 0
 
     def __init__(self, image: OpenImage, warnings: Warnings, slots: int) -> None:

@@ -60,8 +60,9 @@ class Link(SourcePart):
 
     ranges = backing = 0
 
-    def __init__(self, export: int, slots: int, lost_fd: int, *, patient: bool) -> None:
+    def __init__(self, export: int, slots: int, lost_fd: int, *, patient: bool, merges: bool) -> None:
         """`export`: the address of the EXPORT. `lost_fd` is written to when a connection is lost."""
+        self.merges = merges
         self._epoll = select.epoll()
         self._wake_fd, self._sync_fd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
         self._sock: socket.socket | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from errno import EIO, EOPNOTSUPP
 
-from ringplane.block.io import BLOCK_IO, DISCARD, FLUSH, FUA, READ, REFUSED, WRITE, ZERO
+from ringplane.block.io import BLOCK_IO, DISCARD, FLUSH, FUA, READ, REFUSED, WRITE, ZERO, bytes_left
 from ringplane.block.ranges import RANGE, RANGE_SIZE, ZEROS_SIZE
 from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, EXPORT, FREE, ONE, QUEUED, ZEROS_IOV, request_at
 from ringplane.block.sources.nbd.protocol import (
@@ -48,7 +48,7 @@ def proceed(link, channel, request, io):
     """Queue the next request of an I/O, or end it."""
     export = view(link.export, EXPORT)
     if io.operation == READ or io.operation == WRITE:
-        request.result = length = min(io.length - io.done, export.largest)
+        request.result = length = min(bytes_left(io), export.largest)
         command = CMD_READ if io.operation == READ else CMD_WRITE
         queue(link, request, command, fua_flag(export, io), io.offset + io.done, length)
         request.iov = request.at = io.iov

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ringplane.block.image import ImageError
+from ringplane.block.merge import MERGE_BYTES
 from ringplane.block.ranges import ZEROS_SIZE
 from ringplane.block.sources.nbd.connecting import PATIENCE, Place, connect, find_places
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError
@@ -175,7 +176,8 @@ class NbdSource(Source):
     def part(self, slots: int) -> Link:
         sock, export = self._connections.pop(0) if self._connections else self._connect()
         look, address = self._reconnecting, int(self._record.ctypes.data)
-        link = Link(address, slots, look.lost_fd, patient=look.delay > 0)
+        merges = int(self._record["largest"][0]) >= MERGE_BYTES
+        link = Link(address, slots, look.lost_fd, patient=look.delay > 0, merges=merges)
         link.begin_with(sock, structured=export.structured)
         self._links.append(link)
         self._reconnecting.add(link)
