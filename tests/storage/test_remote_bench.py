@@ -12,7 +12,7 @@ from ceph import CephCluster
 from ringplane.bench import results, run
 from ringplane.cli.bench import bench
 
-from .nbd_processes import NbdServer, qemu_nbd, qemu_nbd_alone
+from .nbd_processes import NbdServer, qemu_nbd
 
 SIZE = 40 << 20
 QUICK = ["--rounds", "1", "--seconds", "0.1", "--warm-up", "0.02", "--depth", "8"]
@@ -71,18 +71,3 @@ def test_what_is_missing_is_known_before_the_first_place_is_measured(
     done = invoke("--against", "qemu-storage-daemon", server.uri, cluster.address("rbd/none"), *QUICK)
     assert done.exit_code == 1
     assert "ringplane did not start: rbd:rbd/none: there is no such image" in done.output
-
-
-def test_a_server_for_one_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ringplane.bench.backends.START_DEADLINE", 20.0)
-    image = tmp_path / "disk.img"
-    image.write_bytes(bytes(SIZE))
-    server = NbdServer(qemu_nbd_alone, image)
-    try:
-        done = invoke("--against", "qemu-storage-daemon", server.uri, *QUICK)
-    finally:
-        server.stop()
-    assert done.exit_code == 1
-    assert "did not listen within 20 s; the server has to accept two clients at a time (qemu-nbd --shared=2)" in (
-        done.output
-    )

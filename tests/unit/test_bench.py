@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from ringplane.bench.errors import BenchError
 from ringplane.bench.results import Report
 from ringplane.cli.bench import bench
 from ringplane.metrics import histogram
-from ringplane.options.image_address import RemoteImage
+from ringplane.options.image_address import RemoteImage, parse_image
 from ringplane.system.signals import Interrupted
 
 from .reports import CELL, NATIVE, OURS, THREADS, report_of, row
@@ -233,7 +234,7 @@ def test_images_beside_a_new_one_overwrite_nothing(tmp_path: Path) -> None:
         (["nbd://host/disk"], "nbd://host/disk is the address of an image; add --against qemu-storage-daemon or"),
         (["--against", "nothing", "rbd:x"], "rbd:x: image is missing; the form is rbd:POOL"),
         (["--against", "nothing", "nbds://host/disk"], "NBD over TLS is not supported"),
-        (["--against", "nothing", "nbd://host/disk", "nbd://HOST:10809/disk"], "nbd://HOST/disk is given twice"),
+        (["--against", "nothing", "nbd://host/disk", "nbd://HOST:10809/disk"], "nbd://host/disk is given twice"),
         (["--against", "nothing", "nbd://host/disk", "--workload", "randwrite"], "behind the socket or address; add"),
         (
             ["--against", "nothing", "nbd://host/disk", "--size", "1G"],
@@ -359,8 +360,20 @@ def test_qemu_storage_daemon_gets_the_same_image(address: str, node: dict[str, o
     assert json.loads(words[words.index("--blockdev") + 1]) == {"node-name": "disk", **node, "read-only": True}
     assert "writable=off" in words[-1]
     ours = backends.command(OURS, place.address, tmp_path / "sock", 1, read_only=not place.writable)
-    assert ours[ours.index("--image") + 1] == address
+    assert parse_image(ours[ours.index("--image") + 1]) == place.address
     assert "--read-only" in ours
+
+
+def test_a_server_that_leaves_the_second_client_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "START_DEADLINE", 0.0)
+    monkeypatch.setattr(backends, "command", lambda *_, **__: ["sleep", "60"])
+    words = "the server has to accept two clients at a time (qemu-nbd --shared=2)"
+    address = places.parse("nbd://host/disk").address
+    with (
+        pytest.raises(BenchError, match=f"did not listen within 0 s; {re.escape(words)}"),
+        backends.running(OURS, address, tmp_path, 1),
+    ):
+        pass
 
 
 def test_qemu_storage_daemon_cannot_be_given_all_of_an_address(tmp_path: Path) -> None:
