@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 
 import ringplane
 from ringplane.control import handing_over, handover
+from ringplane.control.export import Export
 from ringplane.control.handover import Channel, HandoverError, socket_beside
+from ringplane.control.operations import Operations
 from ringplane.dataplane.ring_states import RingState
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES
@@ -504,6 +507,49 @@ def test_slow_requests_end_the_takeover(serve: Serve, monkeypatch: pytest.Monkey
         with pytest.raises(HandoverError, match="requests in flight took longer than"):
             serve(upgrade=True)
         assert serves_on(guest, 1)
+
+
+def test_a_flush_of_the_control_plane_ends_first(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process could not tell its end from what it has asked for itself. If it takes too long, none takes over."""
+    running, begun, go, ended = serve(), threading.Event(), threading.Event(), threading.Event()
+    really_sync, really_freeze = running.disk.sync, Export.freeze
+
+    def sync() -> None:
+        begun.set()
+        assert go.wait(PATIENCE)
+        really_sync()
+        ended.set()
+
+    async def freeze(export: Export, patience: float) -> None:
+        assert ended.is_set()
+        await really_freeze(export, patience)
+
+    monkeypatch.setattr(running.disk, "sync", sync)
+    monkeypatch.setattr(Export, "freeze", freeze)
+    with machine(running) as guest, ThreadPoolExecutor(1) as pool:
+        guest.start()
+        flushing = pool.submit(running.flush)
+        assert begun.wait(PATIENCE)
+        with monkeypatch.context() as patch:
+            patch.setattr(handing_over, "DRAIN_PATIENCE", 0.05)
+            with pytest.raises(HandoverError, match=r"flush has not ended after 0\.05 seconds; try again when it has"):
+                serve(upgrade=True)
+        assert serves_on(guest, 1)
+        monkeypatch.setattr(handing_over, "DRAIN_PATIENCE", PATIENCE)
+        monkeypatch.setattr(Operations, "hold", after(go.set, Operations.hold))
+        take_over(serve, running)
+        flushing.result(PATIENCE)
+        assert serves_on(guest, 2)
+
+
+def after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls the first one, then the other."""
+
+    def both(*arguments: Any) -> Any:
+        first()
+        return then(*arguments)
+
+    return both
 
 
 def test_a_predecessor_that_dies_after_the_handover(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

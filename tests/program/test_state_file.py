@@ -7,9 +7,11 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,8 @@ from hypothesis import strategies as st
 from ringplane.cli.check import check
 from ringplane.control import state_file
 from ringplane.control.changes import Changes
-from ringplane.control.operation_errors import OperationError, Unavailable
+from ringplane.control.changing import Changing
+from ringplane.control.operation_errors import OperationError, Unavailable, WrongState
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.state_file import StateError, StateFile
@@ -31,7 +34,7 @@ from ringplane.driver import Driver
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
-from unit.rig import eventually
+from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, disk, do
 
 from .served import MEMORY_SIZE, SOON, ServedApi, needs_all, starter
@@ -158,6 +161,17 @@ def test_copies_are_kept(path: Path) -> None:
         state.store(ONE)
         state.store(ONE)
     assert [(path.parent / f"state.kept{end}").read_text() for end in ("", "-2")] == ["first", "second"]
+
+
+def test_others_cannot_read_it(path: Path) -> None:
+    """Also if they have made the files: addresses of images can contain a key."""
+    beside = path.with_name(f"{path.name}~")
+    with opened(path) as state:
+        state.store(ONE)
+    for file in (path, beside):
+        file.chmod(0o644)
+    with opened(path):
+        assert {stat.S_IMODE(file.stat().st_mode) for file in (path, beside)} == {0o600}
 
 
 def test_one_process_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +389,47 @@ def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         before = shown(server)
     with serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
         assert shown(server) == before
+
+
+def test_a_store_that_nobody_waits_for_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes what was true when it began, so no other one begins before its end, and no other process takes over."""
+    begun, go, really_store = threading.Event(), threading.Event(), StateFile.store
+    others: list[Changes] = []
+
+    def store(state: StateFile, changes: Changes) -> None:
+        if begun.is_set():
+            others.append(changes)
+            assert go.is_set()
+        begun.set()
+        assert go.wait(PATIENCE)
+        really_store(state, changes)
+
+    with serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
+        monkeypatch.setattr(StateFile, "store", store)
+        a, b = server.exports
+        pausing = server.threads.call(a.operations.pause)
+        assert begun.wait(PATIENCE)
+        # As when it stops: nobody waits for what is done with it.
+        do(server, partial(called, a.operations.end))
+        with pytest.raises(WrongState, match="has stopped"):
+            pausing.result(PATIENCE)
+        assert do(server, partial(called, lambda: is_under_way(server.changing)))
+        changing = server.threads.call(lambda: b.operations.change_limits({"total-iops-sec": 7}))
+        assert eventually(lambda: b.limits)
+        go.set()
+        changing.result(PATIENCE)
+        assert len(others) == 1
+        limits = json.loads((tmp_path / "state").read_text())["limits"]
+        assert limits == {str(tmp_path / "b.sock"): {"total-iops-sec": 7}}
+
+
+async def called(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def is_under_way(changing: Changing) -> bool:
+    with changing.none() as under_way:
+        return under_way
 
 
 def test_a_state_needs_sockets_with_paths(tmp_path: Path) -> None:

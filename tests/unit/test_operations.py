@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,75 @@ def test_images_that_hang_hold_up_no_other_disk(
     go.set()
     names = [future.result(SOON).name for future in hanging]
     assert names == [f"hangs-{number}" for number in range(ADDED_AT_ONCE - 1)]
+
+
+def added_at_the_same_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch, slow: DiskConfig, meanwhile: Callable[[], object]
+) -> ringplane.Export:
+    """This disk is added, and between the check of its options and its end something else happens."""
+    opening, go, really_open = threading.Event(), threading.Event(), adding_module.open_parts
+
+    def open_slowly(config: DiskConfig, *arguments: Any, **more: Any) -> Any:
+        if config.socket_path == slow.socket_path:
+            opening.set()
+            assert go.wait(SOON)
+        return really_open(config, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adding_module, "open_parts", open_slowly)
+        adding = server.threads.call(lambda: server.add(slow))
+        assert opening.wait(SOON)
+        try:
+            meanwhile()
+        finally:
+            go.set()
+        export: ringplane.Export = adding.result(SOON)
+        return export
+
+
+@pytest.mark.parametrize("path", ["image", "link"])
+def test_two_disks_of_one_image_at_the_same_time(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Without a lock that would say so. Of the second one nothing is left."""
+    (tmp_path / "image").write_bytes(bytes(IMAGE_SIZE))
+    (tmp_path / "link").symlink_to("image")
+    slow, other = (
+        dataclasses.replace(disk(tmp_path, name, name=name, lock="off", create=None), image=tmp_path / image)
+        for name, image in (("a", path), ("b", "image"))
+    )
+    server = start()
+    add(server, slow)
+    do(server, lambda: server.remove("a"))
+    before = own_fds()
+    with pytest.raises(WrongValue, match="image: is also the image of disk b"):
+        added_at_the_same_time(server, monkeypatch, slow, lambda: add(server, other))
+    assert [export.name for export in server.exports] == ["b"]
+    assert not (tmp_path / "a.sock").exists()
+    with attach(server.exports[0]) as driver:
+        driver.write(0, b"x" * 512)
+    do(server, lambda: server.remove("b", detach=True))
+    assert eventually(lambda: own_fds() <= before)
+    add(server, slow)
+
+
+def test_limits_of_a_group_that_change_while_a_disk_is_added(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not overwritten by what holds no more. A disk that names only the group has its new limits."""
+    limits: dict[str, Any] = {"group-name": "x", "total-iops-sec": 100}
+    server = start(disk(tmp_path, "a", limits=limits))
+    first = server.exports[0]
+    with pytest.raises(WrongValue, match='limits: the group "x" has other limits at disk a'):
+        added_at_the_same_time(
+            server, monkeypatch, disk(tmp_path, "b", limits=limits), lambda: first.change_limits({"total-iops-sec": 200})
+        )
+    assert first.limits["total-iops-sec"] == 200
+    # The image that was created with it has gone too.
+    assert sorted(path.name for path in tmp_path.glob("b.*")) == []
+    named = disk(tmp_path, "b", limits={"group-name": "x"})
+    change = partial(first.change_limits, {"total-iops-sec": 300})
+    assert added_at_the_same_time(server, monkeypatch, named, change).limits["total-iops-sec"] == 300
 
 
 def test_images_of_other_disks_are_not_looked_at(

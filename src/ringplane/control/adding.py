@@ -11,7 +11,7 @@ from ringplane.control.export import Export
 from ringplane.control.limiting import Limiting
 from ringplane.control.listener import Listener
 from ringplane.control.needed_units import units_of_limits, units_of_parts
-from ringplane.control.opening import Parts, listen, open_parts, report_created
+from ringplane.control.opening import Parts, listen, open_parts
 from ringplane.control.operation_errors import WrongState
 from ringplane.control.planned import Planned
 from ringplane.control.spreading import spread
@@ -66,9 +66,10 @@ class Adding:
         """The I/O threads of one more disk."""
         return spread(self._threads.io_threads, disks)
 
-    def open(self, config: DiskConfig, others: Iterable[Other]) -> Export:
+    def open(self, config: DiskConfig, others: Iterable[Other]) -> tuple[Export, contextlib.ExitStack]:
         """Open everything of a disk that is served beside these, and listen. It may block; nothing is left if it fails.
 
+        Leaving the ExitStack closes or removes everything again; it may block too.
         Raises WrongOptions, ImageError, ListenError, OpenerEnded, OSError; and WrongState if the process may not, or
         stops meanwhile.
         """
@@ -83,9 +84,7 @@ class Adding:
             if self._stopped:
                 raise WrongState("the process stops")
             export = self.export(Planned(config, added=True), disk, listen(config, parts, undo, self._opener))
-            undo.pop_all()
-        report_created(config, parts.source)
-        return export
+            return export, undo.pop_all()
 
     def _check(self, config: DiskConfig, others: Iterable[Other]) -> None:
         """Raises WrongOptions, WrongState."""

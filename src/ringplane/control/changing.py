@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
 from ringplane.control.operation_errors import Unavailable
 
@@ -21,7 +22,7 @@ class Changing:
         self._allowed.set()
         self._taken_over = False
         # Stores all changes so far. Raises Unavailable.
-        self.store: Callable[[], Awaitable[None]] | None = None
+        self.store: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     @contextlib.asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
@@ -37,9 +38,23 @@ class Changing:
         try:
             yield
             if self.store is not None:
-                await self.store()
+                await self._stored(self.store())
         finally:
             self._under_way -= 1
+
+    async def _stored(self, store: Coroutine[Any, Any, None]) -> None:
+        """It has ended. If nobody waits any more it is still under way: a thread writes what holds at that moment."""
+        self._under_way += 1
+        storing = asyncio.ensure_future(store)
+        storing.add_done_callback(self._end_of_store)
+        await asyncio.wait([storing])
+        storing.result()
+
+    def _end_of_store(self, storing: asyncio.Future[None]) -> None:
+        self._under_way -= 1
+        # Otherwise asyncio logs an exception that nobody looks at, and those who wait get it all the same.
+        if not storing.cancelled():
+            storing.exception()
 
     @contextlib.contextmanager
     def none(self) -> Iterator[bool]:

@@ -249,7 +249,7 @@ class Export:
             self.operations.end()
             self._limiting.remove(self.disk)
             # Storage that hangs must not stop other disks.
-            await _closed(self.disk.close)
+            await closed(self.disk.close)
             self._quota.end()
             self._finished.set()
 
@@ -273,7 +273,7 @@ class Export:
                 listener.close()
             else:
                 listener.sock.close()
-                await _closed(listener.close)
+                await closed(listener.close)
 
     async def _serve_front_end(self, sock: socket.socket) -> None:
         if self._stopping:
@@ -353,6 +353,8 @@ class Export:
         """After `freeze`: stop, and leave everything unchanged to the process that takes over."""
         self._listener.owned = False
         self._handed_over = True
+        # What waits for its turn is not done here any more.
+        self.operations.end()
         for layer in self.disk.layers:
             layer.abandon()
         if self._session:
@@ -389,7 +391,7 @@ class Export:
             self._transport.close()
 
 
-async def _closed(close: Callable[[], object]) -> None:
+async def closed(close: Callable[[], object]) -> None:
     """Call it on a thread that may block, if one can be started."""
     try:
         await aside(close)

@@ -121,6 +121,7 @@ def _offer(server: Server, listener: Listener, offered: Changes) -> dict[str, An
 async def _hand_over(server: Server, channel: Channel) -> None:
     """Returns, with all disks frozen, when the other process has everything. If it raises, all disks are thawed."""
     async with contextlib.AsyncExitStack() as undo:
+        await _hold_operations(server.exports, undo)
         await _freeze_all(server.exports, undo)
         for worker in server.threads.workers.values():
             undo.callback(worker.counters.thaw)
@@ -139,17 +140,34 @@ def _send_with_counters(channel: Channel, state: Mapping[str, Any], exports: Ite
         channel.send({**state, "counters": counters})
 
 
+async def _hold_operations(exports: Sequence[Export], undo: contextlib.AsyncExitStack) -> None:
+    """No flush or resize of ours uses the storage from now on, until `undo`; guests do not wait meanwhile.
+
+    Raises HandoverError.
+    """
+    holding = (export.operations.hold(DRAIN_PATIENCE) for export in exports)
+    done = await asyncio.gather(*holding, return_exceptions=True)
+    for export, result in zip(exports, done, strict=True):
+        if result is None:
+            undo.callback(export.operations.release)
+    _raise_first(exports, done)
+
+
 async def _freeze_all(exports: Sequence[Export], undo: contextlib.AsyncExitStack) -> None:
     """And have `undo` thaw them. Raises HandoverError."""
-    problem = ""
     freezing = (export.freeze(DRAIN_PATIENCE) for export in exports)
-    for export, result in zip(exports, await asyncio.gather(*freezing, return_exceptions=True), strict=True):
+    done = await asyncio.gather(*freezing, return_exceptions=True)
+    for export, result in zip(exports, done, strict=True):
         if result is None:
             undo.push_async_callback(export.thaw)
-        else:
-            problem = f"{export.disk.name}: {result}"
-    if problem:
-        raise HandoverError(problem)
+    _raise_first(exports, done)
+
+
+def _raise_first(exports: Sequence[Export], done: Sequence[BaseException | None]) -> None:
+    """Raise a HandoverError if one of the results is an exception."""
+    for export, result in zip(exports, done, strict=True):
+        if result is not None:
+            raise HandoverError(f"{export.name}: {result}")
 
 
 def _state(export: Export) -> dict[str, Any]:

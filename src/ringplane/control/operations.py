@@ -7,6 +7,7 @@ One at a time is done on a disk. The signals, the methods of `Export` and the AP
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from ringplane.block.image import ImageError
 from ringplane.control.changing import Changing
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
-from ringplane.control.turns import Turns
+from ringplane.control.turns import Around, Turns
 from ringplane.dataplane import limit_gate
 from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.dataplane.worker import WorkerEnded
@@ -60,6 +61,14 @@ class Operations:
         """The disk has stopped."""
         self._turns.end()
 
+    async def hold(self, patience: float) -> None:
+        """Begin none until `release`. Raises Unavailable if one that has begun does not end in `patience` seconds."""
+        await self._turns.hold(patience)
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        self._turns.release()
+
     async def drain(self) -> None:
         """Return when all fetched requests have completed; nothing is fetched meanwhile."""
         await self._take("drain", self._drain)
@@ -95,18 +104,18 @@ class Operations:
         return await self._change("a change of limits", lambda: self._change_limits(changes))
 
     async def _change(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        """As `_take`, for what the next process has to learn of."""
+        """As `_take`, for what the next process has to learn of.
 
-        async def change() -> Result:
-            async with self._changing.one():
-                return await work()
+        A change that waits because another process takes over must not have its turn: that process waits for turns.
+        """
+        return await self._take(operation, work, self._changing.one)
 
-        return await self._take(operation, change)
-
-    async def _take(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    async def _take(
+        self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], around: Around = contextlib.nullcontext
+    ) -> Result:
         """Raises OperationError for all that can happen."""
         try:
-            return await self._turns.take(operation, work)
+            return await self._turns.take(operation, work, around=around)
         except OperationError:
             raise
         except WorkerEnded as error:

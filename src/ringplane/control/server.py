@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Self
 
 from ringplane.block.image import ImageError
 from ringplane.control.adding import Adding, Other
-from ringplane.control.export import Export
+from ringplane.control.export import Export, closed
 from ringplane.control.listener import ListenError
+from ringplane.control.opening import report_created
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
 from ringplane.control.threads import Threads
 from ringplane.control.turns import PATIENCE, Turns
@@ -26,7 +27,7 @@ from ringplane.options.counted import counted
 from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import default_name
-from ringplane.options.process_rules import named_identity
+from ringplane.options.process_rules import ProcessRules, named_identity
 from ringplane.system.aside import aside
 from ringplane.system.notes import in_words
 
@@ -52,6 +53,11 @@ def _right_names(names: Sequence[str]) -> str:
     if len(names) > MOST_NAMES:
         return f"list the disks: there are {len(names)}"
     return f"the disks are: {', '.join(names)}" if names else "there is no disk"
+
+
+def _present(export: Export) -> DiskConfig:
+    """With the limits that it has now, or that its group has."""
+    return dataclasses.replace(export.config, limits=export.limits)
 
 
 def _nothing(_: int) -> None:
@@ -214,9 +220,8 @@ class Server:
     @contextlib.contextmanager
     def _reserved(self, config: DiskConfig) -> Iterator[tuple[DiskConfig, Sequence[Other]]]:
         """The disk with a name, and all disks that it must not collide with; in this `with` it is one of them."""
-        # A change of limits may have changed those of a group.
         others: list[Other] = [
-            *((dataclasses.replace(export.config, limits=export.limits), export.image) for export in self.exports),
+            *((_present(export), export.image) for export in self.exports),
             *((other, named_identity(other.image)) for other in self._opening),
         ]
         if config.name is None:
@@ -230,7 +235,7 @@ class Server:
 
     async def _serve_one_more(self, config: DiskConfig, others: Sequence[Other]) -> Export:
         try:
-            export = await aside(partial(self._adding.open, config, others))
+            export = await self._opened(config, others)
         except WrongOptions as error:
             raise WrongValue(error.spelled(dashed), dashed(error.options[0])) from None
         except (ImageError, ListenError) as error:
@@ -244,9 +249,32 @@ class Server:
         self.threads.serve(export)
         if self._stopping:
             export.request_stop()
+        report_created(config, export.disk.source)
         log.info("%s: added: %s", export.name, export.disk.source.title, extra={"disk": export.name})
         self.events.emit("added", export.name, image=str(export.disk.source.title))
         return export
+
+    async def _opened(self, config: DiskConfig, others: Sequence[Other]) -> Export:
+        """Raises the same as Adding.open. Until its limits are applied, nothing may be awaited after this."""
+        export, undo = await aside(partial(self._adding.open, config, others))
+        try:
+            self._check_opened(export)
+        except WrongOptions:
+            await closed(undo.close)
+            raise
+        undo.pop_all()
+        return export
+
+    def _check_opened(self, export: Export) -> None:
+        """Meanwhile another disk may have been added with its image, or the limits of its group changed.
+
+        Raises WrongOptions.
+        """
+        rules = ProcessRules()
+        for other in self.exports:
+            rules.add_opened(f"disk {other.name}", _present(other), other.image)
+        for error in rules.add_opened("the new disk", export.config, export.image):
+            raise error
 
     async def _remove(self, export: Export) -> None:
         try:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from ringplane.control.operation_errors import Unavailable, WrongState
 
 Result = TypeVar("Result")
+
+# An operation is in it from before its turn until it has ended.
+Around = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 # Seconds.
 PATIENCE = 30.0
@@ -28,9 +32,15 @@ class Turns:
         self._places = asyncio.Semaphore(MAX_TAKEN)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended = False
+        # The operation that has begun last.
+        self._begun = ""
 
     async def take(
-        self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], patience: float = PATIENCE
+        self,
+        operation: str,
+        work: Callable[[], Coroutine[Any, Any, Result]],
+        patience: float = PATIENCE,
+        around: Around = contextlib.nullcontext,
     ) -> Result:
         """Its result. It is never done in part: when the caller does not wait any more, it continues.
 
@@ -39,7 +49,7 @@ class Turns:
         """
         end = asyncio.get_running_loop().time() + patience
         await self._wait_for_a_place(operation, patience)
-        task = asyncio.ensure_future(self._in_turn(work))
+        task = asyncio.ensure_future(self._in_turn(operation, work, around))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
         await asyncio.wait([task], timeout=max(0.0, end - asyncio.get_running_loop().time()))
@@ -68,8 +78,11 @@ class Turns:
             self._places.release()
             raise self._gone()
 
-    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        async with self._turn:
+    async def _in_turn(
+        self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], around: Around
+    ) -> Result:
+        async with around(), self._turn:
+            self._begun = operation
             return await work()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
@@ -78,6 +91,23 @@ class Turns:
         # Nobody may be waiting for it any more; then asyncio would log that its exception was not looked at.
         if not task.cancelled():
             task.exception()
+
+    async def hold(self, patience: float) -> None:
+        """Take a turn without an operation, until `release`; if they are done one at a time, none begins meanwhile.
+
+        Raises Unavailable if it does not come in `patience` seconds.
+        """
+        try:
+            async with asyncio.timeout(patience):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Unavailable(
+                f"{self._begun} has not ended after {patience:g} seconds", self._name, "try again when it has"
+            ) from None
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        self._turn.release()
 
     def end(self) -> None:
         """Nothing is done any more: the thing has gone."""

@@ -47,9 +47,12 @@ class ProcessRules:
             *self._wrong_name(place, disk),
             *self._wrong_threads(disk),
             *self._wrong_socket(place, disk),
-            *self._wrong_image(place, disk, image or identity(disk.image)),
-            *self._wrong_group(place, disk),
+            *self.add_opened(place, disk, image or identity(disk.image)),
         ]
+
+    def add_opened(self, place: str, disk: DiskConfig, image: object) -> list[WrongOptions]:
+        """What is wrong with its image and its limits, of which others may have had changed ones since `add_disk`."""
+        return [*self._wrong_image(place, disk, image), *self._wrong_group(place, disk)]
 
     def _wrong_name(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
         if disk.name in self._names:
