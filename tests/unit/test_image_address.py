@@ -46,7 +46,8 @@ class Made(RemoteImage):
 
     source = "made"
 
-    def __str__(self) -> str:
+    @property
+    def address(self) -> str:
         return f"made:{self.folder or ''}:{self.name}"
 
     @property

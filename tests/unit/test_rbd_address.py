@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringplane.control.config import ConfigError, read_config
+import ringplane
+from ringplane.block.sources.rbd_cluster import Access
+from ringplane.cli.ctl import ctl
+from ringplane.cli.serve import serve
+from ringplane.control.config import ConfigError, read_config, read_disk
+from ringplane.control.written_config import written_disk
+from ringplane.options.declare import WrongOptions
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.process_rules import check_process
 from ringplane.options.rbd_address import RbdImage, parse
+from ringplane.options.thread_options import IoThread
+from ringplane.options.toml_text import keys
 
 GOOD = {
     "rbd:rbd/vm1": RbdImage(pool="rbd", image="vm1"),
@@ -39,10 +54,11 @@ WRONG = {
     "rbd:rbd/": "image is missing",
     "rbd:rbd//vm1": "namespace is missing",
     "rbd:rbd/vm1@": "snapshot is missing",
-    "rbd:rbd/vm1:id": '"id" is not KEY=VALUE',
-    "rbd:rbd/vm1:id=": '"id=" is not KEY=VALUE',
-    "rbd:rbd/vm1:=x": '"=x" is not KEY=VALUE',
-    "rbd:rbd/vm1:": '"" is not KEY=VALUE',
+    "rbd:rbd/vm1:id": "rbd:rbd/vm1: option 1 is not KEY=VALUE",
+    "rbd:rbd/vm1:id=": "option 1 is not KEY=VALUE",
+    "rbd:rbd/vm1:id=a:=x": "option 2 is not KEY=VALUE",
+    "rbd:rbd/vm1:": "option 1 is not KEY=VALUE",
+    "rbd:rbd/vm1:AQC=x": "option 1 is not KEY=VALUE with an option of Ceph's",
     "rbd:rbd/vm1:id=a:id=b": "id is given twice",
     "rbd:rbd/vm1:debug_rbd=1:debug_rbd=2": "debug_rbd is given twice",
     "rbd:rbd/vm1\\": "ends with a backslash",
@@ -71,8 +87,9 @@ NAMES = WORDS | SPECIAL
 EMPTY = st.just("")
 PATHS = NAMES.map(Path)
 ENCRYPTION = st.just(("", None)) | st.tuples(st.sampled_from(["luks1", "luks2"]), PATHS)
-OURS = {"id", "conf", "keyfile", "encrypt-format", "encrypt-key-file"}
-SETTINGS = st.dictionaries(NAMES.filter(lambda key: key not in OURS), NAMES, max_size=3)
+OURS = {"id", "conf", "keyfile"}
+OPTIONS = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True).filter(lambda key: key not in OURS)
+SETTINGS = st.dictionaries(OPTIONS, NAMES, max_size=3)
 
 ADDRESSES = st.builds(
     lambda encryption, settings, **fields: RbdImage(
@@ -92,7 +109,7 @@ ADDRESSES = st.builds(
 
 @given(ADDRESSES)
 def test_each_address_is_read_as_it_is_written(address: RbdImage) -> None:
-    assert parse(str(address)) == address
+    assert parse(address.address) == address
 
 
 @given(st.text("\\:/@=ab", max_size=20))
@@ -101,7 +118,7 @@ def test_any_text_is_an_address_or_wrong(text: str) -> None:
         address = parse(f"rbd:{text}")
     except ValueError:
         return
-    assert parse(str(address)) == address
+    assert parse(address.address) == address
 
 
 def test_what_others_see_of_it() -> None:
@@ -110,6 +127,85 @@ def test_what_others_see_of_it() -> None:
     assert address.stem == "vm1-before"
     assert address.identity == parse("rbd:rbd/tenant/vm1@before:rados_osd_op_timeout=3").identity
     assert address.identity != parse("rbd:rbd/tenant/vm1").identity
+
+
+# What an address with a key can have beside it that is wrong.
+WRONG_ADDRESSES = (
+    "rbd:rbd:key=AQCsecret==",
+    "rbd:rbd/vm1:key=AQCsecret==:id",
+    "rbd:rbd/vm1:key=AQCsecret==:key=AQCsecret==",
+    "rbd:rbd/vm1:key=AQCsecret==:encrypt-format=luks2",
+    "rbd:rbd/vm1:key=AQCsecret==:encrypt-format=luks3:encrypt-key-file=/p",
+    "rbd:rbd/vm1:key=AQCsecret==\\",
+    "rbd:rbd/vm1:key=AQCsecret==\t",
+    "rbd:rbd/vm1:AQCsecret==",
+    "rbd:rbd/vm1:AQCsecret",
+)
+
+
+@pytest.mark.parametrize("address", WRONG_ADDRESSES)
+def test_what_is_wrong_is_said_without_the_key(address: str, tmp_path: Path) -> None:
+    text = json.dumps(address)
+    (tmp_path / "disks.toml").write_text(f'[[disk]]\nsocket-path = "vm1.sock"\nimage = {text}\n')
+    with pytest.raises(ConfigError, match=r"\[\[disk\]\] 1 \(rbd:rbd") as in_file:
+        read_config(tmp_path / "disks.toml")
+    with pytest.raises(ConfigError) as added:
+        read_disk({"image": address, "socket-path": "/vm1.sock"}, ["io0"])
+    with pytest.raises(ValueError, match=r"image_path|image: ") as given:
+        ringplane.serve(address, tmp_path / "vm1.sock")
+    messages = [*in_file.value.problems, *added.value.problems, str(given.value)]
+    for command in (serve, ctl):
+        words = ["add", "--api-socket", "api"] if command is ctl else []
+        done = CliRunner().invoke(command, [*words, "--image", address, "--socket-path", "s"])
+        assert done.exit_code == 2
+        messages.append(done.output)
+    assert not [line for line in messages if "secret" in line]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ('{ AQCsecret = "x" }', "options: a name in it is not one of Ceph's options"),
+        ('{ key = "AQCsecret\\t" }', "options: the value of key is not a printable text"),
+        ('"AQCsecret"', "is not a table of Ceph's options"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_without_the_key(options: str, words: str, tmp_path: Path) -> None:
+    table = f'[disk.rbd]\npool = "rbd"\nimage = "vm1"\noptions = {options}\n'
+    (tmp_path / "disks.toml").write_text(f'[[disk]]\nsocket-path = "vm1.sock"\n{table}')
+    with pytest.raises(ConfigError, match=words) as wrong:
+        read_config(tmp_path / "disks.toml")
+    assert "secret" not in str(wrong.value)
+
+
+def test_who_sees_the_key() -> None:
+    """Only those who connect with it, and the state."""
+    address = parse("rbd:rbd/vm1:id=a:key=AQCsecret==:debug_rbd=1")
+    assert "secret" not in f"{address} {address!r} {Access.of(address, cache=False)!r}"
+    assert address.without_secrets == parse("rbd:rbd/vm1:id=a:debug_rbd=1")
+    config = DiskConfig(address, ["io0"], socket_path=Path("/vm1.sock"))
+    assert keys(config)["image"] == address.address == "rbd:rbd/vm1:id=a:key=AQCsecret==:debug_rbd=1"
+    with pytest.raises(WrongOptions, match="^rbd:rbd/vm1: socket_path: .* is also the socket of rbd:rbd/vm1; ") as wrong:
+        check_process([config, config], [IoThread("io0")])
+    assert "secret" not in str(wrong.value)
+    text = written_disk(config)
+    assert tomllib.loads(text)["disk"] == [{**keys(config), "image": "rbd:rbd/vm1:id=a:debug_rbd=1"}]
+    assert text.startswith("# The key of the next disk is secret")
+
+
+HIDING = """
+import sys, pathlib
+from ringplane.cli.types import IMAGE_TYPE
+IMAGE_TYPE.convert(sys.argv[1].removeprefix("--image="), None, None)
+print(pathlib.Path("/proc/self/cmdline").read_bytes().split(b"\\0")[3].decode())
+"""
+
+
+@pytest.mark.parametrize("option", ["", "--image="])
+def test_other_users_do_not_see_the_key(option: str) -> None:
+    command = [sys.executable, "-c", HIDING, f"{option}rbd:rbd/vm1:key=AQCsecret==:id=a"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{option}rbd:rbd/vm1{'x' * len(':key=AQCsecret==:id=a')}\n"
 
 
 def test_relative_paths() -> None:
@@ -144,8 +240,9 @@ def test_a_table_of_a_configuration_file(tmp_path: Path) -> None:
     (disk,) = read_config(tmp_path / "disks.toml").disks
     settings = ":mon_host=10.0.0.1\\:3300,10.0.0.2:rados_osd_op_timeout=30"
     expected = f"rbd:rbd/tenant/vm1:id=libvirt:conf={tmp_path}/ceph.conf:keyfile=/k:encrypt-format=luks2"
-    assert str(disk.image) == f"{expected}:encrypt-key-file={tmp_path}/p{settings}"
-    assert disk.image == parse(str(disk.image))
+    assert isinstance(disk.image, RbdImage)
+    assert disk.image.address == f"{expected}:encrypt-key-file={tmp_path}/p{settings}"
+    assert disk.image == parse(disk.image.address)
 
 
 WRONG_TABLES = {

@@ -73,7 +73,7 @@ def command(
 
 def _image(image: ImageAddress, shared: bool) -> list[str]:
     if isinstance(image, RemoteImage):
-        return ["--image", str(image)]
+        return ["--image", image.address]
     return ["--blk-file", str(image), *(["--share-rw"] if shared else [])]
 
 

@@ -75,7 +75,7 @@ def parse(text: str, *, destroy: bool = False) -> Place:
 
 
 def _remote(address: RemoteImage, destroy: bool) -> Place:
-    if "key" in dict(getattr(address, "settings", ())):
+    if address.without_secrets != address:
         raise BenchError(f"{address.title}: a report shows the command, and no key may be in it; use keyfile=PATH")
     return Place("remote", address, Storage(address.title, address.source, address.source.upper()), writable=destroy)
 

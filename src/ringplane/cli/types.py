@@ -10,9 +10,10 @@ import click
 
 from ringplane.options.cpus import CPUS as CPU_LIST
 from ringplane.options.durations import parse_seconds
-from ringplane.options.image_address import parse_image
+from ringplane.options.image_address import RemoteImage, parse_image
 from ringplane.options.sizes import parse_size
 from ringplane.options.users import parse_user
+from ringplane.system.command_line import hide
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
@@ -33,7 +34,10 @@ class ImageType(click.Path):
     """A path or the address of an image; the shell completes paths."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Parsed("image", parse_image).convert(value, param, ctx)
+        image = Parsed("image", parse_image).convert(value, param, ctx)
+        if isinstance(image, RemoteImage) and image != image.without_secrets:
+            hide(str(value).removeprefix(image.title))
+        return image
 
 
 # The shell completes it; the code that opens the file checks whether it exists.

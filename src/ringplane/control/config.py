@@ -18,7 +18,7 @@ from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import Option, Options, WrongOptions, dashed, declared
 from ringplane.options.device_options import MAX_QUEUES
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.image_address import TABLES, image_of_table
+from ringplane.options.image_address import TABLES, image_of_table, shown_image
 from ringplane.options.kinds import shown, suggestion
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.process_rules import ProcessRules
@@ -196,7 +196,7 @@ class _Reader:
 
     def _numbered_table(self, number: int, table: Mapping[str, Any]) -> _Table:
         image = table.get("image")
-        place = f"[[disk]] {number} ({image}): " if isinstance(image, str) else f"[[disk]] {number}: "
+        place = f"[[disk]] {number} ({shown_image(image)}): " if isinstance(image, str) else f"[[disk]] {number}: "
         return self.disk_table(place, table)
 
     def disk_table(self, place: str, table: Mapping[str, Any]) -> _Table:

@@ -31,6 +31,8 @@ VERSION = 1
 # The end of the names of the second file, and of files that are kept because they cannot be used.
 BESIDE, KEPT = "~", ".kept"
 
+MODE = 0o600
+
 # Seconds. The kernel's work for a process that was killed may hold its locks for some milliseconds.
 LOCK_PATIENCE = 0.5
 
@@ -79,6 +81,9 @@ class StateFile:
                 self._fds = [os.dup(fd.number) for fd in inherited["files"]]
             else:
                 self._open_files()
+            for fd in self._fds:
+                # What it keeps may be secret, and others may have made it.
+                os.fchmod(fd, MODE)
         except OSError as error:
             self.close()
             raise StateError(f"{self.path}: the state cannot be stored there: {error.strerror}") from None
@@ -100,7 +105,7 @@ class StateFile:
     def _opened(self, name: bytes) -> int:
         """The fd of one of the files, locked. Raises OSError, StateError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self._folder)
+        fd = os.open(name, flags, MODE, dir_fd=self._folder)
         self._fds.append(fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise StateError(f"{self.path.with_name(os.fsdecode(name))}: is not a regular file; choose another path")
@@ -127,7 +132,7 @@ class StateFile:
         number, kept = 1, self.path.with_name(f"{self.path.name}{KEPT}")
         while True:
             try:
-                fd = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                fd = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
                 break
             except FileExistsError:
                 number += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ringplane.control.server import Server
+from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import RemoteImage
 from ringplane.options.toml_text import table, toml
 
 
@@ -22,5 +24,14 @@ def written_config(server: Server) -> str:
             config, size = export.config, export.disk.size
             config = dataclasses.replace(config, create=size) if config.create is not None else config
             config = dataclasses.replace(config, limits=export.limits)
-            tables.append(table("[[disk]]", config))
+            tables.append(written_disk(config))
     return "\n".join(tables)
+
+
+def written_disk(config: DiskConfig) -> str:
+    """Its table, in which nothing is secret."""
+    image = config.image
+    if not isinstance(image, RemoteImage) or image.without_secrets == image:
+        return table("[[disk]]", config)
+    note = "# The key of the next disk is secret, so it is left out here; name a file that has it: keyfile=PATH.\n"
+    return note + table("[[disk]]", dataclasses.replace(config, image=image.without_secrets))

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Self
 
 from ringplane.options.kinds import Kind, shown, text_from_toml
 
-# Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError.
+# Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError. If such
+# a text may contain secrets, `shown_part` is what messages contain of it.
 SCHEMES: dict[str, str] = {
     **dict.fromkeys(("nbd", "nbd+unix", "nbds", "nbds+unix"), "nbd_uri"),
     "rbd": "rbd_address",
@@ -30,16 +31,29 @@ SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 class RemoteImage:
     """The address of an image that is not a file or device here. Each kind has a frozen dataclass of its own.
 
-    `str` of it is what `parse_image` reads.
+    `str` of it is for people, in messages and logs: it has nothing that is secret.
     """
 
     # Of the source: the key of REMOTE in block/sources/choose_source.py.
     source: ClassVar[str]
 
     @property
+    def address(self) -> str:
+        """What `parse_image` reads. It may contain secrets: only for those who connect with it."""
+        raise NotImplementedError
+
+    @property
     def title(self) -> str:
-        """The image for messages, without what is secret."""
-        return str(self)
+        """The image, without what is secret."""
+        return self.address
+
+    @property
+    def without_secrets(self) -> Self:
+        """The same, if it has none."""
+        return self
+
+    def __str__(self) -> str:
+        return self.title
 
     @property
     def stem(self) -> str:
@@ -75,6 +89,16 @@ def parse_image(text: str) -> ImageAddress:
     return address
 
 
+def shown_image(text: str) -> str:
+    """Of a text for `parse_image`, which may be wrong, what messages may contain."""
+    scheme = scheme_of(text)
+    if not scheme:
+        return text
+    module = importlib.import_module(f"ringplane.options.{SCHEMES[scheme]}")
+    shown_part: Callable[[str], str] | None = getattr(module, "shown_part", None)
+    return text if shown_part is None else shown_part(text)
+
+
 def image_of_table(name: str, table: Any) -> RemoteImage:
     """Raises ValueError."""
     if not isinstance(table, Mapping):
@@ -102,6 +126,10 @@ def _check_image(value: Any) -> None:
     image_from(value)
 
 
+def _written(image: ImageAddress) -> str:
+    return image.address if isinstance(image, RemoteImage) else str(image)
+
+
 def _with_paths(change: Callable[[Path], Path], image: ImageAddress) -> ImageAddress:
     return image.with_paths(change) if isinstance(image, RemoteImage) else change(image)
 
@@ -111,6 +139,6 @@ IMAGE = Kind(
     parse_image,
     lambda value: parse_image(text_from_toml(value)),
     _check_image,
-    to_toml=str,
+    to_toml=_written,
     with_paths=_with_paths,
 )

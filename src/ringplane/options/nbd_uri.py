@@ -35,7 +35,8 @@ class NbdUri(RemoteImage):
 
     source: ClassVar[str] = "nbd"
 
-    def __str__(self) -> str:
+    @property
+    def address(self) -> str:
         if self.socket is not None:
             return f"nbd+unix:///{quote(self.export)}?socket={quote(os.fsencode(self.socket))}"
         host = f"[{self.host}]" if ":" in self.host else quote(self.host)

@@ -4,6 +4,9 @@
 
 A backslash takes the special meaning from `:`, `/`, `@`, `=` or a backslash that follows it. KEY is an option of Ceph's
 configuration. `keyfile` is one; `encrypt-format` and `encrypt-key-file` are ours, because QEMU's form has none.
+
+One of Ceph's options is a secret: the `key` of the user. So no message contains more of an address than the image, and
+what is wrong with an option is said without its value.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ ENCRYPTIONS = ("luks1", "luks2")
 
 SPECIAL, IN_VALUE = re.compile(r"[\\:/@=]"), re.compile(r"[\\:]")
 ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+
+# The names of Ceph's options; and what is never shown. A name that is none may be a key.
+OPTION = re.compile(r"[a-z][a-z0-9_]*")
+SECRETS = ("key",)
 
 # The fields with keys of their own, and the key of each in an address.
 KEYS = {"user": "id", "conf": "conf", "key_file": "keyfile"}
@@ -53,11 +60,11 @@ class RbdImage(RemoteImage):
     encrypt_format: str = ""
     encrypt_key_file: Path | None = None
     # Options of Ceph's configuration.
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def title(self) -> str:
-        """The image, without how to reach it: that can contain a key."""
+        """The image, without how to reach it."""
         path = "/".join(map(_escaped, filter(None, (self.pool, self.namespace, self.image))))
         return f"rbd:{path}" + (f"@{_escaped(self.snapshot)}" if self.snapshot else "")
 
@@ -73,7 +80,12 @@ class RbdImage(RemoteImage):
         paths: dict[str, Any] = {name: change(path) for name in PATHS if (path := getattr(self, name)) is not None}
         return dataclasses.replace(self, **paths)
 
-    def __str__(self) -> str:
+    @property
+    def without_secrets(self) -> RbdImage:
+        return dataclasses.replace(self, settings=tuple(pair for pair in self.settings if pair[0] not in SECRETS))
+
+    @property
+    def address(self) -> str:
         return "".join((self.title, *(f":{_escaped(key)}={_escaped(value, IN_VALUE)}" for key, value in self._pairs())))
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
@@ -85,12 +97,19 @@ class RbdImage(RemoteImage):
 
 def parse(text: str) -> RbdImage:
     """Raises ValueError unless it is such an address."""
+    known = shown_part(text)
     if not text.isprintable():
-        raise ValueError(f"{shown(text)} has characters that cannot be printed; the form is {FORM}")
+        raise ValueError(f"{shown(known)} has characters that cannot be printed; the form is {FORM}")
     if re.search(r"(?<!\\)(?:\\\\)*\\$", text):
-        raise ValueError(f"{text}: ends with a backslash, which nothing follows; a backslash itself is written \\\\")
+        raise ValueError(f"{known}: ends with a backslash, which nothing follows; a backslash itself is written \\\\")
     place, *pairs = _split(text.partition(":")[2], ":")
-    return RbdImage(**_names(text, place), **_options(text, pairs))
+    return RbdImage(**_names(known, place), **_options(known, pairs))
+
+
+def shown_part(text: str) -> str:
+    """Of an address, which may be wrong, what messages may contain: the image, without the options."""
+    scheme, colon, rest = text.partition(":")
+    return f"{scheme}{colon}{_split(rest, ':', 1)[0]}"
 
 
 def _names(text: str, place: str) -> dict[str, Any]:
@@ -112,10 +131,10 @@ def _options(text: str, pairs: list[str]) -> dict[str, Any]:
     fields = {key: name for name, key in (KEYS | ENCRYPTION_KEYS).items()}
     found: dict[str, Any] = {}
     settings: dict[str, str] = {}
-    for pair in pairs:
+    for number, pair in enumerate(pairs, 1):
         key, *value = (_plain(part) for part in _split(pair, "=", 1))
-        if not key or not value or not value[0]:
-            raise ValueError(f"{text}: {shown(pair)} is not KEY=VALUE; the form is {FORM}")
+        if not (key in fields or OPTION.fullmatch(key)) or not value or not value[0]:
+            raise ValueError(f"{text}: option {number} is not KEY=VALUE with an option of Ceph's; the form is {FORM}")
         if key in settings or fields.get(key) in found:
             raise ValueError(f"{text}: {key} is given twice")
         if key not in fields:
@@ -140,7 +159,7 @@ def from_table(table: Mapping[str, Any]) -> RbdImage:
             if key == "server":
                 settings["mon_host"] = ",".join(map(_monitor, _some(value)))
             elif key == "options":
-                settings |= {name: text_from_toml(each) for name, each in _table(value).items()}
+                settings |= dict(map(_option, _table(value).items()))
             else:
                 name = key.replace("-", "_")
                 found[name] = Path(text_from_toml(value)) if name in PATHS else text_from_toml(value)
@@ -168,10 +187,18 @@ def _monitor(value: Any) -> str:
 
 def _table(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(
-            f'{shown(value)} is not a table of Ceph\'s options; example: {{ rados_osd_op_timeout = "30" }}'
-        )
+        raise ValueError('is not a table of Ceph\'s options; example: { rados_osd_op_timeout = "30" }')
     return value
+
+
+def _option(pair: tuple[str, Any]) -> tuple[str, str]:
+    name, value = pair
+    if not OPTION.fullmatch(name):
+        raise ValueError("a name in it is not one of Ceph's options, such as rados_osd_op_timeout")
+    try:
+        return name, text_from_toml(value)
+    except ValueError:
+        raise ValueError(f"the value of {name} is not a printable text in quotation marks") from None
 
 
 def check_encryption(what: str, found: Mapping[str, Any]) -> None:

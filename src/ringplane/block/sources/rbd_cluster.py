@@ -32,7 +32,8 @@ class Access:
     conf: Path | None
     user: str
     key_file: Path | None
-    settings: tuple[tuple[str, str], ...]
+    # It can contain a key.
+    settings: tuple[tuple[str, str], ...] = field(repr=False)
     # librbd's cache in this process.
     cache: bool
 
@@ -104,7 +105,7 @@ class Cluster:
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise ClusterError(f"Ceph has no option {key!r}; `ceph config ls` lists them") from None
-            raise ClusterError(f"{value!r} cannot be the value of Ceph's option {key!r}: {_words(error)}") from None
+            raise ClusterError(f"Ceph does not accept the value of its option {key!r}: {_words(error)}") from None
 
     def option(self, key: str) -> str:
         """The value of one of Ceph's options. Raises OSError."""
