@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from ringplane.opener import remote_opener
 from ringplane.opener.allowed_folders import MOST_SOCKETS
 from ringplane.opener.open_requests import (
     ANSWER,
+    CONNECT,
     CREATE,
     DIRECT,
     LISTEN,
@@ -35,6 +36,8 @@ from ringplane.opener.open_requests import (
     UNLINK,
     Request,
 )
+from ringplane.opener.server_places import Place
+from ringplane.system import landlock
 from unit.rig import PATIENCE, eventually, loop_device
 
 SIZE = 1 << 20
@@ -50,11 +53,11 @@ RENAME_EXCHANGE, AT_FDCWD = 2, -100
 class Opening:
     """The process, and its other end, from which anything can be sent."""
 
-    def __init__(self, *folders: Path) -> None:
+    def __init__(self, *folders: Path, places: Sequence[Place] = ()) -> None:
         self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(PATIENCE)
         with other:
-            self.process = remote_opener._start(other, folders, None)
+            self.process = remote_opener._start(other, folders, None, places)
         assert ANSWER.unpack(self.sock.recv(100)) == (0, 0, -1)
         self._number = 0
 
@@ -504,6 +507,7 @@ ATTEMPTS = {
     "link": lambda: os.link(folder + "/image", folder + "/other"),
     "change mode": lambda: os.chmod(folder + "/image", 0o666),
     "inet socket": lambda: socket.socket(socket.AF_INET),
+    "connect to a port": lambda: socket.socket(socket.AF_INET).connect(("127.0.0.1", 9)),
     "netlink socket": lambda: socket.socket(socket.AF_NETLINK),
     "signal": lambda: os.kill(parent, 0),
     "fork": lambda: system_call(NUMBERS["clone"], 17, 0, 0, 0, 0),
@@ -521,19 +525,20 @@ def attempt(function):
         return errno.errorcode[error.errno]
 
 
-confine([open_folder(folder)])
+confine([open_folder(folder)], eval(sys.argv[5]))
 found = {name: attempt(function) for name, function in ATTEMPTS.items()}
 control.sendmsg([json.dumps(found).encode()])
 exec(sys.argv[4])
 """
 
 
-def confined(top: Path, code: str) -> tuple[dict[str, str], int]:
-    """What each attempt led to, and the exit status after this code."""
+def confined(top: Path, code: str, places: object = ()) -> tuple[dict[str, str], int]:
+    """What each attempt led to in a process that may connect to these places, and the exit status after this code."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         package = str(Path(remote_opener.__file__).parents[2])
-        command = [sys.executable, "-I", "-S", "-c", CODE, package, str(top / "allowed"), str(top / "outside"), code]
+        arguments = [package, str(top / "allowed"), str(top / "outside"), code, repr(places)]
+        command = [sys.executable, "-I", "-S", "-c", CODE, *arguments]
         process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
         theirs.close()
         ours.settimeout(PATIENCE)
@@ -551,6 +556,33 @@ def test_nothing_but_opening_is_left(top: Path) -> None:
     assert status == 5
     assert found == {name: "EACCES" if name in by_landlock else "EPERM" for name in found}
     assert tree(top) == before
+
+
+@needs_all
+def test_one_that_connects_to_servers(top: Path) -> None:
+    """Sockets of their families, and no other ports."""
+    found, _ = confined(top, "os._exit(5)", [(int(socket.AF_INET), ("127.0.0.1", 10809))])
+    usual, _ = confined(top, "os._exit(5)")
+    changed = {name: result for name, result in found.items() if result != usual[name]}
+    by_port = "EACCES" if landlock.version() >= 4 else "ECONNREFUSED"
+    # There is no such socket; its connection is refused by nobody but the file system.
+    assert changed == {"connect": "ENOENT", "inet socket": "done", "connect to a port": by_port}
+
+
+@pytest.mark.parametrize(
+    ("number", "path", "arguments"), [(1, b"", {}), (0, b"x", {}), (0, b"", {"how": 1}), (0, b"", {"size": 1})]
+)
+def test_places_that_our_end_never_sends(allowed: Path, number: int, path: bytes, arguments: dict[str, int]) -> None:
+    process = Opening(allowed, places=[(socket.AF_UNIX, str(allowed / "none"))])
+    assert process.ask(CONNECT, b"") == -errno.ENOENT
+    process.sock.send(Request(CONNECT, number, path, **arguments).packed(2))
+    process.expect_the_end()
+    process.sock.close()
+
+
+def test_it_connects_nowhere_without_servers(opening: Opening) -> None:
+    opening.sock.send(Request(CONNECT, 0, b"").packed(1))
+    opening.expect_the_end()
 
 
 @needs_all

@@ -510,7 +510,7 @@ def test_slow_requests_end_the_takeover(serve: Serve, monkeypatch: pytest.Monkey
 
 
 def test_a_flush_of_the_control_plane_ends_first(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process could not tell its end from what it has asked for itself. If it takes too long, none takes over."""
+    """Another process could read the reply to it. If it takes too long, none takes over."""
     running, begun, go, ended = serve(), threading.Event(), threading.Event(), threading.Event()
     really_sync, really_freeze = running.disk.sync, Export.freeze
 

@@ -252,7 +252,10 @@ REFUSALS: dict[str, tuple[Callable[[CephCluster], str], str]] = {
     "no monitor known": (lambda _: "rbd:rbd/vm:conf=/dev/null", "no monitor or no key of client.admin is known"),
     "an unknown user": (lambda cluster: cluster.address("rbd/vm", ":id=nobody"), "client.nobody"),
     "an unknown option": (lambda cluster: cluster.address("rbd/vm", ":no_such_thing=1"), "Ceph has no option"),
-    "a wrong value": (lambda cluster: cluster.address("rbd/vm", ":client_mount_timeout=x"), "cannot be the value"),
+    "a wrong value": (
+        lambda cluster: cluster.address("rbd/vm", ":client_mount_timeout=x"),
+        "does not accept the value of its option",
+    ),
     "no answer": (
         lambda cluster: cluster.address("rbd/vm", r":mon_host=127.0.0.1\:1:client_mount_timeout=1"),
         "no monitor answers",

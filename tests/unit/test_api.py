@@ -27,6 +27,7 @@ from ringplane.control.start import serve_all
 from ringplane.driver.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.log.event_bus import KEPT
+from ringplane.options import rbd_address
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig
@@ -170,6 +171,24 @@ def test_keys_that_are_missing(served: Served) -> None:
     for keys, where in (({}, "image"), ({"image": "/a"}, "socket-path")):
         error = served.api.request("POST", "/v1/disks", keys).error
         assert (error["what"], error["where"]) == (f"{where} is missing; each disk needs one", where)
+
+
+def test_images_elsewhere_that_cannot_be_added(served: Served) -> None:
+    """An object describes one, with the keys of a table of a file; the description of the API has all of them."""
+    schemas = served.api.document["components"]["schemas"]
+    assert schemas["NewDisk"]["properties"]["rbd"] == {"$ref": "#/components/schemas/NewRbdImage"}
+    assert schemas["NewRbdImage"]["properties"].keys() == rbd_address.TABLE_KEYS.keys()
+    assert schemas["NewRbdImage"]["required"] == ["pool", "image"]
+    for table, what in (
+        ({"image": "x"}, "rbd: pool is missing; each RBD image has one"),
+        ({"pool": "p", "image": "x", "conf": "c"}, 'rbd: "c" is not an absolute path; it has to begin with /'),
+        ({"pool": "p", "image": "x", "snap": "s"}, 'rbd: unknown key "snap"; did you mean "snapshot"?'),
+        ("p/x", 'rbd: "p/x" is not a table; write it as [disk.rbd]'),
+    ):
+        answer = served.api.request("POST", "/v1/disks", {"rbd": table, "socket-path": str(served.folder / "r.sock")})
+        assert (answer.status, answer.error["where"], answer.error["what"]) == (400, "rbd", what)
+    both = {"rbd": {"pool": "p", "image": "x"}, **described(served.folder, "b")}
+    assert "are both the image of the disk" in served.api.request("POST", "/v1/disks", both).error["what"]
 
 
 @pytest.mark.parametrize(

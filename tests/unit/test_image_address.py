@@ -7,22 +7,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
 import ringplane
+from ringplane.block.image import ImageError
 from ringplane.block.sources import choose_source, null
 from ringplane.block.sources.null import NullPart
 from ringplane.block.sources.source import Source
 from ringplane.cli.ctl.disk_adding import described, read_disks
 from ringplane.cli.parameters import the_image
 from ringplane.cli.serve import serve as serve_command
-from ringplane.control import adding
+from ringplane.cli.types import IMAGE_TYPE
 from ringplane.control.config import ConfigError, read_config
-from ringplane.control.operation_errors import WrongState
 from ringplane.driver import Driver
 from ringplane.options import image_address
 from ringplane.options.declare import WrongOptions
@@ -53,6 +53,10 @@ class Made(RemoteImage):
     @property
     def stem(self) -> str:
         return self.name
+
+    @property
+    def of_server(self) -> str:
+        return "made::"
 
     @property
     def identity(self) -> object:
@@ -92,8 +96,9 @@ def scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     options, source = ModuleType("ringplane.options.made_up"), ModuleType("made_up_source")
     options.parse = parse_made  # type: ignore[attr-defined]
     source.__dict__.update(
-        open_source=lambda config, signals: MadeSource(config),
-        take_over_source=lambda config, offer: MadeSource(config),
+        open_source=lambda config, signals, opener: MadeSource(config),
+        take_over_source=lambda config, offer, opener: MadeSource(config),
+        is_reached=lambda config, opener: False,
         is_offered=lambda config, offer: offer.get("made") == str(config.image),
         rehearse_source=lambda config: MadeSource(config),
     )
@@ -154,6 +159,19 @@ def test_the_command_line() -> None:
         the_image(Path("x"), Path("x"))
 
 
+def test_what_the_shell_completes() -> None:
+    """Paths, and how addresses begin."""
+    found = {
+        text: [item.value for item in IMAGE_TYPE.shell_complete(None, None, text)] for text in ("", "n", "rbd:", "/a")
+    }  # type: ignore[arg-type]
+    assert found == {
+        "": ["nbd://", "nbd+unix:///", "rbd:", ""],
+        "n": ["nbd://", "nbd+unix:///"],
+        "rbd:": ["rbd:"],
+        "/a": ["/a"],
+    }
+
+
 def test_what_ctl_sends() -> None:
     assert described(Made(Path("folder"), "x"), Path("/socket"), ())["image"] == f"made:{Path.cwd()}/folder:x"
 
@@ -186,7 +204,10 @@ def test_a_path_given_by_a_program() -> None:
 
 
 def test_a_confined_process_does_not_connect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adding, "is_confined", lambda: True)
-    process = adding.Adding(cast(Any, None), cast(Any, None), cast(Any, object()))
-    with pytest.raises(WrongState, match="made::x: this process may not connect to other services any more; start"):
-        process.open(disk(Made(None, "x")), [])
+    monkeypatch.setattr(choose_source, "is_confined", lambda: True)
+    words = "made::x: this process may not connect to its server any more; start ringplane with --allow-server made::, "
+    for _ in range(2):
+        with pytest.raises(ImageError, match=words):
+            choose_source.open_source(disk(Made(None, "x")))
+        # Nor can it import what would connect.
+        monkeypatch.delitem(sys.modules, "made_up_source", raising=False)

@@ -29,6 +29,7 @@ from ringplane.opener import remote_opener
 from ringplane.opener.open_requests import ANSWER, OPEN, parsed
 from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.opener.remote_opener import MEANINGS, OpenerError, RemoteOpener
+from ringplane.opener.server_places import Place
 from ringplane.options.image_options import ImageOptions
 from ringplane.system import landlock, seccomp
 
@@ -367,11 +368,68 @@ def test_it_imports_little() -> None:
     assert not {"typing", "pathlib", "logging", "dataclasses", "asyncio", "subprocess", "numpy", "numba"} & set(names)
     assert {name for name in names if name.startswith("ringplane.")} == {
         "ringplane.opener",
-        *(f"ringplane.opener.{name}" for name in ("opening_process", "allowed_folders", "open_requests")),
+        *(
+            f"ringplane.opener.{name}"
+            for name in ("opening_process", "allowed_folders", "open_requests", "server_places")
+        ),
         "ringplane.opener.opening_sandbox",
         "ringplane.system",
         *(f"ringplane.system.{name}" for name in ("landlock", "libc", "seccomp", "syscall_numbers")),
     }
+
+
+# Servers
+
+LOCALHOST = "127.0.0.1"
+
+
+@contextlib.contextmanager
+def listening(family: int, address: Any, queue: int = 1) -> Iterator[socket.socket]:
+    with socket.socket(family) as sock:
+        sock.bind(address)
+        sock.listen(queue)
+        sock.settimeout(PATIENCE)
+        yield sock
+
+
+@pytest.mark.parametrize("kind", ["UNIX", "TCP", "TCP over IPv6"])
+def test_it_connects_to_servers(folder: Path, kind: str) -> None:
+    family, address = {
+        "UNIX": (socket.AF_UNIX, str(folder / "a server")),
+        "TCP": (socket.AF_INET, (LOCALHOST, 0)),
+        "TCP over IPv6": (socket.AF_INET6, ("::1", 0)),
+    }[kind]
+    with listening(family, address) as server:
+        places = [(family, server.getsockname()), (socket.AF_UNIX, str(folder / "none"))]
+        with contextlib.closing(RemoteOpener([folder], None, {"server": places, "another": ()})) as opener:
+            opener.wait_until_ready()
+            assert opener.places("server") == places
+            assert opener.places("another") == opener.places("unknown") == ()
+            assert [opener.reaches(name) for name in ("server", "another", "unknown")] == [True, True, False]
+            with opener.connect(places[0]) as ours, server.accept()[0] as theirs:
+                assert not ours.getblocking()
+                assert not os.get_inheritable(ours.fileno())
+                theirs.send(b"hello")
+                assert select.select([ours], [], [], PATIENCE)[0]
+                assert ours.recv(10) == b"hello"
+            with pytest.raises(FileNotFoundError):
+                opener.connect(places[1])
+            # It still does what it did.
+            os.close(opener.open(folder / "image", read_only=True, direct=False))
+
+
+def connect_often(opener: Opener, place: Place, connected: contextlib.ExitStack) -> None:
+    for _ in range(100):
+        connected.enter_context(opener.connect(place))
+
+
+def test_a_server_whose_queue_is_full(folder: Path) -> None:
+    """Neither process waits for it."""
+    place = (socket.AF_UNIX, str(folder / "server"))
+    with listening(*place, queue=0), contextlib.closing(RemoteOpener([folder], None, {"server": [place]})) as opener:
+        opener.wait_until_ready()
+        with contextlib.ExitStack() as waiting, pytest.raises(BlockingIOError):
+            connect_often(opener, place, waiting)
 
 
 # What it sends is checked

@@ -322,7 +322,7 @@ def test_two_disks_of_one_image_at_the_same_time(
     (tmp_path / "image").write_bytes(bytes(IMAGE_SIZE))
     (tmp_path / "link").symlink_to("image")
     slow, other = (
-        dataclasses.replace(disk(tmp_path, name, name=name, lock="off", create=None), image=tmp_path / image)
+        dataclasses.replace(disk(tmp_path, name, lock="off", create=None), name=name, image=tmp_path / image)
         for name, image in (("a", path), ("b", "image"))
     )
     server = start()
@@ -349,7 +349,10 @@ def test_limits_of_a_group_that_change_while_a_disk_is_added(
     first = server.exports[0]
     with pytest.raises(WrongValue, match='limits: the group "x" has other limits at disk a'):
         added_at_the_same_time(
-            server, monkeypatch, disk(tmp_path, "b", limits=limits), lambda: first.change_limits({"total-iops-sec": 200})
+            server,
+            monkeypatch,
+            disk(tmp_path, "b", limits=limits),
+            lambda: first.change_limits({"total-iops-sec": 200}),
         )
     assert first.limits["total-iops-sec"] == 200
     # The image that was created with it has gone too.

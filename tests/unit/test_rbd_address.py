@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import ringplane
 from ringplane.block.sources.rbd_cluster import Access
 from ringplane.cli.ctl import ctl
+from ringplane.cli.ctl.disk_adding import read_disks
 from ringplane.cli.serve import serve
 from ringplane.control.config import ConfigError, read_config, read_disk
 from ringplane.control.written_config import written_disk
@@ -185,7 +186,7 @@ def test_who_sees_the_key() -> None:
     assert address.without_secrets == parse("rbd:rbd/vm1:id=a:debug_rbd=1")
     config = DiskConfig(address, ["io0"], socket_path=Path("/vm1.sock"))
     assert keys(config)["image"] == address.address == "rbd:rbd/vm1:id=a:key=AQCsecret==:debug_rbd=1"
-    with pytest.raises(WrongOptions, match="^rbd:rbd/vm1: socket_path: .* is also the socket of rbd:rbd/vm1; ") as wrong:
+    with pytest.raises(WrongOptions, match=r"^rbd:rbd/vm1: .* is also the socket of rbd:rbd/vm1; ") as wrong:
         check_process([config, config], [IoThread("io0")])
     assert "secret" not in str(wrong.value)
     text = written_disk(config)
@@ -243,6 +244,9 @@ def test_a_table_of_a_configuration_file(tmp_path: Path) -> None:
     assert isinstance(disk.image, RbdImage)
     assert disk.image.address == f"{expected}:encrypt-key-file={tmp_path}/p{settings}"
     assert disk.image == parse(disk.image.address)
+    # `ringplane ctl add --file` sends the same image.
+    [added] = read_disks(tmp_path / "disks.toml")
+    assert (added["image"], "rbd" in added) == (disk.image.address, False)
 
 
 WRONG_TABLES = {

@@ -22,6 +22,7 @@ from ringplane.dataplane.ring_states import RingState
 from ringplane.metrics.exposition import MEDIA_TYPE
 from ringplane.options.declare import WrongOptions, dashed, declared
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import TABLES
 
 # Streams of events at a time; each is a connection (connections.py).
 MAX_STREAMS = 16
@@ -168,5 +169,6 @@ def described(export: Export) -> schemas.Disk:
 def _wrong_key(problem: str, key: str = "") -> WrongValue:
     """`problem` is a sentence of the options; `right` is what the documentation says of the key."""
     keys = {option.key: option for option in declared(DiskConfig).values()}
-    key = key or next((key for key in keys if problem.startswith((f"{key}:", f"{key} is missing"))), "")
+    names = (*keys, *TABLES)
+    key = key or next((name for name in names if problem.startswith((f"{name}:", f"{name} is missing"))), "")
     return WrongValue(problem, key, schemas.meaning(keys[key]) if key in keys else "")

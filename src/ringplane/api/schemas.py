@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 
 from ringplane.options.declare import Option, declared
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.image_address import TABLES, keys_of_table
 from ringplane.options.kinds import Kind, OneOf, Whole
 
 # In Markdown.
@@ -55,7 +56,7 @@ class Disk(Struct):
     """A disk that is served."""
 
     name: str
-    image: Annotated[str, Meta(description="The path of the image, as it was given.")]
+    image: Annotated[str, Meta(description="The path of the image, as it was given, or its address without secrets.")]
     socket: Annotated[str | None, Meta(description="The vhost-user socket; null: an inherited one.")]
     state: Annotated[
         State,
@@ -224,15 +225,36 @@ def _new_disk() -> type[Struct]:
         if option.doc:
             kind: Any = _type_of(option.kind)
             described: Any = Annotated[kind, Meta(description=meaning(option))]
-            if option.key in ("image", "socket-path"):
+            if option.key == "socket-path":
                 required.append((option.name, described))
             else:
                 optional.append((option.name, described | msgspec.UnsetType, msgspec.UNSET))
+    for name in TABLES:
+        optional.append((name, _new_image(name) | msgspec.UnsetType, msgspec.UNSET))
     return msgspec.defstruct(
         "NewDisk",
         [*required, *optional],
         rename=lambda name: name.replace("_", "-"),
-        namespace={"__doc__": "A disk to be added: the keys of [[disk]] (docs/config.md), with absolute paths."},
+        namespace={
+            "__doc__": "A disk to be added: the keys of [[disk]] (docs/config.md), with absolute paths. Its image is "
+            f"`image`, or an object: {', '.join(TABLES)}."
+        },
+        kw_only=True,
+    )
+
+
+def _new_image(table: str) -> type[Struct]:
+    """The keys of a table that describes an image elsewhere."""
+    fields: list[Any] = []
+    for key, declared_key in keys_of_table(table).items():
+        kind: Any = Annotated[TYPES[declared_key.json_type], Meta(description=declared_key.doc)]
+        name = key.replace("-", "_")
+        fields.append((name, kind) if declared_key.required else (name, kind | msgspec.UnsetType, msgspec.UNSET))
+    return msgspec.defstruct(
+        f"New{table.capitalize()}Image",
+        fields,
+        rename=lambda name: name.replace("_", "-"),
+        namespace={"__doc__": f"An image elsewhere: the keys of [disk.{table}] (docs/remote.md), with absolute paths."},
         kw_only=True,
     )
 

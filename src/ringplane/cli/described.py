@@ -82,14 +82,18 @@ def _one_disk(image_path: ImageAddress | None, **options: Any) -> Disks:
 def _api_options(socket: Path | None, **others: Any) -> ApiOptions | None:
     """Those of the API, if there is to be one; raises UsageError."""
     if socket is not None:
-        return ApiOptions(socket, **others)
+        with usage_errors(_flag_of_api):
+            return ApiOptions(socket, **others)
     for name, value in others.items():
-        if value == ():
-            continue
-        if value is not None:
-            given = "--allow-folder" if name == "allow_folders" else flag(f"api_{name}")
-            raise click.UsageError(f"{given} is for the socket of {flag('api_socket')}")
+        if value not in ((), None):
+            raise click.UsageError(f"{_flag_of_api(name)} is for the socket of {flag('api_socket')}")
     return None
+
+
+def _flag_of_api(name: str) -> str:
+    """How the command line spells an option of the API."""
+    flags = declared(ApiOptions)[name].flags
+    return flags[0] if flags else flag(f"api_{name}")
 
 
 def _threads_alone(context: click.Context, options: dict[str, Any]) -> Sequence[IoThread]:

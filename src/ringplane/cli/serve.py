@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import OneDisk
+from ringplane.options.image_address import find_places
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.state_options import StateOptions
 from ringplane.options.users import User
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ringplane.control.start_steps import GiveUp
     from ringplane.control.state_file import StateFile
     from ringplane.opener.remote_opener import RemoteOpener
+    from ringplane.opener.server_places import Place
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -186,12 +188,23 @@ def made_state(path: Path | None, sandbox: bool | None, user: User | None) -> St
 
 
 def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
-    """The process that opens files of disks that are added. It starts beside the imports of this process."""
+    """The process that opens files of disks that are added, and connects to their servers. It starts beside imports.
+
+    Raises ClickException.
+    """
     if api is None or not api.allow_folders:
         return None
     from ringplane.opener.remote_opener import RemoteOpener
 
-    return RemoteOpener(api.allow_folders, (user.uid, user.gid) if user is not None else None)
+    return RemoteOpener(api.allow_folders, (user.uid, user.gid) if user is not None else None, places_of(api))
+
+
+def places_of(api: ApiOptions) -> dict[Hashable, Sequence[Place]]:
+    """Where its servers are now, because a confined process cannot look them up. Raises ClickException."""
+    try:
+        return {server.server: find_places(server) for server in api.allow_servers}
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ringplane.options.cpus import CPUS as CPU_LIST
 from ringplane.options.durations import parse_seconds
@@ -31,7 +32,13 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
 
 class ImageType(click.Path):
-    """A path or the address of an image; the shell completes paths."""
+    """A path or the address of an image; the shell completes paths and the beginnings of addresses."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        addresses = [CompletionItem(begin) for begin in BEGINNINGS if begin.startswith(incomplete)]
+        if incomplete and addresses:
+            return addresses
+        return [*addresses, *super().shell_complete(ctx, param, incomplete)]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         image = Parsed("image", parse_image).convert(value, param, ctx)
@@ -39,6 +46,8 @@ class ImageType(click.Path):
             hide(str(value).removeprefix(image.title))
         return image
 
+
+BEGINNINGS = ("nbd://", "nbd+unix:///", "rbd:")
 
 # The shell completes it; the code that opens the file checks whether it exists.
 FILE = click.Path(readable=False, path_type=Path)

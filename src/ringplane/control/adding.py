@@ -21,7 +21,6 @@ from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.log.event_bus import Events
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.image_address import RemoteImage
 from ringplane.options.process_rules import ProcessRules
 from ringplane.system.confinement import is_confined
 
@@ -94,12 +93,6 @@ class Adding:
                 "image",
                 "start ringplane with --allow-folder FOLDER, which allows disks whose images and sockets are below it, "
                 "or with this disk",
-            )
-        if is_confined() and isinstance(config.image, RemoteImage):
-            raise WrongState(
-                f"{config.image}: this process may not connect to other services any more",
-                "image",
-                "start ringplane with this disk, or with --no-sandbox",
             )
         rules = ProcessRules()
         for thread in self._threads.io_threads:

@@ -61,7 +61,7 @@ def take_over_parts(
 ) -> Parts:
     """Like `open_parts`, from what the process that serves the disk now has lent."""
     undo.callback(listener.close)
-    source = take_over_source(config, offer)
+    source = take_over_source(config, offer, opener or LOCAL)
     undo.callback(source.close)
     layers = _open_layers(config, source, undo, opener or LOCAL, shared=True)
     return Parts(source, layers, listener)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Restoring(Origin):
         """See Origin."""
         changes = self._read()
         changes = dataclasses.replace(changes, limits=self._usable(changes.limits))
+        self._described_servers = {disk.image.server for disk in disks if isinstance(disk.image, RemoteImage)}
         return plan(disks, changes, io_threads, self._note_unusable)
 
     def _note_unusable(self, table: Table, error: WrongOptions) -> None:
@@ -102,9 +104,17 @@ class Restoring(Origin):
         """
         if opener is None and not self._state.trusted:
             raise ImageError(f"{image}: is not below a folder of --allow-folder, because there is none")
+        if isinstance(image, RemoteImage) and not self._state.trusted:
+            self._check_server(image, opener)
         for place in (image, socket_path):
-            if opener is not None and (isinstance(place, RemoteImage) or not opener.allows(place)):
+            if opener is not None and isinstance(place, Path) and not opener.allows(place):
                 raise ImageError(f"{place}: is not below a folder of --allow-folder")
+
+    def _check_server(self, image: RemoteImage, opener: RemoteOpener | None) -> None:
+        """Raises ImageError."""
+        reached = opener is not None and opener.reaches(image.server)
+        if not reached and image.server not in self._described_servers:
+            raise ImageError(f"{image}: is not on a server of --allow-server; add {shlex.quote(image.of_server)} there")
 
     def _note(self, name: str, problem: str) -> None:
         self._problems.append(f"{name}: was added at run time and is not served any more: {problem}")

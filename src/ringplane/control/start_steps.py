@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ringplane.block.sources.choose_source import reach
 from ringplane.block.storage_limits import SYSFS, physical_block_below
 from ringplane.control.adding import Adding
 from ringplane.control.handing_over import offer_successors
@@ -144,6 +145,7 @@ class Start:
         self._open_state(origin)
         planned = self._plan(origin)
         self._prepare_sockets(origin)
+        self._reach_servers()
         opened = self._open(planned, origin)
         self._compile(opened)
         threads = self._make_threads()
@@ -162,6 +164,11 @@ class Start:
         if self._state is not None:
             self._at_end.callback(self._state.close)
             self._state.open(origin.state)
+
+    def _reach_servers(self) -> None:
+        """Those whose images can be added later."""
+        for server in self._interface.options.allow_servers if self._interface is not None else ():
+            self._at_end.callback(reach(server, self._signals))
 
     def _plan(self, origin: Origin) -> list[Planned]:
         planned = origin.plan(self._disks, self._io_threads)

@@ -78,9 +78,7 @@ class Turns:
             self._places.release()
             raise self._gone()
 
-    async def _in_turn(
-        self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], around: Around
-    ) -> Result:
+    async def _in_turn(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], around: Around) -> Result:
         async with around(), self._turn:
             self._begun = operation
             return await work()

@@ -1,8 +1,9 @@
 """How files are opened: by this process, or, once it has given up the right to, by a small process beside it.
 
 The small process, `opening_process.py`, is started before the sandbox closes. It opens and creates images and makes
-sockets, only below folders that were named at the start, and hands over file descriptors. Neither process trusts the
-other one: this one may be controlled by a guest some day, and the other one reads paths from it.
+sockets, only below folders that were named at the start, connects to servers that were named at the start, and hands
+over file descriptors. Neither process trusts the other one: this one may be controlled by a guest some day, and the
+other one reads paths from it.
 
     opener.py             what opens files: `Opener`, and `LOCAL`, which is this process itself
     remote_opener.py      this end of the small process
@@ -10,6 +11,7 @@ other one: this one may be controlled by a guest some day, and the other one rea
     open_requests.py      the messages between the two
     opening_process.py    the small process: its start, and its loop
     allowed_folders.py    what it does below the folders
+    server_places.py      where the servers are, and connecting to them
     opening_sandbox.py    what it gives up
 
 The small process imports only `system/` and Python's own modules, and few of them: each costs memory. The folders have

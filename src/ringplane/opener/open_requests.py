@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import struct
 
-OPEN, CREATE, LISTEN, UNLINK = range(1, 5)
+# In the arguments of the process: no user, no group; and the end of the places.
+ABSENT = "-"
+
+OPEN, CREATE, LISTEN, UNLINK, CONNECT = range(1, 6)
 
 # How an image is opened.
 READ_ONLY, DIRECT = 1, 2
 
-# Number, kind, how it is opened, number of the folder; size, mode, group. The path follows.
+# Number, kind, how it is opened, number of the folder, or of the place to connect to; size, mode, group. The path
+# follows, if it is below a folder.
 REQUEST = struct.Struct("=IBBHqqq")
 # The bytes of a path (PATH_MAX of Linux, without the zero at its end).
 LONGEST_PATH = 4095
@@ -32,7 +36,7 @@ LARGEST_SIZE = (1 << 63) - 1
 
 
 class Request:
-    """What is asked: `path` is relative to the folder of this number."""
+    """What is asked: `path` is relative to the folder of this number. CONNECT has the number of a place instead."""
 
     __slots__ = ("folder", "group", "how", "kind", "mode", "path", "size")
 
@@ -55,16 +59,17 @@ class Request:
         return REQUEST.pack(number, self.kind, self.how, self.folder, self.size, self.mode, self.group) + self.path
 
 
-def parsed(message: bytes, folders: int) -> tuple[int, Request]:
-    """The number and the request of a message from a process that is not trusted, which may use so many folders.
+def parsed(message: bytes, folders: int, places: int = 0) -> tuple[int, Request]:
+    """The number and the request of a message from a process that is not trusted, which may use so many of both.
 
     Raises ValueError for a message that our end never sends.
     """
-    if not REQUEST.size < len(message) <= LONGEST_REQUEST:
+    if not REQUEST.size <= len(message) <= LONGEST_REQUEST:
         raise ValueError("not the size of a request")
     number, kind, how, folder, size, mode, group = REQUEST.unpack_from(message)
     request = Request(kind, folder, message[REQUEST.size :], how=how, size=size, mode=mode, group=group)
-    if number == READY or folder >= folders or not _is_consistent(request) or not is_relative(request.path):
+    known = folder < places and not request.path if kind == CONNECT else folder < folders and is_relative(request.path)
+    if number == READY or not known or not _is_consistent(request):
         raise ValueError("not a request")
     return number, request
 
@@ -78,7 +83,7 @@ def _is_consistent(request: Request) -> bool:
         return False
     if request.kind == LISTEN:
         return request.size == 0 and UNSET <= request.mode <= HIGHEST_MODE and UNSET <= request.group <= HIGHEST_GROUP
-    wanted = request.size > 0 if request.kind == CREATE else request.kind == UNLINK and request.size == 0
+    wanted = request.size > 0 if request.kind == CREATE else request.kind in (UNLINK, CONNECT) and request.size == 0
     return wanted and (request.mode, request.group) == (UNSET, UNSET)
 
 

@@ -1,11 +1,14 @@
-"""What opens and creates files, and removes those that it has created: this process, or the one beside it."""
+"""What opens and creates files, and connects to servers: this process, or the one beside it."""
 
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ringplane.opener.server_places import Place, connect
 from ringplane.system import procfs
 
 # Non-blocking, so that a FIFO is rejected instead of waited for; files and block devices ignore the flag.
@@ -33,6 +36,12 @@ class Opener(Protocol):
 
     def unlink(self, path: Path) -> None:
         """Remove one of the two files that were created last."""
+
+    def places(self, server: Hashable) -> Sequence[Place]:
+        """Where it connects to this server; none: it does not, or anywhere."""
+
+    def connect(self, place: Place) -> socket.socket:
+        """A socket that connects there, or is connected; BlockingIOError: try again."""
 
 
 class LocalOpener:
@@ -70,6 +79,14 @@ class LocalOpener:
     def unlink(self, path: Path) -> None:
         """See Opener."""
         path.unlink()
+
+    def places(self, server: Hashable) -> Sequence[Place]:
+        """See Opener."""
+        return ()
+
+    def connect(self, place: Place) -> socket.socket:
+        """See Opener."""
+        return connect(place)
 
 
 LOCAL = LocalOpener()

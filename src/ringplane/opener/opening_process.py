@@ -14,8 +14,9 @@ import socket
 import struct
 
 from ringplane.opener.allowed_folders import AllowedFolders, Folder, open_folder
-from ringplane.opener.open_requests import ANSWER, LONGEST_REQUEST, READY, parsed
+from ringplane.opener.open_requests import ABSENT, ANSWER, CONNECT, LONGEST_REQUEST, READY, Request, parsed
 from ringplane.opener.opening_sandbox import change_user, confine
+from ringplane.opener.server_places import Place, connect, from_text
 
 NO_FOLDER = -1
 
@@ -25,18 +26,20 @@ STDOUT, STDERR = 1, 2
 
 
 def main(arguments: list[str]) -> None:
-    """The arguments: the process ID of the other process, a user and a group or `-` for both, the folders."""
+    """The arguments: the process ID of the other process, a user and a group or `-` for both, places, `-`, folders."""
     # Everything that is used later has to be imported and open by now.
     with socket.socket(fileno=0) as sock:
-        pid, user, group, *paths = arguments
-        folders = _prepare(sock, user, group, paths)
+        pid, user, group, *rest = arguments
+        end = rest.index(ABSENT)
+        places = list(map(from_text, rest[:end]))
+        folders = _prepare(sock, user, group, rest[end + 1 :])
         parent = _watched(int(pid))
         if folders and os.getppid() == int(pid):
             # /dev/null: nothing of what follows is for users.
             os.dup2(STDOUT, STDERR)
-            confine(folders)
+            confine(folders, places)
             _answer(sock, READY, 0)
-            _serve(sock, parent, AllowedFolders(folders), len(folders))
+            _serve(sock, parent, AllowedFolders(folders), len(folders), places)
     # Nothing is left to do, and the interpreter's own end would need more system calls.
     os._exit(0)
 
@@ -61,7 +64,7 @@ def _prepare(sock: socket.socket, uid: str, gid: str, paths: list[str]) -> list[
             _answer(sock, READY, error.errno or errno.EIO, number)
             return []
     try:
-        if uid != "-":
+        if uid != ABSENT:
             change_user(int(uid), int(gid))
     except OSError as error:
         _answer(sock, READY, error.errno or errno.EIO)
@@ -69,7 +72,7 @@ def _prepare(sock: socket.socket, uid: str, gid: str, paths: list[str]) -> list[
     return folders
 
 
-def _serve(sock: socket.socket, parent: int, folders: AllowedFolders, count: int) -> None:
+def _serve(sock: socket.socket, parent: int, folders: AllowedFolders, count: int, places: list[Place]) -> None:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     if parent >= 0:
@@ -78,15 +81,20 @@ def _serve(sock: socket.socket, parent: int, folders: AllowedFolders, count: int
         # Fds that came with it are closed by the kernel, because there is no room for them.
         message = sock.recv(LONGEST_REQUEST + 1)
         try:
-            number, request = parsed(message, count)
+            number, request = parsed(message, count, len(places))
         except ValueError:
             return
         try:
-            fd, code = folders.do(request), 0
+            fd, code = _done(request, folders, places), 0
         except OSError as error:
             fd, code = None, error.errno or errno.EIO
         if not _answer(sock, number, code, fd=fd):
             return
+
+
+def _done(request: Request, folders: AllowedFolders, places: list[Place]) -> int | None:
+    """See AllowedFolders.do. Raises OSError."""
+    return connect(places[request.folder]).detach() if request.kind == CONNECT else folders.do(request)
 
 
 def _answer(sock: socket.socket, number: int, code: int, folder: int = NO_FOLDER, fd: int | None = None) -> bool:

@@ -6,8 +6,10 @@ import mmap
 import os
 import resource
 import socket
+from collections.abc import Sequence
 
 from ringplane.opener.allowed_folders import Folder, has_openat2
+from ringplane.opener.server_places import Place
 from ringplane.system import landlock, libc, seccomp
 from ringplane.system.landlock import (
     LANDLOCK_ACCESS_FS_IOCTL_DEV,
@@ -32,8 +34,9 @@ ALLOWED = (
     # Memory, signals and the end.
     *("brk", "munmap", "mremap", "madvise", "futex", "rt_sigreturn", "restart_syscall", "exit_group"),
 )
+# To connect to servers.
+CONNECTING = ("connect",)
 LIMITED = {
-    "socket": Only(0, (socket.AF_UNIX,)),
     "mmap": Only(2, (0,), mask=mmap.PROT_EXEC),
     "mprotect": Only(2, (0,), mask=mmap.PROT_EXEC),
 }
@@ -60,8 +63,11 @@ def change_user(uid: int, gid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def confine(folders: list[Folder]) -> None:
-    """Give up everything but opening below these folders, as far as the kernel can; raises OSError."""
+def confine(folders: Sequence[Folder], places: Sequence[Place] = ()) -> None:
+    """Give up everything but opening below these folders and connecting to these places, as far as the kernel can.
+
+    Raises OSError.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit = max(folder.fd for folder in folders) + 1 + FDS
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -70,11 +76,14 @@ def confine(folders: list[Folder]) -> None:
     libc.forbid_core_dumps()
     libc.forbid_new_rights()
     if landlock.version() > 0:
-        landlock.keep_only({folder.fd: _rights(folder) for folder in folders})
+        ports = {port for _, address in places if isinstance(address, tuple) and isinstance(port := address[1], int)}
+        landlock.keep_only({folder.fd: _rights(folder) for folder in folders}, ports)
     libc.drop_capabilities()
     if seccomp.available():
         opening = () if has_openat2(folders[0]) else ("openat",)
-        seccomp.install(seccomp.program((*ALLOWED, *opening), LIMITED, DEADLY))
+        sockets = {"socket": Only(0, {socket.AF_UNIX, *(family for family, _ in places)})}
+        connecting = CONNECTING if places else ()
+        seccomp.install(seccomp.program((*ALLOWED, *opening, *connecting), LIMITED | sockets, DEADLY))
 
 
 def _rights(folder: Folder) -> int:

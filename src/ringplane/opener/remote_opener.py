@@ -17,14 +17,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from ringplane.opener.allowed_folders import open_folder
 from ringplane.opener.exchange import KILLED, NO_ROOM, Check, Exchange, WrongAnswer, unpacked
 from ringplane.opener.open_requests import (
+    ABSENT,
     ANSWER,
+    CONNECT,
     CREATE,
     DIRECT,
     LARGEST_SIZE,
@@ -39,6 +42,7 @@ from ringplane.opener.open_requests import (
     is_relative,
 )
 from ringplane.opener.opener import OpenerEnded
+from ringplane.opener.server_places import Place, as_text
 from ringplane.system.signals import NONE, Signals, held_back
 
 log = logging.getLogger(__name__)
@@ -67,14 +71,23 @@ class OpenerError(RuntimeError):
 
 
 class RemoteOpener:
-    """An `Opener`, for what is below the folders."""
+    """An `Opener`, for what is below the folders, and for these servers.
 
-    def __init__(self, folders: Sequence[Path], user: tuple[int, int] | None = None) -> None:
+    A server without places is one whose images may be added, and to which this process has a connection of its own.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        user: tuple[int, int] | None = None,
+        servers: Mapping[Hashable, Sequence[Place]] = MappingProxyType({}),
+    ) -> None:
         """Start the process; `user`: the user and the group that it becomes. Raises OpenerError.
 
         `wait_until_ready` has to be called before anything else.
         """
-        self.folders = tuple(folders)
+        self.folders, self._servers = tuple(folders), servers
+        self._all_places = [place for places in servers.values() for place in places]
         # Each as it was given, and where it leads, with its number.
         self._places = [
             (Path(place), number)
@@ -88,7 +101,7 @@ class RemoteOpener:
         self._exchange = Exchange(self.sock)
         try:
             with other:
-                self._process = _start(other, self.folders, user)
+                self._process = _start(other, self.folders, user, self._all_places)
         except OSError as error:
             self.sock.close()
             raise OpenerError(f"cannot start the process that opens files: {error.strerror or error}") from None
@@ -124,6 +137,22 @@ class RemoteOpener:
         except OSError:
             return False
         return True
+
+    def reaches(self, server: Hashable) -> bool:
+        """Whether images of this server may be added."""
+        return server in self._servers
+
+    def places(self, server: Hashable) -> Sequence[Place]:
+        """See Opener."""
+        return self._servers.get(server, ())
+
+    def connect(self, place: Place) -> socket.socket:
+        """See Opener."""
+        request = Request(CONNECT, self._all_places.index(place), b"")
+        sock = socket.socket(fileno=self._get(request, partial(_check_connection, place[0]), "the server"))
+        # Its file does not block already; Python does not look at that.
+        sock.setblocking(False)
+        return sock
 
     def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
         """See Opener."""
@@ -175,21 +204,24 @@ class RemoteOpener:
     def _ask(self, path: Path, kind: int, check: Check | None, patience: float | None = None, **arguments: int) -> int:
         """The fd of the answer if there is a check for it, else -1. Raises OSError, OpenerEnded."""
         folder, relative = self._place(path)
-        request = Request(kind, folder, relative, **arguments)
+        return self._get(Request(kind, folder, relative, **arguments), check, str(path), patience)
+
+    def _get(self, request: Request, check: Check | None, what: str, patience: float | None = None) -> int:
+        """As `_ask`, for `what`."""
         patience = PATIENCE if patience is None else patience
         if not self._lock.acquire(timeout=patience):
             self._exchange.postpone(request)
-            raise OpenerEnded(f"{path}: another file is being opened, and its storage does not answer; try again")
+            raise OpenerEnded(f"{what}: another file is being opened, and its storage does not answer; try again")
         try:
             code, fd = self._do(request, check, time.monotonic() + patience)
         except TimeoutError:
-            raise OpenerEnded(f"{path}: its storage does not answer; try again") from None
+            raise OpenerEnded(f"{what}: its storage does not answer; try again") from None
         finally:
             self._lock.release()
         if code == NO_ROOM:
             code = errno.EMFILE
         if code:
-            raise OSError(code, MEANINGS.get(code, os.strerror(code)), str(path))
+            raise OSError(code, MEANINGS.get(code, os.strerror(code)), what)
         return fd
 
     def _place(self, path: Path) -> tuple[int, bytes]:
@@ -243,10 +275,12 @@ def _why_not_this_folder(folder: Path, code: int) -> str:
     return f"{folder}: files cannot be opened below this folder (--allow-folder): {os.strerror(code)}"
 
 
-def _start(sock: socket.socket, folders: Sequence[Path], user: tuple[int, int] | None) -> subprocess.Popen[bytes]:
+def _start(
+    sock: socket.socket, folders: Sequence[Path], user: tuple[int, int] | None, places: Sequence[Place] = ()
+) -> subprocess.Popen[bytes]:
     """Raises OSError."""
     package = Path(__file__).resolve().parents[2]
-    ids = map(str, user) if user is not None else ("-", "-")
+    ids = map(str, user) if user is not None else (ABSENT, ABSENT)
     command = [
         sys.executable,
         "-I",
@@ -256,6 +290,8 @@ def _start(sock: socket.socket, folders: Sequence[Path], user: tuple[int, int] |
         str(package),
         str(os.getpid()),
         *ids,
+        *map(as_text, places),
+        ABSENT,
         *map(os.path.abspath, folders),
     ]
     # Signals are for us, also those that a terminal or `systemctl kill` sends to both. It ends with us, after the
@@ -279,12 +315,23 @@ def _check_image(how: int, devices: bool, fd: int) -> None:
 
 def _check_listener(fd: int) -> None:
     """It is a UNIX stream socket that listens."""
+    _check_socket(fd, socket.AF_UNIX, listens=True)
+
+
+def _check_connection(family: int, fd: int) -> None:
+    """It is a stream socket of this family that does not listen and does not block."""
+    _check_socket(fd, family, listens=False)
+    if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK:
+        raise WrongAnswer("it sent a socket that blocks")
+
+
+def _check_socket(fd: int, family: int, *, listens: bool) -> None:
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         raise WrongAnswer("it sent what is not a socket")
     sock = socket.socket(fileno=fd)
     try:
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if (sock.family, sock.type, listens) != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if (sock.family, sock.type, found) != (family, socket.SOCK_STREAM, listens):
             raise WrongAnswer("it sent another socket")
     finally:
         sock.detach()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ringplane.options.declare import Options, option
+from ringplane.options.declare import Options, WrongOptions, option
+from ringplane.options.image_address import SERVERS, RemoteImage
 from ringplane.options.kinds import PATH, PATHS
 from ringplane.options.users import GROUP, MODE
 
@@ -48,6 +49,23 @@ class ApiOptions(Options):
         "one of these ([security.md](security.md#files-of-disks-that-are-added))",
         doc_default="none",
     )
+
+    allow_servers: Sequence[RemoteImage] = option(
+        SERVERS,
+        default=(),
+        several=tuple,
+        flags=("--allow-server",),
+        help="Disks on this server can be added under the sandbox too: nbd://HOST[:PORT], rbd::id=USER; repeatable.",
+        doc='servers, `["nbd://storage1", "rbd::id=vms"]`: disks whose images are there can be added under the sandbox '
+        "too ([remote.md](remote.md#disks-that-are-added))",
+        doc_default="none",
+    )
+
+    def check(self) -> None:
+        if self.allow_servers and not self.allow_folders:
+            raise WrongOptions(
+                "{allow_servers} needs {allow_folders}, because the sockets of added disks are below one"
+            )
 
     @property
     def mode(self) -> int | None:

@@ -9,23 +9,41 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ringplane.options.kinds import Kind, shown, text_from_toml
+from ringplane.options.kinds import Kind, list_from_toml, shown, text_from_toml
 
-# Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError. If such
-# a text may contain secrets, `shown_part` is what messages contain of it.
+if TYPE_CHECKING:
+    from ringplane.opener.server_places import Place
+
+# Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError. If
+# such a text may contain secrets, `shown_part` is what messages contain of it.
 SCHEMES: dict[str, str] = {
     **dict.fromkeys(("nbd", "nbd+unix", "nbds", "nbds+unix"), "nbd_uri"),
     "rbd": "rbd_address",
 }
 
-# Modules with a function `from_table`, which makes a RemoteImage of a disk's table of this name in a file.
+# The same modules have a function `parse_server`, for an address without an image.
+
+# Modules with a function `from_table`, which makes a RemoteImage of a disk's table of this name in a file or in the
+# API, and the keys of such a table, `TABLE_KEYS`.
 TABLES: dict[str, str] = {"rbd": "rbd_address"}
 
+SERVER_EXAMPLES = "examples: nbd://storage1:10809, nbd+unix:///?socket=/run/nbd.sock, rbd::id=USER:conf=PATH"
+
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
+
+
+@dataclass(frozen=True, slots=True)
+class TableKey:
+    """What is declared of a key: the type of its value in JSON, and its meaning."""
+
+    json_type: str
+    doc: str
+    required: bool = False
 
 
 class RemoteImage:
@@ -65,6 +83,20 @@ class RemoteImage:
         """Equal for all addresses of the same image, as far as the addresses show it."""
         raise NotImplementedError
 
+    @property
+    def server(self) -> Hashable:
+        """Equal for all images that are reached in the same way; what an address without an image means."""
+        raise NotImplementedError
+
+    @property
+    def of_server(self) -> str:
+        """The address without the image and without secrets: what --allow-server has for it."""
+        raise NotImplementedError
+
+    def find_places(self) -> Sequence[Place]:
+        """Where sockets connect to its server, now; none: it is reached in another way. Raises OSError."""
+        return ()
+
     def with_paths(self, change: Callable[[Path], Path]) -> Self:
         """The same, with each path in it changed."""
         return self
@@ -89,6 +121,23 @@ def parse_image(text: str) -> ImageAddress:
     return address
 
 
+def parse_server(text: str) -> RemoteImage:
+    """An address without an image. Raises ValueError."""
+    scheme = scheme_of(text)
+    if not scheme:
+        raise ValueError(f"{shown(text)} is not the address of a server; {SERVER_EXAMPLES}")
+    server: RemoteImage = importlib.import_module(f"ringplane.options.{SCHEMES[scheme]}").parse_server(text)
+    return server
+
+
+def find_places(server: RemoteImage) -> Sequence[Place]:
+    """As its method; raises ValueError, one line."""
+    try:
+        return server.find_places()
+    except OSError as error:
+        raise ValueError(f"{server}: cannot be found: {error.strerror or error}") from None
+
+
 def shown_image(text: str) -> str:
     """Of a text for `parse_image`, which may be wrong, what messages may contain."""
     scheme = scheme_of(text)
@@ -105,6 +154,12 @@ def image_of_table(name: str, table: Any) -> RemoteImage:
         raise ValueError(f"{shown(table)} is not a table; write it as [disk.{name}]")
     address: RemoteImage = importlib.import_module(f"ringplane.options.{TABLES[name]}").from_table(table)
     return address
+
+
+def keys_of_table(name: str) -> Mapping[str, TableKey]:
+    """What the table of this name can have."""
+    keys: Mapping[str, TableKey] = importlib.import_module(f"ringplane.options.{TABLES[name]}").TABLE_KEYS
+    return keys
 
 
 def load_schemes() -> None:
@@ -126,6 +181,12 @@ def _check_image(value: Any) -> None:
     image_from(value)
 
 
+def _text(value: Any) -> str:
+    """A text of TOML. Raises ValueError without what may be secret; the rest is for those who parse it."""
+    text_from_toml(shown_image(value) if isinstance(value, str) else value)
+    return str(value)
+
+
 def _written(image: ImageAddress) -> str:
     return image.address if isinstance(image, RemoteImage) else str(image)
 
@@ -137,8 +198,25 @@ def _with_paths(change: Callable[[Path], Path], image: ImageAddress) -> ImageAdd
 IMAGE = Kind(
     "PATH|ADDRESS",
     parse_image,
-    lambda value: parse_image(text_from_toml(value)),
+    lambda value: parse_image(_text(value)),
     _check_image,
     to_toml=_written,
     with_paths=_with_paths,
+)
+
+
+def _check_servers(value: Any) -> None:
+    if not isinstance(value, Sequence) or not all(isinstance(each, RemoteImage) for each in value):
+        raise ValueError(f"{shown(value)} is not a list of addresses of servers")
+
+
+# On the command line each is given by itself.
+SERVERS = Kind(
+    "ADDRESS",
+    parse_server,
+    lambda value: tuple(parse_server(_text(each)) for each in list_from_toml(value, "addresses")),
+    _check_servers,
+    to_toml=lambda servers: [server.address for server in servers],
+    json_types=("array",),
+    with_paths=lambda change, servers: tuple(server.with_paths(change) for server in servers),
 )

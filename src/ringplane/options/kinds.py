@@ -104,10 +104,14 @@ def _checked_flag(value: Any) -> bool:
     return value
 
 
-def _names_from_toml(value: Any) -> list[str]:
+def list_from_toml(value: Any, of: str, example: str = "") -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f'{shown(value)} is not a list of names; example: ["io0", "io1"]')
-    return [text_from_toml(name) for name in value]
+        raise ValueError(f"{shown(value)} is not a list of {of}{example}")
+    return value
+
+
+def _names_from_toml(value: Any) -> list[str]:
+    return [text_from_toml(name) for name in list_from_toml(value, "names", '; example: ["io0", "io1"]')]
 
 
 def _check_names(value: Any) -> None:

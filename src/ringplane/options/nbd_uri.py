@@ -5,13 +5,16 @@ nbd://HOST[:PORT]/EXPORT            nbd+unix:///EXPORT?socket=PATH
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Hashable
+import socket
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+from ringplane.opener.server_places import Place
 from ringplane.options.image_address import RemoteImage
 from ringplane.options.kinds import shown
 
@@ -50,8 +53,25 @@ class NbdUri(RemoteImage):
 
     @property
     def identity(self) -> Hashable:
-        server = (self.host.lower(), self.port) if self.socket is None else os.path.realpath(self.socket)
-        return self.source, server, self.export
+        return self.server, self.export
+
+    @property
+    def server(self) -> Hashable:
+        return self.source, (self.host.lower(), self.port) if self.socket is None else os.path.realpath(self.socket)
+
+    @property
+    def of_server(self) -> str:
+        return replace(self, export="").address
+
+    def find_places(self) -> Sequence[Place]:
+        """What its name means now. Raises OSError, also for a name that cannot be one."""
+        if self.socket is not None:
+            return [(socket.AF_UNIX, str(self.socket))]
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise OSError(errno.EINVAL, str(error)) from None
+        return [(family, address) for family, _, _, _, address in found]
 
     def with_paths(self, change: Callable[[Path], Path]) -> NbdUri:
         return self if self.socket is None else replace(self, socket=change(self.socket))
@@ -63,6 +83,14 @@ def parse(text: str) -> NbdUri:
         return _parsed(text)
     except ValueError as error:
         raise ValueError(f"{shown(text)}: {error}") from None
+
+
+def parse_server(text: str) -> NbdUri:
+    """The address without an export. Raises ValueError."""
+    uri = parse(text)
+    if uri.export:
+        raise ValueError(f"{shown(text)}: names an export; {uri.of_server} is the server with all its exports")
+    return uri
 
 
 def _parsed(text: str) -> NbdUri:

@@ -12,13 +12,14 @@ what is wrong with an option is said without its value.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ringplane.options.image_address import RemoteImage
+from ringplane.options.image_address import RemoteImage, TableKey
 from ringplane.options.kinds import shown, suggestion, text_from_toml
 
 FORM = "rbd:POOL[/NAMESPACE]/IMAGE[@SNAPSHOT][:id=USER][:conf=PATH][:KEY=VALUE...]"
@@ -36,11 +37,20 @@ KEYS = {"user": "id", "conf": "conf", "key_file": "keyfile"}
 ENCRYPTION_KEYS = {"encrypt_format": "encrypt-format", "encrypt_key_file": "encrypt-key-file"}
 PATHS = ("conf", "key_file", "encrypt_key_file")
 
-# In a configuration file; `options` are those of Ceph's configuration.
-TABLE_KEYS = (
-    *("pool", "namespace", "image", "snapshot", "conf", "user", "server", "key-file"),
-    *("encrypt-format", "encrypt-key-file", "options"),
-)
+# In a configuration file, with the names of QEMU's `blockdev-add`.
+TABLE_KEYS = {
+    "pool": TableKey("string", "the pool", required=True),
+    "namespace": TableKey("string", "the namespace in it"),
+    "image": TableKey("string", "the image", required=True),
+    "snapshot": TableKey("string", "the image as it was then, read-only"),
+    "conf": TableKey("string", "Ceph's configuration; without it the usual places"),
+    "user": TableKey("string", "Ceph's user, without `client.`"),
+    "server": TableKey("array", 'the monitors, each as `"HOST:PORT"` or `{"host": "HOST", "port": "PORT"}`'),
+    "key-file": TableKey("string", "a file with the key of the user"),
+    "encrypt-format": TableKey("string", "`luks1` or `luks2`, if librbd decrypts the image"),
+    "encrypt-key-file": TableKey("string", "a file with the passphrase"),
+    "options": TableKey("object", "options of Ceph's configuration, by their names"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +91,17 @@ class RbdImage(RemoteImage):
         return dataclasses.replace(self, **paths)
 
     @property
+    def server(self) -> Hashable:
+        return self.source, _absolute(self.conf), self.user, _absolute(self.key_file), self.settings
+
+    @property
+    def of_server(self) -> str:
+        key_file = self.key_file or (Path("PATH") if self.without_secrets != self else None)
+        return RbdImage(
+            pool="", image="", user=self.user, conf=self.conf, key_file=key_file, settings=self.without_secrets.settings
+        ).address
+
+    @property
     def without_secrets(self) -> RbdImage:
         return dataclasses.replace(self, settings=tuple(pair for pair in self.settings if pair[0] not in SECRETS))
 
@@ -104,6 +125,20 @@ def parse(text: str) -> RbdImage:
         raise ValueError(f"{known}: ends with a backslash, which nothing follows; a backslash itself is written \\\\")
     place, *pairs = _split(text.partition(":")[2], ":")
     return RbdImage(**_names(known, place), **_options(known, pairs))
+
+
+def parse_server(text: str) -> RbdImage:
+    """`rbd:[:id=USER][:conf=PATH][:KEY=VALUE...]`: a cluster with a user. Raises ValueError."""
+    place, *pairs = _split(text.partition(":")[2], ":")
+    if place:
+        raise ValueError(f"{shown_part(text)}: names an image; the form of a cluster is rbd::id=USER:conf=PATH")
+    known = shown_part(text)
+    server = RbdImage(pool="", image="", **_options(known, pairs))
+    if server.without_secrets != server or server.encrypt_format:
+        raise ValueError(
+            f"{known}: neither a key nor an encryption can be given here; a file has the key: keyfile=PATH"
+        )
+    return server
 
 
 def shown_part(text: str) -> str:
@@ -224,6 +259,10 @@ def _split(text: str, separator: str, most: int = -1) -> list[str]:
 
 def _plain(text: str) -> str:
     return ESCAPED.sub(r"\1", text)
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
 
 
 def _escaped(text: str, special: re.Pattern[str] = SPECIAL) -> str:

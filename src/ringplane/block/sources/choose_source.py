@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from ringplane.block import image, mapped_image
@@ -18,6 +20,7 @@ from ringplane.opener.opener import LOCAL, Opener
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import AUTO, MEMORY, NULL
 from ringplane.options.image_address import RemoteImage
+from ringplane.system.confinement import is_confined
 from ringplane.system.signals import NONE, Signals
 
 log = logging.getLogger(__name__)
@@ -36,11 +39,20 @@ Offer = Mapping[str, Any]
 class RemoteModule(Protocol):
     """What such a module defines. `title`, `size` and so on of the source are as for all (source.py)."""
 
-    def open_source(self, config: DiskConfig, signals: Signals) -> Source:
-        """Raises ImageError, Interrupted."""
+    def open_source(self, config: DiskConfig, signals: Signals, opener: Opener) -> Source:
+        """Raises ImageError, OpenerEnded, Interrupted."""
 
-    def take_over_source(self, config: DiskConfig, offer: Offer) -> Source:
+    def take_over_source(self, config: DiskConfig, offer: Offer, opener: Opener) -> Source:
         """Raises ImageError."""
+
+    def reach(self, server: RemoteImage, signals: Signals) -> Callable[[], object]:
+        """Do what makes `is_reached` true for images of this server in a confined process; returns what ends that.
+
+        Raises ImageError, Interrupted.
+        """
+
+    def is_reached(self, config: DiskConfig, opener: Opener) -> bool:
+        """Whether a confined process can open the image."""
 
     def is_offered(self, config: DiskConfig, offer: Offer) -> bool: ...
 
@@ -58,13 +70,32 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
+def reach(server: RemoteImage, signals: Signals = NONE) -> Callable[[], object]:
+    """Prepare for disks whose images are on this server, which a confined process adds; returns what ends that.
+
+    Raises ImageError, Interrupted.
+    """
+    return _module_of(server).reach(server, signals)
+
+
+def _reached_module(config: DiskConfig, image: RemoteImage, opener: Opener) -> RemoteModule:
+    """Raises ImageError if this process is confined, and cannot connect to the server."""
+    if is_confined() and not (REMOTE[image.source] in sys.modules and _module_of(image).is_reached(config, opener)):
+        raise ImageError(
+            f"{image}: this process may not connect to its server any more; start ringplane with "
+            f"--allow-server {shlex.quote(image.of_server)}, or with this disk"
+        )
+    return _module_of(image)
+
+
 def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
     """Open the source of a disk, or create it if the options say so. Raises ImageError, OpenerEnded, Interrupted.
 
-    A source opens files through the `opener` only: the process that adds a disk later may not open any itself.
+    A source opens files, and connects, through the `opener` only: the process that adds a disk later may not do so
+    itself.
     """
     if isinstance(config.image, RemoteImage):
-        return _module_of(config.image).open_source(config, signals)
+        return _reached_module(config, config.image, opener).open_source(config, signals, opener)
     opened = image.open_or_create(config.image, config, signals, opener)
     try:
         source = _of_image(opened, config.engine)
@@ -76,10 +107,10 @@ def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LO
     return source
 
 
-def take_over_source(config: DiskConfig, offer: Offer) -> Source:
+def take_over_source(config: DiskConfig, offer: Offer, opener: Opener = LOCAL) -> Source:
     """Make the source that a running process offers. Raises ImageError."""
     if isinstance(config.image, RemoteImage):
-        return _module_of(config.image).take_over_source(config, offer)
+        return _module_of(config.image).take_over_source(config, offer, opener)
     return _of_image(image.take_over(config.image, config, offer["image"], offer["size"]), config.engine)
 
 

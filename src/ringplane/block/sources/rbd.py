@@ -31,8 +31,10 @@ from ringplane.block.sources.rbd_part import OpenImage, RbdPart, Warnings
 from ringplane.block.sources.rbd_watching import WATCHING, Watch
 from ringplane.block.sources.source import Source
 from ringplane.block.storage_limits import USUAL_BLOCK, Limits
+from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import MEMORY, NULL
+from ringplane.options.image_address import RemoteImage
 from ringplane.options.rbd_address import RbdImage
 from ringplane.system.confinement import keep
 from ringplane.system.digests import blake2b
@@ -65,14 +67,36 @@ UNITS = (rbd_part.submit, rbd_part.ready, rbd_part.ended, rbd_watching.header_ch
 _left: list[object] = []
 
 
-def open_source(config: DiskConfig, signals: Signals = NONE) -> Source:
+def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
     """Open the image, or create it if the options say so. Raises ImageError, Interrupted."""
-    return _source(config, signals, create=config.create)
+    return _source(config, signals, create=config.create, opener=opener)
 
 
-def take_over_source(config: DiskConfig, offer: Mapping[str, Any]) -> Source:
+def reach(server: RemoteImage, signals: Signals) -> Callable[[], object]:
+    """Connect to the cluster: a further image on a connection needs no file and no new right."""
+    assert isinstance(server, RbdImage)
+    access = Access.of(server, cache=False)
+    cluster: Cluster = _in_words(server.of_server, OPEN_PATIENCE, lambda: Cluster.use(access), signals, Cluster.release)
+    keep(SYSTEM_CALLS)
+    return lambda: _left_alone(server.of_server, cluster.release)
+
+
+def is_reached(config: DiskConfig, opener: Opener) -> bool:
+    """Whether there is a connection with the same user, configuration and options."""
+    return Cluster.is_connected(Access.of(_address(config), cache=not config.direct))
+
+
+def _left_alone(title: str, disconnect: Callable[[], object]) -> None:
+    """Disconnect, unless that takes too long: the process ends."""
+    try:
+        within(CLOSE_PATIENCE, disconnect)
+    except (TimeoutError, OSError):
+        log.warning("%s: the cluster does not answer, so it is not disconnected", title)
+
+
+def take_over_source(config: DiskConfig, offer: Mapping[str, Any], opener: Opener = LOCAL) -> Source:
     """Open the image that a running process serves with this size. Raises ImageError."""
-    source = _source(config, NONE)
+    source = _source(config, NONE, opener=opener)
     source.size = offer["size"]
     return source
 
@@ -101,14 +125,21 @@ def _address(config: DiskConfig) -> RbdImage:
     return config.image
 
 
-def _source(config: DiskConfig, signals: Signals, *, create: int | None = None, rehearsal: bool = False) -> RbdSource:
+def _source(
+    config: DiskConfig,
+    signals: Signals,
+    *,
+    create: int | None = None,
+    rehearsal: bool = False,
+    opener: Opener = LOCAL,
+) -> RbdSource:
     address = _address(config)
     if config.engine in (MEMORY, NULL):
         raise ImageError(f"{address.title}: engine {config.engine} does not serve RBD images; leave it out")
     read_only = config.read_only or bool(address.snapshot)
 
     def opened() -> _Opened:
-        return _Opened(address, read_only=read_only or rehearsal, cache=not config.direct, create=create)
+        return _Opened(address, read_only=read_only or rehearsal, cache=not config.direct, create=create, opener=opener)
 
     found = _in_words(address.title, OPEN_PATIENCE, opened, signals, _Opened.discard)
     keep(SYSTEM_CALLS)
@@ -142,9 +173,11 @@ def _in_words(
 class _Opened:
     """An open image with its pool and its connection. All of it may wait for the cluster."""
 
-    def __init__(self, address: RbdImage, *, read_only: bool, cache: bool, create: int | None) -> None:
+    def __init__(
+        self, address: RbdImage, *, read_only: bool, cache: bool, create: int | None, opener: Opener = LOCAL
+    ) -> None:
         """Raises ImageError, ClusterError, MissingLibrary, OSError."""
-        self.address, self.read_only = address, read_only
+        self.address, self.read_only, self._opener = address, read_only, opener
         self.created = False
         self._watch: tuple[Watch, int] | None = None
         with contextlib.ExitStack() as undo:
@@ -201,9 +234,11 @@ class _Opened:
             return
         assert address.encrypt_key_file
         try:
-            passphrase = address.encrypt_key_file.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{address.encrypt_key_file}: cannot be read: {error.strerror}") from None
+            with open(self._opener.open(address.encrypt_key_file, read_only=True, direct=False), "rb") as file:
+                passphrase = file.read()
+        except (OSError, OpenerEnded) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ImageError(f"{address.encrypt_key_file}: cannot be read: {why}") from None
         if not self.library.has("rbd_encryption_load"):
             raise ImageError(f"{address.title}: this version of librbd does not support encryption; it needs Ceph 16")
         options = LuksOptions(0, passphrase, len(passphrase))

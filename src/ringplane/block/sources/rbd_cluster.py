@@ -39,7 +39,8 @@ class Access:
 
     @classmethod
     def of(cls, image: RbdImage, *, cache: bool) -> Access:
-        return cls(image.conf, image.user, image.key_file, image.settings, cache)
+        conf, key_file = (None if path is None else path.absolute() for path in (image.conf, image.key_file))
+        return cls(conf, image.user, key_file, image.settings, cache)
 
     @property
     def name(self) -> str:

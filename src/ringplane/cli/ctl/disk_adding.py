@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ringplane.cli.start_errors import usage_errors
 from ringplane.cli.types import FILE
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig, OneDisk, OwnThreads
-from ringplane.options.image_address import ImageAddress
+from ringplane.options.image_address import TABLES, ImageAddress, image_of_table
 from ringplane.options.sizes import format_size
 from ringplane.options.toml_text import keys
 
@@ -93,17 +93,22 @@ def read_disks(path: Path) -> list[dict[str, Any]]:
 
 def _absolute(disk: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths begin at the folder of the file, as for `ringplane serve --config`."""
-    return {key: _with_absolute_paths(key, value, folder) for key, value in disk.items()}
+
+    def absolute(path: Path) -> Path:
+        return Path(os.path.abspath(folder / path))
+
+    return dict(_with_absolute_paths(key, value, absolute, "image" in disk) for key, value in disk.items())
 
 
-def _with_absolute_paths(key: str, value: Any, folder: Path) -> Any:
-    if key in WITH_PATHS:
-        kind = WITH_PATHS[key]
-        # The API reports what is wrong.
-        with contextlib.suppress(ValueError):
-            given = kind.from_toml(value)
-            return kind.to_toml(kind.with_paths(lambda path: Path(os.path.abspath(folder / path)), given))
-    return value
+def _with_absolute_paths(key: str, value: Any, absolute: Callable[[Path], Path], has_image: bool) -> tuple[str, Any]:
+    # The API reports what is wrong.
+    with contextlib.suppress(ValueError):
+        if key in TABLES and not has_image:
+            return "image", image_of_table(key, value).with_paths(absolute).address
+        if key in WITH_PATHS:
+            kind = WITH_PATHS[key]
+            return key, kind.to_toml(kind.with_paths(absolute, kind.from_toml(value)))
+    return key, value
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
@@ -11,6 +10,8 @@ import time
 from collections.abc import Sequence
 
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
+from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
+from ringplane.opener.server_places import Place
 from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.signals import NONE, Signals
 
@@ -24,30 +25,24 @@ PAUSE = 0.1
 # questions, and their number (tcp(7)).
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
-# What socket(2) and connect(2) need.
-Place = tuple[int, str | tuple[object, ...]]
-
 
 def find_places(uri: NbdUri) -> Sequence[Place]:
     """Where its server is: what its name means now. Raises HandshakeError."""
-    if uri.socket is not None:
-        return [(socket.AF_UNIX, str(uri.socket))]
     try:
-        found = socket.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise HandshakeError(f"cannot be found: {getattr(error, 'strerror', None) or error}") from None
-    return [(family, address) for family, _, _, _, address in found]
+        return uri.find_places()
+    except OSError as error:
+        raise HandshakeError(f"cannot be found: {error.strerror or error}") from None
 
 
 def connect(
-    places: Sequence[Place], export: str, signals: Signals = NONE, patience: float = PATIENCE
+    places: Sequence[Place], export: str, signals: Signals = NONE, patience: float = PATIENCE, opener: Opener = LOCAL
 ) -> tuple[socket.socket, Export]:
     """A connection that is ready for the transmission. Raises HandshakeError, Interrupted."""
     end = time.monotonic() + patience
     error = HandshakeError("has no address")
     for place in places:
         try:
-            return _connect_to(place, export, signals, end)
+            return _connect_to(place, export, signals, end, opener)
         except HandshakeError as why:
             error = why
         except OSError as why:
@@ -56,8 +51,10 @@ def connect(
     raise error
 
 
-def _connect_to(place: Place, export: str, signals: Signals, end: float) -> tuple[socket.socket, Export]:
-    sock = socket.socket(place[0], socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+def _connect_to(
+    place: Place, export: str, signals: Signals, end: float, opener: Opener
+) -> tuple[socket.socket, Export]:
+    sock = _begun(place, signals, end, opener)
     try:
         _connect(sock, place, signals, end)
         return sock, negotiate(_Waiting(sock, signals, end), export)
@@ -66,19 +63,31 @@ def _connect_to(place: Place, export: str, signals: Signals, end: float) -> tupl
         raise
 
 
+def _begun(place: Place, signals: Signals, end: float, opener: Opener) -> socket.socket:
+    """A socket that connects there, or is connected. Raises HandshakeError, OSError, Interrupted."""
+    while True:
+        try:
+            return opener.connect(place)
+        except BlockingIOError:
+            # The queue of a UNIX socket is full.
+            time.sleep(min(PAUSE, _left(signals, end)))
+        except OpenerEnded as error:
+            raise HandshakeError(f"cannot be reached: {error}") from None
+
+
+def _left(signals: Signals, end: float) -> float:
+    """Seconds until the end. Raises HandshakeError after it, and Interrupted."""
+    signals.check()
+    left = end - time.monotonic()
+    if left <= 0:
+        raise HandshakeError(f"does not answer: no connection within {PATIENCE:g} s")
+    return left
+
+
 def _connect(sock: socket.socket, place: Place, signals: Signals, end: float) -> None:
-    code = sock.connect_ex(place[1])
-    # A UNIX socket whose queue is full says EAGAIN; TCP connects later.
-    while code in (errno.EAGAIN, errno.EINPROGRESS, errno.EALREADY):
-        signals.check()
-        left = end - time.monotonic()
-        if left <= 0:
-            raise HandshakeError(f"does not answer: no connection within {PATIENCE:g} s")
-        if code == errno.EAGAIN:
-            time.sleep(min(PAUSE, left))
-            code = sock.connect_ex(place[1])
-        elif _is_writable(sock, min(PAUSE, left)):
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    while not _is_writable(sock, min(PAUSE, _left(signals, end))):
+        pass
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise HandshakeError(f"cannot be reached: {os.strerror(code)}")
     if place[0] != socket.AF_UNIX:

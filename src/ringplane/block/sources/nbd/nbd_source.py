@@ -8,7 +8,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from errno import EIO
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from ringplane.block.image import ImageError
 from ringplane.block.merge import MERGE_BYTES
 from ringplane.block.ranges import ZEROS_SIZE
-from ringplane.block.sources.nbd.connecting import PATIENCE, Place, connect, find_places
+from ringplane.block.sources.nbd.connecting import PATIENCE, connect, find_places
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError
 from ringplane.block.sources.nbd.layout import EXPORT
 from ringplane.block.sources.nbd.link import Link
@@ -32,8 +32,11 @@ from ringplane.block.sources.nbd.reconnecting import Reconnecting
 from ringplane.block.sources.source import Source
 from ringplane.block.storage_limits import LARGEST_BLOCK, USUAL_BLOCK, Limits
 from ringplane.native.structs import new
+from ringplane.opener.opener import LOCAL, Opener
+from ringplane.opener.server_places import Place
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import MEMORY, NULL
+from ringplane.options.image_address import RemoteImage
 from ringplane.options.image_options import LOCK_ON
 from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.confinement import keep
@@ -46,7 +49,8 @@ log = logging.getLogger(__name__)
 
 # To connect again, a confined process makes sockets of these families only.
 FAMILIES = Only(0, (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6))
-TO_CONNECT = {"socket": FAMILIES, "connect": None, "setsockopt": None}
+TO_SET_OPTIONS = {"setsockopt": Only(1, (socket.SOL_SOCKET, socket.IPPROTO_TCP))}
+TO_CONNECT = {"socket": FAMILIES, "connect": None, **TO_SET_OPTIONS}
 
 # In the offer of a running process.
 KEY = "nbd"
@@ -54,18 +58,48 @@ KEY = "nbd"
 Connection = tuple[socket.socket, Export]
 
 
-def open_source(config: DiskConfig, signals: Signals = NONE) -> Source:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a server is reached: where it is, and what connects there."""
+
+    places: Sequence[Place]
+    opener: Opener
+
+    def connect(self, export: str, signals: Signals = NONE, patience: float = PATIENCE) -> Connection:
+        """Raises HandshakeError, Interrupted."""
+        return connect(self.places, export, signals, patience, self.opener)
+
+
+def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
     """Connect to the server. Raises ImageError, Interrupted."""
     uri = _checked(config)
     try:
-        places = find_places(uri)
-        connection = connect(places, uri.export, signals)
+        way = _way(uri, opener)
+        connection = way.connect(uri.export, signals)
     except HandshakeError as error:
         raise ImageError(f"{uri}: the server {error}") from None
-    return _source(config, places, connection[1], [connection])
+    return _source(config, way, connection[1], [connection])
 
 
-def take_over_source(config: DiskConfig, offer: Mapping[str, Any]) -> Source:
+def reach(server: RemoteImage, signals: Signals) -> Callable[[], object]:
+    """Another process makes the connections; this one has to be able to set their options."""
+    keep(TO_SET_OPTIONS)
+    return lambda: None
+
+
+def is_reached(config: DiskConfig, opener: Opener) -> bool:
+    """Whether another process connects to the server."""
+    return bool(opener.places(_checked(config).server))
+
+
+def _way(uri: NbdUri, opener: Opener) -> Way:
+    """Through the opener if it reaches the server. Raises HandshakeError."""
+    if places := opener.places(uri.server):
+        return Way(places, opener)
+    return Way(find_places(uri), LOCAL)
+
+
+def take_over_source(config: DiskConfig, offer: Mapping[str, Any], opener: Opener = LOCAL) -> Source:
     """With the connections of the running process, which do not end when it does. Raises ImageError."""
     offered = offer[KEY]
     export = Export(**offered["export"])
@@ -76,7 +110,9 @@ def take_over_source(config: DiskConfig, offer: Mapping[str, Any]) -> Source:
     places = [
         (family, tuple(address) if isinstance(address, list) else address) for family, address in offered["places"]
     ]
-    source = _source(config, places, export, connections)
+    known = opener.places(_checked(config).server)
+    way = Way(known, opener) if known else Way(places, LOCAL)
+    source = _source(config, way, export, connections)
     source.share_connections()
     if offered["flush_failed"]:
         source.set_flush_failed()
@@ -110,11 +146,9 @@ def _checked(config: DiskConfig) -> NbdUri:
     return uri
 
 
-def _source(
-    config: DiskConfig, places: Sequence[Place], export: Export, connections: Sequence[Connection]
-) -> NbdSource:
+def _source(config: DiskConfig, way: Way, export: Export, connections: Sequence[Connection]) -> NbdSource:
     try:
-        return NbdSource(config, places, export, connections)
+        return NbdSource(config, way, export, connections)
     except BaseException:
         for sock, _ in connections:
             sock.close()
@@ -126,12 +160,10 @@ class NbdSource(Source):
 
     units = UNITS
 
-    def __init__(
-        self, config: DiskConfig, places: Sequence[Place], export: Export, connections: Sequence[Connection]
-    ) -> None:
+    def __init__(self, config: DiskConfig, way: Way, export: Export, connections: Sequence[Connection]) -> None:
         """Take over the connections, of which there may be none. Raises ImageError."""
         self._uri = _checked(config)
-        self._places, self._connections = places, list(connections)
+        self._way, self._connections = way, list(connections)
         self._export = export
         self.title = str(self._uri)
         self._check_read_only(config)
@@ -148,7 +180,8 @@ class NbdSource(Source):
         # Whether another process has the connections too, and may use them.
         self._closed = self._shared = False
         self._reconnecting = Reconnecting(self.title, self._connect_again, config.nbd_reconnect_delay)
-        keep(TO_CONNECT, [] if self._uri.socket is not None else [self._uri.port])
+        if way.opener is LOCAL:
+            keep(TO_CONNECT, [] if self._uri.socket is not None else [self._uri.port])
         if not self._export.flags & FLAG_SEND_FLUSH:
             self.notice = "the server does not support flushes: it has to make writes stable itself"
 
@@ -192,7 +225,7 @@ class NbdSource(Source):
 
     def _connect_again(self, signals: Signals = NONE, patience: float = PATIENCE) -> Connection:
         """A connection to the same export. Raises HandshakeError."""
-        sock, export = connect(self._places, self._uri.export, signals, patience)
+        sock, export = self._way.connect(self._uri.export, signals, patience)
         if why := _find_difference(self._export, export):
             sock.close()
             raise HandshakeError(why)
@@ -253,7 +286,7 @@ class NbdSource(Source):
         return {
             KEY: {
                 "uri": self.title,
-                "places": self._places,
+                "places": self._way.places,
                 "connections": [Fd(sock.fileno()) for sock, _ in used],
                 "structured": [structured for _, structured in used],
                 "export": {name: getattr(export, name) for name in Export.__dataclass_fields__},

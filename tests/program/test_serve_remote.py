@@ -1,0 +1,141 @@
+"""Disks on NBD servers, added to and removed from a confined process, over an upgrade and a crash."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringplane.block.sources.nbd import protocol as nbd
+from unit.nbd_server import EVERYTHING, NbdServer
+from unit.rig import PATIENCE, eventually, pattern
+
+from .served import ServedApi, needs_all, refused, starter
+
+SIZE = 1 << 20
+Serve = Callable[..., ServedApi]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    yield from starter(ServedApi, tmp_path)
+
+
+@pytest.fixture(params=["one connection", "several"])
+def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NbdServer]:
+    flags = EVERYTHING & ~nbd.FLAG_CAN_MULTI_CONN if request.param == "one connection" else EVERYTHING
+    made = NbdServer(tmp_path / "nbd", bytearray(pattern(SIZE)), flags=flags)
+    yield made
+    made.stop()
+
+
+def arguments(server: NbdServer, *more: str) -> tuple[str, ...]:
+    """Of a process to which disks of this server can be added."""
+    folders = ("--api-socket", "api.sock", "--allow-folder", ".", "--io-threads", "2")
+    return (*folders, "--allow-server", f"nbd+unix:///?socket={server.path}", *more)
+
+
+def body(server: NbdServer, **more: Any) -> dict[str, Any]:
+    disk = {"image": server.uri, "socket-path": str(server.path.with_name("n.sock")), "name": "n", "num-queues": 2}
+    return {**disk, "nbd-reconnect-delay": 60, **more}
+
+
+@needs_all
+def test_a_disk_comes_and_goes(serve: Serve, server: NbdServer) -> None:
+    """Any call that the filter does not allow ends the process. A lost server is connected to again."""
+    served = serve(*arguments(server), strict=True)
+    for _ in range(2):
+        disk = served.api.post("/v1/disks", body(server), status=201)
+        assert (disk["image"], disk["size"], disk["name"]) == (server.uri, SIZE, "n")
+        with served.attach("n.sock") as driver:
+            assert driver.read(0, 4096) == server.content[:4096]
+            driver.write(0, pattern(4096, 3))
+            server.stop()
+            server.start()
+            assert driver.read(0, 4096) == pattern(4096, 3)
+            served.api.post("/v1/disks/n/pause")
+            served.api.post("/v1/disks/n/flush")
+            assert server.commands()[-1] == nbd.CMD_FLUSH
+            served.api.post("/v1/disks/n/resume")
+            assert driver.read(512, 512) == pattern(4096, 3)[512:1024]
+            assert served.api.request("POST", "/v1/disks/n/resize").error["what"].endswith("start it again")
+        assert eventually(lambda: served.api.disk("n")["state"] == "listening")
+        served.api.delete("/v1/disks/n")
+        server.content[:4096] = pattern(4096)
+    served.end()
+
+
+@needs_all
+def test_what_runs_outlasts_the_process(serve: Serve, server: NbdServer, tmp_path: Path) -> None:
+    """An upgrade, and a kill; and the written configuration makes the same disk."""
+    (tmp_path / "state").mkdir()
+    served = serve(*arguments(server, "--state", "state/disks"), strict=True)
+    served.api.post("/v1/disks", body(server), status=201)
+    [table] = tomllib.loads(served.api.request("GET", "/v1/config").data.decode())["disk"]
+    with served.attach("n.sock") as driver:
+        driver.write(512, pattern(512, 4))
+        new = serve(*arguments(server, "--state", "state/disks", "--upgrade"), strict=True)
+        assert served.process.wait(PATIENCE) == 0, served.errors.read_text()
+        assert driver.read(512, 512) == pattern(512, 4)
+        # The next process connects to the server by itself.
+        server.stop()
+        server.start()
+        assert driver.read(512, 512) == pattern(512, 4)
+        new.process.kill()
+        new.process.wait()
+        newest = serve(*arguments(server, "--state", "state/disks"), strict=True)
+        driver.reconnect()
+        assert driver.read(512, 512) == pattern(512, 4)
+        server.stop()
+        server.start()
+        assert driver.read(512, 512) == pattern(512, 4)
+    assert newest.api.disk("n")["image"] == server.uri
+    newest.api.delete("/v1/disks/n")
+    newest.api.post("/v1/disks", {**table, "io-threads": ["ringplane-io-0", "ringplane-io-1"]}, status=201)
+    newest.end()
+
+
+@needs_all
+@pytest.mark.parametrize("server", ["several"], indirect=True)
+def test_a_server_that_was_not_named(serve: Serve, server: NbdServer, tmp_path: Path) -> None:
+    """The line has what to do now, which was tried."""
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", strict=True)
+    error = served.api.request("POST", "/v1/disks", body(server)).error
+    option, address = error["what"].partition("; start ringplane with ")[2].partition(", or with")[0].split(" ", 1)
+    served.end()
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", option, address.strip("'"), strict=True)
+    served.api.post("/v1/disks", body(server), status=201)
+    other = NbdServer(tmp_path / "other", bytearray(SIZE))
+    error = served.api.request(
+        "POST", "/v1/disks", body(other, name="o", **{"socket-path": f"{tmp_path}/o.sock"})
+    ).error
+    assert "this process may not connect to its server any more" in error["what"]
+    other.stop()
+    # What it stores names no other server.
+    assert "other" not in served.end()
+
+
+@pytest.mark.parametrize("server", ["several"], indirect=True)
+def test_a_state_names_only_servers_that_were_named(serve: Serve, server: NbdServer, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    served = serve(*arguments(server, "--state", "state/disks"))
+    served.api.post("/v1/disks", body(server), status=201)
+    served.end()
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--state", "state/disks")
+    assert served.api.get("/v1/disks")["disks"] == []
+    assert f"n: was added at run time and is not served any more: {server.uri}: is not on a server of" in served.end()
+
+
+def test_servers_that_make_no_sense() -> None:
+    for address, words in (
+        ("nbd://host/export", "names an export; nbd://host/ is the server with all its exports"),
+        ("rbd:rbd/vm1", "names an image; the form of a cluster is rbd::id=USER:conf=PATH"),
+        ("rbd::key=AQCsecret", "neither a key nor an encryption can be given here"),
+        ("/run/nbd.sock", "is not the address of a server; examples: nbd://"),
+    ):
+        assert words in refused("--api-socket", "s", "--allow-folder", ".", "--allow-server", address)
+    assert "--allow-server needs --allow-folder" in refused("--api-socket", "s", "--allow-server", "nbd://host")
+    assert "--allow-server is for the socket of --api-socket" in refused("--allow-server", "nbd://host")
