@@ -242,6 +242,30 @@ def test_a_server_that_knows_neither(server: NbdServer, served: Served) -> None:
     assert not driver.features & blk.VIRTIO_BLK_F_DISCARD
 
 
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [(errno.EINVAL, 2), (errno.ENOSPC, 2), (errno.EPERM, 1), (errno.EOPNOTSUPP, 1)],
+)
+def test_zeros_that_the_server_does_not_make_are_written(
+    server: NbdServer, served: Served, error: int, tries: int
+) -> None:
+    """An errno that holds for all requests is not asked for again. Discard is advice."""
+    refused = [nbd.CMD_WRITE_ZEROES, nbd.CMD_TRIM]
+    server.reply = lambda request, server: simple(request, error) if request.command in refused else None
+    server.block_sizes = (1, 4096, 16384)
+    driver = served()
+    before = bytes(server.content)
+    for _ in range(2):
+        driver.write_zeroes(512, 16384 + 512)
+        driver.discard(SIZE // 2, 4096)
+    assert server.content == before[:512] + bytes(16384 + 512) + before[16384 + 1024 :]
+    assert server.commands().count(nbd.CMD_WRITE_ZEROES) == tries
+    assert [each.length for each in server.requests if each.command == nbd.CMD_WRITE] == [16384, 512] * 2
+    # Only an error of writing them is the guest's.
+    refused.append(nbd.CMD_WRITE)
+    assert driver.request(blk.VIRTIO_BLK_T_WRITE_ZEROES, 0, segments((0, 8, 0))).status == blk.VIRTIO_BLK_S_IOERR
+
+
 def test_sizes_of_the_server(server: NbdServer, served: Served) -> None:
     server.block_sizes = (4096, 4096, 10000)
     with pytest.raises(ImageError, match="blocks of 4096 bytes; use --block-size 4096"):
@@ -251,6 +275,22 @@ def test_sizes_of_the_server(server: NbdServer, served: Served) -> None:
     driver.write(4096, data)
     assert driver.read(4096, 65536) == data
     assert {(each.offset % 4096, each.length) for each in server.requests} == {(0, 8192)}
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("preferred", "physical", "discard"),
+    [(1, 4096, 4096), (512, 512, 512), (65536, 4096, 65536), (1 << 20, 4096, 4096)],
+)
+def test_the_preferred_size_is_not_a_physical_block(
+    server: NbdServer, tmp_path: Path, preferred: int, physical: int, discard: int
+) -> None:
+    server.block_sizes = (1, preferred, 32 << 20)
+    config = DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket")
+    with contextlib.closing(open_source(config)) as source:
+        found = source.limits().for_blocks(512)
+    assert (found.physical_block, found.minimum_io, found.discard) == (physical, physical, discard)
+    assert found.optimal_io == (preferred if preferred >= 512 else 0)
 
 
 @pytest.mark.parametrize("queues", [2])

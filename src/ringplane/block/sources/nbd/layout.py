@@ -46,6 +46,7 @@ REQUEST = struct(
     "range",  # of a discard and the like: which range the request is for, and how much of that was done before
     "within",
     "flushing",  # the request is the flush after a write that must be stable
+    "writing_zeros",  # the server has failed to make the zeros of this I/O: they are written
     "zeros_iov_base",  # one IOVEC for zeros that are written
     "zeros_iov_len",
 )
@@ -78,7 +79,7 @@ LINK = struct(
     "reason",  # why the last connection was given up, and the errno
     "reason_errno",
     "lost",  # set by the I/O thread when a connection was given up, cleared by the control plane
-    "lost_fd",  # the eventfd that tells the control plane
+    "lost_fd",  # the eventfd that signals the control plane
     "wake_fd",  # the eventfd by which the control plane asks for what follows
     "new_fd = -1",  # use this connection
     "new_structured",

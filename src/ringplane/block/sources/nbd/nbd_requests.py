@@ -5,7 +5,7 @@ from __future__ import annotations
 from errno import EIO, EOPNOTSUPP
 
 from ringplane.block.io import BLOCK_IO, DISCARD, FLUSH, FUA, READ, REFUSED, WRITE, ZERO, bytes_left
-from ringplane.block.ranges import RANGE, RANGE_SIZE, ZEROS_SIZE
+from ringplane.block.ranges import RANGE, RANGE_SIZE, ZEROS_SIZE, is_final
 from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, EXPORT, FREE, ONE, QUEUED, ZEROS_IOV, request_at
 from ringplane.block.sources.nbd.protocol import (
     CMD_FLAG_FUA,
@@ -39,7 +39,7 @@ def begin(link, channel, io):
     """Begin an I/O: its first request is queued, or it ends at once."""
     request = request_at(link, io.slot)
     request.io = address_of(io)
-    request.range = request.within = request.flushing = request.result = 0
+    request.range = request.within = request.flushing = request.writing_zeros = request.result = 0
     proceed(link, channel, request, io)
 
 
@@ -96,7 +96,7 @@ def start_piece(link, export, request, io, piece, left):
     offset, flags = piece.start + request.within, fua_flag(export, io)
     if io.operation == DISCARD:
         queue(link, request, CMD_TRIM, flags, offset, min(left, LARGEST_RANGE))
-    elif export.flags & FLAG_SEND_WRITE_ZEROES:
+    elif export.flags & FLAG_SEND_WRITE_ZEROES and not request.writing_zeros:
         flags |= 0 if piece.unmap else CMD_FLAG_NO_HOLE
         queue(link, request, CMD_WRITE_ZEROES, flags, offset, min(left, LARGEST_RANGE))
     else:
@@ -185,9 +185,22 @@ def fail(link, channel, request, error):
 def refuse(link, channel, request, error):
     """The server has replied an error."""
     link.unanswered -= 1
+    export = view(link.export, EXPORT)
     if request.command == CMD_FLUSH:
-        view(link.export, EXPORT).flush_failed = 1
-    fail(link, channel, request, error)
+        export.flush_failed = 1
+    if request.command == CMD_WRITE_ZEROES:
+        write_zeros(link, channel, request, export, error)
+    else:
+        fail(link, channel, request, error)
+
+
+@compiled
+def write_zeros(link, channel, request, export, error):
+    """The server has not made zeros, whatever the reason: they are written, and an error of that is the guest's."""
+    if is_final(-error):
+        export.flags &= ~FLAG_SEND_WRITE_ZEROES
+    request.state, request.writing_zeros = FREE, 1
+    proceed(link, channel, request, view(request.io, BLOCK_IO))
 
 
 @compiled

@@ -37,7 +37,7 @@ from ringplane.opener.server_places import Place
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import MEMORY, NULL
 from ringplane.options.image_address import RemoteImage
-from ringplane.options.image_options import LOCK_ON
+from ringplane.options.image_options import BLOCK_SIZES, LOCK_ON
 from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.confinement import keep
 from ringplane.system.digests import blake2b
@@ -195,11 +195,16 @@ class NbdSource(Source):
             advice = f"; use --block-size {smallest}" if smallest == USUAL_BLOCK else ", which ringplane cannot serve"
             raise ImageError(f"{self.title}: the server reads and writes only blocks of {smallest} bytes{advice}")
         if self._export.size % block:
+            small = BLOCK_SIZES[0]
+            fits = smallest <= small and self._export.size % small == 0
             raise ImageError(
-                f"{self.title}: its size of {self._export.size} bytes is not a multiple of the block size {block}"
+                f"{self.title}: its size of {self._export.size} bytes is not a multiple of the block size {block}; "
+                f"{f'use --block-size {small}, or ' if fits else ''}change the size at the server"
             )
         if self._export.largest < block:
-            raise ImageError(f"{self.title}: the server takes at most {self._export.largest} bytes at a time")
+            raise ImageError(
+                f"{self.title}: the server takes at most {self._export.largest} bytes at a time, less than a block"
+            )
 
     @property
     def one_thread(self) -> bool:  # type: ignore[override]
@@ -232,13 +237,15 @@ class NbdSource(Source):
         return sock, export
 
     def limits(self) -> Limits:
+        """The size that a server prefers is not a physical block: databases refuse those above 4096 bytes."""
         export = self._export
-        physical = export.preferred if 512 <= export.preferred <= LARGEST_BLOCK else USUAL_BLOCK
+        preferred = export.preferred if 512 <= export.preferred <= LARGEST_BLOCK else USUAL_BLOCK
         discards = export.flags & FLAG_SEND_TRIM and not self.read_only
         return Limits(
-            physical_block=physical,
-            minimum_io=export.preferred,
-            discard=physical if discards else 0,
+            physical_block=min(preferred, USUAL_BLOCK),
+            minimum_io=min(preferred, USUAL_BLOCK),
+            optimal_io=export.preferred,
+            discard=preferred if discards else 0,
             punches=bool(export.flags & FLAG_SEND_WRITE_ZEROES) and not self.read_only,
             granule=export.smallest,
         )
@@ -258,10 +265,12 @@ class NbdSource(Source):
         self._reconnecting.start()
 
     def refresh_size(self) -> None:
-        raise ImageError(f"{self.title}: the size of an export cannot change while it is served; start it again")
+        raise ImageError(f"{self.title}: the size of an export cannot change while it is served; restart ringplane")
 
     def grow(self, size: int) -> None:
-        raise ImageError(f"{self.title}: NBD cannot change the size of an export; do it at the server, and start again")
+        raise ImageError(
+            f"{self.title}: NBD cannot change the size of an export; change it at the server, then restart ringplane"
+        )
 
     @property
     def flush_failed(self) -> bool:
