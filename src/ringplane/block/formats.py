@@ -17,6 +17,9 @@ PIECE, READ_AHEAD = 4096, 64 << 10
 FOOTER = 512
 
 
+ENCRYPTED = "the guest sees the encrypted container, which is right if the guest itself opens it"
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """`command` makes a raw image of it, if that makes sense: shell words with places for `image` and `raw`.
@@ -69,7 +72,11 @@ FORMATS = (
 def find_format(fd: int, size: int) -> Format | None:
     """The format of an open image of `size` bytes; None for raw. Reads 4 KiB twice, and works with O_DIRECT."""
     last = max(0, size - 1) // PIECE * PIECE
-    start, end = _read(fd, 0), _read(fd, last)[: size - last]
+    return format_of(_read(fd, 0), _read(fd, last)[: size - last])
+
+
+def format_of(start: bytes, end: bytes = b"") -> Format | None:
+    """The format of an image that begins and ends like this; None for raw."""
     for each in FORMATS:
         piece = start if each.offset >= 0 else end
         if piece[each.offset :].startswith(each.magic):
@@ -96,4 +103,13 @@ def describe(found: Format, path: Path) -> str:
     line = f"{path}: looks like a {found.name}, and is served as raw bytes: "
     if command := found.command_for(path):
         return f"{line}the guest sees the {found.name} itself; if that is not wanted, make a raw image with: {command}"
-    return f"{line}the guest sees the encrypted container, which is right if the guest itself opens it"
+    return f"{line}{ENCRYPTED}"
+
+
+def describe_elsewhere(found: Format, title: str) -> str:
+    """The same of an image on another machine."""
+    line = f"{title}: looks like a {found.name}, and is served as raw bytes: "
+    if not found.command:
+        return f"{line}{ENCRYPTED}"
+    program = found.command.split()[0]
+    return f"{line}the guest sees the {found.name} itself; if that is not wanted, make a raw image of it with {program}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from ringplane.block import image, mapped_image
-from ringplane.block.formats import describe, find_format
+from ringplane.block.formats import describe, describe_elsewhere, find_format, format_of
 from ringplane.block.image import Image, ImageError
 from ringplane.block.sources.file import FileSource
 from ringplane.block.sources.memory import MemorySource
@@ -95,7 +95,10 @@ def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LO
     itself.
     """
     if isinstance(config.image, RemoteImage):
-        return _reached_module(config, config.image, opener).open_source(config, signals, opener)
+        remote = _reached_module(config, config.image, opener).open_source(config, signals, opener)
+        if found := format_of(remote.start):
+            log.warning("%s", describe_elsewhere(found, remote.title))
+        return remote
     opened = image.open_or_create(config.image, config, signals, opener)
     try:
         source = _of_image(opened, config.engine)

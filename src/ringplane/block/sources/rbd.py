@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ringplane.block.formats import PIECE
 from ringplane.block.image import ImageError
 from ringplane.block.sources import rbd_part, rbd_watching
 from ringplane.block.sources.rbd_cluster import Access, Cluster, ClusterError, Pool
@@ -198,7 +199,7 @@ class _Opened:
             return self._open()
         except OSError as error:
             if error.errno != errno.ENOENT:
-                raise _not_opened(self.address, self.cluster, error) from None
+                raise _refused(self.address, self.cluster, "open", error) from None
             if create is None or self.address.snapshot:
                 raise _NoImage(_why_no_image(self.address)) from None
         self._create(create)
@@ -218,7 +219,7 @@ class _Opened:
         except OSError as error:
             # Somebody else may have created it meanwhile.
             if error.errno != errno.EEXIST:
-                raise ImageError(f"{self.address.title}: cannot be created: {error.strerror}") from None
+                raise _refused(self.address, self.cluster, "create", error) from None
         finally:
             self.library.call("rbd_image_options_destroy", options)
 
@@ -254,8 +255,14 @@ class _Opened:
         self.stripe = info.object_size * self.library.created("rbd_get_stripe_count", self.image, RESULT)
         self.granularity = int(self.cluster.option(GRANULARITY_OPTION))
         self.size = self.current_size()
+        self.start = self._read_start()
         image = self.library.text("rbd_get_id", self.image)
         self.number = "/".join((self.cluster.fsid, str(self.pool.number), self.address.namespace, image))
+
+    def _read_start(self) -> bytes:
+        room = ctypes.create_string_buffer(min(PIECE, self.size))
+        size = self.library.call("rbd_read", self.image, 0, len(room), room) if self.size else 0
+        return room.raw[:size]
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Have `changed` called when the header changes, which has the size; a snapshot does not change."""
@@ -298,10 +305,11 @@ def _why_no_image(address: RbdImage) -> str:
     return f"{address.title}: there is no such image; `rbd ls` lists images, and --create SIZE makes one"
 
 
-def _not_opened(address: RbdImage, cluster: Cluster, error: OSError) -> ImageError:
-    why = error.strerror
+def _refused(address: RbdImage, cluster: Cluster, what: str, error: OSError) -> ImageError:
+    """`what`: to open or to create it."""
+    why = f"cannot {what} it: {error.strerror}; `ceph -s` shows the state of the cluster"
     if error.errno in (errno.EPERM, errno.EACCES):
-        why = f"{cluster.access.name} may not open it; its caps need `profile rbd pool={address.pool}`"
+        why = f"{cluster.access.name} may not {what} it; its caps need `profile rbd pool={address.pool}`"
     elif error.errno == errno.ESHUTDOWN:
         why = "the cluster has blocklisted this client; `ceph osd blocklist ls` lists clients"
     return ImageError(f"{address.title}: {why}")
@@ -329,6 +337,7 @@ class RbdSource(Source):
         address = opened.address
         self.title, self.size, self.read_only, self.created = address.title, opened.size, read_only, opened.created
         self.direct = not opened.cluster.access.cache
+        self.start = opened.start
         digest = blake2b(f"{opened.number}@{address.snapshot}".encode(), digest_size=5).hexdigest()
         self.serial = f"ringplane-{digest}"
         self._warnings = Warnings()

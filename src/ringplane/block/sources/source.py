@@ -70,6 +70,8 @@ class Source:
     direct: bool = True
     # What users should know about how it was opened, which is not quite what they asked for; empty: nothing.
     notice: str = ""
+    # Its first bytes, from a service on another machine: for a log line about other formats than raw; empty: unknown.
+    start: bytes = b""
     # The regular file that it is, so that a layer can store its state in another file beside it; None: it is something
     # else. `erase` and `is_blank` are for such a layer.
     file: Path | None = None
