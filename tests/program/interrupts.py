@@ -4,6 +4,7 @@ test_start.py runs some. More run by hand, also with an empty cache of compiled 
 
     cd tests && python -m program.interrupts --starts 300
     cd tests && python -m program.interrupts --starts 30 --cold
+    cd tests && python -m program.interrupts --image rbd:POOL/IMAGE:conf=PATH
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ringplane.driver.frontend import FrontEnd
+from unit.nbd_server import NbdServer
 from unit.waiting import wait_until as wait_until
 
 SOON = 120.0
@@ -65,7 +68,22 @@ def several(folder: Path) -> list[str]:
     return [*SERVE, "--config", str(config)]
 
 
-FRESH = (as_command, as_script, zoned, several)
+def with_everything(folder: Path) -> list[str]:
+    """Beside the disk: the API, metrics over TCP, a state, and the process that opens files."""
+    (folder / "allowed").mkdir(exist_ok=True)
+    more = ["--api-socket", folder / "api.sock", "--allow-folder", folder / "allowed", "--state", folder / "state"]
+    return [*as_command(folder), *map(str, more), "--metrics", "127.0.0.1:0"]
+
+
+def of_image(address: str, folder: Path) -> list[str]:
+    """An image elsewhere."""
+    return [*SERVE, "--image", address, "--socket-path", str(folder / "disk.sock")]
+
+
+Command = Callable[[Path], list[str]]
+
+FRESH: tuple[Command, ...] = (as_command, as_script, zoned, several, with_everything)
+UPGRADED: tuple[Command, ...] = (as_command, with_everything)
 
 
 def catches(pid: int, number: int) -> bool:
@@ -100,7 +118,7 @@ def interrupted(command: list[str], number: int, moment: float, environment: dic
     return served
 
 
-def check_fresh(command: Callable[[Path], list[str]], number: int, moment: float, environment: dict[str, str]) -> bool:
+def check_fresh(command: Command, number: int, moment: float, environment: dict[str, str]) -> bool:
     """Interrupt a start that makes an image; whether it was served."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,27 +131,28 @@ def check_fresh(command: Callable[[Path], list[str]], number: int, moment: float
     return served
 
 
-def check_upgrade(number: int, moment: float, environment: dict[str, str]) -> bool:
+def check_upgrade(command: Command, number: int, moment: float, environment: dict[str, str]) -> bool:
     """Interrupt a start that takes over: the running process continues, or the new one has served."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with running(folder, environment) as process, contextlib.closing(FrontEnd(folder / "disk.sock")) as front_end:
+        words = command(folder)
+        with running(words, environment) as process, contextlib.closing(FrontEnd(folder / "disk.sock")) as front_end:
             before = front_end.get_features()
-            taken = interrupted([*as_command(folder), "--upgrade"], number, moment, environment)
+            taken = interrupted([*words, "--upgrade"], number, moment, environment)
             if taken:
                 assert process.wait(SOON) == 0
             else:
                 assert front_end.get_features() == before
                 process.terminate()
                 assert process.wait(SOON) == 0
-        assert [path.name for path in folder.iterdir()] == ["disk.img"]
+        assert {path.name for path in folder.iterdir()} <= {"disk.img", "allowed", "state", "state~"}
     return taken
 
 
 @contextlib.contextmanager
-def running(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        as_command(folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
         try:
             assert process.stdout
@@ -149,28 +168,46 @@ def start_seconds(cold: bool) -> float:
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()
         environment = os.environ | ({"RINGPLANE_CACHE_DIR": name} if cold else {})
-        with running(Path(name), environment):
+        with running(as_command(Path(name)), environment):
             return time.monotonic() - began
 
 
-def interrupt_starts(starts: int, seed: int, cold: bool = False) -> list[bool]:
-    """Of each start, whether the disks were served when it ended."""
+@contextlib.contextmanager
+def nbd_server() -> Iterator[str]:
+    """The address of its export."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = NbdServer(Path(folder, "nbd"), bytearray(16 << 20))
+        yield server.uri
+        server.stop()
+
+
+def interrupt_starts(starts: int, seed: int, cold: bool = False, image: str = "") -> list[bool]:
+    """Of each start, whether the disks were served when it ended; `image`: the address of the only image."""
+    if image:
+        return _interrupt_starts(starts, seed, cold, [partial(of_image, image)], [])
+    with nbd_server() as address:
+        return _interrupt_starts(starts, seed, cold, [*FRESH, partial(of_image, address)], [] if cold else UPGRADED)
+
+
+def _interrupt_starts(
+    starts: int, seed: int, cold: bool, fresh: Sequence[Command], upgraded: Sequence[Command]
+) -> list[bool]:
     randomness = random.Random(seed)
     longest = LONGEST * start_seconds(cold)
     results = []
     for _ in range(starts):
         number = randomness.choice([signal.SIGTERM, signal.SIGINT])
         moment = randomness.uniform(0, longest)
-        chosen = randomness.randrange(5)
+        chosen = randomness.randrange(len(fresh) + len(upgraded))
         with tempfile.TemporaryDirectory() as name:
             environment = os.environ | {"TMPDIR": name}
             if cold:
                 # Nobody can write there: the cache is a temporary folder.
                 environment["RINGPLANE_CACHE_DIR"] = os.devnull
-            if chosen == len(FRESH) and not cold:
-                results.append(check_upgrade(number, moment, environment))
+            if chosen < len(fresh):
+                results.append(check_fresh(fresh[chosen], number, moment, environment))
             else:
-                results.append(check_fresh(FRESH[chosen % len(FRESH)], number, moment, environment))
+                results.append(check_upgrade(upgraded[chosen - len(fresh)], number, moment, environment))
             assert list(Path(name).iterdir()) == []
     return results
 
@@ -180,6 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("--starts", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--image", default="", help="address of an image elsewhere")
     options = parser.parse_args()
-    results = interrupt_starts(options.starts, options.seed, options.cold)
+    results = interrupt_starts(options.starts, options.seed, options.cold, options.image)
     print(f"{len(results)} starts interrupted, {sum(results)} of them when the disks were served already")

@@ -196,7 +196,7 @@ def test_what_is_open_stays_as_it_is() -> None:
 
 
 def test_starts_that_are_interrupted_at_random_moments() -> None:
-    assert len(interrupt_starts(20, seed=11)) == 20
+    assert len(interrupt_starts(24, seed=11)) == 24
 
 
 def test_signals_up_to_the_end_of_the_process(start: Start, image: Path, path: Path) -> None:

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringplane.block.image import ImageError
 from ringplane.cli.check import check
 from ringplane.control import state_file
 from ringplane.control.changes import Changes
@@ -227,6 +228,19 @@ def test_paths_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], None],
     with pytest.raises(StateError, match=words):
         StateFile(path, trusted=True).open()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_start_that_fails_leaves_no_new_files(tmp_path: Path, path: Path, exists: bool) -> None:
+    """But for those that were there."""
+    if exists:
+        with opened(path) as state:
+            state.store(ONE)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    missing = DiskConfig(tmp_path / "missing", ["io0"], socket_path=tmp_path / "socket")
+    with pytest.raises(ImageError, match="no such file"):
+        serve_all([missing], [IoThread("io0")], state=StateFile(path, trusted=True))
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

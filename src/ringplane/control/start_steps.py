@@ -164,6 +164,7 @@ class Start:
         if self._state is not None:
             self._at_end.callback(self._state.close)
             self._state.open(origin.state)
+            self._undo.callback(self._state.remove_created)
 
     def _reach_servers(self) -> None:
         """Those whose images can be added later."""

@@ -50,7 +50,7 @@ def check(path: Path) -> None:
                 raise StateError(f"{path}: is not a regular file; choose another path")
             _parsed(path.read_bytes())
     except OSError as error:
-        raise StateError(f"{path}: the state cannot be stored there: {error.strerror}") from None
+        raise StateError(f"{path}: the state cannot be stored there: {error.strerror}; choose another path") from None
     except ValueError as error:
         raise StateError(f"{path}: {error}") from None
 
@@ -68,6 +68,8 @@ class StateFile:
         self._name = os.fsencode(self.path.name)
         self._fds: list[int] = []
         self._folder = -1
+        # Names of files that were not there.
+        self._created: set[bytes] = set()
 
     @property
     def folder(self) -> Path:
@@ -85,9 +87,13 @@ class StateFile:
                 # What it keeps may be secret, and others may have made it.
                 os.fchmod(fd, MODE)
         except OSError as error:
+            self.remove_created()
             self.close()
-            raise StateError(f"{self.path}: the state cannot be stored there: {error.strerror}") from None
+            raise StateError(
+                f"{self.path}: the state cannot be stored there: {error.strerror}; choose another path"
+            ) from None
         except BaseException:
+            self.remove_created()
             self.close()
             raise
 
@@ -97,6 +103,7 @@ class StateFile:
             fd = self._opened(beside)
             _write(fd, EMPTY)
             os.rename(beside, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            self._created.add(self._name)
             os.fsync(self._folder)
         else:
             self._opened(self._name)
@@ -104,8 +111,12 @@ class StateFile:
 
     def _opened(self, name: bytes) -> int:
         """The fd of one of the files, locked. Raises OSError, StateError."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(name, flags, MODE, dir_fd=self._folder)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, MODE, dir_fd=self._folder)
+            self._created.add(name)
+        except FileExistsError:
+            fd = os.open(name, flags, dir_fd=self._folder)
         self._fds.append(fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise StateError(f"{self.path.with_name(os.fsdecode(name))}: is not a regular file; choose another path")
@@ -167,6 +178,13 @@ class StateFile:
     def hand_over(self) -> dict[str, Any]:
         """What a successor needs to use the same files; the fds stay ours."""
         return {"path": os.path.realpath(self.path), "files": [Fd(fd) for fd in self._fds]}
+
+    def remove_created(self) -> None:
+        """Undo `open`, before `close`: a start that fails leaves no files."""
+        for name in self._created:
+            with contextlib.suppress(OSError):
+                if any(self._is_at(fd, name) for fd in self._fds):
+                    os.unlink(name, dir_fd=self._folder)
 
     def close(self) -> None:
         """Close the files. May be called again."""
