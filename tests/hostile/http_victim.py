@@ -130,3 +130,7 @@ def check_garbage(victim: HttpVictim, seed: int, requests: int) -> None:
                 sock.sendall(draw.randbytes(draw.randrange(1, 3000)) + b"\r\n\r\n")
             answer = receive(sock)
             assert not answer or answer.startswith(b"HTTP/1.1 400 ")
+    # Some of them are logged, in words of ours.
+    words = ": a client was disconnected, because it sent what is not an HTTP request"
+    assert eventually(lambda: words in victim.log.read_text())
+    assert "Invalid HTTP request" not in victim.log.read_text()

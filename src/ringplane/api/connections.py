@@ -21,6 +21,9 @@ from uvicorn.server import ServerState
 from ringplane.api.schemas import Error, Problem
 
 log = logging.getLogger(__name__)
+# Of uvicorn's own lines only errors: its warnings do not say what a client has done, or where.
+ERRORS = logging.getLogger(f"{__name__}.uvicorn")
+ERRORS.setLevel(logging.ERROR)
 
 # Seconds.
 REQUEST_PATIENCE, WRITE_PATIENCE = 10.0, 30.0
@@ -58,9 +61,11 @@ def config(application: Any) -> Config:
 class Connection(H11Protocol):
     """One connection."""
 
-    def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-        super().__init__(config, server_state, {**app_state, "connection": self})
-        self.logger = log
+    def __init__(self, config: Config, server_state: ServerState, name: str) -> None:
+        """`name`: of what is served, in log lines."""
+        super().__init__(config, server_state, {"connection": self})
+        self.logger = ERRORS
+        self._name = name
         self._request_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since = 0.0
@@ -125,7 +130,7 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def _should_upgrade(self) -> bool:
-        """Never: HTTP/1.1 goes on, as RFC 9110 allows."""
+        """Never: HTTP/1.1 continues, as RFC 9110 allows."""
         return False
 
     async def share(self) -> socket.socket:
@@ -140,11 +145,12 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What arrived is not HTTP; nothing after it can be understood."""
+        log.warning("%s: a client was disconnected, because it sent what is not an HTTP request", self._name)
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = _error("this is not an HTTP request", "HTTP/1.1, with up to 16 KiB of headers")
+            body = _error("this is not an HTTP request", "send HTTP/1.1 with up to 16 KiB of headers")
             headers = {"content-type": "application/json", "connection": "close", "content-length": str(len(body))}
             response = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):

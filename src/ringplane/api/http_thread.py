@@ -55,7 +55,7 @@ class HttpThread:
         sock.listen(WAITING)
 
     def _connection(self) -> connections.Connection:
-        return connections.Connection(self._config, self._state, {})
+        return connections.Connection(self._config, self._state, self._name)
 
     def close(self) -> None:
         """Undo `open`; it does not run. May be called again."""
