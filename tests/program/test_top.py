@@ -247,13 +247,15 @@ def test_keys() -> None:
     assert pressed(b"\xc3\xa4") == ["\xc3", "\xa4"]
 
 
-def test_signals_that_end_it() -> None:
+def test_signals_that_end_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """q and Ctrl-C are how it is ended; there is nobody to read of the end of the terminal."""
     with ending():
         raise Interrupted(signal.SIGINT)
     for error, status in ((Interrupted(signal.SIGTERM), 143), (OSError(errno.EIO, "terminal"), 129)):
         with pytest.raises(SystemExit) as exit, ending():
             raise error
         assert exit.value.code == status
+    assert capsys.readouterr() == ("", "interrupted by SIGTERM\n")
 
 
 # A real process

@@ -162,10 +162,13 @@ def test_a_server_without_go(zeroes: bool) -> None:
         (GREETING + bytes(20), "sent garbage"),
         (GREETING + option_reply(nbd.OPT_GO, nbd.REP_ACK), "sent garbage"),
         (GREETING + STRUCTURED[:-4] + b"\xff\xff\xff\xff", "sent a reply of 4294967295 bytes"),
-        (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_UNKNOWN), "^has no such export$"),
+        (
+            GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_UNKNOWN),
+            "^has no such export; `qemu-nbd --list` shows",
+        ),
         (
             GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_POLICY, b"not\n you\0"),
-            r"^refuses this client \(it says: not you\)$",
+            r"^refuses this client; its configuration or its log says why \(it says: not you\)$",
         ),
         (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_ERR_TLS_REQD), "requires TLS"),
         (GREETING + STRUCTURED + option_reply(nbd.OPT_GO, nbd.REP_FLAG_ERROR + 99), r"\(error 99\)"),

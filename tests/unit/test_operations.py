@@ -188,7 +188,7 @@ def test_a_stop_while_a_disk_is_added(
     assert opening.wait(SOON)
     server.request_stop()
     go.set()
-    with pytest.raises(WrongState, match="the process stops"):
+    with pytest.raises(WrongState, match="the process is stopping"):
         adding.result(SOON)
     assert server.wait(SOON)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from ringplane.control.export import Export
-from ringplane.control.operation_errors import OperationError, Unavailable, WrongValue
+from ringplane.control.operation_errors import STOPPING, OperationError, Unavailable, WrongValue
 from ringplane.control.server import Server
 from ringplane.options.durations import MAX_SECONDS, parse_seconds
 
@@ -20,6 +20,9 @@ Body = TypeVar("Body")
 
 # Of a body; a disk has some 30 short keys.
 MAX_BODY = 64 << 10
+
+# What to do about a wrong one.
+BODIES = "GET /openapi.json describes the body"
 
 PLACE = re.compile(r"^(.*?)(?: - at `\$\.?(.*)`)?$", re.DOTALL)
 
@@ -80,13 +83,13 @@ class Call:
         except msgspec.ValidationError as error:
             found = PLACE.match(str(error))
             what, where = found.groups() if found else (str(error), "")
-            raise WrongValue(what, where or "", "openapi.json describes the body") from None
+            raise WrongValue(what, where or "", BODIES) from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise WrongValue(f"the body is not JSON: {error}", "", "openapi.json describes the body") from None
+            raise WrongValue(f"the body is not JSON: {error}", "", BODIES) from None
 
     async def _read(self) -> bytes:
         data = bytearray()
-        too_large = TooLarge(f"the body has more than {MAX_BODY} bytes", "", f"at most {MAX_BODY} bytes")
+        too_large = TooLarge(f"the body has more than {MAX_BODY} bytes", "", BODIES)
         if (length := self.headers.get("content-length", "")).isdigit() and int(length[:20]) > MAX_BODY:
             raise too_large
         try:
@@ -103,10 +106,10 @@ class Call:
         try:
             called = self.server.threads.call(work)
         except RuntimeError:
-            raise Unavailable("the process stops") from None
+            raise Unavailable(*STOPPING) from None
         try:
             return await asyncio.shield(asyncio.wrap_future(called))
         except asyncio.CancelledError:
             if called.cancelled():
-                raise Unavailable("the process stops") from None
+                raise Unavailable(*STOPPING) from None
             raise

@@ -7,9 +7,8 @@ import socket
 from ringplane.api.application import make_application
 from ringplane.api.http_thread import HttpThread
 from ringplane.api.routes import METRICS
-from ringplane.control.listener import ListenError
 from ringplane.control.server import Server
-from ringplane.control.tcp_listener import bound
+from ringplane.control.tcp_listener import bound, cannot_listen
 from ringplane.options.addresses import Address
 from ringplane.options.metrics_options import MetricsOptions
 
@@ -34,7 +33,7 @@ class MetricsEndpoint:
             self._http.open(application, self.sock, [METRICS.path, "/none"])
         except OSError as error:
             # Another process has begun to listen there since `prepare`.
-            raise ListenError(f"{self.options.listen}: cannot listen there: {error.strerror}") from None
+            raise cannot_listen(self.options.listen, error) from None
         self._opened = True
 
     def close(self) -> None:

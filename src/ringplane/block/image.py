@@ -339,12 +339,13 @@ def _open(path: Path, read_only: bool, direct: bool, opener: Opener) -> tuple[in
 
 
 def _not_permitted(path: Path, read_only: bool) -> ImageError:
-    hint = "" if read_only else " for writing; --read-only serves it without"
-    return ImageError(f"{path}: may not be opened{hint}")
+    if read_only:
+        return ImageError(f"{path}: may not be opened by user {os.geteuid()}; change its owner or mode")
+    return ImageError(f"{path}: may not be opened for writing; --read-only serves it without")
 
 
 def _not_an_image(path: Path) -> ImageError:
-    return ImageError(f"{path}: neither a regular file nor a block device")
+    return ImageError(f"{path}: neither a regular file nor a block device; choose another path")
 
 
 def _size(fd: int, path: Path) -> int:
@@ -419,7 +420,7 @@ def _lock(fd: int, path: Path, options: ImageOptions, signals: Signals) -> None:
     if not locked:
         raise ImageError(
             f"{path}: is in use already; it can be shared if all open it --read-only, "
-            "or if all say --share-rw (a migration)"
+            "or if all use --share-rw (a migration)"
         )
 
 

@@ -16,7 +16,7 @@ from ringplane.system.signals import of as signals_of
 
 @click.command(short_help="Try ringplane without a guest.")
 @click.option("--image", type=FILE, help="Where to make the image [default: a temporary folder]; removed afterwards.")
-@click.option("--size", type=SIZE, default="256M", show_default=True, help="Of the image.")
+@click.option("--size", type=SIZE, default="256M", show_default=True, help="Size of the image.")
 @click.option("--seconds", type=SECONDS, default="2", show_default=True, help="Length of each measurement.")
 @click.pass_context
 def demo(context: click.Context, image: Path | None, size: int, seconds: float) -> None:

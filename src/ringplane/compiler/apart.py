@@ -32,7 +32,7 @@ _waiting: dict[tuple[str, Path, str], subprocess.Popen[bytes]] = {}
 
 @contextlib.contextmanager
 def ahead(module: str) -> Iterator[None]:
-    """If the module has to be compiled, start its process now: it imports the compiler while this process goes on.
+    """If the module has to be compiled, start its process now: it imports the compiler while this process continues.
 
     `compile_apart` uses it; at the end it is ended if that has not happened.
     """

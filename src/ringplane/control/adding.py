@@ -12,7 +12,7 @@ from ringplane.control.limiting import Limiting
 from ringplane.control.listener import Listener
 from ringplane.control.needed_units import units_of_limits, units_of_parts
 from ringplane.control.opening import Parts, listen, open_parts
-from ringplane.control.operation_errors import WrongState
+from ringplane.control.operation_errors import STOPPING, WrongState
 from ringplane.control.planned import Planned
 from ringplane.control.spreading import spread
 from ringplane.control.threads import Threads
@@ -81,7 +81,7 @@ class Adding:
             disk = self.make_disk(config, parts)
             undo.callback(disk.close)
             if self._stopped:
-                raise WrongState("the process stops")
+                raise WrongState(*STOPPING)
             export = self.export(Planned(config, added=True), disk, listen(config, parts, undo, self._opener))
             return export, undo.pop_all()
 

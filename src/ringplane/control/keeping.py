@@ -31,7 +31,7 @@ class Keeping:
         except (StateError, NoThread) as error:
             log.error("what is changed is not kept for the next start: %s", error)
             raise Unavailable(
-                f"done, but not kept for the next start: {error}", "state", "mend that, and change anything again"
+                f"done, but not kept for the next start: {error}", "state", "remove the cause, then make any change"
             ) from None
 
     async def store_now(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What is wrong, where, and what to do, when it is too late for any operation.
+STOPPING = ("the process is stopping", "", "ask the process that replaces it, or start ringplane again")
+
 
 class OperationError(Exception):
     """An operation that was not done. Its text is one line; nothing has changed, unless the line says otherwise."""

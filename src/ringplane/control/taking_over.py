@@ -186,7 +186,7 @@ def _in_words() -> Iterator[None]:
     except HandoverError as error:
         raise HandoverError(f"the running process continues to serve: {error}") from None
     except TimeoutError:
-        raise HandoverError("the running process does not answer") from None
+        raise HandoverError("the running process does not answer, and continues to serve; try again") from None
     except (Refused, ProtocolError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
         raise HandoverError(f"cannot take over from the running process: {error or type(error).__name__}") from None
 

@@ -32,10 +32,17 @@ def bound(address: Address) -> socket.socket:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((address.host, address.port))
         except OSError as error:
-            why = PROBLEMS.get(error.errno or 0, f"cannot listen there: {os.strerror(error.errno or 0)}")
-            raise ListenError(f"{address}: {why}") from None
+            raise cannot_listen(address, error) from None
         undo.pop_all()
     return sock
+
+
+def cannot_listen(address: Address, error: OSError) -> ListenError:
+    """The error of bind(2) or listen(2) in words."""
+    why = PROBLEMS.get(
+        error.errno or 0, f"cannot listen there: {os.strerror(error.errno or 0)}; choose another address"
+    )
+    return ListenError(f"{address}: {why}")
 
 
 def from_fd(fd: int, address: Address) -> socket.socket:

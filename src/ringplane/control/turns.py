@@ -114,4 +114,4 @@ class Turns:
             task.cancel()
 
     def _gone(self) -> WrongState:
-        return WrongState("has stopped, or stops now", self._name, "ask GET /v1/disks for the disks that are served")
+        return WrongState("has stopped, or is stopping", self._name, "list the disks to see those that are served")

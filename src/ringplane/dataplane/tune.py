@@ -116,7 +116,7 @@ def begin_trial(worker, weight):
 
 @compiled
 def continue_trial(worker, completed, lasted):
-    """Record the sample and go on to the next candidate; the last round ends the trial."""
+    """Record the sample and continue with the next candidate; the last round ends the trial."""
     found = tally(worker, worker.policy)
     found.completed += completed
     found.lasted += lasted

@@ -272,7 +272,7 @@ def find_folder_problem(folder: Path) -> str:
 
 
 def _why_not_this_folder(folder: Path, code: int) -> str:
-    return f"{folder}: files cannot be opened below this folder (--allow-folder): {os.strerror(code)}"
+    return f"{folder}: files cannot be opened below this folder (--allow-folder): {os.strerror(code)}; name another one"
 
 
 def _start(

@@ -29,10 +29,10 @@ PATIENCE = 5.0
 
 @click.command(short_help="Watch the disks of a running process.")
 @api_socket
-@click.option("--interval", type=INTERVAL, default="1", show_default=True, help="Seconds between two looks.")
+@click.option("--interval", type=INTERVAL, default="1", show_default=True, help="Seconds between updates.")
 @click.option(
     "--sort", type=click.Choice(ORDERS), default=ORDERS[0], show_default=True,
-    help="What the first disk has most of; read, write and flush are the 99th percentile of their latencies.",
+    help="The disk with the largest figure comes first; read, write, flush: the 99th percentile of their latency.",
 )  # fmt: skip
 @click.option("--once", is_flag=True, help="Print the figures of one interval, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per interval.")
@@ -68,6 +68,7 @@ def ending() -> Iterator[None]:
         yield
     except Interrupted as interrupted:
         if interrupted.number != signal.SIGINT:
+            click.echo(interrupted, err=True)
             raise SystemExit(interrupted.status) from None
     except OSError as error:
         if error.errno != errno.EIO:

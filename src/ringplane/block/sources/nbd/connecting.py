@@ -13,6 +13,7 @@ from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negoti
 from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.opener.server_places import Place
 from ringplane.options.nbd_uri import NbdUri
+from ringplane.system.notes import in_words
 from ringplane.system.signals import NONE, Signals
 
 # Seconds for connection and handshake.
@@ -31,7 +32,7 @@ def find_places(uri: NbdUri) -> Sequence[Place]:
     try:
         return uri.find_places()
     except OSError as error:
-        raise HandshakeError(f"cannot be found: {error.strerror or error}") from None
+        raise HandshakeError(f"cannot be found: {error.strerror or error}; check the name of its host") from None
 
 
 def connect(
@@ -47,7 +48,7 @@ def connect(
             error = why
         except OSError as why:
             # No fd is left, or this machine does not support the protocol.
-            error = HandshakeError(f"cannot be reached: {why.strerror}")
+            error = HandshakeError(f"cannot be reached: {in_words(why)}")
     raise error
 
 
@@ -80,7 +81,9 @@ def _left(signals: Signals, end: float) -> float:
     signals.check()
     left = end - time.monotonic()
     if left <= 0:
-        raise HandshakeError(f"does not answer: no connection within {PATIENCE:g} s")
+        raise HandshakeError(
+            f"does not answer: no connection within {PATIENCE:g} s; check its address and the network"
+        )
     return left
 
 
@@ -89,7 +92,7 @@ def _connect(sock: socket.socket, place: Place, signals: Signals, end: float) ->
         pass
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
-        raise HandshakeError(f"cannot be reached: {os.strerror(code)}")
+        raise HandshakeError(f"cannot be reached: {os.strerror(code)}; start it, or check its address")
     if place[0] != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -113,7 +116,9 @@ class _Waiting:
         data = b""
         while len(data) < size:
             if not self._signals.wait(self._sock.fileno(), max(self._end - time.monotonic(), 0)):
-                raise HandshakeError(f"does not answer: no handshake within {PATIENCE:g} s")
+                raise HandshakeError(
+                    f"does not answer: no handshake within {PATIENCE:g} s; check its address, and whether it hangs"
+                )
             with contextlib.suppress(BlockingIOError):
                 part = self._receive(size - len(data))
                 if not part:

@@ -48,10 +48,10 @@ MOST_REPLIES, LONGEST_REPLY = 64, 2 * LONGEST_STRING
 LARGEST_EXPORT, LARGEST_BLOCK = (1 << 63) - (1 << 16), 1 << 16
 
 ERRORS = {
-    REP_ERR_POLICY: "refuses this client",
-    REP_ERR_TLS_REQD: "requires TLS, which ringplane does not support",
-    REP_ERR_UNKNOWN: "has no such export",
-    REP_ERR_SHUTDOWN: "is being shut down",
+    REP_ERR_POLICY: "refuses this client; its configuration or its log says why",
+    REP_ERR_TLS_REQD: "requires TLS, which is not supported; use a tunnel",
+    REP_ERR_UNKNOWN: "has no such export; `qemu-nbd --list` shows its exports",
+    REP_ERR_SHUTDOWN: "is being shut down; start it again",
 }
 
 
@@ -92,9 +92,9 @@ def negotiate(stream: Stream, name: str) -> Export:
     """Choose the export of this name; the transmission can begin then. Raises HandshakeError."""
     magic, kind, flags = GREETING.unpack(stream.read(GREETING.size))
     if magic != MAGIC or kind not in (OPTION_MAGIC, OLD_MAGIC):
-        raise HandshakeError("is not an NBD server")
+        raise HandshakeError("is not an NBD server; check the address")
     if kind == OLD_MAGIC or not flags & FLAG_FIXED_NEWSTYLE:
-        raise HandshakeError("speaks an old version of NBD, without fixed newstyle negotiation")
+        raise HandshakeError("speaks an old version of NBD, without fixed newstyle negotiation; use a newer server")
     no_zeroes = flags & FLAG_NO_ZEROES
     stream.write(struct.pack(">I", FLAG_FIXED_NEWSTYLE | no_zeroes))
     _write_option(stream, OPT_STRUCTURED_REPLY)
