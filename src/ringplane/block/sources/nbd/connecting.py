@@ -13,7 +13,7 @@ from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negoti
 from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.opener.server_places import Place
 from ringplane.options.nbd_uri import NbdUri
-from ringplane.system.notes import in_words
+from ringplane.system.notes import REMEDIES, in_words
 from ringplane.system.signals import NONE, Signals
 
 # Seconds for connection and handshake.
@@ -48,7 +48,7 @@ def connect(
             error = why
         except OSError as why:
             # No fd is left, or this machine does not support the protocol.
-            error = HandshakeError(f"cannot be reached: {in_words(why)}")
+            error = _unreachable(why)
     raise error
 
 
@@ -76,14 +76,17 @@ def _begun(place: Place, signals: Signals, end: float, opener: Opener) -> socket
             raise HandshakeError(f"cannot be reached: {error}") from None
 
 
+def _unreachable(error: OSError) -> HandshakeError:
+    advice = "" if error.errno in REMEDIES else "; start it, or check its address"
+    return HandshakeError(f"cannot be reached: {in_words(error)}{advice}")
+
+
 def _left(signals: Signals, end: float) -> float:
     """Seconds until the end. Raises HandshakeError after it, and Interrupted."""
     signals.check()
     left = end - time.monotonic()
     if left <= 0:
-        raise HandshakeError(
-            f"does not answer: no connection within {PATIENCE:g} s; check its address and the network"
-        )
+        raise HandshakeError(f"does not answer: no connection within {PATIENCE:g} s; check its address and the network")
     return left
 
 
@@ -92,7 +95,7 @@ def _connect(sock: socket.socket, place: Place, signals: Signals, end: float) ->
         pass
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
-        raise HandshakeError(f"cannot be reached: {os.strerror(code)}; start it, or check its address")
+        raise _unreachable(OSError(code, os.strerror(code)))
     if place[0] != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
