@@ -60,10 +60,8 @@ class Taken:
 class Dropping(Receiver):
     """Reads a trace, and keeps only how many events were lost."""
 
-    lost = 0
-
     def keep(self, block: object) -> None:
-        self.lost += block.lost  # type: ignore[attr-defined]
+        pass
 
 
 @contextlib.contextmanager
@@ -118,7 +116,7 @@ def measure(pid: int, driver: Driver, cell: Cell, api: Path | None) -> Taken:
         spent, instructions = thread_us(pid, tid) - before, counting.end()
     if result.errors or not result.requests:
         raise click.ClickException(f"{cell}: {result.first_error or 'no request ended'}")
-    lost = receiver.lost if receiver else 0
+    lost = receiver.recorded.lost if receiver else 0
     cpu = result.backend_cpu_per_io_us or 0.0
     return Taken(cpu, spent / result.requests, instructions / result.requests, result.iops, lost)
 

@@ -10,7 +10,19 @@ import numpy as np
 from ringplane.client.chrome_trace import write_chrome_trace
 from ringplane.client.trace_receiver import Block, Description, NewQueue, Recorded
 from ringplane.dataplane.trace_events import EVENT_NAMES, STATUS_NAMES, TYPE_NAMES
-from ringplane.dataplane.tracer import COMPLETE, EVENT, FETCH, HOLD, IN_FLIGHT, LEAVE, RELEASE, RETURN, START, WAIT_UNIT
+from ringplane.dataplane.tracer import (
+    COMPLETE,
+    EVENT,
+    FETCH,
+    HOLD,
+    IN_FLIGHT,
+    LEAVE,
+    RELEASE,
+    RETURN,
+    START,
+    STOP,
+    WAIT_UNIT,
+)
 
 from .chrome_format import Trace, check_depth
 
@@ -130,6 +142,43 @@ def test_holds_and_starts(tmp_path: Path) -> None:
         ("held by limits", 10, 30), ("held by limits", 50, 100_000),
     ]  # fmt: skip
     assert group.instants == ["ring: start"]
+
+
+def held(group: Any) -> list[tuple[int, int]]:
+    return [(each.begin - BEGAN, each.end - BEGAN) for each in group.slices if each.name == "held by limits"]
+
+
+def test_a_hold_ends_whatever_ends_it(tmp_path: Path) -> None:
+    """A ring can stop while it is held, or be held again."""
+    events = [event(HOLD, 10), event(STOP, 30), event(START, 40), event(HOLD, 50), event(HOLD, 70), event(RELEASE, 90)]
+    group = converted(tmp_path, recorded((0, events))).groups["data queue 0"]
+    assert held(group) == [(10, 30), (50, 70), (70, 90)]
+
+
+def test_a_hold_is_known_until_events_are_lost(tmp_path: Path) -> None:
+    """Its end may be among them."""
+    before = [event(HOLD, 10), event(COMPLETE, 20, nanoseconds=15)]
+    after = [event(COMPLETE, 80, nanoseconds=15), event(RELEASE, 90), event(HOLD, 95)]
+    group = converted(tmp_path, recorded((0, before), (3, after))).groups["data queue 0"]
+    assert held(group) == [(10, 20), (95, 100_000)]
+
+
+def test_a_loss_is_where_the_thread_was(tmp_path: Path) -> None:
+    """Whatever other threads have traced meanwhile: requests that were fetched after it have their stages."""
+    after = [
+        event(COMPLETE, 90, nanoseconds=5),
+        event(LEAVE, 200),
+        event(RETURN, 300),
+        event(COMPLETE, 350, nanoseconds=250),
+    ]
+    made = recorded((0, [event(COMPLETE, 10, nanoseconds=5)]), (1, after), layers=True)
+    queue = NewQueue(number=0, disk="other", queue=0, layers=False)
+    made.blocks.insert(1, Block("io1", [queue], 0, np.array([event(COMPLETE, 5000, nanoseconds=5)], EVENT)))
+    trace = converted(tmp_path, made)
+    assert [each.name for each in trace.groups["data queue 0"].requests[2].stages] == [
+        "in layers", "in engine", "in layers",
+    ]  # fmt: skip
+    assert trace.groups["I/O thread io0"].counters["trace events lost"] == [(BEGAN, 0), (BEGAN + 90, 1)]
 
 
 def test_names_that_are_not_known(tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def test_what_is_worth_reading() -> None:
     traced = Traced()
     reader = traced.reader()
     traced.trace(3)
-    assert reader.unread == 3
+    assert reader.look() == 3
     assert sectors(reader) == [0, 1, 2]
-    assert reader.unread == 0
+    assert reader.look() == 0
 
 
 def sectors(reader: TraceReader) -> list[int]:
@@ -159,6 +159,7 @@ def test_events_overwritten_while_they_are_used_are_lost(limit: int) -> None:
     traced = Traced()
     reader = traced.reader()
     traced.trace(CAPACITY)
+    reader.look()
     lent = reader.read(limit)
     traced.trace(9)
     assert reader.overwritten() == min(limit, 10)

@@ -63,7 +63,7 @@ class TraceStream(Response):
                 gone.add_done_callback(lambda _: sender.give_up())
                 await sender.on_thread(lambda: sender.run(self._seconds))
                 await self._recording.stop()
-                await sender.on_thread(sender.send_new)
+                await sender.on_thread(sender.send_rest)
             await send_part(send, _line({"end": time.monotonic_ns()}))
             await send({"type": "http.response.body"})
         except OSError:
@@ -105,17 +105,31 @@ class Sender:
 
     def run(self, seconds: float | None) -> None:
         """Send, for so many seconds or until the recording ends, what it has until then."""
-        end = math.inf if seconds is None else time.monotonic() + seconds
-        wait = SHORTEST_WAIT
-        while (left := end - time.monotonic()) > 0 and not self._recording.ending.wait(min(wait, left)):
-            # At the present rate, until an I/O thread has an eighth of what it keeps.
-            wait = min(max(wait * CAPACITY / 8 / max(self._recording.unread, 1), SHORTEST_WAIT), LONGEST_WAIT)
-            self.send_new()
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
 
-    def send_new(self) -> None:
-        """Send what is new."""
+        def over(wait: float = 0) -> bool:
+            left = deadline - time.monotonic()
+            return left <= 0 or self._recording.ending.wait(min(wait, left))
+
+        wait = SHORTEST_WAIT
+        while not over(wait):
+            unread = self._recording.look()
+            # At the present rate, until an I/O thread has an eighth of what it keeps.
+            wait = min(max(wait * CAPACITY / 8 / max(unread, 1), SHORTEST_WAIT), LONGEST_WAIT)
+            for portion in self._recording.read():
+                self._send_portion(portion)
+                if over():
+                    # The rest is sent after the end.
+                    return
+
+    def send_rest(self) -> None:
+        """Send what has not been sent; the recording has been stopped."""
+        self._recording.look()
         for portion in self._recording.read():
-            self._send(_line(_announcement(portion)), portion.events.view(np.uint8).data)
+            self._send_portion(portion)
+
+    def _send_portion(self, portion: Portion) -> None:
+        self._send(_line(_announcement(portion)), portion.events.view(np.uint8).data)
 
     def _send(self, line: bytes, events: memoryview) -> None:
         before, after = (b"%x\r\n" % (len(line) + len(events)), b"\r\n") if self._chunked else (b"", b"")

@@ -49,6 +49,8 @@ class Thread:
     queues: dict[int, Group] = field(default_factory=dict)
     # By slot: the stages of a request that has not ended, and when each began.
     stages: dict[int, list[tuple[int, str]]] = field(default_factory=dict)
+    # The time of its last event, or of the beginning.
+    last: int = 0
     lost: int = 0
     # The time of the last loss, or of the beginning: some stages of requests that were fetched before may be missing.
     lost_at: int = 0
@@ -113,7 +115,7 @@ class Conversion:
             yield self._take()
         for thread in self._threads.values():
             for group in thread.queues.values():
-                self._finish(group)
+                self._end_hold(group, self._end)
                 yield from self._depths(group)
 
     def other_data(self) -> dict[str, Any]:
@@ -141,7 +143,8 @@ class Conversion:
             self._lose(thread, block)
         self._add_events(thread, block.events)
         if len(block.events):
-            self._last = max(self._last, int(block.events["time"][-1]))
+            thread.last = max(thread.last, int(block.events["time"][-1]))
+            self._last = max(self._last, thread.last)
 
     def _add_events(self, thread: Thread, events: Events) -> None:
         leave, back, complete, in_flight = self._recorded.numbers("leave", "return", "complete", "in-flight")
@@ -231,34 +234,36 @@ class Conversion:
         if event == fetch:
             # Somebody else wanted it.
             return
+        # Whatever happens to the queue, its hold has ended.
+        self._end_hold(group, time)
         if event == hold:
             group.held_since = time
-        elif event == release:
-            if group.held_since:
-                self._add_stage(self._slice(group), HELD, group.held_since, time)
-            group.held_since = 0
-        else:
+        elif event != release:
             name = f"ring: {self._recorded.description.events.get(event, event)}"
             self._lines.append(f'{{"ph":"i","s":"p",{_of(group)},"ts":{_us(time)},"name":{json.dumps(name)}}}')
 
+    def _end_hold(self, group: Group, time: int) -> None:
+        if group.held_since:
+            self._add_stage(self._slice(group), HELD, group.held_since, max(time, group.held_since))
+        group.held_since = 0
+
     def _lose(self, thread: Thread, block: Block) -> None:
         """Events were lost before this block."""
-        thread.lost_at = max(self._last, *block.events["time"][:1].tolist())
+        for group in thread.queues.values():
+            # What ended it may be among them.
+            self._end_hold(group, thread.last)
+        thread.lost_at = max(thread.last, *block.events["time"][:1].tolist())
         thread.lost += block.lost
         self.summary.lost += block.lost
         name = f"{block.lost} trace events lost"
         self._lines.append(f'{{"ph":"i","s":"g",{_of(thread.group)},"ts":{_us(thread.lost_at)},"name":"{name}"}}')
         self._add_counter(thread.group, thread.lost_at, "trace events", "lost", thread.lost)
 
-    def _finish(self, group: Group) -> None:
-        """Write what has no end yet."""
-        if group.held_since:
-            self._add_stage(self._slice(group), HELD, group.held_since, self._end)
-
     def _new_thread(self, name: str) -> Thread:
         group = self._new_group(f"I/O thread {name}")
-        thread = self._threads[name] = Thread(group, lost_at=self._recorded.description.began)
-        self._add_counter(group, self._last, "trace events", "lost", 0)
+        began = self._recorded.description.began
+        thread = self._threads[name] = Thread(group, last=began, lost_at=began)
+        self._add_counter(group, began, "trace events", "lost", 0)
         return thread
 
     def _new_group(self, name: str, layers: bool = False) -> Group:

@@ -59,7 +59,10 @@ class Announcement(msgspec.Struct, rename="kebab"):
 
 @dataclass(slots=True)
 class Block:
-    """Events of an I/O thread, in their order; `lost` ones came before them."""
+    """Events of an I/O thread, in their order; `lost` ones came before them. Both can still change.
+
+    The process may have overwritten the first ones while it sent them.
+    """
 
     thread: str
     queues: list[NewQueue]
@@ -73,7 +76,7 @@ class Recorded:
     def __init__(self, description: Description) -> None:
         self.description = description
         self.blocks: list[Block] = []
-        self.requests = 0
+        self.requests = self.lost = 0
         # Nanoseconds, CLOCK_MONOTONIC; 0: the stream has no end.
         self.ended = 0
         # Whether it has none because the process has ended or hangs, or because its events were not read fast enough.
@@ -154,14 +157,17 @@ class Receiver:
             if announced.end:
                 self.recorded.ended = announced.end
                 return
+            self.recorded.lost += announced.lost
             if announced.overwritten:
                 self._drop(self._last[announced.io_thread], announced.overwritten)
             data = source.read(announced.events * event.itemsize)
-            block = Block(announced.io_thread, announced.queues, announced.lost, np.frombuffer(data, event))
+            lost = announced.lost - announced.overwritten
+            block = Block(announced.io_thread, announced.queues, lost, np.frombuffer(data, event))
             self._last[announced.io_thread] = block
             yield block
 
     def _drop(self, block: Block, count: int) -> None:
-        """Drop the first events of a block."""
+        """Drop the first events of a block, which were lost."""
         self.recorded.requests -= self._completed(block.events[:count])
         block.events = block.events[count:]
+        block.lost += count

@@ -18,7 +18,6 @@ from ringplane.dataplane.worker import Worker
 
 # Events that are sent at a time: 0.8 MB.
 PORTION = 1 << 14
-WORTHWHILE = PORTION // 4
 
 # Seconds that an I/O thread may take to begin or end it.
 PATIENCE = 5.0
@@ -77,82 +76,95 @@ class Recording:
         self._stopped = False
         # Set when somebody wants it to end; any thread may wait for it.
         self.ending = threading.Event()
+        self._starts: dict[str, Future[TraceReader]] = {}
         self._tracks: list[Track] = []
 
     async def start(self) -> None:
         """Record from now on. Raises Unavailable; it has to be stopped then too."""
-        workers = self._workers
-        started = {name: worker.start_tracing(fetches=False) for name, worker in workers.items()}
-        await _all(started.values())
-        for name, future in started.items():
+        self._starts = {name: worker.start_tracing(fetches=False) for name, worker in self._workers.items()}
+        await _settled(self._starts.values())
+        for name, started in self._starts.items():
+            if not started.done():
+                raise Unavailable(f"{name}: this I/O thread does not answer", "", "wait until its disks do")
             # A thread that has failed has no events, and the log says why it has failed.
-            if not future.cancelled() and not future.exception():
-                self._tracks.append(Track(name, workers[name], future.result(), self._disks))
-        if hanging := [name for name, future in started.items() if future.cancelled()]:
-            raise Unavailable(f"{hanging[0]}: this I/O thread does not answer", "", "wait until its disks do")
+            if not started.exception():
+                self._tracks.append(Track(name, started.result(), self._disks))
 
     async def stop(self) -> None:
         """Record no more; what has been recorded can still be read. May be called again."""
         if not self._stopped:
             self._stopped = True
             self._ended()
-            await _all([each.worker.stop_tracing(each.reader) for each in self._tracks])
+            await _settled(list(self._stops()))
 
-    @property
-    def unread(self) -> int:
-        """How many events have come since the last `read`, of the I/O thread that had most."""
-        return max((each.reader.unread for each in self._tracks), default=0)
+    def _stops(self) -> Iterator[Future[None]]:
+        """Have each I/O thread stop; those that hang do it when they no longer do."""
+        for name, started in self._starts.items():
+            # If it cannot be cancelled, it has been made, or is made at this moment.
+            if not started.cancel() and not started.exception():
+                yield self._workers[name].stop_tracing(started.result())
+
+    def look(self) -> int:
+        """Have `read` return what has been recorded until now; returns how many events, of the thread with most."""
+        return max((each.look() for each in self._tracks), default=0)
 
     def read(self) -> Iterator[Portion]:
-        """What has been recorded since the last call, but for few events that would not be worth it."""
+        """What was recorded until the last `look`, and has not been read."""
         for each in self._tracks:
-            while portion := each.read():
-                yield portion
-                if each.reader.unread < WORTHWHILE and not self._stopped:
-                    break
+            yield from each.read()
 
 
 class Track:
     """What is recorded of one I/O thread."""
 
-    def __init__(self, name: str, worker: Worker, reader: TraceReader, disks: Collection[str]) -> None:
+    def __init__(self, name: str, reader: TraceReader, disks: Collection[str]) -> None:
         """`disks`: the names of those that are of interest; empty: all."""
-        self.name, self.worker, self.reader = name, worker, reader
+        self.name, self._reader = name, reader
         self._disks = disks
-        self._known = self._lost = 0
+        self._known = self._lost = self._overwritten = 0
         self._wanted: list[int] = []
 
-    def read(self) -> Portion | None:
-        """What is new, if anything is."""
-        overwritten = self.reader.overwritten()
-        events = self.reader.read(PORTION)
-        if not len(events) and self.reader.lost == self._lost:
+    def look(self) -> int:
+        """See TraceReader."""
+        return self._reader.look()
+
+    def read(self) -> Iterator[Portion]:
+        """See Recording. A portion is used when the next one is asked for, or none any more."""
+        while portion := self._next():
+            try:
+                yield portion
+            finally:
+                self._overwritten = self._reader.overwritten()
+
+    def _next(self) -> Portion | None:
+        events = self._reader.read(PORTION)
+        if not len(events) and self._reader.lost == self._lost:
             return None
         # After the events, whose queues are known now.
         queues = self._new_queues()
         if self._disks:
             self._wanted += queues
             events = self._selected(events)
-        lost, self._lost = self.reader.lost - self._lost, self.reader.lost
+        lost, self._lost = self._reader.lost - self._lost, self._reader.lost
+        overwritten, self._overwritten = self._overwritten, 0
         return Portion(self.name, queues, events, lost, overwritten)
 
     def _selected(self, events: Events) -> Events:
         """A copy of those of interest."""
-        copied = events.copy()[self.reader.overwritten() :]
+        copied = events.copy()[self._reader.overwritten() :]
         return copied[np.isin(copied["queue"], self._wanted)]
 
     def _new_queues(self) -> dict[int, TracedQueue]:
-        first, self._known = self._known, len(self.reader.queues)
-        new = enumerate(self.reader.queues[first : self._known], first)
+        first, self._known = self._known, len(self._reader.queues)
+        new = enumerate(self._reader.queues[first : self._known], first)
         return {number: queue for number, queue in new if not self._disks or queue.disk in self._disks}
 
 
-async def _all(futures: Iterable[Future[Any]]) -> None:
-    """Wait for all, but not for I/O threads that hang: they will not do it."""
+async def _settled(futures: Iterable[Future[Any]]) -> None:
+    """Return when all are done, or soon: I/O threads that hang do not do it now."""
     if waiting := [asyncio.wrap_future(each) for each in futures]:
-        done, late = await asyncio.wait(waiting, timeout=PATIENCE)
-        for each in late:
-            each.cancel()
-        # Otherwise their exceptions would be logged; the callers ask for those that matter.
-        for each in done:
-            each.cancelled() or each.exception()
+        for each in waiting:
+            # Otherwise it would be logged that nobody asks for their exceptions.
+            each.add_done_callback(lambda each: each.cancelled() or each.exception())
+        # It does not cancel those that are late: an I/O thread that no longer hangs has to stop tracing.
+        await asyncio.wait(waiting, timeout=PATIENCE)

@@ -214,7 +214,8 @@ class TraceReader:
         self.fetches = fetches
         self._tracer = tracer
         self._before, self._after = in_flight, in_flight[:0]
-        self._read = tracer.written
+        # Events up to here have been read or lost, and up to there `read` returns them.
+        self._read = self._seen = tracer.written
         # How many events there will have been, when that is known.
         self._end: int | None = None
         # What `read` returned last.
@@ -226,22 +227,22 @@ class TraceReader:
         """Those of all events that were read, by their numbers; it becomes longer."""
         return self._tracer.queues
 
-    @property
-    def unread(self) -> int:
-        """How many events have come since the last call of `read`."""
-        return self._written - self._read
+    def look(self) -> int:
+        """Have `read` return the events until now; returns how many of them it has not returned yet.
 
-    @property
-    def _written(self) -> int:
-        return self._tracer.written if self._end is None else self._end
+        So a slow reader comes to an end, whatever the worker writes meanwhile.
+        """
+        self._seen = self._tracer.written if self._end is None else self._end
+        return self._seen - self._read
 
     def end(self, in_flight: Events) -> None:
-        """No events come any more but these. Called on the worker's thread, when nobody reads or after `end`."""
+        """No events come any more but these. Called on the worker's thread."""
         self._after = in_flight
         self._end = self._tracer.written
 
     def read(self, limit: int = CAPACITY) -> Events:
-        """The oldest events since the last call, at most `limit`, or up to the end of the ring buffer; none: no more.
+        """The oldest events since the last call, at most `limit`, or up to the end of the ring buffer; none: no more
+        until the next `look`.
 
         They are lent: the worker may overwrite them while they are used, as `overwritten` says afterwards. Those that
         it has overwritten unread count in `lost`.
@@ -250,15 +251,15 @@ class TraceReader:
         if len(self._before):
             before, self._before = self._before, self._before[:0]
             return before
-        first, written = self._read, self._written
-        if first == written and len(self._after):
+        first, seen = self._read, self._seen
+        if first == self._end and len(self._after):
             after, self._after = self._after, self._after[:0]
             return after
         oldest = self._tracer.written - CAPACITY
         if first < oldest:
             # The oldest ones would be overwritten while they are used.
-            first = min(oldest + MARGIN, written)
-        last = min(written, first + limit, first - first % CAPACITY + CAPACITY)
+            first = min(oldest + MARGIN, seen)
+        last = min(seen, first + limit, first - first % CAPACITY + CAPACITY)
         self.lost += first - self._read
         self._read = last
         self._lent = range(first, last)
@@ -267,7 +268,7 @@ class TraceReader:
     def overwritten(self) -> int:
         """How many of the events that `read` returned last were overwritten since, the oldest; they count in `lost`.
 
-        To be asked once, when they have been used.
+        To be asked once, as soon as they have been used: what is overwritten later was not lost.
         """
         # Also the entry that the worker may be writing now.
         oldest = self._tracer.written - CAPACITY + 1
@@ -278,6 +279,7 @@ class TraceReader:
 
     def events(self, limit: int = CAPACITY) -> Iterator[TraceEvent]:
         """The events since the last call one by one, at least the oldest `limit` of them."""
+        self.look()
         while len(entries := self.read(limit).copy()):
             limit -= len(entries)
             yield from map(self._event, entries[self.overwritten() :])

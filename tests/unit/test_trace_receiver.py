@@ -1,0 +1,69 @@
+"""The client's end of a trace: where the events are missing that the process has overwritten while it sent them."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, cast
+
+import numpy as np
+
+from ringplane.api.trace_stream import _description
+from ringplane.client.client import Client, Request
+from ringplane.client.trace_receiver import Receiver, Recorded
+from ringplane.dataplane.tracer import COMPLETE, EVENT
+
+from .waiting import wait_until
+
+
+class Answered:
+    """A request whose answer is this."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def response(self) -> io.BytesIO:
+        return io.BytesIO(self._body)
+
+    def set_patience(self, patience: float | None) -> None:
+        pass
+
+    abort = close = lambda self: None
+
+
+def line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def portion(*sectors: int, lost: int = 0, overwritten: int = 0, thread: str = "io0") -> bytes:
+    events = np.zeros(len(sectors), EVENT)
+    events["event"], events["sector"] = COMPLETE, sectors
+    announced = {"io-thread": thread, "queues": [], "lost": lost, "overwritten": overwritten, "events": len(sectors)}
+    return line(announced) + events.tobytes()
+
+
+def received(*portions: bytes) -> Recorded:
+    body = b"".join([line(_description()), *portions, line({"end": 1})])
+    receiver = Receiver(cast(Client, None), cast(Request, Answered(body)), 1 << 62)
+    wait_until(lambda: not receiver._thread.is_alive())
+    return receiver.stop()
+
+
+def test_events_are_missing_where_they_were_overwritten() -> None:
+    """The first ones of a portion, which the next line of this I/O thread says; others were lost between them."""
+    recorded = received(
+        portion(1, 2, 3, 4, lost=7),
+        portion(9, thread="io1"),
+        portion(8, lost=5, overwritten=2),
+        portion(lost=1, overwritten=1),
+    )
+    found = [(each.thread, each.lost, each.events["sector"].tolist()) for each in recorded.blocks]
+    assert found == [("io0", 9, [3, 4]), ("io1", 0, [9]), ("io0", 4, []), ("io0", 0, [])]
+    assert recorded.requests == 3
+    assert not recorded.cut_off
+
+
+def test_all_of_a_portion_was_overwritten() -> None:
+    recorded = received(portion(1, 2), portion(lost=2, overwritten=2))
+    assert [(each.lost, len(each.events)) for each in recorded.blocks] == [(2, 0), (0, 0)]
+    assert recorded.requests == 0
