@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.dataplane.tracer import EVENT_SIZE
+from ringplane.dataplane.trace_layout import EVENT_SIZE
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.driver.virtqueue import poke
 from unit.chrome_format import Trace, check_depth
-from unit.rig import eventually
+from unit.rig import eventually, small_tmpfs
 from unit.waiting import wait_until
 
 from .served import DISK, SOON, needs_all
@@ -231,6 +231,49 @@ def test_the_process_ends_during_a_trace(serve: Serve, tmp_path: Path) -> None:
     written = Trace(tmp_path / "trace.json")
     assert not written.other["complete"]
     check_depth(written.groups["a queue 0"])
+
+
+def test_the_process_is_upgraded_during_a_trace(serve: Serve, tmp_path: Path) -> None:
+    """What was recorded until then is written, all of it; the guest is served by the next process."""
+    served = serve(*DISK, *API)
+    with attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600")
+        result = run_load(driver, Load(depth=4, requests=1000))
+        new = serve(*DISK, *API, "--upgrade")
+        line = finish(tracing)
+        driver.read(0, 512)
+    assert f" {result.requests} requests of 1 queue; the process has ended meanwhile; open" in line
+    written = Trace(tmp_path / "trace.json")
+    assert written.other["complete"]
+    assert written.groups["a queue 0"].instants == ["ring: stop"]
+    new.end()
+
+
+def test_a_disk_with_limits(serve: Serve, tmp_path: Path) -> None:
+    served = serve(*DISK, *API, "--limit", "total-iops-sec=100")
+    with attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600", "--requests", "30")
+        run_load(driver, Load(depth=8, requests=30))
+        finish(tracing)
+    group = Trace(tmp_path / "trace.json").groups["a queue 0"]
+    assert len(group.requests) == 30
+    held = [each for each in group.slices if each.name == "held by limits"]
+    assert sum(each.end - each.begin for each in held) > 0
+    served.end()
+
+
+def test_no_space_for_the_file(serve: Serve, tmp_path: Path) -> None:
+    """It says so, and leaves nothing."""
+    served = serve(*DISK, *API)
+    with small_tmpfs(tmp_path / "small", 1) as small, attach(served) as driver:
+        tracing = trace(served, "--seconds", "3600", "--requests", "4000", "--out", f"{small}/trace.json")
+        run_load(driver, Load(depth=8, requests=4000))
+        _, err = tracing.communicate(timeout=SOON)
+        assert tracing.returncode == 1
+        assert "Traceback" not in err
+        assert f"{small}/trace.json: cannot be written: No space left on device; name another one" in err
+        assert not list(small.iterdir())
+    served.end()
 
 
 def test_an_existing_file_is_replaced_only_by_a_complete_one(serve: Serve, tmp_path: Path) -> None:

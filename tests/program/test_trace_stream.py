@@ -62,6 +62,7 @@ class Stream:
             assert set(events["queue"]) <= self.queues.keys()
             yield events
         assert line["end"] > self.description["began"]
+        self.process_ends = line["process-ends"]
         assert self._response.read() == b""
 
     def until(self, name: str, count: int) -> npt.NDArray[np.void]:
@@ -76,7 +77,7 @@ class Stream:
     def of(self, name: str, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Those of this name."""
         numbers = {name: int(number) for number, name in self.description["events"].items()}
-        return events[events["event"] == numbers[name]]
+        return events[events["event"] % (1 << self.description["event-bits"]) == numbers[name]]
 
     def close(self) -> None:
         self._connection.close()
@@ -194,10 +195,17 @@ def test_one_at_a_time(serve: Serve) -> None:
 
 
 def test_a_process_stops_during_a_trace(serve: Serve) -> None:
+    """Its client gets what was recorded until then."""
     served = serve(*DISK, *API)
     stream = Stream(served, "seconds=3600")
-    served.end()
+    with attach(served) as driver:
+        driver.read(0, 4096)
+    served.process.terminate()
+    (complete,) = stream.of("complete", np.concatenate(list(stream.read())))
+    assert complete["length"] == 4096
+    assert stream.process_ends
     stream.close()
+    served.end()
 
 
 def test_wrong_values(serve: Serve) -> None:

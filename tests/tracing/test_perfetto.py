@@ -8,7 +8,7 @@ from typing import Any
 from program.served import DISK
 from program.test_trace_command import finish, trace
 from program.test_trace_stream import API, Serve, attach, serve
-from ringplane.dataplane.tracer import COMPLETE, HOLD, IN_FLIGHT, RELEASE
+from ringplane.dataplane.trace_layout import COMPLETE, HOLD, IN_FLIGHT, RELEASE
 from ringplane.driver.load import Load, run_load
 from unit.test_chrome_trace import BEGAN, converted, event, recorded
 
@@ -84,8 +84,8 @@ def check_stages(request: dict[str, Any]) -> None:
 
 
 def test_lost_events_and_what_has_no_end(tmp_path: Path) -> None:
-    before = [event(COMPLETE, 20, 2, sector=2, nanoseconds=10), event(HOLD, 30), event(RELEASE, 50)]
-    after = [event(COMPLETE, 100, 1, sector=11, nanoseconds=30, type=99), event(IN_FLIGHT, 60, 3, sector=1 << 40)]
+    before = [event(COMPLETE, 20, 2, sector=2, lasted=10), event(HOLD, 30), event(RELEASE, 50)]
+    after = [event(COMPLETE, 100, 1, sector=11, lasted=30, type=99), event(IN_FLIGHT, 60, 3, sector=1 << 40)]
     converted(tmp_path, recorded((0, before), (7, after)))
     with opened(tmp_path / "trace.json") as processor:
         assert processor.rows(ERRORS) == []

@@ -21,7 +21,7 @@ from ringplane.block.image import Image
 from ringplane.block.sources.file import FileSource
 from ringplane.block.transfer import BOUNCE_SIZE
 from ringplane.dataplane.state import KINDS
-from ringplane.dataplane.tracer import COMPLETE, FETCH
+from ringplane.dataplane.trace_layout import COMPLETE, FETCH
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring
 from ringplane.guest_memory.address_space import BadMemory

@@ -18,7 +18,7 @@ from ringplane.control.listener import ListenError
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.threads import Threads
-from ringplane.dataplane.tracer import FETCH
+from ringplane.dataplane.trace_layout import FETCH
 from ringplane.driver.driver import Driver
 from ringplane.driver.frontend import FrontEnd, Refused
 from ringplane.driver.load import Load, Result, check, fill, run_load

@@ -15,24 +15,28 @@ from ringplane.block.stack import SourcePart, Stack
 from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.slots import Slots
 from ringplane.dataplane.state import KIND_FLUSH, WORKER
-from ringplane.dataplane.trace_events import MARGIN, TracedQueue, TraceEvent, Tracer, TraceReader
-from ringplane.dataplane.tracer import (
-    CAPACITY,
+from ringplane.dataplane.trace_events import MARGIN, TracedQueue, TraceEvent, Tracer, TraceReader, room_for_events
+from ringplane.dataplane.trace_layout import (
     COMPLETE,
+    EVENT,
     FETCH,
     HOLD,
     IN_FLIGHT,
+    LAST_SECTOR,
     LEAVE,
+    LENGTH_SHIFT,
     LONGEST_WAIT,
     RELEASE,
     RETURN,
+    ROUNDED,
     START,
     STOP,
-    WAIT_UNIT,
-    completed,
-    fetched,
-    held,
+    TIME_SHIFT,
+    WAIT_SHIFT,
+    fill,
+    values,
 )
+from ringplane.dataplane.tracer import CAPACITY, completed, fetched, held
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.limits.member import Member
 
@@ -66,7 +70,7 @@ class Traced:
         self.state = State()
         device = Device(1 << 20, read_only=False, block_size=512, serial="", name="data")
         self.queue = Queue(device, 3, Stack(Nowhere()))
-        self.tracer = tracer_class(cast(WorkerState, self.state))
+        self.tracer = tracer_class(cast(WorkerState, self.state), room_for_events())
         self.tracer.start([self.queue])
         self.request = self.state.slots.requests[0]
         self.traced = 0
@@ -202,7 +206,7 @@ def test_the_end_of_a_recording() -> None:
 def test_fields_of_all_kinds_of_events() -> None:
     traced = Traced()
     reader = traced.reader()
-    for field, value in (("head", 9), ("type", 0xFFFF_FFFE), ("sector", 64), ("length", 1 << 40)):
+    for field, value in (("head", 9), ("type", 0xFFFF_FFFE), ("sector", 1 << 40), ("length", 1 << 39)):
         traced.request[field] = value
     traced.state.record["now"] = traced.request["started"] = 1_500_000_000
     traced.fetch()
@@ -211,10 +215,35 @@ def test_fields_of_all_kinds_of_events() -> None:
     traced.queue.record["last_avail"], traced.queue.record["size"] = 65535, 128
     traced.tracer.add(START, traced.queue)
     fetch, complete, started = reader.events()
-    assert fetch == TraceEvent(1_500_000_000, FETCH, "data", 3, 9, 0xFFFF_FFFE, 64, 1 << 40, 0, 0.0)
-    assert complete == TraceEvent(1_500_002_500, COMPLETE, "data", 3, 9, 0xFFFF_FFFE, 64, 1 << 40, 1, 2.5)
+    assert fetch == TraceEvent(1_500_000_000, FETCH, "data", 3, 9, 255, 1 << 40, 1 << 39, 0, 0.0)
+    assert complete == TraceEvent(1_500_002_500, COMPLETE, "data", 3, 9, 255, 1 << 40, 1 << 39, 1, 2.5)
     assert (started.event, started.disk, started.queue) == (START, "data", 3)
     assert (started.sector, started.length) == (65535, 128)
+
+
+@pytest.mark.parametrize("sector", [0, 1 << 32, LAST_SECTOR, LAST_SECTOR + 1, (1 << 63) - 1, -1, -(1 << 63)])
+@pytest.mark.parametrize("length", [0, ROUNDED - 1, ROUNDED, ROUNDED + 511, ROUNDED + 512, 256 << 30, 1 << 40, 1 << 50])
+def test_large_numbers(sector: int, length: int) -> None:
+    """They are rounded downwards, or limited; compiled code and Python store the same."""
+    traced = Traced()
+    reader = traced.reader(fetches=False)
+    traced.request["sector"], traced.request["length"], traced.request["head"] = sector, length, 65535
+    traced.state.record["now"] = 3 * length
+    traced.complete(status=2)
+    reader.look()
+    entry = reader.read()
+    filled = np.zeros(1, EVENT)
+    fill(filled, 2, time=3 * length, event=COMPLETE, sector=sector, length=length, head=65535, lasted=3 * length)
+    assert entry.tobytes() == filled.tobytes()
+    found = values(entry)
+    assert found["sector"] == min(sector % (1 << 64), LAST_SECTOR)
+    assert found["length"] == rounded(length, LENGTH_SHIFT)
+    assert found["lasted"] == rounded(3 * length, TIME_SHIFT)
+    assert (found["event"], found["status"], found["head"]) == (COMPLETE, 2, 65535)
+
+
+def rounded(number: int, shift: int) -> int:
+    return number if number < ROUNDED else min(number >> shift, ROUNDED - 1) << shift
 
 
 def test_an_event_keeps_no_fields_of_the_overwritten_one() -> None:
@@ -249,11 +278,11 @@ def test_waits_that_are_very_long() -> None:
     reader = traced.reader(fetches=False)
     traced.queue.record["seen_avail"] = 1
     traced.fetch()
-    traced.state.record["now"] = LONGEST_WAIT * WAIT_UNIT + 1_000_000
+    traced.state.record["now"] = (LONGEST_WAIT << WAIT_SHIFT) + 1_000_000
     traced.fetch()
     traced.complete()
     (event,) = reader.events()
-    assert event.waited_us == LONGEST_WAIT * WAIT_UNIT / 1000
+    assert event.waited_us == (LONGEST_WAIT << WAIT_SHIFT) / 1000
 
 
 def test_what_a_held_queue_has_was_seen_then() -> None:
@@ -460,4 +489,4 @@ def test_a_queue_that_is_held_by_limits(make_rig: RigFactory) -> None:
     fetch, complete = reader.events()
     assert (fetch.event, complete.event) == (FETCH, COMPLETE)
     # The wait is in units of 64 ns.
-    assert fetch.time_ns - round(1000 * fetch.waited_us) <= events[-1].time_ns + WAIT_UNIT
+    assert fetch.time_ns - round(1000 * fetch.waited_us) <= events[-1].time_ns + (1 << WAIT_SHIFT)

@@ -11,7 +11,7 @@ import numpy as np
 from ringplane.api.trace_stream import _description
 from ringplane.client.client import Client, Request
 from ringplane.client.trace_receiver import Receiver, Recorded
-from ringplane.dataplane.tracer import COMPLETE, EVENT
+from ringplane.dataplane.trace_layout import COMPLETE, EVENT
 
 from .waiting import wait_until
 

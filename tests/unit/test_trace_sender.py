@@ -13,7 +13,7 @@ import pytest
 
 from ringplane.api.trace_stream import SHORTEST, Sender
 from ringplane.control.recording import Portion, Recording
-from ringplane.dataplane.tracer import EVENT
+from ringplane.dataplane.trace_layout import EVENT
 
 from .rig import PATIENCE
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -69,6 +70,8 @@ class Connection(H11Protocol):
         self._request_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since = 0.0
+        # Called when the process stops, for an answer that would not end.
+        self.at_shutdown: Callable[[], object] | None = None
 
     @property
     def idle(self) -> bool:
@@ -97,6 +100,12 @@ class Connection(H11Protocol):
     def drop(self) -> None:
         """Close at once, whatever is under way."""
         self.transport.abort()
+
+    def shutdown(self) -> None:
+        """End when the present request has been answered."""
+        super().shutdown()
+        if self.at_shutdown:
+            self.at_shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_timer = _cancel(self._request_timer)

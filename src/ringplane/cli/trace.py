@@ -109,8 +109,8 @@ def report(out: Path, recorded: Recorded, summary: Summary) -> None:
     """Print what is in the file."""
     what = f"{counted(summary.requests, 'request')} of {counted(summary.queues, 'queue')}"
     lost = f"; {counted(summary.lost, 'trace event')} lost" if summary.lost else ""
-    cut_off = "; the process has ended meanwhile" if recorded.cut_off else ""
-    click.echo(f"{out}: {what}{lost}{cut_off}; open it at https://ui.perfetto.dev")
+    ended = "; the process has ended meanwhile" if recorded.cut_off or recorded.process_ended else ""
+    click.echo(f"{out}: {what}{lost}{ended}; open it at https://ui.perfetto.dev")
 
 
 @contextlib.contextmanager

@@ -16,14 +16,25 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from ringplane.client.trace_receiver import Block, Events, Recorded
+from ringplane.client.trace_receiver import Block, Recorded
+from ringplane.dataplane.trace_layout import (
+    COMPLETE,
+    FETCH,
+    HOLD,
+    IN_FLIGHT,
+    LEAVE,
+    RELEASE,
+    RETURN,
+    Events,
+    values,
+)
 
 IN_RING, IN_LAYERS, IN_ENGINE, HELD = "in ring", "in layers", "in engine", "held by limits"
 
 # The result of a request that has none at the end.
-IN_FLIGHT = '"in flight"'
+NO_RESULT = '"in flight"'
 
-FIELDS = ("time", "event", "queue", "slot", "type", "sector", "length", "head", "status", "nanoseconds", "waited")
+FIELDS = ("time", "event", "queue", "type", "sector", "length", "head", "status", "lasted", "waited")
 
 # Lines that are written at a time.
 LINES = 10_000
@@ -47,8 +58,8 @@ class Thread:
 
     group: Group
     queues: dict[int, Group] = field(default_factory=dict)
-    # By slot: the stages of a request that has not ended, and when each began.
-    stages: dict[int, list[tuple[int, str]]] = field(default_factory=dict)
+    # By queue and head: the stages of a request that has not ended, and when each began.
+    stages: dict[tuple[int, int], list[tuple[int, str]]] = field(default_factory=dict)
     # The time of its last event, or of the beginning.
     last: int = 0
     lost: int = 0
@@ -59,7 +70,7 @@ class Thread:
 class Request(NamedTuple):
     """What a request's event says. `seen`: when its chain was seen in the ring."""
 
-    slot: int
+    queue: int
     seen: int
     fetched: int
     type: int
@@ -147,21 +158,21 @@ class Conversion:
             self._last = max(self._last, thread.last)
 
     def _add_events(self, thread: Thread, events: Events) -> None:
-        leave, back, complete, in_flight = self._recorded.numbers("leave", "return", "complete", "in-flight")
-        unit = self._recorded.description.wait_unit
-        entries = zip(*(events[name].tolist() for name in FIELDS), strict=True)
-        for time, event, queue, slot, kind, sector, length, head, status, nanoseconds, waited in entries:
+        columns = values(events)
+        entries = zip(*(columns[name].tolist() for name in FIELDS), strict=True)
+        for time, event, queue, kind, sector, length, head, status, lasted, waited in entries:
             group = thread.queues[queue]
-            if event in (complete, in_flight):
-                fetched = time - nanoseconds
-                request = Request(slot, fetched - waited * unit, fetched, kind, sector, length, head)
-                if event == complete:
+            if event in (COMPLETE, IN_FLIGHT):
+                fetched = time - lasted
+                request = Request(queue, fetched - waited, fetched, kind, sector, length, head)
+                if event == COMPLETE:
                     self._add_completed(thread, group, request, time, status)
                 else:
                     self._add_in_flight(thread, group, request)
-            elif event in (leave, back):
-                thread.stages.setdefault(slot, []).append((time, IN_ENGINE if event == leave else IN_LAYERS))
-            else:
+            elif event in (LEAVE, RETURN):
+                thread.stages.setdefault((queue, head), []).append((time, IN_ENGINE if event == LEAVE else IN_LAYERS))
+            elif event != FETCH:
+                # A fetch is there because somebody else wants it.
                 self._add_event_of_queue(group, time, event)
 
     def _add_completed(self, thread: Thread, group: Group, request: Request, time: int, status: int) -> None:
@@ -170,7 +181,7 @@ class Conversion:
         self.summary.requests += 1
 
     def _add_in_flight(self, thread: Thread, group: Group, request: Request) -> None:
-        self._add_request(thread, group, request, self._end, IN_FLIGHT)
+        self._add_request(thread, group, request, self._end, NO_RESULT)
         self.summary.in_flight += 1
 
     @property
@@ -197,8 +208,8 @@ class Conversion:
         before = [(request.seen, IN_RING)] if request.seen < request.fetched else []
         if not group.layers:
             return [*before, (request.fetched, IN_ENGINE), (end, "")]
-        # Those of another request in this slot, whose completion was lost, were earlier.
-        known = [stage for stage in thread.stages.pop(request.slot, ()) if stage[0] >= request.fetched]
+        # Those of another request with this chain, whose completion was lost, were earlier.
+        known = [stage for stage in thread.stages.pop((request.queue, request.head), ()) if stage[0] >= request.fetched]
         if request.fetched < thread.lost_at:
             return [*before, (request.fetched, "")]
         return [*before, (request.fetched, IN_LAYERS), *known, (end, "")]
@@ -230,15 +241,11 @@ class Conversion:
         self._lines.append(f'{{"ph":"C",{_of(group)},"ts":{_us(time)},"name":"{name}","args":{values}}}')
 
     def _add_event_of_queue(self, group: Group, time: int, event: int) -> None:
-        fetch, hold, release = self._recorded.numbers("fetch", "hold", "release")
-        if event == fetch:
-            # Somebody else wanted it.
-            return
         # Whatever happens to the queue, its hold has ended.
         self._end_hold(group, time)
-        if event == hold:
+        if event == HOLD:
             group.held_since = time
-        elif event != release:
+        elif event != RELEASE:
             name = f"ring: {self._recorded.description.events.get(event, event)}"
             self._lines.append(f'{{"ph":"i","s":"p",{_of(group)},"ts":{_us(time)},"name":{json.dumps(name)}}}')
 

@@ -8,33 +8,29 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from ringplane.client.api_errors import ApiError, NoConnection
 from ringplane.client.client import Client, Request
+from ringplane.dataplane.trace_layout import COMPLETE, EVENT, EVENT_SIZE, Events, kinds
 
-VERSION = 2
+VERSION = 3
 
 # Seconds in which the process has to end a recording that is stopped.
 PATIENCE = 5.0
 
-Events = npt.NDArray[np.void]
-
 
 class Description(msgspec.Struct):
-    """What the first line says."""
+    """What the first line says. The layout of events is that of the version."""
 
     version: int = msgspec.field(name="ringplane-trace")
-    fields: list[tuple[str, str]]
     began: int
     events: dict[int, str]
     types: dict[int, str]
     statuses: dict[int, str]
-    wait_unit: int = msgspec.field(name="wait-unit")
 
 
 class NewQueue(msgspec.Struct):
@@ -47,7 +43,7 @@ class NewQueue(msgspec.Struct):
 
 
 class Announcement(msgspec.Struct, rename="kebab"):
-    """What each further line says: which events follow it. The last one has only `end`, the time."""
+    """What each further line says: which events follow it. The last one has `end`, the time, and `process-ends`."""
 
     io_thread: str = ""
     queues: list[NewQueue] = []
@@ -55,6 +51,7 @@ class Announcement(msgspec.Struct, rename="kebab"):
     overwritten: int = 0
     events: int = 0
     end: int = 0
+    process_ends: bool = False
 
 
 @dataclass(slots=True)
@@ -79,13 +76,9 @@ class Recorded:
         self.requests = self.lost = 0
         # Nanoseconds, CLOCK_MONOTONIC; 0: the stream has no end.
         self.ended = 0
-        # Whether it has none because the process has ended or hangs, or because its events were not read fast enough.
+        # Whether it has none because the process has died or hangs, or because its events were not read fast enough.
         self.cut_off = False
-
-    def numbers(self, *names: str) -> list[int]:
-        """The numbers of these events."""
-        by_name = {name: number for number, name in self.description.events.items()}
-        return [by_name[name] for name in names]
+        self.process_ended = False
 
 
 class Receiver:
@@ -136,7 +129,7 @@ class Receiver:
         try:
             for block in self._blocks(self._response):
                 self.keep(block)
-                self.recorded.requests += self._completed(block.events)
+                self.recorded.requests += _completed(block.events)
                 if self.recorded.requests >= self._most:
                     os.eventfd_write(self.ended_fd, 1)
         except (msgspec.MsgspecError, OSError, ValueError, http.client.HTTPException):
@@ -146,28 +139,27 @@ class Receiver:
             self.recorded.cut_off = not self.recorded.ended
             os.eventfd_write(self.ended_fd, 1)
 
-    def _completed(self, events: Events) -> int:
-        (complete,) = self.recorded.numbers("complete")
-        return int(np.count_nonzero(events["event"] == complete))
-
     def _blocks(self, source: BinaryIO | http.client.HTTPResponse) -> Iterator[Block]:
-        event: np.dtype[Any] = np.dtype([(name, kind) for name, kind in self.recorded.description.fields])
         while line := source.readline():
             announced = msgspec.json.decode(line, type=Announcement)
             if announced.end:
-                self.recorded.ended = announced.end
+                self.recorded.ended, self.recorded.process_ended = announced.end, announced.process_ends
                 return
             self.recorded.lost += announced.lost
             if announced.overwritten:
                 self._drop(self._last[announced.io_thread], announced.overwritten)
-            data = source.read(announced.events * event.itemsize)
+            data = source.read(announced.events * EVENT_SIZE)
             lost = announced.lost - announced.overwritten
-            block = Block(announced.io_thread, announced.queues, lost, np.frombuffer(data, event))
+            block = Block(announced.io_thread, announced.queues, lost, np.frombuffer(data, EVENT))
             self._last[announced.io_thread] = block
             yield block
 
     def _drop(self, block: Block, count: int) -> None:
         """Drop the first events of a block, which were lost."""
-        self.recorded.requests -= self._completed(block.events[:count])
+        self.recorded.requests -= _completed(block.events[:count])
         block.events = block.events[count:]
         block.lost += count
+
+
+def _completed(events: Events) -> int:
+    return int(np.count_nonzero(kinds(events) == COMPLETE))

@@ -13,10 +13,11 @@ import numpy as np
 
 from ringplane.control.operation_errors import Unavailable, WrongState
 from ringplane.control.threads import Threads
-from ringplane.dataplane.trace_events import Events, TracedQueue, TraceReader
+from ringplane.dataplane.trace_events import TracedQueue, TraceReader
+from ringplane.dataplane.trace_layout import Events
 from ringplane.dataplane.worker import Worker
 
-# Events that are sent at a time: 0.8 MB.
+# Events that are sent at a time: half a megabyte.
 PORTION = 1 << 14
 
 # Seconds that an I/O thread may take to begin or end it.

@@ -40,8 +40,8 @@ drains and stops, with the table of its states in `ring_states`), `place_ring` (
 and `pinning` (the memory tables that requests use), `disk_reports` (what the log gets of the disks).
 
 What they use: `ring_rules` (the errors of a driver that break a ring), `request_types` (those that only some disks
-have) with `zone_requests` (those of zoned disks), `failures` (what the log gets), `tracer` and `trace_events` (what
-happens to each request, for those who ask), `signaller` (notifications that never block), `ready` and `limit_gate`
-(which queues are fetched from, and which ones limits hold), `tune` (the choice of a polling policy), `queue` (the
-Python owners of devices and queues). `compile_data_plane` compiles all of it before a start.
+have) with `zone_requests` (those of zoned disks), `failures` (what the log gets), `tracer`, `trace_events` and
+`trace_layout` (what happens to each request, for those who ask), `signaller` (notifications that never block), `ready`
+and `limit_gate` (which queues are fetched from, and which ones limits hold), `tune` (the choice of a polling policy),
+`queue` (the Python owners of devices and queues). `compile_data_plane` compiles all of it before a start.
 """

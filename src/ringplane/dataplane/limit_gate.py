@@ -18,7 +18,8 @@ from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import addresses, call, unit
 from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_TYPES, WORKER
-from ringplane.dataplane.tracer import HOLD, RELEASE, TRACER
+from ringplane.dataplane.trace_layout import HOLD, RELEASE
+from ringplane.dataplane.tracer import TRACER
 from ringplane.limits.member import Member
 from ringplane.limits.meters import READS, TICKS, WRITES, move_level
 from ringplane.limits.shares import (

@@ -18,7 +18,7 @@ from ringplane.dataplane.place_ring import place_ring, prepare_ring
 from ringplane.dataplane.queue import Queue, RingLayout
 from ringplane.dataplane.retired_memory import RetiredMemory
 from ringplane.dataplane.ring_states import RingEvent, RingState
-from ringplane.dataplane.tracer import START, STOP
+from ringplane.dataplane.trace_layout import START, STOP
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.aio import Aio
 from ringplane.engines.uring import Uring

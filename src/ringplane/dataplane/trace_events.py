@@ -13,23 +13,23 @@ import numpy.typing as npt
 from ringplane.block.stack import Stack
 from ringplane.compiler.units import addresses
 from ringplane.dataplane.queue import Queue
-from ringplane.dataplane.tracer import (
-    CAPACITY,
+from ringplane.dataplane.trace_layout import (
     COMPLETE,
     EVENT,
     FETCH,
     HOLD,
     IN_FLIGHT,
+    LAST_TYPE,
     LEAVE,
     RELEASE,
     RETURN,
     START,
     STOP,
-    TRACER,
-    UNITS,
-    WAIT_UNIT,
-    passed,
+    Events,
+    fill,
+    values,
 )
+from ringplane.dataplane.tracer import CAPACITY, TRACER, UNITS, passed
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.native.structs import new
 from ringplane.virtio import blk, blk_zones
@@ -61,6 +61,7 @@ TYPE_NAMES = {
     blk_zones.VIRTIO_BLK_T_ZONE_FINISH: "zone-finish",
     blk_zones.VIRTIO_BLK_T_ZONE_RESET: "zone-reset",
     blk_zones.VIRTIO_BLK_T_ZONE_RESET_ALL: "zone-reset-all",
+    LAST_TYPE: "unknown",
 }
 STATUS_NAMES = {
     blk.VIRTIO_BLK_S_OK: "ok",
@@ -71,8 +72,6 @@ STATUS_NAMES = {
     blk_zones.VIRTIO_BLK_S_ZONE_OPEN_RESOURCE: "zone-open-resource",
     blk_zones.VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE: "zone-active-resource",
 }
-
-Events = npt.NDArray[np.void]
 
 # A reader that has lost events continues so many after the oldest one that is left.
 MARGIN = CAPACITY // 4
@@ -122,10 +121,10 @@ class TraceEvent:
 class Tracer:
     """A worker's ring buffer of events: written by its thread, from compiled code and Python, read by any thread."""
 
-    def __init__(self, state: WorkerState) -> None:
-        """`load` must have been called before."""
+    def __init__(self, state: WorkerState, events: Events) -> None:
+        """`load_tracing` must have been called before. `events`: from `room_for_events`."""
         self._state = state
-        self._events: Events = np.zeros(CAPACITY, EVENT)
+        self._events = events
         self._waits = np.zeros(len(state.slots.requests), np.int64)
         self._record: npt.NDArray[np.void] = new(TRACER)
         self.address = int(self._record.ctypes.data)
@@ -172,10 +171,11 @@ class Tracer:
         """Add the start or stop of a queue."""
         self._watch(queue)
         record = queue.record
-        entry = np.zeros((), EVENT)
-        entry["time"], entry["event"], entry["queue"] = time.monotonic_ns(), event, record["traced"]
-        entry["sector"], entry["length"] = record["last_avail"], record["size"]
-        self._events[self.written % CAPACITY] = entry
+        entry = self._events[self.written % CAPACITY : self.written % CAPACITY + 1]
+        fill(
+            entry, time=time.monotonic_ns(), event=event, queue=record["traced"], sector=record["last_avail"],
+            length=record["size"],
+        )  # fmt: skip
         self._record["written"] += 1
 
     def in_flight(self, queues: Iterable[Queue], event: int) -> Events:
@@ -188,10 +188,10 @@ class Tracer:
                 # They are completed, and wait for older ones.
                 ours = ours[ours["ended"] == 0]
             events = np.zeros(len(ours), EVENT)
-            events["time"], events["event"], events["queue"] = ours["started"], event, queue.record["traced"]
-            events["waited"] = self._waits[ours["slot"]]
-            for name in ("sector", "length", "type", "slot", "head"):
-                events[name] = ours[name]
+            fill(
+                events, time=ours["started"], event=event, queue=queue.record["traced"],
+                waited=self._waits[ours["slot"]], **{name: ours[name] for name in ("sector", "length", "type", "head")},
+            )  # fmt: skip
             found.append(events)
         together = np.concatenate(found)
         return together[np.argsort(together["time"], kind="stable")]
@@ -204,6 +204,13 @@ class Tracer:
         queue.record["traced"], queue.record["traced_avail"] = number, -1
         queue.stack.set_probe(self.address, passed.address())
         self._stacks.add(queue.stack)
+
+
+def room_for_events() -> Events:
+    """The memory of a ring buffer, with its pages: otherwise the I/O thread would wait for each while guests do."""
+    events: Events = np.empty(CAPACITY, EVENT)
+    events.view(np.uint8).fill(0)
+    return events
 
 
 class TraceReader:
@@ -282,24 +289,26 @@ class TraceReader:
         self.look()
         while len(entries := self.read(limit).copy()):
             limit -= len(entries)
-            yield from map(self._event, entries[self.overwritten() :])
+            columns = values(entries[self.overwritten() :])
+            for row in zip(*(column.tolist() for column in columns.values()), strict=True):
+                yield self._event(dict(zip(columns, row, strict=True)))
             if limit <= 0:
                 return
 
-    def _event(self, entry: np.void) -> TraceEvent:
+    def _event(self, entry: dict[str, int]) -> TraceEvent:
         queue = self.queues[entry["queue"]]
         return TraceEvent(
-            time_ns=int(entry["time"]),
-            event=int(entry["event"]),
+            time_ns=entry["time"],
+            event=entry["event"],
             disk=queue.disk,
             queue=queue.number,
-            head=int(entry["head"]),
-            type=int(entry["type"]),
-            sector=int(entry["sector"]),
-            length=int(entry["length"]),
-            status=int(entry["status"]),
-            microseconds=int(entry["nanoseconds"]) / 1000,
-            waited_us=int(entry["waited"]) * WAIT_UNIT / 1000,
+            head=entry["head"],
+            type=entry["type"],
+            sector=entry["sector"],
+            length=entry["length"],
+            status=entry["status"],
+            microseconds=entry["lasted"] / 1000,
+            waited_us=entry["waited"] / 1000,
         )
 
 

@@ -12,45 +12,33 @@ when that ends (limit_gate.py).
 
 from __future__ import annotations
 
-import numpy as np
-
 from ringplane.block.io import BLOCK_IO
 from ringplane.block.stack import CONTINUE
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.dataplane.state import QUEUE, REQUEST, REQUEST_SIZE, WORKER
+from ringplane.dataplane.trace_layout import (
+    COMPLETE,
+    EVENT,
+    EVENT_BITS,
+    EVENT_SIZE,
+    FETCH,
+    LAST_SECTOR,
+    LAST_TYPE,
+    LEAVE,
+    LENGTH_SHIFT,
+    LONGEST_WAIT,
+    RETURN,
+    ROUNDED,
+    TIME_SHIFT,
+    WAIT_SHIFT,
+)
 from ringplane.native.access import address_of, load64, store64, store64_release, view
 from ringplane.native.structs import struct
 from ringplane.native.syscalls import monotonic_ns
 
-FETCH, LEAVE, RETURN, COMPLETE, START, STOP, HOLD, RELEASE, IN_FLIGHT = range(1, 10)
-
-# Of START and STOP, `sector` is the queue's available index and `length` its size. FETCH and IN_FLIGHT have the time of
-# the fetch: IN_FLIGHT is that of a request which is in flight when a recording ends.
-EVENT = np.dtype(
-    [
-        ("time", "<i8"),  # nanoseconds, CLOCK_MONOTONIC
-        ("sector", "<i8"),
-        ("length", "<i8"),  # in bytes
-        ("nanoseconds", "<i8"),  # of COMPLETE: since the fetch
-        (
-            "waited",
-            "<u4",
-        ),  # from when the chain was seen in the ring to the fetch, in WAIT_UNITs
-        ("type", "<u4"),
-        ("queue", "<u2"),  # QUEUE's `traced`
-        ("slot", "<u2"),  # no two requests in flight on a worker have the same
-        ("head", "<u2"),
-        ("event", "u1"),
-        ("status", "u1"),
-    ]
-)
-EVENT_SIZE = EVENT.itemsize
-CAPACITY = 1 << 17
-
-# Nanoseconds. Longer waits than LONGEST_WAIT of them, 274 seconds, are traced as that.
-WAIT_SHIFT = 6
-WAIT_UNIT, LONGEST_WAIT = 1 << WAIT_SHIFT, (1 << 32) - 1
+# How many events are kept.
+CAPACITY = 1 << 18
 
 # Of a worker. The first four are the addresses of the units below.
 TRACER = struct(
@@ -105,9 +93,9 @@ def held(worker_address, queue_address, event, time):
     worker, queue = view(worker_address, WORKER), view(queue_address, QUEUE)
     note_seen(queue, time)
     tracer = view(worker.trace, TRACER)
-    entry = next_entry(tracer, time, event, queue)
-    entry.sector = entry.length = entry.nanoseconds = entry.waited = 0
-    entry.type = entry.slot = entry.head = entry.status = 0
+    entry = next_entry(tracer, time, queue)
+    entry.event = event
+    entry.sector = entry.sector_high = entry.head = entry.length = entry.lasted = entry.waited = entry.type = 0
     count(tracer)
     return 0
 
@@ -127,25 +115,30 @@ def note_seen(queue, now):
 
 
 @compiled
-def write(tracer, time, event, queue, request, status, nanoseconds):
+def write(tracer, time, event, queue, request, status, lasted):
     """Write an event of a request."""
-    entry = next_entry(tracer, time, event, queue)
-    entry.sector = request.sector
-    entry.length = request.length
-    entry.nanoseconds = nanoseconds
-    entry.waited = load64(tracer.waits + 8 * request.slot)
-    entry.type = request.type
-    entry.slot = request.slot
+    entry = next_entry(tracer, time, queue)
+    sector = LAST_SECTOR if request.sector & ~LAST_SECTOR else request.sector
+    entry.sector = sector
+    entry.sector_high = sector >> 32
     entry.head = request.head
-    entry.status = status
+    entry.length = rounded_to_31_bits(request.length, LENGTH_SHIFT)
+    entry.lasted = rounded_to_31_bits(lasted, TIME_SHIFT)
+    entry.waited = load64(tracer.waits + 8 * request.slot)
+    entry.type = min(request.type, LAST_TYPE)
+    entry.event = event | status << EVENT_BITS
     count(tracer)
 
 
 @compiled
-def next_entry(tracer, time, event, queue):
+def rounded_to_31_bits(number, shift):
+    return number if number < ROUNDED else ROUNDED | min(number >> shift, ROUNDED - 1)
+
+
+@compiled
+def next_entry(tracer, time, queue):
     entry = view(tracer.events + (tracer.written & (CAPACITY - 1)) * EVENT_SIZE, EVENT)
     entry.time = time
-    entry.event = event
     entry.queue = queue.traced
     return entry
 

@@ -28,8 +28,8 @@ from ringplane.dataplane.signaller import Signaller, signal
 from ringplane.dataplane.state import TOKEN_ALARM, TOKEN_CONTROL, TOKEN_HELPERS
 from ringplane.dataplane.thread_clock import ThreadClock
 from ringplane.dataplane.thread_counters import ThreadCounters
-from ringplane.dataplane.trace_events import EVENT_NAMES, Tracer, TraceReader, load_tracing
-from ringplane.dataplane.tracer import FETCH, IN_FLIGHT
+from ringplane.dataplane.trace_events import EVENT_NAMES, Tracer, TraceReader, load_tracing, room_for_events
+from ringplane.dataplane.trace_layout import FETCH, IN_FLIGHT, Events
 from ringplane.dataplane.worker_state import WorkerState
 from ringplane.engines.choose_engine import make_engine
 from ringplane.guest_memory.regions import MemoryTable
@@ -195,7 +195,8 @@ class Worker:
         Otherwise these are in the event of the completion, and at the end in one per request that is in flight.
         """
         load_tracing()
-        return self.call(lambda: self._start_tracing(fetches))
+        events = room_for_events()
+        return self.call(lambda: self._start_tracing(fetches, events))
 
     def stop_tracing(self, reader: TraceReader) -> Future[None]:
         """No more events come for this reader; it can still read those that it has not read."""
@@ -259,9 +260,10 @@ class Worker:
     def _signal(self, fd: int) -> None:
         signal(int(self.state.record["signaller"]), fd, self.state.address_of_one)
 
-    def _start_tracing(self, fetches: bool) -> TraceReader:
+    def _start_tracing(self, fetches: bool, events: Events) -> TraceReader:
+        """`events`: for a tracer, if there is none."""
         if self._tracer is None:
-            self._tracer = Tracer(self.state)
+            self._tracer = Tracer(self.state, events)
             self._tracer.start(self.rings)
         in_flight = self._tracer.in_flight(self.rings if fetches else (), FETCH)
         reader = TraceReader(self._tracer, fetches, in_flight)
