@@ -11,7 +11,8 @@ Facts of librbd that this file depends on:
   no callback.
 - What is read is copied into the iovecs when all of it has arrived, and what is written is copied before the function
   returns. So the list of iovecs has to stay where it is, and a guest that changes its buffers meanwhile does no harm.
-- The results are 32 bits, but for that of a completion. A read can end with fewer bytes; the rest is zeros.
+- The results are 32 bits, but for that of a completion, which may be any number of an OSD. A read can end with fewer
+  bytes; the rest is zeros.
 - rbd_close(3) returns when all callbacks have returned.
 """
 
@@ -20,16 +21,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from errno import EIO, EOPNOTSUPP, ESHUTDOWN, ETIMEDOUT
+from errno import EINTR, EIO, EOPNOTSUPP, ESHUTDOWN, ETIMEDOUT
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ringplane.block.events import Event
+from ringplane.block.flushes import Flushes
 from ringplane.block.io import (
     CHANNEL,
     DISCARD,
+    ENDS_EARLY,
     FLUSH,
     FUA,
     READ,
@@ -288,6 +291,9 @@ def fail(channel, part, io, result):
         image.flush_failed = 1
     if result == -ETIMEDOUT:
         image.timed_out = channel.attention = 1
+    if result == -EINTR or result <= ENDS_EARLY:
+        # An OSD can answer with any number; these would have a meaning of ours (block/io.py).
+        result = -EIO
     if result == -ESHUTDOWN:
         image.blocklisted = channel.attention = 1
         # One line in the log is enough.
@@ -298,8 +304,10 @@ def fail(channel, part, io, result):
 @compiled
 def clear_rest(io, start, end):
     """Fill the bytes from `start` to `end` of the I/O's buffers with zeros."""
+    if start >= end:
+        return
     iov = io.iov
-    while start < end:
+    while end > 0:
         iovec = view(iov, IOVEC)
         size = min(iovec.len, end)
         if start < size:
@@ -331,15 +339,9 @@ class OpenImage:
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
         record["image"], record["ended"] = image, callback()
+        self.flushes = Flushes(self._record)
         for name in FUNCTIONS:
             record[name] = library.address(name)
-
-    @property
-    def flush_failed(self) -> bool:
-        return bool(self._record["flush_failed"][0])
-
-    def set_flush_failed(self) -> None:
-        self._record["flush_failed"] = 1
 
     @property
     def blocklisted(self) -> bool:
