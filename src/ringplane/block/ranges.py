@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.block import mapped_image
+from ringplane.block.flushes import Flushes
 from ringplane.block.io import BLOCK_IO, DISCARD, SECURE_ERASE, ZERO, ZEROS_IOV
 from ringplane.block.mapped_image import MAPPED_IMAGE
 from ringplane.compiler.jit import compiled
@@ -71,6 +72,7 @@ class Backing:
         """`page_cache`: I/O goes through it."""
         self.page_cache = page_cache
         self._record = new(BACKING)
+        self.flushes = Flushes(self._record)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
         record["fd"], record["block_device"] = fd, stat.S_ISBLK(os.fstat(fd).st_mode)
@@ -86,24 +88,9 @@ class Backing:
         """Ranges are discarded in whole multiples of this many bytes."""
         return int(self._record["granule"][0])
 
-    @property
-    def flush_failed(self) -> bool:
-        """Whether earlier writes may be lost, so that every flush must fail."""
-        return bool(self._record["flush_failed"][0])
-
-    def set_flush_failed(self) -> None:
-        """Make every flush fail from now on."""
-        self._record["flush_failed"] = 1
-
     def sync(self) -> None:
-        """fdatasync(2); raises OSError, also if an earlier flush failed."""
-        if self.flush_failed:
-            raise OSError(EIO, "a flush failed before")
-        try:
-            os.fdatasync(int(self._record["fd"][0]))
-        except OSError:
-            self.set_flush_failed()
-            raise
+        """fdatasync(2); raises OSError, also if another flush failed."""
+        self.flushes.make(lambda: os.fdatasync(int(self._record["fd"][0])))
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class ImageSource(Source):
         digest = blake2b(os.fsencode(image.path.resolve()), digest_size=5).hexdigest()
         self.serial = f"ringplane-{digest}"
         self.backing = Backing(image.fd, page_cache=page_cache)
+        self.flushes = self.backing.flushes
 
     def limits(self) -> Limits:
         return replace(limits(self._image.fd, read_only=self.read_only), granule=self.backing.granule)
@@ -56,13 +57,6 @@ class ImageSource(Source):
 
     def grow(self, size: int) -> None:
         self._image.grow(size)
-
-    @property
-    def flush_failed(self) -> bool:
-        return self.backing.flush_failed
-
-    def set_flush_failed(self) -> None:
-        self.backing.set_flush_failed()
 
     def sync(self) -> None:
         """fdatasync(2)."""

@@ -29,7 +29,7 @@ A service on another machine fits this without other methods:
 - The size changes elsewhere. `watch` gives the source a function to call then, from any thread; `refresh_size` asks for
   the new size.
 - A flush is a request. Those of drivers are block I/Os that the compiled part sends; `sync`, which blocks, is for the
-  control plane. So a source must store, where both see it, that one has failed (`flush_failed`).
+  control plane. So a source must store, where both see it, that one has failed (`Flushes`, block/flushes.py).
 - Closing may hang. It is done on a thread that may block, and only delays the end of its own disk; a source that cannot
   cancel its requests limits this time itself.
 """
@@ -40,6 +40,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ringplane.block.flushes import Flushes
 from ringplane.block.image import ImageError
 from ringplane.block.stack import SourcePart
 from ringplane.block.storage_limits import Limits
@@ -64,10 +65,14 @@ class Source:
     serial: str
     # By this object, because there was none: it has no data.
     created: bool = False
+    # Its flushes; a source without such a record has the two members of this name below instead.
+    flushes: Flushes
     # Whether one I/O thread serves all its queues. Asked after `prepare`.
     one_thread: bool = False
     # Whether I/O bypasses the page cache of this machine.
     direct: bool = True
+    # Whether this process alone has a cache of the data (`empty_cache`).
+    has_cache: bool = False
     # What users should know about how it was opened, which is not quite what they asked for; empty: nothing.
     notice: str = ""
     # Its first bytes, from a service on another machine: for a log line about other formats than raw; empty: unknown.
@@ -106,6 +111,11 @@ class Source:
         """Call `changed`, from any thread, when the size may have changed; if it cannot notice that, do nothing."""
 
     @property
+    def trouble(self) -> str:
+        """In one word why all I/O fails now, or waits; empty: it does not."""
+        return ""
+
+    @property
     def replaced(self) -> str:
         """Why opening it now would open something else, as a sentence for the log; empty: it would not."""
         return ""
@@ -124,14 +134,20 @@ class Source:
     @property
     def flush_failed(self) -> bool:
         """Whether a flush has failed, so that every later one must fail: earlier writes may be lost."""
-        raise NotImplementedError
+        return self.flushes.failed
 
     def set_flush_failed(self) -> None:
         """Make every flush fail from now on."""
-        raise NotImplementedError
+        self.flushes.set_failed()
 
     def sync(self) -> None:
         """Make completed writes stable. Raises OSError, also if an earlier flush failed."""
+
+    def empty_cache(self) -> None:
+        """Let other processes see all completed writes, and see what they write from now on; no ring runs.
+
+        Only if `has_cache`. Raises OSError.
+        """
 
     def is_blank(self) -> bool:
         """Whether it certainly has no data: all of it reads as zeros."""

@@ -9,11 +9,11 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from errno import EIO
 from typing import Any
 
 import numpy as np
 
+from ringplane.block.flushes import Flushes
 from ringplane.block.image import ImageError
 from ringplane.block.merge import MERGE_BYTES
 from ringplane.block.ranges import ZEROS_SIZE
@@ -172,6 +172,7 @@ class NbdSource(Source):
         self.serial = f"ringplane-{blake2b(self.title.encode(), digest_size=5).hexdigest()}"
         self._zeros = np.frombuffer(mmap.mmap(-1, ZEROS_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ), np.uint8)
         self._record = new(EXPORT)
+        self.flushes = Flushes(self._record)
         self._record["flags"] = self._export.flags
         smallest = max(self._export.smallest, config.block_size)
         self._record["largest"] = min(self._export.largest, LARGEST_PAYLOAD) // smallest * smallest
@@ -272,19 +273,12 @@ class NbdSource(Source):
             f"{self.title}: NBD cannot change the size of an export; change it at the server, then restart ringplane"
         )
 
-    @property
-    def flush_failed(self) -> bool:
-        return bool(self._record["flush_failed"][0])
-
-    def set_flush_failed(self) -> None:
-        self._record["flush_failed"] = 1
-
     def sync(self) -> None:
         """NBD_CMD_FLUSH. With several connections, a flush of one is a flush of all."""
-        if self.flush_failed:
-            raise OSError(EIO, "a flush failed before")
-        if self._links:
-            self._links[0].sync()
+        with self.flushes.checked():
+            if self._links:
+                # The link stores that the server has failed it; other errors do not mean that writes are lost.
+                self._links[0].sync()
 
     def hand_over(self) -> dict[str, Any]:
         """The connections too: a server may allow only one, and no reply is under way when they change hands."""
