@@ -123,6 +123,7 @@ async def _hand_over(server: Server, channel: Channel) -> None:
     async with contextlib.AsyncExitStack() as undo:
         await _hold_operations(server.exports, undo)
         await _freeze_all(server.exports, undo)
+        await _empty_caches(server.exports)
         for worker in server.threads.workers.values():
             undo.callback(worker.counters.thaw)
         state = {
@@ -168,6 +169,17 @@ def _raise_first(exports: Sequence[Export], done: Sequence[BaseException | None]
     for export, result in zip(exports, done, strict=True):
         if result is not None:
             raise HandoverError(f"{export.name}: {result}")
+
+
+async def _empty_caches(exports: Iterable[Export]) -> None:
+    """The next process reads what is stored. Raises HandoverError."""
+    try:
+        async with asyncio.timeout(DRAIN_PATIENCE):
+            await asyncio.gather(*(export.disk.empty_cache() for export in exports))
+    except TimeoutError:
+        raise HandoverError(f"writing the cache of a disk took longer than {DRAIN_PATIENCE:g} seconds") from None
+    except OSError as error:
+        raise HandoverError(f"the cache of a disk cannot be written: {error.strerror}") from None
 
 
 def _state(export: Export) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
+from ringplane.options.counted import counted
 from ringplane.options.limit_options import Limits, merge_limits
 from ringplane.session.session import Session
 from ringplane.system.aside import aside
@@ -55,7 +56,7 @@ class Operations:
         """`session`: that of the front end that is attached now, if one is."""
         self._disk, self._session = disk, session
         self._limiting, self._changing, self._logger, self._emit = limiting, changing, logger, emit
-        self._turns = Turns(disk.name)
+        self._turns = Turns(disk.name, waits_for=self._in_flight)
 
     def end(self) -> None:
         """The disk has stopped."""
@@ -68,6 +69,10 @@ class Operations:
     def release(self) -> None:
         """The end of `hold`."""
         self._turns.release()
+
+    def _in_flight(self) -> str:
+        requests = sum(queue.in_flight for queue in self._disk.started)
+        return f"{counted(requests, 'request')} in flight, storage does not answer" if requests else ""
 
     async def drain(self) -> None:
         """Return when all fetched requests have completed; nothing is fetched meanwhile."""
@@ -134,6 +139,12 @@ class Operations:
         self._disk.paused = True
         if session := self._session():
             await session.pause()
+        try:
+            await self._disk.empty_cache()
+        except OSError as error:
+            raise Unavailable(
+                f"it is paused, but its cache could not be written: {in_words(error)}", self._disk.name
+            ) from None
         self._logger.info("paused")
         self._emit("paused")
 

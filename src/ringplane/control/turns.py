@@ -25,9 +25,12 @@ MAX_TAKEN = 8
 class Turns:
     """The operations on one thing, in the order in which they were asked for. Used on the control thread."""
 
-    def __init__(self, name: str, at_once: int = 1) -> None:
-        """`name`: of the thing, in messages; `at_once`: how many are done at the same time."""
-        self._name = name
+    def __init__(self, name: str, at_once: int = 1, waits_for: Callable[[], str] = str) -> None:
+        """`name`: of the thing, in messages; `at_once`: how many are done at the same time.
+
+        `waits_for`: what hangs, if that is known, for an operation that has not ended.
+        """
+        self._name, self._waits_for = name, waits_for
         self._turn = asyncio.Semaphore(at_once)
         self._places = asyncio.Semaphore(MAX_TAKEN)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -54,8 +57,9 @@ class Turns:
         task.add_done_callback(self._forget)
         await asyncio.wait([task], timeout=max(0.0, end - asyncio.get_running_loop().time()))
         if not task.done():
+            why = self._waits_for()
             raise Unavailable(
-                f"{operation} has not ended after {patience:g} seconds",
+                f"{operation} has not ended after {patience:g} seconds{': ' if why else ''}{why}",
                 self._name,
                 "it continues; ask again to wait for its end",
             )

@@ -201,6 +201,11 @@ class Disk:
         for layer in self.layers:
             layer.sync()
 
+    async def empty_cache(self) -> None:
+        """Let other processes use the image, while no ring runs; see Source. Raises OSError."""
+        if self.source.has_cache:
+            await aside(self.source.empty_cache)
+
     def close(self) -> None:
         """Close layers and source, which may block; no queue may be running. A second call does nothing."""
         if not self._closed:

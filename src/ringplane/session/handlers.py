@@ -260,8 +260,21 @@ class Handlers:
         self.vrings[state.index].set_base(state.num, packed=self.negotiation.packed)
 
     async def _on_get_vring_base(self, message: Message) -> Payload:
+        """With the last ring the guest may leave: in a migration another process uses the image from now on."""
         index = _expect(message, VringState).index
-        return VringState(index, await self.vrings[index].end(self.memory.inflight))
+        base = await self.vrings[index].end(self.memory.inflight)
+        if not any(vring.queue.state.served for vring in self.vrings):
+            await self._empty_cache()
+        return VringState(index, base)
+
+    async def _empty_cache(self) -> None:
+        """There is no negative reply to GET_VRING_BASE, and without a reply the guest would leave all the same."""
+        try:
+            await self._disk.empty_cache()
+        except OSError as error:
+            self._logger.error(
+                "completed writes may be lost if the image is used elsewhere now: %s", error.strerror or error
+            )
 
     async def _on_set_vring_enable(self, message: Message) -> None:
         state = _expect(message, VringState)

@@ -2,7 +2,8 @@
 
 All threads of a pool may hang, and then other calls wait. So there is no pool, and callers set the limit: a disk has at
 most three calls at a time (an operation, a flush for its front end, its end), and a process adds few disks at a time
-(control/server.py).
+(control/server.py). A source that gives up such a call after a time limit of its own makes it with `TimedCalls`
+(time_limits.py), which has another thread for it, and says how many of these may be left.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from ringplane.system import libc
@@ -38,15 +40,24 @@ async def aside(function: Callable[[], Result]) -> Result:
     done: Future[Result] = Future()
     # From now on it cannot be cancelled.
     done.set_running_or_notify_cancel()
-    try:
-        threading.Thread(target=_call, args=(function, done), name=NAME, daemon=True).start()
-    except RuntimeError:
-        raise NoThread from None
+    start_thread(NAME, partial(_call, function, done))
     return await asyncio.wrap_future(done)
 
 
+def start_thread(name: str, function: Callable[[], object]) -> None:
+    """Call it on a thread of this name, which does not keep the process from ending. Raises NoThread."""
+
+    def run() -> None:
+        libc.name_thread(name)
+        function()
+
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except RuntimeError:
+        raise NoThread from None
+
+
 def _call(function: Callable[[], Result], done: Future[Result]) -> None:
-    libc.name_thread(NAME)
     try:
         result = function()
     except BaseException as error:

@@ -20,8 +20,12 @@ from ringplane.options.rbd_address import RbdImage
 # that costs a third of all CPU time of deep 4 KiB reads.
 DEFAULTS = {"client_mount_timeout": ("300", "20"), "librados_thread_count": ("2", "1")}
 
-# Ours: without the first one a read or write could block the I/O thread that begins it.
+# Ours: otherwise a read or write could block the I/O thread that begins it.
 OPTIONS = {"rbd_non_blocking_aio": "true"}
+
+# librbd's cache is off, or has only what was read or written to the cluster. A guest outlives this process when it is
+# killed, and would not notice that completed writes are lost; so only an option of the disk allows that.
+WITHOUT_CACHE, WITH_CACHE = {"rbd_cache": "false"}, {"rbd_cache_max_dirty": "0"}
 
 
 class ClusterError(Exception):
@@ -97,13 +101,9 @@ class Cluster:
             with contextlib.suppress(OSError):
                 if self.option(key) == default:
                     self._set(key, ours)
-        if not access.cache:
-            self._set("rbd_cache", "false")
-        if access.key_file:
-            self._set("keyfile", str(access.key_file))
-        for key, value in access.settings:
-            self._set(key, value)
-        for key, value in OPTIONS.items():
+        cache = WITH_CACHE if access.cache else WITHOUT_CACHE
+        key_file = {"keyfile": str(access.key_file)} if access.key_file else {}
+        for key, value in (*cache.items(), *key_file.items(), *access.settings, *OPTIONS.items()):
             self._set(key, value)
 
     def _set(self, key: str, value: str) -> None:

@@ -76,6 +76,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rbd_get_stripe_count": (Handle, _OUT),
     "rbd_resize": (Handle, _U64),
     "rbd_flush": (Handle,),
+    "rbd_invalidate_cache": (Handle,),
     "rbd_read": (Handle, _U64, _SIZE, _OUT),
     "rbd_encryption_load": (Handle, ctypes.c_int, _OUT, _SIZE),
     "rbd_update_watch": (Handle, _OUT, _OUT, _OUT),
@@ -148,4 +149,5 @@ def _load(name: str, package: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(name)
     except OSError as error:
-        raise MissingLibrary(f"{name} cannot be loaded: {error}; Debian's package is {package}") from None
+        # The error names the library.
+        raise MissingLibrary(f"{error}; install Debian's package {package}") from None

@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.units import unit
-from ringplane.native.access import address_of, view
+from ringplane.native.access import address_of, atomic_add, view
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import write
 
-# Of an image. `one`: the number 1, for the eventfd.
-WATCH = struct("changed", "event_fd", "one = 1")
+# Of an image. `changes`: how often its header has changed; `one`: the number 1, for the eventfd.
+WATCH = struct("changes", "event_fd", "one = 1")
+CHANGES: int = WATCH.fields["changes"][1]  # type: ignore[index]
 ONE: int = WATCH.fields["one"][1]  # type: ignore[index]
 
 
@@ -26,7 +27,7 @@ ONE: int = WATCH.fields["one"][1]  # type: ignore[index]
 def header_changed(watch_address):
     """The callback, on a thread of librbd: the header of the image has changed."""
     watch = view(watch_address, WATCH)
-    watch.changed = 1
+    atomic_add(address_of(watch) + CHANGES, 1)
     write(watch.event_fd, address_of(watch) + ONE, 8)
     return 0
 
@@ -49,14 +50,20 @@ class Watch:
     def __init__(self, event_fd: int, notice: Callable[[], None]) -> None:
         """`notice` is called on the thread of all watches."""
         self.notice = notice
+        # The changes that were noticed. Only librbd's threads write the number of all changes, so none is lost.
+        self._seen = 0
         self._record = new(WATCH)
         self.address = int(self._record.ctypes.data)
         self._record["event_fd"] = event_fd
 
+    def forget(self) -> None:
+        """Have `take` find a change."""
+        self._seen = -1
+
     def take(self) -> bool:
         """Whether the header has changed since the last call."""
-        changed, self._record["changed"] = bool(self._record["changed"][0]), 0
-        return changed
+        before, self._seen = self._seen, int(self._record["changes"][0])
+        return self._seen != before
 
 
 class Watching:
@@ -86,6 +93,12 @@ class Watching:
         """librbd does not call for it any more."""
         with self._lock:
             self._watches.remove(watch)
+
+    def look(self, watch: Watch) -> None:
+        """Call for it as if its header had changed."""
+        with self._lock:
+            watch.forget()
+        os.eventfd_write(self._event_fd, 1)
 
     def _run(self) -> None:
         while True:
