@@ -154,6 +154,7 @@ def described(export: Export) -> schemas.Disk:
         limits=export.limits,
         throttled_seconds=export.throttled,
         flush_failed=disk.flush_failed,
+        trouble=disk.source.trouble or None,
         counters={
             kind: schemas.Counter(counter.requests, counter.errors, counter.bytes)
             for kind, counter in export.counters.items()

@@ -81,6 +81,13 @@ class Disk(Struct):
     ]
     throttled_seconds: Annotated[float, Meta(description="Time in which requests waited because of a limit.")]
     flush_failed: Annotated[bool, Meta(description="Whether a flush has failed, so that all later ones fail.")]
+    trouble: Annotated[
+        str | None,
+        Meta(
+            description="Why all I/O fails now, or waits; null: it does not. `blocklisted`: by the Ceph cluster, for "
+            "good (docs/remote.md)."
+        ),
+    ]
     counters: Annotated[dict[str, Counter], Meta(description="By kind of request: read, write, flush, ...")]
     rings: list[Ring]
 

@@ -99,7 +99,8 @@ def _properties(disk: Disk) -> Iterator[tuple[str, str]]:
 
 def _state(disk: Disk) -> str:
     remarks = [("paused", disk.paused), ("flush failed", disk.flush_failed)]
-    return ", ".join([disk.state, *(remark for remark, holds in remarks if holds)])
+    trouble = [disk.trouble] if disk.trouble else []
+    return ", ".join([disk.state, *(remark for remark, holds in remarks if holds), *trouble])
 
 
 def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> None:
