@@ -64,14 +64,18 @@ class CephCluster:
 
     def kill_osd(self) -> None:
         """Kill the OSD, and start it again at once."""
-        pid = self._osd()
-        os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.01)
+        _kill(self._osd())
         self.start()
 
+    def kill_monitor(self) -> None:
+        """Kill the monitor; `start` starts it again."""
+        _kill(self._pid("mon"))
+
     def _osd(self) -> int:
-        return int((self.folder / "osd.pid").read_text().split()[0])
+        return self._pid("osd")
+
+    def _pid(self, daemon: str) -> int:
+        return int((self.folder / f"{daemon}.pid").read_text().split()[0])
 
     def ceph(self, *arguments: str) -> str:
         return self._run("ceph", *arguments)
@@ -110,6 +114,12 @@ class CephCluster:
             self.signal_osd(signal.SIGCONT)
         self._do("stop")
         shutil.rmtree(self.folder)
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
 
 
 def need_ceph() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,16 +51,25 @@ def test_live_resize(backend: BackendFactory, qemu: QemuGuest, cluster: CephClus
     """Another client resizes the image, and nobody signals ringplane."""
     image = cluster.new_image(SIZE)
     disk, console = backend(cluster.address(image), num_queues=2), tmp_path / "console-1.txt"
-
-    def resize() -> None:
-        for text, size in (("RESIZE-ME", 600), ("RESIZE-AGAIN", 300)):
-            while not console.exists() or text not in console.read_text(errors="replace"):
-                time.sleep(0.1)
-            cluster.rbd("resize", image, "--size", f"{size}M", "--allow-shrink", "--no-progress")
-
-    threading.Thread(target=resize, daemon=True).start()
+    when(console, "RESIZE-ME", lambda: resize(cluster, image, 600))
+    when(console, "RESIZE-AGAIN", lambda: resize(cluster, image, 300))
     qemu.run(disk, workloads.resized(600 << 20, 300 << 20))
     disk.stop()
+
+
+def resize(cluster: CephCluster, image: str, mib: int) -> None:
+    cluster.rbd("resize", image, "--size", f"{mib}M", "--allow-shrink", "--no-progress")
+
+
+def when(console: Path, text: str, what: Callable[[], None]) -> None:
+    """Do it beside the test, when the guest has written this text."""
+
+    def wait() -> None:
+        while not console.exists() or text not in console.read_text(errors="replace"):
+            time.sleep(0.1)
+        what()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.mark.parametrize("victim", ["ringplane", "osd"])
@@ -83,12 +93,12 @@ def test_killed_under_load(
 
 
 def test_live_migration(backend: BackendFactory, qemu: QemuGuest, cluster: CephCluster, tmp_path: Path) -> None:
-    """The lock of the image follows the guest to the other process."""
-    address = cluster.address(cluster.new_image(SIZE))
-    disks = [backend(address) for _ in range(2)]
-    result = migrate(
-        qemu, [disk.socket for disk in disks], workloads.fio_verify_for(seconds=30, ring="split"), tmp_path
-    )
+    """The lock of the image follows the guest to the other process; another client resizes it while both have it."""
+    image = cluster.new_image(SIZE)
+    disks = [backend(cluster.address(image)) for _ in range(2)]
+    when(tmp_path / "console-source.txt", "fio begins", lambda: resize(cluster, image, 600))
+    workload = workloads.fio_verify_and_grow(seconds=30, ring="split", size=600 << 20)
+    result = migrate(qemu, [disk.socket for disk in disks], workload, tmp_path)
     assert int(result.value("verified_kib")) > 0
     for disk in disks:
         disk.stop()

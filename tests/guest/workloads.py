@@ -145,15 +145,21 @@ trim btrfs mkfs.btrfs -q -f
     return Workload(script(body + CLEAN_LOG), programs, ("xfs", "btrfs"))
 
 
-def resized(first: int, second: int) -> Workload:
-    """A disk whose size in bytes changes while a guest uses it; requests beyond the new end are errors."""
-    body = f"""\
-size() {{ echo $(($(cat /sys/block/vda/size) * 512)); }}
-wait_for() {{
+# Shell functions: the size of the disk, and waiting until it is that.
+WAIT_FOR_SIZE = """\
+size() { echo $(($(cat /sys/block/vda/size) * 512)); }
+wait_for() {
     tries=0
     while [ "$(size)" != "$1" ] && [ $tries -lt 300 ]; do usleep 100000; tries=$((tries + 1)); done
     [ "$(size)" = "$1" ] || give_up "the disk has $(size) bytes, not $1"
-}}
+}
+"""
+
+
+def resized(first: int, second: int) -> Workload:
+    """A disk whose size in bytes changes while a guest uses it; requests beyond the new end are errors."""
+    body = f"""\
+{WAIT_FOR_SIZE}\
 say "has $(size) bytes"
 echo "RESIZE-ME"
 wait_for {first}
@@ -263,6 +269,16 @@ enough() {{
 def fio_verify_for(seconds: int, ring: str) -> Workload:
     """The same in one round."""
     return verifying(ring, fio_verifying(seconds))
+
+
+def fio_verify_and_grow(seconds: int, ring: str, size: int) -> Workload:
+    """The same on a disk that somebody makes longer meanwhile: then it is written up to its new end."""
+    grown = f"""\
+{WAIT_FOR_SIZE}\
+wait_for {size}
+dd if=/dev/urandom of=/dev/vda bs=1M seek=$(({size} / 1048576 - 1)) count=1 oflag=direct || give_up "the new end"
+"""
+    return verifying(ring, fio_verifying(seconds) + grown)
 
 
 def fio_command(seconds: int, file: str = "/dev/vda") -> str:

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringplane.client.client import Client
 from ringplane.driver import Driver
 from unit.rig import LOGGING_AT_ONCE
 
 # Longer than any intended wait in these tests.
 PATIENCE = 30.0
+
+# For `serving`: an API.
+API = '[api]\nsocket = "api.sock"\n'
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Served:
     def driver(self, disk: int = 0, **options: Any) -> Driver:
         return Driver(self.folder / f"{disk}.sock", timeout=PATIENCE, memory_size=64 << 20, **options)
 
+    def client(self) -> Client:
+        """For its API (`process=API`)."""
+        return Client(self.folder / "api.sock")
+
     def logged(self) -> str:
         return (self.folder / "log").read_text()
 
@@ -56,12 +64,20 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 @contextlib.contextmanager
 def serving(
-    *disks: Disk, engine: str = "io_uring", program: str = LOGGING_AT_ONCE, status: int = 0, threads: int = 1
+    *disks: Disk,
+    engine: str = "io_uring",
+    program: str = LOGGING_AT_ONCE,
+    status: int = 0,
+    threads: int = 1,
+    process: str = "",
 ) -> Iterator[Served]:
-    """Serve all disks on the I/O threads; `program` is what Python runs as `ringplane`, `status` what it ends with."""
+    """Serve all disks on the I/O threads; `program` is what Python runs as `ringplane`, `status` what it ends with.
+
+    `process`: keys and tables of the process, for its file of options.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tables = [f'[[io-thread]]\nname = "io{number}"\nengine = "{engine}"\n' for number in range(threads)]
+        tables = [process, *(f'[[io-thread]]\nname = "io{number}"\nengine = "{engine}"\n' for number in range(threads))]
         for number, disk in enumerate(disks):
             tables.append(
                 f'[[disk]]\nimage = "{disk.image}"\nsocket-path = "{number}.sock"\nnum-queues = {disk.queues}\n'
@@ -98,4 +114,34 @@ def serving(
             # Storage that hangs blocks even this, until it is unmounted afterwards.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE / 10)
+            assert process.stdout is not None
             process.stdout.close()
+
+
+def upgrade(served: Served) -> None:
+    """Start a process that takes over; it is the process of `served` from then on."""
+    following = _start_again(served, "--upgrade")
+    assert served.process.wait(PATIENCE) == 0, served.logged()
+    _replace(served, following)
+
+
+def restart(served: Served) -> None:
+    """Stop the process, and start another one with the same options, which serves when this returns."""
+    served.process.terminate()
+    assert served.process.wait(PATIENCE) == 0, served.logged()
+    _replace(served, _start_again(served))
+    assert served.process.stdout
+    while ".sock" not in (line := served.process.stdout.readline()):
+        assert line, served.logged()
+
+
+def _start_again(served: Served, *more: str) -> subprocess.Popen[str]:
+    command = [*served.process.args, *more]  # type: ignore[misc]
+    with (served.folder / "log").open("a") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def _replace(served: Served, following: subprocess.Popen[str]) -> None:
+    assert served.process.stdout
+    served.process.stdout.close()
+    served.process = following

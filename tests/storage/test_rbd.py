@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from ceph import CephCluster
+from ringplane.api.schemas import Disks
+from ringplane.client.api_errors import ApiError
+from ringplane.client.client import disk_path
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
 from ringplane.driver.load import Load, run_load
@@ -27,8 +31,9 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
+from unit.rig import LOGGING_AT_ONCE
 
-from .serving import PATIENCE, Disk, serving, wait_until
+from .serving import API, PATIENCE, Disk, restart, serving, upgrade, wait_until
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -227,6 +232,148 @@ def _capacity(driver: Driver) -> int:
     return driver.capacity
 
 
+def test_a_size_that_is_not_whole_blocks(cluster: CephCluster, image: str) -> None:
+    with serving(Disk(cluster.address(image), block_size=4096)) as served, served.driver() as driver:
+        cluster.rbd("resize", image, "--size", f"{2 * SIZE + 512}B", "--no-progress")
+        wait_until(lambda: _capacity(driver) == 2 * SIZE, served.logged())
+
+
+def test_resizes_that_are_refused(cluster: CephCluster, image: str) -> None:
+    """Nothing is lost: not of an image that another client has made longer, nor of one that is served read-only."""
+    disks = Disk(cluster.address(image), block_size=4096), Disk(cluster.address(image), more="read-only = true")
+    with (
+        serving(disks[0], process=API, program=NOTICES_NOTHING) as one,
+        serving(disks[1], process=API) as two,
+    ):
+        cluster.rbd("resize", image, "--size", "128M", "--no-progress")
+        for served, size, why in (
+            (one, 96 * MIB, "has 134217728 bytes already"),
+            (one, 256 * MIB + 512, "not a multiple of the block size"),
+            (two, 256 * MIB, "is served read-only"),
+        ):
+            (disk,) = served.client().read("/v1/disks", Disks).disks
+            with pytest.raises(ApiError, match=why):
+                served.client().ask("POST", disk_path(disk.name, "resize"), {"size": size})
+        assert '"size":134217728' in cluster.rbd("info", image, "--format", "json")
+        (disk,) = one.client().read("/v1/disks", Disks).disks
+        one.client().ask("POST", disk_path(disk.name, "resize"), {"size": 256 * MIB})
+        assert '"size":268435456' in cluster.rbd("info", image, "--format", "json")
+
+
+# A process that does not notice what other clients do.
+NOTICES_NOTHING = f"""
+from ringplane.block.sources.rbd_image import OpenedImage
+OpenedImage.watch = lambda self, changed: None
+{LOGGING_AT_ONCE}"""
+
+
+@pytest.mark.parametrize("profile", ["rbd", "rbd-read-only"])
+def test_a_read_only_disk(cluster: CephCluster, image: str, profile: str) -> None:
+    """With the right to watch the image it notices a new size."""
+    user = f"{profile}-{image.partition('-')[2]}"
+    cluster.ceph("auth", "get-or-create", f"client.{user}", "mon", f"profile {profile}", "osd", f"profile {profile}")
+    key = cluster.ceph("auth", "print-key", f"client.{user}")
+    disk = Disk(cluster.address(image, f":id={user}:key={key}"), more="read-only = true")
+    with serving(disk) as served, served.driver() as driver:
+        assert driver.features & VIRTIO_BLK_F_RO
+        assert driver.read(0, 512) == bytes(512)
+        cluster.rbd("resize", image, "--size", "128M", "--no-progress")
+        if profile == "rbd":
+            wait_until(lambda: _capacity(driver) == 128 * MIB, served.logged())
+            assert driver.read(128 * MIB - 512, 512) == bytes(512)
+        else:
+            served.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: "may not watch it" in served.logged(), served.logged())
+            assert _capacity(driver) == SIZE
+
+
+# librbd keeps what is written until somebody flushes it.
+WRITE_BACK = (
+    ":rbd_cache_policy=writeback:rbd_cache_max_dirty=16777216:rbd_cache_target_dirty=16777216"
+    ":rbd_cache_max_dirty_age=3600:rbd_cache_writethrough_until_flush=false"
+)
+
+
+def test_what_the_other_end_of_a_migration_reads(cluster: CephCluster, image: str) -> None:
+    """Each one has a cache. When the rings of one have stopped, the other reads what was written, and back again."""
+    disk = Disk(cluster.address(image, WRITE_BACK), direct=False)
+    with serving(disk) as one, serving(disk) as two, one.driver() as first, two.driver() as second:
+        bases = {first: [0], second: second.stop()}
+        for number in range(1, 5):
+            here, there = (first, second) if number % 2 else (second, first)
+            here.write(0, bytes([number]) * MIB)
+            assert here.read(0, MIB) == bytes([number]) * MIB
+            bases[here] = here.stop()
+            there.start(bases[there])
+            assert there.read(0, MIB) == bytes([number]) * MIB
+        for each in (one, two):
+            assert "ERROR" not in each.logged()
+
+
+def test_what_the_next_process_reads(cluster: CephCluster, image: str) -> None:
+    """The running process of an upgrade leaves nothing in its cache; it does not even close the image."""
+    disk = Disk(cluster.address(image, WRITE_BACK), direct=False)
+    with serving(disk, program=CLOSES_NOTHING) as served, served.driver() as driver:
+        driver.write(0, b"w" * MIB)
+        upgrade(served)
+        assert driver.read(0, MIB) == b"w" * MIB
+
+
+CLOSES_NOTHING = f"""
+from ringplane.block.sources.rbd_image import OpenedImage
+OpenedImage.close = lambda self: None
+{LOGGING_AT_ONCE}"""
+
+
+def test_what_is_read_elsewhere_while_it_is_paused(cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    disk = Disk(cluster.address(image, WRITE_BACK), direct=False, more='name = "vm1"')
+    with serving(disk, process=API) as served, served.driver() as driver:
+        driver.write(0, b"p" * MIB)
+        served.client().ask("POST", disk_path("vm1", "pause"))
+        cluster.rbd("export", image, str(tmp_path / "exported"))
+        assert (tmp_path / "exported").read_bytes()[:MIB] == b"p" * MIB
+        served.client().ask("POST", disk_path("vm1", "resume"))
+        assert driver.read(0, MIB) == b"p" * MIB
+
+
+def test_a_state(cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    """What was changed at run time is there after a restart."""
+    disk = Disk(cluster.address(image), more='name = "vm1"')
+    with serving(disk, process=f'state = "{tmp_path / "state"}"\n{API}') as served:
+        served.client().ask("PATCH", disk_path("vm1"), {"limits": {"total-iops-sec": 1000}})
+        served.client().ask("POST", disk_path("vm1", "pause"))
+        restart(served)
+        (shown,) = served.client().read("/v1/disks", Disks).disks
+        assert (shown.limits, shown.paused) == ({"total-iops-sec": 1000}, True), served.logged()
+        served.client().ask("POST", disk_path("vm1", "resume"))
+        with served.driver() as driver:
+            driver.write(0, b"s" * 512)
+            assert driver.read(0, 512) == b"s" * 512
+
+
+# Runs a command where a library ($1) is missing from the folder of libraries ($2); all that ends with the command.
+WITHOUT_LIBRARY = """
+set -e
+mount -t tmpfs none "$3"
+mkdir "$3/upper" "$3/work"
+mount -t overlay none -o "lowerdir=$2,upperdir=$3/upper,workdir=$3/work" "$2"
+rm "$2/$1"*
+shift 3
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("library", ["librados.so.2", "librbd.so.1"])
+def test_a_missing_library(library: str, tmp_path: Path) -> None:
+    places = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
+    place = next(line for line in places.splitlines() if line.startswith(f"\t{library} ")).partition(" => ")[2]
+    hiding = ["unshare", "--mount", "sh", "-c", WITHOUT_LIBRARY, "sh", library, str(Path(place).resolve().parent)]
+    package = {"librados.so.2": "librados2", "librbd.so.1": "librbd1"}[library]
+    line = refusal("rbd:rbd/vm1", before=[*hiding, str(tmp_path)])
+    assert f"{library}: cannot open shared object file" in line
+    assert f"install Debian's package {package}" in line
+
+
 @pytest.mark.parametrize("kind", ["luks1", "luks2"])
 def test_an_encrypted_image(cluster: CephCluster, image: str, tmp_path: Path, kind: str) -> None:
     key, wrong = tmp_path / "key", tmp_path / "wrong"
@@ -247,9 +394,19 @@ def test_an_encrypted_image(cluster: CephCluster, image: str, tmp_path: Path, ki
     assert "passphrase" in refusal(cluster.address(image, encryption + str(wrong)))
 
 
-def refusal(address: str, *arguments: str) -> str:
-    """The one line with which `ringplane serve` ends."""
-    command = [sys.executable, "-m", "ringplane", "serve", "--image", address, "--socket-path", "/dev/shm/refused.sock"]
+def refusal(address: str, *arguments: str, before: Sequence[str] = ()) -> str:
+    """The one line with which `ringplane serve` ends; `before`: the beginning of the command that runs it."""
+    command = [
+        *before,
+        sys.executable,
+        "-m",
+        "ringplane",
+        "serve",
+        "--image",
+        address,
+        "--socket-path",
+        "/dev/shm/refused.sock",
+    ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE + 30)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -11,8 +11,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from ceph import CephCluster
+from ringplane.api.schemas import Disk as DiskState
+from ringplane.api.schemas import Disks
+from ringplane.client.api_errors import ApiError
+from ringplane.client.client import Client, disk_path
 from ringplane.driver import Driver
 from ringplane.driver.driver import Answer
 from ringplane.driver.load import Load, run_load
@@ -26,7 +33,7 @@ from ringplane.virtio.blk import (
 from unit.rig import LOGGING_AT_ONCE
 from unit.waiting import eventually, is_idle
 
-from .serving import PATIENCE, Disk, Served, serving, wait_until
+from .serving import API, PATIENCE, Disk, Served, serving, upgrade, wait_until
 
 MIB = 1 << 20
 OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
@@ -49,6 +56,17 @@ def stopped_osd(cluster: CephCluster) -> Iterator[None]:
         yield
     finally:
         cluster.signal_osd(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def verified_load(image: str, **options: Any) -> Iterator[tuple[Served, VerifiedLoad]]:
+    """A strictly confined process that serves the image, with a load; nothing may fail until the end of this `with`."""
+    with serving(Disk(image), program=STRICT, **options) as served, served.driver() as driver:
+        load = VerifiedLoad(driver)
+        load.start()
+        yield served, load
+        load.finish()
+        assert "ERROR" not in served.logged()
 
 
 class VerifiedLoad(threading.Thread):
@@ -97,15 +115,38 @@ class VerifiedLoad(threading.Thread):
 
 def test_an_osd_that_is_killed(failing_cluster: CephCluster) -> None:
     """Five times, while a confined process has requests in flight: they wait, and none fails."""
-    image = failing_cluster.new_image()
-    with serving(Disk(failing_cluster.address(image)), program=STRICT) as served, served.driver() as driver:
-        load = VerifiedLoad(driver)
-        load.start()
+    with verified_load(failing_cluster.address(failing_cluster.new_image())) as (_, load):
         for _ in range(5):
             load.continues()
             failing_cluster.kill_osd()
-        load.finish()
-        assert "ERROR" not in served.logged()
+
+
+def test_a_monitor_that_is_gone(failing_cluster: CephCluster) -> None:
+    """Nobody needs it while the OSD is where it was: not under load, not for the end of a process."""
+    with verified_load(failing_cluster.address(failing_cluster.new_image())) as (served, load):
+        load.continues()
+        failing_cluster.kill_monitor()
+        try:
+            for _ in range(2):
+                load.continues()
+            assert "WARNING" not in served.logged()
+        finally:
+            failing_cluster.start()
+        for _ in range(2):
+            load.continues()
+        failing_cluster.kill_osd()
+
+
+def test_a_process_that_ends_without_a_monitor(failing_cluster: CephCluster) -> None:
+    image = failing_cluster.new_image()
+    try:
+        with serving(Disk(failing_cluster.address(image))) as served:
+            with served.driver() as driver:
+                driver.write(0, b"a" * 512)
+                driver.flush()
+            failing_cluster.kill_monitor()
+    finally:
+        failing_cluster.start()
 
 
 def test_an_osd_that_is_stopped(failing_cluster: CephCluster, tmp_path: Path) -> None:
@@ -205,6 +246,65 @@ def test_a_start_while_the_cluster_hangs(failing_cluster: CephCluster) -> None:
         assert "stopped by SIGTERM while starting" in errors
 
 
+def test_a_pause_while_the_cluster_hangs(failing_cluster: CephCluster) -> None:
+    """It is answered in time, and says what hangs; the disk can be resumed when the cluster is back, and not before."""
+    disk = Disk(failing_cluster.address(failing_cluster.new_image()), more='name = "vm1"')
+    with serving(disk, process=API, program=IMPATIENT) as served, served.driver() as driver:
+        client = served.client()
+        driver.write(0, b"a" * 512)
+        with stopped_osd(failing_cluster):
+            answer = later(driver, b"b" * 512)
+            wait_until(lambda: shown(served).in_flight == 1, "the write is fetched")
+            with pytest.raises(ApiError, match="pause has not ended after 2 seconds: 1 request in flight, storage"):
+                client.ask("POST", disk_path("vm1", "pause"))
+            with pytest.raises(ApiError, match="flush has not ended after 2 seconds"):
+                client.ask("POST", disk_path("vm1", "flush"))
+            assert shown(served).paused
+            assert not answer
+        wait_until(lambda: answer, "the write ends")
+        # A turn that began before the cluster was back may take longer than this program waits.
+        wait_until(lambda: _succeeds(client, "resume"), served.logged())
+        assert not shown(served).paused
+        assert driver.read(0, 512) == b"b" * 512
+        client.ask("POST", disk_path("vm1", "pause"))
+        client.ask("POST", disk_path("vm1", "resume"))
+
+
+# A process whose operations are given up soon.
+IMPATIENT = f"""
+from ringplane.control.turns import Turns
+Turns.take.__defaults__ = (2.0,)
+{LOGGING_AT_ONCE}"""
+
+
+def _succeeds(client: Client, operation: str) -> bool:
+    try:
+        client.ask("POST", disk_path("vm1", operation))
+    except ApiError:
+        return False
+    return True
+
+
+def shown(served: Served) -> DiskState:
+    """What the API says of the only disk."""
+    (disk,) = served.client().read("/v1/disks", Disks).disks
+    return disk
+
+
+def test_completed_writes_are_in_the_cluster(failing_cluster: CephCluster) -> None:
+    """Also with librbd's cache: a guest outlives a process that is killed, and so must what it has written."""
+    image = failing_cluster.new_image()
+    with serving(Disk(failing_cluster.address(image), direct=False)) as served, served.driver() as driver:
+        driver.write(0, b"a" * 512)
+        # From now on librbd would keep writes.
+        driver.flush()
+        with stopped_osd(failing_cluster):
+            answer = later(driver, b"b" * 512)
+            wait_until(lambda: is_idle(served.process.pid), "the write is fetched")
+            assert not answer
+        wait_until(lambda: answer, "the write ends")
+
+
 def test_requests_that_time_out(failing_cluster: CephCluster) -> None:
     image = failing_cluster.new_image()
     address = failing_cluster.address(image, ":rados_osd_op_timeout=2")
@@ -223,8 +323,9 @@ def test_requests_that_time_out(failing_cluster: CephCluster) -> None:
 def test_a_blocklisted_client(cluster: CephCluster) -> None:
     """Everything fails at once and for good, and the log has one line."""
     image = cluster.new_image()
-    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+    with serving(Disk(cluster.address(image)), process=API) as served, served.driver() as driver:
         driver.write(0, b"a" * 512)
+        assert shown(served).trouble is None
         client = cluster.rbd("status", image).split("watcher=")[1].split()[0]
         cluster.ceph("osd", "blocklist", "add", client)
         wait_until(lambda: driver.request(VIRTIO_BLK_T_OUT, 0, b"b" * 512).status == IOERR, served.logged())
@@ -233,6 +334,8 @@ def test_a_blocklisted_client(cluster: CephCluster) -> None:
         assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR
         assert served.logged().count("has blocklisted this client") == 1
         assert "ERROR" not in served.logged()
+        state = shown(served)
+        assert (state.trouble, state.state, state.flush_failed) == ("blocklisted", "attached", True)
     with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
         assert driver.read(0, 512) == b"a" * 512
 
@@ -254,23 +357,7 @@ def test_two_processes_with_one_image(cluster: CephCluster) -> None:
 
 
 def test_an_upgrade_under_load(cluster: CephCluster) -> None:
-    image = cluster.new_image()
-    with serving(Disk(cluster.address(image)), program=STRICT) as served, served.driver() as driver:
-        load = VerifiedLoad(driver)
-        load.start()
+    with verified_load(cluster.address(cluster.new_image())) as (served, load):
         for _ in range(3):
             load.continues()
             upgrade(served)
-        load.finish()
-        assert "ERROR" not in served.logged()
-
-
-def upgrade(served: Served) -> None:
-    """Start a process that takes over; it is the process of `served` from then on."""
-    command = [*served.process.args, "--upgrade"]  # type: ignore[misc]
-    with (served.folder / "log").open("a") as log:
-        following = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    assert served.process.wait(PATIENCE) == 0, served.logged()
-    assert served.process.stdout
-    served.process.stdout.close()
-    served.process = following
