@@ -35,7 +35,7 @@ def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NbdServer
 def arguments(server: NbdServer, *more: str) -> tuple[str, ...]:
     """Of a process to which disks of this server can be added."""
     folders = ("--api-socket", "api.sock", "--allow-folder", ".", "--io-threads", "2")
-    return (*folders, "--allow-server", f"nbd+unix:///?socket={server.path}", *more)
+    return (*folders, "--allow-server", f"nbd+unix:///?socket={server.path.name}", *more)
 
 
 def body(server: NbdServer, **more: Any) -> dict[str, Any]:

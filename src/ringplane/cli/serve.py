@@ -202,7 +202,8 @@ def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
 def places_of(api: ApiOptions) -> dict[Hashable, Sequence[Place]]:
     """Where its servers are now, because a confined process cannot look them up. Raises ClickException."""
     try:
-        return {server.server: find_places(server) for server in api.allow_servers}
+        # The process that connects is in another folder.
+        return {server.server: find_places(server.with_paths(Path.absolute)) for server in api.allow_servers}
     except ValueError as error:
         raise click.ClickException(str(error)) from None
 
