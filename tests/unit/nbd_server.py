@@ -71,7 +71,7 @@ Reply = Callable[[Request, "NbdServer"], bytes | None]
 
 @dataclass
 class NbdServer:
-    """Serves `content` at a UNIX socket; each connection is a thread."""
+    """Serves `content` at a UNIX socket, or at a TCP port; each connection is a thread."""
 
     path: Path
     content: bytearray
@@ -82,6 +82,10 @@ class NbdServer:
     # What is sent instead of the greeting, for hostile servers.
     greeting: Callable[[socket.socket], bool] = lambda sock: True
     go_supported: bool = True
+    # After the handshake.
+    hangs_up: bool = False
+    # 0 becomes one that is free; None: it listens at `path`.
+    port: int | None = None
     requests: list[Request] = field(default_factory=list)
     connections: list[socket.socket] = field(default_factory=list)
     accepted: int = 0
@@ -93,14 +97,22 @@ class NbdServer:
 
     @property
     def uri(self) -> str:
-        return f"nbd+unix:///disk?socket={self.path}"
+        return f"nbd+unix:///disk?socket={self.path}" if self.port is None else f"nbd://127.0.0.1:{self.port}/disk"
 
     def start(self) -> None:
+        listener = self._listener = self._listen()
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def _listen(self) -> socket.socket:
+        if self.port is not None:
+            listener = socket.create_server(("127.0.0.1", self.port))
+            self.port = listener.getsockname()[1]
+            return listener
         self.path.unlink(missing_ok=True)
-        listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(self.path))
         listener.listen()
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        return listener
 
     def stop(self) -> None:
         """As if it had been killed."""
@@ -136,7 +148,7 @@ class NbdServer:
         with sock, contextlib.suppress(OSError, EOFError, HangUp):
             if self.greeting(sock):
                 self._negotiate(sock)
-                while True:
+                while not self.hangs_up:
                     sock.sendall(self._answer(_request(sock)))
             else:
                 # Until the client gives up.

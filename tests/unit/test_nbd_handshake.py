@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -18,6 +19,7 @@ from ringplane.block.sources.nbd import connecting
 from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd.connecting import connect, find_places
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
+from ringplane.control.config import ConfigError, read_config
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import parse_image
 from ringplane.options.nbd_uri import NbdUri, parse
@@ -89,6 +91,60 @@ def test_names_and_paths() -> None:
     assert uri.with_paths(Path("/top").joinpath).socket == Path("/top/run/x.sock")
     assert parse("nbd+unix:///?socket=run/x.sock").stem == "x"
     assert parse("nbd://HOST/a").identity == parse("nbd://host:10809/a").identity
+
+
+TABLES = {
+    'server = { host = "storage1" }': NbdUri("", "storage1"),
+    'server = { type = "inet", host = "::1", port = "10810" }\nexport = "a b"': NbdUri("a b", "::1", 10810),
+    'server = { host = "storage1", port = 10810 }': NbdUri("", "storage1", 10810),
+    'server = { type = "unix", path = "/run/nbd.sock" }\nexport = "disk"': NbdUri("disk", socket=Path("/run/nbd.sock")),
+}
+
+
+@pytest.mark.parametrize("keys", TABLES)
+def test_a_table_of_a_configuration_file(keys: str, tmp_path: Path) -> None:
+    (tmp_path / "disks.toml").write_text(f'[[disk]]\nsocket-path = "vm1.sock"\n[disk.nbd]\n{keys}\n')
+    (disk,) = read_config(tmp_path / "disks.toml").disks
+    assert disk.image == TABLES[keys]
+    assert disk.image == parse(str(disk.image))
+
+
+def test_a_relative_path_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "disks.toml").write_text('[[disk]]\nsocket-path = "a"\nnbd = { server = { path = "nbd.sock" } }\n')
+    (disk,) = read_config(tmp_path / "disks.toml").disks
+    assert disk.image == NbdUri("", socket=tmp_path / "nbd.sock")
+
+
+WRONG_TABLES = {
+    "nbd = 1": "is not a table; write it as [disk.nbd]",
+    'nbd = { export = "x" }': "nbd: server is missing; examples",
+    'nbd = { server = "storage1" }': 'server: "storage1" is not a table; examples',
+    'nbd = { server = { path = "/x", host = "y" } }': "is not an address; examples",
+    'nbd = { server = { type = "inet", path = "/x" } }': "is not an address; examples",
+    'nbd = { server = { type = "vsock", host = "x" } }': "is not an address; examples",
+    "nbd = { server = {} }": "is not an address; examples",
+    'nbd = { server = { host = "x", port = "http" } }': '"http" is not a port',
+    'nbd = { server = { host = "x", port = 65536 } }': "a port is a number from 1 to 65535",
+    "nbd = { server = { host = 1 } }": "server: 1 is not a printable text",
+    f'nbd = {{ server = {{ path = "{"x" * 108}" }} }}': "server: the path of a socket has 1 to 107 bytes",
+    'nbd = { server = { host = "x" }, export = 1 }': "export: 1 is not a printable text",
+    f'nbd = {{ server = {{ host = "x" }}, export = "{"x" * 4097}" }}': "export: the name of an export has at most 4096",
+    'nbd = { server = { host = "x" }, exprot = "y" }': 'unknown key "exprot"; did you mean "export"?',
+    'nbd = { server = { host = "x" }, tls-creds = "y" }': "tls-creds: NBD over TLS is not supported; use nbd://",
+    'nbd = { server = { host = "x" }, reconnect-delay = 5 }': "write nbd-reconnect-delay in [[disk]]",
+    'image = "x"\nnbd = { server = { host = "x" } }': "image and [disk.nbd] are both the image",
+    'nbd = { server = { host = "x" } }\nrbd = { pool = "p", image = "i" }': "[disk.nbd] and [disk.rbd] are both",
+    'image = "nbds://server/x"': "NBD over TLS is not supported; use nbd://",
+}
+
+
+@pytest.mark.parametrize("keys", WRONG_TABLES)
+def test_a_wrong_table_is_one_line(keys: str, tmp_path: Path) -> None:
+    (tmp_path / "disks.toml").write_text(f'[[disk]]\nsocket-path = "vm1.sock"\n{keys}\n')
+    with pytest.raises(ConfigError) as wrong:
+        read_config(tmp_path / "disks.toml")
+    (line,) = [line for line in str(wrong.value).splitlines() if "is missing; each disk" not in line]
+    assert WRONG_TABLES[keys] in line
 
 
 # Handshakes.
@@ -237,6 +293,24 @@ def test_a_server_that_says_nothing(listener: socket.socket, tmp_path: Path) -> 
         sock.close()
 
 
+def test_a_server_that_sends_one_byte_after_the_other(listener: socket.socket, tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def drip() -> None:
+        with listener.accept()[0] as sock, contextlib.suppress(OSError):
+            for byte in GREETING + STRUCTURED + information() * 60:
+                sock.sendall(bytes([byte]))
+                if ended.wait(0.02):
+                    break
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    with pytest.raises(HandshakeError, match="does not answer: no handshake"):
+        connect(find_places(NbdUri("x", socket=tmp_path / "nbd")), "x", patience=0.1)
+    ended.set()
+    dripping.join()
+
+
 def test_it_can_be_interrupted(listener: socket.socket, tmp_path: Path) -> None:
     class Once(Signals):
         def wait(self, fd: int, timeout: float | None = None) -> bool:
@@ -269,26 +343,11 @@ def test_tcp() -> None:
 
 
 def test_the_options_of_a_connection(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, NbdServerAt(listener, tmp_path):
-        uri = NbdUri("disk", "127.0.0.1", listener.getsockname()[1])
-        sock, export = connect(find_places(uri), uri.export)
-        with sock:
-            assert export.size == 4096
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == connecting.KEEPALIVE[socket.TCP_KEEPIDLE]
-
-
-class NbdServerAt:
-    """An NbdServer for one TCP connection."""
-
-    def __init__(self, listener: socket.socket, folder: Path) -> None:
-        self._server = NbdServer(folder / "nbd", bytearray(4096))
-        threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
-
-    def _serve(self, listener: socket.socket) -> None:
-        self._server._serve(listener.accept()[0])
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop()
+    server = NbdServer(tmp_path / "nbd", bytearray(4096), port=0)
+    uri = parse(server.uri)
+    sock, export = connect(find_places(uri), uri.export)
+    with sock:
+        assert export.size == 4096
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == connecting.KEEPALIVE[socket.TCP_KEEPIDLE]
+    server.stop()

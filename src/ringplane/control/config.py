@@ -210,9 +210,11 @@ class _Reader:
 
     def _image_of_table(self, place: str, table: Mapping[str, Any]) -> dict[str, Any]:
         """The image that a table of its own describes, as [disk.rbd] does, if there is one."""
-        for name in TABLES.keys() & table.keys():
-            if "image" in table:
-                self.problems.append(f"{place}image and [disk.{name}] are both the image of the disk; leave one out")
+        given = ["image"] if "image" in table else []
+        given += (f"[disk.{name}]" for name in TABLES if name in table)
+        if len(given) > 1:
+            self.problems.append(f"{place}{' and '.join(given[:2])} are both the image of the disk; leave one out")
+        for name in sorted(TABLES.keys() & table.keys()):
             with self.noting_problems(f"{place}{name}: "):
                 return {"image": image_of_table(name, table[name]).with_paths(self._complete)}
         return {}

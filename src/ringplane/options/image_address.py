@@ -30,7 +30,7 @@ SCHEMES: dict[str, str] = {
 
 # Modules with a function `from_table`, which makes a RemoteImage of a disk's table of this name in a file or in the
 # API, and the keys of such a table, `TABLE_KEYS`.
-TABLES: dict[str, str] = {"rbd": "rbd_address"}
+TABLES: dict[str, str] = {"nbd": "nbd_uri", "rbd": "rbd_address"}
 
 SERVER_EXAMPLES = "examples: nbd://storage1:10809, nbd+unix:///?socket=/run/nbd.sock, rbd::id=USER:conf=PATH"
 

@@ -1,4 +1,4 @@
-"""The address of an export of an NBD server: doc/uri.md of the NBD specification, without TLS.
+"""The address of an export of an NBD server: doc/uri.md of the NBD specification, or a table with QEMU's names; no TLS.
 
 nbd://HOST[:PORT]/EXPORT            nbd+unix:///EXPORT?socket=PATH
 """
@@ -8,21 +8,29 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ringplane.opener.server_places import Place
 from ringplane.options.image_address import RemoteImage
-from ringplane.options.kinds import shown
+from ringplane.options.kinds import shown, suggestion, text_from_toml
 
 # IANA's
 DEFAULT_PORT = 10809
 
 # A string of the protocol has at most this many bytes; and sun_path of unix(7) without the final zero.
 LONGEST_EXPORT, LONGEST_SOCKET = 4096, 107
+
+NO_TLS = "NBD over TLS is not supported; use nbd:// through a tunnel or in a network that you trust"
+
+# In a configuration file; and the keys of `server`, of which `type` says only what the others say too.
+TABLE_KEYS = ("server", "export")
+TCP_KEYS, UNIX_KEYS, TYPES = {"host", "port"}, {"path"}, {"inet": "host", "unix": "path"}
+
+SERVERS = 'examples: { host = "storage1", port = "10809" }, { path = "/run/nbd.sock" }'
 
 EXAMPLES = "examples: nbd://server:10809/disk1, nbd+unix:///disk1?socket=/run/nbd.sock"
 
@@ -96,15 +104,13 @@ def parse_server(text: str) -> NbdUri:
 def _parsed(text: str) -> NbdUri:
     scheme, _, rest = text.partition(":")
     if scheme.startswith("nbds"):
-        raise ValueError("NBD over TLS is not supported; use nbd:// through a tunnel or in a network that you trust")
+        raise ValueError(NO_TLS)
     if not rest.startswith("//"):
         raise ValueError(f"is not an NBD address; {EXAMPLES}; a file of this name is written with ./ before it")
     parts = urlsplit(text)
     if parts.fragment or "#" in text:
         raise ValueError("an NBD address has no part that begins with #; write %23 in the name of an export")
-    export = _decoded(parts.path.removeprefix("/"), "the name of the export")
-    if len(export.encode()) > LONGEST_EXPORT:
-        raise ValueError(f"the name of an export has at most {LONGEST_EXPORT} bytes")
+    export = _checked_export(_decoded(parts.path.removeprefix("/"), "the name of the export"))
     return _over_unix(parts, export) if scheme == "nbd+unix" else _over_tcp(parts, export)
 
 
@@ -114,10 +120,7 @@ def _over_unix(parts: SplitResult, export: str) -> NbdUri:
     given = dict(parameter.partition("=")[::2] for parameter in parts.query.split("&"))
     if given.keys() != {"socket"} or parts.query.count("=") != 1:
         raise ValueError(f"its only parameter is socket, the path of the server's socket; {EXAMPLES}")
-    path = _decoded(given["socket"], "the path of the socket")
-    if not 0 < len(os.fsencode(path)) <= LONGEST_SOCKET:
-        raise ValueError(f"the path of a socket has 1 to {LONGEST_SOCKET} bytes")
-    return NbdUri(export, socket=Path(path))
+    return NbdUri(export, socket=_checked_socket(_decoded(given["socket"], "the path of the socket")))
 
 
 def _over_tcp(parts: SplitResult, export: str) -> NbdUri:
@@ -130,9 +133,68 @@ def _over_tcp(parts: SplitResult, export: str) -> NbdUri:
         raise ValueError(f"the host is missing; {EXAMPLES}")
     # Raises ValueError.
     port = parts.port
-    if port == 0:
+    return NbdUri(export, host, DEFAULT_PORT if port is None else _checked_port(port))
+
+
+def from_table(table: Mapping[str, Any]) -> NbdUri:
+    """The export that a table of a configuration file describes, with the names of QEMU's `blockdev-add`.
+
+    Raises ValueError.
+    """
+    for key in table:
+        if key.startswith("tls-"):
+            raise ValueError(f"{key}: {NO_TLS}")
+        if key == "reconnect-delay":
+            raise ValueError("reconnect-delay is a key of the disk: write nbd-reconnect-delay in [[disk]]")
+        if key not in TABLE_KEYS:
+            raise ValueError(f"unknown key {shown(key)}{suggestion(key, TABLE_KEYS)}")
+    if "server" not in table:
+        raise ValueError(f"server is missing; {SERVERS}")
+    try:
+        export = _checked_export(text_from_toml(table["export"])) if "export" in table else ""
+    except ValueError as error:
+        raise ValueError(f"export: {error}") from None
+    try:
+        return _at_server(table["server"], export)
+    except ValueError as error:
+        raise ValueError(f"server: {error}") from None
+
+
+def _at_server(server: Any, export: str) -> NbdUri:
+    if not isinstance(server, Mapping):
+        raise ValueError(f"{shown(server)} is not a table; {SERVERS}")
+    keys = server.keys() - {"type"}
+    wanted = server.get("type", "unix" if "path" in keys else "inet")
+    if keys not in ({"host"}, TCP_KEYS, UNIX_KEYS) or TYPES.get(str(wanted)) not in keys:
+        raise ValueError(f"{shown(dict(server))} is not an address; {SERVERS}")
+    if "path" in keys:
+        return NbdUri(export, socket=_checked_socket(text_from_toml(server["path"])))
+    return NbdUri(export, text_from_toml(server["host"]), _port(server.get("port", DEFAULT_PORT)))
+
+
+def _port(value: Any) -> int:
+    """QEMU writes it as a text."""
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ValueError(f"{shown(value)} is not a port, which is a number from 1 to 65535")
+    return _checked_port(int(value))
+
+
+def _checked_export(export: str) -> str:
+    if len(export.encode()) > LONGEST_EXPORT:
+        raise ValueError(f"the name of an export has at most {LONGEST_EXPORT} bytes")
+    return export
+
+
+def _checked_socket(path: str) -> Path:
+    if not 0 < len(os.fsencode(path)) <= LONGEST_SOCKET:
+        raise ValueError(f"the path of a socket has 1 to {LONGEST_SOCKET} bytes")
+    return Path(path)
+
+
+def _checked_port(port: int) -> int:
+    if not 0 < port < 1 << 16:
         raise ValueError("a port is a number from 1 to 65535")
-    return NbdUri(export, host, DEFAULT_PORT if port is None else port)
+    return port
 
 
 def _decoded(text: str, what: str) -> str:
