@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import itertools
 import logging
 import os
 import random
@@ -11,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,15 @@ import ringplane
 from ringplane.block.image import ImageError
 from ringplane.block.sources.choose_source import open_source, take_over_source
 from ringplane.block.sources.nbd import protocol as nbd
-from ringplane.block.sources.nbd import receiving
+from ringplane.block.sources.nbd import receiving, reconnecting, silence
 from ringplane.block.sources.nbd.connecting import connect, find_places
 from ringplane.block.sources.nbd.handshake import HandshakeError
+from ringplane.block.sources.nbd.link import Link
+from ringplane.block.sources.nbd.nbd_source import NbdSource
+from ringplane.block.sources.nbd.nbd_units import obey
 from ringplane.control.export import Export
+from ringplane.control.handover import HandoverError
+from ringplane.control.taking_over import Predecessor
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
 from ringplane.options.disk_config import DiskConfig
@@ -326,6 +334,60 @@ def test_chunks(server: NbdServer, served: Served) -> None:
     assert served().read(0, 65536) == server.content[:65536]
 
 
+def in_pieces(server: NbdServer, request: Request, chance: random.Random) -> list[bytes]:
+    """Chunks with the data of a read, in any order; the last one says that it is the last."""
+    cuts = sorted({0, request.length, *(chance.randrange(request.length) for _ in range(chance.randrange(9)))})
+    pieces = list(itertools.pairwise(cuts))
+    chance.shuffle(pieces)
+    empty_end = chance.random() < 0.5
+    found = []
+    for number, (start, end) in enumerate(pieces, 1):
+        place, done = request.offset + start, number == len(pieces) and not empty_end
+        data = bytes(server.content[place : place + end - start])
+        if any(data):
+            found.append(data_chunk(request, place, data, done=done))
+        else:
+            found.append(hole_chunk(request, place, len(data), done=done))
+    return [*found, chunk(request, nbd.TYPE_NONE, done=True)] if empty_end else found
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_chunks_in_any_order_between_those_of_other_replies(server: NbdServer, served: Served) -> None:
+    chance, held = random.Random(7), list[Request]()
+    for _ in range(100):
+        start = chance.randrange(SIZE)
+        server.content[start : start + 8192] = bytes(len(server.content[start : start + 8192]))
+
+    def shuffle(request: Request, server: NbdServer) -> bytes:
+        held.append(request)
+        if len(held) < 8:
+            return b""
+        replies = [in_pieces(server, each, chance) for each in held]
+        held.clear()
+        sent = []
+        while replies:
+            reply = chance.choice(replies)
+            sent.append(reply.pop(0))
+            if not reply:
+                replies.remove(reply)
+        return b"".join(sent)
+
+    server.reply = shuffle
+    driver = served()
+    for _ in range(25):
+        wanted = []
+        for _ in range(8):
+            length = chance.randrange(1, 100) * 512
+            sector = chance.randrange((SIZE - length) // 512)
+            framing = [512] * (length // 512) if length < 40 * 512 else [length]
+            sent = driver._submit_request(READ, sector, b"", length, 0, writable=[*framing, 1])
+            wanted.append((sent, server.content[sector * 512 :][:length]))
+        for sent, data in wanted:
+            answer = driver._answer(*sent)
+            assert (answer.status, answer.data) == (OK, data)
+    assert server.accepted == 1
+
+
 def test_errors_of_the_server(server: NbdServer, served: Served, structured: bool) -> None:
     def fail(request: Request, server: NbdServer) -> bytes | None:
         if request.offset < 65536:
@@ -407,12 +469,20 @@ STRUCTURED_FAULTS = {
     "wrong length    ": lambda request: hole_chunk(request, request.offset, 0, done=True),
     "wrong length     ": lambda request: error_chunk(request, 0),
     "wrong length      ": lambda request: error_chunk(request, 5, bytes(60000)),
-    "not in order": lambda request: data_chunk(request, request.offset, bytes(4097), done=True),
-    "not in order ": lambda request: data_chunk(request, request.offset + 1, bytes(4096), done=True),
-    "not in order  ": lambda request: data_chunk(request, request.offset - 512, bytes(4096), done=True),
-    "not in order   ": lambda request: data_chunk(request, request.offset, bytes(512)) * 2,
-    "not in order    ": lambda request: hole_chunk(request, request.offset, 0xFFFFFFFF, done=True),
-    "not in order     ": lambda request: data_chunk(request, 1 << 63, bytes(4096), done=True),
+    "not asked for": lambda request: data_chunk(request, request.offset, bytes(4097), done=True),
+    "not asked for ": lambda request: data_chunk(request, request.offset + 1, bytes(4096), done=True),
+    "not asked for  ": lambda request: data_chunk(request, request.offset - 512, bytes(4096), done=True),
+    "not asked for   ": lambda request: hole_chunk(request, request.offset, 0xFFFFFFFF, done=True),
+    "not asked for    ": lambda request: data_chunk(request, 1 << 63, bytes(4096), done=True),
+    "not asked for     ": lambda request: data_chunk(request, request.offset + 4096, bytes(1), done=True),
+    "or twice": lambda request: data_chunk(request, request.offset, bytes(4096)) + hole_chunk(request, 4096, 1),
+    "or twice ": lambda request: (
+        data_chunk(request, request.offset, bytes(2048)) + data_chunk(request, request.offset, bytes(2048), done=True)
+    ),
+    "or twice  ": lambda request: (
+        hole_chunk(request, request.offset + 512, 3584) + hole_chunk(request, request.offset + 512, 512, done=True)
+    ),
+    "does not end": lambda request: error_chunk(request, 5, done=False) * (receiving.MOST_ERRORS + 1),
     "before all data": lambda request: data_chunk(request, request.offset, bytes(4095), done=True),
     "before all data ": lambda request: chunk(request, nbd.TYPE_NONE, done=True),
     "was not sent": lambda request: chunk(with_cookie(request, lambda cookie: cookie ^ 1), nbd.TYPE_NONE, done=True),
@@ -514,10 +584,78 @@ def test_requests_fail_when_it_takes_too_long(
     driver = served(nbd_reconnect_delay=1)
     server.stop()
     assert driver.request(READ, 0, read=512).status == IOERR
-    assert any("no connection for 1 s; requests fail until there is one" in line for line in caplog.messages)
+    assert any(
+        "requests have waited for 1 s; they fail until there is a connection" in line for line in caplog.messages
+    )
     assert driver.request(READ, 0, read=512).status == IOERR
     server.start()
     assert eventually(lambda: driver.request(READ, 0, read=512).status == OK)
+
+
+def hang_up_at(sector: int) -> Callable[[Request, NbdServer], bytes | None]:
+    """The server ends each connection at requests for this sector."""
+
+    def reply(request: Request, server: NbdServer) -> bytes | None:
+        if request.offset == sector * 512:
+            raise HangUp
+        return None
+
+    return reply
+
+
+def test_a_server_that_hangs_up_at_a_certain_request(
+    server: NbdServer, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers others, also on the next connection, and so again and again: the delay is over nevertheless."""
+    server.reply = hang_up_at(100)
+    driver = served(nbd_reconnect_delay=1)
+    assert driver.request(WRITE, 100, bytes(4096)).status == IOERR
+    assert any("requests have waited for 1 s" in line for line in caplog.messages)
+    # There are pauses between its connections.
+    assert server.accepted < 20
+    assert eventually(lambda: driver.request(READ, 0, read=4096).status == OK)
+
+
+def test_a_server_that_hangs_up_at_once(server: NbdServer, served: Served) -> None:
+    """After each handshake, without a request: the pauses become longer, and requests do not wait for ever."""
+    driver = served(nbd_reconnect_delay=1)
+    server.hangs_up = True
+    server.drop_connections()
+    assert driver.request(READ, 0, read=4096).status == IOERR
+    assert server.accepted < 20
+    server.hangs_up = False
+    assert eventually(lambda: driver.request(READ, 0, read=4096).status == OK)
+
+
+class Failing:
+    """An epoll instance that can watch no socket once."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll, self._failed = epoll, False
+
+    def register(self, fd: int, events: int) -> None:
+        if not self._failed:
+            self._failed = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._epoll.register(fd, events)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_connection_that_cannot_be_watched(
+    server: NbdServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ringplane.serve(server.uri, tmp_path / "socket", num_queues=1, nbd_reconnect_delay=3600) as export:
+        assert isinstance(export.disk.source, NbdSource)
+        [link] = export.disk.source._links
+        link._epoll = Failing(link._epoll)  # type: ignore[assignment]
+        with Driver(tmp_path / "socket", timeout=PATIENCE) as driver:
+            server.drop_connections()
+            assert driver.read(0, 4096) == server.content[:4096]
+    words = "cannot connect again: its connection cannot be used: No space left on device"
+    assert any(words in line for line in caplog.messages)
 
 
 def test_a_server_that_comes_back_smaller(server: NbdServer, served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -600,33 +738,308 @@ def test_a_server_that_is_started_again_between_two_guests(
             wait_until(lambda: export.state != "attached")
 
 
+# Servers that hang.
+
+
+@pytest.fixture
+def hanging(server: NbdServer) -> Iterator[threading.Event]:
+    """The server replies to no request until this event is set."""
+    go = threading.Event()
+
+    def hang(request: Request, server: NbdServer) -> None:
+        assert go.wait(PATIENCE)
+
+    server.reply = hang
+    yield go
+    go.set()
+
+
 @pytest.mark.parametrize("structured", [True], indirect=True)
-def test_replies_to_its_successor_are_left_alone(server: NbdServer, tmp_path: Path) -> None:
+def test_a_disk_is_paused_while_its_server_hangs(server: NbdServer, hanging: threading.Event, tmp_path: Path) -> None:
+    """What is in flight is waited for; nothing more is fetched until the disk is resumed."""
+    with (
+        ringplane.serve(server.uri, tmp_path / "socket", num_queues=1) as export,
+        Driver(tmp_path / "socket", timeout=PATIENCE) as driver,
+    ):
+        first = driver._submit_request(READ, 0, b"", 4096, 0)
+        wait_until(lambda: len(server.requests) == 1)
+        pausing = threading.Thread(target=export.pause)
+        pausing.start()
+        wait_until(lambda: export.paused)
+        second = driver._submit_request(READ, 8, b"", 4096, 0)
+        assert export.in_flight == 1
+        assert pausing.is_alive()
+        hanging.set()
+        pausing.join(PATIENCE)
+        assert driver._answer(*first).data == server.content[:4096]
+        assert len(server.requests) == 1
+        export.resume()
+        assert driver._answer(*second).data == server.content[4096:8192]
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_front_end_that_stops_its_rings_while_the_server_hangs(
+    server: NbdServer, hanging: threading.Event, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gets its answer when the request in flight has ended."""
+    with (
+        ringplane.serve(server.uri, tmp_path / "socket", num_queues=1),
+        Driver(tmp_path / "socket", timeout=PATIENCE) as driver,
+    ):
+        sent = driver._submit_request(READ, 0, b"", 4096, 0)
+        wait_until(lambda: len(server.requests) == 1)
+        bases: list[list[int]] = []
+        stopping = threading.Thread(target=lambda: bases.append(driver.stop()))
+        stopping.start()
+        wait_until(lambda: "waiting for 1 requests in flight" in caplog.text)
+        assert not bases
+        hanging.set()
+        stopping.join(PATIENCE)
+        assert bases == [[1]]
+        assert driver._answer(*sent).data == server.content[:4096]
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_front_ends_that_come_and_go_while_the_server_hangs(
+    server: NbdServer, hanging: threading.Event, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The memory of one that has gone stays mapped until its request has ended; the next one is served then."""
+    with ringplane.serve(server.uri, tmp_path / "socket", num_queues=1):
+        gone = Driver(tmp_path / "socket", timeout=PATIENCE)
+        gone._submit_request(READ, 0, b"", 4096, 0)
+        wait_until(lambda: len(server.requests) == 1)
+        gone._close_connection()
+        came: list[bytes] = []
+
+        def come() -> None:
+            with Driver(tmp_path / "socket", timeout=PATIENCE) as driver:
+                came.append(driver.read(4096, 4096))
+
+        coming = threading.Thread(target=come)
+        coming.start()
+        wait_until(lambda: "waiting for 1 requests in flight" in caplog.text)
+        assert not came
+        hanging.set()
+        coming.join(PATIENCE)
+        assert came == [server.content[4096:8192]]
+
+
+# Handing over, closing. The source is that of a disk without an I/O thread.
+
+
+@pytest.fixture
+def config(server: NbdServer, tmp_path: Path) -> DiskConfig:
+    return DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket", nbd_reconnect_delay=3600)
+
+
+@pytest.fixture
+def source(config: DiskConfig) -> Iterator[NbdSource]:
+    with contextlib.closing(open_source(config).prepare([])) as made:
+        assert isinstance(made, NbdSource)
+        made.part(64)
+        made.watch(lambda: None)
+        yield made
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_more_than_is_handled_in_a_turn(server: NbdServer, config: DiskConfig) -> None:
+    """A server may send as fast as it is received: the rest comes in later turns, after those of other disks."""
+    sent = threading.Event()
+
+    def send_much(request: Request, server: NbdServer) -> bytes:
+        server.connections[0].sendall(error_chunk(request, errno.EIO, done=False) * 1000)
+        sent.set()
+        return chunk(request, nbd.TYPE_NONE, done=True)
+
+    server.reply = send_much
+    with contextlib.closing(open_source(config).prepare([])) as source:
+        link = source.part(64)
+        assert isinstance(link, Link)
+        # A few bytes with each call, as after a long read.
+        link.record["eager"], link.record["sync_wanted"] = receiving.SHORT, 1
+        obey(link.address, 0)
+        assert sent.wait(PATIENCE)
+        turns = 0
+        while link.record["unanswered"]:
+            obey(link.address, 0)
+            turns += 1
+        assert turns >= 1000 * 26 // (receiving.SHORT * receiving.MOST_CALLS)
+        assert link.record["sync_result"] == -errno.EIO
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_replies_to_its_successor_are_left_alone(source: NbdSource) -> None:
     """Between the end of its I/O and its own end both processes have the connection."""
-    config = DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket")
-    with contextlib.closing(open_source(config).prepare([])) as source:
-        source.part(64)
-        source.watch(lambda: None)
-        [fd] = source.hand_over()["nbd"]["connections"]
-        with socket.socket(fileno=os.dup(fd.number)) as successor:
-            for _ in range(20):
-                successor.send(struct.pack(">IHHQQI", nbd.REQUEST_MAGIC, 0, nbd.CMD_READ, 1, 0, 512))
-                readable = select.poll()
-                readable.register(successor, select.POLLIN)
-                assert readable.poll(PATIENCE * 1000)
-                assert len(successor.recv(8192)) == 20 + 8 + 512
+    [fd] = source.hand_over()["nbd"]["connections"]
+    source.let_go()
+    with socket.socket(fileno=os.dup(fd.number)) as successor:
+        for _ in range(20):
+            successor.send(struct.pack(">IHHQQI", nbd.REQUEST_MAGIC, 0, nbd.CMD_READ, 1, 0, 512))
+            readable = select.poll()
+            readable.register(successor, select.POLLIN)
+            assert readable.poll(PATIENCE * 1000)
+            # Nor does a flush that comes too late look at what arrives.
+            with pytest.raises(OSError, match="another process takes over the disk"):
+                source.sync()
+            assert len(successor.recv(8192)) == 20 + 8 + 512
 
 
 @pytest.mark.parametrize("structured", [True], indirect=True)
-def test_a_successor_that_never_serves_leaves_the_connection_as_it_is(server: NbdServer, tmp_path: Path) -> None:
-    config = DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket")
-    with contextlib.closing(open_source(config).prepare([])) as source:
-        source.part(64)
-        source.watch(lambda: None)
-        with contextlib.closing(take_over_source(config, source.hand_over()).prepare([])) as successor:
-            successor.part(64)
+def test_a_successor_that_never_serves_leaves_the_connection_as_it_is(
+    server: NbdServer, config: DiskConfig, source: NbdSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with contextlib.closing(take_over_source(config, source.hand_over()).prepare([])) as successor:
+        successor.part(64)
+        source.let_go()
+    source.take_back()
+    source.sync()
+    assert server.commands() == [nbd.CMD_FLUSH]
+    # And its end is noticed as before.
+    server.drop_connections()
+    wait_until(lambda: "connected again" in caplog.text)
+    source.sync()
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_connection_that_was_offered_and_lost(
+    server: NbdServer, source: NbdSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The successor would have one that has ended."""
+    caplog.set_level(logging.INFO)
+    source.hand_over()
+    server.drop_connections()
+    wait_until(lambda: "connected again" in caplog.text)
+    with pytest.raises(ImageError, match="was lost, or made again, meanwhile; try again"):
+        source.let_go()
+    source.take_back()
+    source.sync()
+    source.hand_over()
+    source.let_go()
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_an_upgrade_while_the_connection_is_lost(
+    server: NbdServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is refused in one line, and the running process serves on."""
+    caplog.set_level(logging.INFO)
+    take = Predecessor.take
+
+    def take_late(self: Predecessor, *arguments: Any) -> None:
+        server.drop_connections()
+        wait_until(lambda: "connected again" in caplog.text)
+        take(self, *arguments)
+
+    monkeypatch.setattr(Predecessor, "take", take_late)
+    path, options = tmp_path / "socket", {"num_queues": 1, "nbd_reconnect_delay": 3600}
+    with (
+        ringplane.serve(server.uri, path, upgradable=True, **options) as export,
+        Driver(path, timeout=PATIENCE) as driver,
+    ):
+        words = "the running process continues to serve: .* its connection to the server was lost, or made again"
+        with pytest.raises(HandoverError, match=words):
+            ringplane.serve(server.uri, path, upgrade=True, **options)
+        assert driver.read(0, 4096) == server.content[:4096]
+        export.disk.sync()
+        monkeypatch.setattr(Predecessor, "take", take)
+        with ringplane.serve(server.uri, path, upgrade=True, **options):
+            assert export.wait(PATIENCE)
+            assert driver.read(0, 4096) == server.content[:4096]
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_flush_of_a_disk_that_is_closed(server: NbdServer, source: NbdSource) -> None:
+    """It ends, and it uses no fd that others have by then."""
+    server.reply = lambda request, server: b""
+    problems: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            source.sync()
+        except OSError as error:
+            problems.append(error)
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    wait_until(lambda: server.commands() == [nbd.CMD_FLUSH])
+    source.close()
+    others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
+    flushing.join(PATIENCE)
+    with pytest.raises(OSError, match="the disk was closed"):
         source.sync()
-        assert server.commands() == [nbd.CMD_FLUSH]
+    for fd in others:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(fd)
+        os.close(fd)
+    assert [problem.strerror for problem in problems] == ["the disk was closed"]
+
+
+# Servers that do not answer.
+
+
+def drop_what_arrives(sock: socket.socket) -> None:
+    """From now on the kernel acknowledges nothing of this connection, as if the machine were gone."""
+    ignore = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RET, 0, 0, 0))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(ignore)))
+
+
+BPF_RET, SO_ATTACH_FILTER = 0x06, 26
+
+
+@pytest.fixture
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        peer = listener.accept()[0]
+    with client, peer:
+        yield client, peer
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "LONGEST_SILENCE", 300)
+    monkeypatch.setattr(silence, "LAST_ANSWER", 100)
+    monkeypatch.setattr(reconnecting, "LOOK", 0.02)
+
+
+def test_a_peer_that_is_gone(connected: tuple[socket.socket, socket.socket], impatient: None) -> None:
+    client, peer = connected
+    client.send(b"x")
+    assert peer.recv(1) == b"x"
+    wait_until(lambda: not silence.is_silent(client))
+    drop_what_arrives(peer)
+    client.send(b"y")
+    wait_until(lambda: silence.is_silent(client))
+
+
+def test_a_peer_that_does_not_read(connected: tuple[socket.socket, socket.socket], impatient: None) -> None:
+    """Its kernel answers that there is no room, so it is not gone: not before the kernel has asked several times."""
+    client, _ = connected
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.send(bytes(1 << 20))
+    while True:
+        assert not silence.is_silent(client)
+        backoff = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[4]
+        if backoff >= 3:
+            break
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_server_whose_machine_is_gone(
+    tmp_path: Path, impatient: None, caplog: pytest.LogCaptureFixture, served: Served, server: NbdServer
+) -> None:
+    server.stop()
+    server.port = 0
+    server.start()
+    driver = served(nbd_reconnect_delay=3600)
+    drop_what_arrives(server.connections[0])
+    assert driver.read(0, 4096) == server.content[:4096]
+    assert any("the server's machine, or the network to it, does not answer" in line for line in caplog.messages)
+    assert server.accepted == 2
 
 
 @pytest.mark.parametrize("structured", [True], indirect=True)

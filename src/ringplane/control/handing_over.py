@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ringplane.block.image import ImageError
 from ringplane.control.changes import Changes
 from ringplane.control.export import Export
 from ringplane.control.handed_counters import saved_counters, thread_counters
@@ -124,6 +125,8 @@ async def _hand_over(server: Server, channel: Channel) -> None:
         await _hold_operations(server.exports, undo)
         await _freeze_all(server.exports, undo)
         await _empty_caches(server.exports)
+        for export in server.exports:
+            _let_go(export, undo)
         for worker in server.threads.workers.values():
             undo.callback(worker.counters.thaw)
         state = {
@@ -180,6 +183,15 @@ async def _empty_caches(exports: Iterable[Export]) -> None:
         raise HandoverError(f"writing the cache of a disk took longer than {DRAIN_PATIENCE:g} seconds") from None
     except OSError as error:
         raise HandoverError(f"the cache of a disk cannot be written: {error.strerror}") from None
+
+
+def _let_go(export: Export, undo: contextlib.AsyncExitStack) -> None:
+    """And have `undo` take its source back. Raises HandoverError."""
+    undo.callback(export.disk.source.take_back)
+    try:
+        export.disk.source.let_go()
+    except ImageError as error:
+        raise HandoverError(str(error)) from None
 
 
 def _state(export: Export) -> dict[str, Any]:

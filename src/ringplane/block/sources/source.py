@@ -11,6 +11,7 @@ connected belongs to the source, and whoever needs something of it calls a metho
 | `refresh_size`, `grow`, `sync` | while the disk is served, on a thread of the control plane for such calls | block |
 | `resize` | then, on the control thread | not block |
 | `hand_over` | when a successor prepares itself, while this process still serves | not block |
+| `let_go` | then, when no I/O is in flight; `take_back` if the successor does not take over | not block |
 | `close` | when no queue runs | block |
 
 When threads run, the process has given up its rights: no files can be opened any more, by path or at all. A disk that
@@ -163,6 +164,15 @@ class Source:
         The keys are those of the source alone; `take_over_source` and `is_offered` (choose_source.py) find them.
         """
         return {}
+
+    def let_go(self) -> None:
+        """Leave what `hand_over` has returned alone, because the successor uses it from now on.
+
+        Raises ImageError if that is not what is in use now.
+        """
+
+    def take_back(self) -> None:
+        """The successor does not use it after all; also after `let_go` has raised."""
 
     def close(self) -> None:
         """Close it, which gives up its locks; a second call does nothing."""

@@ -23,7 +23,7 @@ PATIENCE = 10.0
 PAUSE = 0.1
 
 # A peer that does not answer for this long has lost its machine or network: seconds until it is asked, between two
-# questions, and their number (tcp(7)).
+# questions, and their number (tcp(7)). They are asked while nothing is on its way to it; else see silence.py.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 

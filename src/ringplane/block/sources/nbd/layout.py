@@ -36,11 +36,15 @@ REQUEST = struct(
     "length",
     "iov",  # the data of a read or write
     "payload",  # how many bytes of it are sent
-    # The data of a read arrives in order: how much there was, and where the next byte goes.
-    "received",
+    # The data of a read: which part of it was announced (receiving.py), and where its byte `position` goes.
+    "announced",
+    "moment",
+    "position",
     "at",
     "skip",
     "error",  # errno, of a chunk that is not the last
+    "errors",  # how many such chunks there were
+    "losses",  # how many connections were lost since it was made
     # The I/O
     "result",  # of the I/O when the server has done everything
     "range",  # of a discard and the like: which range the request is for, and how much of that was done before
@@ -65,7 +69,8 @@ ZEROS_IOV: int = REQUEST.fields["zeros_iov_base"][1]  # type: ignore[index]
     OUT_OF_PLACE,
     TOO_SHORT,
     SHUT_DOWN,
-) = range(1, 10)
+    ENDLESS,
+) = range(1, 11)
 
 LINK = struct(
     "export",  # EXPORT
@@ -78,6 +83,7 @@ LINK = struct(
     "failing",  # without a connection: they do not wait any more
     "reason",  # why the last connection was given up, and the errno
     "reason_errno",
+    "losses",  # the most `losses` of a request then
     "lost",  # set by the I/O thread when a connection was given up, cleared by the control plane
     "lost_fd",  # the eventfd that signals the control plane
     "wake_fd",  # the eventfd by which the control plane asks for what follows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from errno import EFAULT
 
-from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, ONE, SENT, request_at
+from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, FREE, ONE, SENT, request_at
 from ringplane.block.sources.nbd.nbd_requests import fail_all, put
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import address_of
@@ -15,7 +15,7 @@ from ringplane.native.syscalls import write
 def give_up(link, channel, reason, error):
     """Use the connection no more. The control plane closes it, and makes another one."""
     link.fd = -1
-    link.reason, link.reason_errno = reason, error
+    link.reason, link.reason_errno, link.losses = reason, error, 0
     link.unanswered = link.sent = link.blocked = link.start = link.end = link.direct = link.left = link.discard = 0
     link.reading = -1
     # The memory of a front end that has taken it away would be missing next time too.
@@ -35,3 +35,6 @@ def queue_again(link):
         request = request_at(link, slot)
         if request.state == SENT:
             put(link, request)
+        if request.state != FREE:
+            request.losses += 1
+            link.losses = max(link.losses, request.losses)

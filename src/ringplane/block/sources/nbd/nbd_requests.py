@@ -125,6 +125,7 @@ def end(channel, request, io, result):
 @compiled
 def queue(link, request, command, flags, offset, length):
     """Queue a request."""
+    request.losses = 0
     request.command, request.offset, request.length = command, offset, length
     request.payload = length if command == CMD_WRITE else 0
     request.header = swap64(REQUEST_MAGIC << 32 | flags << 16 | command)
@@ -138,7 +139,7 @@ def put(link, request):
     """Append a request to those that wait to be sent, or to be sent again."""
     link.generation = (link.generation + 1) & GENERATIONS
     request.cookie = link.generation << 32 | request.slot
-    request.received = request.skip = request.error = 0
+    request.announced = request.moment = request.position = request.skip = request.error = request.errors = 0
     request.at = request.iov
     request.state = QUEUED
     request.next = -1

@@ -42,6 +42,7 @@ from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.confinement import keep
 from ringplane.system.digests import blake2b
 from ringplane.system.fd import Fd
+from ringplane.system.notes import in_words
 from ringplane.system.seccomp import Only
 from ringplane.system.signals import NONE, Signals
 
@@ -113,7 +114,7 @@ def take_over_source(config: DiskConfig, offer: Mapping[str, Any], opener: Opene
     known = opener.places(_checked(config).server)
     way = Way(known, opener) if known else Way(places, LOCAL)
     source = _source(config, way, export, connections)
-    source.share_connections()
+    source.shared = True
     if offered["flush_failed"]:
         source.set_flush_failed()
     return source
@@ -179,7 +180,10 @@ class NbdSource(Source):
         self._record["zeros"] = self._zeros.ctypes.data
         self._links: list[Link] = []
         # Whether another process has the connections too, and may use them.
-        self._closed = self._shared = False
+        self.shared = False
+        # The connections of the links when they were offered.
+        self._offered: list[socket.socket | None] = []
+        self._closed = False
         self._reconnecting = Reconnecting(self.title, self._connect_again, config.nbd_reconnect_delay)
         if way.opener is LOCAL:
             keep(TO_CONNECT, [] if self._uri.socket is not None else [self._uri.port])
@@ -216,9 +220,13 @@ class NbdSource(Source):
         sock, export = self._connections.pop(0) if self._connections else self._connect()
         look, address = self._reconnecting, int(self._record.ctypes.data)
         merges = int(self._record["largest"][0]) >= MERGE_BYTES
-        link = Link(address, slots, look.lost_fd, patient=look.delay > 0, merges=merges)
-        link.begin_with(sock, structured=export.structured)
-        self._links.append(link)
+        try:
+            link = Link(address, slots, look.lost_fd, patient=look.delay > 0, merges=merges)
+            self._links.append(link)
+            link.begin_with(sock, structured=export.structured)
+        except OSError as error:
+            sock.close()
+            raise ImageError(f"{self.title}: its connection cannot be used: {in_words(error)}") from None
         self._reconnecting.add(link)
         return link
 
@@ -256,13 +264,9 @@ class NbdSource(Source):
         replies = "structured replies" if self._export.structured else "simple replies"
         return f"NBD, {count} connection{'s' * (count != 1)}, {replies}"
 
-    def share_connections(self) -> None:
-        """Another process uses the connections until the disk is served here, if it ever is."""
-        self._shared = True
-
     def watch(self, changed: Callable[[], None]) -> None:
         """The size does not change. This is the moment from which the disk is served."""
-        self._shared = False
+        self.shared = False
         self._reconnecting.start()
 
     def refresh_size(self) -> None:
@@ -282,9 +286,8 @@ class NbdSource(Source):
 
     def hand_over(self) -> dict[str, Any]:
         """The connections too: a server may allow only one, and no reply is under way when they change hands."""
-        self.share_connections()
-        self._reconnecting.leave_alone()
-        used = [(sock, link.structured) for link in self._links if (sock := link.connection) is not None]
+        self._offered = [link.connection for link in self._links]
+        used = [(sock, link.structured) for sock, link in zip(self._offered, self._links, strict=True) if sock]
         export = self._export
         return {
             KEY: {
@@ -297,15 +300,29 @@ class NbdSource(Source):
             }
         }
 
+    def let_go(self) -> None:
+        """See Source."""
+        self.shared = True
+        for link, offered in zip(self._links, self._offered, strict=True):
+            try:
+                link.let_go(offered)
+            except OSError as error:
+                raise ImageError(f"{self.title}: {error.strerror}; try again") from None
+
+    def take_back(self) -> None:
+        """See Source."""
+        self.shared = False
+        for link in self._links:
+            link.take_back()
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._reconnecting.close()
+        self._reconnecting.end()
         for link in self._links:
-            if not self._shared:
-                link.say_goodbye()
-            link.close()
+            link.close(shared=self.shared)
+        self._reconnecting.close()
         for sock, _ in self._connections:
             with contextlib.suppress(OSError):
                 sock.close()

@@ -46,19 +46,19 @@ def ready(link_address, channel_address):
 
 @unit
 def obey(link_address, channel_address):
-    """The control plane asks for something."""
+    """The control plane asks for something, or `receive_all` has left something for the next turn."""
     link, channel = view(link_address, LINK), view(channel_address, CHANNEL)
     read(link.wake_fd, link_address + REPLY, EVENTFD_SIZE)
     if link.new_fd >= 0:
         link.fd, link.structured = link.new_fd, link.new_structured
         link.new_fd = -1
         link.failing = 0
-        # What came before is an edge that was not for this connection.
-        receive_all(link, channel)
     elif link.expired and link.fd < 0:
         link.failing = 1
         fail_all(link, channel)
     link.expired = 0
+    # What came before is an edge that was not for this connection; or there was too much for one turn.
+    receive_all(link, channel)
     begin_sync(link)
     send_all(link, channel)
     return 0

@@ -3,6 +3,12 @@
 Reading ahead: a call of recvmsg(2) takes the rest of the data of a read straight into the buffers of guests, and what
 comes after it into a small buffer, where the next headers are found. While reads are short, reading ahead further and
 copying costs less than a call for each of them (`EAGER`, `SHORT`).
+
+A reply to a read may have many chunks, in any order, between those of other replies. Each byte has to come once.
+Instead of a map of what has come, a request has two sums over the announced bytes: their number, and (`moment`) of
+2 x + 1 for byte x, which is end * end - start * start for a chunk. When the reply ends, both are those of the whole,
+length and length * length. So a server that repeats one part in place of another is noticed; one that means to deceive
+can send wrong data anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +22,10 @@ from ringplane.block.sources.nbd.layout import (
     BAD_MAGIC,
     BROKEN,
     CLOSED,
+    ENDLESS,
+    EVENTFD_SIZE,
     EXPORT,
+    ONE,
     OUT_OF_PLACE,
     REPLY,
     SENT,
@@ -48,7 +57,7 @@ from ringplane.compiler.jit import compiled
 from ringplane.native.access import address_of, copy, load64, view
 from ringplane.native.byte_order import load16_be, load32_be, load64_be
 from ringplane.native.sockets import MESSAGE
-from ringplane.native.syscalls import MSG_DONTWAIT, recvmsg
+from ringplane.native.syscalls import MSG_DONTWAIT, recvmsg, write
 from ringplane.native.uio import IOV_MAX, IOVEC, IOVEC_SIZE
 
 # Bytes to read ahead: while the last read was shorter than LONG, and otherwise. The largest start of a reply that is
@@ -57,14 +66,25 @@ EAGER, SHORT, LONG = 32 << 10, 64, 16 << 10
 LONGEST_START = STRUCTURED_SIZE + HOLE_FIELDS
 AHEAD_SIZE = EAGER + LONGEST_START
 
+# Calls of recvmsg in a turn of the loop: a server may send as fast as we receive, and other disks have their turn too.
+MOST_CALLS = 32
+
+# Error chunks of one reply: one for each block of 512 bytes, if a read is as long as it can be.
+MOST_ERRORS = 1 << 16
+
 # Bits; others are EOVERFLOW and EOPNOTSUPP.
 KNOWN_ERRORS = 1 << EPERM | 1 << EIO | 1 << ENOMEM | 1 << EINVAL | 1 << ENOSPC
 
 
 @compiled
 def receive_all(link, channel):
-    """Handle what the server has sent, until there is no more."""
+    """Handle what the server has sent, until there is no more, or leave the rest for the next turn (`obey`)."""
+    calls = 0
     while link.fd >= 0:
+        if calls == MOST_CALLS:
+            write(link.wake_fd, address_of(link) + ONE, EVENTFD_SIZE)
+            return
+        calls += 1
         describe_room(link)
         size = recvmsg(link.fd, link.message, MSG_DONTWAIT)
         if size == -EAGAIN:
@@ -111,8 +131,8 @@ def take(link, channel, size):
 
 @compiled
 def deliver(request, source, size):
-    """The next bytes of a read are those at `source`; 0: they are in its buffers already."""
-    request.received += size
+    """The bytes of a read at its `position` are those at `source`; 0: they are in its buffers already."""
+    request.position += size
     while size > 0:
         buffer = view(request.at, IOVEC)
         part = min(size, buffer.len - request.skip)
@@ -188,6 +208,7 @@ def start_simple(link, channel, reply, slot):
     if error:
         return end_with(link, channel, request, error)
     if request.command == CMD_READ:
+        announce(request, 0, request.length)
         start_data(link, slot, request.length, 1)
     else:
         succeed(link, channel, request)
@@ -196,7 +217,7 @@ def start_simple(link, channel, reply, slot):
 
 @compiled
 def start_data(link, slot, size, done):
-    """So many bytes of data of this read come next."""
+    """So many announced bytes of this read come next."""
     link.reading, link.left, link.done = slot, size, done
     link.eager = SHORT if size >= LONG else EAGER
 
@@ -265,8 +286,10 @@ def take_chunk(link, channel, reply, request, kind, size):
         return wrong(link, channel, UNEXPECTED_TYPE)
     if (size == 0) == (hole == 0):
         return wrong(link, channel, BAD_LENGTH)
-    if not is_next(request, load64_be(reply + 20), size + hole):
+    start = load64_be(reply + 20) - request.offset
+    if not is_missing(request, start, size + hole):
         return wrong(link, channel, OUT_OF_PLACE)
+    announce(request, start, size + hole)
     if hole:
         deliver_zeros(view(link.export, EXPORT), request, hole)
     else:
@@ -281,14 +304,35 @@ def take_error(link, channel, reply, request, size):
         return wrong(link, channel, BAD_LENGTH)
     if request.error == 0:
         request.error = error
+    request.errors += 1
+    if request.errors > MOST_ERRORS:
+        return wrong(link, channel, ENDLESS)
     link.discard = size
     return True
 
 
 @compiled
-def is_next(request, offset, size):
-    """Whether this is the next part of the data of a read; parts come in order."""
-    return offset == request.offset + request.received and size <= request.length - request.received
+def is_missing(request, start, size):
+    """Whether these bytes are a part of a read of which so many have not been announced yet."""
+    return 0 <= start <= request.length - size and size <= request.length - request.announced
+
+
+@compiled
+def announce(request, start, size):
+    """The next bytes of a read that come are those from `start` on."""
+    request.announced += size
+    request.moment += size * (2 * start + size)
+    if request.position != start:
+        seek(request, start)
+
+
+@compiled
+def seek(request, position):
+    """Find the buffer of this byte."""
+    request.at, request.skip, request.position = request.iov, position, position
+    while request.skip >= view(request.at, IOVEC).len:
+        request.skip -= view(request.at, IOVEC).len
+        request.at += IOVEC_SIZE
 
 
 @compiled
@@ -308,7 +352,9 @@ def end_piece(link, channel):
         return
     if request.error:
         end_with(link, channel, request, request.error)
-    elif request.command == CMD_READ and request.received < request.length:
+    elif request.command == CMD_READ and request.announced < request.length:
         wrong(link, channel, TOO_SHORT)
+    elif request.command == CMD_READ and request.moment != request.length * request.length:
+        wrong(link, channel, OUT_OF_PLACE)
     else:
         succeed(link, channel, request)

@@ -3,6 +3,10 @@
 It starts when the disk is served: then the process is confined, and the thread with it. For `delay` seconds requests
 wait, and are sent again on the new connection. Then they fail, and so do new ones, until there is a connection again.
 An I/O thread notices the end of its connection; without a front end, this thread does.
+
+A server may accept connections and close each one at a certain request. So a connection does not end an outage: that of
+a link continues if a request had waited for this connection too, and it is over `delay` seconds after it began. And
+however connections end, there is a pause between attempts.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ringplane.block.sources.nbd.connecting import PATIENCE
 from ringplane.block.sources.nbd.handshake import HandshakeError
+from ringplane.block.sources.nbd.silence import LOOK
+from ringplane.system.notes import in_words
 from ringplane.system.signals import Signals
 
 if TYPE_CHECKING:
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds between two attempts, at first and at most; and the least time for one.
+# Seconds between two attempts, at first and at most; after longer ones they begin with the first again. And the least
+# time for one.
 FIRST_PAUSE, LONGEST_PAUSE, LEAST_PATIENCE = 0.05, 1.0, 0.2
 
 
@@ -39,13 +46,16 @@ class Connect(Protocol):
 
 
 @dataclass
-class _Loss:
-    """Of the connection of a link; times by time.monotonic()."""
+class _Outage:
+    """Of a link, which may have a connection that has not proved itself; times by time.monotonic()."""
 
     link: Link
     since: float
-    # Requests wait until then; None: they do not wait any more.
+    # Requests wait until then; None: they do not wait.
     until: float | None
+    # They do not wait any more.
+    late: bool = False
+    connected: bool = False
 
 
 class _Ending(Signals):
@@ -75,9 +85,10 @@ class Reconnecting:
         self.lost_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ending = _Ending()
         self._links: list[Link] = []
-        self._losses: list[_Loss] = []
+        self._outages: dict[Link, _Outage] = {}
+        # The next attempt, by time.monotonic(), the pause after it, and why the last one failed.
+        self._attempt_at, self._pause, self._error = 0.0, FIRST_PAUSE, ""
         self._closed = False
-        self._looks_after, self._looking = True, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="nbd-reconnect", daemon=True)
 
     def add(self, link: Link) -> None:
@@ -88,79 +99,102 @@ class Reconnecting:
         """Start the thread."""
         self._thread.start()
 
-    def leave_alone(self) -> None:
-        """From now on another process may use the connections that no I/O thread uses: what arrives is not ours."""
-        with self._looking:
-            self._looks_after = False
-
-    def close(self) -> None:
+    def end(self) -> None:
         """End the thread. No I/O thread uses a link."""
         self._closed = True
         os.eventfd_write(self._ending.fd, 1)
         if self._thread.ident is not None:
             self._thread.join()
+
+    def close(self) -> None:
+        """After `end`, and when the links are closed."""
         os.close(self.lost_fd)
         os.close(self._ending.fd)
 
     def _run(self) -> None:
-        pause, last = FIRST_PAUSE, ""
         while not self._closed:
-            self._look_for_losses(seconds=pause if self._losses else None)
-            error = self._try_once()
-            if not error:
-                pause, last = FIRST_PAUSE, ""
-            else:
-                pause = min(2 * pause, LONGEST_PAUSE)
-                if error != last and not self._closed:
-                    log.warning("%s: cannot connect again: the server %s", self._title, error)
-                    last = error
+            self._look_for_losses()
             self._fail_late_ones()
+            if self._lost and time.monotonic() >= self._attempt_at:
+                self._try_once()
 
-    def _look_for_losses(self, seconds: float | None) -> None:
-        """Wait for this time, or until a connection is lost; None: until one is lost."""
-        looked_after = self._links if self._looks_after else ()
-        unattended = [sock.fileno() for link in looked_after if (sock := link.unattended)]
-        if _wait(self.lost_fd, self._ending.fd, *unattended, seconds=self._until_late(seconds)):
+    @property
+    def _lost(self) -> list[_Outage]:
+        return [outage for outage in self._outages.values() if not outage.connected]
+
+    @property
+    def _ends(self) -> list[float]:
+        """When requests stop waiting, those that still do."""
+        return [outage.until for outage in self._lost if outage.until is not None and not outage.late]
+
+    def _look_for_losses(self) -> None:
+        """Wait until a connection is lost, or there is something to do without that."""
+        unattended = [sock.fileno() for link in self._links if (sock := link.unattended)]
+        if _wait(self.lost_fd, self._ending.fd, *unattended, seconds=self._left()):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.lost_fd)
-        with self._looking:
-            for link in self._links if self._looks_after else ():
-                link.look_after()
         for link in self._links:
+            link.end_if_silent()
+            link.look_after()
             if why := link.take_loss():
                 self._note(link, why)
+
+    def _left(self) -> float | None:
+        """Seconds until there is something to do; None: there is nothing."""
+        now = time.monotonic()
+        left = [end - now for end in self._ends]
+        if self._lost:
+            left.append(self._attempt_at - now)
+        if any(link.over_tcp for link in self._links):
+            left.append(LOOK)
+        return max(min(left), 0) if left else None
 
     def _note(self, link: Link, why: str) -> None:
         then = f"requests wait for up to {self.delay} s" if self.delay else "requests fail until then"
         log.warning("%s: %s; connecting again, %s", self._title, why, then)
         link.drop()
-        now = time.monotonic()
-        self._losses.append(_Loss(link, now, now + self.delay if self.delay else None))
-
-    def _until_late(self, seconds: float | None) -> float | None:
-        """The shorter one of this time and that until requests stop waiting."""
-        ends = [loss.until for loss in self._losses if loss.until is not None]
-        return min(max(min(ends) - time.monotonic(), 0), seconds or PATIENCE) if ends else seconds
-
-    def _try_once(self) -> str:
-        """Connect again for each loss; returns what went wrong, or an empty text."""
-        while self._losses and not self._closed:
-            patience = max(self._until_late(PATIENCE) or 0, LEAST_PATIENCE)
-            try:
-                sock, export = self._connect(self._ending, patience)
-            except HandshakeError as error:
-                return str(error)
-            loss = self._losses.pop(0)
-            loss.link.continue_with(sock, structured=export.structured)
-            log.info("%s: connected again after %.1f s", self._title, time.monotonic() - loss.since)
-        return ""
+        now, outage = time.monotonic(), self._outages.get(link)
+        if outage is None or not link.lost_again:
+            self._outages[link] = _Outage(link, now, now + self.delay if self.delay else None)
+        else:
+            outage.late = outage.connected = False
 
     def _fail_late_ones(self) -> None:
-        for loss in self._losses:
-            if loss.until is not None and time.monotonic() >= loss.until:
-                loss.until = None
-                log.error("%s: no connection for %d s; requests fail until there is one", self._title, self.delay)
-                loss.link.stop_waiting()
+        for outage in self._lost:
+            if outage.until is not None and not outage.late and time.monotonic() >= outage.until:
+                outage.late = True
+                log.error(
+                    "%s: requests have waited for %d s; they fail until there is a connection", self._title, self.delay
+                )
+                outage.link.stop_waiting()
+
+    def _try_once(self) -> None:
+        """Connect again for each link without a connection; if that fails, not for the others either."""
+        if time.monotonic() > self._attempt_at + LONGEST_PAUSE:
+            self._pause = FIRST_PAUSE
+        error = ""
+        for outage in self._lost:
+            try:
+                self._connect_again(outage)
+            except HandshakeError as why:
+                error = f"the server {why}"
+                break
+            except OSError as why:
+                error = f"its connection cannot be used: {in_words(why)}"
+                break
+        if error and error != self._error and not self._closed:
+            log.warning("%s: cannot connect again: %s", self._title, error)
+        self._error = error
+        self._attempt_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _connect_again(self, outage: _Outage) -> None:
+        """Raises HandshakeError, OSError."""
+        patience = min([PATIENCE, *(end - time.monotonic() for end in self._ends)])
+        sock, export = self._connect(self._ending, max(patience, LEAST_PATIENCE))
+        outage.link.continue_with(sock, structured=export.structured)
+        outage.connected = True
+        log.info("%s: connected again after %.1f s", self._title, time.monotonic() - outage.since)
 
 
 def _wait(*fds: int, seconds: float | None) -> bool:
