@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -28,7 +29,7 @@ from ringplane.control import handing_over, opening
 from ringplane.control.handover import HandoverError
 from ringplane.dataplane.queue import NO_MEMORY
 from ringplane.dataplane.ring_states import RingState
-from ringplane.dataplane.state import COALESCE, POLL, SLEEP
+from ringplane.dataplane.state import COALESCE, KIND_READ, POLL, SLEEP
 from ringplane.driver.virtqueue import peek, poke
 from ringplane.engines.common import MAX_TOKENS
 from ringplane.guest_memory.regions import Mapping
@@ -74,6 +75,8 @@ from .test_polling import give_only
 SIZE = 1 << 20
 DISK = pattern(SIZE)
 MANY = 1 << 20
+# Nanoseconds: longer than a turn of the loop.
+LONG = 100_000_000
 TESTS = Path(__file__).parents[1]
 
 RINGS = pytest.mark.parametrize("ring_class", [Ring, PackedRing])
@@ -252,6 +255,23 @@ def test_a_kept_io_continues_like_any_other(
     line.stop()
     for each in layers:
         os.close(each.fd)
+
+
+def test_the_time_for_which_an_io_is_kept_counts(make_rig: RigFactory) -> None:
+    """Also if it ends without a completion of storage: the layer keeps it on its way up."""
+    keeper = Keeper(UP)
+    line = make_rig(layers=[keeper]).line().start()
+    line.put(IN, 1, room=512)
+    line.kick()
+    assert eventually(lambda: keeper["kept"] == 1)
+    line.turn_is_over()
+    kept_at = time.monotonic_ns()
+    assert eventually(lambda: time.monotonic_ns() > kept_at + LONG)
+    os.eventfd_write(keeper.fd, 1)
+    line.wait()
+    line.stop()
+    assert line.queue.counters["nanoseconds"][KIND_READ] >= LONG
+    os.close(keeper.fd)
 
 
 # A layer that lets one I/O at a time pass, without any event: the next one is resumed when one has ended.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringplane.compiler.jit import compiled
 from ringplane.dataplane.limit_gate import GATE, LONGEST_HOLD, SHORTEST_HOLD, merge
 from ringplane.dataplane.limit_gate import hold as hold_in_heap
-from ringplane.dataplane.state import QUEUE, WORKER
+from ringplane.dataplane.loop import poll
+from ringplane.dataplane.state import ALWAYS, POLL, QUEUE, WORKER
+from ringplane.engines.choose_engine import make_engine
+from ringplane.engines.common import ENGINE
+from ringplane.guest_memory.regions import MemoryTable
 from ringplane.limits.limiter import Limiter
 from ringplane.limits.member import Member
 from ringplane.limits.meters import TICKS
 from ringplane.limits.shares import LIMITS
+from ringplane.native.access import view
 from ringplane.native.structs import new
 from ringplane.options.limit_options import rates_of
 
@@ -44,6 +50,7 @@ from .rig import (
     rig_factory,
 )
 from .rig import held as worker_held
+from .test_polling import give_only
 from .test_ranges import segment
 
 SIZE = 1 << 20
@@ -76,6 +83,11 @@ def held(line: Line) -> bool:
         lambda: found.append(bool(line.worker.state.record["held"]) and record["ready"] and not record["in_flight"])
     ).result(PATIENCE)
     return found[0]
+
+
+def limit_more(line: Line, member: Member) -> None:
+    """Give it other limits, which do not let it begin either."""
+    limit(line, member, limiter(member, later=HOUR, total_iops_sec=2))
 
 
 def hold(line: Line, member: Member, **limits: int) -> None:
@@ -136,6 +148,28 @@ def test_a_ring_stops_while_it_is_held(make_rig: RigFactory) -> None:
     line.resume(base=base)
     line.wait()
     assert [line.answer(each).data for each in pending] == [DISK[512 * n : 512 * n + 512] for n in range(5)]
+
+
+# What ends a hold before its time.
+ENDS: dict[str, Callable[[Line, Member], object]] = {
+    "it stops": lambda line, member: line.stop(),
+    "its memory is removed": lambda line, member: line.worker.set_memory(line.queue, MemoryTable()).result(PATIENCE),
+    "other limits": limit_more,
+    "another ring starts": lambda line, member: line.rig.line().start(),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_time_until_a_hold_is_ended_counts(make_rig: RigFactory, end: str) -> None:
+    line = make_rig().line().start()
+    member = Member()
+    hold(line, member, total_iops_sec=1)
+    line.put(IN, 1, room=512)
+    line.kick()
+    assert eventually(lambda: held(line))
+    before = member.throttled_ns
+    ENDS[end](line, member)
+    assert member.throttled_ns > before
 
 
 def test_writes_are_not_held_because_of_reads(make_rig: RigFactory) -> None:
@@ -330,6 +364,43 @@ def test_a_wait_ends_by_itself(make_rig: RigFactory, poll_us: int | None) -> Non
     limit(line, (member := Member()), limiter(member, later=SECOND // 5, total_iops_sec=100))
     for number in range(5):
         assert line.do(IN, number, room=512).data == DISK[512 * number :][:512]
+
+
+def polled(line: Line) -> int:
+    """For how many nanoseconds its thread has polled rings."""
+    return int(line.worker.state.record["polled"])
+
+
+def test_a_thread_does_not_poll_rings_that_are_held(make_rig: RigFactory) -> None:
+    """It would use a CPU for nothing: what comes into them has to wait. A ring that is not held is polled."""
+    rig = make_rig()
+    give_only(rig.workers[0], POLL)
+    limited, free = rig.line().start(), rig.line().start()
+    hold(limited, Member(), total_iops_sec=1)
+    limited.put(IN, 1, room=512)
+    limited.kick()
+    # It sleeps, or would after it has polled the other ring.
+    record = rig.workers[0].state.record
+    assert eventually(lambda: held(limited) and not record["quiet"] and not record["expects_kicks"])
+    before = polled(limited)
+    for _ in range(20):
+        limited.turn_is_over()
+    assert polled(limited) == before
+    assert eventually(lambda: free.do(IN, 1, room=512).status == OK and polled(limited) > before)
+
+
+@compiled
+def poll_until(worker, engine, time):
+    return poll(view(worker, WORKER), view(engine, ENGINE), time)
+
+
+def test_polling_ends_when_a_hold_does() -> None:
+    """Also that of a thread that never sleeps."""
+    with contextlib.closing(make_engine("aio", 8)) as engine:
+        worker = new(WORKER)
+        worker["poll_ns"] = ALWAYS
+        assert on_structs(poll_until)(worker.ctypes.data, engine.address, time.monotonic_ns())
+        assert (worker["polled"], worker["poll_end"]) == (0, 0)
 
 
 @pytest.mark.parametrize("poll_us", [0, 50])

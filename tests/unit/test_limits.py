@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -474,3 +475,20 @@ def test_the_time_of_several_queues_is_counted_once(starts: list[int], lengths: 
         on_structs(count_throttled)(member._record[0], START + start, START + end)
         covered[start:end] = True
     assert round(member.throttled * 1e9) == covered.sum()
+
+
+@compiled
+def count_each(member, end):
+    """Count the times from 0 on, one nanosecond after the other."""
+    for time in range(end):
+        count_throttled(view(member, MEMBER), time, time + 1)
+
+
+def test_threads_that_count_the_same_time_at_once_count_it_once() -> None:
+    member, end = Member(), 2_000_000
+    threads = [threading.Thread(target=on_structs(count_each), args=[member.address, end]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert member.throttled_ns == end

@@ -5,17 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ringplane
+from ringplane.api.disk_metrics import _rings as ring_counts
 from ringplane.api.http import HttpApi
 from ringplane.api.metric_table import renew
 from ringplane.api.scrape import all_metrics, scrape
+from ringplane.control.counters import total
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
+from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.state import WORKER
 from ringplane.dataplane.thread_clock import ThreadClock, ThreadTimes
 from ringplane.dataplane.worker import Worker
@@ -218,6 +223,32 @@ def test_disks_that_come_and_go(served: Served) -> None:
     assert served.scrape().value("ringplane_disk_capacity_bytes", disk="c") == SIZE
     api.delete("/v1/disks/c")
     assert not [each for each in served.scrape().samples if each.labels.get("disk") == "c"]
+
+
+class Growing:
+    """A disk whose next queue is started each time that somebody looks."""
+
+    def __init__(self) -> None:
+        self.queues = [SimpleNamespace(state=RingState.RUNNING) for _ in range(3)]
+        self._count = 0
+
+    @property
+    def started(self) -> list[Any]:
+        self._count += 1
+        return self.queues[: self._count]
+
+
+def test_a_queue_that_is_started_during_a_scrape_counts_once() -> None:
+    disks: Any = SimpleNamespace(exports=[SimpleNamespace(disk=Growing())], labelled=lambda name, value: [value])
+    assert sum(count for _, count in ring_counts(disks)) == 3
+
+
+def test_counters_are_read_once(served: Served) -> None:
+    """Whoever looks at them twice would find other numbers the second time."""
+    with served.attach() as driver:
+        driver.read(0, 512)
+        (queue, *_) = served.server.exports[0].disk.started
+        assert not np.shares_memory(total([queue]), queue.counters)
 
 
 # The times of a thread

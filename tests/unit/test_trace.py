@@ -43,6 +43,7 @@ from ringplane.limits.member import Member
 from .packed_ring import PackedRing
 from .rig import FLUSH, IN, OK, PATIENCE, Line, RigFactory, Ring, eventually, pattern, rig_factory
 from .test_delay import MS, release
+from .test_limit_gate import held as held_by_limits
 from .test_limit_gate import hold, limit
 
 DISK = pattern(1 << 20)
@@ -486,7 +487,20 @@ def test_a_queue_that_is_held_by_limits(make_rig: RigFactory) -> None:
     line.wait()
     line.turn_is_over()
     assert [each.event for each in events if each.event != COMPLETE][:4] == [FETCH, HOLD, RELEASE, HOLD]
-    fetch, complete = reader.events()
-    assert (fetch.event, complete.event) == (FETCH, COMPLETE)
+    *_, release, fetch, complete = reader.events()
+    assert (release.event, fetch.event, complete.event) == (RELEASE, FETCH, COMPLETE)
     # The wait is in units of 64 ns.
     assert fetch.time_ns - round(1000 * fetch.waited_us) <= events[-1].time_ns + (1 << WAIT_SHIFT)
+
+
+def test_a_queue_that_stops_while_limits_hold_it(make_rig: RigFactory) -> None:
+    line = make_rig().line().start()
+    reader = start_tracing(line)
+    hold(line, Member(), total_iops_sec=1)
+    line.put(IN, 1, room=512)
+    line.kick()
+    assert eventually(lambda: held_by_limits(line))
+    line.stop()
+    events = [each.event for each in reader.events()]
+    assert events[-2:] == [RELEASE, STOP]
+    assert events.count(HOLD) == events.count(RELEASE)

@@ -178,9 +178,9 @@ def _errors(disks: Readings) -> Iterator[Sample]:
 
 
 def _rings(disks: Readings) -> Iterator[Sample]:
-    """Most disks have many queues that their front ends do not use."""
-    unused = [len(export.disk.queues) - len(export.disk.started) for export in disks.exports]
-    used = [[RING_STATES[queue.state] for queue in export.disk.started] for export in disks.exports]
+    """Most disks have many queues that their front ends do not use; one may be started meanwhile."""
+    used = [[RING_STATES[queue.state] for queue in tuple(export.disk.started)] for export in disks.exports]
+    unused = [len(export.disk.queues) - len(states) for export, states in zip(disks.exports, used, strict=True)]
     for state in dict.fromkeys(RING_STATES.values()):
         counts = [states.count(state) for states in used]
         if state == RING_STATES[RingState.STOPPED]:

@@ -38,14 +38,17 @@ class Counter:
 
 
 def total(queues: Iterable[Queue]) -> npt.NDArray[np.int64]:
-    """The sum of the queues' counters: a row for each of KINDS, with the SCALARS and then the histogram."""
+    """The sum of the queues' counters: a row for each of KINDS, with the SCALARS and then the histogram.
+
+    A copy: I/O threads change the counters while they are used.
+    """
     rows = [queue.counters.view(np.int64).reshape(SHAPE) for queue in queues]
-    return rows[0] if len(rows) == 1 else np.sum(rows, axis=0) if rows else np.zeros(SHAPE, np.int64)
+    return rows[0].copy() if len(rows) == 1 else np.sum(rows, axis=0) if rows else np.zeros(SHAPE, np.int64)
 
 
 def count(queues: Iterable[Queue]) -> dict[str, Counter]:
     """The counters of these queues together, by kind of request: `read`, `write`, `flush` and so on."""
-    summed = total(queues).copy()
+    summed = total(queues)
     return {
         kind: Counter(**dict(zip(SCALARS, row[:FIRST_BUCKET].tolist(), strict=True)), histogram=row[FIRST_BUCKET:])
         for kind, row in zip(KINDS, summed, strict=True)

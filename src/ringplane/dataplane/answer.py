@@ -184,9 +184,10 @@ def publish_all(worker):
     while worker.unpublished:
         queue = view(worker.unpublished, QUEUE)
         worker.unpublished = queue.next_unpublished
-        queue.unpublished = 0
         if queue.tick != tick:
             call(worker.begin_tick, address_of(queue), tick, 1)
+        # Last, because until then others count it as busy (io_time.py).
+        queue.unpublished = 0
         if queue.inflight:
             call(worker.publish_tracked, address_of(queue))
         else:

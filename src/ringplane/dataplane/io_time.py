@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
-from ringplane.dataplane.state import DEVICE_BUSY_TICKS, DEVICE_QUEUES, DEVICE_TICK, QUEUE, QUEUE_IN_FLIGHT
+from ringplane.dataplane.state import (
+    DEVICE_BUSY_TICKS,
+    DEVICE_QUEUES,
+    DEVICE_TICK,
+    QUEUE,
+    QUEUE_IN_FLIGHT,
+    QUEUE_UNPUBLISHED,
+)
 from ringplane.native.access import atomic_add, compare_and_swap, load64, view
 from ringplane.options.device_options import MAX_QUEUES
 
@@ -37,9 +44,22 @@ def count_ticks(device_address, tick, busy):
     if tick <= counted:
         return
     if not busy:
-        busy = in_flight(device_address)
+        busy = is_busy(device_address)
     if compare_and_swap(device_address + DEVICE_TICK, counted, tick) == counted and busy:
         atomic_add(device_address + DEVICE_BUSY_TICKS, tick - counted)
+
+
+@compiled
+def is_busy(device_address):
+    """Whether requests are in flight, or have ended since their thread has counted: it counts when it publishes them.
+
+    In this order: a thread marks a queue as unpublished before it ends a request.
+    """
+    for number in range(MAX_QUEUES):
+        queue = load64(device_address + DEVICE_QUEUES + 8 * number)
+        if queue and (load64(queue + QUEUE_IN_FLIGHT) or load64(queue + QUEUE_UNPUBLISHED)):
+            return 1
+    return 0
 
 
 @compiled

@@ -155,10 +155,10 @@ def find_end_of_pause(limits, now):
 
 
 @unit
-def release(worker_address):
-    """Have the queues fetched from whose time has come."""
+def release(worker_address, everything):
+    """Have the queues fetched from whose time has come, or all that are held."""
     worker = view(worker_address, WORKER)
-    while worker.held and view(worker.held, GATE).until <= worker.now:
+    while worker.held and (everything or view(worker.held, GATE).until <= worker.now):
         gate = view(worker.held, GATE)
         worker.held = merge(gate.left, gate.right)
         end_hold(worker, view(gate.queue, QUEUE), gate, worker.now)

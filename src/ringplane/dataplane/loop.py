@@ -25,6 +25,7 @@ from ringplane.dataplane.ready import mark_ready
 from ringplane.dataplane.requests import execute
 from ringplane.dataplane.state import (
     ALWAYS,
+    NEVER,
     NO_ADDRESS,
     PENDING,
     POLL,
@@ -122,11 +123,11 @@ def find_timeout(worker, channel, engine):
     """How many nanoseconds the engine may sleep: 0 if there is something to do, -1: until something happens."""
     if can_fetch(worker) or has_work(channel):
         return 0
-    timeout = find_sleep(worker, engine)
-    if timeout == 0 or (channel.due_first < 0 and not worker.held):
+    time = find_next_time(worker, channel)
+    timeout = find_sleep(worker, engine, time)
+    if timeout == 0 or time == NEVER:
         return timeout
     channel.now = monotonic_ns()
-    time = find_next_time(worker, channel)
     if timeout > 0:
         return min(timeout, max(time - channel.now, 0))
     return find_timeout_until(worker.alarm, time, channel.now)
@@ -134,10 +135,8 @@ def find_timeout(worker, channel, engine):
 
 @compiled
 def find_next_time(worker, channel):
-    """When the first of the held queues is released, or the first of the waiting I/Os continues. There is one."""
-    if channel.due_first < 0:
-        return view(worker.held, GATE).until
-    time = first_due(channel)
+    """When the first of the held queues is released, or the first of the waiting I/Os continues."""
+    time = first_due(channel) if channel.due_first >= 0 else NEVER
     return min(time, view(worker.held, GATE).until) if worker.held else time
 
 
@@ -148,10 +147,11 @@ def has_work(channel):
 
 
 @compiled
-def find_sleep(worker, engine):
-    """Like `find_timeout`, according to the polling policy. The fields of `engine` are explained in engines/common.py.
+def find_sleep(worker, engine, time):
+    """Like `find_timeout`, according to the polling policy; at this `time` there is something to do.
 
-    Without a free slot nothing can be fetched before something completes, so queues that wait for a slot do not count.
+    The fields of `engine` are explained in engines/common.py. Without a free slot nothing can be fetched before
+    something completes, so queues that wait for a slot do not count.
     """
     if engine.stuck:
         notify_all(worker)
@@ -161,7 +161,7 @@ def find_sleep(worker, engine):
     if engine.prepared > 0:
         if engine.submit or is_polling(worker):
             return 0
-    elif is_polling(worker) and poll(worker, engine):
+    elif is_polling(worker) and poll(worker, engine, time):
         return 0
     ask_for_kicks(worker)
     return 0 if can_fetch(worker) else -1
@@ -188,6 +188,8 @@ def wait_for_events(worker, channel, engine, timeout):
         if token & NO_ADDRESS == 0:
             mark_ready(worker, view(token, QUEUE))
         elif token & EVENT_TOKEN:
+            # What a layer has kept may end without a completion, and has lasted until now.
+            worker.now = monotonic_ns()
             handle_event(channel, token)
         elif token == TOKEN_HELPERS:
             take_from_helpers(channel)
@@ -197,33 +199,49 @@ def wait_for_events(worker, channel, engine, timeout):
 
 # Polling: before it sleeps, a worker polls the rings for a while, with kicks off. A driver that submits within that
 # time needs no system call for a kick, and finds the worker awake. While requests are in flight in storage, the worker
-# sleeps at once: a completion wakes it, and disks take longer than polling is worth.
+# sleeps at once: a completion wakes it, and disks take longer than polling is worth. It also sleeps at once while all
+# rings that were served lately are held by limits: whatever comes into them has to wait.
 
 
 @compiled
 def is_polling(worker):
-    return worker.poll_ns == ALWAYS or (worker.policy == POLL and worker.in_flight == 0)
+    if worker.poll_ns == ALWAYS:
+        return True
+    return worker.policy == POLL and worker.in_flight == 0 and (not worker.held or can_poll(worker))
 
 
 @compiled
-def poll(worker, engine):
+def can_poll(worker):
+    """Whether a queue that was served lately is not held: kicks are off for it, or will end the next sleep."""
+    if worker.expects_kicks:
+        return True
+    address = worker.quiet
+    while address and view(address, QUEUE).ready:
+        address = view(address, QUEUE).next_quiet
+    return address != 0
+
+
+@compiled
+def poll(worker, engine, time):
     """Poll the quiet queues until one has chains or the engine has events (True), or the time is over (False).
 
-    A long time is divided into slices. After each one the engine is asked for events that it does not indicate (True).
+    A long time is divided into slices; one ends at `time`, when there is something to do. After each one the engine is
+    asked for events that it does not indicate (True).
     """
     began = now = monotonic_ns()
     if worker.poll_end == 0:
         worker.poll_end = now + worker.poll_ns
-    pause = min(now + POLL_SLICE_NS, worker.poll_end)
+    pause = min(min(now + POLL_SLICE_NS, worker.poll_end), time)
     found = poll_once(worker, engine)
     while not found and now < pause:
         relax()
         now = monotonic_ns()
         found = poll_once(worker, engine)
     worker.polled += now - began
-    if found or now >= worker.poll_end:
+    ended = found or now >= time
+    if ended or now >= worker.poll_end:
         worker.poll_end = 0
-        return found
+        return ended
     worker.turns = ENGINE_TURNS
     return True
 
@@ -264,11 +282,13 @@ def ask_for_kicks(worker):
 
     Queues that wait for a slot keep kicks off: they are served as soon as there is one.
     """
+    worker.expects_kicks = 0
     while worker.quiet:
         queue = view(worker.quiet, QUEUE)
         worker.quiet = queue.next_quiet
         queue.quiet = 0
         if queue.running and not queue.ready:
+            worker.expects_kicks = 1
             enable_kicks(queue)
             if queue.log:
                 call(worker.mark_ring, address_of(queue))
@@ -319,7 +339,7 @@ def release_held(worker):
     worker.now = monotonic_ns()
     gate = view(worker.held, GATE)
     if gate.until <= worker.now:
-        call(gate.release, address_of(worker))
+        call(gate.release, address_of(worker), 0)
 
 
 @compiled

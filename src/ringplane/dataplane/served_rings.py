@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from ringplane.dataplane import ring_rules
+from ringplane.dataplane.limit_gate import release
 from ringplane.dataplane.loop import mark_ready_at
 from ringplane.dataplane.pinning import Pinning
 from ringplane.dataplane.place_ring import place_ring, prepare_ring
@@ -74,6 +76,7 @@ class ServedRings:
     def stop(self, queue: Queue, drained: Future[None]) -> None:
         """Stop fetching; `drained` is done when all requests in flight have been completed."""
         self._notice(queue)
+        self._end_holds()
         # What the previous process had in flight has to be completed before the ring can stop.
         waits = queue.state is RingState.RUNNING and queue.record["resubmits"] > 0
         queue.ring_state.apply(RingEvent.STOP_AFTER_RESUBMITTING if waits else RingEvent.STOP)
@@ -102,6 +105,7 @@ class ServedRings:
         """Use another memory table; requests in flight keep the mappings that they use."""
         self._notice(queue)
         queue.ring_state.check(RingEvent.MEMORY_CHANGED)
+        self._end_holds()
         old, layout, before = queue.memory, queue.layout, queue.state
         assert layout is not None, "a ring that is served has a layout"
         try:
@@ -125,12 +129,20 @@ class ServedRings:
 
     def check_all(self) -> None:
         """Rebuild the list of ready queues with all running ones: to check a ring in vain costs nothing."""
+        self._end_holds()
         record = self._state.record
-        record["ready"] = record["ready_last"] = record["quiet"] = record["held"] = 0
+        record["ready"] = record["ready_last"] = record["quiet"] = 0
         for queue in self:
             queue.record["ready"] = queue.record["quiet"] = 0
             if queue.record["running"]:
                 mark_ready_at(self._state.address, queue.address)
+
+    def _end_holds(self) -> None:
+        """Have the queues asked again that limits hold, while they run: it is counted for how long they were held."""
+        record = self._state.record
+        if record["held"]:
+            record["now"] = time.monotonic_ns()
+            release(self._state.address, 1)
 
     def follow_up(self) -> None:
         """Act on what a run of the loop has left behind: broken rings, drained rings, memory that nobody needs."""

@@ -125,6 +125,7 @@ QUEUE = struct(
 
 QUEUE_COUNTERS: int = QUEUE.fields["counters"][1]  # type: ignore[index]
 QUEUE_IN_FLIGHT: int = QUEUE.fields["in_flight"][1]  # type: ignore[index]
+QUEUE_UNPUBLISHED: int = QUEUE.fields["unpublished"][1]  # type: ignore[index]
 
 # Three words for what is asked for. The *type* is the number in the request's header (virtio/blk.py, blk_zones.py).
 # The *kind* is how requests are counted and logged: types that are rare share one. The *operation* is what the block
@@ -218,6 +219,7 @@ WORKER = struct(
     "ready",  # list of queues that may have chains to fetch, first in first out: QUEUE, or 0
     "ready_last",
     "quiet",  # list of queues whose kicks are off: QUEUE, or 0
+    "expects_kicks",  # not 0: before the last sleep, kicks were switched on for a queue that was in this list
     "held",  # heap of queues that are held because of limits: its first GATE (limit_gate.py), or 0
     "alarm",  # ALARM (alarm.py), or 0
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
 from ringplane.limits.meters import TICKS, fill_in, full_until, push_back
-from ringplane.native.access import address_of, load64, store64
+from ringplane.native.access import address_of, compare_and_swap, load64, store64
 from ringplane.native.structs import struct
 
 # A disk.
@@ -101,8 +101,11 @@ def count_request(limits, member, kind, size, now):
 @compiled
 def count_throttled(member, start, end):
     """Requests of this disk waited from `start` to `end`; several threads may report the same time."""
-    counted = load64(address_of(member) + COUNTED_UNTIL)
-    start = max(start, counted)
-    if end > start:
-        store64(address_of(member) + COUNTED_UNTIL, end)
-        push_back(address_of(member) + THROTTLED, 0, end - start)
+    place = address_of(member) + COUNTED_UNTIL
+    while True:
+        counted = load64(place)
+        if end <= counted:
+            return
+        if compare_and_swap(place, counted, end) == counted:
+            push_back(address_of(member) + THROTTLED, 0, end - max(start, counted))
+            return
