@@ -27,7 +27,7 @@ from ringplane.control.start import serve_all
 from ringplane.driver.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.log.event_bus import KEPT
-from ringplane.options import rbd_address
+from ringplane.options import nbd_uri, rbd_address
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.declare import declared
 from ringplane.options.disk_config import DiskConfig
@@ -179,6 +179,9 @@ def test_images_elsewhere_that_cannot_be_added(served: Served) -> None:
     assert schemas["NewDisk"]["properties"]["rbd"] == {"$ref": "#/components/schemas/NewRbdImage"}
     assert schemas["NewRbdImage"]["properties"].keys() == rbd_address.TABLE_KEYS.keys()
     assert schemas["NewRbdImage"]["required"] == ["pool", "image"]
+    assert schemas["NewDisk"]["properties"]["nbd"] == {"$ref": "#/components/schemas/NewNbdImage"}
+    assert schemas["NewNbdImage"]["properties"].keys() == nbd_uri.TABLE_KEYS.keys()
+    assert schemas["NewNbdImage"]["required"] == ["server"]
     for table, what in (
         ({"image": "x"}, "rbd: pool is missing; each RBD image has one"),
         ({"pool": "p", "image": "x", "conf": "c"}, 'rbd: "c" is not an absolute path; it has to begin with /'),

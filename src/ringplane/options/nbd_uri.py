@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ringplane.opener.server_places import Place
-from ringplane.options.image_address import RemoteImage
+from ringplane.options.image_address import RemoteImage, TableKey
 from ringplane.options.kinds import shown, suggestion, text_from_toml
 
 # IANA's
@@ -26,8 +26,15 @@ LONGEST_EXPORT, LONGEST_SOCKET = 4096, 107
 
 NO_TLS = "NBD over TLS is not supported; use nbd:// through a tunnel or in a network that you trust"
 
-# In a configuration file; and the keys of `server`, of which `type` says only what the others say too.
-TABLE_KEYS = ("server", "export")
+# In a configuration file and in the API; and the keys of `server`, of which `type` says only what the others say too.
+TABLE_KEYS = {
+    "server": TableKey(
+        "object",
+        'where it is: `{"host": "HOST", "port": "PORT"}`, or `{"path": "PATH"}` of a UNIX socket',
+        required=True,
+    ),
+    "export": TableKey("string", "the name of the export; without it the one with the empty name"),
+}
 TCP_KEYS, UNIX_KEYS, TYPES = {"host", "port"}, {"path"}, {"inet": "host", "unix": "path"}
 
 SERVERS = 'examples: { host = "storage1", port = "10809" }, { path = "/run/nbd.sock" }'
