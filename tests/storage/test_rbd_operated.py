@@ -6,7 +6,6 @@ import json
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from program.served import ServedApi, needs_all, starter
 from unit.rig import eventually, pattern
 
 from .serving import PATIENCE
-from .test_rbd_failures import stopped_osd
 
 MIB = 1 << 20
 Serve = Callable[..., ServedApi]
@@ -151,32 +149,3 @@ def test_the_key_is_shown_nowhere(serve: Serve, cluster: CephCluster, image: str
     assert [disk["name"] for disk in new.api.get("/v1/disks")["disks"]][1:] == ["r"]
     seen += [new.end(), *iter(new.next_line, "")]
     assert not [text for text in seen if key in text]
-
-
-def test_a_pause_waits_for_a_cluster_that_hangs(serve: Serve, failing_cluster: CephCluster, tmp_path: Path) -> None:
-    """And another disk on the same I/O thread does not."""
-    served = serve("--api-socket", "api.sock", "--no-sandbox")
-    image = failing_cluster.address(failing_cluster.new_image())
-    served.api.post("/v1/disks", body(image, tmp_path, **{"num-queues": 1}), status=201)
-    served.api.post("/v1/disks", local(tmp_path), status=201)
-    with served.attach("r.sock") as driver, served.attach("f.sock") as other, ThreadPoolExecutor(2) as pool:
-        driver.write(0, pattern(4096))
-        with stopped_osd(failing_cluster):
-            writing = pool.submit(driver.write, 0, pattern(4096, 2))
-            assert eventually(lambda: served.api.disk("r")["in_flight"])
-            pausing = pool.submit(served.api.post, "/v1/disks/r/pause")
-            assert eventually(lambda: served.api.disk("r")["paused"])
-            other.write(0, pattern(512))
-            assert other.read(0, 512) == pattern(512)
-            assert not writing.done()
-            assert not pausing.done()
-        assert pausing.result(PATIENCE)["in_flight"] == 0
-        writing.result(PATIENCE)
-        served.api.post("/v1/disks/r/resume")
-        assert driver.read(0, 4096) == pattern(4096, 2)
-    served.end()
-
-
-def local(folder: Path) -> dict[str, Any]:
-    """A file beside it."""
-    return {"image": str(folder / "f.img"), "create": "1M", "socket-path": str(folder / "f.sock"), "name": "f"}

@@ -43,6 +43,7 @@ class Turns:
         operation: str,
         work: Callable[[], Coroutine[Any, Any, Result]],
         patience: float = PATIENCE,
+        *,
         around: Around = contextlib.nullcontext,
     ) -> Result:
         """Its result. It is never done in part: when the caller does not wait any more, it continues.
