@@ -39,8 +39,9 @@ SHORTEST = 0.01
 
 VERSION = 3
 
-# Seconds between looks at the events of the I/O threads, at least and at most. To look costs CPU time, however few
-# there are. Each thread keeps CAPACITY events (dataplane/tracer.py): at a million requests per second those of 262 ms.
+# Seconds between looks at the events of the I/O threads, at least and at most. To look costs some 0.25 ms of CPU time,
+# however few there are: this thread finds nothing in the caches. Each I/O thread keeps CAPACITY events
+# (dataplane/tracer.py): at a million requests per second those of 262 ms.
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.1
 
 
@@ -123,8 +124,8 @@ class Sender:
         wait = SHORTEST_WAIT
         while not over(wait):
             unread = self._recording.look()
-            # At the present rate, until an I/O thread has a quarter of what it keeps.
-            wait = min(max(wait * CAPACITY / 4 / max(unread, 1), SHORTEST_WAIT), LONGEST_WAIT)
+            # At the present rate, until an I/O thread has a third of what it keeps.
+            wait = min(max(wait * CAPACITY / 3 / max(unread, 1), SHORTEST_WAIT), LONGEST_WAIT)
             for portion in self._recording.read():
                 self._send_portion(portion)
                 if over():
