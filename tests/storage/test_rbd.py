@@ -105,6 +105,19 @@ def test_one_line_says_that_an_image_looks_like_another_format(cluster: CephClus
         assert served.logged().count(words) == 1
 
 
+@pytest.mark.parametrize(("of_file", "of_address", "count"), [("", "", 1), ("3", "", 3), ("3", "2", 2)])
+def test_threads_of_librados(
+    cluster: CephCluster, image: str, tmp_path: Path, of_file: str, of_address: str, count: int
+) -> None:
+    """One does all I/O, which costs the least, unless the configuration or the address says something else."""
+    conf = tmp_path / "ceph.conf"
+    conf.write_text(cluster.conf.read_text() + (f"[client]\nlibrados thread count = {of_file}\n" if of_file else ""))
+    more = f":librados_thread_count={of_address}" if of_address else ""
+    with serving(Disk(f"rbd:{image}:conf={conf}{more}")) as served:
+        names = [path.read_text().strip() for path in Path(f"/proc/{served.process.pid}/task").glob("*/comm")]
+    assert names.count("io_context_pool") == count
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
 def test_a_verified_load(cluster: CephCluster, image: str, threads: int, direct: bool) -> None:
