@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,16 @@ def test_an_image_of_a_cluster(cluster: CephCluster, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "all correct" in done.output
     assert measured(report) == {(subject, workload) for subject in BOTH for workload in ("randwrite", "randread")}
+
+
+@pytest.mark.parametrize("options", [(), ("--write",)])
+def test_the_floor_for_nbd(server: NbdServer, options: Sequence[str]) -> None:
+    program = Path(__file__).parents[2] / "benchmarks/nbd_floor.py"
+    command = [sys.executable, program, server.uri, "--rounds", "1", "--seconds", "0.05", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("us CPU") == 6
+    assert (server.image.read_bytes()[:4] == b"mine") == (not options)
 
 
 def test_what_is_missing_is_known_before_the_first_place_is_measured(
