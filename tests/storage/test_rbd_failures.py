@@ -273,7 +273,8 @@ def test_a_pause_while_the_cluster_hangs(failing_cluster: CephCluster) -> None:
 # A process whose operations are given up soon.
 IMPATIENT = f"""
 from ringplane.control.turns import Turns
-Turns.take.__defaults__ = (2.0,)
+_, *others = Turns.take.__defaults__
+Turns.take.__defaults__ = (2.0, *others)
 {LOGGING_AT_ONCE}"""
 
 

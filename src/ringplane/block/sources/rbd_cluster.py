@@ -1,6 +1,6 @@
 """Connections to Ceph clusters. Disks with the same configuration, user and settings share one.
 
-A connection has some ten threads, and an image none of its own. Each function here may wait for the cluster.
+A connection has 15 threads, and an image none of its own. Each function here may wait for the cluster.
 """
 
 from __future__ import annotations

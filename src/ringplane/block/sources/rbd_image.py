@@ -152,8 +152,11 @@ class OpenedImage:
         self.number = "/".join((self.cluster.fsid, str(self.pool.number), self.address.namespace, image))
 
     def _read_start(self) -> bytes:
+        """Nothing of it stays in the cache: another process may write there until the disk is served here."""
         room = ctypes.create_string_buffer(min(PIECE, self.size))
         size = self.library.call("rbd_read", self.image, 0, len(room), room) if self.size else 0
+        if self.cluster.access.cache:
+            self.library.call("rbd_invalidate_cache", self.image)
         return room.raw[:size]
 
     def call(self, name: str, *arguments: Any) -> int:
