@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringplane.block.io import CHANNEL, REFUSED, io_at
 from ringplane.block.merge import MERGE_BYTES, MERGE_IOVECS
+from ringplane.block.stack import STACK
+from ringplane.compiler.units import unit
 from ringplane.dataplane.state import MAX_IOVECS
+from ringplane.engines.common import complete
+from ringplane.native.access import load64, store64, view
+from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR
 
 from .combinations import EVERY
 from .rig import (
@@ -186,6 +194,35 @@ def test_a_bad_end_fails_only_its_requests(make_rig: RigFactory) -> None:
     assert [answer.status for answer in answers] == [OK, OK, IOERR, IOERR]
     assert [answer.data for answer in answers[:2]] == [DISK[:4096], DISK[4096:8192]]
     assert answers[2].used_length == 2048
+
+
+@unit
+def end_all(stack_address, channel_address, first):
+    """A source of two int64: the result of each I/O, and how many there were."""
+    source, channel = view(stack_address, STACK).source, view(channel_address, CHANNEL)
+    slot = first
+    while slot >= 0:
+        io = io_at(channel, slot)
+        slot = io.next
+        store64(source + 8, load64(source + 8) + 1)
+        complete(channel.engine, io.slot, load64(source))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("result", "count"), [(-errno.EIO, 1 + 3), (-errno.ETIMEDOUT, 1), (REFUSED - VIRTIO_BLK_S_IOERR, 1)]
+)
+def test_a_source_that_has_timed_out_is_not_asked_again(make_rig: RigFactory, result: int, count: int) -> None:
+    """Or that has refused: it would only take as long again. Others may have one bad block."""
+    line = make_rig().line()
+    source = np.array([result, 0])
+    record = line.queue.stack._record
+    record["source"], record["submit"], record["merges"] = source.ctypes.data, end_all.address(), 1
+    line.start()
+    answers, _ = on_one(line, *stream(OUT, 512, 512, 512))
+    line.stop()
+    assert [answer.status for answer in answers] == [IOERR] * 3
+    assert source[1] == count
 
 
 def test_the_parts_of_a_failed_write_are_retried(make_rig: RigFactory) -> None:
