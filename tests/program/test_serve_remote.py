@@ -61,7 +61,7 @@ def test_a_disk_comes_and_goes(serve: Serve, server: NbdServer) -> None:
             assert server.commands()[-1] == nbd.CMD_FLUSH
             served.api.post("/v1/disks/n/resume")
             assert driver.read(512, 512) == pattern(4096, 3)[512:1024]
-            assert served.api.request("POST", "/v1/disks/n/resize").error["what"].endswith("start it again")
+            assert served.api.request("POST", "/v1/disks/n/resize").error["what"].endswith("restart ringplane")
         assert eventually(lambda: served.api.disk("n")["state"] == "listening")
         served.api.delete("/v1/disks/n")
         server.content[:4096] = pattern(4096)

@@ -149,3 +149,17 @@ def test_the_key_is_shown_nowhere(serve: Serve, cluster: CephCluster, image: str
     assert [disk["name"] for disk in new.api.get("/v1/disks")["disks"]][1:] == ["r"]
     seen += [new.end(), *iter(new.next_line, "")]
     assert not [text for text in seen if key in text]
+
+
+@needs_all
+def test_an_encrypted_image_is_not_added(serve: Serve, cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    """librbd could not open what it needs for it; nothing of that is tried."""
+    served = serve(*arguments(cluster), strict=True)
+    address = cluster.address(image, f":encrypt-format=luks2:encrypt-key-file={tmp_path}/key")
+    answer = served.api.request("POST", "/v1/disks", body(address, tmp_path))
+    assert (answer.status, answer.error["what"]) == (
+        409,
+        f"rbd:{image}: librbd opens files to decrypt it, and this process may open none; start ringplane with "
+        "this disk, or with --no-sandbox",
+    )
+    served.end()

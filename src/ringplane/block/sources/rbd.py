@@ -30,7 +30,7 @@ from ringplane.options.engine_names import MEMORY, NULL
 from ringplane.options.image_address import RemoteImage
 from ringplane.options.rbd_address import RbdImage
 from ringplane.system.aside import NoThread
-from ringplane.system.confinement import keep
+from ringplane.system.confinement import is_confined, keep
 from ringplane.system.digests import blake2b
 from ringplane.system.seccomp import Only
 from ringplane.system.signals import NONE, Signals
@@ -63,6 +63,12 @@ _closing: set[object] = set()
 
 def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
     """Open the image, or create it if the options say so. Raises ImageError, Interrupted."""
+    address = _address(config)
+    if address.encrypt_format and is_confined():
+        raise ImageError(
+            f"{address.title}: librbd opens files to decrypt it, and this process may open none; start ringplane "
+            "with this disk, or with --no-sandbox"
+        )
     return _source(config, signals, create=config.create, opener=opener)
 
 
