@@ -23,12 +23,15 @@ from program.served import DISK, SOON, ServedMetrics, starter
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_T_IN
+from storage.nbd_processes import NbdServer, qemu_nbd
 from unit.waiting import eventually, wait_until
 
 SHARE = Path(__file__).parents[2] / "share"
 DASHBOARD = SHARE / "grafana/ringplane.json"
 RULES = SHARE / "prometheus/ringplane.rules.yml"
 RULE_TESTS = Path(__file__).parent / "ringplane.rules.test.yml"
+
+SIZE = 16 << 20
 
 # Often, so that rates are known soon.
 CONFIGURATION = """
@@ -39,7 +42,7 @@ rule_files: [{rules}]
 scrape_configs:
   - job_name: ringplane
     static_configs:
-      - targets: ["{target}"]
+      - targets: [{targets}]
 """
 
 
@@ -61,11 +64,13 @@ def promtool(*arguments: str | Path, text: str | None = None) -> str:
 
 
 class Prometheus:
-    """A process that scrapes this address."""
+    """A process that scrapes the metrics at these URLs."""
 
-    def __init__(self, folder: Path, target: str) -> None:
+    def __init__(self, folder: Path, *urls: str) -> None:
+        self._targets = len(urls)
         config = folder / "prometheus.yml"
-        config.write_text(CONFIGURATION.format(target=target, rules=RULES))
+        targets = ", ".join(f'"{urllib.parse.urlsplit(url).netloc}"' for url in urls)
+        config.write_text(CONFIGURATION.format(targets=targets, rules=RULES))
         self.log = folder / "prometheus.log"
         command = [program("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
         with self.log.open("w") as log:
@@ -90,9 +95,9 @@ class Prometheus:
         return [(each["metric"], float(each["value"][1])) for each in found]
 
     def ready(self) -> bool:
-        """Whether it has scraped."""
+        """Whether it has scraped all of them."""
         with contextlib.suppress(OSError):
-            return bool(self.query("up == 1"))
+            return len(self.query("up == 1")) == self._targets
         return False
 
     def end(self) -> None:
@@ -100,25 +105,26 @@ class Prometheus:
         self.process.wait(SOON)
 
 
-def do_io(path: Path, ended: threading.Event) -> None:
-    """A guest that does all kinds of requests, of which some fail, for seconds: so without using a whole CPU."""
+def do_io(path: Path, ended: threading.Event, *, faulty: bool) -> None:
+    """A guest that does all kinds of requests, for seconds: so without using a whole CPU. `faulty`: some fail."""
     with Driver(path, timeout=SOON) as driver:
         while not ended.wait(0.05):
             run_load(driver, Load(read_percent=50, depth=4, requests=500))
             driver.flush()
             driver.discard(0, 4096)
             driver.write_zeroes(0, 4096)
-            # Beyond the end.
-            driver.request(VIRTIO_BLK_T_IN, driver.capacity // SECTOR, read=512)
+            if faulty:
+                # Beyond the end.
+                driver.request(VIRTIO_BLK_T_IN, driver.capacity // SECTOR, read=512)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMetrics]:
-    """A process with such a guest."""
-    folder, ended = tmp_path_factory.mktemp("served"), threading.Event()
+@contextlib.contextmanager
+def serving(folder: Path, *disk: str, faulty: bool = False) -> Iterator[ServedMetrics]:
+    """A process with a disk and such a guest."""
+    ended = threading.Event()
     with contextlib.contextmanager(starter)(ServedMetrics, folder) as start, ThreadPoolExecutor(1) as pool:
-        served = start(*DISK, "--metrics", "0")
-        guest = pool.submit(do_io, folder / "a.sock", ended)
+        served = start(*disk, "--metrics", "0")
+        guest = pool.submit(do_io, folder / "a.sock", ended, faulty=faulty)
         try:
             yield served
         finally:
@@ -128,8 +134,30 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMetrics]:
 
 
 @pytest.fixture(scope="module")
-def prometheus(served: ServedMetrics, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), urllib.parse.urlsplit(served.url).netloc)
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMetrics]:
+    with serving(tmp_path_factory.mktemp("served"), *DISK, faulty=True) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMetrics]:
+    """Its disk is on an NBD server."""
+    folder = tmp_path_factory.mktemp("remote")
+    with (folder / "disk.img").open("wb") as image:
+        image.truncate(SIZE)
+    server = NbdServer(qemu_nbd, folder / "disk.img")
+    try:
+        with serving(folder, "--image", server.uri, "--name", "remote", "--socket-path", "a.sock") as served:
+            yield served
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def prometheus(
+    served: ServedMetrics, remote: ServedMetrics, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), served.url, remote.url)
     try:
         wait_until(prometheus.listens)
         wait_until(prometheus.ready)
@@ -138,8 +166,9 @@ def prometheus(served: ServedMetrics, tmp_path_factory: pytest.TempPathFactory) 
         prometheus.end()
 
 
-def test_promtool_finds_nothing_wrong_with_a_scrape(served: ServedMetrics) -> None:
-    assert promtool("check", "metrics", text=served.scrape()) == ""
+def test_promtool_finds_nothing_wrong_with_a_scrape(served: ServedMetrics, remote: ServedMetrics) -> None:
+    for each in (served, remote):
+        assert promtool("check", "metrics", text=each.scrape()) == ""
 
 
 def panels() -> dict[str, list[str]]:

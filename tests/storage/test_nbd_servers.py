@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ringplane.driver.load import Load, run_load
+from unit.api_client import Api
 
 from .nbd_processes import NbdServer, free_port, nbdkit, qemu_nbd, qemu_nbd_alone
-from .serving import Disk, serving, wait_until
+from .serving import API, Disk, serving, upgrade, wait_until
 
 SIZE = 64 << 20
 KILLS, UPGRADES = 10, 5
@@ -88,6 +90,37 @@ def test_killed_under_a_verified_load(server: NbdServer) -> None:
             kills.result()
 
 
+def test_metrics_of_a_server(start: Start) -> None:
+    """It is lost and found again, and an upgrade keeps what was counted."""
+    server = start(qemu_nbd)
+    with serving(Disk(server.uri, more=WAITING), process=API) as served, served.driver() as driver:
+        api = Api(served.folder / "api.sock")
+
+        def source() -> Any:
+            (disk,) = api.get("/v1/statistics")["disks"]
+            return disk["source"]
+
+        for _ in range(3):
+            driver.write(0, bytes(4096))
+        driver.flush()
+        assert (source()["state"], source()["reconnects"], source()["in_flight"]) == ("ok", 0, 0)
+        server.kill()
+        wait_until(lambda: source()["state"] == "reconnecting", source())
+        waiting = driver._submit_request(0, 0, b"", 512, 0)
+        wait_until(lambda: source()["in_flight"] == 1, source())
+        server.start()
+        assert driver._answer(*waiting).status == 0
+        wait_until(lambda: source()["state"] == "ok", source())
+        upgrade(served)
+        driver.read(0, 512)
+        after = source()
+        assert (after["state"], after["reconnects"], after["in_flight"]) == ("ok", 1, 0)
+        requests = {name: found["requests"] for name, found in after["operations"].items()}
+        assert requests == {"read": 2, "write": 3, "flush": 1}
+        metrics = api.request("GET", "/metrics").data.decode()
+        assert re.search(r'^ringplane_disk_source_reconnects_total{disk="[^"]*"} 1$', metrics, re.MULTILINE)
+
+
 def test_a_server_that_hangs(start: Start) -> None:
     """It is stopped and continued: requests wait, another disk of the thread is served, and nothing fails."""
     hanging, other = start(qemu_nbd), start(qemu_nbd)
@@ -119,16 +152,12 @@ def test_upgrades_under_a_verified_load(start: Start) -> None:
     server = start(qemu_nbd_alone)
     with serving(Disk(server.uri, queues=2, more=WAITING)) as served, served.driver(queues=2) as driver:
 
-        def upgrade() -> None:
+        def upgrade_several_times() -> None:
             for _ in range(UPGRADES):
-                old = served.process
-                command = [*old.args, *([] if "--upgrade" in old.args else ["--upgrade"])]  # type: ignore[list-item, operator, misc]
-                with (served.folder / "log").open("a") as log:
-                    served.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-                assert old.wait(120) == 0, served.logged()
+                upgrade(served)
 
         with ThreadPoolExecutor(1) as pool:
-            upgrades = pool.submit(upgrade)
+            upgrades = pool.submit(upgrade_several_times)
             while True:
                 result = run_load(driver, MIXED, backend_pid=os.getpid())
                 assert (result.errors, result.mismatches) == (0, 0), result.first_error or result.first_mismatch

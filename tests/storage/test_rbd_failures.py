@@ -17,7 +17,7 @@ import pytest
 
 from ceph import CephCluster
 from ringplane.api.schemas import Disk as DiskState
-from ringplane.api.schemas import Disks
+from ringplane.api.schemas import Disks, Statistics
 from ringplane.client.api_errors import ApiError
 from ringplane.client.client import Client, disk_path
 from ringplane.driver import Driver
@@ -335,10 +335,41 @@ def test_a_blocklisted_client(cluster: CephCluster) -> None:
         assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR
         assert served.logged().count("has blocklisted this client") == 1
         assert "ERROR" not in served.logged()
+        assert source(served)[0].state == "blocklisted"
         state = shown(served)
         assert (state.trouble, state.state, state.flush_failed) == ("blocklisted", "attached", True)
     with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
         assert driver.read(0, 512) == b"a" * 512
+
+
+def source(served: Served) -> Any:
+    """What the API says of the cluster, and of the disk."""
+    (disk,) = served.client().read("/v1/statistics", Statistics).disks
+    assert disk.source is not None
+    return disk.source, disk
+
+
+def test_metrics_of_a_cluster(failing_cluster: CephCluster) -> None:
+    """What it has, how long it took apart from our share, and that an upgrade keeps what was counted."""
+    image = failing_cluster.new_image()
+    with serving(Disk(failing_cluster.address(image)), process=API) as served, served.driver() as driver:
+        for _ in range(3):
+            driver.write(0, bytes(4096))
+        driver.flush()
+        with stopped_osd(failing_cluster):
+            answer = later(driver, bytes(512))
+            wait_until(lambda: source(served)[0].in_flight == 1, "the write is with the cluster")
+        wait_until(lambda: answer, "the write ends")
+        cluster, disk = source(served)
+        assert cluster.operations.keys() == {"write", "flush"}
+        for name, found in cluster.operations.items():
+            assert 0 < found.seconds < disk.operations[name].seconds
+        upgrade(served)
+        driver.read(0, 512)
+        cluster, _ = source(served)
+        assert (cluster.state, cluster.reconnects, cluster.in_flight) == ("ok", None, 0)
+        requests = {name: found.requests for name, found in cluster.operations.items()}
+        assert requests == {"read": 1, "write": 4, "flush": 1}
 
 
 def test_two_processes_with_one_image(cluster: CephCluster) -> None:

@@ -76,3 +76,9 @@ def test_small_values_are_exact(value: int) -> None:
 
 def test_an_empty_histogram_has_percentile_zero() -> None:
     assert histogram.percentile(np.zeros(histogram.BUCKETS, np.int64), 99) == 0
+
+
+@given(st.lists(values))
+def test_how_many_are_below_each_power_of_two(data: list[int]) -> None:
+    expected = [sum(value < 2**power for value in data) for power in range(10, 35)]
+    assert histogram.below(histogram_of(np.array(data, np.int64)), 10, 25).tolist() == [*expected, len(data)]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from ringplane.api.schemas import DiskStatistics, IoThreadStatistics, OperationStatistics, Statistics
+from ringplane.api.schemas import (
+    DiskStatistics,
+    IoThreadStatistics,
+    OperationStatistics,
+    SourceOperation,
+    SourceStatistics,
+    Statistics,
+)
+from ringplane.cli.top.disk_columns import remark
 from ringplane.cli.top.sampler import Sampler
 from ringplane.client.rates import percentile_us, rates
 
@@ -14,6 +22,10 @@ def operation(
 ) -> OperationStatistics:
     pairs = [(int(time.removeprefix("ns")), count) for time, count in latencies.items()]
     return OperationStatistics(requests, errors, size, seconds, pairs)
+
+
+def source(state: str, reconnects: int, **operations: SourceOperation) -> SourceStatistics:
+    return SourceStatistics(state, reconnects, 2, operations)  # type: ignore[arg-type]
 
 
 def disk(name: str, throttled: float = 0.0, busy: float = 0.0, **operations: OperationStatistics) -> DiskStatistics:
@@ -44,6 +56,25 @@ def test_known_counters() -> None:
         0.25,
         10.0,
     )
+
+
+def test_the_server_of_a_remote_disk() -> None:
+    """All its operations together; the disk had another server before, or none that is known."""
+    before, after = disk("a"), disk("a")
+    before.source = source("ok", 0, read=SourceOperation(100, 1.0, [(1000, 100)]))
+    reads = SourceOperation(110, 1.1, [(1000, 109), (7000, 1)])
+    after.source = source("reconnecting", 1, read=reads, write=SourceOperation(10, 0.3, [(3000, 10)]))
+    (found,) = rates(Statistics(1.0, [before], []), Statistics(3.0, [after], [])).disks
+    assert found.source is not None
+    assert (found.source.state, found.source.reconnects, found.source.in_flight) == ("reconnecting", 1, 2)
+    assert (found.source.per_second, found.source.p50_us, found.source.p99_us) == (10.0, 3.0, 7.0)
+    assert found.source.mean_us == pytest.approx(20_000)
+    assert remark(found) == "reconnecting"
+    (found,) = rates(Statistics(1.0, [], []), Statistics(3.0, [after], [])).disks
+    assert found.source is not None
+    assert found.source.per_second == 60.0
+    (found,) = rates(Statistics(1.0, [after], []), Statistics(3.0, [disk("a")], [])).disks
+    assert found.source is None
 
 
 def test_an_operation_that_was_not_used_has_no_latency() -> None:

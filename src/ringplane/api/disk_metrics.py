@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ringplane.block.sources.service import OPERATIONS, STATES
 from ringplane.control.export import Export
 from ringplane.dataplane.disk_figures import HIGHEST_POWER, LOWEST_POWER, read_figures
 from ringplane.dataplane.io_time import TICK_NS
 from ringplane.dataplane.ring_states import RingState
 from ringplane.dataplane.state import KINDS
 from ringplane.metrics.exposition import Distribution, Metric, Sample, histogram_text, labelled, text
+from ringplane.metrics.histogram import below
 from ringplane.virtio.blk import SECTOR
 
 SECOND_NS = 1e9
@@ -32,6 +34,12 @@ class Readings:
         self.labels = [labelled(("disk",), (each.name,)) for each in self.exports]
         self.figures = read_figures([each.disk.device for each in self.exports])
         self.operations = {kind: self.labelled("operation", kind) for kind in KINDS}
+        # Of those that are on other machines.
+        self.services = [
+            (labels, service)
+            for labels, each in zip(self.labels, self.exports, strict=True)
+            if (service := each.disk.source.service) is not None
+        ]
 
     def labelled(self, name: str, value: str) -> list[str]:
         """The labels of the disks and one more, whose value has no character that would be escaped."""
@@ -151,6 +159,32 @@ DURATION = Metric(
     BOUNDS,
 )
 
+SOURCE_STATE = Metric(
+    "ringplane_disk_source_state",
+    "gauge",
+    ("disk", "state"),
+    "Remote disks: 1 for the state of the server or cluster, 0 for the others; " + ", ".join(STATES) + ".",
+)
+SOURCE_RECONNECTS = Metric(
+    "ringplane_disk_source_reconnects_total",
+    "counter",
+    ("disk",),
+    "NBD disks: connections that were made in place of lost ones.",
+)
+SOURCE_NOW = Metric(
+    "ringplane_disk_source_io_now",
+    "gauge",
+    ("disk",),
+    "Remote disks: requests that the server or cluster has not replied to.",
+)
+SOURCE_DURATION = Metric(
+    "ringplane_disk_source_request_duration_seconds",
+    "histogram",
+    ("disk", "operation"),
+    "Remote disks: how long the server or cluster takes; an operation appears with its first request.",
+    BOUNDS,
+)
+
 
 def disk_metrics(exports: Iterable[Export]) -> Iterator[str]:
     """The text of all metrics of these disks."""
@@ -161,6 +195,10 @@ def disk_metrics(exports: Iterable[Export]) -> Iterator[str]:
     yield text(IO_ERRORS, _errors(disks))
     yield text(RINGS, _rings(disks))
     yield from histogram_text(DURATION, _durations(disks))
+    yield text(SOURCE_STATE, _source_states(disks))
+    yield text(SOURCE_RECONNECTS, _reconnects(disks))
+    yield text(SOURCE_NOW, [(labels, service.in_flight) for labels, service in disks.services])
+    yield from histogram_text(SOURCE_DURATION, _source_durations(disks))
 
 
 def _described(export: Export) -> Sample:
@@ -193,3 +231,23 @@ def _durations(disks: Readings) -> Iterator[Distribution]:
         figures = disks.of(kind)
         columns = zip(labels, figures["below"].tolist(), _seconds(figures["nanoseconds"]), strict=True)
         yield from (each for each in columns if each[1][-1])
+
+
+def _source_states(disks: Readings) -> Iterator[Sample]:
+    for labels, service in disks.services:
+        present = service.state
+        yield from ((f'{labels},state="{state}"', +(state == present)) for state in STATES)
+
+
+def _reconnects(disks: Readings) -> Iterator[Sample]:
+    for labels, service in disks.services:
+        if (reconnects := service.reconnects) is not None:
+            yield labels, reconnects
+
+
+def _source_durations(disks: Readings) -> Iterator[Distribution]:
+    for labels, service in disks.services:
+        for operation, times in zip(OPERATIONS, service.times(), strict=True):
+            counts = below(times["histogram"], LOWEST_POWER, len(BOUNDS)).tolist()
+            if counts[-1]:
+                yield f'{labels},operation="{operation}"', counts, float(times["nanoseconds"]) / SECOND_NS

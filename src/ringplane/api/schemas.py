@@ -85,7 +85,7 @@ class Disk(Struct):
         str | None,
         Meta(
             description="Why all I/O fails now, or waits; null: it does not. `blocklisted`: by the Ceph cluster, for "
-            "good (docs/remote.md)."
+            "good; `reconnecting`, `failing`: there is no connection to the NBD server (docs/remote.md)."
         ),
     ]
     counters: Annotated[dict[str, Counter], Meta(description="By kind of request: read, write, flush, ...")]
@@ -126,6 +126,35 @@ class OperationStatistics(Counter):
     ]
 
 
+class SourceOperation(Struct):
+    """What the server or cluster of a remote disk has done: requests of ours, which can be parts of those of guests."""
+
+    requests: int
+    seconds: Annotated[float, Meta(description="How long it took for all of them.")]
+    latencies: Annotated[
+        list[tuple[int, int]],
+        Meta(description="How many took how long: pairs of nanoseconds, exact to 3 %, and of requests."),
+    ]
+
+
+class SourceStatistics(Struct):
+    """The server or cluster of a remote disk."""
+
+    state: Annotated[
+        Literal["ok", "reconnecting", "failing", "blocklisted"],
+        Meta(
+            description="`reconnecting`: a connection was lost, and requests wait; `failing`: they fail until there is "
+            "another one; `blocklisted`: the cluster accepts nothing from this process any more."
+        ),
+    ]
+    reconnects: Annotated[int | None, Meta(description="Connections made in place of lost ones; null: not known.")]
+    in_flight: Annotated[int, Meta(description="Requests that it has not replied to.")]
+    operations: Annotated[
+        dict[str, SourceOperation],
+        Meta(description="By operation: read, write, flush, ...; those that there were."),
+    ]
+
+
 class DiskStatistics(Struct):
     """What a disk has done since it was added."""
 
@@ -140,6 +169,7 @@ class DiskStatistics(Struct):
         dict[str, OperationStatistics],
         Meta(description="By operation: read, write, flush, ...; those that there were."),
     ]
+    source: Annotated[SourceStatistics | None, Meta(description="Of a remote disk; null: it is not one.")] = None
 
 
 class IoThreadStatistics(Struct):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ringplane.api.disk_metrics import DISK_INFO, DISK_METRICS, DURATION, IO_ERRORS, RINGS, disk_metrics
+from ringplane.api.disk_metrics import (
+    DISK_INFO,
+    DISK_METRICS,
+    DURATION,
+    IO_ERRORS,
+    RINGS,
+    SOURCE_DURATION,
+    SOURCE_NOW,
+    SOURCE_RECONNECTS,
+    SOURCE_STATE,
+    disk_metrics,
+)
 from ringplane.api.thread_metrics import (
     BATCHES,
     BUILD_INFO,
@@ -31,7 +42,9 @@ def all_metrics() -> Iterator[Metric]:
     """In the order of the text."""
     yield DISK_INFO
     yield from _of(DISK_METRICS)
-    yield from (IO_ERRORS, RINGS, DURATION, THREAD_INFO)
+    yield from (IO_ERRORS, RINGS, DURATION)
+    yield from (SOURCE_STATE, SOURCE_RECONNECTS, SOURCE_NOW, SOURCE_DURATION)
+    yield THREAD_INFO
     yield from _of(THREAD_METRICS)
     yield from (BATCHES, BUILD_INFO)
     yield from _of(PROCESS_METRICS)

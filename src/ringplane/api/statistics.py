@@ -10,9 +10,18 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ringplane.api.disk_metrics import SECOND_NS
-from ringplane.api.schemas import DiskStatistics, IoThreadStatistics, OperationStatistics, Statistics
+from ringplane.api.schemas import (
+    DiskStatistics,
+    IoThreadStatistics,
+    OperationStatistics,
+    SourceOperation,
+    SourceStatistics,
+    Statistics,
+)
+from ringplane.block.sources.service import OPERATIONS, Service
 from ringplane.control.counters import FIRST_BUCKET, SCALARS, SHAPE, total
 from ringplane.control.export import Export
 from ringplane.control.server import Server
@@ -24,7 +33,8 @@ from ringplane.dataplane.worker import Worker
 from ringplane.metrics.histogram import middles
 
 # In a row with the counters of all kinds: the nanoseconds of each bucket, and where each histogram begins and ends.
-TIMES_OF_BUCKETS = np.tile(np.concatenate([np.zeros(FIRST_BUCKET), middles()]), SHAPE[0]).astype(np.int64)
+MIDDLES = middles().astype(np.int64)
+TIMES_OF_BUCKETS = np.tile(np.concatenate([np.zeros(FIRST_BUCKET, np.int64), MIDDLES]), SHAPE[0])
 HISTOGRAMS = np.arange(SHAPE[0])[:, None] * SHAPE[1] + (FIRST_BUCKET, SHAPE[1])
 
 # Nanoseconds and numbers of requests.
@@ -60,7 +70,28 @@ def _of_disk(export: Export, in_flight: int, io_seconds: float, counted: Sequenc
             for kind, (requests, errors, size, nanoseconds), latencies in kinds
             if requests
         },
+        source=_of_service(service) if (service := export.disk.source.service) is not None else None,
     )
+
+
+def _of_service(service: Service) -> SourceStatistics:
+    return SourceStatistics(
+        service.state,
+        service.reconnects,
+        service.in_flight,
+        {
+            operation: SourceOperation(
+                int(times["ended"]), float(times["nanoseconds"] / SECOND_NS), _latencies_of(times["histogram"])
+            )
+            for operation, times in zip(OPERATIONS, service.times(), strict=True)
+            if times["ended"]
+        },
+    )
+
+
+def _latencies_of(histogram: npt.NDArray[np.int64]) -> Latencies:
+    filled = histogram.nonzero()[0]
+    return list(zip(MIDDLES[filled].tolist(), histogram[filled].tolist(), strict=True))
 
 
 def _latencies(export: Export) -> list[Latencies]:

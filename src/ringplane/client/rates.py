@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ringplane.api.schemas import DiskStatistics, IoThreadStatistics, OperationStatistics, Statistics
+from ringplane.api.schemas import (
+    DiskStatistics,
+    IoThreadStatistics,
+    OperationStatistics,
+    SourceOperation,
+    SourceStatistics,
+    Statistics,
+)
 
 # Two answers are never closer together than that, in seconds.
 SHORTEST = 1e-6
@@ -22,6 +29,19 @@ class OperationRates:
     mean_us: float | None = None
     p50_us: float | None = None
     p99_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRates:
+    """The server or cluster of a remote disk, with all kinds of requests together. `reconnects` is since the start."""
+
+    state: str
+    reconnects: int | None
+    in_flight: int
+    per_second: float
+    mean_us: float | None
+    p50_us: float | None
+    p99_us: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +66,7 @@ class DiskRates:
     errors: int
     new_errors: int
     operations: dict[str, OperationRates]
+    source: SourceRates | None = None
 
     def of(self, operation: str) -> OperationRates:
         """The rates of `read`, `write`, `flush` and so on."""
@@ -108,6 +129,35 @@ def _of_disk(before: DiskStatistics | None, after: DiskStatistics, seconds: floa
         errors=sum(operation.errors for operation in after.operations.values()),
         new_errors=sum(change.errors for change in changes.values()),
         operations={name: _of_operation(change, seconds) for name, change in changes.items()},
+        source=_of_source(before.source if before is not None else None, after.source, seconds),
+    )
+
+
+def _of_source(before: SourceStatistics | None, after: SourceStatistics | None, seconds: float) -> SourceRates | None:
+    if after is None:
+        return None
+    counted = before.operations if before is not None else {}
+    changes = [
+        _change(_source_counters(counted.get(name)), _source_counters(now)) for name, now in after.operations.items()
+    ]
+    found = _of_operation(
+        OperationStatistics(
+            sum(change.requests for change in changes),
+            *(0, 0),
+            sum(change.seconds for change in changes),
+            [pair for change in changes for pair in change.latencies],
+        ),
+        seconds,
+    )
+    return SourceRates(
+        *(after.state, after.reconnects, after.in_flight, found.per_second, found.mean_us, found.p50_us, found.p99_us)
+    )
+
+
+def _source_counters(counted: SourceOperation | None) -> OperationStatistics:
+    """As those of a disk's operation, without errors and bytes."""
+    return (
+        NOTHING if counted is None else OperationStatistics(counted.requests, 0, 0, counted.seconds, counted.latencies)
     )
 
 

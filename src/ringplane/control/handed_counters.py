@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ringplane.block.sources.service import OPERATIONS, SERVICE_TIME
 from ringplane.control.counters import SCALARS, total
 from ringplane.dataplane.state import COUNTER, KINDS
 from ringplane.dataplane.thread_counters import LAYOUT as LAYOUT_OF_THREAD
@@ -27,27 +29,50 @@ log = logging.getLogger(__name__)
 LAYOUT = [list(KINDS), list(SCALARS), BUCKETS]
 SIZE = len(KINDS) * COUNTER.itemsize
 
+# Those of the service of a remote disk, which come after all disks.
+SERVICE_LAYOUT = [list(OPERATIONS), list(SERVICE_TIME.names or ()), BUCKETS]
+SERVICE_SIZE = 8 + len(OPERATIONS) * SERVICE_TIME.itemsize
+
 
 @contextlib.contextmanager
 def saved_counters(disks: Iterable[Disk]) -> Iterator[dict[str, Any]]:
     """A part of a message; its fd is closed at the end of the `with`. Raises OSError.
 
-    `disks` are the numbers of those disks that have counted anything, in the order in which the file has them.
+    `disks` are the numbers of those disks that have counted anything, in the order in which the file has them;
+    `services` those of remote disks.
     """
+    disks = tuple(disks)
     fd = os.memfd_create("ringplane-counters", os.MFD_CLOEXEC)
     try:
-        yield {"layout": LAYOUT, "file": Fd(fd), "disks": list(_write(fd, disks))}
+        yield {
+            "layout": LAYOUT,
+            "file": Fd(fd),
+            "disks": list(_write_disks(fd, disks)),
+            "service_layout": SERVICE_LAYOUT,
+            "services": list(_write_services(fd, disks)),
+        }
     finally:
         os.close(fd)
 
 
-def _write(fd: int, disks: Iterable[Disk]) -> Iterator[int]:
+def _write_disks(fd: int, disks: Iterable[Disk]) -> Iterator[int]:
     for number, disk in enumerate(disks):
         counted = total(disk.started)
         if counted.any():
-            if os.write(fd, counted.tobytes()) != SIZE:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            _write(fd, counted)
             yield number
+
+
+def _write_services(fd: int, disks: Iterable[Disk]) -> Iterator[int]:
+    for number, disk in enumerate(disks):
+        if disk.source.service is not None:
+            _write(fd, disk.source.service.counted())
+            yield number
+
+
+def _write(fd: int, counted: npt.NDArray[np.int64]) -> None:
+    if os.write(fd, counted.tobytes()) != counted.nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def resume_counters(saved: Mapping[str, Any], disks: Mapping[int, Disk]) -> None:
@@ -58,6 +83,18 @@ def resume_counters(saved: Mapping[str, Any], disks: Mapping[int, Disk]) -> None
     for index, number in enumerate(saved["disks"]):
         data = os.pread(saved["file"].number, SIZE, index * SIZE)
         disks[number].queues[0].resume_counters(np.frombuffer(data, np.int64))
+
+
+def resume_services(saved: Mapping[str, Any], disks: Mapping[int, Disk]) -> None:
+    """The same for the services of remote disks. Raises LookupError, ValueError."""
+    if saved["service_layout"] != SERVICE_LAYOUT:
+        log.warning(LOST, "services of remote disks")
+        return
+    for index, number in enumerate(saved["services"]):
+        service = disks[number].source.service
+        if service is not None:
+            data = os.pread(saved["file"].number, SERVICE_SIZE, len(saved["disks"]) * SIZE + index * SERVICE_SIZE)
+            service.resume(np.frombuffer(data, np.int64))
 
 
 def thread_counters(workers: Mapping[str, Worker]) -> dict[str, Any]:

@@ -51,6 +51,12 @@ def add_below(histogram, lowest, powers, place):
         store64(address, load64(address) + total)
 
 
+def below(histogram: npt.NDArray[np.int64], lowest: int, powers: int) -> npt.NDArray[np.int64]:
+    """The same of a (BUCKETS,) histogram: powers + 1 numbers."""
+    ends = (np.arange(lowest, lowest + powers) - STEP_BITS + 1) * STEPS
+    return histogram.cumsum()[[*(ends - 1), BUCKETS - 1]]
+
+
 def lower_bounds() -> npt.NDArray[np.float64]:
     """The smallest value of each bucket, in the unit that was counted; shape (BUCKETS,)."""
     index = np.arange(BUCKETS)

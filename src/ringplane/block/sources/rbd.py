@@ -22,6 +22,7 @@ from ringplane.block.sources.rbd_image import NoImage, OpenedImage, remove
 from ringplane.block.sources.rbd_library import MissingLibrary
 from ringplane.block.sources.rbd_part import OpenImage, RbdPart, Warnings
 from ringplane.block.sources.rbd_watching import WATCHING
+from ringplane.block.sources.service import Service, ServiceState
 from ringplane.block.sources.source import Source
 from ringplane.block.storage_limits import USUAL_BLOCK, Limits
 from ringplane.opener.opener import LOCAL, Opener
@@ -202,6 +203,7 @@ class RbdSource(Source):
         self.serial = f"ringplane-{digest}"
         self._warnings = Warnings()
         self._parts: list[RbdPart] = []
+        self.service = self._service = Service(self._state)
         # Questions and changes; one that hangs may be left.
         self._calls = TimedCalls()
         # What is called when the size is another one than was noticed last.
@@ -233,12 +235,13 @@ class RbdSource(Source):
             self._noticed = size
             self._changed()
 
-    @property
-    def trouble(self) -> str:
-        return "blocklisted" if self._image.blocklisted else ""
+    def _state(self) -> ServiceState:
+        """Of what librbd does about lost connections nothing is known here."""
+        return "blocklisted" if self._image.blocklisted else "ok"
 
     def part(self, slots: int) -> RbdPart:
         self._parts.append(RbdPart(self._image, self._warnings, slots))
+        self._service.add(self._parts[-1].times)
         return self._parts[-1]
 
     def limits(self) -> Limits:

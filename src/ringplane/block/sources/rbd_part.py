@@ -44,6 +44,7 @@ from ringplane.block.io import (
     iovecs_left,
 )
 from ringplane.block.ranges import RANGE, RANGE_SIZE
+from ringplane.block.sources.service import ServiceTimes, count_begin, count_end
 from ringplane.block.stack import STACK, SourcePart
 from ringplane.compiler.interpreted import INTERPRETED
 from ringplane.compiler.jit import compiled
@@ -51,7 +52,7 @@ from ringplane.compiler.units import call, unit
 from ringplane.engines.common import complete
 from ringplane.native.access import address_of, clear, compare_and_swap, load64, view
 from ringplane.native.structs import new, struct
-from ringplane.native.syscalls import write
+from ringplane.native.syscalls import monotonic_ns, write
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR
 
@@ -81,7 +82,8 @@ RBD_IMAGE = struct(
 )
 
 # What one I/O thread has of it. `done`: the OPERATION structs that have ended, the last one first, 0: none.
-RBD_PART = struct("rbd_image", "operations", "event_fd", "one = 1", "done")
+# `times`: SERVICE_TIME structs (service.py).
+RBD_PART = struct("rbd_image", "operations", "event_fd", "one = 1", "done", "times")
 DONE: int = RBD_PART.fields["done"][1]  # type: ignore[index]
 ONE: int = RBD_PART.fields["one"][1]  # type: ignore[index]
 
@@ -95,6 +97,8 @@ OPERATION = struct(
     "size",  # bytes to be read or written
     "index",  # of the range
     "flushing",  # this is the flush after a write that has to be stable
+    "began",  # nanoseconds, CLOCK_MONOTONIC: when the call was made, and when its callback came
+    "called_back",
     "iov_base",  # one IOVEC, for a piece of a large one
     "iov_len",
 )
@@ -152,11 +156,14 @@ def begin(channel, part, operation, io):
     completion_address = address_of(operation) + COMPLETION_FIELD
     result = int32(call(image.rbd_aio_create_completion, address_of(operation), image.ended, completion_address))
     if result >= 0:
+        operation.began = monotonic_ns()
         result = int32(make_call(image, operation, io))
         if result < 0:
             call(image.rbd_aio_release, operation.completion)
     if result < 0:
         fail(channel, part, io, result)
+    else:
+        count_begin(part.times, FLUSH if operation.flushing else io.operation)
 
 
 @compiled
@@ -216,6 +223,7 @@ def ended(completion, operation_address):
     operation = view(operation_address, OPERATION)
     part = view(operation.part, RBD_PART)
     image = view(part.rbd_image, RBD_IMAGE)
+    operation.called_back = monotonic_ns()
     operation.result = call(image.rbd_aio_get_return_value, completion)
     call(image.rbd_aio_release, completion)
     # When the operation is in the list, the I/O thread can end everything.
@@ -262,6 +270,7 @@ def ready(part_address, channel_address):
 def proceed(channel, part, operation, io):
     """A call has ended."""
     is_flush = operation.flushing or io.operation == FLUSH
+    count_end(part.times, FLUSH if is_flush else io.operation, operation.called_back - operation.began)
     if operation.result < 0:
         fail(channel, part, io, operation.result)
     elif is_flush and view(part.rbd_image, RBD_IMAGE).flush_failed:
@@ -369,6 +378,8 @@ class RbdPart(SourcePart):
         record = self._record[0]
         record["rbd_image"], record["event_fd"] = image.address, self._event_fd
         record["operations"] = self._operations.ctypes.data
+        self.times = ServiceTimes()
+        record["times"] = self.times.address
         self.events = (Event(self._event_fd, ready.address(), self.address),)
 
     def warning(self) -> str:

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ringplane.block.flushes import Flushes
 from ringplane.block.image import ImageError
+from ringplane.block.sources.service import Service
 from ringplane.block.stack import SourcePart
 from ringplane.block.storage_limits import Limits
 from ringplane.compiler.units import Unit
@@ -81,6 +82,8 @@ class Source:
     # The regular file that it is, so that a layer can store its state in another file beside it; None: it is something
     # else. `erase` and `is_blank` are for such a layer.
     file: Path | None = None
+    # Where it is on another machine: for metrics.
+    service: Service | None = None
 
     def check(self, engines: Sequence[Engine]) -> Limits | None:
         """Raise the ImageError that `prepare` would, but reserve nothing; returns the `limits`, or None: unknown.
@@ -114,7 +117,7 @@ class Source:
     @property
     def trouble(self) -> str:
         """In one word why all I/O fails now, or waits; empty: it does not."""
-        return ""
+        return self.service.state if self.service is not None and self.service.state != "ok" else ""
 
     @property
     def replaced(self) -> str:

@@ -140,6 +140,8 @@ def remark(disk: DiskRates) -> str:
     """What is to be said of a disk in place of its sparkline; mostly nothing."""
     if disk.flush_failed:
         return "flush failed"
+    if disk.source is not None and disk.source.state != "ok":
+        return disk.source.state
     # One whose front end has just detached still has a minute to show.
     return "" if state(disk) == "attached" or (state(disk) == "listening" and disk.iops) else state(disk)
 

@@ -51,6 +51,7 @@ REQUEST = struct(
     "within",
     "flushing",  # the request is the flush after a write that must be stable
     "writing_zeros",  # the server has failed to make the zeros of this I/O: they are written
+    "began",  # nanoseconds, CLOCK_MONOTONIC: when it was queued first
     "zeros_iov_base",  # one IOVEC for zeros that are written
     "zeros_iov_len",
 )
@@ -77,6 +78,8 @@ LINK = struct(
     "requests",  # REQUEST structs
     "slots",  # how many there are for I/Os; that of the control plane comes after them
     "generation",  # counts requests
+    "times",  # SERVICE_TIME structs (service.py)
+    "now",  # nanoseconds, CLOCK_MONOTONIC: when the I/O thread began what it does with the link
     "fd = -1",  # the connection; -1: there is none
     "structured",  # whether replies may be chunks
     "patient",  # whether requests wait for another connection

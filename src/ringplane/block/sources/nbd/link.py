@@ -32,6 +32,7 @@ from ringplane.block.sources.nbd.protocol import CMD_DISC, REQUEST_MAGIC
 from ringplane.block.sources.nbd.receiving import AHEAD_SIZE, EAGER
 from ringplane.block.sources.nbd.sending import READABLE
 from ringplane.block.sources.nbd.silence import is_silent
+from ringplane.block.sources.service import ServiceTimes
 from ringplane.block.stack import SourcePart
 from ringplane.engines.choose_engine import Engine
 from ringplane.native.epoll import EPOLL_EVENT
@@ -86,12 +87,14 @@ class Link(SourcePart):
         self._iovecs, self._ahead = np.zeros(IOV_MAX, IOVEC), np.zeros(AHEAD_SIZE, np.uint8)
         self._message, self._event = np.zeros(1, MESSAGE), np.zeros(1, EPOLL_EVENT)
         self._message["iov"] = self._iovecs.ctypes.data
+        self.times = ServiceTimes()
         self._array = new(LINK)
         self.record = self._array[0]
         for name, value in {
             "export": export,
             "requests": self._requests.ctypes.data,
             "slots": slots,
+            "times": self.times.address,
             "patient": patient,
             "lost_fd": lost_fd,
             "wake_fd": self._wake_fd,

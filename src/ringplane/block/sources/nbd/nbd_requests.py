@@ -21,6 +21,7 @@ from ringplane.block.sources.nbd.protocol import (
     FLAG_SEND_WRITE_ZEROES,
     REQUEST_MAGIC,
 )
+from ringplane.block.sources.service import count_begin, count_end
 from ringplane.compiler.jit import compiled
 from ringplane.engines.common import complete
 from ringplane.native.access import address_of, view
@@ -126,6 +127,8 @@ def end(channel, request, io, result):
 def queue(link, request, command, flags, offset, length):
     """Queue a request."""
     request.losses = 0
+    request.began = link.now
+    count_begin(link.times, operation_of(command))
     request.command, request.offset, request.length = command, offset, length
     request.payload = length if command == CMD_WRITE else 0
     request.header = swap64(REQUEST_MAGIC << 32 | flags << 16 | command)
@@ -151,14 +154,31 @@ def put(link, request):
 
 
 @compiled
+def operation_of(command):
+    """What a command does, as a number of block/io.py: reads and writes have the same one there."""
+    if command == CMD_FLUSH:
+        return FLUSH
+    if command == CMD_TRIM:
+        return DISCARD
+    return ZERO if command == CMD_WRITE_ZEROES else command
+
+
+@compiled
+def take_back(link, request):
+    """The server has a request no more."""
+    request.state = FREE
+    count_end(link.times, operation_of(request.command), link.now - request.began)
+
+
+@compiled
 def succeed(link, channel, request):
     """The server has done a request."""
-    request.state = FREE
     link.unanswered -= 1
     if request.command == CMD_FLUSH and view(link.export, EXPORT).flush_failed:
         # Another one has failed meanwhile, and a server reports lost writes only once.
         fail(link, channel, request, EIO)
         return
+    take_back(link, request)
     if request.io == 0:
         end_sync(link, 0)
         return
@@ -175,7 +195,7 @@ def succeed(link, channel, request):
 @compiled
 def fail(link, channel, request, error):
     """The server, or the lack of one, has failed a request."""
-    request.state = FREE
+    take_back(link, request)
     if request.io == 0:
         end_sync(link, -error)
     else:
@@ -200,7 +220,8 @@ def write_zeros(link, channel, request, export, error):
     """The server has not made zeros, whatever the reason: they are written, and an error of that is the guest's."""
     if is_final(-error):
         export.flags &= ~FLAG_SEND_WRITE_ZEROES
-    request.state, request.writing_zeros = FREE, 1
+    take_back(link, request)
+    request.writing_zeros = 1
     proceed(link, channel, request, view(request.io, BLOCK_IO))
 
 

@@ -29,6 +29,7 @@ from ringplane.block.sources.nbd.protocol import (
     LARGEST_PAYLOAD,
 )
 from ringplane.block.sources.nbd.reconnecting import Reconnecting
+from ringplane.block.sources.service import Service
 from ringplane.block.sources.source import Source
 from ringplane.block.storage_limits import LARGEST_BLOCK, USUAL_BLOCK, Limits
 from ringplane.native.structs import new
@@ -184,7 +185,8 @@ class NbdSource(Source):
         # The connections of the links when they were offered.
         self._offered: list[socket.socket | None] = []
         self._closed = False
-        self._reconnecting = Reconnecting(self.title, self._connect_again, config.nbd_reconnect_delay)
+        self._reconnecting = look = Reconnecting(self.title, self._connect_again, config.nbd_reconnect_delay)
+        self.service = self._service = Service(lambda: look.state, lambda: look.reconnects)
         if way.opener is LOCAL:
             keep(TO_CONNECT, [] if self._uri.socket is not None else [self._uri.port])
         if not self._export.flags & FLAG_SEND_FLUSH:
@@ -223,6 +225,7 @@ class NbdSource(Source):
         try:
             link = Link(address, slots, look.lost_fd, patient=look.delay > 0, merges=merges)
             self._links.append(link)
+            self._service.add(link.times)
             link.begin_with(sock, structured=export.structured)
         except OSError as error:
             sock.close()

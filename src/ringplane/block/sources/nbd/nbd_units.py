@@ -13,7 +13,7 @@ from ringplane.block.stack import STACK
 from ringplane.compiler.units import unit
 from ringplane.engines.common import complete
 from ringplane.native.access import view
-from ringplane.native.syscalls import read
+from ringplane.native.syscalls import monotonic_ns, read
 
 
 @unit
@@ -21,6 +21,7 @@ def submit(stack_address, channel_address, first):
     """Begin the I/Os of a turn, a list that begins with slot `first`, and send their requests together."""
     link = view(view(stack_address, STACK).source, LINK)
     channel = view(channel_address, CHANNEL)
+    link.now = monotonic_ns()
     slot = first
     while slot >= 0:
         io = io_at(channel, slot)
@@ -38,6 +39,7 @@ def submit(stack_address, channel_address, first):
 def ready(link_address, channel_address):
     """The server has sent something, has closed the connection, or there is room for requests."""
     link, channel = view(link_address, LINK), view(channel_address, CHANNEL)
+    link.now = monotonic_ns()
     receive_all(link, channel)
     begin_sync(link)
     send_all(link, channel)
@@ -48,6 +50,7 @@ def ready(link_address, channel_address):
 def obey(link_address, channel_address):
     """The control plane asks for something, or `receive_all` has left something for the next turn."""
     link, channel = view(link_address, LINK), view(channel_address, CHANNEL)
+    link.now = monotonic_ns()
     read(link.wake_fd, link_address + REPLY, EVENTFD_SIZE)
     if link.new_fd >= 0:
         link.fd, link.structured = link.new_fd, link.new_structured

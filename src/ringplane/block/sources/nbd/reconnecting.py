@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 from ringplane.block.sources.nbd.connecting import PATIENCE
 from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.block.sources.nbd.silence import LOOK
+from ringplane.block.sources.service import ServiceState
 from ringplane.system.notes import in_words
 from ringplane.system.signals import Signals
 
@@ -88,8 +89,17 @@ class Reconnecting:
         self._outages: dict[Link, _Outage] = {}
         # The next attempt, by time.monotonic(), the pause after it, and why the last one failed.
         self._attempt_at, self._pause, self._error = 0.0, FIRST_PAUSE, ""
+        # Connections that were made in place of lost ones.
+        self.reconnects = 0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="nbd-reconnect", daemon=True)
+
+    @property
+    def state(self) -> ServiceState:
+        """Any thread may ask."""
+        if not (lost := self._lost):
+            return "ok"
+        return "failing" if any(outage.late or outage.until is None for outage in lost) else "reconnecting"
 
     def add(self, link: Link) -> None:
         """Look after this link too; before any I/O thread uses it."""
@@ -120,7 +130,7 @@ class Reconnecting:
 
     @property
     def _lost(self) -> list[_Outage]:
-        return [outage for outage in self._outages.values() if not outage.connected]
+        return [outage for outage in tuple(self._outages.values()) if not outage.connected]
 
     @property
     def _ends(self) -> list[float]:
@@ -194,6 +204,7 @@ class Reconnecting:
         sock, export = self._connect(self._ending, max(patience, LEAST_PATIENCE))
         outage.link.continue_with(sock, structured=export.structured)
         outage.connected = True
+        self.reconnects += 1
         log.info("%s: connected again after %.1f s", self._title, time.monotonic() - outage.since)
 
 
