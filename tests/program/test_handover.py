@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import random
+import resource
 import socket
 import struct
 import subprocess
@@ -30,6 +31,7 @@ from ringplane.driver.virtqueue import poke
 from ringplane.options.zone_options import ZoneModel
 from ringplane.session.negotiation import Negotiation
 from ringplane.session.refusal import Refused
+from ringplane.system.aside import NoThread, aside
 from ringplane.system.fd import Fd
 from ringplane.vhost_user.messages import HEADER, BackendRequest, ProtocolError, Request
 from ringplane.vhost_user.payloads import VringState
@@ -485,6 +487,78 @@ def test_a_successor_that_ends_changes_nothing(
         assert serves_on(guest, 3)
 
 
+def test_threads_that_cannot_be_started(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the running process it is, one process serves, and the other one has an answer."""
+    running = serve()
+    with machine(running) as guest:
+        guest.start()
+        for allowed in range(4):
+            monkeypatch.setattr(handing_over, "aside", allowing(allowed))
+            with pytest.raises(HandoverError, match="no thread can be started"):
+                serve(upgrade=True)
+            assert serves_on(guest, allowed)
+        monkeypatch.setattr(handing_over, "aside", allowing(4))
+        take_over(serve, running)
+        assert serves_on(guest, 20)
+
+
+def allowing(calls: int) -> Callable[..., Any]:
+    """What `aside` is when no more threads can be started than these."""
+    left = iter(range(calls))
+
+    async def few(function: Callable[[], Any]) -> Any:
+        if next(left, None) is None:
+            raise NoThread
+        return await aside(function)
+
+    return few
+
+
+def test_without_fds_a_successor_waits(serve: Serve, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    running = serve()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as sock:
+        free = os.dup(sock.fileno())
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            sock.connect(str(socket_beside(path)))
+            assert eventually(lambda: "cannot accept a process that takes over" in caplog.text)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        sock.settimeout(PATIENCE)
+        sock.sendall(handover.PREFIX.pack(2, 0) + b"{}")
+        assert sock.recv(1)
+    assert eventually(lambda: "could not take over" in caplog.text)
+    take_over(serve, running)
+
+
+def test_one_process_takes_over_at_a_time(serve: Serve, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    running = serve()
+    with connect(path) as channel:
+        channel.send({"hello": handover.VERSION})
+        channel.receive("disks", PATIENCE)
+        with pytest.raises(HandoverError, match=f"process {os.getpid()} is taking over; try again when it has ended"):
+            serve(upgrade=True)
+    assert eventually(lambda: "could not take over" in caplog.text)
+    take_over(serve, running)
+
+
+def test_an_internal_error_ends_one_takeover(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    running = serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(handing_over, "_state_of_all", fail)
+        with pytest.raises(HandoverError, match="an internal error, which its log shows"):
+            serve(upgrade=True)
+    assert "please report it" in caplog.text
+    take_over(serve, running)
+
+
 def test_a_successor_that_hangs_times_out(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handing_over, "TAKING_PATIENCE", 0.2)
     running = serve()
@@ -570,7 +644,17 @@ def test_a_predecessor_that_dies_after_the_handover(serve: Serve, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "text", [b"{", b"[]", b"{}", b'{"hello": 1}', b'{"hello": {"fd": 3}}', b'{"hello": {"hex": "xy"}}', b"\xff"]
+    "text",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"hello": 1}',
+        b'{"hello": {"fd": 3}}',
+        b'{"hello": {"hex": "xy"}}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
 )
 def test_invalid_messages_are_rejected(serve: Serve, path: Path, text: bytes) -> None:
     running = serve()

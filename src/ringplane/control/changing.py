@@ -66,5 +66,6 @@ class Changing:
             self._allowed.set()
 
     def end(self) -> None:
-        """Another process has taken over: no change is made any more."""
+        """Another process has taken over: no change is made any more, and none waits."""
         self._taken_over = True
+        self._allowed.set()

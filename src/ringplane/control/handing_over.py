@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,50 +23,89 @@ from ringplane.control.present_changes import changes_of
 from ringplane.control.server import Server
 from ringplane.system.aside import aside
 from ringplane.system.fd import Fd
+from ringplane.system.notes import in_words
+from ringplane.vhost_user.transport import wake
 
 log = logging.getLogger(__name__)
 
 # Seconds for the requests in flight: the guests would notice more.
 DRAIN_PATIENCE = 2.0
 
+# Seconds until another process is accepted after an error.
+ACCEPT_AGAIN = 0.1
+
+STOPS = "the running process stops"
+
 
 async def offer_successors(server: Server, listener: Listener) -> None:
     """Hand over all disks to a process that asks for them at this socket; returns when that is done."""
     listener.sock.setblocking(False)
-    loop = asyncio.get_running_loop()
     while listener.owned:
-        sock, _ = await loop.sock_accept(listener.sock)
-        with Channel(sock) as channel:
-            await _try_to_hand_over(server, listener, channel)
+        with Channel(await _accept(listener.sock)) as channel:
+            try:
+                await _try_to_hand_over(server, listener, channel)
+            except Exception:
+                log.exception("a takeover failed because of an internal error; please report it")
+
+
+async def _accept(listening: socket.socket) -> socket.socket:
+    """The next one that connects. If this is cancelled, nobody is lost."""
+    loop = asyncio.get_running_loop()
+    while True:
+        readable = loop.create_future()
+        loop.add_reader(listening, wake, readable)
+        try:
+            await readable
+        finally:
+            loop.remove_reader(listening)
+        try:
+            return listening.accept()[0]
+        except BlockingIOError:
+            # It has gone, or a successor that was refused later has the socket too.
+            continue
+        except OSError as error:
+            # For example too many open files: it waits in the queue until that has passed.
+            log.warning("cannot accept a process that takes over: %s", error)
+            await asyncio.sleep(ACCEPT_AGAIN)
+
+
+@contextlib.asynccontextmanager
+async def _refusing_others(listening: socket.socket, pid: int) -> AsyncIterator[None]:
+    """In this `async with` process `pid` takes over."""
+    refusing = asyncio.create_task(_refuse_all(listening, pid))
+    try:
+        yield
+    finally:
+        refusing.cancel()
+        await asyncio.wait([refusing])
+
+
+async def _refuse_all(listening: socket.socket, pid: int) -> None:
+    while True:
+        with Channel(await _accept(listening)) as channel:
+            channel.refuse(f"process {pid} is taking over; try again when it has ended")
 
 
 async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel) -> None:
-    with contextlib.ExitStack() as held:
-        await _hand_over_in(server, listener, channel, held)
-
-
-async def _hand_over_in(server: Server, listener: Listener, channel: Channel, held: contextlib.ExitStack) -> None:
-    """`held`: what lasts until the disks are handed over, or are not."""
-    pid, uid = channel.peer
-    try:
-        if uid not in (0, os.geteuid()):
-            raise HandoverError(f"user {uid} may not take over the disks of user {os.geteuid()}")
-        hello = await aside(partial(channel.receive, "hello", TAKING_PATIENCE))
-        if hello["hello"] != VERSION:
-            raise HandoverError(
-                f"this release uses version {VERSION} of the handover protocol, not version {hello['hello']}"
-            )
-        offered = _lasting(server)
-        await aside(partial(channel.send, _offer(server, listener, offered)))
-        await aside(partial(channel.receive, "ready", READY_PATIENCE))
-        held.enter_context(_unchanged(server, offered))
-        await _hand_over(server, channel)
-    except (HandoverError, EOFError, OSError) as error:
-        why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
-        log.warning("process %d could not take over: %s", pid, why)
-        with contextlib.suppress(OSError):
-            await aside(partial(channel.send, {"refused": why}))
-        return
+    """All disks continue here unless the other process has everything and takes it."""
+    pid, _ = channel.peer
+    async with contextlib.AsyncExitStack() as undo:
+        try:
+            async with _refusing_others(listener.sock, pid):
+                await _hand_over(server, listener, channel, undo)
+            if server.stopping:
+                raise HandoverError(STOPS)
+        except BaseException as error:
+            is_expected = isinstance(error, HandoverError | EOFError | OSError)
+            if is_expected:
+                log.warning("process %d could not take over: %s", pid, _why(error))
+            # Before the guests run here again: the other process may have everything.
+            channel.refuse(_why(error))
+            if not is_expected:
+                raise
+            return
+        undo.pop_all()
+    # A signal that stops the server has no effect from here on, because nothing has been waited for since the check.
     listener.owned = False
     log.info("process %d takes over all disks", pid)
     server.at_takeover(pid)
@@ -75,6 +115,43 @@ async def _hand_over_in(server: Server, listener: Listener, channel: Channel, he
     # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we end all the same.
     with contextlib.suppress(OSError):
         channel.send({"yours": True})
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "it does not answer"
+    if isinstance(error, HandoverError | EOFError):
+        return str(error)
+    if isinstance(error, OSError):
+        return in_words(error)
+    return STOPS if isinstance(error, asyncio.CancelledError) else "an internal error, which its log shows"
+
+
+async def _hand_over(server: Server, listener: Listener, channel: Channel, undo: contextlib.AsyncExitStack) -> None:
+    """Returns, with all disks frozen, when the other process has everything and takes it; `undo` thaws them.
+
+    Raises HandoverError, EOFError, OSError.
+    """
+    uid = channel.peer[1]
+    if uid not in (0, os.geteuid()):
+        raise HandoverError(f"user {uid} may not take over the disks of user {os.geteuid()}")
+    hello = await aside(partial(channel.receive, "hello", TAKING_PATIENCE))
+    if hello["hello"] != VERSION:
+        raise HandoverError(
+            f"this release uses version {VERSION} of the handover protocol, not version {hello['hello']}"
+        )
+    offered = _lasting(server)
+    await aside(partial(channel.send, _offer(server, listener, offered)))
+    await aside(partial(channel.receive, "ready", READY_PATIENCE))
+    undo.enter_context(_unchanged(server, offered))
+    await _hold_operations(server.exports, undo)
+    await _freeze_all(server.exports, undo)
+    await _empty_caches(server.exports)
+    for export in server.exports:
+        _let_go(export, undo)
+    for worker in server.threads.workers.values():
+        undo.callback(worker.counters.thaw)
+    await aside(partial(_give_all, channel, _state_of_all(server), server.exports))
 
 
 def _lasting(server: Server) -> Changes:
@@ -119,29 +196,19 @@ def _offer(server: Server, listener: Listener, offered: Changes) -> dict[str, An
     }
 
 
-async def _hand_over(server: Server, channel: Channel) -> None:
-    """Returns, with all disks frozen, when the other process has everything. If it raises, all disks are thawed."""
-    async with contextlib.AsyncExitStack() as undo:
-        await _hold_operations(server.exports, undo)
-        await _freeze_all(server.exports, undo)
-        await _empty_caches(server.exports)
-        for export in server.exports:
-            _let_go(export, undo)
-        for worker in server.threads.workers.values():
-            undo.callback(worker.counters.thaw)
-        state = {
-            "disks": [_state(export) for export in server.exports],
-            "io_threads": thread_counters(server.threads.workers),
-            "events": server.events.snapshot(),
-        }
-        await aside(partial(_send_with_counters, channel, state, server.exports))
-        await aside(partial(channel.receive, "taking", TAKING_PATIENCE))
-        undo.pop_all()
+def _state_of_all(server: Server) -> dict[str, Any]:
+    return {
+        "disks": [_state(export) for export in server.exports],
+        "io_threads": thread_counters(server.threads.workers),
+        "events": server.events.snapshot(),
+    }
 
 
-def _send_with_counters(channel: Channel, state: Mapping[str, Any], exports: Iterable[Export]) -> None:
+def _give_all(channel: Channel, state: Mapping[str, Any], exports: Iterable[Export]) -> None:
+    """Send it, and wait until it is taken. With one thread: when the other process has it, another may not start."""
     with saved_counters(export.disk for export in exports) as counters:
         channel.send({**state, "counters": counters})
+    channel.receive("taking", TAKING_PATIENCE)
 
 
 async def _hold_operations(exports: Sequence[Export], undo: contextlib.AsyncExitStack) -> None:

@@ -19,7 +19,8 @@ What a release does not send has not been changed, and what one does not know it
 added at run time is then a disk too many, and the takeover is refused.
 
 A failure is sent as {"refused": why}. Between the last two lines no process serves: if the running one ends there
-without a message, it has let go.
+without a message, it has let go. So whatever ends the work of a process that continues, it refuses first, without
+waiting: one that has sent `taking` has read all before, so there is room for that message.
 """
 
 from __future__ import annotations
@@ -99,6 +100,12 @@ class Channel:
             socket.send_fds(self._sock, [b"f"], fds[start : start + FDS_AT_A_TIME])
         self._sock.sendall(text)
 
+    def refuse(self, why: str) -> None:
+        """Send that nothing is handed over, unless the other process reads nothing or has ended; does not wait."""
+        text = json.dumps({"refused": why}).encode()
+        with contextlib.suppress(OSError):
+            self._sock.send(PREFIX.pack(len(text), 0) + text, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
     def receive(self, what: str, patience: float) -> dict[str, Any]:
         """The next message, which has the key `what`; its fds are closed with the channel.
 
@@ -119,7 +126,7 @@ class Channel:
             self._received += some
         try:
             message = json.loads(self._exactly(size), object_hook=lambda value: _decode(value, fds))
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise HandoverError(f"received a malformed message: {error}") from None
         if not isinstance(message, dict) or "refused" in message:
             raise HandoverError(

@@ -62,7 +62,7 @@ class Predecessor(Origin):
         try:
             with _in_words():
                 self._pid = self._channel.peer[0]
-                self._channel.send({"hello": VERSION})
+                self._send({"hello": VERSION})
                 offer = self._answer(TAKING_PATIENCE)
                 self._listener: Fd = offer["listener"]
                 self._interface: dict[str, Any] | None = offer.get("interface")
@@ -123,10 +123,10 @@ class Predecessor(Origin):
         with _in_words():
             for export, disk in zip(server.exports, self._disks, strict=True):
                 _check_config_space(export, disk["config_space"])
-            self._channel.send({"ready": True})
+            self._send({"ready": True})
             # The requests in flight may take long; a refusal because of that arrives after they have ended.
             self._resume(server, self._answer(READY_PATIENCE))
-            self._channel.send({"taking": True})
+            self._send({"taking": True})
             # A process that ends without having read this resets the connection.
             with contextlib.suppress(EOFError, ConnectionResetError):
                 self._channel.receive("yours", READY_PATIENCE)
@@ -154,6 +154,13 @@ class Predecessor(Origin):
         listener.owned = False
         self._lent.append(listener)
         return listener
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Raises what `Channel.send` does, and HandoverError if the running process has refused before."""
+        try:
+            self._channel.send(message)
+        except BrokenPipeError:
+            self._channel.receive("nothing", TAKING_PATIENCE)
 
     def _answer(self, patience: float) -> dict[str, Any]:
         """The running process says something of its disks. Raises what `Channel.receive` does, and Interrupted."""
