@@ -555,7 +555,7 @@ def test_an_internal_error_ends_one_takeover(
         patch.setattr(handing_over, "_state_of_all", fail)
         with pytest.raises(HandoverError, match="an internal error, which its log shows"):
             serve(upgrade=True)
-    assert "please report it" in caplog.text
+    assert eventually(lambda: "please report it" in caplog.text)
     take_over(serve, running)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -32,9 +33,11 @@ from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.state_file import StateError, StateFile
 from ringplane.driver import Driver
+from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
+from unit.protocol_rig import open_fds
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, disk, do
 
@@ -462,6 +465,43 @@ def test_a_disk_that_was_removed_is_not_served_in_silence(tmp_path: Path, caplog
     with caplog.at_level("INFO"), serving(tmp_path, disk(tmp_path, "a"), disk(tmp_path, "b")) as server:
         assert [export.name for export in server.exports] == ["b"]
     assert f"{tmp_path / 'a.sock'}: not served, because this disk was removed at run time" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"socket-path": "gone/b.sock"}, "the folder .*/gone does not exist"),
+        ({"features": {"secure-erase": True}}, "secure-erase cannot be offered"),
+        ({"image": "gone/b.img"}, "no such file"),
+    ],
+)
+def test_a_restored_disk_that_cannot_be_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keys: dict[str, Any], words: str
+) -> None:
+    """Its folder has gone, or its storage has changed: all others are served, and nothing of it is left."""
+    added = []
+    for name in "bc":
+        (tmp_path / f"{name}.img").write_bytes(bytes(1 << 20))
+        added.append({"name": name, "image": f"{name}.img", "socket-path": f"{name}.sock"})
+    added[0] |= keys
+    for table in added:
+        table |= {key: str(tmp_path / table[key]) for key in ("image", "socket-path")}
+    with opened(tmp_path / "state") as state:
+        state.store(Changes(added=added))
+    with serve_all(
+        [disk(tmp_path, "a")],
+        [IoThread("io0")],
+        interface=Idle(tmp_path / "interface"),
+        opener=RemoteOpener([tmp_path]),
+        state=StateFile(tmp_path / "state", trusted=False),
+    ) as server:
+        assert [export.name for export in server.exports] == ["a", "c"]
+        assert server.threads.workers["io0"]._disks == 2
+        assert str(tmp_path / "b.img") not in open_fds().values()
+        assert json.loads((tmp_path / "state.kept").read_text())["added"] == added
+        assert [table["name"] for table in json.loads((tmp_path / "state").read_text())["added"]] == ["c"]
+    assert re.search(f"b: was added at run time and is not served any more: .*{words}", caplog.text)
+    assert not (tmp_path / "b.sock").exists()
 
 
 # Processes

@@ -371,6 +371,30 @@ def test_a_pause_after_the_offer_is_handed_over(server: Server, successor: Chann
     assert successor.receive("disks", PATIENCE)["disks"][0]["paused"]
 
 
+def test_a_process_that_stops_hands_over_nothing(server: Server, successor: Channel) -> None:
+    """It was asked to stop when the other one had everything: nobody may serve disks whose sockets are removed."""
+    successor.send({"ready": True})
+    successor.receive("disks", PATIENCE)
+    server.request_stop()
+    successor.send({"taking": True})
+    with pytest.raises(HandoverError, match="the running process stops"):
+        successor.receive("yours", PATIENCE)
+    assert server.wait(PATIENCE)
+
+
+def test_a_process_that_has_handed_over_removes_no_socket(server: Server, successor: Channel, tmp_path: Path) -> None:
+    """It is asked to stop right after that."""
+    server.at_takeover = lambda _: server.request_stop()
+    successor.send({"ready": True})
+    successor.receive("disks", PATIENCE)
+    successor.send({"taking": True})
+    successor.receive("yours", PATIENCE)
+    assert server.wait(PATIENCE)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_socket()) == [
+        "a.sock", "interface", "interface.upgrade",
+    ]  # fmt: skip
+
+
 def test_a_change_waits_while_another_process_takes_over(server: Server, successor: Channel) -> None:
     """And is made when that process ends instead."""
     successor.send({"ready": True})

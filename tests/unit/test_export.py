@@ -18,6 +18,7 @@ import pytest
 
 import ringplane
 from ringplane.block.image import ImageError
+from ringplane.block.sources.source import Source
 from ringplane.control import server as server_module
 from ringplane.control.listener import ListenError
 from ringplane.driver.driver import Driver
@@ -98,6 +99,19 @@ def test_a_process_ends_at_once_while_the_removal_of_a_socket_hangs(
         assert not Path(f"{other}.sock").exists()
         opener.go.set()
         wait_until(lambda: not Path(f"{image}.sock").exists())
+
+
+def test_a_source_that_cannot_be_watched_ends_its_disk(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Source, "watch", fail)
+    with ringplane.serve(image, tmp_path / "socket", num_queues=1) as export:
+        assert export.wait(SOON * 12)
+    assert "stopped serving because of an internal error; please report it" in caplog.text
+    assert not (tmp_path / "socket").exists()
 
 
 class Loaded:

@@ -27,6 +27,7 @@ def thread() -> HttpThread:
     thread = HttpThread("test")
     thread.open(application, socket.create_server(("127.0.0.1", 0)), [])
     thread._loop.call_soon(lambda: thread._loop.call_soon(thread.request_stop))
+    thread.start()
     return thread
 
 

@@ -837,6 +837,7 @@ def source(config: DiskConfig) -> Iterator[NbdSource]:
     with contextlib.closing(open_source(config).prepare([])) as made:
         assert isinstance(made, NbdSource)
         made.part(64)
+        made.start_threads()
         made.watch(lambda: None)
         yield made
 

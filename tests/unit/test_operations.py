@@ -24,6 +24,7 @@ from ringplane.control.listener import Listener
 from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.server import ADDED_AT_ONCE, MOST_NAMES, Server
 from ringplane.control.start import serve_all
+from ringplane.control.state_file import StateFile
 from ringplane.control.turns import MAX_TAKEN, Turns
 from ringplane.dataplane.ring_rules import MESSAGES
 from ringplane.driver.driver import Driver
@@ -54,6 +55,9 @@ class Idle:
 
     def open(self, server: Server) -> None:
         self.listener = Listener.at(self.path)
+
+    def start(self) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         self.listener.close()
@@ -208,6 +212,20 @@ def test_a_disk_whose_storage_hangs_is_removed_when_it_completes(
     go.set()
     assert eventually(lambda: server.exports == ())
     assert kinds(server) == [("removed", "a")]
+
+
+def test_a_removal_whose_state_cannot_be_stored_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the state's storage that does not answer, and the disk is not served any more."""
+    state, interface = StateFile(tmp_path / "state", trusted=True), Idle(tmp_path / "interface")
+    begun, go = threading.Event(), threading.Event()
+    with serve_all([disk(tmp_path, "a")], [IoThread("io0")], interface=interface, state=state) as server:
+        store, export = state.store, server.exports[0]
+        monkeypatch.setattr(state, "store", lambda changes: begun.set() or (go.wait(SOON) and store(changes)))
+        removed = server.threads.call(lambda: server.remove("a"))
+        assert begun.wait(SOON)
+        assert str(server._not_removed(export)).startswith(f"removed, but that is not stored yet in {state.path}")
+        go.set()
+        removed.result(SOON)
 
 
 def hang(monkeypatch: pytest.MonkeyPatch, exports: Sequence[ringplane.Export], method: str) -> threading.Event:

@@ -91,6 +91,7 @@ def test_no_image_is_closed_under_a_call(library: FakeLibrary, source: RbdSource
 
 
 def test_no_image_is_closed_while_its_size_is_noticed(library: FakeLibrary, source: RbdSource) -> None:
+    source.start_threads()
     source.watch(lambda: None)
     wait_until(lambda: library.calls[-1] == "rbd_get_size")
     library.hanging.add("rbd_get_size")
@@ -151,6 +152,7 @@ def test_a_size_that_changes_before_it_is_served(library: FakeLibrary, tmp_path:
         source.prepare([])
         library.size = 3 * SIZE
         noticed = threading.Event()
+        source.start_threads()
         source.watch(noticed.set)
         assert noticed.wait(PATIENCE)
         assert source.size == before
@@ -162,6 +164,7 @@ def test_a_size_that_changes_before_it_is_served(library: FakeLibrary, tmp_path:
 
 def test_a_size_that_does_not_change(library: FakeLibrary, source: RbdSource) -> None:
     noticed: list[int] = []
+    source.start_threads()
     source.watch(lambda: noticed.append(1))
     for count in range(1, 4):
         wait_until(lambda expected=count: library.calls.count("rbd_get_size") > expected)  # type: ignore[misc]

@@ -7,7 +7,7 @@ import gc
 import inspect
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def serve_with_everything(folder: Path) -> Server:
+def serve_with_everything(folder: Path, upgrade: bool = False) -> Server:
     """Disks that are created, one that is restored, and all that a process can have beside them."""
     return serve_all(
         [disk(folder, "a"), disk(folder, "b", zoned=ZONES, create=4 * MIB, num_queues=1)],
         [IoThread("io0")],
         upgradable=True,
+        upgrade=upgrade,
         give_up=lambda *_: None,
         interface=HttpApi(ApiOptions(folder / "api.sock")),
         metrics=MetricsEndpoint(MetricsOptions(Address("127.0.0.1", 0))),
@@ -107,7 +108,10 @@ STEPS = [
     for name, value in vars(Start).items()
     if inspect.isfunction(value) and name not in ("__init__", *AT_ONCE)
 ]
-PLACES = [*((Start, name) for name in AT_ONCE), *STEPS, (Threads, "_make_workers"), (Threads, "start_io_threads")]
+PLACES = [*((Start, name) for name in AT_ONCE), *STEPS, (Threads, "_make_workers"), (Threads, "_start_io_threads")]
+
+# All that serve.
+THREADS = ["ringplane-control", "io0", "helper-0 of io0", "helper-1 of io0", "ringplane-api", "ringplane-metrics"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,6 +131,53 @@ def test_a_step_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch, owner:
     with pytest.raises(Failed):
         serve_with_everything(folder)
     wait_until(lambda: present(folder) == before)
+
+
+@contextlib.contextmanager
+def without_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    """No thread of this name can be started meanwhile; another process may use up TasksMax= at any moment."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_a_thread_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = present(folder)
+    with without_thread(monkeypatch, name), pytest.raises((OSError, RuntimeError), match="thread"):
+        serve_with_everything(folder)
+    wait_until(lambda: present(folder) == before)
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_a_running_process_serves_until_all_threads_of_the_next_one_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with serve_with_everything(folder) as running:
+        with without_thread(monkeypatch, name), pytest.raises((OSError, RuntimeError), match="thread"):
+            serve_with_everything(folder, upgrade=True)
+        do(running, lambda: running.find("a").operations.flush())
+        with serve_with_everything(folder, upgrade=True) as following:
+            wait_until(lambda: running.wait(0))
+            do(following, lambda: following.find("a").operations.flush())
+
+
+def test_an_end_at_once_removes_sockets_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all threads run, which still use all other things."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with serve_with_everything(folder) as server:
+        server.abandon()
+        assert not [path for path in folder.iterdir() if path.is_socket()]
+        do(server, lambda: server.find("a").operations.pause())
+    assert not failed
 
 
 def test_nothing_is_left_after_the_end(folder: Path) -> None:

@@ -40,6 +40,10 @@ class HttpApi:
             self._http.open(make_application(server, ROUTES), self.listener.sock, REHEARSED)
             undo.pop_all()
 
+    def start(self) -> None:
+        """See Interface."""
+        self._http.start()
+
     def close(self) -> None:
         """See Interface."""
         self._http.close()

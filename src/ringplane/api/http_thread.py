@@ -7,11 +7,13 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from uvicorn.server import ServerState
 
 from ringplane.api import connections
+from ringplane.system.ready_thread import ReadyThread
 
 # Connections that are accepted at a time, before they are counted, and that can wait to be accepted: connect(2)
 # of a client that does not block fails if no more can.
@@ -30,6 +32,7 @@ class HttpThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._thread = ReadyThread(name)
         self._stopping = threading.Event()
         self._stop = asyncio.Event()
         # Set on the control thread when no client is accepted any more.
@@ -57,8 +60,13 @@ class HttpThread:
     def _connection(self) -> connections.Connection:
         return connections.Connection(self._config, self._state, self._name)
 
+    def start(self) -> None:
+        """Start the thread, which waits for `run`. Raises NoThread."""
+        self._thread.start()
+
     def close(self) -> None:
-        """Undo `open`; it does not run. May be called again."""
+        """Undo `open` and `start`; it does not run. May be called again."""
+        self._thread.dismiss()
         self._accepting.close()
         self._loop.close()
 
@@ -83,14 +91,13 @@ class HttpThread:
     async def run(self) -> None:
         """Serve until it is stopped, or until this is cancelled."""
         control, ended = asyncio.get_running_loop(), asyncio.Event()
-        thread = threading.Thread(target=self._main, args=[control, ended], name=self._name, daemon=True)
-        thread.start()
+        self._thread.begin(partial(self._main, control, ended))
         try:
             await ended.wait()
         finally:
             self.request_stop()
             await ended.wait()
-            thread.join()
+            self._thread.join()
 
     # On the thread.
 

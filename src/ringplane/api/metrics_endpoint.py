@@ -36,6 +36,10 @@ class MetricsEndpoint:
             raise cannot_listen(self.options.listen, error) from None
         self._opened = True
 
+    def start(self) -> None:
+        """See Endpoint."""
+        self._http.start()
+
     def close(self) -> None:
         """See Endpoint."""
         if self._opened:

@@ -47,11 +47,12 @@ class Adding:
         """The process stops: nobody would remove the socket of a disk that is opened now. Any thread may call."""
         self._stopped = True
 
-    def make_disk(self, config: DiskConfig, parts: Parts) -> Disk:
-        """The device of a disk whose parts are open. Raises ImageError."""
+    def make_disk(self, config: DiskConfig, parts: Parts, undo: contextlib.ExitStack) -> Disk:
+        """The device of a disk whose parts are open; `undo` closes these itself. Raises ImageError."""
         workers = [self._threads.workers[name] for name in config.io_threads]
         assert config.name is not None
         disk = Disk(parts.source, workers, config, parts.layers, self._events.of(config.name))
+        undo.callback(disk.leave_workers)
         if config.limits:
             disk.prepare_limits()
         return disk
@@ -78,10 +79,10 @@ class Adding:
             if not is_confined():
                 # All code was loaded before that (start.py).
                 warm_up([*units_of_parts(parts), *units_of_limits([config])])
-            disk = self.make_disk(config, parts)
-            undo.callback(disk.close)
+            disk = self.make_disk(config, parts, undo)
             if self._stopped:
                 raise WrongState(*STOPPING)
+            disk.source.start_threads()
             export = self.export(Planned(config, added=True), disk, listen(config, parts, undo, self._opener))
             return export, undo.pop_all()
 

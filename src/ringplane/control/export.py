@@ -240,7 +240,6 @@ class Export:
 
     async def run(self) -> None:
         """Serve until stopped; called by its threads. A failure here affects only this disk."""
-        self.disk.source.watch(self.refresh_size)
         try:
             await self._serve()
         except Exception:
@@ -257,6 +256,7 @@ class Export:
         """One front end after the other; others that connect meanwhile wait in the socket's queue."""
         listener = self._listener
         try:
+            self.disk.source.watch(self.refresh_size)
             if listener.connected:
                 await self._serve_front_end(listener.sock)
                 return

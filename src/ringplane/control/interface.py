@@ -25,8 +25,11 @@ class Interface(Protocol):
     def open(self, server: Any) -> None:
         """Listen for whoever operates this Server, and load all that it will ever need. Raises ListenError."""
 
+    def start(self) -> None:
+        """Start the threads that it needs, which wait for `run`. Raises OSError."""
+
     def close(self) -> None:
-        """Undo `open`; it does not run."""
+        """Undo `open` and `start`; it does not run."""
 
     def request_stop(self) -> None:
         """Begin to end; any thread may call."""
@@ -55,8 +58,11 @@ class Endpoint(Protocol):
     def open(self, server: Any) -> None:
         """Listen for whoever watches this Server, and load all that it will ever need. Raises ListenError."""
 
+    def start(self) -> None:
+        """Start the threads that it needs, which wait for `run`. Raises OSError."""
+
     def close(self) -> None:
-        """Undo `prepare` and `open`; it does not run. May be called again."""
+        """Undo what was done; it does not run. May be called again."""
 
     async def release(self) -> None:
         """Begin to end; returns when no client is accepted any more, because another process accepts them."""

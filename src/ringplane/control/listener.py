@@ -103,8 +103,12 @@ class Listener:
         return cls(sock)
 
     def close(self) -> None:
-        """Close the socket and remove its file, if it is still the one that we created."""
+        """Close the socket and remove its file."""
         self.sock.close()
+        self.remove_file()
+
+    def remove_file(self) -> None:
+        """Remove the socket's file, if it is still the one that we created."""
         if self.owned and self.path and self._identity:
             try:
                 self._remove(self.path)

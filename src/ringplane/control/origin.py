@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,17 +49,23 @@ class Origin:
         """The socket of a running process' metrics at this address, if there is one. Both use it until `take`."""
         return None
 
-    def open(
-        self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None
-    ) -> Parts | None:
-        """The parts of disk `number` of those that are planned; None if it cannot be served, which `report` logs.
+    def attempt(self, planned: Planned, step: Callable[[], object]) -> bool:
+        """Do a step of the start of this disk; False if it fails and others are served without it.
+
+        `report` logs that. Raises what the step does: usually all disks are served, or none is.
+        """
+        step()
+        return True
+
+    def open(self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
+        """The parts of disk `number` of those that are planned.
 
         Raises ImageError, ListenError, OpenerEnded, HandoverError, Interrupted.
         """
         return open_parts(planned.config, undo, self._signals, opener)
 
     def report(self) -> None:
-        """Log what cannot be served. Raises StateError."""
+        """Log what is not served, when all steps have been attempted. Raises StateError."""
 
     def successors(self, path: Path, undo: contextlib.ExitStack) -> Listener | None:
         """Where the next process finds this one, if possible beside the socket at `path`."""

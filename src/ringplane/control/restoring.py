@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ringplane.block.image import ImageError
@@ -70,23 +70,25 @@ class Restoring(Origin):
                 self._problems.append(f"{where}: its limits are not restored: {error}")
         return usable
 
-    def open(
-        self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None
-    ) -> Parts | None:
+    def attempt(self, planned: Planned, step: Callable[[], object]) -> bool:
         """See Origin."""
         if not planned.added:
-            return super().open(number, planned, undo, opener)
-        with contextlib.ExitStack() as own:
-            try:
-                parts = self._open_added(planned.config, own, opener)
-            except (ImageError, ListenError, OpenerEnded) as error:
-                self._note(planned.name, str(error))
-                return None
-            except OSError as error:
-                self._note(planned.name, in_words(error))
-                return None
-            undo.enter_context(own.pop_all())
-        return parts
+            return super().attempt(planned, step)
+        try:
+            step()
+        except (ImageError, ListenError, OpenerEnded) as error:
+            self._note(planned.name, str(error))
+        except OSError as error:
+            self._note(planned.name, in_words(error))
+        else:
+            return True
+        return False
+
+    def open(self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
+        """See Origin."""
+        if planned.added:
+            return self._open_added(planned.config, undo, opener)
+        return super().open(number, planned, undo, opener)
 
     def _open_added(self, config: DiskConfig, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
         assert config.socket_path is not None

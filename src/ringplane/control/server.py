@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 from ringplane.block.image import ImageError
 from ringplane.control.adding import Adding, Other
 from ringplane.control.export import Export, closed
-from ringplane.control.listener import ListenError
+from ringplane.control.listener import Listener, ListenError
 from ringplane.control.opening import report_created
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
 from ringplane.control.threads import Threads
@@ -85,6 +85,8 @@ class Server:
         self.events = events
         self.interface: Interface | None = None
         self.metrics: Endpoint | None = None
+        # Where the next process finds this one.
+        self.successors: Listener | None = None
         self.state: StateFile | None = None
         # Called on the control thread with the ID of a process that takes over, before it serves; must not block.
         self.at_takeover: Callable[[int], object] = _nothing
@@ -98,6 +100,16 @@ class Server:
         self._stopping = False
 
     # From any thread.
+
+    @property
+    def endpoints(self) -> list[Interface | Endpoint]:
+        """Those that there are, beside the disks."""
+        return [each for each in (self.interface, self.metrics) if each is not None]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stopping
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
         """Call `receive` with each trace event of any disk from now on, or a text about lost ones.
@@ -152,12 +164,12 @@ class Server:
         return Recorder(self.threads)
 
     def _remove_sockets(self) -> None:
-        if self.interface is not None:
-            self.interface.listener.close()
+        listeners = [export.listener for export in self.exports]
+        listeners += [self.interface.listener] if self.interface is not None else []
+        listeners += [self.successors] if self.successors is not None else []
         # Those that the process which opens files removes take longest.
-        for export in sorted(self.exports, key=lambda export: export.listener.opener is not None):
-            export.listener.close()
-        self.threads.at_end.close()
+        for listener in sorted(listeners, key=lambda listener: listener.opener is not None):
+            listener.remove_file()
 
     def __enter__(self) -> Self:
         return self
@@ -196,10 +208,16 @@ class Server:
         removal = self._removals[export]
         await asyncio.wait([removal], timeout=PATIENCE)
         if not removal.done():
-            requests = export.in_flight
-            what = f"{counted(requests, 'request')} in flight" if requests else "its image is being closed"
-            raise Unavailable(f"{what}: storage does not answer", name, "the disk is removed when it does")
+            raise self._not_removed(export)
         removal.result()
+
+    def _not_removed(self, export: Export) -> Unavailable:
+        if self.state is not None and export not in self.exports:
+            why = f"removed, but that is not stored yet in {self.state.path}: storage does not answer"
+            return Unavailable(why, export.name, "it is stored when it does; do not end this process before")
+        requests = export.in_flight
+        what = f"{counted(requests, 'request')} in flight" if requests else "its image is being closed"
+        return Unavailable(f"{what}: storage does not answer", export.name, "the disk is removed when it does")
 
     async def release_sockets(self) -> None:
         """Another process has taken over; with the same path, it has the interface's socket too.
@@ -209,8 +227,7 @@ class Server:
         self.changing.end()
         if self.interface is not None:
             self.interface.listener.owned = False
-        endpoints = [each for each in (self.interface, self.metrics) if each is not None]
-        await asyncio.gather(*(each.release() for each in endpoints))
+        await asyncio.gather(*(each.release() for each in self.endpoints))
 
     async def _add(self, config: DiskConfig) -> Export:
         async with self.changing.one():

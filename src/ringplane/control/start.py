@@ -40,8 +40,8 @@ def serve(disk: _One) -> Export:
     `upgrade`, and stops then (handover.py). `give_up`, `signals`, `interface`, `metrics`, `opener`, `state`, `traced`:
     see `serve_all`.
 
-    Raises ImageError, ListenError, HandoverError, ValueError for arguments that make no sense, or OSError when the
-    kernel lacks what the data plane needs; nothing is left behind.
+    Raises ImageError, ListenError, HandoverError, StateError, ValueError for arguments that make no sense, or OSError
+    when the kernel lacks what the data plane needs; nothing is left behind, except an empty `state` if there was none.
     """
     config = disk.config()
     exports = start([config], disk.own_threads(), disk, least=1).exports
@@ -55,7 +55,7 @@ def serve_all(several: _Several) -> Server:
 
     `give_up` is called when everything has been opened and loaded and no thread has begun yet, with the folders in
     which sockets are removed at the end: a program that is there for nothing else gives up its rights then. `signals`
-    can interrupt the start: then it raises Interrupted, and nothing is left behind. They are woken up at the end. With
+    can interrupt the start: then it raises Interrupted. They are woken up at the end. With
     an `interface` (ringplane/api/http.py) disks can be added and removed while the server runs: there need not be
     one at the start, and the server ends when it is stopped. `metrics` (ringplane/api/metrics_endpoint.py) are served
     as long as there is a disk or an interface. The `opener` opens files of disks that are added, which a program that

@@ -1,11 +1,21 @@
-"""The start of a process that serves disks: everything is opened, made and loaded, and then the threads start."""
+"""The start of a process that serves disks: everything is opened, made and loaded, and then the threads start.
+
+A step may fail, or a signal may interrupt it. Then nothing of the steps before it is left. What they have made belongs
+to one of these, which are closed in this order:
+
+    origin      as soon as the start has succeeded or failed: guests of a process that still serves do not wait longer
+    undo        if the start fails: the disks (each has a stack of its own, because others may be served without it),
+                the interface and the threads; otherwise these end by themselves
+    at_end      when the process has ended, also if its start fails: the opener, the state, the sockets of metrics and
+                of successors
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +31,11 @@ from ringplane.control.needed_units import (
     units_of_parts,
     units_of_threads,
 )
-from ringplane.control.opening import Parts, listen, report_created
+from ringplane.control.opening import report_created
 from ringplane.control.origin import Origin
 from ringplane.control.planned import Planned, place
 from ringplane.control.server import Server
+from ringplane.control.starting_disk import StartingDisk
 from ringplane.control.threads import Threads
 from ringplane.dataplane import tracer
 from ringplane.dataplane.compile_data_plane import release_compiler, warm_up
@@ -50,9 +61,6 @@ log = logging.getLogger(__name__)
 REMOVED = "{socket_path}: the disk at {path} was removed at run time"
 REMOVED_BEFORE = f"{REMOVED} from the running process; add it there again, or serve it without {{upgrade}}"
 REMOVED_IN_STATE = f"{REMOVED}, according to {{state}}; use another file there, or remove this one"
-
-# A disk that is to be served, and what has been opened for it.
-Opened = tuple[Planned, Parts]
 
 
 class GiveUp(Protocol):
@@ -83,7 +91,6 @@ def start(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], process: 
     with contextlib.ExitStack() as undo:
         steps = Start(disks, io_threads, process, least, undo)
         steps.check()
-        # It is left before anything is undone: the guests of a process that is not taken over do not wait for that.
         with steps.origin() as origin:
             server = steps.run(origin)
         undo.pop_all()
@@ -91,7 +98,7 @@ def start(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], process: 
 
 
 class Start:
-    """The steps of a start. Each leaves to `undo` what has to be undone if a later one fails."""
+    """The steps of a start."""
 
     def __init__(
         self,
@@ -105,7 +112,7 @@ class Start:
         self._process, self._signals = process, process.signals
         self._interface, self._metrics, self._state = process.interface, process.metrics, process.state
         self._opener = process.opener
-        # Closed when the process ends, and the last thing that is undone.
+        self._starting: list[StartingDisk] = []
         self._at_end = undo.enter_context(contextlib.ExitStack())
         self._at_end.callback(self._signals.wake)
         if self._opener is not None:
@@ -146,15 +153,15 @@ class Start:
         planned = self._plan(origin)
         self._prepare_sockets(origin)
         self._reach_servers()
-        opened = self._open(planned, origin)
-        self._compile(opened)
+        self._open(planned, origin)
+        self._compile()
         threads = self._make_threads()
-        server = self._make_server(opened, threads)
+        server = self._make_server(threads, origin)
         self._open_sockets(server)
         self._listen_for_successors(server, origin)
         self._keep_changes(server)
         self._give_up_rights(server, origin)
-        threads.start_io_threads()
+        self._start_threads(server)
         origin.take(server)
         self._begin(server)
         return server
@@ -193,16 +200,20 @@ class Start:
             self._metrics.prepare(origin.metrics_socket(self._metrics.options.listen))
             self._at_end.callback(self._metrics.close)
 
-    def _open(self, planned: Iterable[Planned], origin: Origin) -> list[Opened]:
-        """Open or create all disks, as far as they can be served."""
-        opened = []
+    def _open(self, planned: Iterable[Planned], origin: Origin) -> None:
+        """Open or create all disks."""
         for number, each in enumerate(planned):
+            undo = self._undo.enter_context(contextlib.ExitStack())
+            self._starting.append(StartingDisk(number, each, undo, self._opener_of(each)))
+        self._attempt(origin, lambda disk: disk.open(origin))
+
+    def _attempt(self, origin: Origin, step: Callable[[StartingDisk], object]) -> None:
+        """Do this for all disks; those with which it fails, and which others are served without, are left out."""
+        for each in tuple(self._starting):
             self._signals.check()
-            parts = origin.open(number, each, self._undo, self._opener_of(each))
-            if parts is not None:
-                opened.append((each, parts))
-        origin.report()
-        return opened
+            if not origin.attempt(each.planned, partial(step, each)):
+                self._starting.remove(each)
+                each.undo.close()
 
     def _opener_of(self, planned: Planned) -> RemoteOpener | None:
         """What opens the files of a disk; None: this process. Those of a disk that was added are opened as then."""
@@ -211,10 +222,11 @@ class Start:
         self._opener.wait_until_ready(self._signals)
         return self._opener
 
-    def _compile(self, opened: Sequence[Opened]) -> None:
-        units = [*units_of_threads(self._io_threads), *units_of_limits(each.config for each, _ in opened)]
-        for _, parts in opened:
-            units += units_of_parts(parts)
+    def _compile(self) -> None:
+        configs = [each.planned.config for each in self._starting]
+        units = [*units_of_threads(self._io_threads), *units_of_limits(configs)]
+        for each in self._starting:
+            units += units_of_parts(each.parts)
         if self._interface is not None:
             units += units_of_any_disk()
         elif self._process.traced:
@@ -232,16 +244,16 @@ class Start:
             threads.start_task(partial(_report_end, self._opener))
         return threads
 
-    def _make_server(self, opened: Sequence[Opened], threads: Threads) -> Server:
-        """From here on front ends can connect, and get an answer when the threads run."""
+    def _make_server(self, threads: Threads, origin: Origin) -> Server:
         events = Events()
         adding = Adding(threads, events, self._opener)
-        disks = [adding.make_disk(each.config, parts) for each, parts in opened]
+        self._attempt(origin, lambda disk: disk.make(adding))
         self._load_rest(threads)
         # What is created from now on cannot be removed after rights have been given up.
         self._signals.check()
-        listeners = [listen(each.config, parts, self._undo, self._opener_of(each)) for each, parts in opened]
-        exports = list(map(adding.export, [each for each, _ in opened], disks, listeners))
+        self._attempt(origin, lambda disk: disk.listen(adding))
+        origin.report()
+        exports = [each.export for each in self._starting]
         server = Server(exports, threads, adding, events, [place(config) for config in self._disks])
         server.interface, server.metrics, server.state = self._interface, self._metrics, self._state
         for export in exports:
@@ -268,7 +280,7 @@ class Start:
     def _listen_for_successors(self, server: Server, origin: Origin) -> None:
         if not self._sockets or not (self._process.upgradable or self._process.upgrade):
             return
-        listener = origin.successors(self._sockets[0], self._at_end)
+        listener = server.successors = origin.successors(self._sockets[0], self._at_end)
         if listener is not None:
             server.threads.start_task(lambda: offer_successors(server, listener))
 
@@ -294,11 +306,18 @@ class Start:
         # Also with the rights that are left.
         origin.store(server)
 
+    def _start_threads(self, server: Server) -> None:
+        """All that will ever serve: if one cannot be started, a running process has not let go of its disks yet."""
+        server.threads.start()
+        for export in server.exports:
+            export.disk.source.start_threads()
+        for endpoint in server.endpoints:
+            endpoint.start()
+
     def _begin(self, server: Server) -> None:
-        exports = server.exports
-        server.threads.start([*exports, *([self._interface] if self._interface is not None else [])])
-        for export in exports:
+        for export in server.exports:
             report_created(export.config, export.disk.source)
+        server.threads.begin([*server.exports, *([self._interface] if self._interface is not None else [])])
 
 
 def _removable(sockets: Iterable[Path | None], opener: RemoteOpener | None) -> Iterator[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -17,6 +16,7 @@ from ringplane.dataplane.worker import Worker
 from ringplane.options.cpus import format_cpus
 from ringplane.options.thread_options import IoThread
 from ringplane.system.notes import doing
+from ringplane.system.ready_thread import ReadyThread
 
 # Seconds that coroutines which others wait for have at the end.
 CALLS_PATIENCE = 1.0
@@ -51,7 +51,7 @@ class Threads:
         self._calls: set[asyncio.Task[Any]] = set()
         with doing("set up the control thread"):
             self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="ringplane-control", daemon=True)
+        self._thread = ReadyThread("ringplane-control")
         try:
             self._make_workers()
         except BaseException:
@@ -66,11 +66,17 @@ class Threads:
                 )
                 worker.load()
 
-    def start_io_threads(self) -> None:
-        """Returns when all of them run.
+    def start(self) -> None:
+        """Start all of them: the I/O threads run when this returns, and the control thread waits for `begin`.
 
-        Raises OSError when a CPU affinity is refused, WorkerEnded when a thread fails; `end` undoes it.
+        Raises OSError when a CPU affinity is refused or no thread can be started, WorkerEnded when a thread fails;
+        `end` undoes it.
         """
+        with doing("start the control thread"):
+            self._thread.start()
+        self._start_io_threads()
+
+    def _start_io_threads(self) -> None:
         for worker in self.workers.values():
             worker.start()
         bound = [self.workers[each.name].call(partial(_run_on, each.cpus)) for each in self.io_threads]
@@ -78,24 +84,23 @@ class Threads:
             with doing(f"run the I/O thread {each.name} on the CPUs {format_cpus(each.cpus or ())}"):
                 ready.result()
 
-    def start(self, services: Iterable[Service]) -> None:
-        """Start the control thread, which runs these services, and those that are added, until each has stopped."""
+    def begin(self, services: Iterable[Service]) -> None:
+        """Have the control thread run these services, and those that are added, until each has stopped."""
         self._services = dict.fromkeys(services)
-        self._thread.start()
+        self._thread.begin(self._main)
 
     def trace(self, receive: Callable[[TraceEvent | str], None]) -> None:
         """Call `receive` with each trace event of any disk from now on, or a text about lost ones.
 
         It is called on the control thread.
         """
-        if self._thread.is_alive():
+        if self._thread.is_alive:
             readers = [worker.start_tracing().result() for worker in self.workers.values()]
             self.start_task(lambda: report_trace(readers, receive))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the threads have ended; whether they have."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self._thread.join(timeout)
 
     def end_if_unused(self) -> None:
         """If no service needs the threads any longer, return when they have ended; else at once."""
@@ -103,7 +108,11 @@ class Threads:
             self._thread.join()
 
     def end(self) -> None:
-        """End threads whose control thread was not started."""
+        """End threads that have not begun."""
+        self._thread.dismiss()
+        self._release()
+
+    def _release(self) -> None:
         self._loop.close()
         for worker in self.workers.values():
             worker.stop()
@@ -132,7 +141,7 @@ class Threads:
         try:
             self._loop.run_until_complete(self._serve())
         finally:
-            self.end()
+            self._release()
             self.at_end.close()
 
     def serve(self, service: Service) -> None:

@@ -114,7 +114,7 @@ class Disk:
         for worker in set(self.workers):
             worker.add_disk()
         self.member = Member()
-        self._closed = False
+        self._on_workers = True
 
     def _stack(self, worker: Worker) -> Stack:
         """The disk as one worker sees it."""
@@ -208,10 +208,7 @@ class Disk:
 
     def close(self) -> None:
         """Close layers and source, which may block; no queue may be running. A second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            for worker in set(self.workers):
-                worker.remove_disk()
+        self.leave_workers()
         self.report_failures()
         for layer in self.layers:
             try:
@@ -220,6 +217,13 @@ class Disk:
                 where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
                 log.error("%s%s", where, error, extra={"disk": self.name})
         self.source.close()
+
+    def leave_workers(self) -> None:
+        """The workers serve a disk less. A second call does nothing."""
+        if self._on_workers:
+            self._on_workers = False
+            for worker in set(self.workers):
+                worker.remove_disk()
 
     def report_failures(self) -> None:
         """Log the number of failed requests since the last such log line."""

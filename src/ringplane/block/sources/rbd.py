@@ -252,10 +252,12 @@ class RbdSource(Source):
     def how(self, engines: str) -> str:
         return "librbd" if self.direct else "librbd, with its cache"
 
+    def start_threads(self) -> None:
+        WATCHING.start()
+
     def watch(self, changed: Callable[[], None]) -> None:
         """From now on; the image may have changed since it was opened."""
         self._changed = changed
-        WATCHING.start()
         self._opened.look()
 
     def refresh_size(self) -> None:

@@ -16,6 +16,7 @@ from ringplane.compiler.units import unit
 from ringplane.native.access import address_of, atomic_add, view
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import write
+from ringplane.system.ready_thread import ReadyThread
 
 # Of an image. `changes`: how often its header has changed; `one`: the number 1, for the eventfd.
 WATCH = struct("changes", "event_fd", "one = 1")
@@ -73,14 +74,19 @@ class Watching:
         self._lock = threading.Lock()
         self._watches: list[Watch] = []
         self._event_fd = -1
-        self._thread: threading.Thread | None = None
+        self._thread: ReadyThread | None = None
 
     def start(self) -> None:
-        """Start the thread, if it does not run: when the process has given up its rights, so that it has none."""
+        """Start the thread, if it does not run: when the process has given up its rights, so that it has none.
+
+        Raises NoThread.
+        """
         with self._lock:
             if self._thread is None and self._watches:
-                self._thread = threading.Thread(target=self._run, name="ringplane-watch", daemon=True)
-                self._thread.start()
+                thread = ReadyThread("ringplane-watch")
+                thread.start()
+                thread.begin(self._run)
+                self._thread = thread
 
     def add(self, notice: Callable[[], None]) -> Watch:
         with self._lock:

@@ -111,8 +111,14 @@ class Source:
         """How I/O is done, for users; `engines` names those of the I/O threads."""
         raise NotImplementedError
 
+    def start_threads(self) -> None:
+        """Start those that it needs. Another process may serve it until `watch` is called. Raises NoThread."""
+
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call `changed`, from any thread, when the size may have changed; if it cannot notice that, do nothing."""
+        """The disk is served from now on: call `changed`, from any thread, when the size may have changed.
+
+        If it cannot notice that, it does nothing.
+        """
 
     @property
     def trouble(self) -> str:

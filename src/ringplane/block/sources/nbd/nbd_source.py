@@ -267,10 +267,13 @@ class NbdSource(Source):
         replies = "structured replies" if self._export.structured else "simple replies"
         return f"NBD, {count} connection{'s' * (count != 1)}, {replies}"
 
-    def watch(self, changed: Callable[[], None]) -> None:
-        """The size does not change. This is the moment from which the disk is served."""
-        self.shared = False
+    def start_threads(self) -> None:
         self._reconnecting.start()
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """The size does not change."""
+        self.shared = False
+        self._reconnecting.begin()
 
     def refresh_size(self) -> None:
         raise ImageError(f"{self.title}: the size of an export cannot change while it is served; restart ringplane")

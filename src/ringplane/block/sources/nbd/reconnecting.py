@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import select
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +24,7 @@ from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.block.sources.nbd.silence import LOOK
 from ringplane.block.sources.service import ServiceState
 from ringplane.system.notes import in_words
+from ringplane.system.ready_thread import ReadyThread
 from ringplane.system.signals import Signals
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Reconnecting:
         # Connections that were made in place of lost ones.
         self.reconnects = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="nbd-reconnect", daemon=True)
+        self._thread = ReadyThread("nbd-reconnect")
 
     @property
     def state(self) -> ServiceState:
@@ -106,15 +106,19 @@ class Reconnecting:
         self._links.append(link)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, which waits for `begin`. Raises NoThread."""
         self._thread.start()
+
+    def begin(self) -> None:
+        """The disk is served."""
+        self._thread.begin(self._run)
 
     def end(self) -> None:
         """End the thread. No I/O thread uses a link."""
         self._closed = True
         os.eventfd_write(self._ending.fd, 1)
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.dismiss()
+        self._thread.join()
 
     def close(self) -> None:
         """After `end`, and when the links are closed."""
