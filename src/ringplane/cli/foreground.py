@@ -6,11 +6,11 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from ringplane.cli.lean_imports import import_asyncio, import_llvm
 from ringplane.cli.notify import ServiceManager
 from ringplane.cli.start_errors import start_errors, usage_errors
 from ringplane.log.logs import Logs
@@ -48,6 +48,7 @@ def serve_until_signal(
     # NumPy would start one thread per CPU when it is imported. Nobody needs them, and they would not be confined.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import_asyncio()
+    import_llvm()
     signals.pass_on(REQUESTS)
     manager = ServiceManager()
     try:
@@ -73,15 +74,6 @@ def serve_until_signal(
         if begun is not None:
             begun()
         attend(server, signals, logs)
-
-
-def import_asyncio() -> None:
-    """Without TLS, which takes 0.9 MB, and which this program does not use. uvicorn imports `ssl` itself."""
-    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
-    import asyncio  # noqa: F401
-
-    if sys.modules["ssl"] is None:
-        del sys.modules["ssl"]
 
 
 def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:

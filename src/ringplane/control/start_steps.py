@@ -46,7 +46,7 @@ from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import load_schemes
 from ringplane.options.process_rules import check_process
 from ringplane.options.thread_options import IoThread
-from ringplane.system import procfs
+from ringplane.system import libc, procfs
 from ringplane.system.signals import NONE, Signals
 from ringplane.system.standard_fds import occupy
 from ringplane.vhost_user.peers import gone
@@ -267,6 +267,7 @@ class Start:
         if self._interface is not None:
             _prepare_for_more(threads, self._opener.folders if self._opener is not None else ())
         release_compiler()
+        libc.trim_heap()
 
     def _open_sockets(self, server: Server) -> None:
         """Those of interface and metrics."""

@@ -119,6 +119,12 @@ def limit_arenas(count: int) -> None:
         _libc.mallopt(M_ARENA_MAX, count)
 
 
+def trim_heap() -> None:
+    """malloc_trim(3): return free memory to the kernel, of which glibc keeps up to 64 MB at the end of its heap."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(ctypes.c_size_t(0))
+
+
 def end_with_parent() -> None:
     """prctl(2), PR_SET_PDEATHSIG: this process is killed when the thread that started it ends."""
     _libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
