@@ -29,12 +29,13 @@ from ringplane.control import state_file
 from ringplane.control.changes import Changes
 from ringplane.control.changing import Changing
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState
+from ringplane.control.restoring import Restoring
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.state_file import StateError, StateFile
 from ringplane.driver import Driver
 from ringplane.opener.remote_opener import RemoteOpener
-from ringplane.options.declare import WrongOptions
+from ringplane.options.declare import WrongOptions, declared
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
 from unit.protocol_rig import open_fds
@@ -502,6 +503,47 @@ def test_a_restored_disk_that_cannot_be_served(
         assert [table["name"] for table in json.loads((tmp_path / "state").read_text())["added"]] == ["c"]
     assert re.search(f"b: was added at run time and is not served any more: .*{words}", caplog.text)
     assert not (tmp_path / "b.sock").exists()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+OPTIONS = sorted(option.key for option in declared(DiskConfig).values())
+PLACES = st.sampled_from(["/disks/a", "/disks/b", "/disks/c", ""]) | st.text(max_size=8)
+
+
+def tables(keys: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(keys) | st.text(max_size=8), VALUES, max_size=4)
+
+
+ADDED = tables(OPTIONS).map(lambda table: {"image": "/images/b", "socket-path": "/disks/b", **table})
+LIMIT_KEYS = ["total-iops-sec", "read-bytes-sec", "write-iops-sec-max", "group-name", "weight", "size-iops-sec"]
+
+
+@settings(deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "version": st.just(1),
+            "added": st.lists(ADDED, max_size=3),
+            "removed": st.lists(st.text(max_size=8), max_size=2),
+            "limits": st.dictionaries(PLACES, tables(LIMIT_KEYS), max_size=2),
+            "names": st.dictionaries(PLACES, st.text(max_size=8), max_size=2),
+            "paused": st.lists(PLACES, max_size=2),
+        }
+    )
+)
+def test_what_is_described_is_planned_whatever_a_state_has(saved: dict[str, Any]) -> None:
+    """A confined process writes it, which an attacker may have taken over."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "state")
+        path.write_text(json.dumps(saved))
+        with opened(path) as state:
+            disks = [DiskConfig(Path(f"/images/{name}"), ("io0",), socket_path=Path(f"/disks/{name}")) for name in "ac"]
+            planned = Restoring(state).plan(disks, [IoThread("io0")])
+    assert [str(each.config.socket_path) for each in planned][:2] == ["/disks/a", "/disks/c"]
 
 
 # Processes

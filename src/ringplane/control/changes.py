@@ -117,8 +117,8 @@ def _read_added(
     # Not at every start.
     from ringplane.control.config import ConfigError, read_disk
 
-    names = {thread.name for thread in io_threads}
-    if not names.issuperset(table.get("io-threads", ())):
+    names, wanted = [thread.name for thread in io_threads], table.get("io-threads")
+    if not isinstance(wanted, Sequence) or any(name not in names for name in wanted):
         table = {key: value for key, value in table.items() if key != "io-threads"}
     try:
         return _changed(read_disk(table, spread(io_threads, others)), changes)

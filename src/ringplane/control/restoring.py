@@ -18,7 +18,7 @@ from ringplane.control.changes import Changes, Table, plan
 from ringplane.control.listener import ListenError, remove_stale
 from ringplane.control.opening import Parts, open_parts
 from ringplane.control.origin import Origin
-from ringplane.control.planned import Planned
+from ringplane.control.planned import Planned, place
 from ringplane.control.present_changes import changes_of
 from ringplane.control.server import Server
 from ringplane.control.state_file import StateFile
@@ -48,7 +48,14 @@ class Restoring(Origin):
         changes = self._read()
         changes = dataclasses.replace(changes, limits=self._usable(changes.limits))
         self._described_servers = {disk.image.server for disk in disks if isinstance(disk.image, RemoteImage)}
-        return plan(disks, changes, io_threads, self._note_unusable)
+        try:
+            return plan(disks, changes, io_threads, self._note_unusable)
+        except WrongOptions as error:
+            # If it is not because of the changes, this raises it again.
+            planned = plan(disks, _without_described(changes, disks), io_threads, self._note_unusable)
+            problem = f"{error.spelled(dashed)}; disks that are described have their names and limits as described"
+            self._problems.append(f"{self._state.path}: {problem}")
+            return planned
 
     def _note_unusable(self, table: Table, error: WrongOptions) -> None:
         self._note(str(table.get("name")), error.spelled(dashed))
@@ -108,9 +115,9 @@ class Restoring(Origin):
             raise ImageError(f"{image}: is not below a folder of --allow-folder, because there is none")
         if isinstance(image, RemoteImage) and not self._state.trusted:
             self._check_server(image, opener)
-        for place in (image, socket_path):
-            if opener is not None and isinstance(place, Path) and not opener.allows(place):
-                raise ImageError(f"{place}: is not below a folder of --allow-folder")
+        for path in (image, socket_path):
+            if opener is not None and isinstance(path, Path) and not opener.allows(path):
+                raise ImageError(f"{path}: is not below a folder of --allow-folder")
 
     def _check_server(self, image: RemoteImage, opener: RemoteOpener | None) -> None:
         """Raises ImageError."""
@@ -131,3 +138,10 @@ class Restoring(Origin):
     def store(self, server: Server) -> None:
         """See Origin."""
         self._state.store(changes_of(server))
+
+
+def _without_described(changes: Changes, disks: Sequence[DiskConfig]) -> Changes:
+    """Without the names and limits of these."""
+    described = set(map(place, disks))
+    limits = {where: limits for where, limits in changes.limits.items() if where not in described}
+    return dataclasses.replace(changes, names={}, limits=limits)
