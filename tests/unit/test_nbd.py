@@ -592,6 +592,24 @@ def test_requests_fail_when_it_takes_too_long(
     assert eventually(lambda: driver.request(READ, 0, read=512).status == OK)
 
 
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_server_that_shrinks_its_export(server: NbdServer, served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """What lies across its new end fails, in words, and so does all else until it is as it was."""
+    driver, whole = served(nbd_reconnect_delay=1), server.content
+    server.content = whole[: SIZE // 2]
+    assert driver.read(SIZE // 2 - 4096, 4096) == whole[SIZE // 2 - 4096 : SIZE // 2]
+    assert driver.request(READ, SIZE // 1024 - 8, read=8192).status == IOERR
+    assert driver.request(READ, 0, read=512).status == IOERR
+    for words in (
+        "the server ended the reply to a read before all data had come",
+        f"the server has made the export smaller: {SIZE // 2} bytes instead of {SIZE}",
+        "requests have waited for 1 s; they fail until there is a connection",
+    ):
+        assert any(words in line for line in caplog.messages), words
+    server.content = whole
+    assert eventually(lambda: driver.request(READ, SIZE // 1024 - 8, read=8192).status == OK)
+
+
 def hang_up_at(sector: int) -> Callable[[Request, NbdServer], bytes | None]:
     """The server ends each connection at requests for this sector."""
 
@@ -775,6 +793,22 @@ def test_a_disk_is_paused_while_its_server_hangs(server: NbdServer, hanging: thr
         assert len(server.requests) == 1
         export.resume()
         assert driver._answer(*second).data == server.content[4096:8192]
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_an_upgrade_while_the_server_hangs(server: NbdServer, hanging: threading.Event, tmp_path: Path) -> None:
+    """It is refused in one line, and the request ends in the running process."""
+    path = tmp_path / "socket"
+    with (
+        ringplane.serve(server.uri, path, num_queues=1, upgradable=True),
+        Driver(path, timeout=PATIENCE) as driver,
+    ):
+        sent = driver._submit_request(READ, 0, b"", 4096, 0)
+        wait_until(lambda: len(server.requests) == 1)
+        with pytest.raises(HandoverError, match=r"continues to serve: .*requests in flight took longer than 2 seconds"):
+            ringplane.serve(server.uri, path, num_queues=1, upgrade=True)
+        hanging.set()
+        assert driver._answer(*sent).data == server.content[:4096]
 
 
 @pytest.mark.parametrize("structured", [True], indirect=True)
