@@ -330,7 +330,9 @@ def test_its_rights(remote: RemoteOpener) -> None:
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
     assert not [line for line in (proc / "maps").read_text().splitlines() if "wx" in line.split()[1]]
     links = [os.readlink(each) for each in (proc / "fd").iterdir()]
-    assert sorted(link.partition(":")[0] for link in links if not link.startswith("/var/tmp")) == [
+    # A newer libffi opens itself when it is imported.
+    others = [link for link in links if not link.startswith("/var/tmp") and "/libffi.so" not in link]
+    assert sorted(link.partition(":")[0] for link in others) == [
         *(["/dev/null"] * 2), "anon_inode", "socket",
     ]  # fmt: skip
     assert (proc / "environ").read_bytes().count(b"\0") <= 1
