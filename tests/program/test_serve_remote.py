@@ -104,7 +104,7 @@ def test_a_server_that_was_not_named(serve: Serve, server: NbdServer, tmp_path: 
     """The line has what to do now, which was tried."""
     served = serve("--api-socket", "api.sock", "--allow-folder", ".", strict=True)
     error = served.api.request("POST", "/v1/disks", body(server)).error
-    option, address = error["what"].partition("; start ringplane with ")[2].partition(", or with")[0].split(" ", 1)
+    option, address = error["right"].removeprefix("start ringplane with ").partition(", or with")[0].split(" ", 1)
     served.end()
     served = serve("--api-socket", "api.sock", "--allow-folder", ".", option, address.strip("'"), strict=True)
     served.api.post("/v1/disks", body(server), status=201)

@@ -104,9 +104,9 @@ def test_a_cluster_that_was_not_named(serve: Serve, cluster: CephCluster, image:
     """The line has what to do now, which was tried. A disk of the cluster from the start is enough too."""
     request = body(cluster.address(image), tmp_path)
     served = serve("--api-socket", "api.sock", "--allow-folder", ".")
-    what = served.api.request("POST", "/v1/disks", request).error["what"]
+    right = served.api.request("POST", "/v1/disks", request).error["right"]
     served.end()
-    option, address = what.partition("; start ringplane with ")[2].partition(", or with")[0].split(" ", 1)
+    option, address = right.removeprefix("start ringplane with ").partition(", or with")[0].split(" ", 1)
     served = serve("--api-socket", "api.sock", "--allow-folder", ".", option, address.strip("'"))
     served.api.post("/v1/disks", request, status=201)
     wrong = {**request, "name": "s", "socket-path": str(tmp_path / "s.sock")}

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ringplane.block.image import ImageError
+from ringplane.block.sources.choose_source import NotReached
 from ringplane.control.adding import Adding, Other
 from ringplane.control.export import Export, closed
 from ringplane.control.listener import Listener, ListenError
@@ -255,6 +256,8 @@ class Server:
             export = await self._opened(config, others)
         except WrongOptions as error:
             raise WrongValue(error.spelled(dashed), dashed(error.options[0])) from None
+        except NotReached as error:
+            raise WrongState(error.what, "image", error.right) from None
         except (ImageError, ListenError) as error:
             raise WrongState(str(error)) from None
         except OpenerEnded as error:

@@ -36,6 +36,15 @@ REMOTE: dict[str, str] = {
 Offer = Mapping[str, Any]
 
 
+class NotReached(ImageError):
+    """A confined process cannot connect to the server of the image."""
+
+    def __init__(self, what: str, right: str) -> None:
+        """`right`: what to do now."""
+        super().__init__(f"{what}; {right}")
+        self.what, self.right = what, right
+
+
 class RemoteModule(Protocol):
     """What such a module defines. `title`, `size` and so on of the source are as for all (source.py)."""
 
@@ -81,9 +90,9 @@ def reach(server: RemoteImage, signals: Signals = NONE) -> Callable[[], object]:
 def _reached_module(config: DiskConfig, image: RemoteImage, opener: Opener) -> RemoteModule:
     """Raises ImageError if this process is confined, and cannot connect to the server."""
     if is_confined() and not (REMOTE[image.source] in sys.modules and _module_of(image).is_reached(config, opener)):
-        raise ImageError(
-            f"{image}: this process may not connect to its server any more; start ringplane with "
-            f"--allow-server {shlex.quote(image.of_server)}, or with this disk"
+        raise NotReached(
+            f"{image}: this process may not connect to its server any more",
+            f"start ringplane with --allow-server {shlex.quote(image.of_server)}, or with this disk",
         )
     return _module_of(image)
 
