@@ -107,6 +107,7 @@ def test_no_thread_starves() -> None:
     for portion in both.read():
         threads.append(portion.thread)
         one.trace(PORTION)
+        assert len(threads) < 10
     assert threads == ["io0", "io1"]
 
 
@@ -123,6 +124,20 @@ def test_what_is_overwritten_after_it_was_sent_was_not_lost() -> None:
     traced.trace(CAPACITY - 10)
     portions = read(track)
     assert sum(len(portion.events) for portion in portions) == CAPACITY - 10
+    assert {(portion.lost, portion.overwritten) for portion in portions} == {(0, 0)}
+
+
+def test_what_is_overwritten_after_the_sender_has_stopped_was_not_lost() -> None:
+    """It stops between two portions when the recording ends."""
+    traced = Traced()
+    track = Track("io0", traced.reader(fetches=False), ())
+    traced.trace(2 * PORTION)
+    track.look()
+    for _ in track.read():
+        break
+    traced.trace(CAPACITY + 50 - 2 * PORTION)
+    portions = read(track)
+    assert sum(len(portion.events) for portion in portions) == CAPACITY + 50 - PORTION
     assert {(portion.lost, portion.overwritten) for portion in portions} == {(0, 0)}
 
 
