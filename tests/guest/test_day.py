@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from program.test_sandbox import needs_all
+from program.served import needs_all
 
 from . import day_workloads, host, kernels
 from .back_end_processes import STAND_IN, environment

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from ringplane.control import sandbox
+from program.served import needs_all
 from ringplane.opener import remote_opener
 from ringplane.opener.allowed_folders import MOST_SOCKETS
 from ringplane.opener.open_requests import (
@@ -44,7 +44,6 @@ SIZE = 1 << 20
 SECRET, PUBLIC = b"secret", b"public"
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can make devices")
-needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
 
 # <linux/fs.h>
 RENAME_EXCHANGE, AT_FDCWD = 2, -100

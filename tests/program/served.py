@@ -21,9 +21,8 @@ from click.testing import CliRunner
 from ringplane.cli.serve import serve as serve_command
 from ringplane.control import sandbox
 from ringplane.driver import Driver
+from strict_sandbox import STRICT_SERVE
 from unit.api_client import Api
-
-from .test_sandbox import STRICT
 
 SOON = 120.0
 MEMORY_SIZE = 16 << 20
@@ -118,7 +117,7 @@ def starter(kind: type[Kind], folder: Path) -> Iterator[Callable[..., Kind]]:
 
     def start(*arguments: str, strict: bool = False) -> Kind:
         """`strict`: a system call that the sandbox does not allow ends the process."""
-        command = ["-c", STRICT] if strict else ["-m", "ringplane", "serve"]
+        command = ["-c", STRICT_SERVE] if strict else ["-m", "ringplane", "serve"]
         started.append(kind(folder, command, *arguments))
         return started[-1]
 
@@ -128,6 +127,22 @@ def starter(kind: type[Kind], folder: Path) -> Iterator[Callable[..., Kind]]:
         served.process.wait()
         assert served.process.stdout is not None
         served.process.stdout.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., ServedApi]]:
+    """Start processes with an API in the folder of the test."""
+    yield from starter(ServedApi, tmp_path)
+
+
+def disk_table(name: str) -> str:
+    """A disk in a configuration file, in the folder of the process."""
+    return f'[[disk]]\nimage = "{name}.img"\ncreate = "4M"\nsocket-path = "{name}.sock"\n'
+
+
+def body(folder: Path, file: str, **keys: object) -> dict[str, object]:
+    """A disk in this folder, for the API."""
+    return {"image": str(folder / f"{file}.img"), "socket-path": str(folder / f"{file}.sock"), "create": "4M", **keys}
 
 
 def refused(*arguments: object) -> str:

@@ -397,11 +397,6 @@ def running() -> Iterator[Callable[..., Running]]:
         yield run
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., ServedApi]]:
-    yield from starter(ServedApi, tmp_path)
-
-
 def test_events_are_followed_over_an_upgrade_and_a_restart(
     serve: Callable[..., ServedApi], running: Callable[..., Running], tmp_path: Path
 ) -> None:

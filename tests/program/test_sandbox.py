@@ -34,30 +34,18 @@ from ringplane.system import landlock, seccomp
 from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS, UNKNOWN, Only
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
+from strict_sandbox import STRICT_SERVE
 from unit.rig import loop_device, need_engine
 from unit.waiting import wait_until
+
+from .served import needs_all
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20
 MIB = 1 << 20
 SOON = 60.0
 
-needs_all = pytest.mark.skipif(bool(sandbox.missing()), reason=f"this kernel lacks {sandbox.missing()}")
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-
-# The `serve` command, but any call that the filter does not allow ends the process instead of failing, so that a test
-# notices if the filter is too strict. One call may fail: before glibc first shrinks the heap of a thread, it reads
-# /proc/sys/vm/overcommit_memory, and does without if it cannot. So here it shrinks none (M_TRIM_THRESHOLD).
-STRICT = """
-import ctypes
-import functools
-ctypes.CDLL(None).mallopt(-1, 1 << 30)
-from ringplane.control import sandbox
-from ringplane.cli.serve import serve
-from ringplane.system.seccomp import SECCOMP_RET_KILL_PROCESS
-sandbox.confine = functools.partial(sandbox.confine, otherwise=SECCOMP_RET_KILL_PROCESS)
-serve()
-"""
 
 
 class Served:
@@ -115,7 +103,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
         if not path.exists():
             path.touch()
             os.truncate(path, IMAGE_SIZE)
-        command = ["-c", STRICT] if strict else ["-m", "ringplane", "serve"]
+        command = ["-c", STRICT_SERVE] if strict else ["-m", "ringplane", "serve"]
         started.append(Served(tmp_path, command, *arguments, image=image))
         return started[-1]
 

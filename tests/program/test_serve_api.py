@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,9 @@ from ringplane.cli.check import check
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_RESET
 from unit.rig import eventually, loop_device
 
-from .served import DISK, SOON, ServedApi, needs_all, refused, starter
+from .served import DISK, SOON, ServedApi, needs_all, refused
 
 Serve = Callable[..., ServedApi]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from starter(ServedApi, tmp_path)
 
 
 def operate(served: ServedApi) -> None:

@@ -42,7 +42,8 @@ from unit.protocol_rig import open_fds
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, disk, do
 
-from .served import MEMORY_SIZE, SOON, ServedApi, needs_all, starter
+from .served import MEMORY_SIZE, SOON, ServedApi, disk_table, needs_all, starter
+from .served import body as described
 
 ONE, OTHER = Changes(removed=["/one"]), Changes(removed=["/other"], paused=["/disk"] * 1000)
 
@@ -550,19 +551,13 @@ def test_what_is_described_is_planned_whatever_a_state_has(saved: dict[str, Any]
 
 Serve = Callable[..., ServedApi]
 
-CONFIG = """
+CONFIG = f"""
 state = "state/disks"
 [api]
 socket = "api.sock"
 allow-folders = ["images"]
-[[disk]]
-image = "a.img"
-create = "4M"
-socket-path = "a.sock"
-[[disk]]
-image = "b.img"
-create = "4M"
-socket-path = "b.sock"
+{disk_table("a")}
+{disk_table("b")}
 """
 
 
@@ -575,8 +570,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 def body(folder: Path, file: str, **keys: object) -> dict[str, object]:
-    where = folder / "images"
-    return {"image": str(where / f"{file}.img"), "socket-path": str(where / f"{file}.sock"), "create": "4M", **keys}
+    return described(folder / "images", file, **keys)
 
 
 def listed(served: ServedApi) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ringplane.driver.driver import Driver
 from ringplane.system.signals import Interrupted
 from unit.rig import eventually
 
-from .served import DISK, MEMORY_SIZE, SOON, ServedApi, starter
+from .served import DISK, MEMORY_SIZE, SOON, ServedApi
 
 WIDTHS = (1, 20, 40, 60, 80, 100, 120, 160, 200, 240)
 HEIGHTS = (1, 5, 24, 50)
@@ -263,11 +263,6 @@ def test_signals_that_end_it(capsys: pytest.CaptureFixture[str]) -> None:
 ARGUMENTS = (*DISK, "--api-socket", "api.sock", "--no-sandbox")
 
 Serve = Callable[..., ServedApi]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from starter(ServedApi, tmp_path)
 
 
 def run(*arguments: str, status: int = 0, **environment: str) -> str:

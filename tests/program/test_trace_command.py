@@ -25,9 +25,7 @@ from unit.waiting import wait_until
 
 from .served import DISK, SOON, needs_all
 from .test_serve_api import ServedApi
-from .test_trace_stream import API, Serve, attach, begins, serve
-
-__all__ = ["serve"]
+from .test_trace_stream import API, Serve, attach, begins
 
 RINGPLANE = [sys.executable, "-m", "ringplane"]
 

@@ -21,16 +21,11 @@ from ringplane.driver.load import Load, run_load
 from unit.api_client import UnixConnection
 from unit.rig import eventually
 
-from .served import DISK, SOON, needs_all, starter
+from .served import DISK, SOON, needs_all
 from .test_serve_api import ServedApi
 
 Serve = Callable[..., ServedApi]
 API = ("--api-socket", "api.sock")
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from starter(ServedApi, tmp_path)
 
 
 def attach(served: ServedApi, queues: int = 1) -> Driver:

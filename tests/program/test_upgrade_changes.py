@@ -31,11 +31,11 @@ from ringplane.options.thread_options import IoThread
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, add, disk, do
 
-from .served import MEMORY_SIZE, SOON, ServedApi, needs_all, starter
+from .served import MEMORY_SIZE, SOON, ServedApi, body, disk_table, needs_all, starter
 
 Serve = Callable[..., ServedApi]
 
-CONFIG = """
+CONFIG = f"""
 [api]
 socket = "api.sock"
 allow-folders = ["."]
@@ -43,16 +43,10 @@ allow-folders = ["."]
 name = "io0"
 [[io-thread]]
 name = "io1"
-[[disk]]
-image = "a.img"
-create = "4M"
-socket-path = "a.sock"
+{disk_table("a")}
 [disk.limits]
 total-iops-sec = 100000
-[[disk]]
-image = "b.img"
-create = "4M"
-socket-path = "b.sock"
+{disk_table("b")}
 """
 
 
@@ -67,10 +61,6 @@ def upgrade(serve: Serve, old: ServedApi, *arguments: str, strict: bool = False)
     new = serve(*(arguments or ("--config", "disks.toml")), "--upgrade", strict=strict)
     assert old.process.wait(SOON) == 0, old.errors.read_text()
     return new
-
-
-def body(folder: Path, file: str, **keys: object) -> dict[str, object]:
-    return {"image": str(folder / f"{file}.img"), "socket-path": str(folder / f"{file}.sock"), "create": "4M", **keys}
 
 
 def attach(folder: Path, name: str, queues: int = 1) -> Driver:

@@ -30,6 +30,7 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
+from strict_sandbox import STRICT
 from unit.rig import LOGGING_AT_ONCE
 from unit.waiting import eventually, is_idle
 
@@ -37,16 +38,6 @@ from .serving import API, PATIENCE, Disk, Served, serving, upgrade, wait_until
 
 MIB = 1 << 20
 OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
-
-# A system call that the sandbox does not allow ends the process (tests/program/test_sandbox.py).
-STRICT = f"""
-import ctypes
-import functools
-ctypes.CDLL(None).mallopt(-1, 1 << 30)
-from ringplane.control import sandbox
-from ringplane.system.seccomp import SECCOMP_RET_KILL_PROCESS
-sandbox.confine = functools.partial(sandbox.confine, otherwise=SECCOMP_RET_KILL_PROCESS)
-{LOGGING_AT_ONCE}"""
 
 
 @contextlib.contextmanager
@@ -61,7 +52,7 @@ def stopped_osd(cluster: CephCluster) -> Iterator[None]:
 @contextlib.contextmanager
 def verified_load(image: str, **options: Any) -> Iterator[tuple[Served, VerifiedLoad]]:
     """A strictly confined process that serves the image, with a load; nothing may fail until the end of this `with`."""
-    with serving(Disk(image), program=STRICT, **options) as served, served.driver() as driver:
+    with serving(Disk(image), program=STRICT + LOGGING_AT_ONCE, **options) as served, served.driver() as driver:
         load = VerifiedLoad(driver)
         load.start()
         yield served, load

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from program.served import DISK
+from program.served import DISK, serve
 from program.test_trace_command import finish, trace
-from program.test_trace_stream import API, Serve, attach, serve
+from program.test_trace_stream import API, Serve, attach
 from ringplane.dataplane.trace_layout import COMPLETE, HOLD, IN_FLIGHT, RELEASE
 from ringplane.driver.load import Load, run_load
 from unit.test_chrome_trace import BEGAN, converted, event, recorded
