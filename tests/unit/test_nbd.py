@@ -1086,7 +1086,9 @@ def test_an_address_without_a_socket(server: NbdServer) -> None:
     sock, export = connect([impossible, *find_places(uri)], uri.export)
     sock.close()
     assert export.size == SIZE
-    with pytest.raises(HandshakeError, match="cannot be reached: Address family not supported by protocol"):
+    with pytest.raises(
+        HandshakeError, match="cannot be reached: Address family not supported by protocol; in a systemd unit, change"
+    ):
         connect([impossible], uri.export)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -78,6 +79,8 @@ def _begun(place: Place, signals: Signals, end: float, opener: Opener) -> socket
 
 def _unreachable(error: OSError) -> HandshakeError:
     advice = "" if error.errno in REMEDIES else "; start it, or check its address"
+    if error.errno == errno.EAFNOSUPPORT:
+        advice = "; in a systemd unit, change RestrictAddressFamilies (docs/remote.md)"
     return HandshakeError(f"cannot be reached: {in_words(error)}{advice}")
 
 
