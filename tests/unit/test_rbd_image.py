@@ -16,7 +16,7 @@ from ringplane.block.sources.rbd_image import LARGEST_SIZE
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.rbd_address import parse
 
-from .rbd_library import SIZE, FakeLibrary
+from .fake_rbd_library import SIZE, FakeLibrary
 from .waiting import PATIENCE, eventually, wait_until
 
 

@@ -23,7 +23,7 @@ from ringplane.block.sources.rbd_library import ENCRYPTION_FORMATS, RESULT, Imag
 from ringplane.block.sources.rbd_watching import WATCHING, Watch
 from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.options.rbd_address import RbdImage
-from ringplane.system.users import Users
+from ringplane.system.use_counts import Users
 
 # librbd drops what is smaller than this of a discard.
 GRANULARITY_OPTION = "rbd_discard_granularity_bytes"

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ringplane.system.users import Users
+from ringplane.system.use_counts import Users
 
 from .waiting import PATIENCE
 

@@ -20,7 +20,7 @@ from ringplane.virtio.blk import (
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
 
-from .rbd_library import FakeLibrary
+from .fake_rbd_library import FakeLibrary
 from .rig import PATIENCE
 
 OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
