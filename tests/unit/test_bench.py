@@ -364,6 +364,17 @@ def test_qemu_storage_daemon_gets_the_same_image(address: str, node: dict[str, o
     assert "--read-only" in ours
 
 
+def test_a_missing_driver_of_qemu_storage_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = """qemu-storage-daemon: --blockdev {"driver": "rbd"}: Unknown driver 'rbd'"""
+    monkeypatch.setattr(backends, "command", lambda *_, **__: ["sh", "-c", 'echo "$0" >&2; exit 1', says])
+    with (
+        pytest.raises(BenchError) as error,
+        backends.running(qsd.remote_subject(), places.parse("rbd:rbd/disk").address, tmp_path, 1),
+    ):
+        pass
+    assert str(error.value) == ("qemu-storage-daemon did not start: Unknown driver 'rbd'; apt install qemu-block-extra")
+
+
 def test_a_server_that_leaves_the_second_client_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "START_DEADLINE", 0.0)
     monkeypatch.setattr(backends, "command", lambda *_, **__: ["sleep", "60"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,8 @@ START_DEADLINE = 120.0
 # The line that ringplane prints when it is ready.
 READY = "listening on"
 STOP_DEADLINE = 20.0
-# What qemu-storage-daemon says where its module for Ceph is missing.
+# What qemu-storage-daemon puts before a message about an image, and says where its module for Ceph is missing.
+QSD_OPTION = re.compile(rf"^{QSD}: --blockdev {{.*}}: ")
 NO_DRIVER = "Unknown driver 'rbd'"
 
 
@@ -156,7 +158,8 @@ def _wait_for_socket(backend: Running, pulse: Callable[[], None]) -> None:
 
 
 def _explained(line: str) -> str:
-    """The last message of a back end, with what to do if it is known."""
+    """The last message of a back end without its own options, and with what to do if that is known."""
+    line = QSD_OPTION.sub("", line)
     return f"{line}; apt install qemu-block-extra" if line.endswith(NO_DRIVER) else line
 
 
