@@ -238,11 +238,12 @@ def poll(worker, engine, time):
         now = monotonic_ns()
         found = poll_once(worker, engine)
     worker.polled += now - began
-    ended = found or now >= time
-    if ended or now >= worker.poll_end:
+    if found or now >= worker.poll_end:
         worker.poll_end = 0
-        return ended
-    worker.turns = ENGINE_TURNS
+        return found
+    if now < time:
+        worker.turns = ENGINE_TURNS
+    # Otherwise a hold has ended. That does not make the time for the other rings longer.
     return True
 
 
