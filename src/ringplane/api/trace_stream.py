@@ -39,8 +39,8 @@ SHORTEST = 0.01
 
 VERSION = 3
 
-# Seconds between looks at the events of the I/O threads, at least and at most. To look costs some 0.25 ms of CPU time,
-# however few there are: this thread finds nothing in the caches. Each I/O thread keeps CAPACITY events
+# Seconds between looks at the events of the I/O threads, at least and at most. To look costs some 0.25 ms of CPU time
+# on a busy machine, by estimate, however few there are. Each I/O thread keeps CAPACITY events
 # (dataplane/tracer.py): at a million requests per second those of 262 ms.
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.1
 
