@@ -403,6 +403,21 @@ def test_polling_ends_when_a_hold_does() -> None:
         assert worker["polled"] == 0
 
 
+def test_holds_do_not_make_polling_longer() -> None:
+    """Otherwise a ring that was served once would be polled for ever beside short holds."""
+    with contextlib.closing(make_engine("aio", 8)) as engine:
+        worker = new(WORKER)
+        worker["poll_ns"] = HOUR
+        ends = set()
+        for _ in range(3):
+            assert on_structs(poll_until)(worker.ctypes.data, engine.address, time.monotonic_ns())
+            ends.add(int(worker["poll_end"][0]))
+        assert len(ends) == 1
+        worker["poll_end"] = time.monotonic_ns()
+        assert not on_structs(poll_until)(worker.ctypes.data, engine.address, time.monotonic_ns())
+        assert worker["poll_end"] == 0
+
+
 @pytest.mark.parametrize("poll_us", [0, 50])
 def test_a_wait_that_others_interrupt_ends_by_itself(make_rig: RigFactory, poll_us: int) -> None:
     """The thread has slept until the same time before."""
