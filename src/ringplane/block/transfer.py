@@ -141,7 +141,8 @@ def give_bounce(channel, io):
         return
     store64(io.bounce, channel.bounce_free)
     channel.bounce_free = io.bounce
-    io.bounce = 0
+    # The next I/O in this slot may be of another disk, whose source has no bounce buffers and leaves both as they are.
+    io.bounce = io.bounce_iov_len = 0
     if channel.waiting_first >= 0:
         waiter = io_at(channel, channel.waiting_first)
         channel.waiting_first = waiter.next
@@ -223,7 +224,8 @@ def needs_flush(io):
 
 @compiled
 def fail_piece(channel, io, result):
-    if result == -EOPNOTSUPP and io.dsync:
+    # Other sources leave `dsync` as an earlier I/O in this slot had it, and have no FILE.
+    if result == -EOPNOTSUPP and io.dsync and not view(io.stack, STACK).submit:
         # Storage without RWF_DSYNC: from now on a flush follows each write that must be stable.
         file_of(io).dsync = 0
         reissue(channel, io)
