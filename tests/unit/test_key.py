@@ -164,3 +164,32 @@ def test_two_cpus_and_versions_have_different_keys(monkeypatch: pytest.MonkeyPat
         found.add(key._compiler(key.NATIVE))
         key._compiler.cache_clear()
     assert len(found) == 4
+
+
+def test_what_a_process_compiles_after_its_package_was_replaced_is_for_itself(copied: Path) -> None:
+    """It would be the old modules' code under the key of the new text."""
+    script = (
+        "import sys; from ringplane.compiler.key import key_of; key_of(sys.argv[1]); print(flush=True); input()\n"
+        "print(*map(key_of, sys.argv[2:]))"
+    )
+    # The key of the loop needs neither.
+    unchanged, changed = virtqueue.__name__, generator.__name__
+    before = keys(copied, unchanged, changed)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, loop.__name__, unchanged, changed],
+        env={**os.environ, "PYTHONPATH": str(copied)},
+        cwd=copied,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        path = copied / f"{changed.replace('.', '/')}.py"
+        path.with_suffix(".new").write_text(path.read_text() + "\n# Changed.\n")
+        path.with_suffix(".new").replace(path)
+        said, _ = process.communicate("\n")
+    after = keys(copied, unchanged, changed)
+    here = said.split()
+    assert here[0] == after[0] == before[0]
+    assert len({here[1], after[1], before[1]}) == 3

@@ -5,6 +5,10 @@ part of it, their constants are numbers in it. So the key contains the text of t
 their modification times are: a fresh checkout, another installation and the layer of a container image find the same
 code. It contains the compiler's own modules, the versions of Python, Numba and llvmlite, and the CPU too. Numba is not
 imported for it, because a start with saved code does not need it.
+
+A process may compile long after its start, and its package may have been replaced meanwhile: it would save what it
+compiles from the old modules in its memory under the key of the new text, and the next process would crash by it. So a
+file that has changed since the process looked at all of them first gives a key that no other process has.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from ringplane.system.digests import blake2b
 
@@ -35,6 +40,9 @@ IMPORT = re.compile(
     re.MULTILINE,
 )
 COMMENT = re.compile(r"#.*")
+
+# In the key of what this process must neither load nor leave for others.
+_OURS = os.urandom(16).hex()
 
 # What makes the code, and is not imported by what is compiled.
 COMPILER = ("ringplane.compiler.emitter", "ringplane.compiler.pipeline")
@@ -81,7 +89,10 @@ def _imported(statement: re.Match[str]) -> Iterator[str]:
 def _text(module: str) -> str:
     path = _file(module) or _imported_file(module)
     assert path
-    return path.read_text("utf-8")
+    with path.open(encoding="utf-8") as file:
+        text, version = file.read(), _version(os.fstat(file.fileno()))
+    seen = _files().get(module)
+    return text if seen is None or seen.version == version else text + _OURS
 
 
 @cache
@@ -102,11 +113,19 @@ def _imported_file(module: str) -> Path | None:
 
 def _file(module: str) -> Path | None:
     """The file of a module of this package, without importing it."""
-    return _files().get(module)
+    seen = _files().get(module)
+    return seen and seen.path
+
+
+class _Seen(NamedTuple):
+    """A file as it was when the process looked first."""
+
+    path: Path
+    version: tuple[int, ...]
 
 
 @cache
-def _files() -> dict[str, Path]:
+def _files() -> dict[str, _Seen]:
     """The files of all modules of this package."""
     found = {}
     for folder, _, names in os.walk(PACKAGE):
@@ -114,8 +133,16 @@ def _files() -> dict[str, Path]:
         for name in names:
             if name.endswith(".py"):
                 module = place if name == "__init__.py" else f"{place}.{name[:-3]}"
-                found[module] = Path(folder, name)
+                path = Path(folder, name)
+                # A file may go at this moment.
+                with contextlib.suppress(FileNotFoundError):
+                    found[module] = _Seen(path, _version(path.stat()))
     return found
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What is different when a file has been replaced, or written."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def version(package: str) -> str:
