@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -104,6 +105,20 @@ class CephCluster:
         command = [sys.executable, "-c", WRITE, str(self.conf), pool, name, str(offset), data.hex()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
+
+    def wait_for_owner(self, image: str) -> None:
+        """Wait until the client that has the exclusive lock watches the image, again after the OSD was killed.
+
+        Until then another client that wants the lock takes the first one for dead, and has it blocklisted.
+        """
+        end = time.monotonic() + PATIENCE
+        while not self._cookies("lock", "ls", image, key="id") <= self._cookies("status", image, key="cookie"):
+            assert time.monotonic() < end, f"the owner of {image} does not watch it"
+
+    def _cookies(self, *command: str, key: str) -> set[str]:
+        """How locks and watches of librbd are numbered: "auto 94231" as the name of the lock, and 94231."""
+        found = json.loads(self.rbd(*command, "--format", "json"))
+        return {str(each[key]).removeprefix("auto ") for each in (found["watchers"] if key == "cookie" else found)}
 
     def address(self, image: str, more: str = "") -> str:
         """What ringplane calls it; `more` are options of the address."""

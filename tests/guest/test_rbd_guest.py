@@ -82,6 +82,7 @@ def test_killed_under_load(
     started = backend(cluster.address(image))
 
     def say_enough() -> None:
+        cluster.wait_for_owner(image)
         cluster.write(image, workloads.ENOUGH_AT, workloads.ENOUGH.ljust(512, b"\0"))
 
     happens, most = (started.crash, RINGPLANE_KILLS) if victim == "ringplane" else (cluster.kill_osd, OSD_KILLS)

@@ -94,6 +94,7 @@ def test_what_runs_outlasts_the_process(serve: Serve, cluster: CephCluster, imag
         driver.reconnect()
         assert driver.read(512, 512) == pattern(512, 4)
     assert newest.api.disk("r")["image"] == f"rbd:{image}"
+    assert eventually(lambda: newest.api.disk("r")["state"] == "listening")
     newest.api.delete("/v1/disks/r")
     newest.api.post("/v1/disks", table, status=201)
     newest.end()

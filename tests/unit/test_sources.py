@@ -297,7 +297,9 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
     """What a line in choose_source.py would do."""
     made = Service()
     monkeypatch.setattr(opening, "open_source", lambda config, signals, opener: RemoteSource(config, made, made.size))
-    monkeypatch.setattr(opening, "take_over_source", lambda config, offer: RemoteSource(config, made, offer["size"]))
+    monkeypatch.setattr(
+        opening, "take_over_source", lambda config, offer, opener: RemoteSource(config, made, offer["size"])
+    )
     monkeypatch.setattr(taking_over, "is_offered", lambda config, offer: offer["remote"] == "remote:vm1")
     return made
 

@@ -166,19 +166,24 @@ def progress_all(channel, io, result):
     if io.joined < 0:
         progress(channel, io, result)
         return
-    # If it was not transferred whole, each I/O is retried alone, unless that would only take as long again.
-    whole, final = result == io.whole_length, result == -ETIMEDOUT or result <= REFUSED
+    whole = result == io.whole_length
+    # Each I/O is retried alone: only those whose own part is bad fail.
+    retries = not (whole or is_final(io, result))
     slot = io.slot
     while slot >= 0:
         io = io_at(channel, slot)
         slot = io.joined
         io.joined = -1
-        if whole:
-            progress(channel, io, io.length)
-        elif final:
-            progress(channel, io, result)
-        else:
+        if retries:
             reissue(channel, io)
+        else:
+            progress(channel, io, io.length if whole else result)
+
+
+@compiled
+def is_final(io, result):
+    """Whether each part would have the same result: a server that does not answer takes as long for each."""
+    return view(io.stack, STACK).submit and (result == -ETIMEDOUT or result <= REFUSED)
 
 
 @compiled
