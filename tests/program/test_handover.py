@@ -560,12 +560,13 @@ def test_an_internal_error_ends_one_takeover(
 
 
 def test_a_successor_that_hangs_times_out(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handing_over, "TAKING_PATIENCE", 0.2)
     running = serve()
     with machine(running) as guest, connect(path) as channel:
         guest.start()
         channel.send({"hello": handover.VERSION})
         channel.receive("disks", PATIENCE)
+        # Not before: the hello has as much time.
+        monkeypatch.setattr(handing_over, "TAKING_PATIENCE", 0.2)
         channel.send({"ready": True})
         channel.receive("disks", PATIENCE)
         with pytest.raises(HandoverError, match="does not answer"):
