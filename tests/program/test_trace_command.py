@@ -248,13 +248,13 @@ def test_the_process_is_upgraded_during_a_trace(serve: Serve, tmp_path: Path) ->
 
 
 def test_a_disk_with_limits(serve: Serve, tmp_path: Path) -> None:
-    served = serve(*DISK, *API, "--limit", "total-iops-sec=100")
+    served = serve(*DISK, *API, "--limit", "total-iops-sec=10")
     with attach(served) as driver:
-        tracing = trace(served, "--seconds", "3600", "--requests", "30")
-        run_load(driver, Load(depth=8, requests=30))
+        tracing = trace(served, "--seconds", "3600", "--requests", "5")
+        run_load(driver, Load(depth=5, requests=5))
         finish(tracing)
     group = Trace(tmp_path / "trace.json").groups["a queue 0"]
-    assert len(group.requests) == 30
+    assert len(group.requests) == 5
     held = [each for each in group.slices if each.name == "held by limits"]
     assert sum(each.end - each.begin for each in held) > 0
     served.end()
