@@ -10,6 +10,7 @@ the most requests per second.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import socket
@@ -17,6 +18,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import click
 
@@ -36,6 +38,8 @@ from ringplane.options.nbd_uri import parse
 DEPTHS, SIZES = (1, 32, 128), (4 << 10, 64 << 10)
 # How much is received at a time, and how many requests are sent.
 ROOM, AT_ONCE = 256 << 10, 16
+# Seconds until a server that does not answer is given up.
+PATIENCE = 10
 REQUEST = struct.Struct(">IHHQQI")
 # The greeting of a server, and what it says of an export after NBD_OPT_EXPORT_NAME.
 GREETING_SIZE, EXPORT_SIZE = 18, 10
@@ -54,16 +58,17 @@ class Client:
         """Requests per second, and microseconds of CPU time per request."""
         offsets = self._offsets()
         reply = SIMPLE_SIZE + (self.size if self.command == CMD_READ else 0)
-        room, received, free, done = memoryview(bytearray(ROOM)), 0, depth, 0
+        room, received, free, done = memoryview(bytearray(ROOM)), 0, 0, 0
         begin, cpu = time.monotonic(), time.process_time()
-        while time.monotonic() < begin + seconds or free < depth:
-            if time.monotonic() < begin + seconds:
-                self._send(offsets, free)
-                free = 0
-            received += self.sock.recv_into(room)
+        self._send(offsets, depth)
+        while free < depth:
+            received += self.sock.recv_into(room) or _closed()
             free += received // reply
             done += received // reply
             received %= reply
+            if time.monotonic() < begin + seconds:
+                self._send(offsets, free)
+                free = 0
         return done / (time.monotonic() - begin), (time.process_time() - cpu) / done * 1e6
 
     def _offsets(self) -> Iterator[int]:
@@ -87,18 +92,30 @@ class Client:
 
 
 def connect(address: str, command: int, size: int) -> Client:
-    """Connect, and negotiate nothing: so replies are simple."""
+    """Connect, and negotiate nothing: so replies are simple. Raises OSError."""
     uri = parse(address)
     family, place = find_places(uri)[0]
     sock = socket.socket(family)
+    # Not settimeout(), with which Python calls poll(2) before each call that is measured.
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", PATIENCE, 0))
     sock.connect(place)
     if family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.recv(GREETING_SIZE, socket.MSG_WAITALL)
+    _receive(sock, GREETING_SIZE)
     name, flags = uri.export.encode(), FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES
     sock.sendall(struct.pack(">IQII", flags, OPTION_MAGIC, OPT_EXPORT_NAME, len(name)) + name)
-    (capacity,) = struct.unpack_from(">Q", sock.recv(EXPORT_SIZE, socket.MSG_WAITALL))
+    (capacity,) = struct.unpack_from(">Q", _receive(sock, EXPORT_SIZE))
     return Client(sock, capacity // size, command, size)
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    data = sock.recv(size, socket.MSG_WAITALL)
+    return data if len(data) == size else _closed()
+
+
+def _closed() -> NoReturn:
+    raise ConnectionError("the server has closed the connection; check the name of the export, and its log")
 
 
 @click.command()
@@ -110,11 +127,23 @@ def main(address: str, writes: bool, rounds: int, seconds: float) -> None:
     """Print the floor of each size and depth at an ADDRESS."""
     kind, command = ("writes", CMD_WRITE) if writes else ("reads", CMD_READ)
     for size, depth in itertools.product(SIZES, DEPTHS):
-        client = connect(address, command, size)
-        found = [client.measure(depth, seconds) for _ in range(rounds)]
-        client.sock.close()
+        with server_errors(address):
+            client = connect(address, command, size)
+            found = [client.measure(depth, seconds) for _ in range(rounds)]
+            client.sock.close()
         rate, cost = max(rate for rate, _ in found), min(cost for _, cost in found)
         click.echo(f"{size >> 10} KiB {kind}, depth {depth}: {cost:.2f} us CPU, {rate / 1000:.1f} k IOPS")
+
+
+@contextlib.contextmanager
+def server_errors(address: str) -> Iterator[None]:
+    """Raises ClickException."""
+    try:
+        yield
+    except BlockingIOError:
+        raise click.ClickException(f"{address}: no answer within {PATIENCE} s; see whether the server hangs") from None
+    except OSError as error:
+        raise click.ClickException(f"{address}: {error}") from None
 
 
 if __name__ == "__main__":
