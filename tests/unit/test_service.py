@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from ringplane.api.scrape import scrape
 from ringplane.api.statistics import statistics
 from ringplane.block.sources.nbd import protocol as nbd
+from ringplane.block.sources.nbd.handshake import Export
+from ringplane.block.sources.nbd.reconnecting import Reconnecting, _Outage
 from ringplane.block.sources.service import OPERATIONS, STATES, Service, ServiceTimes, count_begin, count_end
 from ringplane.compiler.jit import compiled
 from ringplane.control.server import Server
@@ -202,10 +205,28 @@ def test_requests_that_wait_for_another_connection(nbd_server: NbdServer, serve:
         assert eventually(lambda: remote.service.in_flight == 1)
         nbd_server.start()
         assert driver._answer(*sent).status == OK
-        assert eventually(lambda: remote.service.state == "ok")
-        # One for each I/O thread.
-        assert remote.service.reconnects == 2
+        # One for each I/O thread, which may notice the end of its connection later than the other one.
+        assert eventually(lambda: (remote.service.state, remote.service.reconnects) == ("ok", 2))
         assert remote.service.times()["ended"][0] == 2
+
+
+def test_a_connection_is_counted_before_the_state_says_so() -> None:
+    counted: list[int] = []
+
+    class Noted(_Outage):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "connected" and value:
+                counted.append(look.reconnects)
+            super().__setattr__(name, value)
+
+    def connect(signals: object, patience: float) -> Any:
+        return None, Export(SIZE, EVERYTHING)
+
+    link: Any = SimpleNamespace(continue_with=lambda sock, structured: None)
+    look, outage = Reconnecting("disk", connect, 0), Noted(link, 0.0, None)
+    look._connect_again(outage)
+    look.close()
+    assert (outage.connected, counted) == (True, [1])
 
 
 def test_requests_that_do_not_wait(nbd_server: NbdServer, serve: Serve) -> None:

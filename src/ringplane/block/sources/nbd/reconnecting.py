@@ -207,8 +207,9 @@ class Reconnecting:
         patience = min([PATIENCE, *(end - time.monotonic() for end in self._ends)])
         sock, export = self._connect(self._ending, max(patience, LEAST_PATIENCE))
         outage.link.continue_with(sock, structured=export.structured)
-        outage.connected = True
+        # Counted before the state says so.
         self.reconnects += 1
+        outage.connected = True
         log.info("%s: connected again after %.1f s", self._title, time.monotonic() - outage.since)
 
 
