@@ -384,3 +384,18 @@ def test_an_upgrade_under_load(cluster: CephCluster) -> None:
         for _ in range(3):
             load.continues()
             upgrade(served)
+
+
+def test_an_upgrade_to_another_cluster(cluster: CephCluster, failing_cluster: CephCluster) -> None:
+    """Both have an image of this name; the running process continues to serve its own one."""
+    image = cluster.new_image()
+    failing_cluster.rbd("create", image, "--size", "64M")
+    with serving(Disk(cluster.address(image))) as served, served.driver() as driver:
+        driver.write(0, b"o" * 512)
+        options = served.folder / "disks.toml"
+        options.write_text(options.read_text().replace(str(cluster.conf), str(failing_cluster.conf)))
+        command = [*served.process.args, "--upgrade"]  # type: ignore[misc]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE)
+        assert refused.returncode == 1, refused.stderr
+        assert f"rbd:{image}: is not the image that the running process serves" in refused.stderr
+        assert driver.read(0, 512) == b"o" * 512

@@ -162,6 +162,32 @@ def test_a_size_that_changes_before_it_is_served(library: FakeLibrary, tmp_path:
         library.size = 2 * SIZE
 
 
+@pytest.mark.parametrize("differs", ["rados_cluster_fsid", "rbd_get_id"])
+def test_another_image_of_this_name_is_not_taken_over(
+    library: FakeLibrary, source: RbdSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differs: str
+) -> None:
+    """In another cluster, or in this one since that of the running process was renamed."""
+    offer = {"size": SIZE, **source.hand_over()}
+    config = DiskConfig(parse("rbd:rbd/vm1:mon_host=there"), ["io0"], socket_path=tmp_path / "socket")
+    assert rbd.is_offered(config, offer)
+
+    def wait_until_disconnected(times: int) -> None:
+        wait_until(lambda: library.calls.count("rados_shutdown") == times)
+
+    rbd.take_over_source(config, offer).close()
+    wait_until_disconnected(1)
+    found = library.text
+    monkeypatch.setattr(
+        library, "text", lambda name, *arguments: "other" if name == differs else found(name, *arguments)
+    )
+    with pytest.raises(ImageError, match="vm1: is not the image that the running process serves"):
+        rbd.take_over_source(config, offer)
+    wait_until_disconnected(2)
+    # An older release does not say which one it is.
+    rbd.take_over_source(config, {"size": SIZE, "rbd": offer["rbd"]}).close()
+    wait_until_disconnected(3)
+
+
 def test_a_size_that_does_not_change(library: FakeLibrary, source: RbdSource) -> None:
     noticed: list[int] = []
     source.start_threads()

@@ -48,6 +48,9 @@ OPEN_PATIENCE, ASK_PATIENCE, CLOSE_PATIENCE = 30.0, 10.0, 5.0
 # How many openings of all clusters may hang after their time.
 OPENINGS = TimedCalls(16)
 
+# In what is offered to a successor: the name of the image, and what no other image of any cluster has.
+TITLE, NUMBER = "rbd", "rbd-number"
+
 # The library's threads connect to the daemons of the cluster again when these were restarted or moved.
 SYSTEM_CALLS = {
     "socket": Only(0, (socket.AF_INET, socket.AF_INET6)),
@@ -100,13 +103,20 @@ def _left_alone(title: str, disconnect: Callable[[], object]) -> None:
 def take_over_source(config: DiskConfig, offer: Mapping[str, Any], opener: Opener = LOCAL) -> Source:
     """Open the image that a running process serves with this size. Raises ImageError."""
     source = _source(config, NONE, opener=opener)
+    # An older release offers only the name.
+    if offer.get(NUMBER, source.number) != source.number:
+        source.close()
+        raise ImageError(
+            f"{source.title}: is not the image that the running process serves: it is in another cluster, or another "
+            "image has this name now; use the same configuration of Ceph, or restart without --upgrade"
+        )
     source.begin_with_size(offer["size"])
     return source
 
 
 def is_offered(config: DiskConfig, offer: Mapping[str, Any]) -> bool:
-    """Whether the running process serves this image."""
-    return offer.get("rbd") == _address(config).title
+    """Whether the running process serves an image of this name; `take_over_source` finds out whether it is this one."""
+    return offer.get(TITLE) == _address(config).title
 
 
 def rehearse_source(config: DiskConfig) -> Source | None:
@@ -199,7 +209,8 @@ class RbdSource(Source):
         self.direct = not opened.cluster.access.cache
         self.start = opened.start
         self.has_cache = not self.direct
-        digest = blake2b(f"{opened.number}@{address.snapshot}".encode(), digest_size=5).hexdigest()
+        self.number = opened.number
+        digest = blake2b(f"{self.number}@{address.snapshot}".encode(), digest_size=5).hexdigest()
         self.serial = f"ringplane-{digest}"
         self._warnings = Warnings()
         self._parts: list[RbdPart] = []
@@ -292,7 +303,7 @@ class RbdSource(Source):
         self._opened.call("rbd_invalidate_cache")
 
     def hand_over(self) -> dict[str, Any]:
-        return {"rbd": self.title}
+        return {TITLE: self.title, NUMBER: self.number}
 
     def close(self) -> None:
         """If the cluster does not answer in time, it is closed when the cluster does, or by the end of the process."""
