@@ -306,7 +306,7 @@ def test_a_server_that_sends_one_byte_after_the_other(listener: socket.socket, t
     dripping = threading.Thread(target=drip)
     dripping.start()
     with pytest.raises(HandshakeError, match="does not answer: no handshake"):
-        connect(find_places(NbdUri("x", socket=tmp_path / "nbd")), "x", patience=0.1)
+        connect(find_places(NbdUri("x", socket=tmp_path / "nbd")), "x", patience=1.0)
     ended.set()
     dripping.join()
 
