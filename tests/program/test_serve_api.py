@@ -143,6 +143,7 @@ def test_a_zoned_disk_is_added_under_confinement(serve: Serve, tmp_path: Path) -
             assert driver.request(VIRTIO_BLK_T_ZONE_RESET, 4096).status == 0
         for operation in ("pause", "resume", "flush"):
             served.api.post(f"/v1/disks/a/{operation}")
+        assert eventually(lambda: served.api.disk("a")["state"] == "listening")
         served.api.delete("/v1/disks/a")
     plain = {key: value for key, value in body.items() if key != "zoned"}
     assert "this is a zoned disk" in served.api.request("POST", "/v1/disks", plain).error["what"]

@@ -93,6 +93,7 @@ def test_what_runs_outlasts_the_process(serve: Serve, server: NbdServer, tmp_pat
         server.start()
         assert driver.read(512, 512) == pattern(512, 4)
     assert newest.api.disk("n")["image"] == server.uri
+    assert eventually(lambda: newest.api.disk("n")["state"] == "listening")
     newest.api.delete("/v1/disks/n")
     newest.api.post("/v1/disks", {**table, "io-threads": ["ringplane-io-0", "ringplane-io-1"]}, status=201)
     newest.end()
