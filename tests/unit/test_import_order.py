@@ -17,8 +17,8 @@ ARCHITECTURE = Path(__file__).parents[2] / "docs/architecture.md"
 
 # From bottom to top. A name without a folder is a module of the package's root: `__init__` is what programs import.
 ORDER = (
-    *("system", "opener", "options", "log", "compiler", "native", "metrics", "limits", "guest_memory", "vhost_user"),
-    *("virtio", "inflight", "engines", "block", "dataplane", "device", "session", "control", "__init__"),
+    *("system", "opener", "options", "log", "recordings", "compiler", "native", "metrics", "limits", "guest_memory"),
+    *("vhost_user", "virtio", "inflight", "engines", "block", "dataplane", "device", "session", "control", "__init__"),
     *("api", "client", "driver", "bench", "cli", "__main__"),
 )
 
