@@ -309,11 +309,13 @@ def serve_ready(worker, channel):
 
     When the slots run out, the other queues keep their places: they come first when there are slots again.
     """
+    if not (worker.ready or worker.held):
+        return
+    worker.now = monotonic_ns()
     if worker.held:
         release_held(worker)
     if not worker.ready:
         return
-    worker.now = monotonic_ns()
     tick = worker.now >> TICK_BITS
     last = worker.ready_last
     served = 0
@@ -337,7 +339,6 @@ def serve_ready(worker, channel):
 @compiled
 def release_held(worker):
     """Have those of the held queues fetched from whose time has come."""
-    worker.now = monotonic_ns()
     gate = view(worker.held, GATE)
     if gate.until <= worker.now:
         call(gate.release, address_of(worker), 0)
