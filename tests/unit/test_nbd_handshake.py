@@ -311,6 +311,28 @@ def test_a_server_that_sends_one_byte_after_the_other(listener: socket.socket, t
     dripping.join()
 
 
+class FirstLate(Signals):
+    """The first wait ends without an answer, at once; it notes for how long each one would have lasted."""
+
+    def __init__(self) -> None:
+        self.timeouts: list[float] = []
+
+    def wait(self, fd: int, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.timeouts.append(timeout)
+        return len(self.timeouts) > 1 and super().wait(fd, timeout)
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(listener: socket.socket, tmp_path: Path) -> None:
+    server, signals = NbdServer(tmp_path / "other", bytearray(4096)), FirstLate()
+    places = [*find_places(NbdUri("x", socket=tmp_path / "nbd")), *find_places(parse(server.uri))]
+    sock, export = connect(places, "disk", signals, PATIENCE)
+    sock.close()
+    server.stop()
+    assert export.size == 4096
+    assert signals.timeouts[0] <= PATIENCE / 2 < signals.timeouts[1]
+
+
 def test_it_can_be_interrupted(listener: socket.socket, tmp_path: Path) -> None:
     class Once(Signals):
         def wait(self, fd: int, timeout: float | None = None) -> bool:

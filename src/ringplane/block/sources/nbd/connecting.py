@@ -17,7 +17,7 @@ from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.notes import REMEDIES, in_words
 from ringplane.system.signals import NONE, Signals
 
-# Seconds for connection and handshake.
+# Seconds for connection and handshake, for all addresses of a server.
 PATIENCE = 10.0
 
 # Seconds between two looks for a signal, or for room in the queue of a socket that listens.
@@ -42,15 +42,21 @@ def connect(
     """A connection that is ready for the transmission. Raises HandshakeError, Interrupted."""
     end = time.monotonic() + patience
     error = HandshakeError("has no address")
-    for place in places:
+    for number, place in enumerate(places):
         try:
-            return _connect_to(place, export, signals, end, opener)
+            return _connect_to(place, export, signals, _share(end, len(places) - number), opener)
         except HandshakeError as why:
             error = why
         except OSError as why:
             # No fd is left, or this machine does not support the protocol.
             error = _unreachable(why)
     raise error
+
+
+def _share(end: float, places: int) -> float:
+    """When the first of so many places has had its part of the time: one that does not answer leaves some to others."""
+    now = time.monotonic()
+    return now + (end - now) / places
 
 
 def _connect_to(
@@ -89,7 +95,7 @@ def _left(signals: Signals, end: float) -> float:
     signals.check()
     left = end - time.monotonic()
     if left <= 0:
-        raise HandshakeError(f"does not answer: no connection within {PATIENCE:g} s; check its address and the network")
+        raise HandshakeError("does not answer: no connection in time; check its address and the network")
     return left
 
 
@@ -122,9 +128,7 @@ class _Waiting:
         data = b""
         while len(data) < size:
             if not self._signals.wait(self._sock.fileno(), max(self._end - time.monotonic(), 0)):
-                raise HandshakeError(
-                    f"does not answer: no handshake within {PATIENCE:g} s; check its address, and whether it hangs"
-                )
+                raise HandshakeError("does not answer: no handshake in time; check its address, and whether it hangs")
             with contextlib.suppress(BlockingIOError):
                 part = self._receive(size - len(data))
                 if not part:
