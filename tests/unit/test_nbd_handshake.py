@@ -20,6 +20,8 @@ from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd.connecting import connect, find_places
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
 from ringplane.control.config import ConfigError, read_config
+from ringplane.opener.opener import LocalOpener, OpenerEnded
+from ringplane.opener.server_places import Place
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import parse_image
 from ringplane.options.nbd_uri import NbdUri, parse
@@ -331,6 +333,36 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(listener: 
     server.stop()
     assert export.size == 4096
     assert signals.timeouts[0] <= PATIENCE / 2 < signals.timeouts[1]
+
+
+class Hanging(LocalOpener):
+    """It opens a file whose storage does not answer; it notes for how long it may take to connect."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+
+    def connect(self, place: Place, patience: float) -> socket.socket:
+        self.asked.append(patience)
+        raise OpenerEnded("another file is being opened, and its storage does not answer")
+
+
+class Ended(Signals):
+    """The disk is closed."""
+
+    def check(self) -> None:
+        raise HandshakeError("is not needed any more")
+
+
+def test_an_opener_that_hangs(tmp_path: Path) -> None:
+    opener, places = Hanging(), 2 * [*find_places(NbdUri("x", socket=tmp_path / "nbd"))]
+    with pytest.raises(HandshakeError, match="cannot be reached: another file is being opened"):
+        connect(places, "x", patience=PATIENCE, opener=opener)
+    first, second = opener.asked
+    assert 0 < first <= PATIENCE / 2 < second <= PATIENCE
+    # Nor is it asked for what nobody needs.
+    with pytest.raises(HandshakeError, match="is not needed any more"):
+        connect(places, "x", Ended(), opener=opener)
+    assert len(opener.asked) == 2
 
 
 def test_it_can_be_interrupted(listener: socket.socket, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -408,21 +409,21 @@ def test_it_connects_to_servers(folder: Path, kind: str) -> None:
             assert opener.places("server") == places
             assert opener.places("another") == opener.places("unknown") == ()
             assert [opener.reaches(name) for name in ("server", "another", "unknown")] == [True, True, False]
-            with opener.connect(places[0]) as ours, server.accept()[0] as theirs:
+            with opener.connect(places[0], PATIENCE) as ours, server.accept()[0] as theirs:
                 assert not ours.getblocking()
                 assert not os.get_inheritable(ours.fileno())
                 theirs.send(b"hello")
                 assert select.select([ours], [], [], PATIENCE)[0]
                 assert ours.recv(10) == b"hello"
             with pytest.raises(FileNotFoundError):
-                opener.connect(places[1])
+                opener.connect(places[1], PATIENCE)
             # It still does what it did.
             os.close(opener.open(folder / "image", read_only=True, direct=False))
 
 
 def connect_often(opener: Opener, place: Place, connected: contextlib.ExitStack) -> None:
     for _ in range(100):
-        connected.enter_context(opener.connect(place))
+        connected.enter_context(opener.connect(place, PATIENCE))
 
 
 def test_a_server_whose_queue_is_full(folder: Path) -> None:
@@ -432,6 +433,44 @@ def test_a_server_whose_queue_is_full(folder: Path) -> None:
         opener.wait_until_ready()
         with contextlib.ExitStack() as waiting, pytest.raises(BlockingIOError):
             connect_often(opener, place, waiting)
+
+
+@contextlib.contextmanager
+def connecting(folder: Path) -> Iterator[tuple[RemoteOpener, Place]]:
+    """It may connect to this server."""
+    place = (socket.AF_UNIX, str(folder / "server"))
+    with listening(*place, queue=8), contextlib.closing(RemoteOpener([folder], None, {"server": [place]})) as opener:
+        opener.wait_until_ready()
+        yield opener, place
+
+
+def test_connecting_while_storage_hangs(folder: Path) -> None:
+    """It takes no longer than it may, and works when the storage answers."""
+    words = "its socket: another file is being opened, and its storage does not answer"
+    with connecting(folder) as (opener, place):
+        with opener._lock, pytest.raises(OpenerEnded, match=words):
+            opener.connect(place, 0.01)
+        os.kill(opener.pid, signal.SIGSTOP)
+        for _ in range(2):
+            with pytest.raises(OpenerEnded, match=words):
+                opener.connect(place, 0.01)
+        os.kill(opener.pid, signal.SIGCONT)
+        before = number_of_fds()
+        opener.connect(place, PATIENCE).close()
+        assert number_of_fds() == before
+
+
+def test_connecting_after_its_end(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not all disks continue then whatever happens."""
+    words = "NBD disks that were added cannot connect again until then"
+    with connecting(folder) as (opener, place):
+        os.kill(opener.pid, signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(OpenerEnded, match=rf"\(those that are served continue, but {words}\)$"):
+                opener.connect(place, PATIENCE)
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == [
+        f"no disk can be added until a restart, all continue, but {words}"
+    ]
 
 
 # What it sends is checked
@@ -630,6 +669,36 @@ def test_a_late_answer_is_not_that_to_the_next_request(
         assert os.path.sameopenfile(fd, right.fileno())
         os.close(fd)
         assert number_of_fds() == before
+
+
+class NotedLock:
+    """It is free, and notes when it was taken."""
+
+    def acquire(self, timeout: float) -> bool:
+        self.taken = time.monotonic()
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def test_the_time_for_an_answer_begins_before_those_of_others(
+    impostor: tuple[RemoteOpener, Impostor], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener, _ = impostor
+    deadlines: list[float] = []
+
+    def ask(request: object, check: object, deadline: float) -> tuple[int, int]:
+        deadlines.append(deadline)
+        return errno.ENOENT, -1
+
+    lock = NotedLock()
+    with monkeypatch.context() as patched:
+        patched.setattr(opener, "_lock", lock)
+        patched.setattr(opener._exchange, "ask", ask)
+        with pytest.raises(FileNotFoundError):
+            open_it(opener, folder)
+    assert deadlines[0] <= lock.taken + remote_opener.PATIENCE
 
 
 def test_it_is_closed_while_it_hangs(

@@ -40,8 +40,8 @@ class Opener(Protocol):
     def places(self, server: Hashable) -> Sequence[Place]:
         """Where it connects to this server; none: it does not, or anywhere."""
 
-    def connect(self, place: Place) -> socket.socket:
-        """A socket that connects there, or is connected; BlockingIOError: try again."""
+    def connect(self, place: Place, patience: float) -> socket.socket:
+        """A socket that connects there, or is connected, within so many seconds; BlockingIOError: try again."""
 
 
 class LocalOpener:
@@ -84,8 +84,8 @@ class LocalOpener:
         """See Opener."""
         return ()
 
-    def connect(self, place: Place) -> socket.socket:
-        """See Opener."""
+    def connect(self, place: Place, patience: float) -> socket.socket:
+        """See Opener: this takes no time."""
         return connect(place)
 
 

@@ -50,10 +50,16 @@ log = logging.getLogger(__name__)
 # Only Python's own modules and ours, which come last, whatever the environment says.
 CODE = "import sys; sys.path.append(sys.argv[1]); from ringplane.opener.opening_process import main; main(sys.argv[2:])"
 
-# Seconds that an answer may take, that to a request which removes something, the start of the process, and its end.
+# Seconds that an answer may take with the requests before it, that to a request which removes something, the start of
+# the process, and its end.
 PATIENCE, REMOVING_PATIENCE, START_PATIENCE, END_PATIENCE = 10.0, 2.0, 60.0, 1.0
 
-ENDED = "the process that opens files has ended; restart ringplane to add disks (those that are served continue)"
+ENDED = "the process that opens files has ended; restart ringplane to add disks (those that are served continue{but})"
+
+# Of a process that connects to servers too.
+BUT = ", but NBD disks that were added cannot connect again until then"
+
+BUSY = "another file is being opened, and its storage does not answer; try again"
 
 # What its errors mean here.
 MEANINGS = {
@@ -88,6 +94,7 @@ class RemoteOpener:
         """
         self.folders, self._servers = tuple(folders), servers
         self._all_places = [place for places in servers.values() for place in places]
+        self._but = BUT if self._all_places else ""
         # Each as it was given, and where it leads, with its number.
         self._places = [
             (Path(place), number)
@@ -146,10 +153,10 @@ class RemoteOpener:
         """See Opener."""
         return self._servers.get(server, ())
 
-    def connect(self, place: Place) -> socket.socket:
+    def connect(self, place: Place, patience: float) -> socket.socket:
         """See Opener."""
         request = Request(CONNECT, self._all_places.index(place), b"")
-        sock = socket.socket(fileno=self._get(request, partial(_check_connection, place[0]), "the server"))
+        sock = socket.socket(fileno=self._get(request, partial(_check_connection, place[0]), "its socket", patience))
         # Its file does not block already; Python does not look at that.
         sock.setblocking(False)
         return sock
@@ -209,13 +216,16 @@ class RemoteOpener:
     def _get(self, request: Request, check: Check | None, what: str, patience: float | None = None) -> int:
         """As `_ask`, for `what`."""
         patience = PATIENCE if patience is None else patience
+        deadline = time.monotonic() + patience
         if not self._lock.acquire(timeout=patience):
             self._exchange.postpone(request)
-            raise OpenerEnded(f"{what}: another file is being opened, and its storage does not answer; try again")
+            raise OpenerEnded(f"{what}: {BUSY}")
         try:
-            code, fd = self._do(request, check, time.monotonic() + patience)
+            code, fd = self._do(request, check, deadline)
         except TimeoutError:
-            raise OpenerEnded(f"{what}: its storage does not answer; try again") from None
+            # Connecting waits for no storage, only for a request before it that does.
+            why = BUSY if request.kind == CONNECT else "its storage does not answer; try again"
+            raise OpenerEnded(f"{what}: {why}") from None
         finally:
             self._lock.release()
         if code == NO_ROOM:
@@ -241,23 +251,29 @@ class RemoteOpener:
     def _do(self, request: Request, check: Check | None, deadline: float) -> tuple[int, int]:
         """The errno and the fd of the answer, of which one is there. Raises OpenerEnded, TimeoutError."""
         if self._ended:
-            raise OpenerEnded(ENDED)
+            raise self._has_ended()
         try:
             return self._exchange.ask(request, check, deadline)
         except TimeoutError:
             raise
         except (BrokenPipeError, ConnectionResetError):
             self._give_up(KILLED)
-            raise OpenerEnded(ENDED) from None
+            raise self._has_ended() from None
         except (OSError, WrongAnswer) as error:
             self._give_up(str(error))
-            raise OpenerEnded(ENDED) from None
+            raise self._has_ended() from None
+
+    def _has_ended(self) -> OpenerEnded:
+        return OpenerEnded(ENDED.format(but=self._but))
 
     def _give_up(self, why: str) -> None:
         if self._ended:
             return
         self._ended = True
-        log.error("the process that opens files has ended: %s; no disk can be added until a restart, all continue", why)
+        log.error(
+            "the process that opens files has ended: %s; no disk can be added until a restart, all continue%s",
+            why, self._but,
+        )  # fmt: skip
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 

@@ -75,7 +75,7 @@ def _begun(place: Place, signals: Signals, end: float, opener: Opener) -> socket
     """A socket that connects there, or is connected. Raises HandshakeError, OSError, Interrupted."""
     while True:
         try:
-            return opener.connect(place)
+            return opener.connect(place, _left(signals, end))
         except BlockingIOError:
             # The queue of a UNIX socket is full.
             time.sleep(min(PAUSE, _left(signals, end)))
