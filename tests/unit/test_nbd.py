@@ -24,7 +24,7 @@ import ringplane
 from ringplane.block.image import ImageError
 from ringplane.block.sources.choose_source import open_source, take_over_source
 from ringplane.block.sources.nbd import protocol as nbd
-from ringplane.block.sources.nbd import receiving, reconnecting, silence
+from ringplane.block.sources.nbd import nbd_units, receiving, reconnecting, silence
 from ringplane.block.sources.nbd.connecting import connect, find_places
 from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.block.sources.nbd.link import Link
@@ -576,6 +576,37 @@ def test_requests_wait_for_the_server(server: NbdServer, served: Served, caplog:
         bytes(server.content[4096 * number : 4096 * (number + 1)]) for number in range(20)
     ]
     assert server.content[1024 * 512 :][:65536] == pattern(65536, 3)
+
+
+class Expiring:
+    """Stands for a LINK without a connection. `expired` is stored as soon as the I/O thread has read it."""
+
+    fd = new_fd = -1
+    wake_fd = failing = 0
+
+    def __init__(self) -> None:
+        self._expired = 0
+
+    @property
+    def expired(self) -> int:
+        found, self._expired = self._expired, 1
+        return found
+
+    @expired.setter
+    def expired(self, value: int) -> None:
+        self._expired = value
+
+
+def test_the_end_of_waiting_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the I/O thread has looked for it: the next turn finds it."""
+    link = Expiring()
+    monkeypatch.setattr(nbd_units, "view", lambda address, layout: link)
+    for name in ("monotonic_ns", "read", "fail_all", "receive_all", "begin_sync", "send_all"):
+        monkeypatch.setattr(nbd_units, name, lambda *_: 0)
+    obey._function(0, 0)
+    assert not link.failing
+    obey._function(0, 0)
+    assert link.failing
 
 
 def test_requests_fail_when_it_takes_too_long(

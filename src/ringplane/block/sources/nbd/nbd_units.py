@@ -57,9 +57,10 @@ def obey(link_address, channel_address):
         link.new_fd = -1
         link.failing = 0
     elif link.expired and link.fd < 0:
+        # Only here: the control plane may store it at any time, and wakes this thread then.
+        link.expired = 0
         link.failing = 1
         fail_all(link, channel)
-    link.expired = 0
     # What came before is an edge that was not for this connection; or there was too much for one turn.
     receive_all(link, channel)
     begin_sync(link)
