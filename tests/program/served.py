@@ -63,6 +63,13 @@ class ServedApi(Served):
         assert self.announcement.startswith("API on "), self.errors.read_text()
         self.api = Api(folder / "api.sock")
 
+    @property
+    def opener(self) -> int:
+        """The ID of the process that opens files for it."""
+        task = f"/proc/{self.process.pid}/task/{self.process.pid}"
+        (child,) = map(int, Path(task, "children").read_text().split())
+        return child
+
     def attach(self, socket: str = "a.sock") -> Driver:
         return Driver(self.folder / socket, memory_size=MEMORY_SIZE, timeout=SOON)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +130,26 @@ def test_a_state_names_only_servers_that_were_named(serve: Serve, server: NbdSer
     served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--state", "state/disks")
     assert served.api.get("/v1/disks")["disks"] == []
     assert f"n: was added at run time and is not served any more: {server.uri}: is not on a server of" in served.end()
+
+
+@needs_all
+@pytest.mark.parametrize("server", ["several"], indirect=True)
+def test_the_end_of_the_process_that_connects(serve: Serve, server: NbdServer, tmp_path: Path) -> None:
+    """A disk that was added is served as long as its connection lasts, and no other one can be added."""
+    served = serve(*arguments(server), strict=True)
+    served.api.post("/v1/disks", body(server), status=201)
+    os.kill(served.opener, signal.SIGKILL)
+    assert eventually(lambda: "NBD disks that were added cannot connect again" in served.errors.read_text())
+    image = server.uri.replace("/disk?", "/other?")
+    other = body(server, image=image, name="o", **{"socket-path": f"{tmp_path}/o.sock"})
+    answer = served.api.request("POST", "/v1/disks", other)
+    assert (answer.status, "restart ringplane" in answer.error["what"]) == (503, True)
+    with served.attach("n.sock") as driver:
+        assert driver.read(0, 4096) == server.content[:4096]
+        server.drop_connections()
+        words = "cannot connect again: the server cannot be reached: the process that opens files has ended"
+        assert eventually(lambda: words in served.errors.read_text())
+    served.end()
 
 
 def test_servers_that_make_no_sense() -> None:

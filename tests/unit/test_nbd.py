@@ -23,8 +23,8 @@ import pytest
 import ringplane
 from ringplane.block.image import ImageError
 from ringplane.block.sources.choose_source import open_source, take_over_source
-from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd import nbd_units, receiving, reconnecting, silence
+from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd.connecting import connect, find_places
 from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.block.sources.nbd.link import Link

@@ -30,7 +30,7 @@ from ringplane.opener import remote_opener
 from ringplane.opener.open_requests import ANSWER, OPEN, parsed
 from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
 from ringplane.opener.remote_opener import MEANINGS, OpenerError, RemoteOpener
-from ringplane.opener.server_places import Place
+from ringplane.opener.server_places import Place, as_text, from_text, shown
 from ringplane.options.image_options import ImageOptions
 from ringplane.system import landlock, seccomp
 
@@ -421,6 +421,19 @@ def test_it_connects_to_servers(folder: Path, kind: str) -> None:
             os.close(opener.open(folder / "image", read_only=True, direct=False))
 
 
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ((socket.AF_UNIX, "/run/a server"), "/run/a server"),
+        ((socket.AF_INET, ("10.0.0.1", 10809)), "10.0.0.1:10809"),
+        ((socket.AF_INET6, ("fd00::1", 10809, 0, 0)), "[fd00::1]:10809"),
+    ],
+)
+def test_a_server_in_messages(place: Place, text: str) -> None:
+    assert shown(place) == text
+    assert from_text(as_text(place)) == place
+
+
 def connect_often(opener: Opener, place: Place, connected: contextlib.ExitStack) -> None:
     for _ in range(100):
         connected.enter_context(opener.connect(place, PATIENCE))
@@ -446,7 +459,7 @@ def connecting(folder: Path) -> Iterator[tuple[RemoteOpener, Place]]:
 
 def test_connecting_while_storage_hangs(folder: Path) -> None:
     """It takes no longer than it may, and works when the storage answers."""
-    words = "its socket: another file is being opened, and its storage does not answer"
+    words = "/server: another file is being opened, and its storage does not answer"
     with connecting(folder) as (opener, place):
         with opener._lock, pytest.raises(OpenerEnded, match=words):
             opener.connect(place, 0.01)

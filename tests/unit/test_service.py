@@ -21,6 +21,7 @@ from ringplane.compiler.jit import compiled
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.driver import Driver
+from ringplane.opener.opener import OpenerEnded
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import parse_image
 from ringplane.options.thread_options import IoThread
@@ -227,6 +228,21 @@ def test_a_connection_is_counted_before_the_state_says_so() -> None:
     look._connect_again(outage)
     look.close()
     assert (outage.connected, counted) == (True, [1])
+
+
+def test_another_process_that_cannot_connect_again(caplog: pytest.LogCaptureFixture) -> None:
+    """It makes the connections of a disk that was added, and may be gone, or hang."""
+
+    def connect(signals: object, patience: float) -> Any:
+        raise OpenerEnded("it has ended")
+
+    link: Any = object()
+    look = Reconnecting("disk", connect, 0)
+    look._outages[link] = _Outage(link, 0.0, None)
+    look._try_once()
+    assert look.state == "failing"
+    look.close()
+    assert caplog.messages == ["disk: cannot connect again: the server cannot be reached: it has ended"]
 
 
 def test_requests_that_do_not_wait(nbd_server: NbdServer, serve: Serve) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from ringplane.cli.start_errors import start_errors
 from ringplane.engines.common import EngineUnavailable
+from ringplane.opener.opener import OpenerEnded
 from ringplane.system.notes import NO_THREAD, doing, in_words
 
 
@@ -48,6 +49,10 @@ def test_errors_of_a_process_that_cannot_find_out_its_limits(monkeypatch: pytest
     monkeypatch.setattr(resource, "getrlimit", refuse)
     assert in_words(OSError(errno.EIO, "Input/output error")) == "Input/output error"
     assert in_words(OSError(errno.EMFILE, "")).startswith("this process may open no more files; raise the limit")
+
+
+def test_the_process_that_opens_files_has_ended() -> None:
+    assert message(OpenerEnded("it has ended; restart ringplane")) == "it has ended; restart ringplane"
 
 
 def test_an_engine_has_its_own_advice() -> None:

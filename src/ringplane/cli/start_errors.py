@@ -28,10 +28,11 @@ def start_errors() -> Iterator[None]:
     from ringplane.block.image import ImageError
     from ringplane.control.handover import HandoverError
     from ringplane.control.listener import ListenError
+    from ringplane.opener.opener import OpenerEnded
 
     try:
         yield
-    except (ImageError, ListenError, HandoverError) as error:
+    except (ImageError, ListenError, OpenerEnded, HandoverError) as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(in_words(error)) from None

@@ -42,7 +42,7 @@ from ringplane.opener.open_requests import (
     is_relative,
 )
 from ringplane.opener.opener import OpenerEnded
-from ringplane.opener.server_places import Place, as_text
+from ringplane.opener.server_places import Place, as_text, shown
 from ringplane.system.signals import NONE, Signals, held_back
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,10 @@ CODE = "import sys; sys.path.append(sys.argv[1]); from ringplane.opener.opening_
 # the process, and its end.
 PATIENCE, REMOVING_PATIENCE, START_PATIENCE, END_PATIENCE = 10.0, 2.0, 60.0, 1.0
 
+GIVEN_UP = "the process that opens files has ended: %s; no disk can be added until a restart, all continue%s"
 ENDED = "the process that opens files has ended; restart ringplane to add disks (those that are served continue{but})"
 
-# Of a process that connects to servers too.
+# In both, of a process that connects to servers too.
 BUT = ", but NBD disks that were added cannot connect again until then"
 
 BUSY = "another file is being opened, and its storage does not answer; try again"
@@ -156,7 +157,7 @@ class RemoteOpener:
     def connect(self, place: Place, patience: float) -> socket.socket:
         """See Opener."""
         request = Request(CONNECT, self._all_places.index(place), b"")
-        sock = socket.socket(fileno=self._get(request, partial(_check_connection, place[0]), "its socket", patience))
+        sock = socket.socket(fileno=self._get(request, partial(_check_connection, place[0]), shown(place), patience))
         # Its file does not block already; Python does not look at that.
         sock.setblocking(False)
         return sock
@@ -270,10 +271,7 @@ class RemoteOpener:
         if self._ended:
             return
         self._ended = True
-        log.error(
-            "the process that opens files has ended: %s; no disk can be added until a restart, all continue%s",
-            why, self._but,
-        )  # fmt: skip
+        log.error(GIVEN_UP, why, self._but)
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 

@@ -27,6 +27,15 @@ def connect(place: Place) -> socket.socket:
     return sock
 
 
+def shown(place: Place) -> str:
+    """For people."""
+    _, address = place
+    if isinstance(address, str):
+        return address
+    host, port = map(str, address[:2])
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def as_text(place: Place) -> str:
     """As an argument of a process."""
     family, address = place

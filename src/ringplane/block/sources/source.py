@@ -100,7 +100,10 @@ class Source:
         return self
 
     def part(self, slots: int) -> SourcePart:
-        """The part for one more I/O thread, on which `slots` I/Os can be in progress at a time. Raises ImageError."""
+        """The part for one more I/O thread, on which `slots` I/Os can be in progress at a time.
+
+        Raises ImageError, OpenerEnded.
+        """
         raise NotImplementedError
 
     def limits(self) -> Limits:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
-from ringplane.opener.opener import LOCAL, Opener, OpenerEnded
+from ringplane.opener.opener import LOCAL, Opener
 from ringplane.opener.server_places import Place
 from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.notes import REMEDIES, in_words
@@ -39,7 +39,7 @@ def find_places(uri: NbdUri) -> Sequence[Place]:
 def connect(
     places: Sequence[Place], export: str, signals: Signals = NONE, patience: float = PATIENCE, opener: Opener = LOCAL
 ) -> tuple[socket.socket, Export]:
-    """A connection that is ready for the transmission. Raises HandshakeError, Interrupted."""
+    """A connection that is ready for the transmission. Raises HandshakeError, OpenerEnded, Interrupted."""
     end = time.monotonic() + patience
     error = HandshakeError("has no address")
     for number, place in enumerate(places):
@@ -72,15 +72,13 @@ def _connect_to(
 
 
 def _begun(place: Place, signals: Signals, end: float, opener: Opener) -> socket.socket:
-    """A socket that connects there, or is connected. Raises HandshakeError, OSError, Interrupted."""
+    """A socket that connects there, or is connected. Raises HandshakeError, OpenerEnded, OSError, Interrupted."""
     while True:
         try:
             return opener.connect(place, _left(signals, end))
         except BlockingIOError:
             # The queue of a UNIX socket is full.
             time.sleep(min(PAUSE, _left(signals, end)))
-        except OpenerEnded as error:
-            raise HandshakeError(f"cannot be reached: {error}") from None
 
 
 def _unreachable(error: OSError) -> HandshakeError:

@@ -68,12 +68,12 @@ class Way:
     opener: Opener
 
     def connect(self, export: str, signals: Signals = NONE, patience: float = PATIENCE) -> Connection:
-        """Raises HandshakeError, Interrupted."""
+        """Raises HandshakeError, OpenerEnded, Interrupted."""
         return connect(self.places, export, signals, patience, self.opener)
 
 
 def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
-    """Connect to the server. Raises ImageError, Interrupted."""
+    """Connect to the server. Raises ImageError, OpenerEnded, Interrupted."""
     uri = _checked(config)
     try:
         way = _way(uri, opener)
@@ -234,14 +234,14 @@ class NbdSource(Source):
         return link
 
     def _connect(self) -> Connection:
-        """One more connection. Raises ImageError."""
+        """One more connection. Raises ImageError, OpenerEnded."""
         try:
             return self._connect_again()
         except HandshakeError as error:
             raise ImageError(f"{self.title}: the server {error}") from None
 
     def _connect_again(self, signals: Signals = NONE, patience: float = PATIENCE) -> Connection:
-        """A connection to the same export. Raises HandshakeError."""
+        """A connection to the same export. Raises HandshakeError, OpenerEnded."""
         sock, export = self._way.connect(self._uri.export, signals, patience)
         if why := _find_difference(self._export, export):
             sock.close()

@@ -23,6 +23,7 @@ from ringplane.block.sources.nbd.connecting import PATIENCE
 from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.block.sources.nbd.silence import LOOK
 from ringplane.block.sources.service import ServiceState
+from ringplane.opener.opener import OpenerEnded
 from ringplane.system.notes import in_words
 from ringplane.system.ready_thread import ReadyThread
 from ringplane.system.signals import Signals
@@ -41,7 +42,7 @@ FIRST_PAUSE, LONGEST_PAUSE, LEAST_PATIENCE = 0.05, 1.0, 0.2
 
 
 class Connect(Protocol):
-    """Makes a connection, or raises HandshakeError."""
+    """Makes a connection, or raises HandshakeError, OpenerEnded."""
 
     def __call__(self, signals: Signals, patience: float, /) -> tuple[socket.socket, Export]: ...
 
@@ -193,6 +194,9 @@ class Reconnecting:
             except HandshakeError as why:
                 error = f"the server {why}"
                 break
+            except OpenerEnded as why:
+                error = f"the server cannot be reached: {why}"
+                break
             except OSError as why:
                 error = f"its connection cannot be used: {in_words(why)}"
                 break
@@ -203,7 +207,7 @@ class Reconnecting:
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def _connect_again(self, outage: _Outage) -> None:
-        """Raises HandshakeError, OSError."""
+        """Raises HandshakeError, OpenerEnded, OSError."""
         patience = min([PATIENCE, *(end - time.monotonic() for end in self._ends)])
         sock, export = self._connect(self._ending, max(patience, LEAST_PATIENCE))
         outage.link.continue_with(sock, structured=export.structured)
