@@ -27,8 +27,8 @@ from ringplane.options.image_address import parse_image
 from ringplane.options.nbd_uri import NbdUri, parse
 from ringplane.system.signals import Interrupted, Signals
 
-from .nbd_server import EVERYTHING, NbdServer, option_reply
-from .rig import PATIENCE
+from ..nbd_server import EVERYTHING, NbdServer, option_reply
+from ..rig import PATIENCE
 
 GREETING = struct.pack(">8sQH", nbd.MAGIC, nbd.OPTION_MAGIC, nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES)
 
