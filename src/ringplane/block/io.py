@@ -15,12 +15,23 @@ An I/O has one of these operations. `offset` and `length` are in bytes and were 
 from __future__ import annotations
 
 from ringplane.compiler.jit import compiled
-from ringplane.engines.common import READ, WRITE
+from ringplane.engines.common import (
+    DISCARD,
+    FLUSH,
+    READ,
+    SECURE_ERASE,
+    WRITE,
+    ZERO,
+    ZONE_APPEND,
+    ZONE_CLOSE,
+    ZONE_FINISH,
+    ZONE_OPEN,
+    ZONE_REPORT,
+    ZONE_RESET,
+    ZONE_RESET_ALL,
+)
 from ringplane.native.access import view
 from ringplane.native.structs import struct
-
-FLUSH, DISCARD, ZERO, SECURE_ERASE = 2, 3, 4, 5
-ZONE_APPEND, ZONE_REPORT, ZONE_OPEN, ZONE_CLOSE, ZONE_FINISH, ZONE_RESET, ZONE_RESET_ALL = range(6, 13)
 
 # Flags. FUA (force unit access): what is written is stable when the I/O ends. REPEATED: a process that has ended may
 # have done it already.
@@ -64,6 +75,7 @@ BLOCK_IO = struct(
     "upward",
     "due",  # nanoseconds, CLOCK_MONOTONIC: when it continues after a layer has returned WAIT
     "earlier",  # slot of the one before it in the list of those that wait, or -1
+    "queue",  # the number of the queue that it came from, for layers that want to know
     "help",  # address of the compiled function that a helper thread calls for it, and its first argument
     "helped",
     "ranges",
@@ -105,7 +117,21 @@ MOVING: int = CHANNEL.fields["moving_first"][1]  # type: ignore[index]
 WAITING: int = CHANNEL.fields["waiting_first"][1]  # type: ignore[index]
 HELPER_MESSAGE: int = CHANNEL.fields["helper_slot"][1]  # type: ignore[index]
 
-__all__ = ["READ", "WRITE"]
+__all__ = [
+    "DISCARD",
+    "FLUSH",
+    "READ",
+    "SECURE_ERASE",
+    "WRITE",
+    "ZERO",
+    "ZONE_APPEND",
+    "ZONE_CLOSE",
+    "ZONE_FINISH",
+    "ZONE_OPEN",
+    "ZONE_REPORT",
+    "ZONE_RESET",
+    "ZONE_RESET_ALL",
+]
 
 
 @compiled

@@ -145,13 +145,9 @@ class Stack:
 
     def __init__(self, source: SourcePart, layers: Sequence[LayerPart] = ()) -> None:
         """`layers`: the highest first."""
-        self.source, self.layers = source, layers
+        self.source, self.layers = source, tuple(layers)
         self._users = 0
-        # One more, for a probe.
-        self._layers = np.zeros(len(layers) + 1, LAYER)
-        for record, layer in zip(self._layers, layers, strict=False):
-            record["state"], record["down"], record["up"] = layer.state, layer.down, layer.up
-            record["help"] = layer.help
+        self._layers = _records(layers)
         self._record: npt.NDArray[np.void] = new(STACK)
         self.address = int(self._record.ctypes.data)
         record = self._record[0]
@@ -169,6 +165,24 @@ class Stack:
     def uses_engine(self) -> bool:
         """Whether the engine of the I/O thread does the I/O."""
         return self.source.submit == 0
+
+    def insert(self, index: int, layer: LayerPart, ios: npt.NDArray[np.void], engine: Engine) -> None:
+        """Put a layer below the first `index` ones; `ios` are the BLOCK_IO structs of the I/O thread.
+
+        Only on that thread, between two runs of the loop. I/Os that are below that place already do not pass the layer
+        on their way down, but on their way up if the stack has had layers before. Raises OSError.
+        """
+        if self._users:
+            for event in layer.events:
+                event.watch(engine)
+        probe, probed = self._layers[-1].copy(), int(self._record["layer_count"][0]) > len(self.layers)
+        ours = ios["stack"] == self.address
+        # Without layers I/Os have no level.
+        ios["level"][ours] = ios["level"][ours] + (ios["level"][ours] > index) if self.layers else 0
+        self.layers = (*self.layers[:index], layer, *self.layers[index:])
+        self._layers = _records(self.layers)
+        self._layers[-1] = probe
+        self._record["layers"], self._record["layer_count"] = self._layers.ctypes.data, len(self.layers) + probed
 
     def set_probe(self, state: int, function: int) -> None:
         """Put a layer below the others, if there are any, to watch I/Os: `function` is its `down` and `up`.
@@ -207,3 +221,12 @@ class Stack:
             for event in self.events:
                 event.unwatch(engine)
             self.source.detach(engine)
+
+
+def _records(layers: Sequence[LayerPart]) -> npt.NDArray[np.void]:
+    """LAYER structs of these, and one more, for a probe."""
+    records = np.zeros(len(layers) + 1, LAYER)
+    for record, layer in zip(records, layers, strict=False):
+        record["state"], record["down"], record["up"] = layer.state, layer.down, layer.up
+        record["help"] = layer.help
+    return records

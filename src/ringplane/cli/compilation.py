@@ -27,7 +27,7 @@ def fill(folder: Path, cpu: str, signals: Signals = NONE) -> list[Path]:
                 for path in contents(source, cpu):
                     shutil.copyfile(path, staging / path.name)
             else:
-                compile_apart(cache.DATA_PLANE, signals, [unit.name for unit in all_units()], staging, cpu)
+                compile_apart(cache.DATA_PLANE, signals, [unit.job for unit in all_units()], staging, cpu)
                 compile_apart(cache.DRIVER, signals, [], staging, cpu)
             for path in contents(staging, cpu):
                 # The marks come last. All users may read it.

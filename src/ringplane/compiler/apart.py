@@ -135,7 +135,7 @@ def run_child(jobs_of: Callable[[list[str]], Sequence[Job]], finish: Callable[[]
 
         # Each process that compiles needs them.
         load_definitions()
-        go, *arguments = sys.stdin.read().split() or [""]
+        go, *arguments = sys.stdin.read().splitlines() or [""]
         if go == GO:
             work_off(check_package, jobs_of(arguments))
             finish()

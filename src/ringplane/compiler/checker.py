@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ringplane.compiler.bad_code import BadCode
 from ringplane.compiler.inference import Inference, Mistake
+from ringplane.compiler.policy_flow import PolicyFlow
+from ringplane.compiler.shapes import Shape
 from ringplane.compiler.sources import COMPILER, PACKAGE, Source, Sources
 
 
@@ -40,6 +42,18 @@ def check(paths: Iterable[Path] = (PACKAGE,)) -> list[Mistake]:
     functions = [function for source in dict.fromkeys([*others, *wanted]) for function in source.compiled_functions()]
     places = {source.path for source in wanted}
     return sorted({*mistakes, *(each for each in Inference(functions).mistakes() if each.path in places)})
+
+
+def check_policies(path: Path, passed: Mapping[str, tuple[Shape, ...]]) -> list[Mistake]:
+    """The mistakes in a file of policies; `passed`: what each function gets that ringplane calls. Raises OSError."""
+    source = Sources().add(path)
+    functions = list(source.compiled_functions())
+    given = {
+        (function, name): shape
+        for function in functions
+        for name, shape in zip(function.parameters, passed.get(function.name, ()), strict=False)
+    }
+    return sorted(each for each in Inference(functions, given, PolicyFlow).mistakes() if each.path == source.path)
 
 
 def check_package() -> None:

@@ -54,7 +54,10 @@ class Flow(Expressions):
         elif self._ends:
             self.returned = NOTHING
             if self.function.unit:
-                self._report(self._ends[0][0], f"{self.function.name}() is a unit, so it must return a number")
+                self._report(self._ends[0][0], self._returns_nothing())
+
+    def _returns_nothing(self) -> str:
+        return f"{self.function.name}() is a unit, so it must return a number"
 
     def _block(self, body: list[ast.stmt], paths: Paths | None) -> Paths | None:
         for statement in body:

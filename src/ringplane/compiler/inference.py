@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,11 @@ class Mistake:
         return f"{self.path}:{self.line}: {self.text}"
 
 
+# A function, and the name of a parameter of it.
+Parameter = tuple[Compiled, str]
+NONE_GIVEN: Mapping[Parameter, Shape] = {}
+
+
 @dataclass(frozen=True)
 class _Passed:
     """A call that passes something for a parameter. `variable`: the name of what it passes; empty: no variable."""
@@ -38,8 +43,12 @@ class _Passed:
 class Inference:
     """Follows all functions until nothing new is found, then once more to report what is wrong."""
 
-    def __init__(self, functions: Iterable[Compiled]) -> None:
-        self._parameters: dict[tuple[Compiled, str], Shape] = {}
+    def __init__(
+        self, functions: Iterable[Compiled], given: Mapping[Parameter, Shape] = NONE_GIVEN, flow: type[Flow] = Flow
+    ) -> None:
+        """`given`: what callers that are not among the functions pass. `flow` follows a function."""
+        self._given, self._flow = given, flow
+        self._parameters: dict[Parameter, Shape] = dict(given)
         self._returns: dict[Compiled, Shape] = {}
         self._callers: defaultdict[Compiled, set[Compiled]] = defaultdict(set)
         self._passed: defaultdict[tuple[Compiled, str, Element], set[_Passed]] = defaultdict(set)
@@ -62,7 +71,7 @@ class Inference:
             function = next(iter(self._waiting))
             del self._waiting[function]
             self._functions[function] = None
-            flow = Flow(self, function)
+            flow = self._flow(self, function)
             flow.run()
             returned = join([flow.returned, self._returns.get(function, UNKNOWN)])
             if returned != self._returns.get(function, UNKNOWN):
@@ -74,13 +83,15 @@ class Inference:
         for function in self._functions:
             if not self._callers[function]:
                 for name in function.parameters:
-                    self._parameters[function, name] = NUMBER if function.unit else ANY
+                    self._parameters[function, name] = self._given.get(
+                        (function, name), NUMBER if function.unit else ANY
+                    )
                 self._waiting[function] = None
 
     def mistakes(self) -> set[Mistake]:
         self._reporting = True
         for function in list(self._functions):
-            Flow(self, function).run()
+            self._flow(self, function).run()
         return self._mistakes
 
     # For Flow.

@@ -62,8 +62,8 @@ def _field(dtype: np.dtype[Any], offset: int) -> property:
     if dtype.subdtype is not None:
         return property(lambda struct: kind.from_address(struct._address + offset))
 
-    def load(struct: Struct) -> int:
-        return int(kind.from_address(struct._address + offset).value)
+    def load(struct: Struct) -> Any:
+        return kind.from_address(struct._address + offset).value
 
     def store(struct: Struct, value: int) -> None:
         kind.from_address(struct._address + offset).value = value

@@ -41,6 +41,9 @@ IMPORT = re.compile(
 )
 COMMENT = re.compile(r"#.*")
 
+# The texts of modules that are no files of the package, by their names, which nothing else has.
+_given: dict[str, str] = {}
+
 # In the key of what this process must neither load nor leave for others.
 _OURS = os.urandom(16).hex()
 
@@ -85,8 +88,15 @@ def _imported(statement: re.Match[str]) -> Iterator[str]:
             yield name if _file(name) else place
 
 
+def give_text(module: str, text: str) -> None:
+    """The module was made from this text; its name says which text it is."""
+    _given[module] = text
+
+
 @cache
 def _text(module: str) -> str:
+    if module in _given:
+        return _given[module]
     path = _file(module) or _imported_file(module)
     assert path
     with path.open(encoding="utf-8") as file:
@@ -102,7 +112,7 @@ def _digest(module: str) -> bytes:
 
 def has_key(module: str) -> bool:
     """Whether its text is known; not that of a script in a string, for example."""
-    return bool(_file(module) or _imported_file(module))
+    return module in _given or bool(_file(module) or _imported_file(module))
 
 
 def _imported_file(module: str) -> Path | None:

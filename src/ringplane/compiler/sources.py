@@ -29,6 +29,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 COMPILER = "ringplane.compiler."
 # A unit is compiled apart, and called by address (compiler/units.py).
 UNIT = "unit"
+# Where a policy has its decorators from. Its functions are units.
+POLICIES = "ringplane.policies"
 
 
 class Opaque:
@@ -172,6 +174,8 @@ class Source:
             place, name = self._origin(decorator)
             if place.startswith(COMPILER) and name != "intrinsic":
                 return name
+            if place == POLICIES or name == "result":
+                return name if name == "compiled" else UNIT
         return ""
 
     def _origin(self, expression: ast.expr) -> tuple[str, str]:

@@ -37,6 +37,11 @@ class Unit(Whole):
     def __call__(self, *args: int) -> int:
         return self._function(*args) if INTERPRETED else super().__call__(*args)
 
+    @property
+    def job(self) -> str:
+        """By which a process that compiles finds it: one line."""
+        return self.name
+
     def address(self) -> int:
         """See Whole. Raises BadCode."""
         return interpreted.address_of_unit(self._function) if INTERPRETED else super().address()

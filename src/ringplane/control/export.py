@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -27,6 +27,7 @@ from ringplane.guest_memory.address_space import Quota
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.limit_options import Limits
+from ringplane.options.policy_options import PolicyUse
 from ringplane.options.process_rules import identity
 from ringplane.session.session import Session
 from ringplane.session.snapshot import SessionSnapshot
@@ -161,6 +162,14 @@ class Export:
         When this returns they hold, also for requests that waited because of the previous ones.
         """
         self._do(lambda: self.operations.change_limits(changes))
+
+    def set_policies(self, policies: Sequence[PolicyUse]) -> None:
+        """Have these policies, in this order, and no others. Raises OperationError; then nothing has changed.
+
+        When this returns, all requests that are fetched from now on pass them. One that stays, by its name and the text
+        of its file, keeps its state and counters. Requests that hang because of one that is gone or off continue.
+        """
+        self._do(lambda: self.operations.set_policies(policies))
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of a coroutine on the control thread."""

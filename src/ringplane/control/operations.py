@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringplane.block.image import ImageError
 from ringplane.control.changing import Changing
@@ -25,10 +25,14 @@ from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.counted import counted
 from ringplane.options.limit_options import Limits, merge_limits
+from ringplane.options.policy_options import PolicyUse
 from ringplane.session.session import Session
 from ringplane.system.aside import aside
 from ringplane.system.confinement import is_confined
 from ringplane.system.notes import in_words
+
+if TYPE_CHECKING:
+    from ringplane.policies.running import RunningPolicy
 
 Result = TypeVar("Result")
 
@@ -108,6 +112,17 @@ class Operations:
         """
         return await self._change("a change of limits", lambda: self._change_limits(changes))
 
+    async def set_policies(self, uses: Sequence[PolicyUse]) -> None:
+        """Have these policies, in this order, and no others. When it returns they are asked by all I/O threads.
+
+        What hangs because of a policy that is not there any more, or is switched off, continues.
+        """
+        # Few disks have any.
+        from ringplane.control.policing import load_policies
+
+        policies = await aside(lambda: load_policies(self._disk, uses))
+        await self._take("a change of policies", lambda: self._set_policies(policies))
+
     async def _change(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """As `_take`, for what the next process has to learn of.
 
@@ -178,6 +193,15 @@ class Operations:
         self._logger.info("limits: %s", words or "none")
         self._emit("limits-changed", limits=present)
         return present
+
+    async def _set_policies(self, policies: Sequence[RunningPolicy]) -> None:
+        from ringplane.control.policing import change_policies
+
+        await change_policies(self._disk, policies)
+        layer = self._disk.policies
+        present = [] if layer is None else [each.name + ("" if each.enabled else " (off)") for each in layer.policies]
+        self._logger.info("policies: %s", ", ".join(present) or "none")
+        self._emit("policies-changed", policies=present)
 
     def _prepare_limits(self) -> None:
         if not is_confined():

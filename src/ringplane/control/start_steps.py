@@ -334,6 +334,7 @@ async def _report_end(opener: RemoteOpener) -> None:
 
 def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
     """Load what disks that are added later need, and find out what they ask the system: a confined process cannot."""
+    from ringplane.control import policing  # noqa: F401
     from ringplane.limits import limiter  # noqa: F401
 
     load_schemes()

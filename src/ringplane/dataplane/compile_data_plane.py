@@ -24,6 +24,7 @@ from ringplane.dataplane.signaller import signal
 from ringplane.dataplane.worker_state import UNITS
 from ringplane.engines import aio, uring  # noqa: F401
 from ringplane.native import sigbus
+from ringplane.policies.declaring import POLICY
 from ringplane.system.code_pages import drop_code
 from ringplane.system.signals import NONE, Signals
 
@@ -40,7 +41,7 @@ def warm_up(units: Iterable[Unit] | None = None, signals: Signals = NONE) -> Non
         log.warning("the data plane is interpreted, because %s is set: it is slow, and not confined", VARIABLE)
         load_intrinsics()
         return
-    missing = [each.name for each in (all_units() if units is None else units) if not each.is_cached()]
+    missing = [each.job for each in (all_units() if units is None else units) if not each.is_cached()]
     if is_cached() and not missing:
         return
     if why := place().short_lived:
@@ -81,6 +82,11 @@ def jobs_of(units: Iterable[str]) -> list[Job]:
 
 
 def _unit(name: str) -> Unit:
+    if name.startswith(POLICY):
+        # compiler/checker.py and more, which only a disk with policies needs.
+        from ringplane.policies.loading import policy_unit
+
+        return policy_unit(name)
     importlib.import_module(name.rpartition(".")[0])
     return known[name]
 

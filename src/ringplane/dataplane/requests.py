@@ -70,6 +70,7 @@ def execute(worker, channel, queue, request, io):
     request.sector = request.header_sector
     request.length = request.done = request.written = request.end = 0
     io.stack = queue.stack
+    io.queue = queue.number
     io.flags = 0
     special = find_special(device, request)
     status = (

@@ -8,6 +8,7 @@ import logging
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ringplane.block.image import ImageError
 from ringplane.block.layers.layer import Layer
+from ringplane.block.layers.policy_layer import PolicyLayer, PolicyList, PolicyPart
 from ringplane.block.sources.source import Source
 from ringplane.block.stack import Stack
 from ringplane.block.storage_limits import Limits
@@ -32,6 +34,7 @@ from ringplane.virtio import blk, features
 
 if TYPE_CHECKING:
     from ringplane.limits.limiter import Limiter
+    from ringplane.policies.running import RunningPolicy
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class Disk:
         self.serial = options.serial if options.serial is not None else self.source.serial
         self.layers = layers
         self._resizing = asyncio.Lock()
+        self._policy_parts: dict[Worker, PolicyPart] = {}
         # While it is, its rings do not run (session/vring.py).
         self.paused = False
         found = self.source.limits()
@@ -107,8 +111,8 @@ class Disk:
         if self.source.one_thread or any(layer.one_thread for layer in layers):
             workers = workers[:1]
         self.workers = [workers[number % len(workers)] for number in range(options.num_queues)]
-        stacks = {worker: self._stack(worker) for worker in dict.fromkeys(self.workers)}
-        self.queues = [Queue(self.device, number, stacks[worker]) for number, worker in enumerate(self.workers)]
+        self._stacks = {worker: self._stack(worker) for worker in dict.fromkeys(self.workers)}
+        self.queues = [Queue(self.device, number, self._stacks[worker]) for number, worker in enumerate(self.workers)]
         self._switches = options.features
         check_switches(self._switches, self.limits, self.source, self._impossible)
         for worker in set(self.workers):
@@ -120,7 +124,9 @@ class Disk:
         """The disk as one worker sees it."""
         slots = worker.state.slots.count
         source = self.source.part(slots)
-        return Stack(source, [layer.part(source.backing, slots) for layer in self.layers])
+        parts = [layer.part(source.backing, slots) for layer in self.layers]
+        self._policy_parts.update((worker, part) for part in parts if isinstance(part, PolicyPart))
+        return Stack(source, parts)
 
     @property
     def _impossible(self) -> frozenset[str]:
@@ -166,6 +172,8 @@ class Disk:
         # If the source shrank, requests beyond its new end fail at once.
         self.device.size = min(self.device.size, size)
         self.source.resize(size)
+        for layer in self.layers:
+            layer.resize(size)
         # A worker that sees the new size must not use an older mapping, so each worker runs a call in between.
         await asyncio.gather(*(asyncio.wrap_future(worker.call(_nothing)) for worker in set(self.workers)))
         self.device.size = size
@@ -182,6 +190,26 @@ class Disk:
         for queue, worker in zip(self.queues, self.workers, strict=True):
             queues.setdefault(worker, []).append(queue)
         return [worker.limit(some, limiter) for worker, some in queues.items()]
+
+    @property
+    def policies(self) -> PolicyLayer | None:
+        """The layer of its policies; None: it has never had one."""
+        return next((layer for layer in self.layers if isinstance(layer, PolicyLayer)), None)
+
+    def use_policies(self, policies: Sequence[RunningPolicy]) -> list[Future[None]]:
+        """Have the I/O threads ask these, whose code is loaded; the futures are done when they do."""
+        place = sum(not layer.below_policies for layer in self.layers)
+        layer = self.policies
+        if layer is None:
+            layer = PolicyLayer(self.size, self.block_size)
+            self._policy_parts = {worker: layer.part(0, worker.state.slots.count) for worker in self._stacks}
+            self.layers = (*self.layers[:place], layer, *self.layers[place:])
+        layer.policies = tuple(policies)
+        listed = layer.listed()
+        return [
+            worker.call(partial(_swap, worker, stack, place, self._policy_parts[worker], listed))
+            for worker, stack in self._stacks.items()
+        ]
 
     @property
     def flush_failed(self) -> bool:
@@ -311,6 +339,14 @@ def check_switches(switches: Mapping[str, bool], limits: Limits, source: Source,
     for name, on in switches.items():
         if on and not can_offer(name, limits, source, impossible):
             raise ImageError(f"{source.title}: {name} cannot be offered, because the storage does not support it")
+
+
+def _swap(worker: Worker, stack: Stack, place: int, part: PolicyPart, policies: PolicyList) -> None:
+    """On the thread of the worker: the first policies of a disk bring their layer with them."""
+    channel = worker.state.channel
+    if part not in stack.layers:
+        stack.insert(place, part, channel.ios, worker.engine)
+    part.swap(policies, channel.address)
 
 
 def _nothing() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import view
 
-# The operations of `prepare_io`; block/io.py has those that engines do not know.
-READ, WRITE = 0, 1
+# The operations of block I/Os (block/io.py). Engines do the first two (`prepare_io`).
+READ, WRITE, FLUSH, DISCARD, ZERO, SECURE_ERASE = range(6)
+ZONE_APPEND, ZONE_REPORT, ZONE_OPEN, ZONE_CLOSE, ZONE_FINISH, ZONE_RESET, ZONE_RESET_ALL = range(6, 13)
 
 # `wait` reports the token of each watched fd that became readable, at most this many per call.
 MAX_TOKENS = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ringplane.block.stack import LayerPart
@@ -19,7 +20,7 @@ class Layer:
     """One layer of one disk. A subclass defines what its layer needs; the rest is for a layer that has no state."""
 
     # What is compiled before the disk is served.
-    units: ClassVar[tuple[Unit, ...]] = ()
+    units: Sequence[Unit] = ()
     # The name under which dataplane/request_types.py finds its request types.
     name: ClassVar[str] = ""
     # One I/O thread serves all queues of the disk, because the layer does not protect its state against others.
@@ -29,6 +30,8 @@ class Layer:
     # The feature bits that a driver must accept, and the names of the features that cannot be offered.
     needed_features: ClassVar[int] = 0
     impossible: ClassVar[frozenset[str]] = frozenset()
+    # Whether it is below the policies: it sees what they make of the I/Os.
+    below_policies: ClassVar[bool] = False
     # Whether `sync` makes the source stable too.
     syncs_source: ClassVar[bool] = False
 
@@ -38,6 +41,9 @@ class Layer:
 
     def describe(self, config: np.void) -> None:
         """Fill in the fields of the configuration space that the layer brings (`virtio.blk.CONFIG`)."""
+
+    def resize(self, size: int) -> None:
+        """The disk has another size in bytes from now on."""
 
     @property
     def failed(self) -> bool:

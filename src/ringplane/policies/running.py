@@ -1,0 +1,116 @@
+"""A policy of a disk: its memory, which all I/O threads of the disk share, and its units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ringplane.options.kinds import suggestion
+from ringplane.policies.declaring import SEED, Policy, count_of, fields_of, memory_layout
+from ringplane.policies.io_view import HEADER, HEADER_SIZE
+from ringplane.policies.loading import LoadedPolicy
+from ringplane.policies.parameter_kinds import Value
+from ringplane.system.digests import blake2b
+
+
+class WrongParameter(ValueError):
+    """The text says which one, and what is right."""
+
+
+class RunningPolicy:
+    """`enabled`: it is called. Its parameters may be changed while I/O threads use it."""
+
+    def __init__(
+        self, name: str, loaded: LoadedPolicy, given: Mapping[str, Any], *, enabled: bool = True, address: str = ""
+    ) -> None:
+        """`given`: the parameters that have other values than their defaults; `address`: how users call its file.
+
+        Raises WrongParameter.
+        """
+        self.name, self.loaded, self.enabled, self.address_of_file = name, loaded, enabled, address
+        declared = loaded.program.declared
+        self.values: dict[str, Value] = {key: each.default for key, each in declared.parameters.items()}
+        layout = memory_layout(declared)
+        self._memory = np.zeros(HEADER_SIZE + layout.itemsize, np.uint8)
+        self._header = self._memory[:HEADER_SIZE].view(HEADER)[0]
+        self._my = self._memory[HEADER_SIZE:].view(layout)[0]
+        # Each with its length before it.
+        self._arrays: dict[str, npt.NDArray[np.int64]] = {}
+        for key, each in fields_of(declared):
+            if (count := count_of(each)) is not None:
+                self._arrays[key] = array = np.zeros(count + 1, np.int64)
+                array[0] = count
+                self._my[key] = array.ctypes.data + 8
+        self._store(self.values)
+        self.change(given)
+        self._header["random"] = _first_random(name, self.values[SEED])
+
+    @property
+    def address(self) -> int:
+        """Of the HEADER, with the fields of the policy behind it."""
+        return int(self._memory.ctypes.data)
+
+    @property
+    def declared(self) -> type[Policy]:
+        return self.loaded.program.declared
+
+    @property
+    def down(self) -> int:
+        """The address of its function."""
+        return self.loaded.down.address()
+
+    @property
+    def up(self) -> int:
+        """That of its function for results, or 0."""
+        return self.loaded.up.address() if self.loaded.up is not None else 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What it has counted: `requests`, of which it was asked, and its own."""
+        own = {key: int(self._my[key]) for key in self.declared.counters}
+        return {"requests": int(self._header["entered"]), **own}
+
+    def change(self, given: Mapping[str, Any]) -> None:
+        """Change parameters. Raises WrongParameter; then none is changed."""
+        parameters = self.declared.parameters
+        values: dict[str, Value] = {}
+        for key, value in given.items():
+            if key not in parameters:
+                raise WrongParameter(f"unknown parameter {key}{suggestion(key, parameters)}")
+            try:
+                values[key] = parameters[key].value(value)
+            except ValueError as error:
+                raise WrongParameter(f"{key}: {error}") from None
+        self.values.update(values)
+        self._store(values)
+
+    def _store(self, values: Mapping[str, Value]) -> None:
+        for key, each in values.items():
+            if isinstance(each, tuple):
+                self._arrays[key][1:] = each
+            else:
+                self._my[key] = each
+
+    def shown(self) -> dict[str, str]:
+        """The values of its parameters as users write them."""
+        return {key: each.kind.shown(self.values[key]) for key, each in self.declared.parameters.items()}
+
+    def take_parameters(self, other: RunningPolicy) -> None:
+        """Those of another one of the same file."""
+        self.values.update(other.values)
+        self._store(other.values)
+
+    def continue_from(self, previous: RunningPolicy) -> None:
+        """Count on, as far as both count the same; between two calls of either."""
+        self._header["entered"] = previous._header["entered"]
+        for key in self.declared.counters.keys() & previous.declared.counters.keys():
+            self._my[key] = previous._my[key]
+
+
+def _first_random(name: str, seed: Value) -> int:
+    """Another one for each policy of a disk."""
+    digest = blake2b(f"{name} {seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
