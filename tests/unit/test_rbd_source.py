@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringplane
 from ringplane.block.sources import rbd_cluster
+from ringplane.control.handover import HandoverError
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
 from ringplane.virtio.blk import (
@@ -72,3 +76,83 @@ def test_numbers_that_are_not_an_errno(library: FakeLibrary, driver: Driver, res
     assert driver.read(4096, 4096) == b"d" * 4096
     assert driver.request(VIRTIO_BLK_T_OUT, 8, b"w" * 4096).status == OK
     assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR, "a flush has failed before"
+
+
+@pytest.fixture
+def cached(library: FakeLibrary, tmp_path: Path) -> Iterator[tuple[ringplane.Export, Driver]]:
+    """A disk with librbd's cache that can be taken over, and its driver, which has written to it."""
+    path = tmp_path / "socket"
+    with (
+        ringplane.serve("rbd:rbd/vm1", path, num_queues=1, direct=False, upgradable=True) as export,
+        Driver(path, timeout=PATIENCE) as made,
+    ):
+        made.write(0, b"w" * 4096)
+        yield export, made
+
+
+def taking_over(export: ringplane.Export) -> ringplane.Export:
+    assert export.socket_path is not None
+    return ringplane.serve("rbd:rbd/vm1", export.socket_path, num_queues=1, direct=False, upgrade=True)
+
+
+def fail(export: ringplane.Export, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Have this function of librbd fail for the image of this disk."""
+    opened = export.disk.source._opened  # type: ignore[attr-defined]
+    whole = opened.call
+
+    def failing(called: str, *arguments: Any) -> int:
+        if called == name:
+            raise OSError(number, os.strerror(number))
+        return int(whole(called, *arguments))
+
+    monkeypatch.setattr(opened, "call", failing)
+
+
+def test_an_upgrade_after_a_flush_that_failed(
+    library: FakeLibrary, cached: tuple[ringplane.Export, Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next process learns of it. Nothing is flushed again, and the cache may be as it likes."""
+    running, driver = cached
+    library.result = -errno.EIO
+    assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR
+    library.result = None
+    fail(running, monkeypatch, "rbd_invalidate_cache", errno.EIO)
+    with taking_over(running):
+        assert running.wait(PATIENCE)
+        assert library.calls.count("rbd_flush") == 0
+        assert driver.read(0, 512) == b"d" * 512
+        assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("rbd_flush", errno.EBUSY), ("rbd_flush", errno.ETIMEDOUT), ("rbd_invalidate_cache", errno.EBUSY)],
+)
+def test_a_cache_that_cannot_be_written(
+    library: FakeLibrary,
+    cached: tuple[ringplane.Export, Driver],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    number: int,
+) -> None:
+    """The line has the name of the disk, which continues; what was cached is dropped if that is possible."""
+    running, driver = cached
+    emptied = library.calls.count("rbd_invalidate_cache")
+    with monkeypatch.context() as patch:
+        fail(running, patch, name, number)
+        with pytest.raises(HandoverError, match=f"vm1: its cache cannot be written: {os.strerror(number)}"):
+            taking_over(running)
+    assert driver.read(0, 512) == b"d" * 512
+    # One is that of the other process.
+    assert library.calls.count("rbd_invalidate_cache") - emptied == (2 if name == "rbd_flush" else 1)
+
+
+def test_a_cache_that_is_not_written_in_time(library: FakeLibrary, cached: tuple[ringplane.Export, Driver]) -> None:
+    running, driver = cached
+    library.hanging.add("rbd_flush")
+    try:
+        with pytest.raises(HandoverError, match="vm1: writing its cache took longer than 2 seconds"):
+            taking_over(running)
+        assert driver.read(0, 512) == b"d" * 512
+    finally:
+        library.answers.set()

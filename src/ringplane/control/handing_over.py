@@ -241,15 +241,25 @@ def _raise_first(exports: Sequence[Export], done: Sequence[BaseException | None]
             raise HandoverError(f"{export.name}: {result}")
 
 
-async def _empty_caches(exports: Iterable[Export]) -> None:
+async def _empty_caches(exports: Sequence[Export]) -> None:
     """The next process reads what is stored. Raises HandoverError."""
+    done = await asyncio.gather(*(_empty_cache(export) for export in exports), return_exceptions=True)
+    _raise_first(exports, done)
+
+
+async def _empty_cache(export: Export) -> None:
+    disk = export.disk
+    # After a failed flush the cache may never be written. The next process learns of that flush, as guests have.
+    may_be_lost = disk.source.flush_failed
     try:
-        async with asyncio.timeout(DRAIN_PATIENCE):
-            await asyncio.gather(*(export.disk.empty_cache() for export in exports))
-    except TimeoutError:
-        raise HandoverError(f"writing the cache of a disk took longer than {DRAIN_PATIENCE:g} seconds") from None
+        async with asyncio.timeout(DRAIN_PATIENCE) as limit:
+            await disk.empty_cache()
     except OSError as error:
-        raise HandoverError(f"the cache of a disk cannot be written: {error.strerror}") from None
+        # The storage may report a timeout of its own.
+        if limit.expired():
+            raise HandoverError(f"writing its cache took longer than {DRAIN_PATIENCE:g} seconds") from None
+        if not may_be_lost:
+            raise HandoverError(f"its cache cannot be written: {in_words(error)}") from None
 
 
 def _let_go(export: Export, undo: contextlib.AsyncExitStack) -> None:

@@ -298,9 +298,11 @@ class RbdSource(Source):
         self.flushes.make(lambda: self._opened.call("rbd_flush"))
 
     def empty_cache(self) -> None:
-        if not self.read_only:
-            self.sync()
-        self._opened.call("rbd_invalidate_cache")
+        try:
+            if not self.read_only:
+                self.sync()
+        finally:
+            self._opened.call("rbd_invalidate_cache")
 
     def hand_over(self) -> dict[str, Any]:
         return {TITLE: self.title, NUMBER: self.number}
