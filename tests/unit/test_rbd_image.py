@@ -162,6 +162,17 @@ def test_a_size_that_changes_before_it_is_served(library: FakeLibrary, tmp_path:
         library.size = 2 * SIZE
 
 
+def test_a_size_that_is_noticed_before_it_is_served(library: FakeLibrary, source: RbdSource) -> None:
+    """The thread of all watches runs already, because another disk is served."""
+    source.start_threads()
+    library.size = 2 * SIZE
+    source._opened.look()
+    wait_until(lambda: source._noticed == 2 * SIZE)
+    noticed = threading.Event()
+    source.watch(noticed.set)
+    assert noticed.wait(PATIENCE)
+
+
 @pytest.mark.parametrize("differs", ["rados_cluster_fsid", "rbd_get_id"])
 def test_another_image_of_this_name_is_not_taken_over(
     library: FakeLibrary, source: RbdSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differs: str

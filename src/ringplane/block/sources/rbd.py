@@ -269,6 +269,8 @@ class RbdSource(Source):
     def watch(self, changed: Callable[[], None]) -> None:
         """From now on; the image may have changed since it was opened."""
         self._changed = changed
+        # What was noticed before, on the thread that an earlier disk has started, was not reported to anybody.
+        self._noticed = self.size
         self._opened.look()
 
     def refresh_size(self) -> None:
