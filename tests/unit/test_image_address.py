@@ -196,6 +196,18 @@ def test_a_file_instead_of_it_and_it_instead_of_a_file(tmp_path: Path) -> None:
     assert not choose_source.is_offered(here, choose_source.open_source(elsewhere).hand_over())
 
 
+def test_what_a_confined_process_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line says what helps: naming its server does not if a buffered disk needs a connection of its own."""
+    monkeypatch.setattr(choose_source, "is_confined", lambda: True)
+    name_it = "start ringplane with --allow-server made::, or with this disk"
+    leave_out = "leave out buffered (direct = false), or start ringplane with this disk"
+    for alone, direct, right in ((False, False, name_it), (True, True, name_it), (True, False, leave_out)):
+        monkeypatch.setattr(Made, "buffered_alone", alone)
+        with pytest.raises(choose_source.NotReached) as caught:
+            choose_source.open_source(disk(Made(None, "x"), direct=direct))
+        assert caught.value.right == right
+
+
 def test_a_path_given_by_a_program() -> None:
     assert image_address.image_from(Path("made::x")) == Path("made::x")
     assert image_address.image_from("made::x") == Made(None, "x")

@@ -54,6 +54,8 @@ class RemoteImage:
 
     # Of the source: the key of REMOTE in block/sources/choose_source.py.
     source: ClassVar[str]
+    # Whether a buffered disk needs a connection of its own, so that no connection of --allow-server is enough for it.
+    buffered_alone: ClassVar[bool] = False
 
     @property
     def address(self) -> str:

@@ -58,6 +58,7 @@ class RbdImage(RemoteImage):
     """An image, or a snapshot of one. Empty or None: not given."""
 
     source = "rbd"
+    buffered_alone = True
 
     pool: str
     image: str

@@ -90,11 +90,18 @@ def reach(server: RemoteImage, signals: Signals = NONE) -> Callable[[], object]:
 def _reached_module(config: DiskConfig, image: RemoteImage, opener: Opener) -> RemoteModule:
     """Raises ImageError if this process is confined, and cannot connect to the server."""
     if is_confined() and not (REMOTE[image.source] in sys.modules and _module_of(image).is_reached(config, opener)):
-        raise NotReached(
-            f"{image}: this process may not connect to its server any more",
-            f"start ringplane with --allow-server {shlex.quote(image.of_server)}, or with this disk",
-        )
+        raise _not_reached(config, image)
     return _module_of(image)
+
+
+def _not_reached(config: DiskConfig, image: RemoteImage) -> NotReached:
+    what = f"{image}: this process may not connect to its server any more"
+    if image.buffered_alone and not config.direct:
+        return NotReached(
+            f"{what}, and a buffered disk needs a connection of its own",
+            "leave out buffered (direct = false), or start ringplane with this disk",
+        )
+    return NotReached(what, f"start ringplane with --allow-server {shlex.quote(image.of_server)}, or with this disk")
 
 
 def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LOCAL) -> Source:
