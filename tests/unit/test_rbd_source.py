@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ringplane.block.sources import rbd_cluster
 from ringplane.control.handover import HandoverError
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
+from ringplane.vhost_user.messages import Request
 from ringplane.virtio.blk import (
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
@@ -25,7 +26,9 @@ from ringplane.virtio.blk import (
 )
 
 from .fake_rbd_library import FakeLibrary
+from .protocol_rig import Machine, machine
 from .rig import PATIENCE
+from .waiting import wait_until
 
 OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
 
@@ -156,3 +159,38 @@ def test_a_cache_that_is_not_written_in_time(library: FakeLibrary, cached: tuple
         assert driver.read(0, 512) == b"d" * 512
     finally:
         library.answers.set()
+
+
+STOPS: dict[str, Callable[[Machine], object]] = {
+    "GET_VRING_BASE": lambda guest: guest.peer.get_vring_base(0),
+    "SET_VRING_ENABLE": lambda guest: guest.peer.set_vring_enable(0, False),
+    "SET_STATUS": lambda guest: guest.peer.set_status(0),
+    "RESET_OWNER": lambda guest: guest.peer.send(Request.RESET_OWNER),
+    "RESET_DEVICE": lambda guest: guest.peer.send(Request.RESET_DEVICE),
+    "disconnects": lambda guest: guest.peer.close(),
+}
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_the_cache_is_emptied_when_the_rings_stop(library: FakeLibrary, tmp_path: Path, how: str) -> None:
+    """Once, because later another client may use the image. Nothing was written, so no flush takes its lock."""
+    with ringplane.serve("rbd:rbd/vm1", tmp_path / "socket", num_queues=2, direct=False) as export:
+        with machine(export) as guest:
+            guest.start()
+            guest.read()
+            before = library.calls.count("rbd_invalidate_cache")
+            STOPS[how](guest)
+            wait_until(lambda: library.calls.count("rbd_invalidate_cache") == before + 1)
+        wait_until(lambda: export.state == "listening")
+    assert library.calls.count("rbd_invalidate_cache") == before + 1
+    assert "rbd_flush" not in library.calls
+
+
+def test_what_was_written_is_flushed_when_the_front_end_goes(
+    library: FakeLibrary, cached: tuple[ringplane.Export, Driver]
+) -> None:
+    _, driver = cached
+    assert "rbd_flush" not in library.calls
+    driver.front_end.close()
+    wait_until(lambda: "rbd_flush" in library.calls)
+    assert library.calls.count("rbd_flush") == 1

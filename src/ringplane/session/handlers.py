@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -71,7 +72,8 @@ class Handlers:
         if feature is not None and feature not in self.negotiation.protocol_features:
             raise Refused(f"sent although the protocol feature {feature.name} was not negotiated")
         check_fds(message)
-        reply = await handler(message)
+        async with self._cache_emptied():
+            reply = await handler(message)
         return reply if reply is None or isinstance(reply, Reply) else Reply(reply)
 
     @property
@@ -90,10 +92,32 @@ class Handlers:
 
     async def close(self) -> list[BaseException]:
         """Stop all rings and release all resources; returns the errors of rings."""
-        errors = await self.vrings.forget_all()
-        self.memory.close()
-        self._close_channel()
+        async with self._cache_emptied():
+            errors = await self.vrings.forget_all()
+            self.memory.close()
+            self._close_channel()
         return errors
+
+    @contextlib.asynccontextmanager
+    async def _cache_emptied(self) -> AsyncIterator[None]:
+        """At the end of this `async with`, if no ring runs any more: now another process may use the image.
+
+        There is no negative reply to GET_VRING_BASE, and without a reply the guest would leave all the same.
+        """
+        ran = self.vrings.served
+        try:
+            yield
+        finally:
+            if ran and not self.vrings.served:
+                await self._empty_cache()
+
+    async def _empty_cache(self) -> None:
+        try:
+            await self._disk.empty_cache()
+        except OSError as error:
+            self._logger.error(
+                "completed writes may be lost if the image is used elsewhere now: %s", error.strerror or error
+            )
 
     # Negotiation.
 
@@ -260,21 +284,8 @@ class Handlers:
         self.vrings[state.index].set_base(state.num, packed=self.negotiation.packed)
 
     async def _on_get_vring_base(self, message: Message) -> Payload:
-        """With the last ring the guest may leave: in a migration another process uses the image from now on."""
         index = _expect(message, VringState).index
-        base = await self.vrings[index].end(self.memory.inflight)
-        if not any(vring.queue.state.served for vring in self.vrings):
-            await self._empty_cache()
-        return VringState(index, base)
-
-    async def _empty_cache(self) -> None:
-        """There is no negative reply to GET_VRING_BASE, and without a reply the guest would leave all the same."""
-        try:
-            await self._disk.empty_cache()
-        except OSError as error:
-            self._logger.error(
-                "completed writes may be lost if the image is used elsewhere now: %s", error.strerror or error
-            )
+        return VringState(index, await self.vrings[index].end(self.memory.inflight))
 
     async def _on_set_vring_enable(self, message: Message) -> None:
         state = _expect(message, VringState)

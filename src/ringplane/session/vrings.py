@@ -38,6 +38,11 @@ class Vrings:
             raise Refused(f"queue {index} does not exist; there are {len(self._all)}")
         return self._all[index]
 
+    @property
+    def served(self) -> bool:
+        """Whether any of them is."""
+        return any(vring.queue.state.served for vring in self)
+
     async def stop_all(self) -> Sequence[Vring]:
         """Returns the rings that were running."""
         running = [vring for vring in self if vring.queue.state.served]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringplane.block.image import ImageError
+from ringplane.block.io import READ
 from ringplane.block.sources import rbd_part, rbd_watching
 from ringplane.block.sources.rbd_cluster import Access, Cluster, ClusterError
 from ringplane.block.sources.rbd_image import NoImage, OpenedImage, remove
@@ -209,6 +210,8 @@ class RbdSource(Source):
         self.direct = not opened.cluster.access.cache
         self.start = opened.start
         self.has_cache = not self.direct
+        # How many changes had ended when the cache was written.
+        self._written = 0
         self.number = opened.number
         digest = blake2b(f"{self.number}@{address.snapshot}".encode(), digest_size=5).hexdigest()
         self.serial = f"ringplane-{digest}"
@@ -300,11 +303,18 @@ class RbdSource(Source):
         self.flushes.make(lambda: self._opened.call("rbd_flush"))
 
     def empty_cache(self) -> None:
+        changes = self._changes()
         try:
-            if not self.read_only:
+            # A flush takes the exclusive lock, which another client may have by now.
+            if changes != self._written and not self.read_only:
                 self.sync()
+                self._written = changes
         finally:
             self._opened.call("rbd_invalidate_cache")
+
+    def _changes(self) -> int:
+        """How many requests have ended that are not reads; no ring runs."""
+        return sum(int(part.times.records["ended"][READ + 1 :].sum()) for part in self._parts)
 
     def hand_over(self) -> dict[str, Any]:
         return {TITLE: self.title, NUMBER: self.number}
