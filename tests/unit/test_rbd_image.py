@@ -12,6 +12,7 @@ import pytest
 from ringplane.block.image import ImageError
 from ringplane.block.sources import rbd, rbd_cluster
 from ringplane.block.sources.rbd import RbdSource
+from ringplane.block.sources.rbd_cluster import Cluster
 from ringplane.block.sources.rbd_image import LARGEST_SIZE
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.rbd_address import parse
@@ -31,8 +32,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
     wait_until(lambda: fake.calls[-1] == "rados_shutdown")
 
 
-def opened(tmp_path: Path, **options: Any) -> RbdSource:
-    config = DiskConfig(parse("rbd:rbd/vm1"), ["io0"], socket_path=tmp_path / "socket", **options)
+def opened(tmp_path: Path, address: str = "rbd:rbd/vm1", **options: Any) -> RbdSource:
+    config = DiskConfig(parse(address), ["io0"], socket_path=tmp_path / "socket", **options)
     source = rbd.open_source(config)
     assert isinstance(source, RbdSource)
     return source
@@ -129,18 +130,24 @@ def _refreshes(source: RbdSource) -> bool:
 
 
 def test_openings_that_hang(library: FakeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has been opened after all is closed again."""
-    monkeypatch.setattr(rbd, "OPEN_PATIENCE", 0.0)
-    monkeypatch.setattr(rbd, "OPENINGS", rbd.TimedCalls(2))
+    """What has been opened after all is closed again. Meanwhile images of another cluster can be opened."""
+    monkeypatch.setattr(rbd_cluster, "OPENINGS", 2)
+    monkeypatch.setattr(Cluster, "_all", {})
     library.hanging.add("rbd_open")
-    for _ in range(2):
-        with pytest.raises(ImageError, match="the cluster does not answer within"):
+    with monkeypatch.context() as patch:
+        patch.setattr(rbd, "OPEN_PATIENCE", 0.0)
+        for _ in range(2):
+            with pytest.raises(ImageError, match="the cluster does not answer within"):
+                opened(tmp_path)
+        wait_until(lambda: library.calls.count("rbd_open hangs") == 2)
+        library.hanging.clear()
+        with pytest.raises(ImageError, match="has not answered what it was asked before"):
             opened(tmp_path)
-    with pytest.raises(ImageError, match="has not answered what it was asked before"):
-        opened(tmp_path)
+    opened(tmp_path, "rbd:rbd/vm1:conf=/other").close()
+    wait_until(lambda: library.calls.count("rados_shutdown") == 1)
     library.answers.set()
-    wait_until(lambda: library.calls.count("rbd_close") == 2)
-    wait_until(lambda: library.calls[-1] == "rados_shutdown")
+    wait_until(lambda: library.calls.count("rados_shutdown") == 2)
+    assert library.calls.count("rbd_close") == 3
 
 
 def test_a_size_that_changes_before_it_is_served(library: FakeLibrary, tmp_path: Path) -> None:

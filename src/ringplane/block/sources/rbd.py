@@ -4,7 +4,8 @@ The image has one exclusive lock, which librbd takes at the first write and give
 So both ends of a live migration can have the image open, and so can the two processes of a planned restart.
 
 What waits for the cluster runs with a time limit, on a thread of its own, because none of it can be cancelled. How many
-of these threads may be left is limited: one that opens, asks or changes each image, and one that closes it.
+of these threads may be left is limited: some that open images of each cluster (rbd_cluster.py), one that asks or
+changes each image, and one that closes it.
 """
 
 from __future__ import annotations
@@ -46,9 +47,6 @@ log = logging.getLogger(__name__)
 # Seconds that the cluster has to open an image, for a question about an open one, and to close it.
 OPEN_PATIENCE, ASK_PATIENCE, CLOSE_PATIENCE = 30.0, 10.0, 5.0
 
-# How many openings of all clusters may hang after their time.
-OPENINGS = TimedCalls(16)
-
 # In what is offered to a successor: the name of the image, and what no other image of any cluster has.
 TITLE, NUMBER = "rbd", "rbd-number"
 
@@ -82,7 +80,12 @@ def reach(server: RemoteImage, signals: Signals) -> Callable[[], object]:
     assert isinstance(server, RbdImage)
     access = Access.of(server, cache=False)
     cluster: Cluster = _in_words(
-        server.of_server, OPENINGS, OPEN_PATIENCE, lambda: Cluster.use(access), signals, Cluster.release
+        server.of_server,
+        Cluster.openings(access),
+        OPEN_PATIENCE,
+        lambda: Cluster.use(access),
+        signals,
+        Cluster.release,
     )
     keep(SYSTEM_CALLS)
     return lambda: _left_alone(server.of_server, cluster.release)
@@ -158,7 +161,8 @@ def _source(
             opener=opener,
         )
 
-    found = _in_words(address.title, OPENINGS, OPEN_PATIENCE, opened, signals, OpenedImage.discard)
+    calls = Cluster.openings(Access.of(address, cache=not config.direct))
+    found = _in_words(address.title, calls, OPEN_PATIENCE, opened, signals, OpenedImage.discard)
     keep(SYSTEM_CALLS)
     source = RbdSource(found, read_only=read_only, block_size=config.block_size)
     if source.size % config.block_size:

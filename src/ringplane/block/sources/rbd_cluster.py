@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from ringplane.block.sources.rbd_library import RESULT, Library, library
 from ringplane.options.rbd_address import RbdImage
+from ringplane.system.time_limits import TimedCalls
 
 # In place of Ceph's defaults: (default, ours). client_mount_timeout: seconds until rados_connect(3) gives up.
 # librados_thread_count: threads that do I/O and call the callback. With two, each piece of work wakes the other one:
@@ -26,6 +27,9 @@ OPTIONS = {"rbd_non_blocking_aio": "true"}
 # librbd's cache is off, or has only what was read or written to the cluster. A guest outlives this process when it is
 # killed, and would not notice that completed writes are lost; so only an option of the disk allows that.
 WITHOUT_CACHE, WITH_CACHE = {"rbd_cache": "false"}, {"rbd_cache_max_dirty": "0"}
+
+# How many openings of one cluster may hang after their time.
+OPENINGS = 16
 
 
 class ClusterError(Exception):
@@ -62,6 +66,8 @@ class _Shared:
     lock: threading.Lock = field(default_factory=threading.Lock)
     cluster: Cluster | None = None
     users: int = 0
+    # What connects, and opens images: a cluster that hangs does not hold up others.
+    openings: TimedCalls = field(default_factory=lambda: TimedCalls(OPENINGS))
 
 
 class Cluster:
@@ -136,6 +142,11 @@ class Cluster:
     def is_connected(cls, access: Access) -> bool:
         """Whether `use` need not open any file."""
         return cls._shared(access).cluster is not None
+
+    @classmethod
+    def openings(cls, access: Access) -> TimedCalls:
+        """What calls `use`, and whatever waits for the cluster until an image is open."""
+        return cls._shared(access).openings
 
     def release(self) -> None:
         """The last one disconnects."""
