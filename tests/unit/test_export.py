@@ -114,6 +114,21 @@ def test_a_source_that_cannot_be_watched_ends_its_disk(
     assert not (tmp_path / "socket").exists()
 
 
+def test_a_source_that_cannot_be_closed_ends_its_disk(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    export = ringplane.serve(image, tmp_path / "socket", num_queues=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(export.disk.source, "close", fail)
+        export.request_stop()
+        assert export.wait(SOON * 12)
+    export.disk.source.close()
+    assert "could not be closed because of an internal error; please report it" in caplog.text
+
+
 class Loaded:
     """A load on a driver, in a separate thread."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,3 +247,16 @@ def test_all_of_it_is_closed_if_a_part_cannot_be(library: FakeLibrary, source: R
     wait_until(lambda: library.calls[-1] == "rados_shutdown")
     assert library.calls[-4:] == ["rbd_update_unwatch", "rbd_close", "rados_ioctx_destroy", "rados_shutdown"]
     wait_until(lambda: source not in rbd._closing)
+
+
+def test_it_is_closed_without_fds(library: FakeLibrary, source: RbdSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is closed on the thread that wants it, however long that takes."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", refuse)
+        source.close()
+    assert library.calls[-4:] == ["rbd_update_unwatch", "rbd_close", "rados_ioctx_destroy", "rados_shutdown"]
+    assert source not in rbd._closing

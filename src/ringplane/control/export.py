@@ -257,9 +257,14 @@ class Export:
             self.operations.end()
             self._limiting.remove(self.disk)
             # Storage that hangs must not stop other disks.
-            await closed(self.disk.close)
-            self._quota.end()
-            self._finished.set()
+            try:
+                await closed(self.disk.close)
+            except Exception:
+                self._logger.exception("could not be closed because of an internal error; please report it")
+            finally:
+                self._quota.end()
+                # Whoever stops it waits for this.
+                self._finished.set()
 
     async def _serve(self) -> None:
         """One front end after the other; others that connect meanwhile wait in the socket's queue."""

@@ -32,7 +32,6 @@ from ringplane.options.disk_config import DiskConfig
 from ringplane.options.engine_names import MEMORY, NULL
 from ringplane.options.image_address import RemoteImage
 from ringplane.options.rbd_address import RbdImage
-from ringplane.system.aside import NoThread
 from ringplane.system.confinement import is_confined, keep
 from ringplane.system.digests import blake2b
 from ringplane.system.seccomp import Only
@@ -334,7 +333,8 @@ class RbdSource(Source):
             TimedCalls().within(CLOSE_PATIENCE, self._end)
         except NotInTime:
             log.warning("%s: the cluster does not answer, so the image is left open", self.title)
-        except NoThread:
+        except OSError:
+            # No thread or no fd is left for it; the errors of `_end` itself are logged there.
             self._end()
 
     def _end(self) -> None:
