@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import socket
 import struct
 import threading
@@ -14,12 +15,12 @@ from typing import cast
 import pytest
 
 import ringplane
-from ringplane.block.sources.nbd import reconnecting, silence
+from ringplane.block.sources.nbd import reconnecting, silence, slowness
 from ringplane.control.handover import HandoverError
 from ringplane.driver import Driver
 
 from ..nbd_server import NbdServer, Request
-from ..rig import PATIENCE
+from ..rig import IOERR, PATIENCE
 from ..waiting import wait_until
 from .names import READ, Served
 
@@ -143,9 +144,54 @@ def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slowness, "LONGEST_REPLY", 0.05)
     monkeypatch.setattr(silence, "LONGEST_SILENCE", 300)
     monkeypatch.setattr(silence, "LAST_ANSWER", 100)
     monkeypatch.setattr(reconnecting, "LOOK", 0.02)
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+@pytest.mark.parametrize("begun", [0, 20, 2000])
+def test_a_reply_that_does_not_come(
+    server: NbdServer, served: Served, begun: int, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of it, or only so many bytes: the log says that the guest waits, and when the rest has come."""
+    caplog.set_level(logging.INFO)
+    go = threading.Event()
+
+    def slowly(request: Request, server: NbdServer) -> bytes:
+        reply = server.usual(request)
+        server.connections[0].sendall(reply[:begun])
+        assert go.wait(PATIENCE)
+        return reply[begun:]
+
+    server.reply = slowly
+    driver = served()
+    sent = driver._submit_request(READ, 0, b"", 4096, 0)
+    wait_until(lambda: "the server has not replied to a request for " in caplog.text)
+    go.set()
+    assert driver._answer(*sent).data == server.content[:4096]
+    wait_until(lambda: "the server replies again" in caplog.text)
+    assert caplog.text.count("the guest waits") == 1
+
+
+@pytest.mark.parametrize("structured", [True], indirect=True)
+def test_a_server_that_is_killed_while_it_hangs(
+    server: NbdServer,
+    hanging: threading.Event,
+    served: Served,
+    impatient: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It has not replied then, though no request waits for it any more."""
+    caplog.set_level(logging.INFO)
+    driver = served()
+    sent = driver._submit_request(READ, 0, b"", 4096, 0)
+    wait_until(lambda: "the guest waits" in caplog.text)
+    server.drop_connections()
+    assert driver._answer(*sent).status == IOERR
+    wait_until(lambda: "connected again" in caplog.text)
+    assert "replies again" not in caplog.text
 
 
 def test_a_peer_that_is_gone(connected: tuple[socket.socket, socket.socket], impatient: None) -> None:

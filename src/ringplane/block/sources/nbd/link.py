@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import threading
+import time
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ringplane.block.sources.nbd.layout import (
     BROKEN,
     CLOSED,
     ENDLESS,
+    FREE,
     LINK,
     OUT_OF_PLACE,
     REQUEST,
@@ -75,7 +77,9 @@ class Link(SourcePart):
             self._epoll = undo.enter_context(select.epoll())
             self._wake_fd, self._sync_fd = (_eventfd(undo) for _ in range(2))
             self._fds = undo.pop_all()
+        # The connection, and since when there is this one, by time.monotonic_ns().
         self._sock: socket.socket | None = None
+        self._since = 0
         self._closed = self._silent = False
         # Whether the I/O thread uses the link, whether another process has its connection, and the lock of who uses the
         # link in place of the I/O thread: never held for long.
@@ -138,6 +142,7 @@ class Link(SourcePart):
             sock.close()
             raise
         self._sock, self._silent = sock, False
+        self._since = time.monotonic_ns()
 
     def stop_waiting(self) -> None:
         """Fail what waits for a connection."""
@@ -191,6 +196,13 @@ class Link(SourcePart):
         with self._lock:
             if not self._attached and not self._left:
                 ready(self.address, 0)
+
+    def waited(self) -> float:
+        """For how many seconds a request has been with the server, or waited to be sent; 0: there is none."""
+        begun = self._requests["began"][self._requests["state"] != FREE]
+        if self.connection is None or not begun.size:
+            return 0.0
+        return (time.monotonic_ns() - max(int(begun.min()), self._since)) / 1e9
 
     @property
     def over_tcp(self) -> bool:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from ringplane.block.sources.nbd.connecting import PATIENCE
 from ringplane.block.sources.nbd.handshake import HandshakeError
 from ringplane.block.sources.nbd.silence import LOOK
+from ringplane.block.sources.nbd.slowness import Slowness
 from ringplane.block.sources.service import ServiceState
 from ringplane.opener.opener import OpenerEnded
 from ringplane.system.notes import in_words
@@ -87,6 +88,7 @@ class Reconnecting:
         self.lost_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ending = _Ending()
         self._links: list[Link] = []
+        self._slowness = Slowness(title, self._links)
         self._outages: dict[Link, _Outage] = {}
         # The next attempt, by time.monotonic(), the pause after it, and why the last one failed.
         self._attempt_at, self._pause, self._error = 0.0, FIRST_PAUSE, ""
@@ -153,6 +155,7 @@ class Reconnecting:
             link.look_after()
             if why := link.take_loss():
                 self._note(link, why)
+        self._slowness.look()
 
     def _left(self) -> float | None:
         """Seconds until there is something to do; None: there is nothing."""
@@ -160,7 +163,7 @@ class Reconnecting:
         left = [end - now for end in self._ends]
         if self._lost:
             left.append(self._attempt_at - now)
-        if any(link.over_tcp for link in self._links):
+        if any(link.connection for link in self._links):
             left.append(LOOK)
         return max(min(left), 0) if left else None
 

@@ -15,7 +15,7 @@ import struct
 # was sent last may still come.
 LONGEST_SILENCE, LAST_ANSWER = 25_000, 1000
 
-# Seconds between two looks.
+# Seconds between two looks at a connection.
 LOOK = 5.0
 
 # The start of struct tcp_info: tcpi_probes, tcpi_unacked, tcpi_last_data_sent, tcpi_last_ack_recv.
