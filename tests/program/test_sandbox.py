@@ -35,6 +35,7 @@ from ringplane.system.seccomp import REFUSE, SECCOMP_RET_ALLOW, SECCOMP_RET_KILL
 from ringplane.system.syscall_numbers import FIRST_COMMON, MACHINE, MACHINES, NUMBERS, TABLE
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_FINISH, VIRTIO_BLK_T_ZONE_RESET
 from strict_sandbox import STRICT_SERVE
+from unit.nbd_server import NbdServer
 from unit.rig import loop_device, need_engine
 from unit.waiting import wait_until
 
@@ -185,7 +186,7 @@ from ringplane.system import landlock
 from ringplane.system import libc
 from ringplane.system.syscall_numbers import NUMBERS
 
-folder, how = sys.argv[1:]
+folder, how, image, port, other_port = sys.argv[1:]
 elsewhere = os.path.join(os.path.dirname(folder), "elsewhere")
 parent = os.getppid()
 
@@ -217,6 +218,9 @@ ATTEMPTS = {
     "signal others": lambda: os.kill(parent, 0),
     "abstract socket": connect_abstract,
     "inet socket": lambda: socket.socket(socket.AF_INET).close(),
+    "netlink socket": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close(),
+    "connect to a server": lambda: socket.socket().connect(("127.0.0.1", int(port))),
+    "connect elsewhere": lambda: socket.socket().connect(("127.0.0.1", int(other_port))),
     "inet bind": lambda: socket.socket(socket.AF_INET).bind(("127.0.0.1", 0)),
     "map code": map_code,
     "make code": make_code,
@@ -251,23 +255,30 @@ def on_control_thread():
 
 
 give_up = {"all": sandbox.confine, "files": files_alone}[how]
-with ringplane.serve(folder + "/image", folder + "/socket", create=1 << 20, give_up=give_up) as export:
+create = None if "://" in image else 1 << 20
+with ringplane.serve(image, folder + "/socket", create=create, give_up=give_up) as export:
     (worker,) = export.threads.workers.values()
     found = {"I/O": worker.call(attempt_all).result(), "control": on_control_thread(), "main": attempt_all()}
 print(json.dumps(found))
 """
 
 
+# By thread and attempt.
+Attempts = Callable[..., dict[str, dict[str, str]]]
+
+
 @pytest.fixture
-def attempts(tmp_path: Path) -> Callable[[str], dict[str, dict[str, str]]]:
+def attempts(tmp_path: Path) -> Attempts:
     folder = tmp_path / "sockets"
     folder.mkdir()
     for name in ("a", "removable", "../elsewhere"):
         (folder / name).touch()
 
-    def attempt_all(how: str) -> dict[str, dict[str, str]]:
+    def attempt_all(
+        how: str, image: str = str(folder / "image"), port: int = 1, other_port: int = 1
+    ) -> dict[str, dict[str, str]]:
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", ATTEMPTS, str(folder), how]
+        command = [sys.executable, "-c", ATTEMPTS, str(folder), how, image, str(port), str(other_port)]
         # Some of the attempts succeed without the filter, and must be harmless.
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SOON, env=environment
@@ -280,17 +291,42 @@ def attempts(tmp_path: Path) -> Callable[[str], dict[str, dict[str, str]]]:
     return attempt_all
 
 
+# The others: EPERM.
+REFUSED = {"io_uring": "ENOSYS", "remove elsewhere": "EACCES"}
+
+
 @needs_all
-def test_nothing_but_serving_is_left(attempts: Callable[[str], dict[str, dict[str, str]]]) -> None:
+def test_nothing_but_serving_is_left(attempts: Attempts) -> None:
     found = attempts("all")
     assert found["I/O"].pop("remove a socket") == "done"
     assert found["control"].pop("remove a socket") == found["main"].pop("remove a socket") == "ENOENT"
-    refused = dict.fromkeys(found["main"], "EPERM") | {"io_uring": "ENOSYS", "remove elsewhere": "EACCES"}
+    refused = dict.fromkeys(found["main"], "EPERM") | REFUSED
     assert found == dict.fromkeys(("I/O", "control", "main"), refused)
 
 
 @needs_all
-def test_landlock_holds_without_the_filter(attempts: Callable[[str], dict[str, dict[str, str]]]) -> None:
+@pytest.mark.parametrize("kind", ["UNIX", "TCP"])
+def test_an_nbd_disk_keeps_the_right_to_connect_to_its_server(attempts: Attempts, tmp_path: Path, kind: str) -> None:
+    """At a UNIX socket, or at one TCP port; and no other right that a file does not need."""
+    server = NbdServer(tmp_path / "nbd", bytearray(MIB), port=0 if kind == "TCP" else None)
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        port = server.port or tcp.getsockname()[1]
+        with open_abstract():
+            found = attempts("all", server.uri, port, elsewhere.getsockname()[1])
+    server.stop()
+    assert found["I/O"].pop("remove a socket") == "done"
+    assert found["control"].pop("remove a socket") == found["main"].pop("remove a socket") == "ENOENT"
+    allowed = {"inet socket": "done", "connect to a server": "done", "connect elsewhere": "done"}
+    if landlock.version() >= 4:
+        allowed |= {"connect elsewhere": "EACCES"} | ({} if kind == "TCP" else {"connect to a server": "EACCES"})
+    if landlock.version() < 6:
+        allowed["abstract socket"] = "done"
+    for thread, each in found.items():
+        assert {name: how for name, how in each.items() if how != REFUSED.get(name, "EPERM")} == allowed, thread
+
+
+@needs_all
+def test_landlock_holds_without_the_filter(attempts: Attempts) -> None:
     expected = dict.fromkeys(
         ("read a file", "make a file", "list a folder", "rename", "remove elsewhere", "make a socket's file"), "EACCES"
     )

@@ -63,10 +63,36 @@ def test_a_disk_comes_and_goes(serve: Serve, server: NbdServer) -> None:
             assert server.commands()[-1] == nbd.CMD_FLUSH
             served.api.post("/v1/disks/n/resume")
             assert driver.read(512, 512) == pattern(4096, 3)[512:1024]
-            assert served.api.request("POST", "/v1/disks/n/resize").error["what"].endswith("restart ringplane")
+            for wanted, words in ((None, "the size of an export cannot"), ({"size": 2 * SIZE}, "NBD cannot change")):
+                error = served.api.request("POST", "/v1/disks/n/resize", wanted).error
+                assert words in error["what"]
+                assert error["what"].endswith("restart ringplane")
         assert eventually(lambda: served.api.disk("n")["state"] == "listening")
         served.api.delete("/v1/disks/n")
         server.content[:4096] = pattern(4096)
+    served.end()
+
+
+@needs_all
+@pytest.mark.parametrize("server", ["several"], indirect=True)
+@pytest.mark.parametrize("kind", ["UNIX", "TCP"])
+def test_a_disk_from_the_start(serve: Serve, server: NbdServer, kind: str) -> None:
+    """The process itself connects, and connects again; any other call than for that ends it."""
+    if kind == "TCP":
+        server.stop()
+        server.port = 0
+        server.start()
+    options = ("--image", server.uri, "--socket-path", "n.sock", "--nbd-reconnect-delay", "60", "--num-queues", "2")
+    served = serve("--api-socket", "api.sock", *options, "--io-threads", "2", strict=True)
+    with served.attach("n.sock") as driver:
+        for number in range(2):
+            driver.write(0, pattern(65536, number))
+            driver.flush()
+            driver.discard(4096, 4096)
+            driver.write_zeroes(8192, 4096)
+            assert driver.read(12288, 4096) == pattern(65536, number)[12288:16384]
+            server.stop()
+            server.start()
     served.end()
 
 

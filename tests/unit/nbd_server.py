@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import socket
 import struct
 import threading
@@ -193,6 +195,23 @@ class NbdServer:
         elif request.command in (nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES):
             self.content[start:end] = bytes(request.length)
         return simple(request)
+
+
+def in_pieces(server: NbdServer, request: Request, chance: random.Random) -> list[bytes]:
+    """Chunks with the data of a read, in any order; the last one says that it is the last."""
+    cuts = sorted({0, request.length, *(chance.randrange(request.length) for _ in range(chance.randrange(9)))})
+    pieces = list(itertools.pairwise(cuts))
+    chance.shuffle(pieces)
+    empty_end = chance.random() < 0.5
+    found = []
+    for number, (start, end) in enumerate(pieces, 1):
+        place, done = request.offset + start, number == len(pieces) and not empty_end
+        data = bytes(server.content[place : place + end - start])
+        if any(data):
+            found.append(data_chunk(request, place, data, done=done))
+        else:
+            found.append(hole_chunk(request, place, len(data), done=done))
+    return [*found, chunk(request, nbd.TYPE_NONE, done=True)] if empty_end else found
 
 
 def option_reply(option: int, kind: int, data: bytes = b"") -> bytes:

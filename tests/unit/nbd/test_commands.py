@@ -17,6 +17,7 @@ from ringplane.virtio import blk
 
 from ..nbd_server import EVERYTHING, NbdServer, Request, error_chunk, simple
 from ..rig import IOERR, OK, PATIENCE, pattern
+from ..waiting import wait_until
 from .names import READ, SIZE, WRITE, Served
 
 
@@ -213,3 +214,13 @@ def test_a_server_that_allows_one_connection(server: NbdServer, served: Served) 
     driver = served(num_queues=2, io_threads=2)
     assert server.accepted == 1
     assert driver.read(0, 4096, 1) == server.content[:4096]
+
+
+def test_limits(server: NbdServer, tmp_path: Path) -> None:
+    """They hold for an export as for a file."""
+    with (
+        ringplane.serve(server.uri, tmp_path / "socket", num_queues=1) as export,
+        Driver(tmp_path / "socket", timeout=PATIENCE) as driver,
+    ):
+        export.change_limits({"total-iops-sec": 50})
+        wait_until(lambda: driver.read(0, 512) == server.content[:512] and export.throttled > 0)

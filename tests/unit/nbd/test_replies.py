@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import logging
 import random
 import struct
@@ -24,7 +23,7 @@ from ringplane.driver import Driver
 from ringplane.options.disk_config import DiskConfig
 from ringplane.virtio import blk
 
-from ..nbd_server import HangUp, NbdServer, Request, chunk, data_chunk, error_chunk, hole_chunk, simple
+from ..nbd_server import HangUp, NbdServer, Request, chunk, data_chunk, error_chunk, hole_chunk, in_pieces, simple
 from ..rig import IOERR, OK, PATIENCE, eventually
 from .names import READ, SIZE, WRITE, Served
 
@@ -45,23 +44,6 @@ def test_chunks(server: NbdServer, served: Served) -> None:
 
     server.reply = in_chunks
     assert served().read(0, 65536) == server.content[:65536]
-
-
-def in_pieces(server: NbdServer, request: Request, chance: random.Random) -> list[bytes]:
-    """Chunks with the data of a read, in any order; the last one says that it is the last."""
-    cuts = sorted({0, request.length, *(chance.randrange(request.length) for _ in range(chance.randrange(9)))})
-    pieces = list(itertools.pairwise(cuts))
-    chance.shuffle(pieces)
-    empty_end = chance.random() < 0.5
-    found = []
-    for number, (start, end) in enumerate(pieces, 1):
-        place, done = request.offset + start, number == len(pieces) and not empty_end
-        data = bytes(server.content[place : place + end - start])
-        if any(data):
-            found.append(data_chunk(request, place, data, done=done))
-        else:
-            found.append(hole_chunk(request, place, len(data), done=done))
-    return [*found, chunk(request, nbd.TYPE_NONE, done=True)] if empty_end else found
 
 
 @pytest.mark.parametrize("structured", [True], indirect=True)
@@ -240,7 +222,7 @@ def test_a_wrong_reply(
 
 
 @pytest.mark.parametrize("length", [0, 3, 16, 19, 27, 28, 29, 1000])
-def test_half_a_reply(server: NbdServer, served: Served, length: int) -> None:
+def test_half_a_reply(server: NbdServer, served: Served, length: int, caplog: pytest.LogCaptureFixture) -> None:
     def half(request: Request, server: NbdServer) -> bytes | None:
         if server.accepted > 1:
             return None
@@ -249,6 +231,7 @@ def test_half_a_reply(server: NbdServer, served: Served, length: int) -> None:
 
     server.reply = half
     assert served(nbd_reconnect_delay=60).read(4096, 4096) == server.content[4096:8192]
+    assert "the server closed the connection; connecting again" in caplog.text
 
 
 def test_replies_byte_by_byte(server: NbdServer, served: Served) -> None:
