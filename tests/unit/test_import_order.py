@@ -19,7 +19,7 @@ ARCHITECTURE = Path(__file__).parents[2] / "docs/architecture.md"
 ORDER = (
     *("system", "opener", "options", "log", "recordings", "compiler", "native", "metrics", "limits", "guest_memory"),
     *("vhost_user", "virtio", "inflight", "engines", "policies", "block", "dataplane", "device", "session", "control"),
-    *("__init__", "api", "client", "driver", "bench", "cli", "__main__"),
+    *("__init__", "api", "client", "driver", "bench", "crash", "cli", "__main__"),
 )
 
 # What `ringplane --help` imports beside Python's own modules, and of us: it has to be quick, and must work without

@@ -10,9 +10,9 @@ import click
 from ringplane import __version__
 from ringplane.system.signals import CaughtSignals
 
-COMMANDS = ("serve", "ctl", "top", "trace", "check", "demo", "bench", "compile")
+COMMANDS = ("serve", "ctl", "top", "trace", "check", "demo", "bench", "compile", "crash")
 # These commands check for signals themselves; a signal ends the others at any point: they leave nothing half made.
-INTERRUPTIBLE = ("serve", "top", "trace", "demo", "bench", "compile")
+INTERRUPTIBLE = ("serve", "top", "trace", "demo", "bench", "compile", "crash")
 
 
 class Commands(click.Group):

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import click
@@ -114,14 +114,14 @@ def report(out: Path, recorded: Recorded, summary: Summary) -> None:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
+def replaced(path: Path, mode: str = "w") -> Iterator[Any]:
     """A file that appears at the path when it is complete. Raises ClickException."""
     try:
         if path.exists() and not path.is_file():
             raise click.ClickException(f"{path}: is not a regular file; name another one with --out")
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
-                yield file  # type: ignore[misc]
+                yield file
                 file.flush()
                 os.chmod(file.name, 0o666 & ~umask())
                 os.replace(file.name, path)
