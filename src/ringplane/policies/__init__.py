@@ -27,7 +27,10 @@ returns, `io_view.py` what it can ask about an I/O. `loading.py` makes a policy 
 from ringplane.compiler.jit import compiled
 from ringplane.engines.common import DISCARD, FLUSH, READ, SECURE_ERASE, WRITE, ZERO
 from ringplane.policies.answers import DROP, HANG, PASS, after, delay, fail, redirect, tear
+from ringplane.policies.choosing import is_turn
 from ringplane.policies.declaring import Policy, counter, parameter, policy, state
+from ringplane.policies.distributions import DISTRIBUTION, random_time
+from ringplane.policies.fixed_point import log2, square_root
 from ringplane.policies.io_view import (
     ANY,
     below,
@@ -46,6 +49,7 @@ from ringplane.policies.parameter_kinds import DURATION, OPERATION, RANGE, SIZE,
 __all__ = [
     "ANY",
     "DISCARD",
+    "DISTRIBUTION",
     "DROP",
     "DURATION",
     "FLUSH",
@@ -68,13 +72,17 @@ __all__ = [
     "exponential",
     "fail",
     "is_a",
+    "is_turn",
     "load8",
+    "log2",
     "normal",
     "one_of",
     "parameter",
     "policy",
     "random",
+    "random_time",
     "redirect",
+    "square_root",
     "state",
     "store8",
     "tear",
