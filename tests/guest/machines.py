@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,6 +193,17 @@ class UmlGuest(Guest):
 
 def read(console: Path) -> str:
     return console.read_text(errors="replace")
+
+
+def when(console: Path, text: str, what: Callable[[], None]) -> None:
+    """Do it beside the test, when the guest has written this text."""
+
+    def wait() -> None:
+        while not console.exists() or text not in read(console):
+            time.sleep(0.1)
+        what()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def wait_for_result(

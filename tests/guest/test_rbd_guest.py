@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ from ceph import CephCluster
 
 from . import workloads
 from .back_end_processes import STAND_IN, BackendFactory, Disturbed
-from .machines import QemuGuest
+from .machines import QemuGuest, when
 from .test_migration import migrate
 
 pytestmark = pytest.mark.skipif(STAND_IN, reason="these are about ringplane's own source")
@@ -59,17 +56,6 @@ def test_live_resize(backend: BackendFactory, qemu: QemuGuest, cluster: CephClus
 
 def resize(cluster: CephCluster, image: str, mib: int) -> None:
     cluster.rbd("resize", image, "--size", f"{mib}M", "--allow-shrink", "--no-progress")
-
-
-def when(console: Path, text: str, what: Callable[[], None]) -> None:
-    """Do it beside the test, when the guest has written this text."""
-
-    def wait() -> None:
-        while not console.exists() or text not in console.read_text(errors="replace"):
-            time.sleep(0.1)
-        what()
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.mark.parametrize("victim", ["ringplane", "osd"])
