@@ -23,6 +23,10 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def thread() -> HttpThread:
+    return stopped_soon(application)
+
+
+def stopped_soon(application: Any) -> HttpThread:
     """It serves one turn of its loop, in which a client is accepted, and is stopped in the next one."""
     thread = HttpThread("test")
     thread.open(application, socket.create_server(("127.0.0.1", 0)), [])
@@ -51,3 +55,29 @@ def test_a_client_that_asks_nothing_is_not_waited_for(thread: HttpThread) -> Non
         asyncio.run(thread.run())
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1000) == b""
+
+
+def test_a_stream_that_ends_with_the_process_is_sent_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than other requests may."""
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        connection, stopping = scope["state"]["connection"], asyncio.Event()
+
+        def stop() -> None:
+            monkeypatch.setattr(http_thread, "STOP_PATIENCE", 0.0)
+            stopping.set()
+
+        connection.at_shutdown = stop
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await stopping.wait()
+        await asyncio.sleep(0.05)
+        await send({"type": "http.response.body", "body": b"rest"})
+        connection.at_shutdown = None
+
+    monkeypatch.setattr(http_thread, "STOP_PATIENCE", SOON)
+    monkeypatch.setattr(http_thread, "REST_PATIENCE", SOON)
+    thread = stopped_soon(stream)
+    with connected(thread) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        asyncio.run(thread.run())
+        assert b"".join(iter(lambda: client.recv(1000), b"")).endswith(b"\r\n\r\nrest")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, MutableMapping
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from ringplane.api.trace_stream import SHORTEST, Sender
+from ringplane.api.trace_stream import SHORTEST, Sender, TraceStream
 from ringplane.control.recording import Portion, Recording
 from ringplane.dataplane.trace_layout import EVENT
 
@@ -51,6 +53,49 @@ def test_it_ends_while_there_is_more(seconds: float | None, ended_after: int) ->
     assert not reading.is_alive()
 
 
+class Nothing:
+    """A recording without events."""
+
+    def __init__(self) -> None:
+        self.ending = threading.Event()
+
+    def look(self) -> int:
+        return 0
+
+    def read(self) -> Iterator[Portion]:
+        return iter(())
+
+    async def stop(self) -> None:
+        pass
+
+
 def _drop(sock: socket.socket) -> None:
     while sock.recv(1 << 16):
         pass
+
+
+def test_a_stream_that_begins_when_the_process_stops_has_an_end() -> None:
+    """Its connection was ended before the stream could ask to be notified of that."""
+    ours, theirs = socket.socketpair()
+    sent: list[bytes] = []
+
+    async def share() -> socket.socket:
+        return ours
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def check() -> None:
+        connection = SimpleNamespace(stopping=True, at_shutdown=None, share=share)
+        scope = {"state": {"connection": connection}, "http_version": "1.1"}
+        async with asyncio.timeout(PATIENCE):
+            await TraceStream(cast(Recording, Nothing()), None)(scope, receive, send)
+        assert connection.at_shutdown is None
+
+    with theirs:
+        asyncio.run(check())
+    assert b'"process-ends":true' in b"".join(sent)

@@ -70,8 +70,10 @@ class Connection(H11Protocol):
         self._request_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since = 0.0
-        # Called when the process stops, for an answer that would not end.
+        # Called when the process stops, for an answer that would not end. It is None again when that has ended.
         self.at_shutdown: Callable[[], object] | None = None
+        # Whether the process stops: then nobody calls what is set later.
+        self.stopping = False
 
     @property
     def idle(self) -> bool:
@@ -104,6 +106,7 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         """End when the present request has been answered."""
         super().shutdown()
+        self.stopping = True
         if self.at_shutdown:
             self.at_shutdown()
 

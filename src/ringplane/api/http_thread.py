@@ -23,6 +23,9 @@ ACCEPTED_AT_A_TIME, WAITING = 16, 1024
 # that have connected and not asked yet, which are looked for so often.
 STOP_PATIENCE, STOP_LOOK = 0.5, 0.005
 
+# Seconds for clients to read the rest of a stream that ends when the process stops: a trace may have megabytes left.
+REST_PATIENCE = 5.0
+
 # Seconds until no client is accepted any more; guests wait meanwhile.
 RELEASE_PATIENCE = 0.5
 
@@ -118,6 +121,7 @@ class HttpThread:
         for connection in list(self._state.connections):
             connection.shutdown()
         await self._answer_all()
+        await self._send_rest()
         for connection in list(self._state.connections):
             connection.transport.abort()
         # Streams without an end notice that their client has gone. A task that is cancelled is logged as a fault.
@@ -147,6 +151,14 @@ class HttpThread:
         """Let the requests that are being answered end; not all may do so in time."""
         if self._state.tasks:
             await asyncio.wait(set(self._state.tasks), timeout=STOP_PATIENCE)
+
+    async def _send_rest(self) -> None:
+        """Let those streams end that do so when the process stops; a client may read slowly."""
+        end = self._loop.time() + REST_PATIENCE
+        while any(each.at_shutdown for each in self._state.connections):  # type: ignore[union-attr]
+            if self._loop.time() >= end:
+                break
+            await asyncio.sleep(STOP_LOOK)
 
 
 async def _rehearse(application: Any, path: str) -> None:

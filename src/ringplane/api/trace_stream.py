@@ -59,6 +59,8 @@ class TraceStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = scope["state"]["connection"]
         connection.at_shutdown = self._end_with_process
+        if connection.stopping:
+            self._end_with_process()
         gone = asyncio.create_task(until_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -97,16 +97,28 @@ def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> Non
     attached = sum(export.state == "attached" for export in server.exports)
     server.request_stop()
     if not ends_within(signals, STOP_PATIENCE):
-        log.warning(
-            "waiting for %d requests in flight, as storage has not completed them; "
-            "%s again ends the process without them (the guest gets no answer)",
-            in_flight(server), signal_name(number),
-        )  # fmt: skip
+        warn_of_waiting(server, signal_name(number))
         if not ends_before_signal(signals):
             abandon(server, logs)
     detached = f", {attached} front end{'s' * (attached > 1)} detached" if attached else ""
     disks = ", ".join(f"{export.disk.source.title} ({export.listener})" for export in server.exports) or "no disk"
     log.info("stopped by %s: %s%s", signal_name(number), disks, detached)
+
+
+def warn_of_waiting(server: Server, name: str) -> None:
+    """The process does not end yet; `name` is that of the signal."""
+    if requests := in_flight(server):
+        log.warning(
+            "waiting for %d requests in flight, as storage has not completed them; "
+            "%s again ends the process without them (the guest gets no answer)",
+            requests, name,
+        )  # fmt: skip
+    else:
+        log.warning(
+            "waiting for storage to close an image, or for a client of the API to read the end of its trace; "
+            "%s again ends the process at once",
+            name,
+        )
 
 
 def ends_within(signals: CaughtSignals, seconds: float) -> bool:
