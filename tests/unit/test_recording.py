@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,9 @@ from ringplane.control import recording
 from ringplane.control.operation_errors import Unavailable
 from ringplane.control.recording import PORTION, Recorder, Recording, Track
 from ringplane.control.threads import Threads
+from ringplane.dataplane import worker as worker_module
+from ringplane.dataplane.trace_events import room_for_events
+from ringplane.dataplane.trace_layout import Events
 from ringplane.dataplane.tracer import CAPACITY
 from ringplane.dataplane.worker import Worker
 
@@ -43,14 +48,66 @@ def test_a_thread_that_hangs_when_a_recording_begins(make_rig: RigFactory, monke
     recording_ = recorder(*workers)
     monkeypatch.setattr(recording, "PATIENCE", 0.05)
     with held(workers[1]), pytest.raises(Unavailable, match="does not answer"):
-        asyncio.run(recording_.start(()))
+        asyncio.run(recording_.start({}))
     assert not any(map(traces, workers))
     monkeypatch.setattr(recording, "PATIENCE", PATIENCE)
 
     async def begin_and_end() -> None:
-        await (await recording_.start(())).stop()
+        await (await recording_.start({})).stop()
 
     asyncio.run(begin_and_end())
+
+
+def test_a_thread_that_hangs_keeps_no_memory(make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a client tries to trace it."""
+    (worker,) = make_rig().workers
+    made: list[weakref.ref[Events]] = []
+
+    def room() -> Events:
+        events = room_for_events()
+        made.append(weakref.ref(events))
+        return events
+
+    monkeypatch.setattr(worker_module, "room_for_events", room)
+    monkeypatch.setattr(recording, "PATIENCE", 0.01)
+    with held(worker):
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                asyncio.run(recorder(worker).start({}))
+        gc.collect()
+        assert [each() for each in made] == [None, None]
+
+
+def test_a_thread_that_hangs_does_not_concern_the_disks_of_others(
+    make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = make_rig(workers=2).workers
+    monkeypatch.setattr(recording, "PATIENCE", PATIENCE)
+
+    async def check() -> None:
+        begun = await recorder(one, other).start({"a": [one, one]})
+        assert traces(one)
+        await begun.stop()
+
+    with held(other):
+        asyncio.run(check())
+    assert not traces(other)
+
+
+def test_no_memory_for_the_events(make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported, and the I/O threads that have begun trace nothing."""
+    workers = make_rig(workers=2).workers
+    rooms = iter([room_for_events()])
+
+    def room() -> Events:
+        for each in rooms:
+            return each
+        raise MemoryError
+
+    monkeypatch.setattr(worker_module, "room_for_events", room)
+    with pytest.raises(Unavailable, match=f"{workers[1].name}: the process has no memory"):
+        asyncio.run(recorder(*workers).start({}))
+    assert not any(map(traces, workers))
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -63,13 +120,13 @@ def test_a_thread_that_hangs_when_a_recording_ends(
 
     async def check() -> None:
         recorder_ = recorder(worker)
-        begun = await recorder_.start(()) if started else None
+        begun = await recorder_.start({}) if started else None
         with held(worker):
             monkeypatch.setattr(recording, "PATIENCE", 0.05)
             if begun:
                 await begun.stop()
             else:
-                beginning = asyncio.create_task(recorder_.start(()))
+                beginning = asyncio.create_task(recorder_.start({}))
                 await asyncio.sleep(0)
                 beginning.cancel()
                 await asyncio.gather(beginning, return_exceptions=True)
@@ -168,7 +225,7 @@ def test_nothing_comes_after_the_end(make_rig: RigFactory) -> None:
     line.worker.start_tracing().result(PATIENCE)
 
     async def check() -> None:
-        begun = await recorder(line.worker).start(())
+        begun = await recorder(line.worker).start({})
         line.do(IN, 1, room=512)
         await begun.stop()
         line.do(IN, 2, room=512)

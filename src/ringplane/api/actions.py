@@ -125,7 +125,8 @@ async def events(call: Call) -> Response:
 
 async def trace(call: Call) -> Response:
     seconds = call.seconds("seconds", SHORTEST)
-    disks = frozenset(call.server.find(name).name for name in call.several("disk"))
+    exports = [call.server.find(name) for name in call.several("disk")]
+    disks = {export.name: export.disk.workers for export in exports}
     return TraceStream(await call.server.recorder.start(disks), seconds)
 
 

@@ -47,11 +47,14 @@ class Recorder:
         self._threads = threads
         self._recording: Recording | None = None
 
-    async def start(self, disks: Collection[str]) -> Recording:
-        """Record the requests of these disks; of all if there is none. Raises WrongState, Unavailable."""
+    async def start(self, disks: Mapping[str, Iterable[Worker]]) -> Recording:
+        """Record the requests of these disks, which these I/O threads serve; of all disks if none is named.
+
+        Raises WrongState, Unavailable.
+        """
         if self._recording is not None:
             raise WrongState("a trace is being recorded already", "", "wait for its end, or end its client")
-        self._recording = recording = Recording(self._threads.workers, disks, self._forget)
+        self._recording = recording = Recording(self._workers_of(disks), disks, self._forget)
         try:
             await recording.start()
         except BaseException:
@@ -64,6 +67,12 @@ class Recorder:
         if self._recording is None:
             raise WrongState("no trace is being recorded", "", "POST /v1/trace begins one")
         self._recording.ending.set()
+
+    def _workers_of(self, disks: Mapping[str, Iterable[Worker]]) -> Mapping[str, Worker]:
+        """No others: what hangs on them does not concern these disks."""
+        if not disks:
+            return self._threads.workers
+        return {worker.name: worker for workers in disks.values() for worker in workers}
 
     def _forget(self) -> None:
         self._recording = None
@@ -83,7 +92,7 @@ class Recording:
 
     async def start(self) -> None:
         """Record from now on. Raises Unavailable; it has to be stopped then too."""
-        self._starts = {name: worker.start_tracing(fetches=False) for name, worker in self._workers.items()}
+        self._begin()
         await _settled(self._starts.values())
         for name, started in self._starts.items():
             if not started.done():
@@ -91,6 +100,15 @@ class Recording:
             # A thread that has failed has no events, and the log says why it has failed.
             if not started.exception():
                 self._tracks.append(Track(name, started.result(), self._disks))
+
+    def _begin(self) -> None:
+        """Raises Unavailable; those that have begun are known nevertheless, so that `stop` ends them."""
+        for name, worker in self._workers.items():
+            try:
+                self._starts[name] = worker.start_tracing(fetches=False)
+            except MemoryError:
+                what = f"{name}: the process has no memory for the trace events of this I/O thread"
+                raise Unavailable(what, "", "trace disks of fewer I/O threads, or give it more memory") from None
 
     async def stop(self) -> None:
         """Record no more; what has been recorded can still be read. May be called again."""

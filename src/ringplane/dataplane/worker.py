@@ -195,8 +195,11 @@ class Worker:
         Otherwise these are in the event of the completion, and at the end in one per request that is in flight.
         """
         load_tracing()
-        events = room_for_events()
-        return self.call(lambda: self._start_tracing(fetches, events))
+        room = [room_for_events()]
+        started = self.call(lambda: self._start_tracing(fetches, room[0]))
+        # If it is cancelled, the call itself stays until the thread looks at it, which one that hangs does not.
+        started.add_done_callback(lambda _: room.clear())
+        return started
 
     def stop_tracing(self, reader: TraceReader) -> Future[None]:
         """No more events come for this reader; it can still read those that it has not read."""
