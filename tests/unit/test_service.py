@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,13 +19,16 @@ from ringplane.block.sources.nbd.handshake import Export
 from ringplane.block.sources.nbd.reconnecting import Reconnecting, _Outage
 from ringplane.block.sources.service import OPERATIONS, STATES, Service, ServiceTimes, count_begin, count_end
 from ringplane.compiler.jit import compiled
+from ringplane.control.handed_counters import SERVICE_LAYOUT, resume_services
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
+from ringplane.device.disk import Disk
 from ringplane.driver import Driver
 from ringplane.opener.opener import OpenerEnded
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import parse_image
 from ringplane.options.thread_options import IoThread
+from ringplane.system.fd import Fd
 from ringplane.virtio.blk import VIRTIO_BLK_T_IN
 
 from .nbd_server import EVERYTHING, NbdServer, Request
@@ -84,6 +88,20 @@ def test_another_process_continues() -> None:
     assert (after.times()[1]["ended"], after.times()[1]["nanoseconds"]) == (3, 60)
     with pytest.raises(ValueError, match="broadcast"):
         after.resume(np.zeros(7, np.int64))
+
+
+def test_another_release_continues() -> None:
+    """Its disks have counted other things, which come before in the file and have another size."""
+    services = [make_service(reconnects=number)[0] for number in (3, 4)]
+    resumed = [make_service()[0] for _ in services]
+    disks = [SimpleNamespace(source=SimpleNamespace(service=each)) for each in resumed]
+    with open(os.memfd_create("counters"), "wb", buffering=0) as file:
+        file.write(bytes(1000))
+        for each in services:
+            file.write(each.counted().tobytes())
+        saved = {"file": Fd(file.fileno()), "disks": [0], "service_layout": SERVICE_LAYOUT, "services": [1, 3]}
+        resume_services(saved, dict(zip((1, 3), cast(list[Disk], disks), strict=True)))
+    assert [each.reconnects for each in resumed] == [3, 4]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 LAYOUT = [list(KINDS), list(SCALARS), BUCKETS]
 SIZE = len(KINDS) * COUNTER.itemsize
 
-# Those of the service of a remote disk, which come after all disks.
+# Those of the service of a remote disk, which come after all disks, at the end of the file.
 SERVICE_LAYOUT = [list(OPERATIONS), list(SERVICE_TIME.names or ()), BUCKETS]
 SERVICE_SIZE = 8 + len(OPERATIONS) * SERVICE_TIME.itemsize
 
@@ -90,10 +90,13 @@ def resume_services(saved: Mapping[str, Any], disks: Mapping[int, Disk]) -> None
     if saved["service_layout"] != SERVICE_LAYOUT:
         log.warning(LOST, "services of remote disks")
         return
+    file = saved["file"].number
+    # From the end of the file: the counters before may have another size in the other release.
+    begin = os.fstat(file).st_size - len(saved["services"]) * SERVICE_SIZE
     for index, number in enumerate(saved["services"]):
         service = disks[number].source.service
         if service is not None:
-            data = os.pread(saved["file"].number, SERVICE_SIZE, len(saved["disks"]) * SIZE + index * SERVICE_SIZE)
+            data = os.pread(file, SERVICE_SIZE, begin + index * SERVICE_SIZE)
             service.resume(np.frombuffer(data, np.int64))
 
 
