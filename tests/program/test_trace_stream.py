@@ -135,7 +135,11 @@ def test_it_is_ended(serve: Serve) -> None:
     stream = Stream(served, "seconds=3600")
     with attach(served) as driver:
         driver.read(0, 4096)
-    served.api.delete("/v1/trace")
+    began = stream.description["began"]
+    for query, status in ((f"began={began - 1}", 409), ("began=x", 400)):
+        answer = served.api.request("DELETE", f"/v1/trace?{query}")
+        assert (answer.status, answer.error["where"]) == (status, "began")
+    served.api.delete(f"/v1/trace?began={began}")
     (complete,) = stream.of("complete", np.concatenate(list(stream.read())))
     assert complete["length"] == 4096
     answer = served.api.request("DELETE", "/v1/trace")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any, cast
+import os
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -19,11 +21,11 @@ from .waiting import wait_until
 class Answered:
     """A request whose answer is this."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: BinaryIO) -> None:
         self._body = body
 
-    def response(self) -> io.BytesIO:
-        return io.BytesIO(self._body)
+    def response(self) -> BinaryIO:
+        return self._body
 
     def set_patience(self, patience: float | None) -> None:
         pass
@@ -43,8 +45,8 @@ def portion(*sectors: int, lost: int = 0, overwritten: int = 0, thread: str = "i
 
 
 def received(*portions: bytes) -> Recorded:
-    body = b"".join([line(_description()), *portions, line({"end": 1})])
-    receiver = Receiver(cast(Client, None), cast(Request, Answered(body)), 1 << 62)
+    body = b"".join([line(_description(1)), *portions, line({"end": 1})])
+    receiver = Receiver(cast(Client, None), cast(Request, Answered(io.BytesIO(body))), 1 << 62)
     wait_until(lambda: not receiver._thread.is_alive())
     return receiver.stop()
 
@@ -67,3 +69,20 @@ def test_all_of_a_portion_was_overwritten() -> None:
     recorded = received(portion(1, 2), portion(lost=2, overwritten=2))
     assert [(each.lost, len(each.events)) for each in recorded.blocks] == [(2, 0), (0, 0)]
     assert recorded.requests == 0
+
+
+def test_it_ends_only_its_own_recording() -> None:
+    """Another client's may have begun when this one has just ended."""
+    reading, writing = os.pipe()
+    asked: list[tuple[str, str]] = []
+
+    def ask(method: str, target: str) -> None:
+        asked.append((method, target))
+        os.write(writing, line({"end": 6}))
+
+    with open(reading, "rb") as response, open(writing, "wb"):
+        os.write(writing, line(_description(5)))
+        client, request = SimpleNamespace(ask=ask), Answered(response)
+        receiver = Receiver(cast(Client, client), cast(Request, request), 1 << 62)
+        assert receiver.stop().ended == 6
+    assert asked == [("DELETE", "/v1/trace?began=5")]

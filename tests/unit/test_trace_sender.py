@@ -57,6 +57,7 @@ class Nothing:
     """A recording without events."""
 
     def __init__(self) -> None:
+        self.began = 1
         self.ending = threading.Event()
 
     def look(self) -> int:

@@ -131,7 +131,7 @@ async def trace(call: Call) -> Response:
 
 
 async def end_trace(call: Call) -> None:
-    call.server.recorder.end()
+    call.server.recorder.end(call.number("began"))
 
 
 def described(export: Export) -> schemas.Disk:

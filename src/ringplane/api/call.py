@@ -24,6 +24,8 @@ MAX_BODY = 64 << 10
 # What to do about a wrong one.
 BODIES = "GET /openapi.json describes the body"
 
+NUMBER = re.compile("[0-9]{1,20}")
+
 PLACE = re.compile(r"^(.*?)(?: - at `\$\.?(.*)`)?$", re.DOTALL)
 
 
@@ -67,6 +69,13 @@ class Call:
             return None if text is None else parse_seconds(text, lowest)
         except ValueError as error:
             raise WrongValue(str(error), name, f"{lowest:g} to {MAX_SECONDS}") from None
+
+    def number(self, name: str) -> int | None:
+        """A whole number in the query, or None. Raises WrongValue."""
+        text = self._request.query_params.get(name)
+        if text is not None and not NUMBER.fullmatch(text):
+            raise WrongValue(f"{text!r} is not a whole number", name, "up to 20 digits")
+        return None if text is None else int(text)
 
     def several(self, name: str) -> list[str]:
         """All values of this name in the query."""

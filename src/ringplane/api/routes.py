@@ -107,6 +107,7 @@ ROUTES = (
     ),
     Route(
         "DELETE", "/v1/trace", actions.end_trace, "End the recording; its client gets the rest of it.", None,
-        errors=(409,), status=204,
+        query=(Parameter("began", "integer", "Only the recording whose first line has this number."),),
+        errors=(400, 409), status=204,
     ),
 )  # fmt: skip

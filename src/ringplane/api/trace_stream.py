@@ -64,7 +64,7 @@ class TraceStream(Response):
         gone = asyncio.create_task(until_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send_part(send, _line(_description()))
+            await send_part(send, _line(_description(self._recording.began)))
             with Sender(self._recording, await connection.share(), scope["http_version"] != "1.0") as sender:
                 gone.add_done_callback(lambda _: sender.give_up())
                 await sender.on_thread(lambda: sender.run(self._seconds))
@@ -153,12 +153,12 @@ class Sender:
             sent = max(sent - len(part), 0)
 
 
-def _description() -> dict[str, object]:
+def _description(began: int) -> dict[str, object]:
     return {
         "ringplane-trace": VERSION,
         "fields": [(name, EVENT[name].str) for name in EVENT.names or ()],
         "clock": "CLOCK_MONOTONIC",
-        "began": time.monotonic_ns(),
+        "began": began,
         "events": EVENT_NAMES,
         "types": TYPE_NAMES,
         "statuses": STATUS_NAMES,

@@ -104,7 +104,7 @@ class Receiver:
         if self._thread.is_alive():
             # If it has ended meanwhile, or its process has, the thread notices it too.
             with contextlib.suppress(ApiError):
-                self._client.ask("DELETE", "/v1/trace")
+                self._client.ask("DELETE", f"/v1/trace?began={self.recorded.description.began}")
             self._thread.join(PATIENCE)
         self._request.abort()
         self._thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -62,10 +63,15 @@ class Recorder:
             raise
         return recording
 
-    def end(self) -> None:
-        """Have the recording end; what it has is still sent to its client. Raises WrongState."""
+    def end(self, began: int | None = None) -> None:
+        """Have the recording end, or only the one that began then; its client still gets what it has.
+
+        Raises WrongState.
+        """
         if self._recording is None:
             raise WrongState("no trace is being recorded", "", "POST /v1/trace begins one")
+        if began not in (None, self._recording.began):
+            raise WrongState("another trace is being recorded", "began", "leave it out to end whatever is recorded")
         self._recording.ending.set()
 
     def _workers_of(self, disks: Mapping[str, Iterable[Worker]]) -> Mapping[str, Worker]:
@@ -85,6 +91,8 @@ class Recording:
         """`ended` is called once, when another one can begin."""
         self._workers, self._disks, self._ended = workers, disks, ended
         self._stopped = False
+        # Nanoseconds, CLOCK_MONOTONIC. Clients know the recording by it: no other one has the same.
+        self.began = time.monotonic_ns()
         # Set when somebody wants it to end; any thread may wait for it.
         self.ending = threading.Event()
         self._starts: dict[str, Future[TraceReader]] = {}
