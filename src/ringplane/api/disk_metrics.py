@@ -169,7 +169,7 @@ SOURCE_RECONNECTS = Metric(
     "ringplane_disk_source_reconnects_total",
     "counter",
     ("disk",),
-    "NBD disks: connections that were made in place of lost ones.",
+    "NBD disks: connections that were made in place of lost ones; each I/O thread has one.",
 )
 SOURCE_NOW = Metric(
     "ringplane_disk_source_io_now",
