@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ringplane.compiler.jit import compiled
 from ringplane.dataplane.limit_gate import GATE, LONGEST_HOLD, SHORTEST_HOLD, merge
 from ringplane.dataplane.limit_gate import hold as hold_in_heap
-from ringplane.dataplane.loop import poll
+from ringplane.dataplane.loop import ENGINE_TURNS, POLL_SLICE_NS, poll
 from ringplane.dataplane.state import ALWAYS, POLL, QUEUE, WORKER
 from ringplane.engines.choose_engine import make_engine
 from ringplane.engines.common import ENGINE
@@ -416,6 +416,17 @@ def test_holds_do_not_make_polling_longer() -> None:
         worker["poll_end"] = time.monotonic_ns()
         assert not on_structs(poll_until)(worker.ctypes.data, engine.address, time.monotonic_ns())
         assert worker["poll_end"] == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_holds_do_not_keep_the_engine_from_being_asked(asked: bool) -> None:
+    """Some of its events, such as kicks, it does not indicate: it is asked as often as without holds."""
+    with contextlib.closing(make_engine("aio", 8)) as engine:
+        worker, now = new(WORKER), time.monotonic_ns()
+        worker["poll_ns"], worker["ask_at"] = ALWAYS, now if asked else now + HOUR
+        assert on_structs(poll_until)(worker.ctypes.data, engine.address, now)
+        assert (worker["turns"] >= ENGINE_TURNS) == asked
+        assert worker["ask_at"] >= now + POLL_SLICE_NS
 
 
 @pytest.mark.parametrize("poll_us", [0, 50])

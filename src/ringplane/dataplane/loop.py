@@ -225,8 +225,9 @@ def can_poll(worker):
 def poll(worker, engine, time):
     """Poll the quiet queues until one has chains or the engine has events (True), or the time is over (False).
 
-    A long time is divided into slices; one ends at `time`, when there is something to do. After each one the engine is
-    asked for events that it does not indicate (True).
+    A long time is divided into slices, at whose ends the engine is asked for events that it does not indicate (True).
+    At `time`, when there is something to do, this returns too (True). That does not make the time for the rings longer,
+    and if it happens often, does not keep the engine from being asked.
     """
     began = now = monotonic_ns()
     if worker.poll_end == 0:
@@ -241,9 +242,9 @@ def poll(worker, engine, time):
     if found or now >= worker.poll_end:
         worker.poll_end = 0
         return found
-    if now < time:
+    if now >= worker.ask_at:
+        worker.ask_at = now + POLL_SLICE_NS
         worker.turns = ENGINE_TURNS
-    # Otherwise a hold has ended. That does not make the time for the other rings longer.
     return True
 
 

@@ -232,6 +232,7 @@ WORKER = struct(
     "turns",  # of the loop since the engine was last asked for events
     "poll_ns",  # how long policy POLL polls the rings before sleeping; ALWAYS: the worker never sleeps
     "poll_end",  # nanoseconds, CLOCK_MONOTONIC: when the present polling ends; 0: not polling
+    "ask_at",  # the same: when a worker that polls asks the engine for events, however short its polls are
     # Self-tuning, see tune.py
     "completed",  # requests
     "policy",
