@@ -232,6 +232,10 @@ def test_disks_of_a_file(served: ServedApi, ctl: Ctl) -> None:
         ("[disk]\n", "has no disk; a line [[disk]] begins each one"),
         ('[api]\nsocket = "a"\n', "only tables [[disk]] can be added; leave out api"),
         ('[[disk]]\nimagge = "a"\n', '[[disk]] 1: unknown key "imagge"; did you mean "image"?'),
+        (
+            '[[disk]]\nsocket-path = "a"\n[disk.nbd]\nserver.host = "h"\n[disk.rbd]\npool = "p"\nimage = "i"\n',
+            "[[disk]] 1: [disk.nbd] and [disk.rbd] are both the image of the disk; leave one out",
+        ),
     ],
 )
 def test_files_that_are_not_right(ctl: Ctl, tmp_path: Path, text: str, words: str) -> None:

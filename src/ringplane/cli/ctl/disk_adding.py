@@ -97,13 +97,15 @@ def _absolute(disk: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(path: Path) -> Path:
         return Path(os.path.abspath(folder / path))
 
-    return dict(_with_absolute_paths(key, value, absolute, "image" in disk) for key, value in disk.items())
+    # If several keys say which image it is, all are passed on: the API reports that.
+    images = disk.keys() & {"image", *TABLES}
+    return dict(_with_absolute_paths(key, value, absolute, len(images) == 1) for key, value in disk.items())
 
 
-def _with_absolute_paths(key: str, value: Any, absolute: Callable[[Path], Path], has_image: bool) -> tuple[str, Any]:
+def _with_absolute_paths(key: str, value: Any, absolute: Callable[[Path], Path], one_image: bool) -> tuple[str, Any]:
     # The API reports what is wrong.
     with contextlib.suppress(ValueError):
-        if key in TABLES and not has_image:
+        if key in TABLES and one_image:
             return "image", image_of_table(key, value).with_paths(absolute).address
         if key in WITH_PATHS:
             kind = WITH_PATHS[key]
