@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -188,6 +189,25 @@ def test_one_process_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
+def test_an_exchange_while_it_waits_for_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that has the lock stores once more before it ends: the names of both files are exchanged."""
+    really_lock = fcntl.flock
+    with opened(path) as old, contextlib.closing(StateFile(path, trusted=True)) as new:
+        old.store(ONE)
+
+        def lock(*arguments: Any) -> None:
+            monkeypatch.setattr(fcntl, "flock", really_lock)
+            old.store(OTHER)
+            old.close()
+            really_lock(*arguments)
+
+        monkeypatch.setattr(fcntl, "flock", lock)
+        new.open()
+        assert new.read() == OTHER
+        new.store(ONE)
+        assert new.read() == ONE
+
+
 def test_a_successor_shares_the_lock(path: Path) -> None:
     with opened(path) as old:
         old.store(ONE)
@@ -211,6 +231,8 @@ def test_a_file_that_was_replaced(path: Path) -> None:
         with pytest.raises(StateError, match="another program has replaced the file"):
             state.store(ONE)
         assert path.read_text() == "mine"
+        with pytest.raises(StateError, match="has replaced the file; start ringplane again to read it"):
+            state.read()
         path.unlink()
         with pytest.raises(StateError, match="another program has replaced the file"):
             state.store(ONE)

@@ -111,6 +111,18 @@ class StateFile:
 
     def _opened(self, name: bytes) -> int:
         """The fd of one of the files, locked. Raises OSError, StateError."""
+        end = time.monotonic() + LOCK_PATIENCE
+        while True:
+            fd = self._open_one(name)
+            self._lock(fd, end)
+            if self._is_at(fd, name):
+                return fd
+            # Who had the lock has exchanged the files meanwhile.
+            self._fds.remove(fd)
+            os.close(fd)
+
+    def _open_one(self, name: bytes) -> int:
+        """Raises OSError, StateError."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, MODE, dir_fd=self._folder)
@@ -120,11 +132,14 @@ class StateFile:
         self._fds.append(fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise StateError(f"{self.path.with_name(os.fsdecode(name))}: is not a regular file; choose another path")
-        end = time.monotonic() + LOCK_PATIENCE
+        return fd
+
+    def _lock(self, fd: int, end: float) -> None:
+        """Raises StateError at that time, if another process has the lock."""
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
+                return
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise StateError(
@@ -134,8 +149,10 @@ class StateFile:
                 time.sleep(LOCK_PATIENCE / 50)
 
     def read(self) -> Changes:
-        """What the previous process has stored. Raises ValueError for what is not a state of this release."""
-        fd = next(fd for fd in self._fds if self._is_at(fd, self._name))
+        """What the previous process has stored. Raises ValueError for what is not a state of ours, and StateError."""
+        fd = next((fd for fd in self._fds if self._is_at(fd, self._name)), -1)
+        if fd < 0:
+            raise StateError(f"{self.path}: another program has replaced the file; start ringplane again to read it")
         return _parsed(os.pread(fd, os.fstat(fd).st_size, 0))
 
     def keep(self) -> Path:
