@@ -309,10 +309,14 @@ def test_images_that_hang_hold_up_no_other_disk(
 
 
 def added_at_the_same_time(
-    server: Server, monkeypatch: pytest.MonkeyPatch, slow: DiskConfig, meanwhile: Callable[[], object]
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    slow: DiskConfig,
+    meanwhile: Callable[[], object],
+    step: str = "open_parts",
 ) -> ringplane.Export:
-    """This disk is added, and between the check of its options and its end something else happens."""
-    opening, go, really_open = threading.Event(), threading.Event(), adding_module.open_parts
+    """This disk is added, and between the check of its options and this step something else happens."""
+    opening, go, really_open = threading.Event(), threading.Event(), getattr(adding_module, step)
 
     def open_slowly(config: DiskConfig, *arguments: Any, **more: Any) -> Any:
         if config.socket_path == slow.socket_path:
@@ -321,7 +325,7 @@ def added_at_the_same_time(
         return really_open(config, *arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adding_module, "open_parts", open_slowly)
+        patch.setattr(adding_module, step, open_slowly)
         adding = server.threads.call(lambda: server.add(slow))
         assert opening.wait(SOON)
         try:
@@ -356,6 +360,23 @@ def test_two_disks_of_one_image_at_the_same_time(
     do(server, lambda: server.remove("b", detach=True))
     assert eventually(lambda: own_fds() <= before)
     add(server, slow)
+
+
+def test_an_image_that_was_created_for_another_disk_is_kept(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is rejected, because this one has begun to serve the image meanwhile."""
+    (tmp_path / "link.img").symlink_to("a.img")
+    slow = disk(tmp_path, "a", lock="off")
+    other = dataclasses.replace(disk(tmp_path, "b", lock="off", create=None), name="b", image=tmp_path / "link.img")
+    server = start()
+    with pytest.raises(WrongValue, match="image: is also the image of disk b"):
+        added_at_the_same_time(server, monkeypatch, slow, lambda: add(server, other), step="listen")
+    assert (tmp_path / "a.img").stat().st_size == IMAGE_SIZE
+    assert not (tmp_path / "a.sock").exists()
+    with attach(server.exports[0]) as driver:
+        driver.write(0, b"x" * 512)
+    assert (tmp_path / "a.img").read_bytes()[:512] == b"x" * 512
 
 
 def test_limits_of_a_group_that_change_while_a_disk_is_added(

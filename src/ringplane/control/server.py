@@ -279,7 +279,10 @@ class Server:
         export, undo = await aside(partial(self._adding.open, config, others))
         try:
             self._check_opened(export)
-        except WrongOptions:
+        except WrongOptions as error:
+            if error.options[0] == "image":
+                # The other disk serves it, although it was created for this one.
+                export.disk.source.keep()
             await closed(undo.close)
             raise
         undo.pop_all()

@@ -76,3 +76,7 @@ class ImageSource(Source):
 
     def unlink(self) -> None:
         self._image.unlink()
+
+    def keep(self) -> None:
+        super().keep()
+        self._image.created = False

@@ -191,3 +191,7 @@ class Source:
 
     def unlink(self) -> None:
         """Remove what this object has created, if it may."""
+
+    def keep(self) -> None:
+        """Have `unlink` remove nothing, because another disk uses what was created."""
+        self.created = False
