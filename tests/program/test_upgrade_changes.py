@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
+import os
 import re
 import socket
 import threading
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 
 import ringplane
+from ringplane.block.layers.layer import Layer
 from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.changing import Changing
 from ringplane.control.handed_counters import resume_counters, resume_thread_counters
@@ -336,14 +340,20 @@ def test_serve_returns_its_own_disk_or_takes_over_nothing(server: Server, tmp_pa
         assert [each.name for each in following.server.exports] == ["b", "a"]
 
 
-@pytest.fixture
-def successor(server: Server, tmp_path: Path) -> Iterator[Channel]:
-    """One that has had its offer."""
+@contextlib.contextmanager
+def offered(folder: Path) -> Iterator[Channel]:
+    """A successor that has had its offer."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(str(socket_beside(tmp_path / "interface")))
+    sock.connect(str(socket_beside(folder / "interface")))
     with Channel(sock) as channel:
         channel.send({"hello": VERSION})
         channel.receive("disks", PATIENCE)
+        yield channel
+
+
+@pytest.fixture
+def successor(server: Server, tmp_path: Path) -> Iterator[Channel]:
+    with offered(tmp_path) as channel:
         yield channel
 
 
@@ -382,6 +392,41 @@ def test_a_process_that_has_handed_over_removes_no_socket(server: Server, succes
     assert server.wait(PATIENCE)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_socket()) == [
         "a.sock", "interface", "interface.upgrade",
+    ]  # fmt: skip
+
+
+class Failing(Layer):
+    """A layer that cannot be closed."""
+
+    def abandon(self) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("step", ["notify the service manager", "release the sockets", "abandon a disk"])
+def test_a_step_that_fails_after_a_takeover(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    """The process ends all the same, and the files of all sockets belong to the other one."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    add(server, disk(tmp_path, "b"))
+    if step == "abandon a disk":
+        monkeypatch.setattr(server.exports[0].disk, "layers", [Failing()])
+    elif step == "release the sockets":
+        monkeypatch.setattr(server.interface, "release", fail)
+    else:
+        server.at_takeover = fail
+    with offered(tmp_path) as channel:
+        channel.send({"ready": True})
+        channel.receive("disks", PATIENCE)
+        channel.send({"taking": True})
+        channel.receive("yours", PATIENCE)
+    assert server.wait(PATIENCE)
+    assert "a step after a takeover failed" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_socket()) == [
+        "a.sock", "b.sock", "interface", "interface.upgrade",
     ]  # fmt: skip
 
 

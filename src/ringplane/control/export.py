@@ -369,14 +369,21 @@ class Export:
         self._handed_over = True
         # What waits for its turn is not done here any more.
         self.operations.end()
-        for layer in self.disk.layers:
-            layer.abandon()
-        if self._session:
-            await self._session.abandon()
-        self.request_stop()
-        # Before anybody else can be accepted.
-        self._front_ends.stop()
-        self._front_ends.thaw()
+        try:
+            for layer in self.disk.layers:
+                layer.abandon()
+        finally:
+            await self._abandon_front_ends()
+
+    async def _abandon_front_ends(self) -> None:
+        try:
+            if self._session:
+                await self._session.abandon()
+        finally:
+            self.request_stop()
+            # Before anybody else can be accepted.
+            self._front_ends.stop()
+            self._front_ends.thaw()
 
     def resume_waiting(self, fd: int) -> None:
         """See FrontEnds.resume_waiting."""

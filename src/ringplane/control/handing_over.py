@@ -106,15 +106,36 @@ async def _try_to_hand_over(server: Server, listener: Listener, channel: Channel
             return
         undo.pop_all()
     # A signal that stops the server has no effect from here on, because nothing has been waited for since the check.
+    # The files of all sockets belong to the other process, whatever fails now.
     listener.owned = False
-    log.info("process %d takes over all disks", pid)
-    server.at_takeover(pid)
-    await server.release_sockets()
     for export in server.exports:
-        await export.abandon()
+        export.listener.owned = False
+    log.info("process %d takes over all disks", pid)
+    await _leave(server, pid)
     # At once: when all disks have stopped, this task is cancelled. If it cannot be sent, we end all the same.
     with contextlib.suppress(OSError):
         channel.send({"yours": True})
+
+
+async def _leave(server: Server, pid: int) -> None:
+    """All steps of the end here. If one fails, the others are done all the same: nothing is served here any more."""
+    with _logging_errors():
+        server.at_takeover(pid)
+    with _logging_errors():
+        await server.release_sockets()
+    for export in server.exports:
+        with _logging_errors():
+            await export.abandon()
+    # Also what was not asked to stop because of an error.
+    server.request_stop()
+
+
+@contextlib.contextmanager
+def _logging_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        log.exception("a step after a takeover failed because of an internal error; please report it")
 
 
 def _why(error: BaseException) -> str:
