@@ -155,7 +155,42 @@ def test_a_state_names_only_servers_that_were_named(serve: Serve, server: NbdSer
     served.end()
     served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--state", "state/disks")
     assert served.api.get("/v1/disks")["disks"] == []
-    assert f"n: was added at run time and is not served any more: {server.uri}: is not on a server of" in served.end()
+    assert f"n: was added at run time and is not served: {server.uri}: is not on a server of" in served.end()
+    # When it is named again, the disk is there.
+    served = serve(*arguments(server, "--state", "state/disks"))
+    assert served.api.disk("n")["image"] == server.uri
+    served.end()
+
+
+@needs_all
+@pytest.mark.parametrize("server", ["several"], indirect=True)
+def test_a_server_that_cannot_be_found_stops_no_other_disk(serve: Serve, server: NbdServer) -> None:
+    served = serve(*arguments(server, "--allow-server", "nbd://host.invalid"), strict=True)
+    served.api.post("/v1/disks", body(server), status=201)
+    other = body(server, name="o", image="nbd://host.invalid/x", **{"socket-path": str(server.path.with_name("o"))})
+    error = served.api.request("POST", "/v1/disks", other).error
+    assert error["what"] == "nbd://host.invalid/x: its server could not be reached at the start"
+    assert error["right"] == "restart ringplane when it answers"
+    assert "nbd://host.invalid/: cannot be found: " in served.end()
+
+
+@needs_all
+@pytest.mark.parametrize("server", ["several"], indirect=True)
+def test_a_disk_whose_server_has_gone_is_given_up(serve: Serve, server: NbdServer, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    served = serve(*arguments(server, "--state", "state/disks"), strict=True)
+    served.api.post("/v1/disks", body(server), status=201)
+    served.end()
+    server.stop()
+    served = serve(*arguments(server, "--state", "state/disks"), strict=True)
+    assert served.api.get("/v1/disks")["disks"] == []
+    served.api.delete("/v1/disks/n")
+    assert served.api.request("DELETE", "/v1/disks/n").status == 404
+    served.end()
+    server.start()
+    served = serve(*arguments(server, "--state", "state/disks"), strict=True)
+    assert served.api.get("/v1/disks")["disks"] == []
+    served.end()
 
 
 @needs_all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -25,20 +26,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringplane.block.image import ImageError
+from ringplane.block.sources.nbd import nbd_source
+from ringplane.block.sources.nbd.handshake import Silent
 from ringplane.cli.check import check
 from ringplane.control import state_file
 from ringplane.control.changes import Changes
 from ringplane.control.changing import Changing
-from ringplane.control.operation_errors import OperationError, Unavailable, WrongState
+from ringplane.control.config import read_disk
+from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState
 from ringplane.control.restoring import Restoring
 from ringplane.control.server import Server
 from ringplane.control.start import serve_all
 from ringplane.control.state_file import StateError, StateFile
 from ringplane.driver import Driver
+from ringplane.opener import remote_opener
 from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, declared
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.thread_options import IoThread
+from unit.nbd_server import NbdServer
 from unit.protocol_rig import open_fds
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, disk, do
@@ -491,6 +497,17 @@ def test_a_disk_that_was_removed_is_not_served_in_silence(tmp_path: Path, caplog
     assert f"{tmp_path / 'a.sock'}: not served, because this disk was removed at run time" in caplog.messages
 
 
+def serving_through(opener: RemoteOpener, folder: Path) -> Server:
+    """Disk a, and those of the state, whose files are opened by this process."""
+    return serve_all(
+        [disk(folder, "a")],
+        [IoThread("io0")],
+        interface=Idle(folder / "interface"),
+        opener=opener,
+        state=StateFile(folder / "state", trusted=False),
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -512,13 +529,7 @@ def test_a_restored_disk_that_cannot_be_served(
         table |= {key: str(tmp_path / table[key]) for key in ("image", "socket-path")}
     with opened(tmp_path / "state") as state:
         state.store(Changes(added=added))
-    with serve_all(
-        [disk(tmp_path, "a")],
-        [IoThread("io0")],
-        interface=Idle(tmp_path / "interface"),
-        opener=RemoteOpener([tmp_path]),
-        state=StateFile(tmp_path / "state", trusted=False),
-    ) as server:
+    with serving_through(RemoteOpener([tmp_path]), tmp_path) as server:
         assert [export.name for export in server.exports] == ["a", "c"]
         assert server.threads.workers["io0"]._disks == 2
         assert str(tmp_path / "b.img") not in open_fds().values()
@@ -526,6 +537,128 @@ def test_a_restored_disk_that_cannot_be_served(
         assert [table["name"] for table in json.loads((tmp_path / "state").read_text())["added"]] == ["c"]
     assert re.search(f"b: was added at run time and is not served any more: .*{words}", caplog.text)
     assert not (tmp_path / "b.sock").exists()
+
+
+def tables_on(server: NbdServer, folder: Path) -> list[dict[str, Any]]:
+    """Disks b and c, which were added."""
+    return [
+        {
+            "name": name,
+            "image": server.uri.replace("disk", name, 1),
+            "socket-path": str(folder / f"{name}.sock"),
+            "num-queues": 1,
+        }
+        for name in "bc"
+    ]
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[NbdServer]:
+    """A server, and a state with two disks of it, of which c is paused."""
+    server = NbdServer(tmp_path / "nbd", bytearray(1 << 20))
+    with opened(tmp_path / "state") as state:
+        state.store(Changes(added=tables_on(server, tmp_path), paused=[str(tmp_path / "c.sock")]))
+    yield server
+    server.stop()
+
+
+@contextlib.contextmanager
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """No NBD server answers; the result is how often one was asked."""
+    asked: list[object] = []
+
+    def connect(places: object, *_: object) -> None:
+        asked.append(places)
+        raise Silent("does not answer: no connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nbd_source, "connect", connect)
+        yield asked
+
+
+def stored(folder: Path) -> list[str]:
+    """The names of the disks that the next start adds."""
+    return [table["name"] for table in json.loads((folder / "state").read_text())["added"]]
+
+
+@pytest.mark.parametrize("how", ["silent", "refuses"])
+def test_disks_whose_server_does_not_answer_are_kept_for_the_next_start(
+    tmp_path: Path, remote: NbdServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Others are served, and one that takes its time is waited for once."""
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(silent(monkeypatch)) if how == "silent" else []
+        remote.stop()
+        server = stack.enter_context(serving(tmp_path, disk(tmp_path, "a")))
+        assert [export.name for export in server.exports] == ["a"]
+        assert len(asked) == (how == "silent")
+        assert stored(tmp_path) == ["b", "c"]
+        # Also when something else is changed.
+        server.find("a").pause()
+        assert stored(tmp_path) == ["b", "c"]
+    for name in "bc":
+        assert re.search(f"{name}: was added at run time and is not served: .* the next start tries again", caplog.text)
+    assert not (tmp_path / "state.kept").exists()
+    remote.start()
+    with serving(tmp_path, disk(tmp_path, "a")) as server:
+        assert {export.name: export.paused for export in server.exports} == {"a": True, "b": False, "c": True}
+        assert stored(tmp_path) == ["b", "c"]
+
+
+def test_disks_whose_storage_hangs_are_kept_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process that opens files is waited for once."""
+    images = [tmp_path / f"{name}.img" for name in "bc"]
+    with opened(tmp_path / "state") as state:
+        added = [{"name": each.stem, "image": str(each), "socket-path": f"{each}.sock"} for each in images]
+        state.store(Changes(added=added))
+    for image in images:
+        image.write_bytes(bytes(1 << 20))
+    asked: list[Path] = []
+    really_open = RemoteOpener.open
+
+    def open_image(opener: RemoteOpener, path: Path, **how: bool) -> int:
+        asked.append(path)
+        return really_open(opener, path, **how)
+
+    opener = RemoteOpener([tmp_path])
+    opener.wait_until_ready()
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_opener, "PATIENCE", 0.01)
+        patch.setattr(RemoteOpener, "open", open_image)
+        os.kill(opener.pid, signal.SIGSTOP)
+        with serving_through(opener, tmp_path) as server:
+            os.kill(opener.pid, signal.SIGCONT)
+            assert [export.name for export in server.exports] == ["a"]
+            assert asked == images[:1]
+            assert stored(tmp_path) == ["b", "c"]
+    for image in images:
+        assert re.search(f"{image}: .*storage.* does not answer.*; the next start tries again", caplog.text)
+    assert not (tmp_path / "state.kept").exists()
+    with serving_through(RemoteOpener([tmp_path]), tmp_path) as server:
+        assert [export.name for export in server.exports] == ["a", "b", "c"]
+
+
+def test_disks_that_are_kept_are_removed_or_added_again(
+    tmp_path: Path, remote: NbdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with silent(monkeypatch):
+            server = stack.enter_context(serving(tmp_path))
+        # Its name is not given to another one.
+        other = dataclasses.replace(disk(tmp_path, "b"), socket_path=tmp_path / "other.sock")
+        assert do(server, lambda: server.add(other)).name == "b-2"
+        do(server, lambda: server.remove("b-2"))
+        do(server, lambda: server.remove("b"))
+        assert stored(tmp_path) == ["c"]
+        with pytest.raises(NoSuchDisk):
+            do(server, lambda: server.remove("b"))
+        again = read_disk(tables_on(remote, tmp_path)[1], ["io0"])
+        assert not do(server, lambda: server.add(again)).paused
+        assert stored(tmp_path) == ["c"]
+    with serving(tmp_path) as server:
+        assert {export.name: export.paused for export in server.exports} == {"c": False}
 
 
 VALUES = st.recursive(

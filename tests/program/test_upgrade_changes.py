@@ -395,6 +395,19 @@ def test_a_process_that_has_handed_over_removes_no_socket(server: Server, succes
     ]  # fmt: skip
 
 
+def test_disks_that_are_not_served_are_kept_over_an_upgrade(server: Server, tmp_path: Path) -> None:
+    """Neither process serves them; the next start tries again."""
+    table = {"name": "b", "image": "nbd://storage/b", "socket-path": str(tmp_path / "b.sock")}
+    unserved = server.unserved = Changes(added=[table], paused=[str(tmp_path / "b.sock")])
+    following = Following(tmp_path / "interface")
+    ringplane.serve(tmp_path / "a.img", tmp_path / "a.sock", num_queues=2, interface=following, upgrade=True)
+    with following.server as successor:
+        assert server.wait(PATIENCE)
+        assert [each.name for each in successor.exports] == ["a"]
+        assert successor.unserved == unserved
+        assert do(successor, lambda: _present(successor)).added == [table]
+
+
 class Failing(Layer):
     """A layer that cannot be closed."""
 

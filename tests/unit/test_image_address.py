@@ -24,6 +24,7 @@ from ringplane.cli.serve import serve as serve_command
 from ringplane.cli.types import IMAGE_TYPE
 from ringplane.control.config import ConfigError, read_config
 from ringplane.driver import Driver
+from ringplane.opener.opener import LocalOpener
 from ringplane.options import image_address
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import DiskConfig, named
@@ -53,6 +54,10 @@ class Made(RemoteImage):
     @property
     def stem(self) -> str:
         return self.name
+
+    @property
+    def server(self) -> str:
+        return "made"
 
     @property
     def of_server(self) -> str:
@@ -223,3 +228,16 @@ def test_a_confined_process_does_not_connect(monkeypatch: pytest.MonkeyPatch) ->
             choose_source.open_source(disk(Made(None, "x")))
         # Nor can it import what would connect.
         monkeypatch.delitem(sys.modules, "made_up_source", raising=False)
+
+
+class Naming(LocalOpener):
+    """All servers were named at the start."""
+
+    def reaches(self, server: object) -> bool:
+        return True
+
+
+def test_a_server_that_was_not_reached_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_source, "is_confined", lambda: True)
+    with pytest.raises(ImageError, match="could not be reached at the start; restart ringplane when it answers"):
+        choose_source.open_source(disk(Made(None, "x")), opener=Naming())

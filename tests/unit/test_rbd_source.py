@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -12,9 +13,16 @@ import pytest
 
 import ringplane
 from ringplane.block.sources import rbd_cluster
+from ringplane.control.changes import Changes
 from ringplane.control.handover import HandoverError
+from ringplane.control.server import Server
+from ringplane.control.start import serve_all
+from ringplane.control.state_file import StateFile
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
+from ringplane.options.api_options import ApiOptions
+from ringplane.options.image_address import parse_server
+from ringplane.options.thread_options import IoThread
 from ringplane.vhost_user.messages import Request
 from ringplane.virtio.blk import (
     VIRTIO_BLK_S_IOERR,
@@ -28,6 +36,7 @@ from ringplane.virtio.blk import (
 from .fake_rbd_library import FakeLibrary
 from .protocol_rig import Machine, machine
 from .rig import PATIENCE
+from .test_operations import Idle, disk
 from .waiting import wait_until
 
 OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
@@ -194,3 +203,40 @@ def test_what_was_written_is_flushed_when_the_front_end_goes(
     driver.front_end.close()
     wait_until(lambda: "rbd_flush" in library.calls)
     assert library.calls.count("rbd_flush") == 1
+
+
+def serve_beside_a_cluster(folder: Path) -> Server:
+    """A file, disks of a state, and a cluster whose images can be added."""
+    interface = Idle(folder / "interface")
+    interface.options = ApiOptions(folder, allow_folders=(folder,), allow_servers=(parse_server("rbd::id=vms"),))
+    state = StateFile(folder / "state", trusted=True)
+    return serve_all([disk(folder, "a")], [IoThread("io0")], interface=interface, state=state)
+
+
+def test_a_cluster_that_does_not_answer_stops_no_other_disk(
+    library: FakeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked once. Its disks are served when it answers at a later start."""
+    asked: list[str] = []
+    really_call = library.call
+    added = {"name": "b", "image": "rbd:rbd/b:id=vms", "socket-path": str(tmp_path / "b.sock"), "num-queues": 1}
+    with contextlib.closing(StateFile(tmp_path / "state", trusted=True)) as state:
+        state.open()
+        state.store(Changes(added=[added]))
+
+    def call(name: str, *arguments: Any) -> int:
+        if name == "rados_connect":
+            asked.append(name)
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        return really_call(name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "call", call)
+        with serve_beside_a_cluster(tmp_path) as server:
+            assert [export.name for export in server.exports] == ["a"]
+    assert asked == ["rados_connect"]
+    assert "rbd::id=vms: no monitor answers; check mon_host and the network" in caplog.text
+    assert "; to add disks there, restart ringplane when it answers" in caplog.text
+    assert "b: was added at run time and is not served: rbd:rbd/b: its server does not answer" in caplog.text
+    with serve_beside_a_cluster(tmp_path) as server:
+        assert [export.name for export in server.exports] == ["a", "b"]

@@ -58,7 +58,7 @@ async def change_disk(call: Call) -> schemas.Disk:
 
 
 async def remove_disk(call: Call) -> None:
-    name, detach = call.export.name, call.flag("detach")
+    name, detach = call.name, call.flag("detach")
     await call.operate(lambda: call.server.remove(name, detach=detach))
 
 

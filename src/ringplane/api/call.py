@@ -51,9 +51,15 @@ class Call:
         return text
 
     @property
+    def name(self) -> str:
+        """In the path."""
+        name: str = self._request.path_params["name"]
+        return name
+
+    @property
     def export(self) -> Export:
         """The disk that the path names. Raises NoSuchDisk."""
-        return self.server.find(self._request.path_params["name"])
+        return self.server.find(self.name)
 
     def flag(self, name: str) -> bool:
         """A flag in the query. Raises WrongValue."""

@@ -45,6 +45,10 @@ class ImageError(Exception):
     """The image cannot be served; the text is one line for the person who named it."""
 
 
+class NoAnswer(ImageError):
+    """The server of the image does not answer in time, and would not for other images either."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alignment:
     """O_DIRECT's alignment in bytes: `memory` for a buffer's address, `block` for a buffer's length and the offset."""

@@ -17,7 +17,7 @@ from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import OneDisk
-from ringplane.options.image_address import find_places
+from ringplane.options.image_address import RemoteImage, find_places
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.state_options import StateOptions
 from ringplane.options.users import User
@@ -188,10 +188,7 @@ def made_state(path: Path | None, sandbox: bool | None, user: User | None) -> St
 
 
 def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
-    """The process that opens files of disks that are added, and connects to their servers. It starts beside imports.
-
-    Raises ClickException.
-    """
+    """The process that opens files of disks that are added, and connects to their servers. It starts beside imports."""
     if api is None or not api.allow_folders:
         return None
     from ringplane.opener.remote_opener import RemoteOpener
@@ -200,12 +197,18 @@ def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
 
 
 def places_of(api: ApiOptions) -> dict[Hashable, Sequence[Place]]:
-    """Where its servers are now, because a confined process cannot look them up. Raises ClickException."""
+    """Where its servers are now, because a confined process cannot look them up."""
+    # The process that connects is in another folder.
+    return {server.server: places_of_server(server.with_paths(Path.absolute)) for server in api.allow_servers}
+
+
+def places_of_server(server: RemoteImage) -> Sequence[Place]:
+    """None if it cannot be found: that must not stop other disks."""
     try:
-        # The process that connects is in another folder.
-        return {server.server: find_places(server.with_paths(Path.absolute)) for server in api.allow_servers}
+        return find_places(server)
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        log.warning("%s; to add disks there, restart ringplane when it can be found", error)
+        return ()
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:

@@ -10,6 +10,7 @@ another file. For a disk that was added at run time what runs counts, unless the
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -68,6 +69,20 @@ def _checked(name: str, value: Any, kind: type, of: type) -> Any:
     if not isinstance(value, kind) or not all(isinstance(one, of) for one in each):
         raise ValueError(f"{name} is not a {kind.__name__} of {of.__name__}")
     return value
+
+
+def place_of(table: Table) -> str:
+    """As `place`."""
+    return os.path.realpath(str(table.get("socket-path", "")))
+
+
+def without(changes: Changes, where: str) -> Changes:
+    """Without the disk that was added with this place."""
+    return dataclasses.replace(
+        changes,
+        added=[table for table in changes.added if place_of(table) != where],
+        paused=[each for each in changes.paused if each != where],
+    )
 
 
 def refuse(_: Table, error: WrongOptions) -> None:

@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 from ringplane.block.image import ImageError
-from ringplane.control.changes import Changes
 from ringplane.control.export import Export
 from ringplane.control.handed_counters import saved_counters, thread_counters
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
 from ringplane.control.planned import place
-from ringplane.control.present_changes import changes_of
+from ringplane.control.present_changes import changes_of_served
 from ringplane.control.server import Server
 from ringplane.system.aside import aside
 from ringplane.system.fd import Fd
@@ -175,13 +174,17 @@ async def _hand_over(server: Server, listener: Listener, channel: Channel, undo:
     await aside(partial(_give_all, channel, _state_of_all(server), server.exports))
 
 
-def _lasting(server: Server) -> Changes:
-    """What the offer says of changes. Pauses are a part of the state, because they may still change."""
-    return dataclasses.replace(changes_of(server), paused=[])
+def _lasting(server: Server) -> dict[str, Any]:
+    """What the offer says of changes, and of disks that are not served.
+
+    Pauses of those that are served are a part of the state, because they may still change.
+    """
+    changes = dataclasses.replace(changes_of_served(server), paused=[])
+    return {"changes": changes.as_json(), "unserved": server.unserved.as_json()}
 
 
 @contextlib.contextmanager
-def _unchanged(server: Server, offered: Changes) -> Iterator[None]:
+def _unchanged(server: Server, offered: Mapping[str, Any]) -> Iterator[None]:
     """No disk is changed in this `with`. Raises HandoverError if it is not as it was offered."""
     with server.changing.none() as under_way:
         if under_way:
@@ -191,7 +194,7 @@ def _unchanged(server: Server, offered: Changes) -> Iterator[None]:
         yield
 
 
-def _offer(server: Server, listener: Listener, offered: Changes) -> dict[str, Any]:
+def _offer(server: Server, listener: Listener, offered: Mapping[str, Any]) -> dict[str, Any]:
     interface, metrics = server.interface, server.metrics
     return {
         "listener": Fd(listener.sock.fileno()),
@@ -202,7 +205,7 @@ def _offer(server: Server, listener: Listener, offered: Changes) -> dict[str, An
         if metrics is not None
         else None,
         "state": server.state.hand_over() if server.state is not None else None,
-        "changes": offered.as_json(),
+        **offered,
         "disks": [
             {
                 "socket_path": place(export.config),

@@ -9,7 +9,8 @@ nothing had happened.
     new                         running
     hello            ->
                      <-         offer: each disk's image, socket and options; the sockets of API and metrics; what was
-                                changed at run time (changes.py); the files of its state (state_file.py)
+                                changed at run time (changes.py), also of disks that are not served; the files of its
+                                state (state_file.py)
     ready            ->         freezes all disks, and lets nobody change them
                      <-         state: of each disk, its limits and its front end; events; counters (handed_counters.py)
     taking           ->         lets go of all of them

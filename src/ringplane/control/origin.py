@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from ringplane.control.changes import Changes
 from ringplane.control.listener import Listener
 from ringplane.control.opening import Parts, listen_for_successors, open_parts
 from ringplane.control.planned import Planned
@@ -30,9 +31,13 @@ class Origin:
 
     # What a running process lends of its state (`StateFile.hand_over`).
     state: Mapping[str, Any] | None = None
+    # See `Server.unserved`.
+    unserved = Changes()
 
     def __init__(self, signals: Signals = NONE) -> None:
         self._signals = signals
+        # The servers of images that did not answer; those that are described are asked all the same.
+        self.silent: set[Hashable] = set()
 
     def check_state(self, path: Path | None) -> None:
         """Raises HandoverError if a running process keeps its state in another file than at this path; None: in one."""

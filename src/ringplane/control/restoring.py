@@ -13,13 +13,13 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ringplane.block.image import ImageError
+from ringplane.block.image import ImageError, NoAnswer
 from ringplane.control.changes import Changes, Table, plan
 from ringplane.control.listener import ListenError, remove_stale
 from ringplane.control.opening import Parts, open_parts
 from ringplane.control.origin import Origin
 from ringplane.control.planned import Planned, place
-from ringplane.control.present_changes import changes_of
+from ringplane.control.present_changes import changes_of, table_of
 from ringplane.control.server import Server
 from ringplane.control.state_file import StateFile
 from ringplane.opener.opener import OpenerEnded
@@ -41,7 +41,9 @@ class Restoring(Origin):
     def __init__(self, state: StateFile, signals: Signals = NONE) -> None:
         super().__init__(signals)
         self._state = state
+        # Of what is lost, and of what is kept for the next start.
         self._problems: list[str] = []
+        self._kept: list[str] = []
 
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
         """See Origin."""
@@ -83,13 +85,29 @@ class Restoring(Origin):
             return super().attempt(planned, step)
         try:
             step()
-        except (ImageError, ListenError, OpenerEnded) as error:
-            self._note(planned.name, str(error))
+        except OpenerEnded as error:
+            self._keep(planned, str(error))
+        except (ImageError, ListenError) as error:
+            self._leave_out(planned, str(error))
         except OSError as error:
-            self._note(planned.name, in_words(error))
+            self._leave_out(planned, in_words(error))
         else:
             return True
         return False
+
+    def _leave_out(self, planned: Planned, problem: str) -> None:
+        """A file that has gone is not waited for; a server may be there again at the next start."""
+        if isinstance(planned.config.image, RemoteImage):
+            self._keep(planned, problem)
+        else:
+            self._note(planned.name, problem)
+
+    def _keep(self, planned: Planned, problem: str) -> None:
+        again = "the next start tries again, unless the disk is removed"
+        self._kept.append(f"{planned.name}: was added at run time and is not served: {problem}; {again}")
+        added = [*self.unserved.added, table_of(planned.config)]
+        paused = [*self.unserved.paused, *([place(planned.config)] if planned.paused else [])]
+        self.unserved = Changes(added=added, paused=paused)
 
     def open(self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
         """See Origin."""
@@ -100,11 +118,27 @@ class Restoring(Origin):
     def _open_added(self, config: DiskConfig, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
         assert config.socket_path is not None
         self._check_allowed(config.image, config.socket_path, opener)
-        parts = open_parts(config, undo, self._signals, opener)
+        parts = self._open_unless_silent(config, undo, opener)
         if opener is not None:
             # The process that opens files replaces nothing.
             remove_stale(config.socket_path)
         return parts
+
+    def _open_unless_silent(self, config: DiskConfig, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
+        """What does not answer is waited for once: a service manager limits the time of a start.
+
+        Raises as `open_parts`.
+        """
+        server = config.image.server if isinstance(config.image, RemoteImage) else None
+        if server in self.silent:
+            raise NoAnswer(f"{config.image}: its server does not answer")
+        if opener is not None and opener.hangs:
+            raise OpenerEnded(f"{config.image}: storage that another disk needs does not answer")
+        try:
+            return open_parts(config, undo, self._signals, opener)
+        except NoAnswer:
+            self.silent.add(server)
+            raise
 
     def _check_allowed(self, image: ImageAddress, socket_path: Path, opener: RemoteOpener | None) -> None:
         """A confined process writes the state, so it may not name files that this process alone can open.
@@ -130,7 +164,7 @@ class Restoring(Origin):
 
     def report(self) -> None:
         """See Origin: also keep a copy of it, before the state is written again."""
-        for problem in self._problems:
+        for problem in (*self._kept, *self._problems):
             log.warning("%s", problem)
         if self._problems:
             log.warning("the state as it was is kept as %s", self._state.keep())

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Self
 from ringplane.block.image import ImageError
 from ringplane.block.sources.choose_source import NotReached
 from ringplane.control.adding import Adding, Other
+from ringplane.control.changes import Changes, place_of, without
 from ringplane.control.export import Export, closed
 from ringplane.control.listener import Listener, ListenError
 from ringplane.control.opening import report_created
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
+from ringplane.control.planned import place
 from ringplane.control.threads import Threads
 from ringplane.control.turns import PATIENCE, Turns
 from ringplane.dataplane.trace_events import TraceEvent
@@ -92,6 +94,8 @@ class Server:
         # Called on the control thread with the ID of a process that takes over, before it serves; must not block.
         self.at_takeover: Callable[[int], object] = _nothing
         self.described = frozenset(described)
+        # Disks that were added to a previous process and cannot be served now: the next start tries again.
+        self.unserved = Changes()
         self.changing = adding.changing
         self._adding = adding
         self._adds = Turns("the process", ADDED_AT_ONCE)
@@ -198,7 +202,14 @@ class Server:
         return await self._adds.take("adding a disk", partial(self._add, config))
 
     async def remove(self, name: str, *, detach: bool = False) -> None:
-        """Stop serving a disk and release all of it; an attached front end is detached only with `detach`."""
+        """Stop serving a disk and release all of it; an attached front end is detached only with `detach`.
+
+        One that is not served is not served after the next start either.
+        """
+        unserved = [table for table in self.unserved.added if table.get("name") == name]
+        if unserved and all(export.name != name for export in self.exports):
+            await self._forget(name, place_of(unserved[0]))
+            return
         export = self.find(name)
         if export.front_end and not detach:
             raise WrongState(f"a front end ({export.front_end}) is attached", name, "detach it, or add detach=true")
@@ -244,6 +255,7 @@ class Server:
         ]
         if config.name is None:
             taken = {other.name for other, _ in others if other.name is not None}
+            taken |= {str(table.get("name")) for table in self.unserved.added}
             config = dataclasses.replace(config, name=default_name(config.image, taken))
         self._opening.append(config)
         try:
@@ -266,6 +278,7 @@ class Server:
             raise Unavailable(f"the disk cannot be opened: {in_words(error)}") from None
         export.apply_limits()
         self.exports = (*self.exports, export)
+        self.unserved = without(self.unserved, place(config))
         self.threads.serve(export)
         if self._stopping:
             export.request_stop()
@@ -298,6 +311,11 @@ class Server:
             rules.add_opened(f"disk {other.name}", _present(other), other.image)
         for error in rules.add_opened("the new disk", export.config, export.image):
             raise error
+
+    async def _forget(self, name: str, where: str) -> None:
+        async with self.changing.one():
+            log.info("%s: was not served, and is removed", name)
+            self.unserved = without(self.unserved, where)
 
     async def _remove(self, export: Export) -> None:
         try:

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ringplane.block.image import NoAnswer
 from ringplane.block.sources.choose_source import reach
 from ringplane.block.storage_limits import SYSFS, physical_block_below
 from ringplane.control.adding import Adding
@@ -152,7 +153,7 @@ class Start:
         self._open_state(origin)
         planned = self._plan(origin)
         self._prepare_sockets(origin)
-        self._reach_servers()
+        self._reach_servers(origin)
         self._open(planned, origin)
         self._compile()
         threads = self._make_threads()
@@ -173,10 +174,14 @@ class Start:
             self._state.open(origin.state)
             self._undo.callback(self._state.remove_created)
 
-    def _reach_servers(self) -> None:
-        """Those whose images can be added later."""
+    def _reach_servers(self, origin: Origin) -> None:
+        """Those whose images can be added later; one that does not answer must not stop the others."""
         for server in self._interface.options.allow_servers if self._interface is not None else ():
-            self._at_end.callback(reach(server, self._signals))
+            try:
+                self._at_end.callback(reach(server, self._signals))
+            except NoAnswer as error:
+                origin.silent.add(server.server)
+                log.warning("%s; to add disks there, restart ringplane when it answers", error)
 
     def _plan(self, origin: Origin) -> list[Planned]:
         planned = origin.plan(self._disks, self._io_threads)
@@ -256,6 +261,7 @@ class Start:
         exports = [each.export for each in self._starting]
         server = Server(exports, threads, adding, events, [place(config) for config in self._disks])
         server.interface, server.metrics, server.state = self._interface, self._metrics, self._state
+        server.unserved = origin.unserved
         for export in exports:
             export.apply_limits()
         return server

@@ -69,6 +69,7 @@ class Predecessor(Origin):
                 self._metrics: dict[str, Any] | None = offer.get("metrics")
                 self.state = offer.get("state")
                 self._changes = Changes.from_json(offer.get("changes", {}))
+                self.unserved = Changes.from_json(offer.get("unserved", {}))
                 self._disks: Sequence[dict[str, Any]] = offer["disks"]
         except BaseException:
             self._channel.close()

@@ -37,6 +37,9 @@ class Opener(Protocol):
     def unlink(self, path: Path) -> None:
         """Remove one of the two files that were created last."""
 
+    def reaches(self, server: Hashable) -> bool:
+        """Whether images of this server may be added through it."""
+
     def places(self, server: Hashable) -> Sequence[Place]:
         """Where it connects to this server; none: it does not, or anywhere."""
 
@@ -79,6 +82,10 @@ class LocalOpener:
     def unlink(self, path: Path) -> None:
         """See Opener."""
         path.unlink()
+
+    def reaches(self, server: Hashable) -> bool:
+        """See Opener."""
+        return False
 
     def places(self, server: Hashable) -> Sequence[Place]:
         """See Opener."""

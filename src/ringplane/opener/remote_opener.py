@@ -138,6 +138,11 @@ class RemoteOpener:
         """The ID of the process."""
         return self._process.pid
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a request whose time is over has no answer yet: the next one would have to wait for that."""
+        return self._exchange.unanswered is not None and not NONE.wait(self.sock.fileno(), 0)
+
     def allows(self, path: Path) -> bool:
         """Whether it is below one of the folders."""
         try:
@@ -147,7 +152,7 @@ class RemoteOpener:
         return True
 
     def reaches(self, server: Hashable) -> bool:
-        """Whether images of this server may be added."""
+        """See Opener."""
         return server in self._servers
 
     def places(self, server: Hashable) -> Sequence[Place]:

@@ -49,7 +49,7 @@ class RemoteModule(Protocol):
     """What such a module defines. `title`, `size` and so on of the source are as for all (source.py)."""
 
     def open_source(self, config: DiskConfig, signals: Signals, opener: Opener) -> Source:
-        """Raises ImageError, OpenerEnded, Interrupted."""
+        """Raises ImageError, NoAnswer if the server does not answer in time, OpenerEnded, Interrupted."""
 
     def take_over_source(self, config: DiskConfig, offer: Offer, opener: Opener) -> Source:
         """Raises ImageError."""
@@ -57,7 +57,7 @@ class RemoteModule(Protocol):
     def reach(self, server: RemoteImage, signals: Signals) -> Callable[[], object]:
         """Do what makes `is_reached` true for images of this server in a confined process; returns what ends that.
 
-        Raises ImageError, Interrupted.
+        Raises ImageError, NoAnswer, Interrupted.
         """
 
     def is_reached(self, config: DiskConfig, opener: Opener) -> bool:
@@ -82,7 +82,7 @@ def import_all() -> None:
 def reach(server: RemoteImage, signals: Signals = NONE) -> Callable[[], object]:
     """Prepare for disks whose images are on this server, which a confined process adds; returns what ends that.
 
-    Raises ImageError, Interrupted.
+    Raises ImageError, NoAnswer, Interrupted.
     """
     return _module_of(server).reach(server, signals)
 
@@ -90,17 +90,19 @@ def reach(server: RemoteImage, signals: Signals = NONE) -> Callable[[], object]:
 def _reached_module(config: DiskConfig, image: RemoteImage, opener: Opener) -> RemoteModule:
     """Raises ImageError if this process is confined, and cannot connect to the server."""
     if is_confined() and not (REMOTE[image.source] in sys.modules and _module_of(image).is_reached(config, opener)):
-        raise _not_reached(config, image)
+        raise _not_reached(config, image, opener)
     return _module_of(image)
 
 
-def _not_reached(config: DiskConfig, image: RemoteImage) -> NotReached:
+def _not_reached(config: DiskConfig, image: RemoteImage, opener: Opener) -> NotReached:
     what = f"{image}: this process may not connect to its server any more"
     if image.buffered_alone and not config.direct:
         return NotReached(
             f"{what}, and a buffered disk needs a connection of its own",
             "leave out buffered (direct = false), or start ringplane with this disk",
         )
+    if opener.reaches(image.server):
+        return NotReached(f"{image}: its server could not be reached at the start", "restart ringplane when it answers")
     return NotReached(what, f"start ringplane with --allow-server {shlex.quote(image.of_server)}, or with this disk")
 
 

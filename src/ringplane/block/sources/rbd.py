@@ -16,10 +16,10 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ringplane.block.image import ImageError
+from ringplane.block.image import ImageError, NoAnswer
 from ringplane.block.io import READ
 from ringplane.block.sources import rbd_part, rbd_watching
-from ringplane.block.sources.rbd_cluster import Access, Cluster, ClusterError
+from ringplane.block.sources.rbd_cluster import Access, Cluster, ClusterError, NoMonitor
 from ringplane.block.sources.rbd_image import NoImage, OpenedImage, remove
 from ringplane.block.sources.rbd_library import MissingLibrary
 from ringplane.block.sources.rbd_part import OpenImage, RbdPart, Warnings
@@ -186,13 +186,15 @@ def _in_words(
     try:
         return calls.within(patience, function, signals, too_late)
     except NotBegun:
-        raise ImageError(
+        raise NoAnswer(
             f"{title}: the cluster has not answered what it was asked before; `ceph -s` shows its state"
         ) from None
     except NotInTime:
-        raise ImageError(
+        raise NoAnswer(
             f"{title}: the cluster does not answer within {patience:.0f} s; `ceph -s` shows its state"
         ) from None
+    except NoMonitor as error:
+        raise NoAnswer(f"{title}: {error}") from None
     except (ClusterError, MissingLibrary) as error:
         raise ImageError(f"{title}: {error}") from None
     except OSError as error:

@@ -36,6 +36,10 @@ class ClusterError(Exception):
     """The text is a sentence that says what failed and what to do."""
 
 
+class NoMonitor(ClusterError):
+    """The cluster does not answer in time."""
+
+
 @dataclass(frozen=True)
 class Access:
     """How a cluster is reached: equal for disks that can share a connection."""
@@ -86,7 +90,8 @@ class Cluster:
             try:
                 self.library.call("rados_connect", self.handle)
             except OSError as error:
-                raise ClusterError(_why_not_connected(access, error)) from None
+                kind = NoMonitor if error.errno == errno.ETIMEDOUT else ClusterError
+                raise kind(_why_not_connected(access, error)) from None
             self.fsid = self.library.text("rados_cluster_fsid", self.handle)
         except BaseException:
             self.library.call("rados_shutdown", self.handle)

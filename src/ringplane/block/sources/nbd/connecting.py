@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Sequence
 
-from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
+from ringplane.block.sources.nbd.handshake import Export, HandshakeError, Silent, negotiate
 from ringplane.opener.opener import LOCAL, Opener
 from ringplane.opener.server_places import Place
 from ringplane.options.nbd_uri import NbdUri
@@ -33,7 +33,9 @@ def find_places(uri: NbdUri) -> Sequence[Place]:
     try:
         return uri.find_places()
     except OSError as error:
-        raise HandshakeError(f"cannot be found: {error.strerror or error}; check the name of its host") from None
+        # The name server may be the one that does not answer.
+        kind = Silent if error.errno == socket.EAI_AGAIN else HandshakeError
+        raise kind(f"cannot be found: {error.strerror or error}; check the name of its host") from None
 
 
 def connect(
@@ -93,7 +95,7 @@ def _left(signals: Signals, end: float) -> float:
     signals.check()
     left = end - time.monotonic()
     if left <= 0:
-        raise HandshakeError("does not answer: no connection in time; check its address and the network")
+        raise Silent("does not answer: no connection in time; check its address and the network")
     return left
 
 
@@ -126,7 +128,7 @@ class _Waiting:
         data = b""
         while len(data) < size:
             if not self._signals.wait(self._sock.fileno(), max(self._end - time.monotonic(), 0)):
-                raise HandshakeError("does not answer: no handshake in time; check its address, and whether it hangs")
+                raise Silent("does not answer: no handshake in time; check its address, and whether it hangs")
             with contextlib.suppress(BlockingIOError):
                 part = self._receive(size - len(data))
                 if not part:

@@ -59,6 +59,10 @@ class HandshakeError(Exception):
     """The server cannot be used; the text is the rest of a sentence about it."""
 
 
+class Silent(HandshakeError):
+    """It does not answer in time."""
+
+
 class Stream(Protocol):
     """The bytes of a connection. Both methods raise HandshakeError if the peer takes too long or closes it."""
 

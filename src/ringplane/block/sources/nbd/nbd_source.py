@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ringplane.block.flushes import Flushes
-from ringplane.block.image import ImageError
+from ringplane.block.image import ImageError, NoAnswer
 from ringplane.block.merge import MERGE_BYTES
 from ringplane.block.ranges import ZEROS_SIZE
 from ringplane.block.sources.nbd.connecting import PATIENCE, connect, find_places
-from ringplane.block.sources.nbd.handshake import Export, HandshakeError
+from ringplane.block.sources.nbd.handshake import Export, HandshakeError, Silent
 from ringplane.block.sources.nbd.layout import EXPORT
 from ringplane.block.sources.nbd.link import Link
 from ringplane.block.sources.nbd.nbd_units import UNITS
@@ -79,7 +79,8 @@ def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LO
         way = _way(uri, opener)
         connection = way.connect(uri.export, signals)
     except HandshakeError as error:
-        raise ImageError(f"{uri}: the server {error}") from None
+        kind = NoAnswer if isinstance(error, Silent) else ImageError
+        raise kind(f"{uri}: the server {error}") from None
     return _source(config, way, connection[1], [connection])
 
 
