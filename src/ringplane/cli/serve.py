@@ -17,13 +17,13 @@ from ringplane.cli.types import FILE, USER
 from ringplane.log.logs import FORMATS, Logs
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import OneDisk
-from ringplane.options.image_address import RemoteImage, find_places
+from ringplane.options.image_address import RemoteImage, find_places, not_found
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.state_options import StateOptions
 from ringplane.options.users import User
 from ringplane.system import open_files
 from ringplane.system.notes import doing
-from ringplane.system.signals import CaughtSignals
+from ringplane.system.signals import CaughtSignals, Signals
 from ringplane.system.standard_fds import move_socket
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ringplane.control.server import Server
     from ringplane.control.start_steps import GiveUp
     from ringplane.control.state_file import StateFile
+    from ringplane.opener.host_names import Found
     from ringplane.opener.remote_opener import RemoteOpener
     from ringplane.opener.server_places import Place
 
@@ -116,7 +117,7 @@ def serve(
     described = describe(context, config, options)
 
     def start(signals: CaughtSignals) -> Server:
-        opener = started(described.api, user)
+        opener = started(described.api, user, signals)
         from ringplane.compiler.apart import ahead
         from ringplane.compiler.cache import DATA_PLANE
 
@@ -187,28 +188,32 @@ def made_state(path: Path | None, sandbox: bool | None, user: User | None) -> St
     return StateFile(path, trusted=sandbox is False and user is None)
 
 
-def started(api: ApiOptions | None, user: User | None) -> RemoteOpener | None:
-    """The process that opens files of disks that are added, and connects to their servers. It starts beside imports."""
+def started(api: ApiOptions | None, user: User | None, signals: Signals) -> RemoteOpener | None:
+    """The process that opens files of disks that are added, and connects to their servers. It starts beside imports.
+
+    Raises OpenerError, Interrupted.
+    """
     if api is None or not api.allow_folders:
         return None
     from ringplane.opener.remote_opener import RemoteOpener
 
-    return RemoteOpener(api.allow_folders, (user.uid, user.gid) if user is not None else None, places_of(api))
+    return RemoteOpener(api.allow_folders, (user.uid, user.gid) if user is not None else None, places_of(api, signals))
 
 
-def places_of(api: ApiOptions) -> dict[Hashable, Sequence[Place]]:
-    """Where its servers are now, because a confined process cannot look them up."""
+def places_of(api: ApiOptions, signals: Signals) -> dict[Hashable, Sequence[Place]]:
+    """Where its servers are now, because a confined process cannot look them up. Raises Interrupted."""
     # The process that connects is in another folder.
-    return {server.server: places_of_server(server.with_paths(Path.absolute)) for server in api.allow_servers}
+    servers = [server.with_paths(Path.absolute) for server in api.allow_servers]
+    found = zip(servers, find_places(servers, signals), strict=True)
+    return {server.server: known_places(server, places) for server, places in found}
 
 
-def places_of_server(server: RemoteImage) -> Sequence[Place]:
-    """None if it cannot be found: that must not stop other disks."""
-    try:
-        return find_places(server)
-    except ValueError as error:
-        log.warning("%s; to add disks there, restart ringplane when it can be found", error)
+def known_places(server: RemoteImage, found: Found) -> Sequence[Place]:
+    """None if it is not found: that must not stop other disks."""
+    if isinstance(found, OSError):
+        log.warning("%s; to add disks there, restart ringplane when it can be found", not_found(server, found))
         return ()
+    return found
 
 
 def rights(sandbox: bool | None, user: User | None, logs: Logs) -> GiveUp:

@@ -26,7 +26,7 @@ from ringplane.device.disk import check_switches, impossible_with
 from ringplane.opener.remote_opener import find_folder_problem
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.image_address import find_places
+from ringplane.options.image_address import find_places, not_found
 from ringplane.options.metrics_options import MetricsOptions
 from ringplane.options.users import User
 from ringplane.system.notes import in_words
@@ -65,11 +65,8 @@ def _of_user(user: User) -> list[str]:
 
 def _of_api(api: ApiOptions) -> list[str]:
     problems = [problem for folder in api.allow_folders if (problem := find_folder_problem(folder))]
-    for server in api.allow_servers:
-        try:
-            find_places(server)
-        except ValueError as error:
-            problems.append(str(error))
+    found = zip(api.allow_servers, find_places(api.allow_servers), strict=True)
+    problems += [not_found(server, places) for server, places in found if isinstance(places, OSError)]
     try:
         listener.check(api.socket, api.socket_group)
     except ListenError as error:

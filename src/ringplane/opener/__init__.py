@@ -12,6 +12,7 @@ other one reads paths from it.
     opening_process.py    the small process: its start, and its loop
     allowed_folders.py    what it does below the folders
     server_places.py      where the servers are, and connecting to them
+    host_names.py         looking up their names, before that, in another process
     opening_sandbox.py    what it gives up
 
 The small process imports only `system/` and Python's own modules, and few of them: each costs memory. The folders have

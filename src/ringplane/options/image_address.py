@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ringplane.options.kinds import Kind, list_from_toml, shown, text_from_toml
+from ringplane.system.signals import NONE, Signals
 
 if TYPE_CHECKING:
+    from ringplane.opener.host_names import Found, Host
     from ringplane.opener.server_places import Place
 
 # Modules of ringplane.options with a function `parse`, which makes a RemoteImage of a text or raises ValueError. If
@@ -95,9 +97,15 @@ class RemoteImage:
         """The address without the image and without secrets: what --allow-server has for it."""
         raise NotImplementedError
 
-    def find_places(self) -> Sequence[Place]:
-        """Where sockets connect to its server, now; none: it is reached in another way. Raises OSError."""
+    @property
+    def places(self) -> Sequence[Place]:
+        """Where sockets connect to its server, if no name is looked up for that."""
         return ()
+
+    @property
+    def to_look_up(self) -> Host | None:
+        """What is looked up for that."""
+        return None
 
     def with_paths(self, change: Callable[[Path], Path]) -> Self:
         """The same, with each path in it changed."""
@@ -132,12 +140,19 @@ def parse_server(text: str) -> RemoteImage:
     return server
 
 
-def find_places(server: RemoteImage) -> Sequence[Place]:
-    """As its method; raises ValueError, one line."""
-    try:
-        return server.find_places()
-    except OSError as error:
-        raise ValueError(f"{server}: cannot be found: {error.strerror or error}") from None
+def find_places(servers: Sequence[RemoteImage], signals: Signals = NONE) -> Sequence[Found]:
+    """Where sockets connect to each server, now; nowhere: it is reached in another way. Raises Interrupted."""
+    # Few processes need it.
+    from ringplane.opener.host_names import look_up
+
+    hosts = [server.to_look_up for server in servers]
+    found = look_up([host for host in hosts if host is not None], signals)
+    return [server.places if host is None else found[host] for server, host in zip(servers, hosts, strict=True)]
+
+
+def not_found(server: RemoteImage, error: OSError) -> str:
+    """The error of `find_places`, as a line."""
+    return f"{server}: cannot be found: {error.strerror or error}"
 
 
 def shown_image(text: str) -> str:

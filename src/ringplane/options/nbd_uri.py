@@ -5,18 +5,20 @@ nbd://HOST[:PORT]/EXPORT            nbd+unix:///EXPORT?socket=PATH
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ringplane.opener.server_places import Place
 from ringplane.options.image_address import RemoteImage, TableKey
 from ringplane.options.kinds import shown, suggestion, text_from_toml
+
+if TYPE_CHECKING:
+    from ringplane.opener.host_names import Host
 
 # IANA's
 DEFAULT_PORT = 10809
@@ -78,15 +80,13 @@ class NbdUri(RemoteImage):
     def of_server(self) -> str:
         return replace(self, export="").address
 
-    def find_places(self) -> Sequence[Place]:
-        """What its name means now. Raises OSError, also for a name that cannot be one."""
-        if self.socket is not None:
-            return [(socket.AF_UNIX, str(self.socket))]
-        try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except UnicodeError as error:
-            raise OSError(errno.EINVAL, str(error)) from None
-        return [(family, address) for family, _, _, _, address in found]
+    @property
+    def places(self) -> Sequence[Place]:
+        return () if self.socket is None else [(socket.AF_UNIX, str(self.socket))]
+
+    @property
+    def to_look_up(self) -> Host | None:
+        return (self.host, self.port) if self.socket is None else None
 
     def with_paths(self, change: Callable[[Path], Path]) -> NbdUri:
         return self if self.socket is None else replace(self, socket=change(self.socket))

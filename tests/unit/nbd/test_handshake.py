@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from ringplane.block.image import ImageError
+from ringplane.block.image import ImageError, NoAnswer
 from ringplane.block.sources.choose_source import open_source, rehearse_source
 from ringplane.block.sources.nbd import connecting
 from ringplane.block.sources.nbd import protocol as nbd
 from ringplane.block.sources.nbd.connecting import connect, find_places
-from ringplane.block.sources.nbd.handshake import Export, HandshakeError, negotiate
+from ringplane.block.sources.nbd.handshake import Export, HandshakeError, Silent, negotiate
 from ringplane.control.config import ConfigError, read_config
+from ringplane.opener import host_names
 from ringplane.opener.opener import LocalOpener, OpenerEnded
 from ringplane.opener.server_places import Place
 from ringplane.options.disk_config import DiskConfig
@@ -382,13 +385,33 @@ def test_it_can_be_interrupted(listener: socket.socket, tmp_path: Path) -> None:
         open_source(config(tmp_path), Once())
 
 
-def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", find)
-    with pytest.raises(HandshakeError, match="cannot be found: Name or service not known"):
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), HandshakeError),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), Silent),
+        (TimeoutError(errno.ETIMEDOUT, "no name server has answered"), Silent),
+    ],
+)
+def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[Exception]) -> None:
+    monkeypatch.setattr(host_names, "look_up", lambda hosts, _: dict.fromkeys(hosts, error))
+    with pytest.raises(HandshakeError, match=f"cannot be found: {error.strerror}; check the name") as raised:
         find_places(NbdUri("x", "host.invalid"))
+    assert raised.type is kind
+
+
+class Unfound(LocalOpener):
+    """Connects to a server whose name was not found at the start."""
+
+    def reaches(self, server: object) -> bool:
+        return True
+
+
+def test_a_name_that_was_not_found_is_not_looked_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_names, "look_up", None)
+    disk = replace(config(tmp_path), image=NbdUri("x", "host.invalid"))
+    with pytest.raises(NoAnswer, match="could not be found at the start; restart ringplane when it can be found"):
+        open_source(disk, opener=Unfound())
 
 
 def test_tcp() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ringplane.block.sources.nbd.handshake import Export, HandshakeError, Silent, negotiate
 from ringplane.opener.opener import LOCAL, Opener
 from ringplane.opener.server_places import Place
+from ringplane.options import image_address
 from ringplane.options.nbd_uri import NbdUri
 from ringplane.system.notes import REMEDIES, in_words
 from ringplane.system.signals import NONE, Signals
@@ -28,14 +29,14 @@ PAUSE = 0.1
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
-def find_places(uri: NbdUri) -> Sequence[Place]:
-    """Where its server is: what its name means now. Raises HandshakeError."""
-    try:
-        return uri.find_places()
-    except OSError as error:
-        # The name server may be the one that does not answer.
-        kind = Silent if error.errno == socket.EAI_AGAIN else HandshakeError
-        raise kind(f"cannot be found: {error.strerror or error}; check the name of its host") from None
+def find_places(uri: NbdUri, signals: Signals = NONE) -> Sequence[Place]:
+    """Where its server is: what its name means now. Raises HandshakeError, Interrupted."""
+    [found] = image_address.find_places([uri], signals)
+    if isinstance(found, OSError):
+        # A name server may be the one that does not answer.
+        kind = Silent if found.errno in (errno.ETIMEDOUT, socket.EAI_AGAIN) else HandshakeError
+        raise kind(f"cannot be found: {found.strerror or found}; check the name of its host")
+    return found
 
 
 def connect(

@@ -76,7 +76,7 @@ def open_source(config: DiskConfig, signals: Signals = NONE, opener: Opener = LO
     """Connect to the server. Raises ImageError, OpenerEnded, Interrupted."""
     uri = _checked(config)
     try:
-        way = _way(uri, opener)
+        way = _way(uri, signals, opener)
         connection = way.connect(uri.export, signals)
     except HandshakeError as error:
         kind = NoAnswer if isinstance(error, Silent) else ImageError
@@ -95,11 +95,13 @@ def is_reached(config: DiskConfig, opener: Opener) -> bool:
     return bool(opener.places(_checked(config).server))
 
 
-def _way(uri: NbdUri, opener: Opener) -> Way:
-    """Through the opener if it reaches the server. Raises HandshakeError."""
+def _way(uri: NbdUri, signals: Signals, opener: Opener) -> Way:
+    """Through the opener if it reaches the server. Raises HandshakeError, Interrupted."""
     if places := opener.places(uri.server):
         return Way(places, opener)
-    return Way(find_places(uri), LOCAL)
+    if opener.reaches(uri.server):
+        raise Silent("could not be found at the start; restart ringplane when it can be found")
+    return Way(find_places(uri, signals), LOCAL)
 
 
 def take_over_source(config: DiskConfig, offer: Mapping[str, Any], opener: Opener = LOCAL) -> Source:
