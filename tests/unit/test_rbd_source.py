@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import ringplane
-from ringplane.block.sources import rbd_cluster
+from ringplane.block.image import NoAnswer
+from ringplane.block.sources import rbd, rbd_cluster
 from ringplane.control.changes import Changes
 from ringplane.control.handover import HandoverError
 from ringplane.control.server import Server
@@ -23,6 +24,7 @@ from ringplane.driver.driver import segments
 from ringplane.options.api_options import ApiOptions
 from ringplane.options.image_address import parse_server
 from ringplane.options.thread_options import IoThread
+from ringplane.system.signals import NONE
 from ringplane.vhost_user.messages import Request
 from ringplane.virtio.blk import (
     VIRTIO_BLK_S_IOERR,
@@ -240,3 +242,16 @@ def test_a_cluster_that_does_not_answer_stops_no_other_disk(
     assert "b: was added at run time and is not served: rbd:rbd/b: its server does not answer" in caplog.text
     with serve_beside_a_cluster(tmp_path) as server:
         assert [export.name for export in server.exports] == ["a", "b"]
+
+
+def test_what_hangs_may_continue_in_a_confined_process(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library has begun at the start makes system calls later."""
+    kept: list[object] = []
+    monkeypatch.setattr(rbd, "OPEN_PATIENCE", 0.05)
+    monkeypatch.setattr(rbd, "keep", kept.append)
+    library.hanging.add("rados_connect")
+    with pytest.raises(NoAnswer, match="the cluster does not answer within"):
+        rbd.reach(parse_server("rbd::id=hangs"), NONE)
+    assert kept == [rbd.SYSTEM_CALLS]
+    library.answers.set()
+    wait_until(lambda: "rados_shutdown" in library.calls)

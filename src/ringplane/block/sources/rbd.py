@@ -190,6 +190,8 @@ def _in_words(
             f"{title}: the cluster has not answered what it was asked before; `ceph -s` shows its state"
         ) from None
     except NotInTime:
+        # What the library has begun still runs.
+        keep(SYSTEM_CALLS)
         raise NoAnswer(
             f"{title}: the cluster does not answer within {patience:.0f} s; `ceph -s` shows its state"
         ) from None
