@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,29 @@ import pytest
 import ringplane
 from ringplane.block.layers.policy_layer import PolicyLayer, PolicyList, PolicyPart
 from ringplane.driver import Driver
+from ringplane.guest_memory.regions import Mapping
+from ringplane.inflight import tracking
+from ringplane.inflight.area import InflightRegion
 from ringplane.options.policy_options import PolicyUse
 from ringplane.policies.loading import find_policy
 from ringplane.policies.running import RunningPolicy, WrongParameter
 
-from .rig import FLUSH, IN, IOERR, OK, OUT, PATIENCE, Answer, Line, RigFactory, eventually, pattern, rig_factory
+from .rig import (
+    FLUSH,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    PATIENCE,
+    Answer,
+    Line,
+    Pending,
+    RigFactory,
+    Ring,
+    eventually,
+    pattern,
+    rig_factory,
+)
 
 WritePolicy = Callable[..., RunningPolicy]
 
@@ -392,7 +410,7 @@ def test_io_of_another_operation_has_no_data(make_rig: RigFactory, write_policy:
     assert part.policies.policies[0].counters == {"requests": 2, "found": 0, "seen": DISK[0]}
 
 
-MIXED: Mapping[str, int] = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
+MIXED = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -400,3 +418,69 @@ def test_guests_see_an_error_whatever_its_number(make_rig: RigFactory, write_pol
     line, _ = line_with(make_rig, write_policy(f"return fail({name})"))
     assert line.do(OUT, 0, pattern(512)).status == IOERR
     assert os.strerror(MIXED[name])
+
+
+def abandon(line: Line) -> None:
+    """Stop the ring of a front end that has gone."""
+    drained = line.worker.stop_queue(line.queue)
+    assert eventually(
+        lambda: line.worker.call(lambda: line.worker.rings.abandon_kept(line.queue)).result(PATIENCE) or drained.done()
+    )
+    drained.result(PATIENCE)
+    assert line.queue.in_flight == 0
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_what_hangs_is_done_again_for_the_next_front_end(
+    make_rig: RigFactory, write_policy: WritePolicy, in_order: bool
+) -> None:
+    """From the in-flight region, with all that has to be used after it."""
+    hang = write_policy("return HANG if io.operation == WRITE else PASS")
+    part = PolicyLayer(SIZE, 512, [hang]).part(0, 64)
+    part.use(PolicyList([hang], shared=False))
+    line = make_rig(layers=[part]).line()
+    line.ring = Ring(line.rig.guest, 128, in_order=in_order)
+    length = tracking.region_bytes(128, packed=False)
+    fd = os.memfd_create("region")
+    os.ftruncate(fd, length)
+    mapping = Mapping(fd, length, 0)
+    line.ring.inflight = InflightRegion(mapping.address, mapping)
+    line.resume()
+    data = pattern(512, 1)
+    flush, write, read = line.put(FLUSH), line.put(OUT, 8, data), line.put(IN, 16, room=512)
+    line.kick()
+    done: list[Pending] = []
+    wanted = [flush] if in_order else [flush, read]
+    assert eventually(lambda: bool(done.extend(line.ring.collect()) or len(done) == len(wanted)))
+    line.turn_is_over()
+    assert eventually(lambda: part.kept(line.worker.state.channel.ios) != [])
+    abandon(line)
+    assert sorted(each.head for each in done) == sorted(each.head for each in wanted)
+    assert line.ring.collect() == []
+    assert line.rig.content() == DISK
+    part.use(PolicyList([], shared=False))
+    line.queue.reset()
+    line.resume()
+    line.kick()
+    line.wait()
+    assert line.answer(write) == Answer(OK, 1, b"")
+    assert line.answer(read) == Answer(OK, 513, DISK[8192:][:512])
+    assert line.rig.content()[4096:][:512] == data
+    assert line.do(FLUSH) == Answer(OK, 1, b"")
+    os.close(fd)
+
+
+def test_slots_of_abandoned_requests_are_used_again(make_rig: RigFactory, write_policy: WritePolicy) -> None:
+    """Also those with a copy of their data."""
+    hang = write_policy("store8(io, 0, 1)\nreturn HANG if io.operation == WRITE else PASS", data=True)
+    line, part = line_with(make_rig, hang)
+    for _ in range(3):
+        for number in range(30):
+            line.put(OUT, number, pattern(512))
+        line.kick()
+        assert eventually(lambda: line.queue.in_flight == 30)
+        line.turn_is_over()
+        abandon(line)
+        line.start()
+    assert part.kept(line.worker.state.channel.ios) == []
+    assert line.do(IN, 0, room=512) == Answer(OK, 513, DISK[:512])

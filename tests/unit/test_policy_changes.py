@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from ringplane.driver import Driver
 from ringplane.options.delay_options import Delay
 from ringplane.options.policy_options import PolicyUse
 
-from .rig import PATIENCE, eventually, pattern
+from .rig import OUT, PATIENCE, eventually, pattern
 from .test_policies import SAMPLES, own_policy
 
 MIB = 1 << 20
@@ -133,3 +135,48 @@ def test_a_changed_file_is_another_policy_that_counts_on(tmp_path: Path, export:
     with pytest.raises(OSError, match="flush"):
         driver.flush()
     assert counters(export) == {"own": {"requests": 3, "seen": 0, "found": 3}}
+
+
+def test_a_front_end_leaves_although_a_request_of_it_hangs(tmp_path: Path, export: Export) -> None:
+    """The next one is served; and the disk stops although a request hangs."""
+    path = tmp_path / "own.py"
+    path.write_text(own_policy("return HANG if io.operation == WRITE else PASS"))
+    export.set_policies([PolicyUse(f"{path}:own")])
+    assert export.socket_path is not None
+    for leave in (disconnect, disconnect_while_rings_stop, disconnect):
+        with Driver(export.socket_path) as driver:
+            hang_write(driver)
+            assert driver.read(0, 512) == pattern(MIB)[:512]
+            leave(driver)
+        assert eventually(lambda: export.in_flight == 0)
+    with Driver(export.socket_path) as driver:
+        hang_write(driver)
+        export.stop()
+    assert (tmp_path / "disk.img").read_bytes() == pattern(MIB)
+
+
+def hang_write(driver: Driver) -> None:
+    """It is in flight when this returns."""
+    with pytest.raises(TimeoutError):
+        driver.request(OUT, 16, bytes(512), timeout=0.2)
+
+
+def disconnect(driver: Driver) -> None:
+    driver.front_end.close()
+
+
+def stop_in_vain(driver: Driver) -> None:
+    with contextlib.suppress(Exception):
+        driver.stop()
+
+
+def disconnect_while_rings_stop(driver: Driver) -> None:
+    """After GET_VRING_BASE, whose reply does not come."""
+    stopping = threading.Thread(target=stop_in_vain, args=(driver,))
+    stopping.start()
+    stopping.join(0.5)
+    assert stopping.is_alive()
+    # shutdown(2), because the other thread reads from it.
+    driver.front_end.sock.shutdown(socket.SHUT_RDWR)
+    stopping.join(PATIENCE)
+    assert not stopping.is_alive()

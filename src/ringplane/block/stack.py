@@ -116,6 +116,15 @@ class LayerPart:
     # Watched as long as a queue uses the stack.
     events: Sequence[Event] = ()
 
+    # For a layer that may keep I/Os for ever. Both are called on the I/O thread, between two runs of the loop.
+
+    def kept(self, ios: npt.NDArray[np.void]) -> list[int]:
+        """The slots of the I/Os that it keeps and does not know when to resume; `ios`: those of the thread."""
+        return []
+
+    def forget(self, channel: int, slot: int) -> None:
+        """One of these does not exist any more; `channel` is the address of the thread's channel."""
+
 
 class SourcePart:
     """The part of a source for one I/O thread: see STACK. The methods are those of a source without the engine."""

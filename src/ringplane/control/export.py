@@ -408,6 +408,8 @@ class Export:
 
     def _close_sockets(self) -> None:
         self._front_ends.stop()
+        if self._session is not None:
+            self._session.give_up()
         if self._transport:
             self._transport.close()
 

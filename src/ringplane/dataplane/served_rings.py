@@ -86,6 +86,47 @@ class ServedRings:
         if queue.in_flight:
             log.debug("%s: draining %d requests", queue.name, queue.in_flight, extra=queue.log_fields)
 
+    def abandon_kept(self, queue: Queue) -> None:
+        """Of a ring that stops, end the requests that a layer keeps: nobody is there who could have them resumed.
+
+        They get no used entry. Where the front end keeps an in-flight region they are in it, as after a crash, and the
+        next one to serve the ring does them again. On a ring that is used in order that is so for all that follow.
+        """
+        if queue.address not in self._draining:
+            return
+        kept = {slot: layer for layer in queue.stack.layers for slot in layer.kept(self._state.channel.ios)}
+        requests = self._state.slots.requests
+        ours = [slot for slot in kept if requests["queue"][slot] == queue.address]
+        for slot in self._unusable(queue, ours) if queue.record["in_order"] else ours:
+            if slot in kept:
+                kept[slot].forget(self._state.channel.address, slot)
+            self._release(queue, slot)
+
+    def _unusable(self, queue: Queue, kept: list[int]) -> list[int]:
+        """The requests from the first kept one on, if all of them have ended or are kept."""
+        requests, slot = self._state.slots.requests, int(queue.record["oldest"])
+        if not kept or slot not in kept:
+            # Older ones end by themselves.
+            return []
+        found = []
+        while slot >= 0:
+            if slot not in kept and not requests["ended"][slot]:
+                return []
+            found.append(slot)
+            slot = int(requests["following"][slot])
+        queue.record["oldest"] = -1
+        return found
+
+    def _release(self, queue: Queue, slot: int) -> None:
+        """As `release` of answer.py, for a request without an answer."""
+        request, worker = self._state.slots.requests[slot], self._state.record
+        request["queue"] = request["retired_memory"] = 0
+        request["next"], worker["free"] = worker["free"], slot
+        queue.record["in_flight"] -= 1
+        worker["in_flight"] -= 1
+        # What was fetched and not completed.
+        worker["fetched"] -= 1
+
     def call_off_stop(self, queue: Queue, memory: MemoryTable, kick_fd: int) -> bool:
         """Fetch again, whatever is in flight, although the ring was to stop; False if it has been drained."""
         self._notice(queue)

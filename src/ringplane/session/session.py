@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
@@ -25,6 +25,7 @@ from ringplane.system.fd import Fd
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.messages import BackendRequest, ProtocolError, ProtocolFeature
 from ringplane.vhost_user.payloads import U64
+from ringplane.vhost_user.peers import gone
 from ringplane.vhost_user.transport import AsyncTransport, Interrupted
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Session:
         self._paused, self._go = asyncio.Event(), asyncio.Event()
         self._go.set()
         self._held = contextlib.AsyncExitStack()
+        self._disk = disk
+        self._giving_up: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve the front end until it disconnects or breaks the protocol; then free all its resources."""
@@ -106,9 +109,32 @@ class Session:
 
     async def _close(self) -> None:
         self._transport.close()
+        # An operation that has begun may wait for requests too.
+        self.give_up()
         async with self._busy:
             for error in await self._handlers.close():
                 self._logger.error("a queue could not be stopped: %s", error)
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+
+    def give_up(self) -> None:
+        """Nobody waits for requests any more: rings that stop do not wait for those that layers keep."""
+        if self._giving_up is None and self._disk.layers:
+            self._giving_up = asyncio.create_task(self._handlers.vrings.abandon_kept())
+
+    @contextlib.contextmanager
+    def _noticing_its_end(self) -> Iterator[None]:
+        """A message that stops rings may wait for ever for what a layer keeps, but not without its front end."""
+        watching = asyncio.create_task(self._give_up_when_gone()) if self._disk.layers else None
+        try:
+            yield
+        finally:
+            if watching is not None:
+                watching.cancel()
+
+    async def _give_up_when_gone(self) -> None:
+        await gone(self._transport)
+        self.give_up()
 
     # Messages.
 
@@ -126,7 +152,8 @@ class Session:
         with message:
             self._logger.debug("%s %s", message.name, message.payload)
             async with self._busy:
-                reply = await self._answer(message)
+                with self._noticing_its_end():
+                    reply = await self._answer(message)
             # Without the lock: a front end that does not read its replies must hold up only itself.
             if reply is not None:
                 await self._reply(message, reply)

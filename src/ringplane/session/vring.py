@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from ringplane.dataplane.place_ring import find_ring
 from ringplane.dataplane.queue import DirtyLog, Queue, RingLayout
 from ringplane.dataplane.ring_states import RingEvent, RingState
-from ringplane.dataplane.worker import Worker
+from ringplane.dataplane.worker import Worker, WorkerEnded
 from ringplane.guest_memory.address_space import BadMemory
 from ringplane.guest_memory.regions import MemoryTable
 from ringplane.inflight.area import InflightArea
@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 
 # Seconds after which a slow drain is logged.
 SLOW_DRAIN = 2.0
+# Seconds between two looks for what layers keep.
+ABANDON_INTERVAL = 0.1
 
 
 class Wait(Protocol):
@@ -202,6 +204,13 @@ class Vring:
                 self._end_signal(request)
             self._call_set = False
             self._size, self._base, self._address, self.enabled = 0, 0, None, False
+
+    async def abandon_kept(self) -> None:
+        """The front end has gone. What a layer keeps, a policy that hangs for example, would keep the ring for ever."""
+        while self.queue.state.served and self.queue.stack.layers:
+            with contextlib.suppress(WorkerEnded):
+                await self._wait(self._worker.call(lambda: self._worker.rings.abandon_kept(self.queue)))
+            await asyncio.sleep(ABANDON_INTERVAL)
 
     async def set_memory(self, use: RingUse) -> None:
         if self.queue.state.served:

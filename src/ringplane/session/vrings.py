@@ -105,6 +105,10 @@ class Vrings:
         results = await asyncio.gather(*(vring.forget() for vring in self), return_exceptions=True)
         return [error for error in results if error is not None]
 
+    async def abandon_kept(self) -> None:
+        """Until all have stopped, end the requests that layers keep; see ServedRings."""
+        await asyncio.gather(*(vring.abandon_kept() for vring in self))
+
     async def set_memory(self, use: RingUse) -> None:
         await asyncio.gather(*(vring.set_memory(use) for vring in self))
 

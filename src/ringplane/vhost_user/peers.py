@@ -9,7 +9,7 @@ import select
 import socket
 import struct
 
-from ringplane.vhost_user.transport import wake
+from ringplane.vhost_user.transport import AsyncTransport, wake
 
 UCRED = struct.Struct("=iII")
 
@@ -31,7 +31,7 @@ def describe(sock: socket.socket) -> str:
     return f"process {pid}"
 
 
-async def gone(sock: socket.socket) -> None:
+async def gone(sock: socket.socket | AsyncTransport) -> None:
     """Return when the other end has been closed, even if there is still data to read."""
     loop = asyncio.get_running_loop()
     closed: asyncio.Future[None] = loop.create_future()

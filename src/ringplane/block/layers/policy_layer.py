@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ringplane.block.image import ImageError
 from ringplane.block.layers.layer import Layer
-from ringplane.block.layers.policy_walk import CHANGE, ENTRY, POLICIES, down, release, up
+from ringplane.block.layers.policy_walk import CHANGE, ENTRY, POLICIES, down, forget, release, up
 from ringplane.block.stack import LayerPart
 from ringplane.native.structs import new
 from ringplane.opener.opener import LOCAL
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ringplane.options.disk_config import DiskConfig
     from ringplane.policies.running import RunningPolicy
 
-UNITS = (down, up, release)
+UNITS = (down, up, release, forget)
 
 
 class PolicyList:
@@ -53,6 +53,9 @@ class PolicyPart(LayerPart):
         self._record, self._changes, self._seen = new(POLICIES), new(CHANGE, slots), new(SEEN)
         self.state = int(self._record.ctypes.data)
         self.down, self.up = down.address(), up.address()
+        # Later it may not be possible to load code.
+        for each in (release, forget):
+            each.address()
         record = self._record[0]
         record["changes"], record["seen"] = self._changes.ctypes.data, self._seen.ctypes.data
         record["block_mask"] = block_size - 1
@@ -66,6 +69,16 @@ class PolicyPart(LayerPart):
         record["results"] = policies.wants_results
         # Kept as long as they are used.
         self.policies = policies
+
+    def kept(self, ios: npt.NDArray[np.void]) -> list[int]:
+        slots, slot = [], int(self._record["hung_first"][0])
+        while slot >= 0:
+            slots.append(slot)
+            slot = int(ios["next"][slot])
+        return slots
+
+    def forget(self, channel: int, slot: int) -> None:
+        forget(self.state, channel, slot)
 
     def resize(self, size: int) -> None:
         self._record["size"] = self._seen["disk_size"] = size

@@ -301,6 +301,22 @@ def ask_about_result(entry, io, seen):
 
 
 @unit
+def forget(layer, channel_address, slot):
+    """The I/O in this slot hangs, and is in no list from now on; between two runs of the loop."""
+    policies, channel = view(layer, POLICIES), view(channel_address, CHANNEL)
+    each = policies.hung_first
+    policies.hung_first = -1
+    while each >= 0:
+        io = io_at(channel, each)
+        each = io.next
+        if io.slot != slot:
+            put(channel, layer + HUNG_LIST, io)
+        elif change_at(policies, slot).changed:
+            undo(change_at(policies, slot), io)
+    return 0
+
+
+@unit
 def release(layer, channel_address, memory):
     """Have the I/Os continue that the policy with this memory lets hang, or all (0); between two runs of the loop."""
     policies, channel = view(layer, POLICIES), view(channel_address, CHANNEL)
