@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response
@@ -14,9 +15,11 @@ from ringplane.api.long_text import LongText
 from ringplane.api.scrape import scrape
 from ringplane.api.statistics import statistics as read_statistics
 from ringplane.api.trace_stream import SHORTEST, TraceStream
+from ringplane.block.layers.record import RecordLayer
 from ringplane.control.config import ConfigError, read_disk
 from ringplane.control.export import Export
-from ringplane.control.operation_errors import Unavailable, WrongValue
+from ringplane.control.operation_errors import Unavailable, WrongState, WrongValue
+from ringplane.control.operations import NOT_RECORDED
 from ringplane.control.written_config import written_config
 from ringplane.dataplane.ring_states import RingState
 from ringplane.metrics.exposition import MEDIA_TYPE
@@ -84,6 +87,35 @@ async def flush(call: Call) -> schemas.Disk:
     export = call.export
     await call.operate(export.operations.flush)
     return described(export)
+
+
+async def start_recording(call: Call) -> schemas.Recording:
+    export, wanted = call.export, await call.body(schemas.NewRecording)
+    path = Path(wanted.file)
+    if not path.is_absolute():
+        raise WrongValue(f"{wanted.file!r} is not an absolute path", "file", "an absolute path")
+    return recording_of(await call.operate(lambda: export.operations.start_recording(path)))
+
+
+async def show_recording(call: Call) -> schemas.Recording:
+    if layer := call.export.operations.recording:
+        return recording_of(layer)
+    raise WrongState(*NOT_RECORDED)
+
+
+async def end_recording(call: Call) -> schemas.Recording:
+    return recording_of(await call.operate(call.export.operations.end_recording))
+
+
+async def mark(call: Call) -> None:
+    export, wanted = call.export, await call.body(schemas.Mark)
+    await call.operate(lambda: export.operations.mark(wanted.text))
+
+
+def recording_of(layer: RecordLayer) -> schemas.Recording:
+    """What the API shows of a recording."""
+    file = layer.file
+    return schemas.Recording(str(file.path), file.token, file.count, file.failed or None)
 
 
 async def list_io_threads(call: Call) -> schemas.IoThreads:

@@ -136,6 +136,16 @@ DISK_METRICS = (
         "1 if a flush has failed: earlier writes may be lost, and each later flush fails.",
         lambda export: export.disk.flush_failed,
     ),
+    _gauge(
+        "recording_entries",
+        "Entries of the recording that is made of the disk (docs/recordings.md); 0: none is made.",
+        lambda export: layer.file.count if (layer := export.operations.recording) else 0,
+    ),
+    _gauge(
+        "recording_failed",
+        "1 if the recording of the disk has ended because it could not be written.",
+        lambda export: bool((layer := export.operations.recording) and layer.file.failed),
+    ),
 )
 
 DISK_INFO = Metric(

@@ -85,6 +85,23 @@ ROUTES = (
         "POST", "/v1/disks/{name}/flush", actions.flush, "Make all completed requests stable.", schemas.Disk,
         errors=(404, 409, 503),
     ),
+    Route(
+        "POST", "/v1/disks/{name}/recording", actions.start_recording,
+        "Record all changes of a disk to a new file (docs/recordings.md), from a moment with nothing in flight.",
+        schemas.Recording, body=schemas.NewRecording, body_required=True, errors=CHANGE,
+    ),
+    Route(
+        "GET", "/v1/disks/{name}/recording", actions.show_recording, "Show the recording.", schemas.Recording,
+        errors=(404, 409),
+    ),
+    Route(
+        "DELETE", "/v1/disks/{name}/recording", actions.end_recording,
+        "End the recording. Answers when its file is complete.", schemas.Recording, errors=(404, 409, 503),
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/recording/marks", actions.mark, "Add a mark to the recording.", None,
+        body=schemas.Mark, body_required=True, errors=CHANGE, status=204,
+    ),
     Route("GET", "/v1/io-threads", actions.list_io_threads, "List the I/O threads.", schemas.IoThreads),
     Route(
         "GET", "/v1/statistics", actions.statistics, "The counters of all disks and I/O threads, for rates.",

@@ -215,6 +215,27 @@ class Resized(Struct):
     size: int
 
 
+class NewRecording(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
+    """Where a disk is recorded to."""
+
+    file: Annotated[str, Meta(description="The absolute path of a file that does not exist yet.")]
+
+
+class Recording(Struct):
+    """A recording (docs/recordings.md)."""
+
+    file: str
+    token: Annotated[str, Meta(description="A write of one block that begins with this text is a mark.")]
+    entries: Annotated[int, Meta(description="So far.")]
+    failed: Annotated[str | None, Meta(description="Why nothing is recorded any more; null: it is.")]
+
+
+class Mark(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
+    """A mark for a recording."""
+
+    text: Annotated[str, Meta(max_length=1000)]
+
+
 class EventData(Struct):
     """The `data` of an event of the stream. Its `event` is the kind, its `id` is for Last-Event-ID."""
 

@@ -184,14 +184,25 @@ class Stack:
         if self._users:
             for event in layer.events:
                 event.watch(engine)
-        probe, probed = self._layers[-1].copy(), int(self._record["layer_count"][0]) > len(self.layers)
         ours = ios["stack"] == self.address
         # Without layers I/Os have no level.
         ios["level"][ours] = ios["level"][ours] + (ios["level"][ours] > index) if self.layers else 0
-        self.layers = (*self.layers[:index], layer, *self.layers[index:])
-        self._layers = _records(self.layers)
+        self._use(*self.layers[:index], layer, *self.layers[index:])
+
+    def remove(self, layer: LayerPart, engine: Engine) -> None:
+        """Undo `insert`, while no I/O of the stack is in progress."""
+        if self._users:
+            for event in layer.events:
+                event.unwatch(engine)
+        self._use(*(each for each in self.layers if each is not layer))
+
+    def _use(self, *layers: LayerPart) -> None:
+        """Have these layers, and the probe below them if there is one."""
+        probe, probed = self._layers[-1].copy(), int(self._record["layer_count"][0]) > len(self.layers)
+        self.layers = layers
+        self._layers = _records(layers)
         self._layers[-1] = probe
-        self._record["layers"], self._record["layer_count"] = self._layers.ctypes.data, len(self.layers) + probed
+        self._record["layers"], self._record["layer_count"] = self._layers.ctypes.data, len(layers) + probed
 
     def set_probe(self, state: int, function: int) -> None:
         """Put a layer below the others, if there are any, to watch I/Os: `function` is its `down` and `up`.

@@ -10,9 +10,9 @@ import click
 from ringplane import __version__
 from ringplane.system.signals import CaughtSignals
 
-COMMANDS = ("serve", "ctl", "top", "trace", "check", "demo", "bench", "compile", "crash")
+COMMANDS = ("serve", "ctl", "top", "trace", "export", "replay", "crash", "check", "demo", "bench", "compile")
 # These commands check for signals themselves; a signal ends the others at any point: they leave nothing half made.
-INTERRUPTIBLE = ("serve", "top", "trace", "demo", "bench", "compile", "crash")
+INTERRUPTIBLE = ("serve", "top", "trace", "replay", "crash", "demo", "bench", "compile")
 
 
 class Commands(click.Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from ringplane.control.export import Export
 from ringplane.control.limiting import Limiting
 from ringplane.control.listener import Listener
 from ringplane.control.needed_units import units_of_limits, units_of_parts
+from ringplane.control.new_recording import new_recording
 from ringplane.control.opening import Parts, listen, open_parts
 from ringplane.control.operation_errors import STOPPING, WrongState
 from ringplane.control.planned import Planned
@@ -59,8 +61,17 @@ class Adding:
 
     def export(self, planned: Planned, disk: Disk, listener: Listener) -> Export:
         """What serves it."""
-        emit = self._events.of(disk.name)
-        return Export(planned, disk, listener, self._threads, self._space.quota(), self._limiting, self.changing, emit)
+        return Export(
+            planned,
+            disk,
+            listener,
+            self._threads,
+            self._space.quota(),
+            self._limiting,
+            self.changing,
+            self._events.of(disk.name),
+            lambda path: new_recording(path, planned.config, disk.source, self._opener),
+        )
 
     def spread(self, disks: Iterable[DiskConfig]) -> Sequence[str]:
         """The I/O threads of one more disk."""
@@ -82,8 +93,12 @@ class Adding:
             disk = self.make_disk(config, parts, undo)
             if self._stopped:
                 raise WrongState(*STOPPING)
-            disk.source.start_threads()
-            export = self.export(Planned(config, added=True), disk, listen(config, parts, undo, self._opener))
+            disk.start_threads()
+            export = self.export(
+                Planned(dataclasses.replace(config, record=None), added=True),
+                disk,
+                listen(config, parts, undo, self._opener),
+            )
             return export, undo.pop_all()
 
     def _check(self, config: DiskConfig, others: Iterable[Other]) -> None:

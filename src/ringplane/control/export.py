@@ -9,9 +9,11 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from ringplane.block.layers.record import RecordLayer
 from ringplane.control.changing import Changing
 from ringplane.control.counters import Counter, count
 from ringplane.control.front_ends import FrontEnds
@@ -55,6 +57,7 @@ class Export:
         limiting: Limiting,
         changing: Changing,
         emit: Emit,
+        record_to: Callable[[Path], RecordLayer],
     ) -> None:
         self.config, self.added = planned.config, planned.added
         # By which a disk with the same image is found. Later its storage may hang.
@@ -66,7 +69,7 @@ class Export:
         self.threads = threads
         self.disk = disk
         self._logger, self._emit = DiskLog(log, disk.name), emit
-        self.operations = Operations(disk, lambda: self._session, limiting, changing, self._logger, emit)
+        self.operations = Operations(disk, lambda: self._session, limiting, changing, self._logger, emit, record_to)
         self._listener = listener
         self._quota = quota
         self._front_ends = FrontEnds(listener.sock, self._logger)
@@ -170,6 +173,18 @@ class Export:
         of its file, keeps its state and counters. Requests that hang because of one that is gone or off continue.
         """
         self._do(lambda: self.operations.set_policies(policies))
+
+    def start_recording(self, path: str | os.PathLike[str]) -> str:
+        """Record all changes to this new file from now on; returns the token of marks. Raises OperationError."""
+        return self._do(lambda: self.operations.start_recording(Path(path))).file.token
+
+    def end_recording(self) -> None:
+        """Record no more; when this returns the file is complete. Raises OperationError."""
+        self._do(self.operations.end_recording)
+
+    def mark(self, text: str) -> None:
+        """Add a mark to the recording. Raises OperationError."""
+        self._do(lambda: self.operations.mark(text))
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of a coroutine on the control thread."""

@@ -10,9 +10,12 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringplane.block.image import ImageError
+from ringplane.block.layers.record import RecordLayer
 from ringplane.control.changing import Changing
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+# What is wrong, where, and what to do.
+NOT_RECORDED = ("the disk is not recorded", "", "POST /v1/disks/{name}/recording begins a recording")
+
+# Seconds after which a mark is tried again, for which the recording had no room.
+MARK_INTERVAL = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Resized:
@@ -56,8 +65,10 @@ class Operations:
         changing: Changing,
         logger: DiskLog,
         emit: Emit,
+        record_to: Callable[[Path], RecordLayer],
     ) -> None:
-        """`session`: that of the front end that is attached now, if one is."""
+        """`session`: that of the front end that is attached now, if one is; `record_to` opens a new recording."""
+        self._record_to = record_to
         self._disk, self._session = disk, session
         self._limiting, self._changing, self._logger, self._emit = limiting, changing, logger, emit
         self._turns = Turns(disk.name, waits_for=self._in_flight)
@@ -123,6 +134,23 @@ class Operations:
         policies = await aside(lambda: load_policies(self._disk, uses))
         await self._take("a change of policies", lambda: self._set_policies(policies))
 
+    @property
+    def recording(self) -> RecordLayer | None:
+        """That which is made of the disk now."""
+        return next((layer for layer in self._disk.layers if isinstance(layer, RecordLayer)), None)
+
+    async def start_recording(self, path: Path) -> RecordLayer:
+        """Record to this new file from now on; nothing is in flight at its beginning."""
+        return await self._take("the start of a recording", lambda: self._start_recording(path))
+
+    async def end_recording(self) -> RecordLayer:
+        """Record no more; when this returns the file is complete."""
+        return await self._take("the end of a recording", self._end_recording)
+
+    async def mark(self, text: str) -> None:
+        """Add a mark to the recording: requests that had ended before it is asked for are before it."""
+        await self._take("a mark", lambda: self._mark(text))
+
     async def _change(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """As `_take`, for what the next process has to learn of.
 
@@ -177,6 +205,41 @@ class Operations:
             await session.drain(self._sync)
         else:
             await self._sync()
+
+    async def _while_drained(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        session = self._session()
+        await (work() if session is None else session.drain(work))
+
+    async def _start_recording(self, path: Path) -> RecordLayer:
+        if present := self.recording:
+            raise WrongState(
+                f"it is recorded already, to {present.file.path}", self._disk.name, "end that recording before"
+            )
+        layer = await aside(partial(self._record_to, path))
+        try:
+            layer.start_threads(self._emit)
+            await self._while_drained(partial(self._disk.add_lowest, layer))
+        except BaseException:
+            await aside(layer.close)
+            await aside(layer.unlink)
+            raise
+        return layer
+
+    async def _end_recording(self) -> RecordLayer:
+        layer = self._recording()
+        await self._while_drained(self._disk.remove_lowest)
+        await aside(layer.close)
+        return layer
+
+    async def _mark(self, text: str) -> None:
+        file = self._recording().file
+        while not file.mark(text.encode()):
+            await asyncio.sleep(MARK_INTERVAL)
+
+    def _recording(self) -> RecordLayer:
+        if layer := self.recording:
+            return layer
+        raise WrongState(*NOT_RECORDED)
 
     async def _sync(self) -> None:
         await aside(self._disk.sync)

@@ -317,7 +317,7 @@ class Start:
         """All that will ever serve: if one cannot be started, a running process has not let go of its disks yet."""
         server.threads.start()
         for export in server.exports:
-            export.disk.source.start_threads()
+            export.disk.start_threads()
         for endpoint in server.endpoints:
             endpoint.start()
 

@@ -249,7 +249,9 @@ def _resume_from(export: Export, offered: dict[str, Any], saved: dict[str, Any])
     if used := saved.get("used_limits"):
         export.resume_limits(used)
     export.disk.device.busy_ticks = saved.get("busy_ticks", 0)
-    for layer, state in zip(export.disk.layers, saved["layers"], strict=True):
+    # Layers without a state can come and go.
+    states = [state for state in saved["layers"] if state]
+    for layer, state in zip((layer for layer in export.disk.layers if layer.has_state), states, strict=True):
         layer.resume_from(state)
     if saved["front_end"]:
         export.resume_from(SessionSnapshot.from_json(saved["front_end"]))

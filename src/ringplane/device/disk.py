@@ -91,7 +91,7 @@ class Disk:
         self.name = options.name or default_name(Path(source.title))
         self.block_size = options.block_size
         self.serial = options.serial if options.serial is not None else self.source.serial
-        self.layers = layers
+        self.layers = tuple(layers)
         self._resizing = asyncio.Lock()
         self._policy_parts: dict[Worker, PolicyPart] = {}
         # While it is, its rings do not run (session/vring.py).
@@ -119,6 +119,13 @@ class Disk:
             worker.add_disk()
         self.member = Member()
         self._on_workers = True
+        self._emit = emit
+
+    def start_threads(self) -> None:
+        """Start those of source and layers. Raises NoThread."""
+        self.source.start_threads()
+        for layer in self.layers:
+            layer.start_threads(self._emit)
 
     def _stack(self, worker: Worker) -> Stack:
         """The disk as one worker sees it."""
@@ -127,6 +134,26 @@ class Disk:
         parts = [layer.part(source.backing, slots) for layer in self.layers]
         self._policy_parts.update((worker, part) for part in parts if isinstance(part, PolicyPart))
         return Stack(source, parts)
+
+    async def add_lowest(self, layer: Layer) -> None:
+        """Put a layer below all others, while no I/O is in progress. Raises OSError and WorkerEnded."""
+        done: list[tuple[Worker, Stack]] = []
+        try:
+            for worker, stack in self._stacks.items():
+                part = layer.part(stack.source.backing, worker.state.slots.count)
+                place, ios = len(stack.layers), worker.state.channel.ios
+                inserting = partial(stack.insert, place, part, ios, worker.engine)
+                await asyncio.wrap_future(worker.call(inserting))
+                done.append((worker, stack))
+        except BaseException:
+            await _remove_lowest(done)
+            raise
+        self.layers = *self.layers, layer
+
+    async def remove_lowest(self) -> None:
+        """Undo it, while no I/O is in progress. Raises WorkerEnded."""
+        await _remove_lowest(self._stacks.items())
+        self.layers = self.layers[:-1]
 
     @property
     def _impossible(self) -> frozenset[str]:
@@ -347,6 +374,12 @@ def _swap(worker: Worker, stack: Stack, place: int, part: PolicyPart, policies: 
     if part not in stack.layers:
         stack.insert(place, part, channel.ios, worker.engine)
     part.swap(policies, channel.address)
+
+
+async def _remove_lowest(stacks: Iterable[tuple[Worker, Stack]]) -> None:
+    """Raises WorkerEnded."""
+    for worker, stack in stacks:
+        await asyncio.wrap_future(worker.call(partial(stack.remove, stack.layers[-1], worker.engine)))
 
 
 def _nothing() -> None:

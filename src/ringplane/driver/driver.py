@@ -124,6 +124,14 @@ class _Placed:
         return b"".join(peek(address, size) for address, size, writable in self.segments if writable)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A request in flight, for `Driver.end`."""
+
+    placed: _Placed
+    ticket: Ticket
+
+
 class Driver:
     """A driver for the disk behind the vhost-user socket `path`. One thread at a time may use it.
 
@@ -403,6 +411,14 @@ class Driver:
             kind, sector, data, read, queue, readable=readable, writable=writable, misalign=misalign, indirect=indirect
         )
         return self._answer(placed, ticket, timeout)
+
+    def begin(self, kind: int, sector: int, data: bytes = b"", *, queue: int = 0) -> Begun:
+        """Submit a request that reads nothing; `end` waits for it. Raises BufferError for a full ring."""
+        return Begun(*self._submit_request(kind, sector, data, 0, queue))
+
+    def end(self, begun: Begun) -> Answer:
+        """Wait for the end of a request."""
+        return self._answer(begun.placed, begun.ticket)
 
     def _submit_request(
         self,

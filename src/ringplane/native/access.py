@@ -42,6 +42,7 @@ load32 = _make_load(32, "monotonic", "Relaxed load of 32 bits from an aligned ad
 load64 = _make_load(64, "monotonic", "Relaxed load of 64 bits from an aligned address.")
 load16_acquire = _make_load(16, "acquire", "Acquire load of 16 bits from an aligned address.")
 load32_acquire = _make_load(32, "acquire", "Acquire load of 32 bits from an aligned address.")
+load64_acquire = _make_load(64, "acquire", "Acquire load of 64 bits from an aligned address.")
 store8 = _make_store(8, "monotonic", "Relaxed store of 8 bits.")
 store16 = _make_store(16, "monotonic", "Relaxed store of 16 bits to an aligned address.")
 store32 = _make_store(32, "monotonic", "Relaxed store of 32 bits to an aligned address.")

@@ -24,6 +24,7 @@ from ringplane.options.limit_options import LimitOptions
 from ringplane.options.name_options import NameOptions, default_names
 from ringplane.options.nbd_options import NbdOptions
 from ringplane.options.policy_options import PolicyOptions
+from ringplane.options.record_options import RecordOptions
 from ringplane.options.socket_options import SocketOptions
 from ringplane.options.thread_options import IoThread, ThreadOptions
 from ringplane.options.zone_options import ZoneOptions
@@ -46,6 +47,7 @@ class EngineOptions(Options):
 
 
 class DiskOptions(
+    RecordOptions,
     ZoneOptions,
     DelayOptions,
     PolicyOptions,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ringplane.block.sources.source import Source
+    from ringplane.log.event_bus import Emit
     from ringplane.opener.opener import Opener
     from ringplane.options.disk_config import DiskConfig
 
@@ -32,6 +33,8 @@ class Layer:
     impossible: ClassVar[frozenset[str]] = frozenset()
     # Whether it is below the policies: it sees what they make of the I/Os.
     below_policies: ClassVar[bool] = False
+    # Whether `snapshot` returns a state, without which another process cannot continue.
+    has_state: ClassVar[bool] = False
     # Whether `sync` makes the source stable too.
     syncs_source: ClassVar[bool] = False
 
@@ -44,6 +47,9 @@ class Layer:
 
     def resize(self, size: int) -> None:
         """The disk has another size in bytes from now on."""
+
+    def start_threads(self, emit: Emit) -> None:
+        """Start those that it needs; `emit` reports events of the disk. Raises NoThread."""
 
     @property
     def failed(self) -> bool:

@@ -422,7 +422,7 @@ class ZonedLayer(Layer):
 
     units = (down, up, helped)
     name = "zoned"
-    one_thread = syncs_source = True
+    one_thread = syncs_source = has_state = True
     fixed_size = "a zoned disk cannot get another size"
     needed_features = VIRTIO_BLK_F_ZONED
     impossible = frozenset({"discard", "write-zeroes", "secure-erase"})

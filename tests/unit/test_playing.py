@@ -1,0 +1,198 @@
+"""Recordings that are played on an image or on a back end."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from errno import EIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ringplane
+from ringplane.driver import Driver
+from ringplane.driver.playing import ImageTarget, Player, SocketTarget, Target
+from ringplane.recordings.entries import (
+    CHANGES,
+    DISCARD,
+    FLUSH,
+    FUA,
+    MARK,
+    SECURE_ERASE,
+    UNFINISHED,
+    UNMAP,
+    WRITE,
+    ZERO,
+    Entry,
+    Header,
+)
+from ringplane.recordings.reader import Recording
+from ringplane.recordings.writer import RecordingWriter
+
+from .rig import pattern
+
+SIZE = 4 << 20
+MS = 1_000_000
+
+
+def recorded(*entries: dict[str, Any]) -> Recording:
+    file = io.BytesIO()
+    writer = RecordingWriter(file, Header(SIZE))
+    for entry in entries:
+        writer.add(**entry)
+    writer.end()
+    return Recording(memoryview(file.getvalue()))
+
+
+MakeTarget = Callable[[], Target]
+
+
+@pytest.fixture(params=["image", "socket"])
+def make_target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTarget]:
+    """The same disk each time, whose content is a pattern."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(pattern(SIZE))
+    with ExitStack() as opened:
+        if request.param == "image":
+            target: Target = opened.enter_context(closing(ImageTarget(path)))
+        else:
+            opened.enter_context(ringplane.serve(path, tmp_path / "socket"))
+            target = SocketTarget(opened.enter_context(Driver(tmp_path / "socket")))
+        yield lambda: target
+
+
+def test_each_kind(make_target: MakeTarget) -> None:
+    target = make_target()
+    large = pattern(600 << 10, 1)
+    recording = recorded(
+        {"kind": WRITE, "data": large, "offset": 512},
+        {"kind": WRITE, "data": pattern(512, 2), "offset": 1024, "flags": FUA},
+        {"kind": MARK, "data": b"here"},
+        {"kind": FLUSH},
+        {"kind": ZERO, "offset": 1 << 20, "length": 8192},
+        {"kind": ZERO, "offset": 2 << 20, "length": 1 << 20, "flags": UNMAP},
+        {"kind": SECURE_ERASE, "offset": 3 << 20, "length": 4096},
+        {"kind": DISCARD, "offset": (3 << 20) + 4096, "length": 4096},
+        {"kind": WRITE, "data": pattern(512, 3), "offset": 0, "result": -EIO},
+        {"kind": WRITE, "data": pattern(512, 4), "offset": 0, "flags": UNFINISHED},
+    )
+    player = Player(recording, target)
+    played = player.play(timed=False)
+    assert (played.requests, played.left_out, played.unsupported) == (7, 2, 0)
+    assert list(player.differences()) == []
+    assert target.read(0, 512) == pattern(SIZE)[:512]
+    assert target.read(512, 512) == large[:512]
+    assert target.read(1024, 512) == pattern(512, 2)
+    assert target.read(1536, 64 << 10) == large[1024:][: 64 << 10]
+    for offset, length in ((1 << 20, 8192), (2 << 20, 1 << 20), (3 << 20, 4096)):
+        assert target.read(offset, length) == bytes(length)
+
+
+def test_differences_are_found(make_target: MakeTarget) -> None:
+    """What another one changes after the recording was played."""
+    target = make_target()
+    player = Player(
+        recorded(
+            {"kind": WRITE, "data": pattern(8192, 1), "offset": 8192},
+            {"kind": ZERO, "offset": 65536, "length": 4096},
+            {"kind": DISCARD, "offset": 1 << 20, "length": 4096},
+        ),
+        target,
+    )
+    player.play(timed=False)
+    Player(
+        recorded(*({"kind": WRITE, "data": b"!" * 512, "offset": place} for place in (12288, 65536, 1 << 20, 0))),
+        target,
+    ).play(timed=False)
+    assert list(player.differences()) == [(12288, 4096), (65536, 4096)]
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Changes of which several can be in flight, also of the same places."""
+    entries = []
+    for index in range(draw(st.integers(1, 25))):
+        kind = draw(st.sampled_from([WRITE, WRITE, WRITE, ZERO, FLUSH]))
+        entry: dict[str, Any] = {"kind": kind, "began": draw(st.integers(max(0, index - 5), index))}
+        if kind != FLUSH:
+            entry |= {"offset": 512 * draw(st.integers(0, 12)), "length": 512 * draw(st.integers(1, 4))}
+        if kind == WRITE:
+            entry["data"] = pattern(entry["length"], index)
+        entries.append(entry)
+    return entries
+
+
+class SlowDisk:
+    """A disk in memory, on which requests end when somebody waits for them, and that watches what overlaps."""
+
+    def __init__(self) -> None:
+        self.size = SIZE
+        self.content = bytearray(SIZE)
+        self.in_flight: dict[int, Entry] = {}
+        self.ended: list[int] = []
+
+    def begin(self, entry: Entry) -> Callable[[], None]:
+        for other in self.in_flight.values():
+            assert other.index >= entry.began, "it began before what had ended"
+            apart = entry.offset >= other.offset + other.length or other.offset >= entry.offset + entry.length
+            assert apart or FLUSH in (entry.kind, other.kind), "what overlaps is in flight together"
+        self.in_flight[entry.index] = entry
+
+        def end() -> None:
+            del self.in_flight[entry.index]
+            if entry.kind in CHANGES:
+                data = entry.data if entry.kind == WRITE else bytes(entry.length)
+                self.content[entry.offset : entry.offset + entry.length] = data
+
+        return end
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.content[offset : offset + length])
+
+
+@given(histories())
+def test_what_was_in_flight_together_is_so_again(entries: list[dict[str, Any]]) -> None:
+    disk = SlowDisk()
+    player = Player(recorded(*entries), disk)
+    assert player.play(timed=False).requests == len(entries)
+    assert disk.in_flight == {}
+    assert list(player.differences()) == []
+
+
+@settings(max_examples=10)
+@given(entries=histories())
+def test_any_history(make_target: MakeTarget, entries: list[dict[str, Any]]) -> None:
+    player = Player(recorded(*entries), make_target())
+    player.play(timed=False)
+    assert list(player.differences()) == []
+
+
+def test_at_the_recorded_times(make_target: MakeTarget) -> None:
+    """None begins too early. How late one can be depends on the machine, and is not added to the next one."""
+    times = [0, 20, 20, 50, 90]
+    began: list[int] = []
+    target = make_target()
+
+    class Watched:
+        size = SIZE
+
+        def begin(self, entry: Entry) -> Callable[[], None]:
+            began.append(time.monotonic_ns())
+            return target.begin(entry)
+
+        def read(self, offset: int, length: int) -> bytes:
+            return target.read(offset, length)
+
+    entries = [
+        {"kind": WRITE, "data": bytes(512), "begin_ns": 7 + each * MS, "end_ns": 7 + each * MS} for each in times
+    ]
+    start = time.monotonic_ns()
+    played = Player(recorded(*entries), Watched()).play(timed=True)
+    assert all(at - start >= each * MS for at, each in zip(began, times, strict=True))
+    assert played.recorded_seconds == 0.09
+    assert played.seconds >= 0.09
