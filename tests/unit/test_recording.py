@@ -75,7 +75,7 @@ def test_a_thread_that_hangs_keeps_no_memory(make_rig: RigFactory, monkeypatch: 
             with pytest.raises(Unavailable):
                 asyncio.run(recorder(worker).start({}))
         gc.collect()
-        assert [each() for each in made] == [None, None]
+        assert [each() is None for each in made] == [True, True]
 
 
 def test_a_thread_that_hangs_does_not_concern_the_disks_of_others(
