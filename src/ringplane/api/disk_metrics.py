@@ -195,6 +195,19 @@ SOURCE_DURATION = Metric(
     BOUNDS,
 )
 
+POLICY_ENABLED = Metric(
+    "ringplane_disk_policy_enabled",
+    "gauge",
+    ("disk", "policy"),
+    "1 while requests of the disk pass this policy, 0 while it is switched off (docs/policies.md).",
+)
+POLICY_COUNTED = Metric(
+    "ringplane_disk_policy_counted_total",
+    "counter",
+    ("disk", "policy", "counter"),
+    "What a policy of the disk has counted: `requests` that it was asked about, and its own counters.",
+)
+
 
 def disk_metrics(exports: Iterable[Export]) -> Iterator[str]:
     """The text of all metrics of these disks."""
@@ -209,6 +222,8 @@ def disk_metrics(exports: Iterable[Export]) -> Iterator[str]:
     yield text(SOURCE_RECONNECTS, _reconnects(disks))
     yield text(SOURCE_NOW, [(labels, service.in_flight) for labels, service in disks.services])
     yield from histogram_text(SOURCE_DURATION, _source_durations(disks))
+    yield text(POLICY_ENABLED, _policies(disks))
+    yield text(POLICY_COUNTED, _policy_counters(disks))
 
 
 def _described(export: Export) -> Sample:
@@ -261,3 +276,16 @@ def _source_durations(disks: Readings) -> Iterator[Distribution]:
             counts = below(times["histogram"], LOWEST_POWER, len(BOUNDS)).tolist()
             if counts[-1]:
                 yield f'{labels},operation="{operation}"', counts, float(times["nanoseconds"]) / SECOND_NS
+
+
+def _policies(disks: Readings) -> Iterator[Sample]:
+    for export in disks.exports:
+        for policy in export.disk.running_policies:
+            yield labelled(POLICY_ENABLED.labels, (export.name, policy.name)), +policy.enabled
+
+
+def _policy_counters(disks: Readings) -> Iterator[Sample]:
+    for export in disks.exports:
+        for policy in export.disk.running_policies:
+            for name, count in policy.counters.items():
+                yield labelled(POLICY_COUNTED.labels, (export.name, policy.name, name)), count

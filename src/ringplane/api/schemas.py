@@ -170,6 +170,10 @@ class DiskStatistics(Struct):
         Meta(description="By operation: read, write, flush, ...; those that there were."),
     ]
     source: Annotated[SourceStatistics | None, Meta(description="Of a remote disk; null: it is not one.")] = None
+    policies: Annotated[
+        dict[str, dict[str, int]],
+        Meta(description="What each of its policies has counted: `requests`, and its own counters (docs/policies.md)."),
+    ] = {}
 
 
 class IoThreadStatistics(Struct):

@@ -9,6 +9,8 @@ from ringplane.api.disk_metrics import (
     DISK_METRICS,
     DURATION,
     IO_ERRORS,
+    POLICY_COUNTED,
+    POLICY_ENABLED,
     RINGS,
     SOURCE_DURATION,
     SOURCE_NOW,
@@ -44,6 +46,7 @@ def all_metrics() -> Iterator[Metric]:
     yield from _of(DISK_METRICS)
     yield from (IO_ERRORS, RINGS, DURATION)
     yield from (SOURCE_STATE, SOURCE_RECONNECTS, SOURCE_NOW, SOURCE_DURATION)
+    yield from (POLICY_ENABLED, POLICY_COUNTED)
     yield THREAD_INFO
     yield from _of(THREAD_METRICS)
     yield from (BATCHES, BUILD_INFO)

@@ -71,6 +71,7 @@ def _of_disk(export: Export, in_flight: int, io_seconds: float, counted: Sequenc
             if requests
         },
         source=_of_service(service) if (service := export.disk.source.service) is not None else None,
+        policies={policy.name: policy.counters for policy in export.disk.running_policies},
     )
 
 

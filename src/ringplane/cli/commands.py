@@ -10,7 +10,7 @@ import click
 from ringplane import __version__
 from ringplane.system.signals import CaughtSignals
 
-COMMANDS = ("serve", "ctl", "top", "trace", "export", "replay", "crash", "check", "demo", "bench", "compile")
+COMMANDS = ("serve", "ctl", "top", "trace", "policy", "export", "replay", "crash", "check", "demo", "bench", "compile")
 # These commands check for signals themselves; a signal ends the others at any point: they leave nothing half made.
 INTERRUPTIBLE = ("serve", "top", "trace", "replay", "crash", "demo", "bench", "compile")
 

@@ -223,6 +223,12 @@ class Disk:
         """The layer of its policies; None: it has never had one."""
         return next((layer for layer in self.layers if isinstance(layer, PolicyLayer)), None)
 
+    @property
+    def running_policies(self) -> Sequence[RunningPolicy]:
+        """Those that it has now, in order; any thread may ask."""
+        layer = self.policies
+        return () if layer is None else layer.policies
+
     def use_policies(self, policies: Sequence[RunningPolicy]) -> list[Future[None]]:
         """Have the I/O threads ask these, whose code is loaded; the futures are done when they do."""
         place = sum(not layer.below_policies for layer in self.layers)

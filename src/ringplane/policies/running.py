@@ -98,6 +98,12 @@ class RunningPolicy:
         """The values of its parameters as users write them."""
         return {key: each.kind.shown(self.values[key]) for key, each in self.declared.parameters.items()}
 
+    def enter(self, count: int) -> int:
+        """How often it has been asked before, and now `count` times more; while no thread asks it."""
+        before = int(self._header["entered"])
+        self._header["entered"] = before + count
+        return before
+
     def take_parameters(self, other: RunningPolicy) -> None:
         """Those of another one of the same file."""
         self.values.update(other.values)

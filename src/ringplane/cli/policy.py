@@ -1,0 +1,94 @@
+"""`ringplane policy`: lists the policies that ship, and checks files of policies."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ringplane.policies.loading import LoadedPolicy
+    from ringplane.policies.running import RunningPolicy
+
+# Seconds that all requests of the table may take.
+PATIENCE = 10.0
+
+
+@click.group(short_help="List and check policies.")
+def policy() -> None:
+    """List the policies that ship, and check files of policies (docs/policies.md)."""
+
+
+@policy.command("list", short_help="List the policies that ship.")
+@click.argument("names", nargs=-1)
+def list_policies(names: Sequence[str]) -> None:
+    """List the policies that ship, or those of these NAMES or files, with their parameters and counters."""
+    from ringplane.policies.loading import PolicyError, read_policies, shipped, split_address
+
+    files = shipped()
+    try:
+        for name in names or files:
+            path, only = split_address(name)
+            if path is None and name not in files:
+                raise click.ClickException(f"no policy {name} ships; there are {', '.join(files)}")
+            for each in read_policies(path or files[name]):
+                if only in ("", each.program.name):
+                    _describe(each)
+    except PolicyError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _describe(loaded: LoadedPolicy) -> None:
+    program = loaded.program
+    click.echo(f"{program.name}: {program.doc}")
+    for key, each in program.declared.parameters.items():
+        click.echo(f"    {key}={each.kind.shown(each.default):12}  {each.doc}")
+    for key, counted in program.declared.counters.items():
+        click.echo(f"    counts {key}: {counted.doc}")
+
+
+@policy.command(short_help="Check a file of policies.")
+@click.argument("policy", metavar="FILE[:NAME]")
+@click.argument("parameters", nargs=-1, metavar="[KEY=VALUE]...")
+def check(policy: str, parameters: Sequence[str]) -> None:
+    """Check a file of policies, and show what one of them answers to a table of requests.
+
+    Prints a line for each mistake and exits with status 1. Without mistakes the policy is compiled and asked about some
+    requests, with these parameters. FILE:NAME may also be the name of a policy that ships.
+    """
+    from ringplane.compiler.bad_code import BadCode
+    from ringplane.options.policy_options import parse_policy
+    from ringplane.policies.loading import PolicyError, find_policy
+    from ringplane.policies.running import RunningPolicy, WrongParameter
+
+    try:
+        use = parse_policy(",".join([policy, *parameters]))
+        running = RunningPolicy(use.name or "policy", find_policy(use.policy, check=True), use.parameters)
+        for unit in running.loaded.units:
+            unit.address()
+    except (PolicyError, BadCode) as error:
+        # With file and line.
+        click.echo(str(error), err=True)
+        raise SystemExit(1) from None
+    except (WrongParameter, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    _try(running)
+
+
+def _try(policy: RunningPolicy) -> None:
+    """A policy that never returns cannot be interrupted, so it runs on a thread of its own."""
+    from ringplane.policies.trial import Trial
+
+    lines: list[str] = []
+    thread = threading.Thread(target=lambda: lines.extend(Trial(policy).run()), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    for line in lines:
+        click.echo(line)
+    if thread.is_alive():
+        click.echo(f"Error: {policy.loaded.path}: the policy has not answered after {PATIENCE:g} seconds", err=True)
+        os._exit(1)
+    click.echo("ok: " + ", ".join(f"{key}={count}" for key, count in policy.counters.items()))
