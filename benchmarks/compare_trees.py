@@ -8,6 +8,10 @@ starts both again for each engine, and measures them in turn. A ratio (x) is the
 divided by BEFORE; the spread is from the lowest to the highest round. The load is 4 KiB random, 70 % reads, one queue.
 The image is on tmpfs, and all front ends use the same memory.
 
+With --also the processes of this tree have more options, so it can be compared with itself:
+
+    python benchmarks/compare_trees.py . --also=--policy=benchmarks/counting.py --engine memory --engine io_uring
+
 All of it takes 20 minutes on two CPUs. With --results, the same command continues where it was stopped, and with
 --rounds 0 it prints the table again.
 """
@@ -85,22 +89,27 @@ class Results:
 
 
 @contextlib.contextmanager
-def driving(tree: Path, engine: str, image: Path, memory: SharedMemory) -> Iterator[Driver]:
-    """A driver of a process that runs from the sources of a tree."""
+def driving(tree: Path, engine: str, image: Path, memory: SharedMemory, more: Sequence[str]) -> Iterator[Driver]:
+    """A driver of a process that runs from the sources of a tree, with more options."""
     with tempfile.TemporaryDirectory() as folder:
         socket = f"{folder}/disk.sock"
         options = ["--blk-file", str(image), "--socket-path", socket, "--engine", engine, "--num-queues", "1"]
-        with serving(tree, [*options, "--share-rw"]), Driver(socket, queue_size=256, memory=memory) as driver:
+        with serving(tree, [*options, "--share-rw", *more]), Driver(socket, queue_size=256, memory=memory) as driver:
             yield driver
 
 
-def measure(trees: Sequence[Path], names: tuple[str, str], cells: Sequence[Cell], image: Path) -> list[Row]:
-    """One round of these cells, which have the same engine."""
+def measure(
+    trees: Sequence[Path], names: tuple[str, str], cells: Sequence[Cell], image: Path, also: Sequence[str] = ()
+) -> list[Row]:
+    """One round of these cells, which have the same engine; `also`: more options of the second tree."""
     memory = SharedMemory()
     cpu: dict[tuple[Cell, int], list[float]] = defaultdict(list)
     iops: dict[tuple[Cell, int], list[float]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
-        drivers = [stack.enter_context(driving(tree, cells[0].engine, image, memory)) for tree in trees]
+        drivers = [
+            stack.enter_context(driving(tree, cells[0].engine, image, memory, more))
+            for tree, more in zip(trees, ((), also), strict=True)
+        ]
         for turn, cell in itertools.product(range(TURNS), cells):
             load = Load(
                 read_percent=70, depth=cell.depth, busy_poll=cell.driver == BUSY, seconds=SECONDS, warm_up=WARM_UP
@@ -144,13 +153,14 @@ def described(results: Results, cells: Sequence[Cell]) -> str:
     )
 
 
-@click.command(help=__doc__.replace("\n\n    git", "\n\n\b\n    git"))
+@click.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "))
 @click.argument("before", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--engine", "engines", type=click.Choice(ENGINES), multiple=True, default=ENGINES, show_default=True)
 @click.option("--driver", "drivers", type=click.Choice(DRIVERS), multiple=True, default=DRIVERS, show_default=True)
 @click.option("--depth", "depths", type=click.IntRange(1), multiple=True, default=FULL_DEPTHS, show_default=True)
 @click.option("--rounds", type=click.IntRange(0), default=9, show_default=True, help="Measured before and now.")
 @click.option("--minutes", type=float, default=25, show_default=True, help="No round begins that may end later.")
+@click.option("--also", multiple=True, help="One more option of the second tree's processes, as --also=--delay=1.")
 @click.option("--results", "path", type=click.Path(dir_okay=False, path_type=Path), help="Keeps all rounds.")
 def main(
     before: Path,
@@ -159,23 +169,31 @@ def main(
     depths: tuple[int, ...],
     rounds: int,
     minutes: float,
+    also: tuple[str, ...],
     path: Path | None,
 ) -> None:
-    results = Results((commit(before), commit(THIS)), path, [])
+    results = Results((commit(before), " ".join([commit(THIS), *also])), path, [])
     results.load()
     cells = [Cell(*values) for values in itertools.product(engines, drivers, depths)]
     try:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             image = Path(folder) / "disk.img"
             image.write_bytes(os.urandom(SIZE))
-            fill(results, cells, [before.resolve(), THIS], image, rounds, time.monotonic() + minutes * 60)
+            trees = before.resolve(), THIS
+            fill(results, cells, trees, image, rounds, time.monotonic() + minutes * 60, also)
     except KeyboardInterrupt:
         click.echo("interrupted: the table has the complete rounds", err=True)
     click.echo(described(results, cells))
 
 
 def fill(
-    results: Results, cells: Sequence[Cell], trees: Sequence[Path], image: Path, rounds: int, deadline: float
+    results: Results,
+    cells: Sequence[Cell],
+    trees: Sequence[Path],
+    image: Path,
+    rounds: int,
+    deadline: float,
+    also: Sequence[str] = (),
 ) -> None:
     """Measure until all cells have these rounds, or until the deadline, by time.monotonic()."""
     longest = 0.0
@@ -187,7 +205,7 @@ def fill(
         if began + longest > deadline:
             click.echo(f"the time is over in round {wanted} of {rounds}", err=True)
             return
-        results.add(measure(trees, results.trees, mine, image))
+        results.add(measure(trees, results.trees, mine, image, also))
         longest = max(longest, time.monotonic() - began)
         click.echo(f"round {wanted} of {rounds}, {engine}: {time.monotonic() - began:.0f} s", err=True)
 
