@@ -388,6 +388,29 @@ def test_threads_that_started_too_early_are_reported() -> None:
     assert "decoder.py" in done.stderr
 
 
+def test_a_policy_follows_a_file(serve: Callable[..., Served], tmp_path: Path) -> None:
+    """The thread that waits for the file is as confined as the others, and may do what it needs."""
+    trigger = tmp_path / "now"
+    served = serve("--policy", f"error,operation=write,trigger={trigger}", strict=True)
+
+    def fails() -> bool:
+        try:
+            driver.write(0, bytes(512))
+        except OSError:
+            return True
+        return False
+
+    with served.attach() as driver:
+        assert not fails()
+        trigger.touch()
+        wait_until(fails)
+        trigger.unlink()
+        wait_until(lambda: not fails())
+        rights = {status["Name"]: (status["Seccomp"], status["CapEff"]) for status in served.statuses().values()}
+    assert rights["ringplane-files"] == rights["ringplane-io-0"] == ("2", "0" * 16)
+    served.end()
+
+
 @pytest.mark.parametrize("operation", [0, 18, 19, 45])
 def test_an_io_uring_ring_does_only_io(operation: int) -> None:
     """io_uring's NOP, OPENAT, CLOSE and SOCKET fail; rings are restricted with and without the sandbox."""

@@ -12,6 +12,7 @@ from ringplane.device.disk import Disk
 from ringplane.options.policy_options import PolicyUse, named_policies
 from ringplane.policies.loading import LoadedPolicy, PolicyError, find_policy
 from ringplane.policies.running import RunningPolicy, WrongParameter
+from ringplane.system.aside import NoThread
 from ringplane.system.confinement import is_confined
 
 
@@ -38,6 +39,11 @@ def load_policies(disk: Disk, uses: Sequence[PolicyUse]) -> list[RunningPolicy]:
     except (WrongParameter, ValueError) as error:
         raise WrongValue(str(error), "policy") from None
     _load_code(loaded)
+    try:
+        for each in new:
+            each.start_threads()
+    except NoThread as error:
+        raise WrongState(str(error), "policy") from None
     return new
 
 

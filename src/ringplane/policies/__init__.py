@@ -44,7 +44,7 @@ from ringplane.policies.io_view import (
     touches,
     uniform,
 )
-from ringplane.policies.parameter_kinds import DURATION, OPERATION, RANGE, SIZE, one_of
+from ringplane.policies.parameter_kinds import DURATION, FILE, OPERATION, RANGE, SIZE, one_of
 
 __all__ = [
     "ANY",
@@ -52,6 +52,7 @@ __all__ = [
     "DISTRIBUTION",
     "DROP",
     "DURATION",
+    "FILE",
     "FLUSH",
     "HANG",
     "OPERATION",

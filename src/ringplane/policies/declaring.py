@@ -44,7 +44,9 @@ class Parameter:
         """Raises ValueError."""
         value = self.kind.value(given)
         low, high = self.lowest, self.highest
-        if not isinstance(value, tuple) and ((low is not None and value < low) or (high is not None and value > high)):
+        if isinstance(value, int | float) and (
+            (low is not None and value < low) or (high is not None and value > high)
+        ):
             raise ValueError(f"{self.kind.shown(value)} is not {self._bounds()}")
         return value
 
@@ -75,8 +77,8 @@ def parameter(
     """A value that users choose: `rate: int = parameter(100, "requests per second", 1, 10_000)`.
 
     Its type is that of its annotation, int, float or bool, or `kind`: SIZE, DURATION (microseconds), OPERATION, RANGE
-    (an array: the first byte, and the one after the last), or one_of("fast", "slow"). `lowest` and `highest` are
-    possible. The default may be written as users write it: "5ms".
+    (an array: the first byte, and the one after the last), FILE (1 while it exists), one_of("fast", "slow"). `lowest`
+    and `highest` are possible. The default may be written as users write it: "5ms".
     """
     return Parameter(default, doc, lowest, highest, kind)
 
@@ -136,7 +138,7 @@ def _complete(name: str, given: Parameter, annotation: str) -> Parameter:
     """With the kind of its annotation, and its default as a number."""
     kind = given.kind if given.kind is not None else KINDS[annotation]
     if not isinstance(kind, ParameterKind):
-        raise Mistake(f"{name}: kind={kind!r} is not SIZE, DURATION, OPERATION, RANGE or one_of(...)")
+        raise Mistake(f"{name}: kind={kind!r} is not SIZE, DURATION, OPERATION, RANGE, FILE or one_of(...)")
     if given.kind is not None and annotation != "int":
         raise Mistake(f"{name} is {annotation}; a parameter with a kind is int")
     whole = Parameter(given.default, given.doc, given.lowest, given.highest, kind)

@@ -26,8 +26,8 @@ from ringplane.options.sizes import parse_size
 from ringplane.policies.io_view import ANY
 
 Number = int | float
-# A range is the first byte and the one after the last.
-Value = int | float | tuple[int, int]
+# A range is the first byte and the one after the last; a text is the path of a file.
+Value = int | float | tuple[int, int] | str
 
 OPERATIONS = {
     "any": ANY,
@@ -149,6 +149,8 @@ FLAG = ParameterKind("yes or no", "yes or no", _read_flag, lambda flag: "yes" if
 SIZE = ParameterKind("size", "a size; examples: 512M, 64K, 4096", _read_size)
 DURATION = ParameterKind("time", "a time; examples: 5ms, 20us, 1.5s", _read_duration, _show_duration)
 OPERATION = _words("operation", OPERATIONS)
+# The policy gets 1 if the file exists, or if there is no path, and else 0.
+FILE = ParameterKind("file", "a path", str, numbers=())
 RANGE = ParameterKind(
     "range", "a range of bytes; examples: 1M-2M, 64K-, all", _read_range, _show_range, numbers=(), count=2
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ringplane.policies.declaring import SEED, Policy, count_of, fields_of, memo
 from ringplane.policies.io_view import HEADER, HEADER_SIZE
 from ringplane.policies.loading import LoadedPolicy
 from ringplane.policies.parameter_kinds import Value
+from ringplane.policies.watched_file import Flag, WatchedFile, watch
 from ringplane.system.digests import blake2b
 
 
@@ -39,6 +41,8 @@ class RunningPolicy:
         self._my = self._memory[HEADER_SIZE:].view(layout)[0]
         # Each with its length before it.
         self._arrays: dict[str, npt.NDArray[np.int64]] = {}
+        # Kept as long as the files are watched.
+        self._files: dict[str, tuple[WatchedFile, Flag]] = {}
         for key, each in fields_of(declared):
             if (count := count_of(each)) is not None:
                 self._arrays[key] = array = np.zeros(count + 1, np.int64)
@@ -77,11 +81,14 @@ class RunningPolicy:
         """Change parameters. Raises WrongParameter; then none is changed."""
         parameters = self.declared.parameters
         values: dict[str, Value] = {}
+        watched: list[WatchedFile] = []
         for key, value in given.items():
             if key not in parameters:
                 raise WrongParameter(f"unknown parameter {key}{suggestion(key, parameters)}")
             try:
-                values[key] = parameters[key].value(value)
+                values[key] = each = parameters[key].value(value)
+                if isinstance(each, str) and each:
+                    watched.append(watch(each))
             except ValueError as error:
                 raise WrongParameter(f"{key}: {error}") from None
         self.values.update(values)
@@ -91,8 +98,23 @@ class RunningPolicy:
         for key, each in values.items():
             if isinstance(each, tuple):
                 self._arrays[key][1:] = each
+            elif isinstance(each, str):
+                self._watch(key, each)
             else:
                 self._my[key] = each
+
+    def _watch(self, key: str, path: str) -> None:
+        """Have the policy get 1 as long as this file exists, which is watched already, or if there is no path."""
+        self._files.pop(key, None)
+        self._my[key] = 1
+        if path:
+            self._files[key] = file, flag = watch(path), Flag(partial(self._my.__setitem__, key))
+            file.add(flag)
+
+    def start_threads(self) -> None:
+        """Start those that watch files for it. Raises NoThread."""
+        for file, _ in self._files.values():
+            file.start()
 
     def shown(self) -> dict[str, str]:
         """The values of its parameters as users write them."""

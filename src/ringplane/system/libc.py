@@ -74,6 +74,20 @@ def sigaction(number: int, handler: int, flags: int = 0, previous: int = 0) -> N
         raise _error()
 
 
+def inotify_init() -> int:
+    """inotify_init1(2): a new fd; raises OSError."""
+    fd = int(_libc.inotify_init1(os.O_CLOEXEC))
+    if fd < 0:
+        raise _error()
+    return fd
+
+
+def inotify_add_watch(fd: int, path: bytes, mask: int) -> None:
+    """inotify_add_watch(2); raises OSError."""
+    if _libc.inotify_add_watch(fd, path, ctypes.c_uint32(mask)) < 0:
+        raise _error()
+
+
 def munmap(address: int, size: int) -> None:
     """munmap(2); raises OSError."""
     if _libc.munmap(address, size) != 0:

@@ -20,6 +20,7 @@ from ringplane.policies.io_view import SEEN
 if TYPE_CHECKING:
     from ringplane.block.sources.source import Source
     from ringplane.compiler.units import Unit
+    from ringplane.log.event_bus import Emit
     from ringplane.opener.opener import Opener
     from ringplane.options.disk_config import DiskConfig
     from ringplane.policies.running import RunningPolicy
@@ -121,6 +122,10 @@ class PolicyLayer(Layer):
 
     def named(self, name: str) -> RunningPolicy | None:
         return next((each for each in self.policies if each.name == name), None)
+
+    def start_threads(self, emit: Emit) -> None:
+        for each in self.policies:
+            each.start_threads()
 
     def resize(self, size: int) -> None:
         for part in self._parts:

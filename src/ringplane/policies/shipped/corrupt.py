@@ -5,6 +5,7 @@ Old data in place of new is what the policy old_data returns.
 
 from ringplane.policies import (
     ANY,
+    FILE,
     OPERATION,
     PASS,
     RANGE,
@@ -42,6 +43,7 @@ class Corrupt(Policy):
     every: int = parameter(1, "then one in so many is corrupted", 1)
     times: int = parameter(0, "how many are corrupted at most; 0: no limit", 0)
     probability: float = parameter(1.0, "the probability with which each of them is corrupted", 0.0, 1.0)
+    trigger: int = parameter("", "a path: only while this file exists", kind=FILE)
     matched: int = counter("requests of this operation and range")
     corrupted: int = counter("requests that were corrupted")
 
@@ -62,7 +64,7 @@ def corrupt_what_was_read(io, my):
 
 @compiled
 def corrupt_some(io, my):
-    if is_a(io, my.operation) and touches(io, my.where[0], my.where[1]):
+    if my.trigger and is_a(io, my.operation) and touches(io, my.where[0], my.where[1]):
         my.matched += 1
         if is_turn(my.matched, my.corrupted, my.skip, my.every, my.times) and chance(io, my.probability):
             my.corrupted += 1

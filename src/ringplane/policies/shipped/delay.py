@@ -4,6 +4,7 @@ from ringplane.policies import (
     ANY,
     DISTRIBUTION,
     DURATION,
+    FILE,
     OPERATION,
     PASS,
     RANGE,
@@ -35,6 +36,7 @@ class Delay(Policy):
     time: int = parameter("1ms", "the time; half of the random times are shorter", 0, HOUR, kind=DURATION)
     p99: int = parameter(0, "one random time in a hundred is longer; 0: twice `time`", 0, HOUR, kind=DURATION)
     longest: int = parameter("1h", "no random time is longer", 0, HOUR, kind=DURATION)
+    trigger: int = parameter("", "a path: only while this file exists", kind=FILE)
     matched: int = counter("requests of this operation and range")
     delayed: int = counter("requests that were delayed")
     delays: int = counter("microseconds by which they were delayed")
@@ -42,7 +44,7 @@ class Delay(Policy):
 
 @policy(Delay)
 def delay(io, my):
-    if not (is_a(io, my.operation) and touches(io, my.where[0], my.where[1])):
+    if not (my.trigger and is_a(io, my.operation) and touches(io, my.where[0], my.where[1])):
         return PASS
     my.matched += 1
     if not (is_turn(my.matched, my.delayed, my.skip, my.every, my.times) and chance(io, my.probability)):

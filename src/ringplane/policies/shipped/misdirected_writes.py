@@ -1,6 +1,7 @@
 """Writes are acknowledged, but their data is written at another place of the disk."""
 
 from ringplane.policies import (
+    FILE,
     PASS,
     RANGE,
     SIZE,
@@ -28,13 +29,14 @@ class MisdirectedWrites(Policy):
     every: int = parameter(1, "then one in so many is misdirected", 1)
     times: int = parameter(0, "how many are misdirected at most; 0: no limit", 0)
     probability: float = parameter(1.0, "the probability with which each of them is misdirected", 0.0, 1.0)
+    trigger: int = parameter("", "a path: only while this file exists", kind=FILE)
     matched: int = counter("writes of this range")
     misdirected: int = counter("writes that were misdirected")
 
 
 @policy(MisdirectedWrites)
 def misdirected_writes(io, my):
-    if io.operation != WRITE or not touches(io, my.where[0], my.where[1]):
+    if io.operation != WRITE or not (my.trigger and touches(io, my.where[0], my.where[1])):
         return PASS
     my.matched += 1
     if not (is_turn(my.matched, my.misdirected, my.skip, my.every, my.times) and chance(io, my.probability)):

@@ -5,6 +5,7 @@ the policy lost_writes.
 """
 
 from ringplane.policies import (
+    FILE,
     PASS,
     RANGE,
     SIZE,
@@ -30,13 +31,14 @@ class TornWrites(Policy):
     every: int = parameter(1, "then one in so many is torn", 1)
     times: int = parameter(0, "how many are torn at most; 0: no limit", 0)
     probability: float = parameter(1.0, "the probability with which each of them is torn", 0.0, 1.0)
+    trigger: int = parameter("", "a path: only while this file exists", kind=FILE)
     matched: int = counter("writes of this range that can be torn")
     torn: int = counter("writes that were torn")
 
 
 @policy(TornWrites)
 def torn_writes(io, my):
-    if io.operation != WRITE or io.length <= my.unit or not touches(io, my.where[0], my.where[1]):
+    if io.operation != WRITE or io.length <= my.unit or not (my.trigger and touches(io, my.where[0], my.where[1])):
         return PASS
     my.matched += 1
     if not (is_turn(my.matched, my.torn, my.skip, my.every, my.times) and chance(io, my.probability)):
