@@ -112,8 +112,15 @@ class CephCluster:
         Until then another client that wants the lock takes the first one for dead, and has it blocklisted.
         """
         end = time.monotonic() + PATIENCE
-        while not self._cookies("lock", "ls", image, key="id") <= self._cookies("status", image, key="cookie"):
+        while not self._locks(image) <= self._cookies("status", image, key="cookie"):
             assert time.monotonic() < end, f"the owner of {image} does not watch it"
+
+    def owners(self, image: str) -> int:
+        """How many clients have the exclusive lock."""
+        return len(self._locks(image))
+
+    def _locks(self, image: str) -> set[str]:
+        return self._cookies("lock", "ls", image, key="id")
 
     def _cookies(self, *command: str, key: str) -> set[str]:
         """How locks and watches of librbd are numbered: "auto 94231" as the name of the lock, and 94231."""

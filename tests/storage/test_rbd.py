@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ceph import CephCluster
-from ringplane.api.schemas import Disks
+from ringplane.api.schemas import Disks, Statistics
 from ringplane.client.api_errors import ApiError
 from ringplane.client.client import disk_path
 from ringplane.driver import Driver
@@ -109,13 +111,33 @@ def test_one_line_says_that_an_image_looks_like_another_format(cluster: CephClus
 def test_threads_of_librados(
     cluster: CephCluster, image: str, tmp_path: Path, of_file: str, of_address: str, count: int
 ) -> None:
-    """One does all I/O, which costs the least, unless the configuration or the address says something else."""
+    """One does all I/O, which costs the least, unless the configuration or the address says something else.
+
+    Two images have one connection, and its threads.
+    """
     conf = tmp_path / "ceph.conf"
     conf.write_text(cluster.conf.read_text() + (f"[client]\nlibrados thread count = {of_file}\n" if of_file else ""))
     more = f":librados_thread_count={of_address}" if of_address else ""
-    with serving(Disk(f"rbd:{image}:conf={conf}{more}")) as served:
+    with serving(*(Disk(f"rbd:{each}:conf={conf}{more}") for each in (image, cluster.new_image()))) as served:
         names = [path.read_text().strip() for path in Path(f"/proc/{served.process.pid}/task").glob("*/comm")]
     assert names.count("io_context_pool") == count
+
+
+def test_the_time_that_monitors_have(cluster: CephCluster) -> None:
+    """librados waits five minutes by default."""
+    command = [sys.executable, "-c", CONNECTED, cluster.address("rbd/any")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "20\n", done.stderr
+
+
+CONNECTED = """
+import sys
+from ringplane.block.sources.rbd_cluster import Access, Cluster
+from ringplane.options.rbd_address import parse
+cluster = Cluster.use(Access.of(parse(sys.argv[1]), cache=False))
+print(cluster.option("client_mount_timeout"))
+cluster.release()
+"""
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -362,6 +384,62 @@ def test_a_state(cluster: CephCluster, image: str, tmp_path: Path) -> None:
         with served.driver() as driver:
             driver.write(0, b"s" * 512)
             assert driver.read(0, 512) == b"s" * 512
+
+
+def test_limits(cluster: CephCluster, image: str) -> None:
+    """Requests over a limit wait, until it is removed."""
+    disk = Disk(cluster.address(image), more='name = "vm1"\n[disk.limits]\ntotal-iops-sec = 20')
+    with serving(disk, process=API) as served, served.driver() as driver:
+        load = Load(depth=8, read_percent=50, requests=30, verify=True, timeout=PATIENCE)
+        result = run_load(driver, load)
+        assert (result.errors, result.mismatches) == (0, 0), result
+        (found,) = served.client().read("/v1/statistics", Statistics).disks
+        assert found.throttled_seconds > 0
+        served.client().ask("PATCH", disk_path("vm1"), {"limits": {"total-iops-sec": 0}})
+        run_load(driver, load)
+        (after,) = served.client().read("/v1/statistics", Statistics).disks
+        assert after.throttled_seconds == found.throttled_seconds
+
+
+def test_monitors_and_a_key_in_a_table(cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    """QEMU's names for all of it, and no configuration of Ceph; `ringplane check` opens the image."""
+    pool, name = image.split("/")
+    monitor = re.search(r"v1:([\d.:]+)", cluster.conf.read_text())
+    assert monitor
+    (tmp_path / "key").write_text(cluster.ceph("auth", "print-key", "client.admin"))
+    (tmp_path / "disks.toml").write_text(
+        f'[[disk]]\nsocket-path = "vm1.sock"\n[disk.rbd]\npool = "{pool}"\nimage = "{name}"\nuser = "admin"\n'
+        f'conf = "/dev/null"\nserver = ["{monitor[1]}"]\nkey-file = "key"\n'
+    )
+    command = [sys.executable, "-m", "ringplane", "check", str(tmp_path / "disks.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_from_nothing_to_a_guest(cluster: CephCluster, tmp_path: Path) -> None:
+    """As docs/remote.md says, literally, with Ceph's files in their usual places: a user and a disk."""
+    page = (Path(__file__).parents[2] / "docs/remote.md").read_text().partition("From nothing to a guest")[2]
+    make_user, serve = re.findall(r"^    (.*)$", page, re.MULTILINE)[:2]
+    (tmp_path / "ceph.conf").write_text(re.sub(r"^keyring = .*", "", cluster.conf.read_text(), flags=re.MULTILINE))
+    (tmp_path / "ceph.client.admin.keyring").write_bytes((cluster.folder / "keyring").read_bytes())
+    script = f"set -e; mount -t tmpfs none /etc/ceph; cp {tmp_path}/* /etc/ceph; mount -t tmpfs none /run; "
+    command = ["unshare", "--mount", "sh", "-c", f"{script}{make_user}; exec {serve}"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            while "vhost-user-blk" not in (line := process.stdout.readline()):
+                assert line, "it says how QEMU is attached"
+            with Driver(Path(f"/proc/{process.pid}/root/run/vm1.sock"), timeout=PATIENCE) as driver:
+                assert driver.capacity == 20 << 30
+                driver.write(0, b"g" * 512)
+                driver.flush()
+                assert driver.read(0, 512) == b"g" * 512
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    cluster.rbd("rm", "rbd/vm1", "--no-progress")
 
 
 # Runs a command where a library ($1) is missing from the folder of libraries ($2); all that ends with the command.

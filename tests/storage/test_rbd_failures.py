@@ -191,6 +191,27 @@ def test_a_front_end_that_stops_its_rings_meanwhile(failing_cluster: CephCluster
         assert driver.read(0, 512) == b"c" * 512
 
 
+def test_a_front_end_that_leaves_meanwhile(failing_cluster: CephCluster) -> None:
+    """librbd still has to write to its memory, which stays mapped until then. Afterwards the next one is served."""
+    image = failing_cluster.new_image()
+    with serving(Disk(failing_cluster.address(image)), process=API) as served:
+        with served.driver() as driver:
+            driver.write(0, b"a" * 512)
+            with stopped_osd(failing_cluster):
+                driver._submit_request(VIRTIO_BLK_T_IN, 0, b"", 512, 0)
+                wait_until(lambda: shown(served).in_flight == 1, "the read is fetched")
+                driver.front_end.close()
+                wait_until(lambda: "waiting for 1 requests in flight" in served.logged(), served.logged())
+                assert has_guest_memory(served)
+            wait_until(lambda: not has_guest_memory(served), "the memory of the front end is released")
+        with served.driver() as following:
+            assert following.read(0, 512) == b"a" * 512
+
+
+def has_guest_memory(served: Served) -> bool:
+    return "memfd:ringplane-driver" in Path(f"/proc/{served.process.pid}/maps").read_text()
+
+
 def test_sigterm_while_a_request_hangs(failing_cluster: CephCluster) -> None:
     """It waits, and says so; the second signal ends the process at once."""
     image = failing_cluster.new_image()
@@ -206,15 +227,22 @@ def test_sigterm_while_a_request_hangs(failing_cluster: CephCluster) -> None:
 
 
 def test_sigterm_while_the_cluster_hangs(failing_cluster: CephCluster) -> None:
-    """Nothing is in flight, but the image cannot be closed: the process ends within its limit, with status 0."""
-    image = failing_cluster.new_image()
-    with serving(Disk(failing_cluster.address(image))) as served:
-        with served.driver() as driver:
+    """Nothing is in flight, but images cannot be closed: the process ends within its limit, with status 0.
+
+    Emptying a cache does not wait for the cluster, whether the image was written or only read.
+    """
+    disks = [
+        Disk(failing_cluster.address(failing_cluster.new_image()), direct=direct) for direct in (True, False, False)
+    ]
+    with serving(*disks) as served, contextlib.ExitStack() as attached:
+        written, cached, read = (attached.enter_context(served.driver(number)) for number in range(3))
+        for driver in (written, cached):
             driver.write(0, b"a" * 512)
+        assert read.read(0, 512) == bytes(512)
         with stopped_osd(failing_cluster):
             served.process.terminate()
             assert served.process.wait(PATIENCE) == 0, served.logged()
-            assert "the cluster does not answer, so the image is left open" in served.logged()
+            assert served.logged().count("the cluster does not answer, so the image is left open") == 3
 
 
 def test_a_start_while_the_cluster_hangs(failing_cluster: CephCluster) -> None:
@@ -333,6 +361,22 @@ def test_a_blocklisted_client(cluster: CephCluster) -> None:
         assert driver.read(0, 512) == b"a" * 512
 
 
+def test_an_upgrade_of_a_blocklisted_client(cluster: CephCluster) -> None:
+    """With a cache, which it cannot write any more. The next process is another client, and flushes still fail."""
+    image = cluster.new_image()
+    with serving(Disk(cluster.address(image), direct=False)) as served, served.driver() as driver:
+        driver.write(0, b"a" * 512)
+        driver.flush()
+        client = cluster.rbd("status", image).split("watcher=")[1].split()[0]
+        cluster.ceph("osd", "blocklist", "add", client)
+        wait_until(lambda: driver.request(VIRTIO_BLK_T_OUT, 0, b"b" * 512).status == IOERR, served.logged())
+        assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR
+        upgrade(served)
+        assert driver.read(0, 512) == b"a" * 512
+        driver.write(0, b"c" * 512)
+        assert driver.request(VIRTIO_BLK_T_FLUSH, 0).status == IOERR
+
+
 def source(served: Served) -> Any:
     """What the API says of the cluster, and of the disk."""
     (disk,) = served.client().read("/v1/statistics", Statistics).disks
@@ -364,17 +408,20 @@ def test_metrics_of_a_cluster(failing_cluster: CephCluster) -> None:
 
 
 def test_two_processes_with_one_image(cluster: CephCluster) -> None:
-    """As in a migration: both have it open, and the lock follows the writes."""
+    """As in a migration: both have it open, and the lock, which the first write takes, follows the writes."""
     image = cluster.new_image()
     chance = random.Random(4)
     with serving(Disk(cluster.address(image))) as one, serving(Disk(cluster.address(image))) as two:
         with one.driver() as first, two.driver() as second:
+            assert first.read(0, MIB) == second.read(0, MIB) == bytes(MIB)
+            assert cluster.owners(image) == 0
             for number in range(6):
                 data = chance.randbytes(MIB)
                 writer, reader = (first, second) if number % 2 else (second, first)
                 writer.write(number * MIB, data)
                 writer.flush()
                 assert reader.read(number * MIB, MIB) == data
+                assert cluster.owners(image) == 1
         for each in (one, two):
             assert "ERROR" not in each.logged()
 

@@ -120,6 +120,22 @@ def test_a_cluster_that_was_not_named(serve: Serve, cluster: CephCluster, image:
     served.end()
 
 
+@needs_all
+def test_a_buffered_disk(serve: Serve, cluster: CephCluster, image: str, tmp_path: Path) -> None:
+    """Its server is named, so the line has something else to do now, and both ways of it were tried."""
+    request = body(cluster.address(image), tmp_path, direct=False)
+    served = serve(*arguments(cluster))
+    error = served.api.request("POST", "/v1/disks", request).error
+    assert "a buffered disk needs a connection of its own" in error["what"]
+    assert error["right"] == "leave out buffered (direct = false), or start ringplane with this disk"
+    served.api.post("/v1/disks", {**request, "direct": True}, status=201)
+    served.end()
+    first = ("--image", cluster.address(cluster.new_image()), "--buffered", "--socket-path", "first.sock")
+    served = serve("--api-socket", "api.sock", "--allow-folder", ".", *first)
+    served.api.post("/v1/disks", request, status=201)
+    served.end()
+
+
 def test_the_key_is_shown_nowhere(serve: Serve, cluster: CephCluster, image: str, tmp_path: Path) -> None:
     """Nor in the state for others. It is in the address of the disk, and the user has no other one."""
     (tmp_path / "state").mkdir()
