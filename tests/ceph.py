@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from unit.waiting import stop_process
+
 PROGRAM = Path(__file__).parents[2] / "shared/ceph-one-node"
 
 # Where all processes of a run of tests find their cluster; the one that has begun the run stops it (tests/conftest.py).
@@ -60,8 +62,12 @@ class CephCluster:
         )
         assert done.returncode == 0, done.stderr
 
-    def signal_osd(self, number: signal.Signals) -> None:
-        os.kill(self._osd(), number)
+    def stop_osd(self) -> None:
+        """Until `continue_osd` it does nothing."""
+        stop_process(self._osd())
+
+    def continue_osd(self) -> None:
+        os.kill(self._osd(), signal.SIGCONT)
 
     def kill_osd(self) -> None:
         """Kill the OSD, and start it again at once."""
@@ -133,7 +139,7 @@ class CephCluster:
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
-            self.signal_osd(signal.SIGCONT)
+            self.continue_osd()
         self._do("stop")
         shutil.rmtree(self.folder)
 

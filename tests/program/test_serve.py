@@ -31,7 +31,7 @@ from ringplane.options.engine_names import AUTO, THREAD_ENGINES
 from ringplane.system.open_files import FEWEST_FILES
 from ringplane.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER
 from unit.rig import need_engine
-from unit.waiting import wait_until
+from unit.waiting import states_of_threads, wait_until
 
 IMAGE_SIZE = 16 << 20
 MEMORY_SIZE = 16 << 20
@@ -661,16 +661,10 @@ def test_poll_us(serve: Callable[..., Served], path: Path, poll_us: str, engine:
     with attach(path) as driver:
         driver.write(0, b"p" * 512)
         if poll_us != "1000000":
-            wait_until(lambda: ("R" in states_of_threads(served)) == (poll_us == "always"))
+            wait_until(lambda: ("R" in states_of_threads(served.process.pid)) == (poll_us == "always"))
         assert driver.read(0, 512) == b"p" * 512
     status, _, err = served.end()
     assert (status, "Traceback" in err) == (0, False)
-
-
-def states_of_threads(served: Served) -> set[str]:
-    """As proc(5) has them."""
-    stats = [each.read_text() for each in Path(f"/proc/{served.process.pid}/task").glob("*/stat")]
-    return {stat.rpartition(")")[2].split()[0] for stat in stats}
 
 
 @pytest.mark.parametrize("poll_us", ["-1", "", "x", "1000001", "1.5", "Always", "50us", "9" * 5000])

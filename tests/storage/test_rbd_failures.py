@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -42,11 +41,11 @@ OK, IOERR = VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR
 
 @contextlib.contextmanager
 def stopped_osd(cluster: CephCluster) -> Iterator[None]:
-    cluster.signal_osd(signal.SIGSTOP)
+    cluster.stop_osd()
     try:
         yield
     finally:
-        cluster.signal_osd(signal.SIGCONT)
+        cluster.continue_osd()
 
 
 @contextlib.contextmanager

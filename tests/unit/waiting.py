@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ringplane.driver.process import cpu_ns
 
@@ -31,3 +34,15 @@ def is_idle(pid: int) -> bool:
     before = cpu_ns(pid)
     time.sleep(0.03)
     return cpu_ns(pid) - before < 10_000_000
+
+
+def stop_process(pid: int) -> None:
+    """Stop it (SIGSTOP), and return when no thread of it runs: all may continue until one has seen the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: states_of_threads(pid) == {"T"})
+
+
+def states_of_threads(pid: int) -> set[str]:
+    """As proc(5) has them."""
+    stats = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
