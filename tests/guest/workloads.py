@@ -429,6 +429,21 @@ echo "sha256=$sum"
 """
 
 
+def marks(token: str) -> Workload:
+    """A file system whose files are named in marks of a recording: in a file, and in a block that nothing else uses."""
+    body = f"""\
+mkfs.ext4 -q -F /dev/vda 65536
+mount -t ext4 /dev/vda /mnt
+printf '%s%s' "{token}" "mounted" | dd of=/mnt/mark bs=4096 conv=sync oflag=direct
+head -c 300000 /dev/urandom > /mnt/file
+sync
+printf '%s%s' "{token}" "synced" | dd of=/mnt/mark bs=4096 conv=sync oflag=direct
+umount /mnt
+printf '%s%s' "{token}" "unmounted" | dd of=/dev/vda bs=512 seek=200000 conv=sync oflag=direct
+"""
+    return Workload(script(body + CLEAN_LOG), ("mkfs.ext4",))
+
+
 def read_pattern(mib: int) -> Workload:
     """The checksum of the start of the disk."""
     return Workload(script(start_of_disk(mib) + CLEAN_LOG))

@@ -111,6 +111,21 @@ def test_a_killed_process_leaves_what_it_has_recorded(serve: Serve, tmp_path: Pa
     ringplane(tmp_path, "replay", "a.rec", "copy.img", "--fast")
 
 
+def test_an_upgrade_ends_a_recording(serve: Serve, tmp_path: Path) -> None:
+    """The next process can begin another one, and has other layers."""
+    old = serve(*DISK, *RECORD, *API)
+    with old.attach() as driver:
+        driver.write(0, b"a" * 4096)
+        new = serve(*DISK, *API, "--record", "b.rec", "--delay", "0.1", "--upgrade")
+        assert old.process.wait(SOON) == 0, old.errors.read_text()
+        driver.write(0, b"b" * 4096)
+    new.end()
+    for name, byte in (("a", b"a"), ("b", b"b")):
+        recording = open_recording(tmp_path / f"{name}.rec")
+        assert [bytes(entry.data[:1]) for entry in recording] == [byte]
+        assert recording.complete
+
+
 def test_a_recording_is_played_on_a_back_end(serve: Serve, tmp_path: Path, folder: Path) -> None:
     served = serve(*DISK, *API)
     assert "verified" in ringplane(tmp_path, "replay", folder / "a.rec", "a.sock", "--fast")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from errno import ENOSPC
 from pathlib import Path
@@ -26,9 +26,10 @@ from ringplane.driver.load import Load, run_load
 from ringplane.opener.opener import LOCAL
 from ringplane.options.declare import WrongOptions
 from ringplane.options.delay_options import Delay
+from ringplane.options.policy_options import PolicyUse
 from ringplane.options.zone_options import parse_zones
 from ringplane.recordings import entries
-from ringplane.recordings.entries import Header
+from ringplane.recordings.entries import Entry, Header
 from ringplane.recordings.marks import new_token
 from ringplane.recordings.reader import Recording, open_recording
 
@@ -93,7 +94,7 @@ def make_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RigFact
         yield factory
 
 
-def played(recording: Recording, content: bytes = DISK) -> bytes:
+def played(recording: Sequence[Entry], content: bytes = DISK) -> bytes:
     """A disk with this content, after what was recorded."""
     disk = bytearray(content)
     for entry in recording:
@@ -337,6 +338,27 @@ def test_a_served_disk(tmp_path: Path) -> None:
     assert recording.header.size == 16 << 20
     assert [entry.text for entry in recording if entry.kind == entries.MARK] == ["here"]
     assert played(recording, bytes(16 << 20)) == (tmp_path / "disk.img").read_bytes()
+
+
+def test_a_recording_has_what_policies_let_through(tmp_path: Path) -> None:
+    """A flush that is only acknowledged covers nothing, whether the policy or the recording comes first."""
+    policies = [PolicyUse("lying-flush")]
+    for number, (at_start, later) in enumerate([(policies, ()), ((), policies)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with ringplane.serve(folder / "img", folder / "socket", create=1 << 20, policy=at_start) as export:
+            export.start_recording(folder / "rec")
+            if later:
+                export.set_policies(later)
+            with Driver(folder / "socket") as driver:
+                driver.write(4096, pattern(4096))
+                driver.flush()
+                export.set_policies([])
+                driver.flush()
+            export.end_recording()
+            assert export.counters["flush"].requests == 2
+        write, flush = open_recording(folder / "rec")
+        assert (write.kind, flush.kind, flush.began) == (entries.WRITE, entries.FLUSH, 1)
 
 
 def test_no_recording_is_overwritten(tmp_path: Path) -> None:

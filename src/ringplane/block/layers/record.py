@@ -278,6 +278,9 @@ class RecordLayer(Layer):
         self._parts: list[RecordPart] = []
 
     def part(self, backing: int, slots: int) -> RecordPart:
+        # A confined process loads nothing later.
+        for each in self.units:
+            each.address()
         part = RecordPart(self.file, slots)
         self._parts.append(part)
         self.file.add_part(part.state)
