@@ -342,7 +342,7 @@ def test_a_served_disk(tmp_path: Path) -> None:
 
 def test_a_recording_has_what_policies_let_through(tmp_path: Path) -> None:
     """A flush that is only acknowledged covers nothing, whether the policy or the recording comes first."""
-    policies = [PolicyUse("lying-flush")]
+    policies = [PolicyUse("lying_flush")]
     for number, (at_start, later) in enumerate([(policies, ()), ((), policies)]):
         folder = tmp_path / str(number)
         folder.mkdir()
