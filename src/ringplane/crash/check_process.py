@@ -119,7 +119,7 @@ class Checker:
     def __init__(self, experiment: Experiment, folder: Path, connection: Connection) -> None:
         self._experiment, self._connection = experiment, connection
         self._view = View(DiskState(experiment.contents, experiment.timeline))
-        self._image = mount(self._view, folder)
+        self._mounted = mount(self._view, folder)
         self._output = os.memfd_create("output", os.MFD_CLOEXEC)
 
     def run(self) -> None:
@@ -144,7 +144,7 @@ class Checker:
     @contextlib.contextmanager
     def _command(self, state: State) -> Iterator[str]:
         mark = self._experiment.timeline.mark_before(state.cut.time)
-        command = self._experiment.command.replace(IMAGE, str(self._image))
+        command = self._experiment.command.replace(IMAGE, str(self._mounted))
         command = command.replace(MARK, shlex.quote(mark.text if mark else ""))
         if FOLDER not in command:
             yield command
