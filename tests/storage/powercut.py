@@ -6,9 +6,10 @@ the power is cut at every point of the record.
 The image is on a file system written for this test (fuse.py), which completes late and in any order. A write is stable
 after a sync that started after the write had ended (with O_DSYNC at its own end). After a cut a sector contains its
 last stable data, or any data written to it after that: the storage may have kept or lost each sector independently.
-Every possible content is checked at each cut: none may be older than the data that the disk guaranteed by then. The
-guarantee: a write that was completed before a flush was submitted is there once the flush is completed; without flushes
-(VIRTIO_BLK_F_FLUSH) each write is there once it is completed.
+The laboratory (ringplane.crash) knows when it matters to cut the power, and what is possible then: the storage's record
+is a recording for it. Every possible content is checked at each cut: none may be older than the data that the disk
+guaranteed by then. The guarantee: a write that was completed before a flush was submitted is there once the flush is
+completed; without flushes (VIRTIO_BLK_F_FLUSH) each write is there once it is completed.
 
 Both sides share a clock, the number of events in the storage's record. The driver reads it before it submits a request
 and after it has seen a completion, so no guarantee is counted too early. An event is recorded before the requester can
@@ -21,8 +22,7 @@ import contextlib
 import random
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ from typing import Any
 import click
 import numpy as np
 
+from ringplane.crash.power_cuts import PowerCut, power_cuts
+from ringplane.crash.timeline import timeline_of
 from ringplane.driver import Driver
 from ringplane.driver.driver import FEATURES, segments
+from ringplane.recordings.entries import FLUSH, FUA, UNFINISHED, ZERO, Entry
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_F_FLUSH,
@@ -49,6 +52,7 @@ SIZE = 1 << 20
 SECTORS = SIZE // SECTOR
 QUEUES, DEPTH, MOST_SECTORS = 3, 32, 48
 NEVER = 1 << 62
+NO_DATA = memoryview(b"")
 
 # The kinds of requests that the driver submits, and their weights.
 KINDS = {
@@ -244,15 +248,51 @@ class Tally:
         )
 
 
+class Record:
+    """The storage's record as the entries of a recording, for the laboratory (ringplane.crash)."""
+
+    def __init__(self, events: Sequence[Event], writes: Sequence[Write]) -> None:
+        self._writes = writes
+        self.entries: list[Entry] = []
+        # By index of the entry: the requests that wrote its sectors, and how many events were before its end.
+        self.numbers: dict[int, list[int]] = {}
+        self.clocks: list[int] = []
+        # By event: how many entries had ended before.
+        times: list[int] = []
+        began: dict[int, int] = {}
+        for clock, event in enumerate([*events, Event("nothing")]):
+            times.append(len(self.entries))
+            if event.what == "begin":
+                began[event.write] = len(self.entries)
+            elif event.what == "end":
+                stable = writes[event.write].stable
+                self._add_write(event.write, began.pop(event.write), clock, FUA if stable else 0)
+            elif event.what == "sync":
+                self._add(Entry(FLUSH, len(self.entries), times[event.covers], 0, 0, 0, 0, 0, 0, 0, NO_DATA), clock)
+        for number, when in began.items():
+            self._add_write(number, when, len(events), UNFINISHED)
+        self.clocks.append(len(events))
+
+    def _add_write(self, number: int, began: int, clock: int, flags: int) -> None:
+        index, write = len(self.entries), self._writes[number]
+        self.numbers[index] = write.numbers
+        place = write.sector * SECTOR, len(write.numbers) * SECTOR
+        self._add(Entry(ZERO, index, began, 0, 0, *place, flags, 0, 0, NO_DATA), clock)
+
+    def _add(self, entry: Entry, clock: int) -> None:
+        self.entries.append(entry)
+        self.clocks.append(clock)
+
+
 class Cuts:
-    """Goes through a record: checks what each sector may contain at each cut."""
+    """Checks what each sector may contain at each power cut that matters: ringplane.crash.power_cuts says which do."""
 
     def __init__(self, events: list[Event], writes: list[Write], asked: list[Asked], *, write_through: bool) -> None:
-        self._events, self._writes, self._asked = events, writes, asked
+        self._record, self._asked = Record(events, writes), asked
+        self._timeline = timeline_of(self._record.entries)
+        self._settling = iter(self._timeline.writes)
+        self._next = next(self._settling, None)
         self._stable = [0] * SECTORS
-        # For each sector: the writes that may or may not be stable, and the request of each.
-        self._loose: dict[int, dict[int, int]] = defaultdict(dict)
-        self._ended: list[tuple[int, int]] = []
         # For each sector: when the last guaranteed write was submitted, and when possible zeros were completed.
         self._promised = [0] * SECTORS
         self._zeros = [0] * SECTORS
@@ -270,59 +310,47 @@ class Cuts:
 
     def look(self) -> Tally:
         """Check all cuts; AssertionError if a guarantee is broken."""
-        seen = self._seen_by_driver()
-        for clock in range(len(self._events) + 1):
-            touched = set(self._happen(self._events[clock - 1], clock)) if clock else set()
-            for each in seen.get(clock, ()):
-                touched |= set(self._hear(each, clock))
-            for sector in touched:
-                self._check(sector, clock)
+        seen = sorted(self._seen_by_driver(), key=lambda each: each[0], reverse=True)
+        for cut in power_cuts(self._timeline):
+            clock = self._record.clocks[cut.time]
+            self._settle(cut.settled)
+            touched = set()
+            while seen and seen[-1][0] <= clock:
+                when, each = seen.pop()
+                touched |= set(self._hear(each, when))
+            possible = self._possible(cut)
+            for sector in touched | possible.keys():
+                self._check(sector, clock, possible.get(sector, {self._stable[sector]}))
             self.tally.cuts += 1
         return self.tally
 
-    def _seen_by_driver(self) -> dict[int, list[Asked]]:
-        """By clock: the driver's submissions and completions that matter at that time."""
-        seen: dict[int, list[Asked]] = defaultdict(list)
+    def _seen_by_driver(self) -> Iterator[tuple[int, Asked]]:
+        """The driver's submissions and completions that matter, with their clock."""
         for each in self._asked:
             if each.zeros:
-                seen[each.submit_clock].append(each)
+                yield each.submit_clock, each
             if each.kind == VIRTIO_BLK_T_FLUSH or self._write_through:
-                seen[each.answer_clock].append(each)
-        return seen
+                yield each.answer_clock, each
 
-    def _happen(self, event: Event, clock: int) -> Iterator[int]:
-        """Apply an event of the storage; yields the sectors that it affects."""
-        if event.what == "sync":
-            rest = []
-            for ended, number in self._ended:
-                if ended <= event.covers:
-                    yield from self._settle(number)
-                else:
-                    rest.append((ended, number))
-            self._ended = rest
-            return
-        write = self._writes[event.write]
-        places = range(write.sector, write.sector + len(write.numbers))
-        if event.what == "begin":
-            for place, number in zip(places, write.numbers, strict=True):
-                self._loose[place][event.write] = number
-        elif write.stable:
-            earlier = {number for _, number in self._ended}
-            for place in places:
-                for number in earlier & self._loose[place].keys():
-                    del self._loose[place][number]
-            list(self._settle(event.write))
-        else:
-            self._ended.append((clock, event.write))
-        yield from places
+    def _settle(self, before: int) -> None:
+        """The writes that ended before this one are stable, whatever happens."""
+        while self._next is not None and self._next.index < before:
+            start = self._next.first
+            self._stable[start : self._next.end] = self._record.numbers[self._next.index]
+            self._next = next(self._settling, None)
 
-    def _settle(self, number: int) -> Iterator[int]:
-        """Mark a write as stable; it ended later than all earlier stable ones."""
-        write = self._writes[number]
-        for place in range(write.sector, write.sector + len(write.numbers)):
-            if number in self._loose[place]:
-                self._stable[place] = self._loose[place].pop(number)
-                yield place
+    def _possible(self, cut: PowerCut) -> dict[int, set[int]]:
+        """For each sector that pending writes change: the requests of which it can have the data."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        loose = set(cut.loose)
+        for place, write in enumerate(cut.pending):
+            for sector, number in enumerate(self._record.numbers[write.index], write.first):
+                before = found.get(sector, [(-1, self._stable[sector])])
+                if place not in loose:
+                    # Those that were in flight with it may have come after it.
+                    before = [each for each in before if each[0] >= write.began]
+                found[sector] = [*before, (write.index, number)]
+        return {sector: {number for _, number in each} for sector, each in found.items()}
 
     def _hear(self, asked: Asked, clock: int) -> Iterator[int]:
         """Apply a submission or completion of the driver; yields the sectors that it affects."""
@@ -344,8 +372,8 @@ class Cuts:
             self._promised[place] = max(self._promised[place], asked.submitted)
             yield place
 
-    def _check(self, sector: int, clock: int) -> None:
-        for number in {self._stable[sector], *self._loose[sector].values()}:
+    def _check(self, sector: int, clock: int, possible: set[int]) -> None:
+        for number in possible:
             # Data that was completed before a guaranteed write was submitted is older than that write.
             answered = self._asked[number].answered if number else self._zeros[sector]
             assert answered >= self._promised[sector], (

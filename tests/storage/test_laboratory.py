@@ -110,8 +110,15 @@ def test_a_missing_flush_is_found(recorded: Recorded) -> None:
     assert smallest["confirmed"]
     # The state as a recording: everything but the data, and nothing behind the pointer.
     entries = list(open_recording(str(smallest["recording"])))
-    assert [entry.offset for entry in entries if entry.kind == WRITE] == [2 * BLOCK, POINTER]
+    writes = [entry for entry in entries if entry.kind == WRITE]
+    assert [entry.offset for entry in writes] == [2 * BLOCK, POINTER]
     assert [entry.text for entry in entries if entry.kind != WRITE] == ["begin", "power cut after 3 of 6 entries"]
+    image = bytearray(recorded.base.read_bytes())
+    for entry in writes:
+        image[entry.offset : entry.offset + entry.length] = entry.data
+    replayed = recorded.base.with_name("replayed.img")
+    replayed.write_bytes(image)
+    assert subprocess.run(POINTED.replace("{image}", str(replayed)), shell=True).returncode == 1
 
 
 def test_with_the_flush_nothing_is_found(recorded: Recorded) -> None:
