@@ -46,7 +46,7 @@ UNUSED = [
     "ringplane.limits.limiter",
     "ringplane.opener.remote_opener",
     "ringplane.control.config",
-    "ringplane.control.recording",
+    "ringplane.control.trace_recording",
     "ringplane.control.restoring",
     "ringplane.control.state_file",
     "ringplane.control.keeping",

@@ -223,7 +223,7 @@ def imported(folder: Path, *arguments: str) -> set[str]:
 
 def test_nothing_is_imported_that_takes_memory_without_need(tmp_path: Path) -> None:
     """`ssl` and `hashlib` load OpenSSL, and asyncio imports the first one wherever it is."""
-    of_the_api = {"uvicorn", "starlette", "msgspec", "anyio", "ringplane.control.recording"}
+    of_the_api = {"uvicorn", "starlette", "msgspec", "anyio", "ringplane.control.trace_recording"}
     others = {
         "ssl",
         "hashlib",

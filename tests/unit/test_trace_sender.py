@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ringplane.api.trace_stream import SHORTEST, Sender, TraceStream
-from ringplane.control.recording import Portion, Recording
+from ringplane.control.trace_recording import Portion, TraceRecording
 from ringplane.dataplane.trace_layout import EVENT
 
 from .rig import PATIENCE
@@ -46,7 +46,7 @@ def test_it_ends_while_there_is_more(seconds: float | None, ended_after: int) ->
     with theirs:
         reading = threading.Thread(target=_drop, args=[theirs])
         reading.start()
-        with Sender(cast(Recording, Endless(ended_after)), ours, chunked=False) as sender:
+        with Sender(cast(TraceRecording, Endless(ended_after)), ours, chunked=False) as sender:
             sender.run(seconds)
             ours.shutdown(socket.SHUT_WR)
             reading.join(PATIENCE)
@@ -94,7 +94,7 @@ def test_a_stream_that_begins_when_the_process_stops_has_an_end() -> None:
         connection = SimpleNamespace(stopping=True, at_shutdown=None, share=share)
         scope = {"state": {"connection": connection}, "http_version": "1.1"}
         async with asyncio.timeout(PATIENCE):
-            await TraceStream(cast(Recording, Nothing()), None)(scope, receive, send)
+            await TraceStream(cast(TraceRecording, Nothing()), None)(scope, receive, send)
         assert connection.at_shutdown is None
 
     with theirs:

@@ -159,11 +159,11 @@ async def trace(call: Call) -> Response:
     seconds = call.seconds("seconds", SHORTEST)
     exports = [call.server.find(name) for name in call.several("disk")]
     disks = {export.name: export.disk.workers for export in exports}
-    return TraceStream(await call.server.recorder.start(disks), seconds)
+    return TraceStream(await call.server.trace_recorder.start(disks), seconds)
 
 
 async def end_trace(call: Call) -> None:
-    call.server.recorder.end(call.number("began"))
+    call.server.trace_recorder.end(call.number("began"))
 
 
 def described(export: Export) -> schemas.Disk:

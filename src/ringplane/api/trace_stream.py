@@ -25,7 +25,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ringplane.api.streams import send_part, until_gone
-from ringplane.control.recording import Portion, Recording
+from ringplane.control.trace_recording import Portion, TraceRecording
 from ringplane.dataplane.trace_events import EVENT_NAMES, STATUS_NAMES, TYPE_NAMES
 from ringplane.dataplane.trace_layout import EVENT, EVENT_BITS, LENGTH_SHIFT, ROUNDED, TIME_SHIFT, WAIT_SHIFT
 from ringplane.dataplane.tracer import CAPACITY
@@ -50,7 +50,7 @@ class TraceStream(Response):
 
     media_type = "application/octet-stream"
 
-    def __init__(self, recording: Recording, seconds: float | None) -> None:
+    def __init__(self, recording: TraceRecording, seconds: float | None) -> None:
         super().__init__(headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self._recording, self._seconds = recording, seconds
@@ -89,7 +89,7 @@ class TraceStream(Response):
 class Sender:
     """Sends what is recorded, on a thread that may wait for the client."""
 
-    def __init__(self, recording: Recording, sock: socket.socket, chunked: bool) -> None:
+    def __init__(self, recording: TraceRecording, sock: socket.socket, chunked: bool) -> None:
         """It owns the socket. `chunked`: as HTTP has it since version 1.1."""
         self._recording, self._sock, self._chunked = recording, sock, chunked
         self._thread = ThreadPoolExecutor(1, NAME, libc.name_thread, (NAME,))

@@ -36,8 +36,8 @@ from ringplane.system.notes import in_words
 
 if TYPE_CHECKING:
     from ringplane.control.interface import Endpoint, Interface
-    from ringplane.control.recording import Recorder
     from ringplane.control.state_file import StateFile
+    from ringplane.control.trace_recording import TraceRecorder
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +162,11 @@ class Server:
             removal.join(ABANDON_PATIENCE)
 
     @cached_property
-    def recorder(self) -> Recorder:
+    def trace_recorder(self) -> TraceRecorder:
         """What records traces for clients of the API, which has imported it."""
-        from ringplane.control.recording import Recorder
+        from ringplane.control.trace_recording import TraceRecorder
 
-        return Recorder(self.threads)
+        return TraceRecorder(self.threads)
 
     def _remove_sockets(self) -> None:
         listeners = [export.listener for export in self.exports]

@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import pytest
 
-from ringplane.control import recording
+from ringplane.control import trace_recording
 from ringplane.control.operation_errors import Unavailable
-from ringplane.control.recording import PORTION, Recorder, Recording, Track
 from ringplane.control.threads import Threads
+from ringplane.control.trace_recording import PORTION, TraceRecorder, TraceRecording, Track
 from ringplane.dataplane import worker as worker_module
 from ringplane.dataplane.trace_events import room_for_events
 from ringplane.dataplane.trace_layout import Events
@@ -32,8 +32,8 @@ def make_rig(tmp_path: Path) -> Iterator[RigFactory]:
         yield factory
 
 
-def recorder(*workers: Worker) -> Recorder:
-    return Recorder(cast(Threads, SimpleNamespace(workers={each.name: each for each in workers})))
+def recorder(*workers: Worker) -> TraceRecorder:
+    return TraceRecorder(cast(Threads, SimpleNamespace(workers={each.name: each for each in workers})))
 
 
 def traces(worker: Worker) -> bool:
@@ -46,11 +46,11 @@ def test_a_thread_that_hangs_when_a_recording_begins(make_rig: RigFactory, monke
     """It is reported, and nothing is traced when the thread no longer hangs."""
     workers = make_rig(workers=2).workers
     recording_ = recorder(*workers)
-    monkeypatch.setattr(recording, "PATIENCE", 0.05)
+    monkeypatch.setattr(trace_recording, "PATIENCE", 0.05)
     with held(workers[1]), pytest.raises(Unavailable, match="does not answer"):
         asyncio.run(recording_.start({}))
     assert not any(map(traces, workers))
-    monkeypatch.setattr(recording, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(trace_recording, "PATIENCE", PATIENCE)
 
     async def begin_and_end() -> None:
         await (await recording_.start({})).stop()
@@ -69,7 +69,7 @@ def test_a_thread_that_hangs_keeps_no_memory(make_rig: RigFactory, monkeypatch: 
         return events
 
     monkeypatch.setattr(worker_module, "room_for_events", room)
-    monkeypatch.setattr(recording, "PATIENCE", 0.01)
+    monkeypatch.setattr(trace_recording, "PATIENCE", 0.01)
     with held(worker):
         for _ in range(2):
             with pytest.raises(Unavailable):
@@ -82,7 +82,7 @@ def test_a_thread_that_hangs_does_not_concern_the_disks_of_others(
     make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = make_rig(workers=2).workers
-    monkeypatch.setattr(recording, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(trace_recording, "PATIENCE", PATIENCE)
 
     async def check() -> None:
         begun = await recorder(one, other).start({"a": [one, one]})
@@ -116,13 +116,13 @@ def test_a_thread_that_hangs_when_a_recording_ends(
 ) -> None:
     """Also if that happens before it has begun: it stops tracing when it no longer hangs."""
     (worker,) = make_rig().workers
-    monkeypatch.setattr(recording, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(trace_recording, "PATIENCE", PATIENCE)
 
     async def check() -> None:
         recorder_ = recorder(worker)
         begun = await recorder_.start({}) if started else None
         with held(worker):
-            monkeypatch.setattr(recording, "PATIENCE", 0.05)
+            monkeypatch.setattr(trace_recording, "PATIENCE", 0.05)
             if begun:
                 await begun.stop()
             else:
@@ -155,7 +155,7 @@ def test_a_client_that_is_slower_than_the_events() -> None:
 def test_no_thread_starves() -> None:
     """A busy one does not keep the client from the events of the others."""
     one, other = Traced(), Traced()
-    both = Recording({}, (), lambda: None)
+    both = TraceRecording({}, (), lambda: None)
     both._tracks = [Track(name, each.reader(fetches=False), ()) for name, each in (("io0", one), ("io1", other))]
     one.trace(PORTION)
     other.trace(1)

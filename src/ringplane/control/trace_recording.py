@@ -41,21 +41,21 @@ class Portion:
     overwritten: int
 
 
-class Recorder:
+class TraceRecorder:
     """Of a process; used on one thread."""
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._recording: Recording | None = None
+        self._recording: TraceRecording | None = None
 
-    async def start(self, disks: Mapping[str, Iterable[Worker]]) -> Recording:
+    async def start(self, disks: Mapping[str, Iterable[Worker]]) -> TraceRecording:
         """Record the requests of these disks, which these I/O threads serve; of all disks if none is named.
 
         Raises WrongState, Unavailable.
         """
         if self._recording is not None:
             raise WrongState("a trace is being recorded already", "", "wait for its end, or end its client")
-        self._recording = recording = Recording(self._workers_of(disks), disks, self._forget)
+        self._recording = recording = TraceRecording(self._workers_of(disks), disks, self._forget)
         try:
             await recording.start()
         except BaseException:
@@ -84,7 +84,7 @@ class Recorder:
         self._recording = None
 
 
-class Recording:
+class TraceRecording:
     """From `start` to `stop`."""
 
     def __init__(self, workers: Mapping[str, Worker], disks: Collection[str], ended: Callable[[], None]) -> None:
@@ -157,7 +157,7 @@ class Track:
         return self._reader.look()
 
     def read(self) -> Iterator[Portion]:
-        """See Recording. A portion is used when the next one is asked for, or none any more."""
+        """See TraceRecording. A portion is used when the next one is asked for, or none any more."""
         while portion := self._next():
             try:
                 yield portion
