@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ringplane.block import buffers, transfer
 from ringplane.block.io import BLOCK_IO
+from ringplane.block.layers.delay import DelayPart
 from ringplane.block.layers.registry import LAYERS
 from ringplane.block.stack import CONTINUE, WAIT, LayerPart
 from ringplane.compiler.units import unit
@@ -22,7 +23,7 @@ from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns
 from ringplane.native.uio import IOVEC
 
-from .rig import IN, OK, PATIENCE, Answer, Line, RigFactory, eventually, pattern, rig_factory
+from .rig import IN, OK, PATIENCE, Answer, Line, RigFactory, eventually, fetch_only, held, pattern, rig_factory
 
 SIZE = 1 << 20
 DISK = pattern(SIZE)
@@ -125,3 +126,70 @@ def test_units_take_the_arguments_that_they_are_called_with() -> None:
         for number, (begin, end) in types.items():
             assert begin.__wrapped__.__code__.co_argcount == 3, f"{number}: {begin.name}"
             assert end is None or end.__wrapped__.__code__.co_argcount == 4, f"{number}: {end.name}"
+
+
+# How many I/Os it has seen.
+COUNT = struct("downward", "upward")
+
+
+@unit
+def count_io(layer, channel, io_address):
+    count, io = view(layer, COUNT), view(io_address, BLOCK_IO)
+    if io.upward:
+        count.upward += 1
+    else:
+        count.downward += 1
+    return CONTINUE
+
+
+class CountPart(LayerPart):
+    def __init__(self) -> None:
+        self.record = new(COUNT)
+        self.state = int(self.record.ctypes.data)
+        self.down = self.up = count_io.address()
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        return int(self.record["downward"][0]), int(self.record["upward"][0])
+
+
+def insert(line: Line, index: int, part: LayerPart) -> None:
+    worker, stack = line.worker, line.queue.stack
+    worker.call(lambda: stack.insert(index, part, worker.state.channel.ios, worker.engine)).result(PATIENCE)
+
+
+@pytest.mark.parametrize(("place", "seen"), [(0, (0, 1)), (1, (1, 1))])
+def test_a_layer_is_inserted_beside_one_in_which_an_io_waits(
+    make_rig: RigFactory, place: int, seen: tuple[int, int]
+) -> None:
+    """Above it the I/O has passed already, below it the I/O still has to. It does not wait a second time."""
+    count = CountPart()
+    line = make_rig(layers=[DelayPart(read=HOUR)]).line().start()
+    read = line.put(IN, 0, room=512)
+    line.kick()
+    assert eventually(lambda: line.queue.in_flight == 1)
+    line.turn_is_over()
+    insert(line, place, count)
+    let_time_pass(line)
+    line.wait()
+    assert line.answer(read) == Answer(OK, 513, DISK[:512])
+    assert count.counted == seen
+
+
+def test_the_first_layer_is_inserted_while_an_io_is_in_flight(make_rig: RigFactory) -> None:
+    """Its slot has a level from an I/O of another disk."""
+    count = CountPart()
+    line = make_rig().line().start()
+    read = line.put(IN, 0, room=512)
+    worker, stack, ios = line.worker, line.queue.stack, line.worker.state.channel.ios
+    with held(worker):
+        line.ring.publish()
+        fetch_only(worker)
+        worker.call(lambda: ios["level"].fill(3))
+        worker.call(lambda: ios["upward"].fill(1))
+        worker.call(lambda: stack.insert(0, count, ios, worker.engine))
+    line.wait()
+    assert line.answer(read) == Answer(OK, 513, DISK[:512])
+    assert count.counted == (0, 0)
+    assert line.do(IN, 1, room=512) == Answer(OK, 513, DISK[512:1024])
+    assert count.counted == (1, 1)
