@@ -45,7 +45,8 @@ def _describe(loaded: LoadedPolicy) -> None:
     program = loaded.program
     click.echo(f"{program.name}: {program.doc}")
     for key, each in program.declared.parameters.items():
-        click.echo(f"    {key}={each.kind.shown(each.default):12}  {each.doc}")
+        given = f"{key}={each.kind.shown(each.default)}"
+        click.echo(f"    {given:24} {each.doc}")
     for key, counted in program.declared.counters.items():
         click.echo(f"    counts {key}: {counted.doc}")
 
