@@ -25,6 +25,7 @@ PACKAGES = {
     "mkfs.btrfs": "btrfs-progs",
     "btrfs": "btrfs-progs",
     "blkzone": "util-linux",
+    "sqlite3": "sqlite3",
 }
 
 InitramfsFor = Callable[[kernels.Kernel, Sequence[str], Workload], bytes]

@@ -1,0 +1,26 @@
+"""The laboratory finds what is planted in a guest, and nothing else: a file system, and a database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from . import power_cuts
+from .back_end_processes import STAND_IN, BackendFactory
+from .machines import UmlGuest
+
+pytestmark = pytest.mark.skipif(STAND_IN, reason="only for ringplane")
+
+# States of each; that is enough to find what is planted.
+STATES = 150
+
+
+@pytest.mark.parametrize("name", power_cuts.SUBJECTS)
+def test_what_is_planted_is_found(backend: BackendFactory, uml: UmlGuest, tmp_path: Path, name: str) -> None:
+    subject = power_cuts.SUBJECTS[name]
+    base, recording = power_cuts.record(backend, uml, tmp_path, subject)
+    found = power_cuts.crash(base, recording, subject, states=STATES)
+    # Otherwise it would prove nothing.
+    assert found["tried"] == STATES
+    assert bool(found["failed"]) == subject.planted, found
