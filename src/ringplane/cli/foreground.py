@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 # Signals that do not stop the process.
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1)
 
-# Seconds after which a slow stop is logged.
-STOP_PATIENCE = 2.0
+# Seconds after which a slow stop is logged, and after which the process ends whatever hangs: before service managers,
+# which wait 90 s (DefaultTimeoutStopSec of systemd-system.conf(5)), would kill it without a word.
+STOP_PATIENCE, STOP_LIMIT = 2.0, 60.0
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +92,15 @@ def attend(server: Server, signals: CaughtSignals, logs: Logs) -> None:
 def stop(server: Server, signals: CaughtSignals, number: int, logs: Logs) -> None:
     """Stop because of a signal, and log what was stopped.
 
-    Requests in flight are waited for without a limit; if storage hangs, a second signal ends the wait.
+    If storage hangs, a second signal ends the wait for requests in flight, or STOP_LIMIT.
     """
     end_line(number)
     attached = sum(export.state == "attached" for export in server.exports)
     server.request_stop()
     if not ends_within(signals, STOP_PATIENCE):
         warn_of_waiting(server, signal_name(number))
-        if not ends_before_signal(signals):
-            abandon(server, logs)
+        if why := hangs(signals, STOP_LIMIT - STOP_PATIENCE):
+            abandon(server, logs, why)
     detached = f", {attached} front end{'s' * (attached > 1)} detached" if attached else ""
     disks = ", ".join(f"{export.disk.source.title} ({export.listener})" for export in server.exports) or "no disk"
     log.info("stopped by %s: %s%s", signal_name(number), disks, detached)
@@ -110,14 +111,15 @@ def warn_of_waiting(server: Server, name: str) -> None:
     if requests := in_flight(server):
         log.warning(
             "waiting for %d requests in flight, as storage has not completed them; "
-            "%s again ends the process without them (the guest gets no answer)",
-            requests, name,
+            "%s again, or %d s, ends the process without them (the guest gets no answer)",
+            requests, name, STOP_LIMIT,
         )  # fmt: skip
     else:
         log.warning(
             "waiting for storage to close an image, or for a client of the API to read the end of its trace; "
-            "%s again ends the process at once",
+            "%s again, or %d s, ends the process",
             name,
+            STOP_LIMIT,
         )
 
 
@@ -130,20 +132,25 @@ def ends_within(signals: CaughtSignals, seconds: float) -> bool:
     return False
 
 
-def ends_before_signal(signals: CaughtSignals) -> bool:
-    """Whether the server ends before the user sends another signal."""
-    while (number := signals.next()) not in (WOKEN, *signals.ending):
-        pass
-    return number == WOKEN
+def hangs(signals: CaughtSignals, seconds: float) -> str:
+    """Why the end of the server is not waited for any longer; empty: it has ended."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        number = signals.next(left)
+        if number == WOKEN:
+            return ""
+        if number in signals.ending:
+            return "by a second signal"
+    return f"after {STOP_LIMIT:.0f} s"
 
 
 def in_flight(server: Server) -> int:
     return sum(export.in_flight for export in server.exports)
 
 
-def abandon(server: Server, logs: Logs) -> NoReturn:
+def abandon(server: Server, logs: Logs, why: str) -> NoReturn:
     """End at once, like a crash: no completed request is lost, and the next process recovers the others."""
-    log.warning("stopped by a second signal: %d requests in flight are left without an answer", in_flight(server))
+    log.warning("stopped %s: %d requests in flight are left without an answer", why, in_flight(server))
     server.abandon()
     logs.close()
     os._exit(1)
