@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringplane.compiler.checker import check_policies
 from ringplane.policies import __all__ as interface
 from ringplane.policies.loading import PolicyError, find_policy, shipped, split_address
 from ringplane.policies.parameter_kinds import DURATION, OPERATION, RANGE, REAL, SIZE, WHOLE, one_of
@@ -87,6 +88,15 @@ return PASS
 import os #!import is not possible in compiled code
 return PASS
 ---
+return delay(len(io.length)) #!`io.length` has no len(); only an array of the policy has one
+---
+return delay(len(my.last)) #!`my.last` has no len()
+---
+return delay(len(my)) #!`my` has no len()
+---
+pair = (1, 2)
+return delay(len(pair)) #!`pair` has no len()
+---
 ===
 import os #!a policy cannot import os
 ---
@@ -112,7 +122,7 @@ TABLE = open("/etc/passwd") #!open() cannot be called here
 TABLE = ().__class__ #!`().__class__` is not possible here
 ---
 ===
-def helper(a): #!helper() needs one decorator: @policy(...), @NAME.result or @compiled
+def helper(a): #!helper() needs one decorator: @policy(CLASS), @policy(CLASS, data=True), @NAME.result or @compiled
     return a
 ---
 ===
@@ -150,6 +160,58 @@ def other(io): #!other() needs two parameters: io and my
     return PASS
 ---
 ===
+@own.result
+def own(io, my): #!own has a meaning already, of line 17; choose another name
+    return PASS
+---
+===
+policy = policy #!policy has a meaning already, of line 5
+---
+===
+store8 = store8 #!store8 has a meaning already
+---
+===
+A, B, A = 1, 2, 3 #!A has a meaning already
+---
+===
+class Own(Policy): #!Own has a meaning already
+    pass
+---
+===
+from math import own #!own has a meaning already
+---
+===
+@compiled
+def len(number): #!len is taken; choose another name
+    return number
+---
+===
+ringplane_get_item = 5 #!ringplane_get_item is taken
+---
+===
+from math import __loader__ #!__loader__ is taken
+---
+===
+LOADER = math.__loader__ #!`math.__loader__` is not possible here
+---
+===
+put = store8
+@policy(Own, data=True)
+def other(io, my):
+    put(io, my, 1) #!store8() needs a number, not `my`
+    return PASS
+---
+===
+@policy(Own, data=__import__("os").abort())
+def other(io, my): #!other() needs one decorator: @policy(CLASS), @policy(CLASS, data=True)
+    return PASS
+---
+===
+@policy(__import__("os").abort())
+def other(io, my): #!other() needs one decorator
+    return PASS
+---
+===
 def ( #!invalid syntax
 ---
 ===
@@ -183,6 +245,13 @@ def test_a_mistake_is_one_line(tmp_path: Path, example: str) -> None:
         assert words in what
         # A class is wrong as a whole.
         assert place == f"{path}:{number}" or "class More" in text
+
+
+def test_what_the_check_cannot_evaluate_is_a_mistake(tmp_path: Path) -> None:
+    """A call of it would pass unchecked."""
+    path = tmp_path / "own.py"
+    path.write_text(own_policy("return WRONG()") + 'WRONG = max(1, "2")\n')
+    assert [each.text for each in check_policies(path, {})] == ["`WRONG` cannot be evaluated"]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

@@ -150,9 +150,11 @@ class Expressions:
             known = [*self._locals, *self.function.source.definitions, *BUILTINS, "range"]
             self._report(node, f"unknown name {node.id}{did_you_mean(node.id, known)}")
         except Exception:
-            # A constant that is computed with something that is not there, such as Numba.
-            pass
+            self._cannot_evaluate(node)
         return Opaque(node.id)
+
+    def _cannot_evaluate(self, node: ast.expr) -> None:
+        """A constant that is computed with something that is not there, such as Numba."""
 
     def _attribute(self, node: ast.Attribute) -> Shape:
         if not self._is_global(node.value):
@@ -177,7 +179,7 @@ class Expressions:
             known = owner.source.definitions if isinstance(owner, Module) else dir(owner)
             self._report(node, f"{text_of(node.value)} has no {node.attr}{did_you_mean(node.attr, known)}")
         except Exception:
-            pass
+            self._cannot_evaluate(node)
         return Opaque(node.attr)
 
     def _field(self, node: ast.Attribute) -> Shape:

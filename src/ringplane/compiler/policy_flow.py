@@ -62,6 +62,22 @@ class PolicyFlow(Flow):
             return ANY
         return shape
 
+    def _cannot_evaluate(self, node: ast.expr) -> None:
+        """It is not known what a call of it does."""
+        self._report(node, f"`{text_of(node)}` cannot be evaluated")
+
+    def _call_builtin(self, node: ast.Call, name: ast.Name) -> Shape:
+        shape = super()._call_builtin(node, name)
+        if name.id == "len":
+            for argument in node.args:
+                self._check_array(argument)
+        return shape
+
+    def _check_array(self, node: ast.expr) -> None:
+        """The number before the items of an array is its length (policies/arrays.py), of nothing else."""
+        if not isinstance(node, ast.Attribute) or self._value(node) != frozenset({Kind.ARRAY}):
+            self._report(node, f"`{text_of(node)}` has no len(); only an array of the policy has one")
+
     @property
     def _indexed(self) -> set[ast.AST]:
         """The arrays of the function of which an item, or the length, is used."""

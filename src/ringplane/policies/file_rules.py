@@ -18,12 +18,19 @@ API = "ringplane.policies"
 # Whole modules whose constants may be used.
 CONSTANTS = ("errno", "math")
 DECLARING = ("parameter", "counter", "state")
+DECORATORS = ("policy", "compiled")
+POSSIBLE_DECORATORS = "@policy(CLASS), @policy(CLASS, data=True), @NAME.result or @compiled"
 # What may be called where constants are computed.
 ARITHMETIC = ("abs", "float", "int", "len", "max", "min", "range", "round", "sum", "tuple")
+# These names mean the same in every file: the check and arrays.py look at nothing else.
+FIXED = ("Policy", "bool", "one_of", *DECLARING, *DECORATORS, *CONSTANTS, *ARITHMETIC)
 EXPRESSIONS = (
     *(ast.Constant, ast.Name, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Tuple, ast.IfExp, ast.operator),
     *(ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context, ast.Call, ast.keyword, ast.Attribute, ast.Starred),
 )
+
+# Of the names of arrays.py.
+PREFIX = "ringplane_"
 
 Found = Iterator[tuple[ast.AST, str]]
 
@@ -39,6 +46,7 @@ class _Rules:
         self._names = names
 
     def module(self, tree: ast.Module) -> Found:
+        yield from _names_bound(tree)
         for number, statement in enumerate(tree.body):
             if not (number == 0 and _is_text(statement)):
                 yield from self._statement(statement)
@@ -89,7 +97,7 @@ class _Rules:
             yield function, f"{function.name}() may have only plain parameters"
         kinds = [_decorator(each) for each in function.decorator_list]
         if len(kinds) != 1 or not kinds[0]:
-            yield function, f"{function.name}() needs one decorator: @policy(...), @NAME.result or @compiled"
+            yield function, f"{function.name}() needs one decorator: {POSSIBLE_DECORATORS}"
         elif kinds[0] != "compiled" and len(arguments.posonlyargs + arguments.args) != 2:
             yield function, f"{function.name}() needs two parameters: io and my"
         for node in ast.walk(ast.Module(function.body, [])):
@@ -112,8 +120,32 @@ class _Rules:
             elif isinstance(node, ast.Call) and _name(node.func) not in (*DECLARING, "one_of", *ARITHMETIC):
                 if not (isinstance(node.func, ast.Attribute) and _name(node.func.value) == "math"):
                     yield node, f"{_shown(node.func)}() cannot be called here"
-            elif isinstance(node, ast.Attribute) and _name(node.value) not in CONSTANTS:
+            elif isinstance(node, ast.Attribute) and (_name(node.value) not in CONSTANTS or node.attr.startswith("__")):
                 yield node, f"`{_shown(node)}` is not possible here"
+
+
+def _names_bound(tree: ast.Module) -> Found:
+    """Each global name has one meaning: the functions that run are those that are checked."""
+    seen: dict[str, int] = {}
+    for statement in tree.body:
+        imported = isinstance(statement, ast.Import | ast.ImportFrom)
+        for name in _bound(statement):
+            if name in seen:
+                yield statement, f"{name} has a meaning already, of line {seen[name]}; choose another name"
+            elif name.startswith(("__", PREFIX)) or (name in FIXED and not imported):
+                yield statement, f"{name} is taken; choose another name"
+            seen.setdefault(name, statement.lineno)
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    """The global names that the statement gives a meaning."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        yield from (alias.asname or alias.name for alias in statement.names)
+    elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        yield statement.name
+    else:
+        stored = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+        yield from (node.id for node in stored if isinstance(node.ctx, ast.Store))
 
 
 def _in_function(node: ast.AST) -> Found:
@@ -134,10 +166,19 @@ def _in_function(node: ast.AST) -> Found:
 def _decorator(expression: ast.expr) -> str:
     """policy, result or compiled; empty: something else."""
     if isinstance(expression, ast.Call) and _name(expression.func) == "policy":
-        return "policy"
+        return "policy" if _are_plain(expression) else ""
     if isinstance(expression, ast.Attribute) and expression.attr == "result" and _name(expression.value):
         return "result"
     return "compiled" if _name(expression) == "compiled" else ""
+
+
+def _are_plain(call: ast.Call) -> bool:
+    """Whether the arguments are those of policy(NAME) or policy(NAME, data=True): they are evaluated."""
+    is_class = [bool(_name(each)) for each in call.args] == [True]
+    return is_class and all(
+        each.arg == "data" and isinstance(each.value, ast.Constant) and isinstance(each.value.value, bool)
+        for each in call.keywords
+    )
 
 
 def _no_import(module: str) -> str:
