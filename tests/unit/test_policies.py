@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +15,16 @@ import pytest
 import ringplane
 from ringplane.block.layers.policy_layer import PolicyLayer, PolicyList, PolicyPart
 from ringplane.driver import Driver
+from ringplane.engines.common import FLUSH as FLUSH_OPERATION
+from ringplane.engines.common import WRITE
 from ringplane.guest_memory.regions import Mapping
 from ringplane.inflight import tracking
 from ringplane.inflight.area import InflightRegion
 from ringplane.options.policy_options import PolicyUse
+from ringplane.policies.io_view import MUTEX
 from ringplane.policies.loading import find_policy
 from ringplane.policies.running import RunningPolicy, WrongParameter
+from ringplane.system import libc
 
 from .rig import (
     FLUSH,
@@ -247,16 +252,43 @@ def test_a_policy_that_is_off_is_not_asked(make_rig: RigFactory) -> None:
     assert policy.counters["requests"] == 0
 
 
+def test_a_policy_that_is_off_can_be_switched_on_by_a_process_that_may_not_load_code(write_policy: WritePolicy) -> None:
+    policy = write_policy("my.seen += 9009\nreturn PASS", "return PASS")
+    policy.enabled = False
+    assert not PolicyList([policy], shared=False).entries["down"].any()
+    assert all(unit.is_loaded for unit in policy.loaded.units)
+
+
 def test_parameters_change_while_it_runs(make_rig: RigFactory) -> None:
     policy = sample("error", operation="write")
-    line, _ = line_with(make_rig, policy)
+    line, part = line_with(make_rig, policy)
     assert line.do(FLUSH).status == OK
     with pytest.raises(WrongParameter, match=r"^probability: 2 is not from 0 to 1$"):
         policy.change({"operation": "flush", "probability": 2})
     assert line.do(FLUSH).status == OK
     policy.change({"operation": "flush", "probability": "1"})
+    # Not before its I/O thread puts all of them in force.
+    assert line.do(FLUSH).status == OK
+    line.worker.call(lambda: part.use(part.policies)).result(PATIENCE)
     assert line.do(FLUSH).status == IOERR
     assert policy.shown()["operation"] == "flush"
+
+
+def test_parameters_do_not_change_while_an_io_thread_is_in_the_policy() -> None:
+    policy = sample("error", operation="write")
+    PolicyLayer(SIZE, 512, [policy]).part(0, 1)
+    mutex = policy.address + MUTEX
+    libc.lock_mutex(mutex)
+    policy.change({"operation": "flush", "probability": 0.5})
+    storing = threading.Thread(target=policy.put_in_force)
+    try:
+        storing.start()
+        storing.join(0.2)
+        assert (int(policy._my["operation"]), float(policy._my["probability"])) == (WRITE, 1.0)
+    finally:
+        libc.unlock_mutex(mutex)
+    storing.join(PATIENCE)
+    assert (int(policy._my["operation"]), float(policy._my["probability"])) == (FLUSH_OPERATION, 0.5)
 
 
 def test_what_hangs_is_released(make_rig: RigFactory, write_policy: WritePolicy) -> None:
@@ -344,7 +376,7 @@ def test_random_numbers_have_their_distributions(tmp_path: Path, write_policy: W
 
 
 def test_policies_of_two_threads_share_their_counters(tmp_path: Path) -> None:
-    """A number is never lost, and each request has one of its own."""
+    """Whether they need a mutex is known; test_no_two_threads_are_in_a_policy needs it."""
     policy = sample("error", operation="flush")
     options: dict[str, Any] = {"create": SIZE, "num_queues": 2, "io_threads": 2}
     path = f"{SAMPLES}/sample_error.py"
@@ -363,6 +395,30 @@ def test_policies_of_two_threads_share_their_counters(tmp_path: Path) -> None:
         assert layer.listed().entries["shared"].all()
         assert layer.policies[0].counters == {"requests": 3, "failed": 1}
     assert policy.counters["requests"] == 0
+
+
+def test_no_two_threads_are_in_a_policy(tmp_path: Path) -> None:
+    """Two queues with a thread each: no number of what they count is lost, and none of the random numbers."""
+    path, requests, steps = tmp_path / "own.py", 150, 20_000
+    # Another element each time, so that it is stored each time.
+    path.write_text(own_policy(f"for _ in range({steps}):\n    my.table[below(io, 4)] += 1\nreturn PASS"))
+    options: dict[str, Any] = {"create": SIZE, "num_queues": 2, "io_threads": 2}
+
+    with (
+        ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", policy=[PolicyUse(str(path))], **options) as export,
+        Driver(tmp_path / "socket", queues=2) as driver,
+    ):
+        threads = [
+            threading.Thread(target=lambda queue=queue: [driver.read(0, 512, queue) for _ in range(requests)])  # type: ignore[misc]
+            for queue in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        (policy,) = export.disk.running_policies
+        assert policy.counters["requests"] == 2 * requests
+        assert sum(policy._arrays["table"][1:]) == 2 * requests * steps
 
 
 def test_a_disk_grows_with_a_policy(tmp_path: Path, write_policy: WritePolicy) -> None:

@@ -18,7 +18,7 @@ from ringplane.policies.running import WrongParameter
 from ringplane.policies.watched_file import NAME, Flag, watch
 
 from .asked_policy import PASS, Asked
-from .rig import eventually
+from .rig import PATIENCE, eventually
 
 
 def watching() -> int:
@@ -120,6 +120,61 @@ def test_a_policy_applies_while_a_file_exists(name: str, tmp_path: Path) -> None
     assert eventually(lambda: not applies())
     assert policy.policy.shown()["trigger"] == str(path)
     assert policy.ask(READ) == PASS or name in ("error", "delay", "hang")
+
+
+def test_a_policy_does_not_apply_meanwhile_when_it_is_given_again(tmp_path: Path) -> None:
+    """Nothing but the absence of the file is ever stored."""
+    stored: list[int] = []
+
+    class Noting:
+        def __setitem__(self, key: str, value: int) -> None:
+            if key == "trigger":
+                stored.append(value)
+
+    policy, again, other = (Asked("error", trigger=str(tmp_path / name)).policy for name in ("now", "now", "other"))
+    policy._my = Noting()  # type: ignore[assignment]
+    policy.take_parameters(again)
+    policy.take_parameters(other)
+    policy.change({"trigger": str(tmp_path / "now")})
+    assert set(stored) == {0}
+
+
+def test_a_folder_that_is_made_again_is_watched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    first = watch(str(path))
+    first.start()
+    path.parent.rmdir()
+    assert eventually(lambda: first.ended)
+    path.parent.mkdir()
+    with monkeypatch.context() as confined:
+        confined.setattr(watched_file, "is_confined", lambda: True)
+        assert watch(str(path)) is first
+    stored: list[bool] = []
+    again, flag = watch(str(path)), Flag(stored.append)
+    again.start()
+    again.add(flag)
+    path.touch()
+    assert eventually(lambda: stored[-1])
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_lost_events(exists: bool, tmp_path: Path) -> None:
+    """Whether the file exists is looked up when the kernel's queue was full."""
+    path, stored = tmp_path / "file", list[bool]()
+    if exists:
+        path.touch()
+    presence, flag = watched_file._Presence(not exists), Flag(stored.append)
+    presence.add(flag)
+    (events, feed), (stopped, stop) = os.pipe(), os.pipe()
+    os.write(feed, watched_file.EVENT.pack(-1, watched_file.IN_Q_OVERFLOW, 0, 0))
+    thread = threading.Thread(target=watched_file._follow, args=(events, stopped, path, presence))
+    thread.start()
+    assert eventually(lambda: stored == [not exists, exists])
+    os.close(stop)
+    thread.join(PATIENCE)
+    os.close(feed)
+    assert not thread.is_alive()
 
 
 def test_a_file_that_nobody_wants_to_know_of_is_closed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,10 +12,11 @@ import numpy.typing as npt
 
 from ringplane.options.kinds import suggestion
 from ringplane.policies.declaring import SEED, Policy, count_of, fields_of, memory_layout
-from ringplane.policies.io_view import HEADER, HEADER_SIZE
+from ringplane.policies.io_view import HEADER, HEADER_SIZE, MUTEX
 from ringplane.policies.loading import LoadedPolicy
 from ringplane.policies.parameter_kinds import Value
 from ringplane.policies.watched_file import Flag, WatchedFile, watch
+from ringplane.system import libc
 from ringplane.system.digests import blake2b
 
 
@@ -23,7 +25,10 @@ class WrongParameter(ValueError):
 
 
 class RunningPolicy:
-    """`enabled`: it is called. Its parameters may be changed while I/O threads use it."""
+    """`enabled`: it is called. Its parameters may be changed while I/O threads use it.
+
+    `in_use`: I/O threads have its memory, so parameters that are changed wait for `put_in_force`.
+    """
 
     def __init__(
         self, name: str, loaded: LoadedPolicy, given: Mapping[str, Any], *, enabled: bool = True, address: str = ""
@@ -41,6 +46,10 @@ class RunningPolicy:
         self._my = self._memory[HEADER_SIZE:].view(layout)[0]
         # Each with its length before it.
         self._arrays: dict[str, npt.NDArray[np.int64]] = {}
+        self.in_use = False
+        # Those that were changed, until they are put in force.
+        self._waiting: dict[str, Value] = {}
+        self._storing = threading.Lock()
         # Kept as long as the files are watched.
         self._files: dict[str, tuple[WatchedFile, Flag]] = {}
         for key, each in fields_of(declared):
@@ -95,21 +104,46 @@ class RunningPolicy:
         self._store(values)
 
     def _store(self, values: Mapping[str, Value]) -> None:
-        for key, each in values.items():
-            if isinstance(each, tuple):
-                self._arrays[key][1:] = each
-            elif isinstance(each, str):
-                self._watch(key, each)
-            else:
-                self._my[key] = each
+        with self._storing:
+            for key, each in values.items():
+                if isinstance(each, str):
+                    self._watch(key, each)
+            self._waiting.update(values)
+        if not self.in_use:
+            self.put_in_force()
 
     def _watch(self, key: str, path: str) -> None:
-        """Have the policy get 1 as long as this file exists, which is watched already, or if there is no path."""
-        self._files.pop(key, None)
-        self._my[key] = 1
-        if path:
-            self._files[key] = file, flag = watch(path), Flag(partial(self._my.__setitem__, key))
+        """Have this file, which is watched already, store whether it exists once that is put in force."""
+        if not path:
+            self._files.pop(key, None)
+            return
+        file = watch(path)
+        if key not in self._files or self._files[key][0] is not file:
+            self._files[key] = file, Flag(partial(self._my.__setitem__, key))
+
+    def put_in_force(self) -> None:
+        """Store the parameters that were changed, all together; on an I/O thread that uses it, between two runs."""
+        with self._storing:
+            waiting, self._waiting = self._waiting, {}
+            if not waiting:
+                return
+            # Other I/O threads may be in its functions.
+            libc.lock_mutex(self.address + MUTEX)
+            try:
+                for key, each in waiting.items():
+                    self._put(key, each)
+            finally:
+                libc.unlock_mutex(self.address + MUTEX)
+
+    def _put(self, key: str, value: Value) -> None:
+        if isinstance(value, tuple):
+            self._arrays[key][1:] = value
+        elif key in self._files:
+            file, flag = self._files[key]
             file.add(flag)
+        else:
+            # A file that is not given always exists.
+            self._my[key] = 1 if isinstance(value, str) else value
 
     def start_threads(self) -> None:
         """Start those that watch files for it. Raises NoThread."""

@@ -22,7 +22,7 @@ from ringplane.system.confinement import is_confined
 
 NAME = "ringplane-files"
 # include/uapi/linux/inotify.h
-IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_IGNORED = 0x40, 0x80, 0x100, 0x200, 0x8000
+IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_Q_OVERFLOW, IN_IGNORED = 0x40, 0x80, 0x100, 0x200, 0x4000, 0x8000
 COMES, GOES = IN_MOVED_TO | IN_CREATE, IN_MOVED_FROM | IN_DELETE
 EVENT = struct.Struct("iIII")
 BUFFER = 65536
@@ -40,6 +40,8 @@ class _Presence:
 
     def __init__(self, exists: bool) -> None:
         self._exists = exists
+        # Its folder was removed: nothing is reported any more.
+        self.ended = False
         self._flags: weakref.WeakSet[Flag] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -71,7 +73,7 @@ class WatchedFile:
         self._presence = _Presence(path.exists())
         stopped, self._stop = os.pipe2(os.O_CLOEXEC)
         self._close = weakref.finalize(self, _close, inotify, stopped, self._stop)
-        self._runs, self._thread = False, partial(_follow, inotify, stopped, os.fsencode(path.name), self._presence)
+        self._runs, self._thread = False, partial(_follow, inotify, stopped, path, self._presence)
 
     def start(self) -> None:
         """Start the thread, unless it runs. Raises NoThread."""
@@ -87,16 +89,24 @@ class WatchedFile:
     def add(self, flag: Flag) -> None:
         self._presence.add(flag)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its folder was removed. One of the same name is another folder."""
+        return self._presence.ended
+
 
 _starting = threading.Lock()
 _watched: weakref.WeakValueDictionary[Path, WatchedFile] = weakref.WeakValueDictionary()
 
 
 def watch(path: str) -> WatchedFile:
-    """The file at this path; one that is watched already is not watched twice. Raises ValueError."""
+    """The file at this path; one that is watched already is not watched twice. Raises ValueError.
+
+    One whose folder was removed is watched again, unless the process is confined.
+    """
     place = Path(path).absolute()
     file = _watched.get(place)
-    if file is None:
+    if file is None or (file.ended and not is_confined()):
         file = _watched[place] = WatchedFile(place)
     return file
 
@@ -120,16 +130,18 @@ def _watch(folder: Path) -> int:
     return inotify
 
 
-def _follow(inotify: int, stopped: int, name: bytes, presence: _Presence) -> None:
+def _follow(inotify: int, stopped: int, path: Path, presence: _Presence) -> None:
     """Store changes until the other end of the pipe `stopped` is closed, or the folder is gone."""
     poll = select.poll()
     for fd in (inotify, stopped):
         poll.register(fd, select.POLLIN)
     last = 0
     while not last & IN_IGNORED and all(fd != stopped for fd, _ in poll.poll()):
-        if changes := _changes(os.read(inotify, BUFFER), name):
+        if changes := _changes(os.read(inotify, BUFFER), os.fsencode(path.name)):
             last = changes[-1]
-            presence.set(bool(last & COMES))
+            # Too many files of the folder have changed: events are lost.
+            presence.set(os.path.exists(path) if last & IN_Q_OVERFLOW else bool(last & COMES))
+    presence.ended = bool(last & IN_IGNORED)
     _close(inotify, stopped)
 
 
@@ -139,7 +151,7 @@ def _changes(events: bytes, name: bytes) -> list[int]:
     while place < len(events):
         _, mask, _, length = EVENT.unpack_from(events, place)
         place += EVENT.size
-        if mask & IN_IGNORED or events[place : place + length].rstrip(b"\0") == name:
+        if mask & (IN_IGNORED | IN_Q_OVERFLOW) or events[place : place + length].rstrip(b"\0") == name:
             found.append(mask)
         place += length
     return found

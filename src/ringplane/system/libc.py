@@ -31,6 +31,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
 _libc.getauxval.restype = ctypes.c_ulong
 _libc.getauxval.argtypes = [ctypes.c_ulong]
+_libc.pthread_mutex_lock.argtypes = _libc.pthread_mutex_unlock.argtypes = [ctypes.c_void_p]
 
 
 def _error() -> OSError:
@@ -45,6 +46,16 @@ def system_call(number: int, *arguments: int | bytes) -> int:
     if result < 0:
         raise _error()
     return result
+
+
+def lock_mutex(address: int) -> None:
+    """pthread_mutex_lock(3), for a mutex that compiled code locks as well (native/mutex.py)."""
+    _libc.pthread_mutex_lock(address)
+
+
+def unlock_mutex(address: int) -> None:
+    """pthread_mutex_unlock(3)."""
+    _libc.pthread_mutex_unlock(address)
 
 
 def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reserve: bool = False) -> int:

@@ -38,8 +38,10 @@ class PolicyList:
         for entry, each in zip(self.entries, policies, strict=False):
             entry["memory"], entry["shared"] = each.address, shared
             entry["time"], entry["data"] = each.loaded.needs_time, each.loaded.program.data
+            # Also of those that are off: later it may not be possible to load code.
+            code = each.down, each.up
             if each.enabled:
-                entry["down"], entry["up"] = each.down, each.up
+                entry["down"], entry["up"] = code
 
     @property
     def wants_results(self) -> bool:
@@ -65,6 +67,9 @@ class PolicyPart(LayerPart):
 
     def use(self, policies: PolicyList) -> None:
         """Ask these from now on; between two runs of the loop."""
+        for each in policies.policies:
+            each.in_use = True
+            each.put_in_force()
         record = self._record[0]
         record["entries"], record["count"] = policies.entries.ctypes.data, len(policies.policies)
         record["results"] = policies.wants_results
