@@ -122,6 +122,13 @@ def test_a_sample_policy_fails_what_it_is_for(make_rig: RigFactory) -> None:
     assert content[65536:131072] == DISK[65536:131072]
 
 
+@pytest.mark.parametrize("number", [-5, 7, 2])
+def test_what_is_not_an_answer_fails_the_request(make_rig: RigFactory, write_policy: WritePolicy, number: int) -> None:
+    """A negative number, an unknown kind, and an errno of 0."""
+    line, _ = line_with(make_rig, write_policy("return my.number", number=number))
+    assert line.do(OUT, 0, pattern(512, 1)) == Answer(IOERR, 1, b"")
+
+
 @pytest.mark.parametrize("where", ["written", "read"])
 def test_a_sample_policy_flips_one_bit(make_rig: RigFactory, where: str) -> None:
     """Never in the buffers of a driver that writes."""

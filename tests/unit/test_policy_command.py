@@ -38,6 +38,14 @@ def test_list_describes_those_of_a_file() -> None:
     assert run("list", "eror")[0] == 1
 
 
+def test_check_shows_what_is_not_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(own_policy("return my.number"))
+    status, lines = run("check", str(path), "number=-5")
+    assert status == 0
+    assert lines[0].endswith("-5, which is not an answer: the request fails")
+
+
 def test_check_shows_the_answers(tmp_path: Path) -> None:
     status, lines = run("check", f"{SAMPLES}/sample_error.py", "operation=write", "range=1M-")
     assert status == 0

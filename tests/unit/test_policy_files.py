@@ -42,6 +42,12 @@ return my.tabel[0] #!Own has no field tabel (did you mean table?)
 ---
 return io.ofset #!I/O has no field ofset (did you mean offset?)
 ---
+return EIO #!`EIO` is not an answer; an answer is PASS, fail(errno)
+---
+return -EIO #!`-EIO` is not an answer
+---
+return PASS if io.fua else 3 #!`3` is not an answer
+---
 if io.operation == READ: #!own() ends after this without a value
     return PASS
 ---

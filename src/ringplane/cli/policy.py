@@ -84,7 +84,15 @@ def _try(policy: RunningPolicy) -> None:
     from ringplane.policies.trial import Trial
 
     lines: list[str] = []
-    thread = threading.Thread(target=lambda: lines.extend(Trial(policy).run()), daemon=True)
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            lines.extend(Trial(policy).run())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     for line in lines:
@@ -92,4 +100,6 @@ def _try(policy: RunningPolicy) -> None:
     if thread.is_alive():
         click.echo(f"Error: {policy.loaded.path}: the policy has not answered after {PATIENCE:g} seconds", err=True)
         os._exit(1)
+    if errors:
+        raise errors[0]
     click.echo("ok: " + ", ".join(f"{key}={count}" for key, count in policy.counters.items()))

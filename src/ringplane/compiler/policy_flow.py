@@ -7,7 +7,7 @@ struct has no address for them, and the functions of `ringplane.policies` are ca
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ringplane.compiler.expressions import text_of
@@ -17,6 +17,8 @@ from ringplane.compiler.sources import POLICIES, Callee, Compiled
 
 # The names of the structs, and what is in the metadata of the layout of a policy: the fields that it may change.
 IO, CHANGING = "I/O", "changing"
+# Modules of numbers.
+CONSTANTS = ("errno", "math")
 
 
 class PolicyFlow(Flow):
@@ -28,6 +30,21 @@ class PolicyFlow(Flow):
             for each in self.returned:
                 if each is Kind.FLOAT or isinstance(each, Struct | Several):
                     self._report(self.function.node, f"{self.function.name}() returns {_described(each)}; {ANSWERS}")
+
+    def _do_return(self, statement: ast.Return) -> None:
+        super()._do_return(statement)
+        if self.function.unit and statement.value is not None:
+            for each in _branches(statement.value):
+                if self._is_number(each):
+                    self._report(statement, f"`{text_of(each)}` is not an answer; {ANSWERS}")
+
+    def _is_number(self, node: ast.expr) -> bool:
+        """A number as an answer would be that of another one: 5 is a torn write."""
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            return True
+        if isinstance(node, ast.Constant):
+            return node.value is not None
+        return self._is_global(node) and self.function.source.origin(node)[0] in CONSTANTS
 
     def _returns_nothing(self) -> str:
         return f"{self.function.name}() returns nothing; {ANSWERS}"
@@ -109,6 +126,15 @@ class PolicyFlow(Flow):
 
 
 ANSWERS = "an answer is PASS, fail(errno), delay(us), HANG, DROP, tear(size), redirect(offset) or after(us, answer)"
+
+
+def _branches(node: ast.expr) -> Iterator[ast.expr]:
+    """What a conditional expression can be."""
+    if isinstance(node, ast.IfExp):
+        yield from _branches(node.body)
+        yield from _branches(node.orelse)
+    else:
+        yield node
 
 
 def _described(element: Element) -> str:

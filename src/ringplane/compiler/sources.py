@@ -171,19 +171,19 @@ class Source:
     def compiling_decorator(self, function: ast.FunctionDef) -> str:
         """The name of the decorator that compiles this function; empty: there is none."""
         for decorator in function.decorator_list:
-            place, name = self._origin(decorator)
+            place, name = self.origin(decorator)
             if place.startswith(COMPILER) and name != "intrinsic":
                 return name
             if place == POLICIES or name == "result":
                 return name if name == "compiled" else UNIT
         return ""
 
-    def _origin(self, expression: ast.expr) -> tuple[str, str]:
+    def origin(self, expression: ast.expr) -> tuple[str, str]:
         """The module that something is defined in, as far as the import says, and its name there."""
         if isinstance(expression, ast.Call):
-            return self._origin(expression.func)
+            return self.origin(expression.func)
         if isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):
-            place, name = self._origin(expression.value)
+            place, name = self.origin(expression.value)
             return f"{place}.{name}" if place else name, expression.attr
         name = expression.id if isinstance(expression, ast.Name) else ""
         statement = self.definitions.get(name)

@@ -68,6 +68,15 @@ def after(us, answer):
 
 
 @compiled
+def valid(answer):
+    """This answer; fail(EIO) if a policy returns something else."""
+    if answer < 0 or kind_of(answer) > REDIRECTED:
+        return fail(EIO)
+    # An errno that is not one becomes EIO.
+    return answer & ~(NUMBER_MASK << KIND_BITS) | fail(number_of(answer)) if kind_of(answer) == FAILED else answer
+
+
+@compiled
 def kind_of(answer):
     return answer & KIND_MASK
 

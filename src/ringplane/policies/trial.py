@@ -87,7 +87,11 @@ class Trial:
         for request in TABLE:
             answer, changed = self._ask(request, on_the_way_back=False)
             words = in_words(answer) + (", data changed" if changed else "")
-            if answer & KIND_MASK not in (FAILED, HUNG, DROPPED) and self._policy.loaded.up is not None:
+            if (
+                _is_answer(answer)
+                and answer & KIND_MASK not in (FAILED, HUNG, DROPPED)
+                and self._policy.loaded.up is not None
+            ):
                 after, changed = self._ask(request, on_the_way_back=True)
                 words += f"; its result: {in_words(after)}{', data changed' if changed else ''}"
             yield f"{request}: {words}"
@@ -121,11 +125,15 @@ class Trial:
         return changed
 
 
+def _is_answer(answer: int) -> bool:
+    return answer >= 0 and answer & KIND_MASK in WORDS
+
+
 def in_words(answer: int) -> str:
     """An answer as its author writes it."""
     kind, number, coded = answer & KIND_MASK, answer >> KIND_BITS & NUMBER_MASK, answer >> TIME_SHIFT
-    if kind not in WORDS:
-        return f"{answer}, which is not an answer, and has no effect"
+    if not _is_answer(answer):
+        return f"{answer}, which is not an answer: the request fails"
     text = WORDS[kind].format(number * SECTOR if kind == REDIRECTED else number)
     time = (coded & MANTISSA_MASK) << (coded >> MANTISSA_BITS)
     return f"after({time}us, {text})" if time else text

@@ -34,6 +34,7 @@ from ringplane.policies.answers import (
     delay_of,
     kind_of,
     number_of,
+    valid,
 )
 from ringplane.policies.io_view import ALIGNMENT, COPIED, HEADER, HEADER_SIZE, IN_PLACE, MUTEX, NO_DATA, SEEN
 
@@ -146,7 +147,7 @@ def ask(entry, function, seen, count):
     answer = call(function, entry.memory + HEADER_SIZE, address_of(seen))
     if entry.shared:
         unlock(entry.memory + MUTEX)
-    return answer
+    return valid(answer)
 
 
 # What becomes of the I/O.
