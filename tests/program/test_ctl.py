@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,39 @@ def test_limits(served: ServedApi, ctl: Ctl, added: str) -> None:
     expected = ["a:", "write-iops-sec-max=6", "write-iops-sec=5"]
     assert sorted(ctl.run("limit", "a", *others).split()) == expected
     assert ctl.json("limit", "a", "none")["limits"] == {}
+
+
+def test_policies(served: ServedApi, ctl: Ctl, added: str) -> None:
+    assert ctl.run("policy", "list", "a") == "the disk has no policy; ringplane ctl policy add adds one\n"
+    line = ctl.run("policy", "add", "a", "error,operation=flush,name=faults")
+    assert line.startswith("a: faults: added; operation=flush ")
+    with served.attach("a.sock") as driver:
+        with pytest.raises(OSError, match="flush"):
+            driver.flush()
+        assert ctl.run("policy", "disable", "a", "faults").startswith("a: faults: switched off; ")
+        driver.flush()
+        assert ctl.run("policy", "enable", "a", "faults").startswith("a: faults: switched on; ")
+        changed = ctl.run("policy", "set", "a", "faults", "operation=write", "where=0-4096")
+        assert changed.startswith("a: faults: changed; operation=write where=0-4096 ")
+        driver.flush()
+        with pytest.raises(OSError, match="writing"):
+            driver.write(0, bytes(512))
+        heading, row = ctl.run("policy", "list", "a").splitlines()
+        assert heading.split() == ["NAME", "STATE", "POLICY", "PARAMETERS", "COUNTERS"]
+        assert row.split()[:5] == ["faults", "on", "error", "operation=write", "where=0-4096"]
+        assert "failed=2" in row
+        ctl.run("policy", "add", "a", "error", "--position", "0")
+        assert [each["name"] for each in ctl.json("policy", "list", "a")["policies"]] == ["error", "faults"]
+        assert ctl.run("policy", "replace", "a", "error", "hang,operation=write").startswith("a: error: replaced; ")
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(driver.write, 8192, bytes(512))
+            assert eventually(lambda: served.api.disk("a")["in_flight"] == 1)
+            assert ctl.run("policy", "release", "a", "error").startswith("a: error: what hung continues; ")
+            writing.result(SOON)
+    assert ctl.run("policy", "remove", "a", "error") == "a: error: removed\n"
+    assert ctl.run("policy", "remove", "a", "faults", "--json") == ""
+    assert "cannot be read" in ctl.error("policy", "add", "a", "gone.py:x", status=1)
+    assert "'x' is not KEY=VALUE" in ctl.error("policy", "set", "a", "faults", "x", status=2)
 
 
 @pytest.mark.parametrize(
@@ -499,7 +533,10 @@ def test_shells_complete_names(ctl: Ctl, added: str, shell: str) -> None:
     assert completed(shell, *to, "limit", "b") == []
     assert completed(shell, *to, "limit", "a", "size") == ["size-iops-sec="]
     assert completed(shell, *to, "add", "--io-thread", "") == ["ringplane-io-0", "ringplane-io-1"]
-    assert completed(shell, *to, "re") == ["remove", "resize", "resume"]
+    ctl.run("policy", "add", "a", "error,name=faults")
+    assert completed(shell, *to, "policy", "set", "a", "f") == ["faults"]
+    assert completed(shell, *to, "policy", "set", "a", "faults", "op") == ["operation="]
+    assert completed(shell, *to, "re") == ["remove", "resize", "resume", "record"]
     assert completed(shell, *to, "remove", "--d") == ["--detach"]
 
 
@@ -509,10 +546,10 @@ def test_completion_is_silent_when_nobody_answers(tmp_path: Path) -> None:
 
 
 def test_each_command_says_what_its_exit_status_means() -> None:
-    context = click.Context(ctl_command)
-    for name in ctl_command.list_commands(context):
-        command = ctl_command.get_command(context, name)
-        assert command is not None
+    commands = dict(ctl_command.commands)
+    group = commands.pop("policy")
+    assert isinstance(group, click.Group)
+    for name, command in {**commands, **group.commands}.items():
         text = " ".join(command.get_help(click.Context(command)).split())
         assert "3 if nobody answers" in text, name
         assert "--json" in text, name

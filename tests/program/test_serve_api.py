@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from ringplane.cli.check import check
 from ringplane.virtio.blk_zones import VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_RESET
+from unit.policy_texts import own_policy
 from unit.rig import eventually, loop_device
 
 from .served import DISK, SOON, ServedApi, needs_all, refused
@@ -82,6 +83,40 @@ def test_disks_are_added_under_confinement(serve: Serve, tmp_path: Path) -> None
         (tmp_path / "a.img").unlink()
     assert "Traceback" not in served.end()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors"]
+
+
+@needs_all
+def test_policies_under_confinement(serve: Serve, tmp_path: Path) -> None:
+    """A policy that was there at the start, switched off, is for any disk; others cannot be loaded, in one line."""
+    own = tmp_path / "own.py"
+    own.write_text(own_policy("return fail(EIO) if io.operation == FLUSH else PASS"))
+    served = serve(
+        *(*DISK, "--api-socket", "api.sock", "--allow-folder", ".", "--policy", "own.py:own,enabled=no"), strict=True
+    )
+    api = served.api
+    b = {"image": str(tmp_path / "b.img"), "socket-path": str(tmp_path / "b.sock"), "create": "4M"}
+    api.post("/v1/disks", b, status=201)
+    with served.attach() as first, served.attach("b.sock") as second:
+        first.flush()
+        api.patch("/v1/disks/a/policies/own", {"enabled": True})
+        second.flush()
+        assert api.post("/v1/disks/b/policies", {"policy": f"{own}:own"}, status=201)["enabled"]
+        for driver in (first, second):
+            with pytest.raises(OSError, match="flush"):
+                driver.flush()
+        api.delete("/v1/disks/b/policies/own")
+        second.flush()
+    for policy in ("delay", str(tmp_path / "other.py")):
+        answer = api.request("POST", "/v1/disks/b/policies", {"policy": policy})
+        assert (answer.status, answer.error["where"]) == (409, "policy")
+        assert f"start it with {policy} for one of its disks" in answer.error["what"]
+    c = {"image": str(tmp_path / "c.img"), "socket-path": str(tmp_path / "c.sock"), "create": "4M"}
+    answer = api.request("POST", "/v1/disks", c | {"policy": [{"policy": "delay"}]})
+    assert (answer.status, "start it with delay" in answer.error["what"]) == (409, True), answer.data
+    api.post("/v1/disks", c | {"policy": [{"policy": f"{own}:own"}]}, status=201)
+    with served.attach("c.sock") as driver, pytest.raises(OSError, match="flush"):
+        driver.flush()
+    assert "Traceback" not in served.end()
 
 
 @needs_all

@@ -43,8 +43,10 @@ from ringplane.opener import remote_opener
 from ringplane.opener.remote_opener import RemoteOpener
 from ringplane.options.declare import WrongOptions, declared
 from ringplane.options.disk_config import DiskConfig
+from ringplane.options.policy_options import PolicyUse
 from ringplane.options.thread_options import IoThread
 from unit.nbd_server import NbdServer
+from unit.policy_texts import own_policy
 from unit.protocol_rig import open_fds
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, disk, do
@@ -357,6 +359,7 @@ def shown(server: Server) -> dict[str, Any]:
         export.name: (
             export.added, dict(export.limits), export.limits_changed, export.paused, export.config.serial,
             str(export.config.image), export.config.num_queues, export.config.io_threads,
+            list(export.policies), export.disk.policies_changed,
         )
         for export in server.exports
     }  # fmt: skip
@@ -371,10 +374,20 @@ LIMITS = st.fixed_dictionaries(
     },
 )
 NAMES = st.sampled_from("abcd")
+POLICIES = st.lists(
+    st.sampled_from(
+        [
+            PolicyUse("error", {"operation": "write", "probability": "0.5"}, "error"),
+            PolicyUse("error", {"where": "0-4096"}, "other", enabled=False),
+        ]
+    ),
+    unique_by=lambda use: use.name,
+)
 STEPS = st.one_of(
     st.tuples(st.just("add"), NAMES, st.sampled_from([None, "S"])),
     st.tuples(st.just("remove"), NAMES, st.none()),
     st.tuples(st.just("limit"), NAMES, LIMITS),
+    st.tuples(st.just("policies"), NAMES, POLICIES),
     st.tuples(st.just("pause"), NAMES, st.none()),
     st.tuples(st.just("resume"), NAMES, st.none()),
     st.tuples(st.just("restart"), NAMES, st.none()),
@@ -389,6 +402,8 @@ async def step(server: Server, folder: Path, kind: str, name: str, value: Any) -
         await server.remove(name)
     elif kind == "limit":
         await server.find(name).operations.change_limits(value)
+    elif kind == "policies":
+        await server.find(name).operations.policies.set(value)
     elif kind == "pause":
         await server.find(name).operations.pause()
     elif kind == "resume":
@@ -675,6 +690,8 @@ def tables(keys: list[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 ADDED = tables(OPTIONS).map(lambda table: {"image": "/images/b", "socket-path": "/disks/b", **table})
+POLICY_KEYS = ["policy", "name", "enabled", "parameters"]
+USES = tables(POLICY_KEYS).map(lambda table: {"policy": "error", **table})
 LIMIT_KEYS = ["total-iops-sec", "read-bytes-sec", "write-iops-sec-max", "group-name", "weight", "size-iops-sec"]
 
 
@@ -688,6 +705,7 @@ LIMIT_KEYS = ["total-iops-sec", "read-bytes-sec", "write-iops-sec-max", "group-n
             "limits": st.dictionaries(PLACES, tables(LIMIT_KEYS), max_size=2),
             "names": st.dictionaries(PLACES, st.text(max_size=8), max_size=2),
             "paused": st.lists(PLACES, max_size=2),
+            "policies": st.dictionaries(PLACES, st.lists(USES | tables(POLICY_KEYS), max_size=2), max_size=2),
         }
     )
 )
@@ -700,6 +718,37 @@ def test_what_is_described_is_planned_whatever_a_state_has(saved: dict[str, Any]
             disks = [DiskConfig(Path(f"/images/{name}"), ("io0",), socket_path=Path(f"/disks/{name}")) for name in "ac"]
             planned = Restoring(state).plan(disks, [IoThread("io0")])
     assert [str(each.config.socket_path) for each in planned][:2] == ["/disks/a", "/disks/c"]
+
+
+def test_policies_that_cannot_be_restored(tmp_path: Path, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The disk is served with what describes it. A state that a confined process writes names no other files."""
+    for name in ("own", "other"):
+        (tmp_path / f"{name}.py").write_text(own_policy("return PASS"))
+    own, other, gone = ({"policy": str(tmp_path / f"{name}.py")} for name in ("own", "other", "gone"))
+    error = {"policy": "error", "parameters": {"probability": 2}}
+    for trusted in (True, False):
+        disks = [disk(tmp_path, name) for name in "abcd"]
+        disks[3] = disk(tmp_path, "d", policy=[PolicyUse(f"{tmp_path}/own.py:own", {"number": 3})])
+        with opened(path) as state:
+            tables = ([other], [gone], [error], [own])
+            state.store(Changes(policies={str(tmp_path / f"{n}.sock"): t for n, t in zip("abcd", tables, strict=True)}))
+        state = StateFile(path, trusted=trusted)
+        state.open()
+        try:
+            restoring = Restoring(state)
+            planned = restoring.plan(disks, [IoThread("io0"), IoThread("io1")])
+            restoring.report()
+        finally:
+            state.close()
+        found = [(len(each.config.policy), each.policies_changed) for each in planned]
+        assert found == [(int(trusted), trusted), (0, False), (0, False), (1, True)]
+        assert dict(planned[3].config.policy[0].parameters) == {}
+        for name, words in (
+            ("b", r"/gone\.py cannot be read" if trusted else "is not a policy of a disk that is described"),
+            ("c", "probability: 2 is not from 0 to 1"),
+        ):
+            assert re.search(rf"{name}\.sock: its policies are not restored: .*{words}", caplog.text), caplog.text
+        assert ("a.sock: its policies" in caplog.text) == (not trusted)
 
 
 # Processes

@@ -31,6 +31,7 @@ from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.content import Model
 from ringplane.options.declare import WrongOptions
 from ringplane.options.delay_options import Delay
+from ringplane.options.policy_options import PolicyUse
 from ringplane.options.thread_options import IoThread
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, add, disk, do
@@ -520,6 +521,49 @@ def test_counters_continue(tmp_path: Path) -> None:
             driver.write(0, bytes(512))
             assert new.exports[0].counters["write"].requests == 2
             assert new.exports[0].counters["write"].histogram.sum() == 2
+
+
+def test_policies_continue(tmp_path: Path) -> None:
+    """Those that were changed at run time are there, and all continue what they count, remember and choose."""
+    config, threads = disk(tmp_path, "a", policy=[PolicyUse("bad_blocks", {"where": "0-8K"})]), [IoThread("io0")]
+    half = {"operation": "flush", "probability": 0.5, "seed": 3}
+    with serve_all([config], threads, upgradable=True) as old, attach(tmp_path, "a") as driver:
+        present = old.exports[0].policies
+        old.exports[0].set_policies([*present, PolicyUse("error", half), PolicyUse("error", half, "twin")])
+        driver.write(0, bytes(4096))
+        results = [flushes(driver) for _ in range(20)]
+        twin = old.exports[0].disk.running_policies[2]
+        with serve_all([config], threads, upgradable=True, upgrade=True) as new:
+            assert old.wait(PATIENCE)
+            shown = new.exports[0].disk.running_policies
+            assert [(each.name, each.shown()["seed"]) for each in shown] == [
+                ("bad_blocks", "0"),
+                ("error", "3"),
+                ("twin", "3"),
+            ]
+            assert sum(each.counters["failed"] for each in shown[1:]) == results.count(False)
+            assert shown[2].snapshot() == twin.snapshot()
+            driver.read(0, 4096)
+            with pytest.raises(OSError, match="reading"):
+                driver.read(4096, 4096)
+            results += [flushes(driver) for _ in range(20)]
+    with serve_all([config], threads) as server, attach(tmp_path, "a") as driver:
+        server.exports[0].set_policies([*present, PolicyUse("error", half), PolicyUse("error", half, "twin")])
+        driver.write(0, bytes(4096))
+        again = [flushes(driver) for _ in range(20)]
+        driver.read(0, 4096)
+        with pytest.raises(OSError, match="reading"):
+            driver.read(4096, 4096)
+        assert again + [flushes(driver) for _ in range(20)] == results
+
+
+def flushes(driver: Driver) -> bool:
+    """Whether a flush succeeds."""
+    try:
+        driver.flush()
+    except OSError:
+        return False
+    return True
 
 
 def test_what_was_used_of_limits_is_used_in_the_next_process(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from ringplane.driver import Driver
 from ringplane.options.delay_options import Delay
 from ringplane.options.policy_options import PolicyUse
 
+from .policy_texts import own_policy
 from .rig import OUT, PATIENCE, eventually, pattern
-from .test_policies import SAMPLES, own_policy
+from .test_policies import SAMPLES
 
 MIB = 1 << 20
 ERROR = f"{SAMPLES}/sample_error.py"

@@ -16,7 +16,8 @@ from ringplane.driver import Driver
 from ringplane.options.policy_options import PolicyUse
 from ringplane.policies.loading import shipped
 
-from .test_policies import SAMPLES, own_policy
+from .policy_texts import own_policy
+from .test_policies import SAMPLES
 
 
 def run(*arguments: str) -> tuple[int, list[str]]:

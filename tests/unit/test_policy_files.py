@@ -16,7 +16,8 @@ from ringplane.policies.loading import PolicyError, find_policy, shipped, split_
 from ringplane.policies.parameter_kinds import DURATION, OPERATION, RANGE, REAL, SIZE, WHOLE, one_of
 from ringplane.policies.running import RunningPolicy
 
-from .test_policies import SAMPLES, own_policy
+from .policy_texts import own_policy
+from .test_policies import SAMPLES
 
 # Each is the body of a policy `own(io, my)`, or with `===` the end of its file. A line with a mistake ends with `#!`
 # and a part of what is reported; without such a line nothing is wrong.

@@ -13,7 +13,8 @@ from ringplane.control.config import ConfigError, read_config
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.policy_options import POLICIES, PolicyUse, named_policies, parse_policy
 
-from .test_policies import SAMPLES, own_policy
+from .policy_texts import own_policy
+from .test_policies import SAMPLES
 
 
 @pytest.mark.parametrize(

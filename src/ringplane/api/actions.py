@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
@@ -20,12 +20,17 @@ from ringplane.control.config import ConfigError, read_disk
 from ringplane.control.export import Export
 from ringplane.control.operation_errors import Unavailable, WrongState, WrongValue
 from ringplane.control.operations import NOT_RECORDED
+from ringplane.control.policing import find_policy
 from ringplane.control.written_config import written_config
 from ringplane.dataplane.ring_states import RingState
 from ringplane.metrics.exposition import MEDIA_TYPE
 from ringplane.options.declare import WrongOptions, dashed, declared
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import TABLES
+from ringplane.options.policy_options import PolicyUse, underscored
+
+if TYPE_CHECKING:
+    from ringplane.policies.running import RunningPolicy
 
 # Streams of events at a time; each is a connection (connections.py).
 MAX_STREAMS = 16
@@ -87,6 +92,65 @@ async def flush(call: Call) -> schemas.Disk:
     export = call.export
     await call.operate(export.operations.flush)
     return described(export)
+
+
+async def list_policies(call: Call) -> schemas.Policies:
+    return schemas.Policies([policy_of(each) for each in call.export.disk.running_policies])
+
+
+async def show_policy(call: Call) -> schemas.Policy:
+    return policy_of(find_policy(call.export.disk, call.policy))
+
+
+async def add_policy(call: Call) -> schemas.Policy:
+    export, wanted = call.export, await call.body(schemas.NewPolicy)
+    use = _use_of(wanted)
+    return policy_of(await call.operate(lambda: export.operations.policies.add(use, wanted.position)))
+
+
+async def replace_policy(call: Call) -> schemas.Policy:
+    export, name, wanted = call.export, call.policy, await call.body(schemas.NewPolicy)
+    if wanted.name not in ("", name):
+        raise WrongValue(f"{wanted.name!r} is not the name in the path", "name", "leave it out")
+    if wanted.position is not None:
+        raise WrongValue("a policy that replaces another one has its place", "position", "leave it out")
+    use = _use_of(wanted)
+    return policy_of(await call.operate(lambda: export.operations.policies.replace(name, use)))
+
+
+async def change_policy(call: Call) -> schemas.Policy:
+    export, name, wanted = call.export, call.policy, await call.body(schemas.PolicyChange)
+    parameters = underscored(wanted.parameters)
+    return policy_of(await call.operate(lambda: export.operations.policies.change(name, parameters, wanted.enabled)))
+
+
+async def remove_policy(call: Call) -> None:
+    export, name = call.export, call.policy
+    await call.operate(lambda: export.operations.policies.remove(name))
+
+
+async def release_policy(call: Call) -> schemas.Policy:
+    export, name = call.export, call.policy
+    await call.operate(lambda: export.operations.policies.release(name))
+    return policy_of(find_policy(export.disk, name))
+
+
+def policy_of(policy: RunningPolicy) -> schemas.Policy:
+    """What the API shows of a policy."""
+    return schemas.Policy(
+        policy.name, policy.address_of_file, policy.loaded.program.doc, policy.enabled, policy.shown(), policy.counters
+    )
+
+
+def _use_of(wanted: schemas.NewPolicy) -> PolicyUse:
+    """Raises WrongValue."""
+    try:
+        use = PolicyUse(wanted.policy, underscored(wanted.parameters), wanted.name, wanted.enabled)
+    except ValueError as error:
+        raise WrongValue(str(error), "name" if wanted.name else "policy") from None
+    if use.path is not None and not use.path.is_absolute():
+        raise WrongValue(f"{wanted.policy!r} is not an absolute path", "policy", "an absolute path, or a name")
+    return use
 
 
 async def start_recording(call: Call) -> schemas.Recording:

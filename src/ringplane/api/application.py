@@ -17,7 +17,14 @@ from ringplane.api.call import Call, TooLarge
 from ringplane.api.openapi import describe
 from ringplane.api.routes import OPENAPI, Route
 from ringplane.api.schemas import Error, Problem
-from ringplane.control.operation_errors import NoSuchDisk, OperationError, Unavailable, WrongState, WrongValue
+from ringplane.control.operation_errors import (
+    NoSuchDisk,
+    NoSuchPolicy,
+    OperationError,
+    Unavailable,
+    WrongState,
+    WrongValue,
+)
 from ringplane.control.server import Server
 
 log = logging.getLogger(__name__)
@@ -25,6 +32,7 @@ log = logging.getLogger(__name__)
 STATUSES: dict[type[OperationError], int] = {
     WrongValue: 400,
     NoSuchDisk: 404,
+    NoSuchPolicy: 404,
     WrongState: 409,
     TooLarge: 413,
     Unavailable: 503,

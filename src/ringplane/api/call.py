@@ -57,6 +57,12 @@ class Call:
         return name
 
     @property
+    def policy(self) -> str:
+        """The name of a policy in the path."""
+        name: str = self._request.path_params["policy"]
+        return name
+
+    @property
     def export(self) -> Export:
         """The disk that the path names. Raises NoSuchDisk."""
         return self.server.find(self.name)

@@ -19,7 +19,7 @@ ALWAYS = (500, 503)
 
 STATUSES = {
     400: "A value is wrong.",
-    404: "There is no such disk.",
+    404: "There is no such disk, or it has no such policy.",
     409: "Impossible in the present state.",
     413: "The body is too large.",
     500: "An internal error; please report it.",

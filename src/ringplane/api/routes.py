@@ -86,6 +86,37 @@ ROUTES = (
         errors=(404, 409, 503),
     ),
     Route(
+        "GET", "/v1/disks/{name}/policies", actions.list_policies, "List the policies of a disk, in order.",
+        schemas.Policies, errors=DISK,
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/policies", actions.add_policy,
+        "Add a policy (docs/policies.md). Answers when all requests that are fetched from now on pass it.",
+        schemas.Policy, body=schemas.NewPolicy, body_required=True, errors=CHANGE, status=201,
+    ),
+    Route(
+        "GET", "/v1/disks/{name}/policies/{policy}", actions.show_policy, "Show a policy.", schemas.Policy,
+        errors=DISK,
+    ),
+    Route(
+        "PUT", "/v1/disks/{name}/policies/{policy}", actions.replace_policy,
+        "Replace a policy at its place, also by the new text of its file. Answers when that is in force.",
+        schemas.Policy, body=schemas.NewPolicy, body_required=True, errors=CHANGE,
+    ),
+    Route(
+        "PATCH", "/v1/disks/{name}/policies/{policy}", actions.change_policy,
+        "Change parameters of a policy, or switch it on or off. Answers when that is in force.", schemas.Policy,
+        body=schemas.PolicyChange, body_required=True, errors=CHANGE,
+    ),
+    Route(
+        "DELETE", "/v1/disks/{name}/policies/{policy}", actions.remove_policy,
+        "Remove a policy; requests that hang because of it continue.", None, errors=(404, 409, 503), status=204,
+    ),
+    Route(
+        "POST", "/v1/disks/{name}/policies/{policy}/release", actions.release_policy,
+        "Have the requests continue that hang because of a policy now.", schemas.Policy, errors=(404, 409, 503),
+    ),
+    Route(
         "POST", "/v1/disks/{name}/recording", actions.start_recording,
         "Record all changes of a disk to a new file (docs/recordings.md), from a moment with nothing in flight.",
         schemas.Recording, body=schemas.NewRecording, body_required=True, errors=CHANGE,

@@ -219,6 +219,46 @@ class Resized(Struct):
     size: int
 
 
+class Policy(Struct):
+    """A policy of a disk (docs/policies.md)."""
+
+    name: str
+    policy: Annotated[str, Meta(description="FILE.py:NAME, or the name of one that ships, as it was given.")]
+    about: Annotated[str, Meta(description="What it does, in one line.")]
+    enabled: Annotated[bool, Meta(description="Whether requests pass it; false: it is switched off.")]
+    parameters: Annotated[dict[str, str], Meta(description="The values of all parameters now, as users write them.")]
+    counters: Annotated[dict[str, int], Meta(description="`requests`, and its own counters.")]
+
+
+class Policies(Struct):
+    """The policies of a disk, in the order in which requests pass them."""
+
+    policies: list[Policy]
+
+
+PARAMETERS = Meta(description="Values of parameters, by their names; as on the command line, or numbers.")
+
+
+class NewPolicy(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
+    """A policy for a disk: the keys of [[disk.policy]] (docs/policies.md), and its place."""
+
+    policy: Annotated[str, Meta(description="FILE.py:NAME or FILE.py with an absolute path, or one that ships.")]
+    parameters: Annotated[dict[str, bool | int | float | str], PARAMETERS] = {}
+    name: Annotated[str, Meta(description="By which it is called; empty: one is chosen. PUT has it in the path.")] = ""
+    enabled: Annotated[bool, Meta(description="Whether requests pass it.")] = True
+    position: Annotated[
+        Annotated[int, Meta(ge=0, le=63)] | None,
+        Meta(description="Before the policy at this position, counted from 0; null: after all. Not for PUT."),
+    ] = None
+
+
+class PolicyChange(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
+    """What is to be changed of a policy; its others stay as they are."""
+
+    parameters: Annotated[dict[str, bool | int | float | str], PARAMETERS] = {}
+    enabled: Annotated[bool | None, Meta(description="Whether requests pass it; null: as before.")] = None
+
+
 class NewRecording(Struct, forbid_unknown_fields=True):  # type: ignore[call-arg]
     """Where a disk is recorded to."""
 

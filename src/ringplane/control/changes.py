@@ -20,6 +20,7 @@ from ringplane.control.spreading import spread
 from ringplane.options.declare import WrongOptions
 from ringplane.options.disk_config import DiskConfig, named
 from ringplane.options.limit_options import Limits
+from ringplane.options.policy_options import policies_from_tables
 from ringplane.options.process_rules import check_process
 from ringplane.options.thread_options import IoThread
 
@@ -32,7 +33,7 @@ Unusable = Callable[[Table, WrongOptions], None]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """All changes of a process. `limits`, `names` and `paused` are of all disks, by their places."""
+    """All changes of a process. `limits`, `names`, `paused` and `policies` are of all disks, by their places."""
 
     added: Sequence[Table] = field(default_factory=list)
     # Places of disks that were described, and were removed at run time.
@@ -42,6 +43,8 @@ class Changes:
     # The names of disks that were described; they may have been given none.
     names: Mapping[str, str] = field(default_factory=dict)
     paused: Sequence[str] = field(default_factory=list)
+    # The tables of all policies of disks whose policies were changed at run time.
+    policies: Mapping[str, Sequence[Table]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, saved: Any) -> Self:
@@ -61,6 +64,7 @@ FORM = (
     ("limits", dict, dict),
     ("names", dict, str),
     ("paused", list, str),
+    ("policies", dict, list),
 )
 
 
@@ -111,7 +115,13 @@ def plan(
         except WrongOptions as error:
             unusable(table, error)
     return [
-        Planned(config, number >= count, place(config) in changes.limits, place(config) in changes.paused)
+        Planned(
+            config,
+            number >= count,
+            place(config) in changes.limits,
+            place(config) in changes.paused,
+            place(config) in changes.policies,
+        )
         for number, config in enumerate(named(configs))
     ]
 
@@ -142,5 +152,13 @@ def _read_added(
 
 
 def _changed(config: DiskConfig, changes: Changes) -> DiskConfig:
-    limits = changes.limits.get(place(config))
-    return config if limits is None else dataclasses.replace(config, limits=limits)
+    """Raises WrongOptions."""
+    limits, policies = changes.limits.get(place(config)), changes.policies.get(place(config))
+    if limits is not None:
+        config = dataclasses.replace(config, limits=limits)
+    if policies is None:
+        return config
+    try:
+        return dataclasses.replace(config, policy=policies_from_tables(policies))
+    except ValueError as error:
+        raise WrongOptions("policy: {problem}", problem=error) from None

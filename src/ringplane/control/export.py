@@ -64,7 +64,7 @@ class Export:
         self.image = identity(planned.config.image)
         self._limiting = limiting
         self._planned = planned
-        disk.paused = planned.paused
+        disk.paused, disk.policies_changed = planned.paused, planned.policies_changed
         self.socket_path = listener.path
         self.threads = threads
         self.disk = disk
@@ -120,6 +120,13 @@ class Export:
         return self._limiting.is_changed(self.disk)
 
     @property
+    def policies(self) -> Sequence[PolicyUse]:
+        """Its policies as they are now, in order."""
+        if not self.disk.policies_changed:
+            return self.config.policy
+        return tuple(each.use for each in self.disk.running_policies)
+
+    @property
     def throttled(self) -> float:
         """Seconds in which requests waited in its rings because of a limit."""
         return self.disk.member.throttled
@@ -172,7 +179,7 @@ class Export:
         When this returns, all requests that are fetched from now on pass them. One that stays, by its name and the text
         of its file, keeps its state and counters. Requests that hang because of one that is gone or off continue.
         """
-        self._do(lambda: self.operations.set_policies(policies))
+        self._do(lambda: self.operations.policies.set(policies))
 
     def start_recording(self, path: str | os.PathLike[str]) -> str:
         """Record all changes to this new file from now on; returns the token of marks. Raises OperationError."""

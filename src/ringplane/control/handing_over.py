@@ -15,6 +15,7 @@ from typing import Any
 from ringplane.block.image import ImageError
 from ringplane.control.export import Export
 from ringplane.control.handed_counters import saved_counters, thread_counters
+from ringplane.control.handed_policies import saved_policies
 from ringplane.control.handover import READY_PATIENCE, TAKING_PATIENCE, VERSION, Channel, HandoverError, options_of
 from ringplane.control.listener import Listener
 from ringplane.control.planned import place
@@ -190,7 +191,7 @@ def _unchanged(server: Server, offered: Mapping[str, Any]) -> Iterator[None]:
         if under_way:
             raise HandoverError("a disk is being added, removed or changed, and that has not ended; try again")
         if _lasting(server) != offered:
-            raise HandoverError("disks or their limits were changed meanwhile; try again")
+            raise HandoverError("disks, their limits or their policies were changed meanwhile; try again")
         yield
 
 
@@ -230,8 +231,9 @@ def _state_of_all(server: Server) -> dict[str, Any]:
 
 def _give_all(channel: Channel, state: Mapping[str, Any], exports: Iterable[Export]) -> None:
     """Send it, and wait until it is taken. With one thread: when the other process has it, another may not start."""
-    with saved_counters(export.disk for export in exports) as counters:
-        channel.send({**state, "counters": counters})
+    disks = [export.disk for export in exports]
+    with saved_counters(disks) as counters, saved_policies(disks) as policies:
+        channel.send({**state, "counters": counters, "policies": policies})
     channel.receive("taking", TAKING_PATIENCE)
 
 

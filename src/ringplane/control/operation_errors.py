@@ -23,6 +23,10 @@ class NoSuchDisk(OperationError):
     """No disk has the name."""
 
 
+class NoSuchPolicy(OperationError):
+    """The disk has no policy of the name."""
+
+
 class WrongState(OperationError):
     """Impossible now, in the state of the disk or of the process."""
 

@@ -8,34 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ringplane.block.image import ImageError
 from ringplane.block.layers.record import RecordLayer
 from ringplane.control.changing import Changing
+from ringplane.control.disk_errors import operation_errors
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
 from ringplane.control.turns import Around, Turns
 from ringplane.dataplane import limit_gate
 from ringplane.dataplane.compile_data_plane import warm_up
-from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.counted import counted
 from ringplane.options.limit_options import Limits, merge_limits
-from ringplane.options.policy_options import PolicyUse
 from ringplane.session.session import Session
 from ringplane.system.aside import aside
 from ringplane.system.confinement import is_confined
 from ringplane.system.notes import in_words
 
 if TYPE_CHECKING:
-    from ringplane.policies.running import RunningPolicy
+    from ringplane.control.policing import Policing
 
 Result = TypeVar("Result")
 
@@ -76,6 +74,8 @@ class Operations:
     def end(self) -> None:
         """The disk has stopped."""
         self._turns.end()
+        if "policies" in vars(self):
+            self.policies.end()
 
     async def hold(self, patience: float) -> None:
         """Begin none until `release`. Raises Unavailable if one that has begun does not end in `patience` seconds."""
@@ -123,16 +123,13 @@ class Operations:
         """
         return await self._change("a change of limits", lambda: self._change_limits(changes))
 
-    async def set_policies(self, uses: Sequence[PolicyUse]) -> None:
-        """Have these policies, in this order, and no others. When it returns they are asked by all I/O threads.
-
-        What hangs because of a policy that is not there any more, or is switched off, continues.
-        """
+    @cached_property
+    def policies(self) -> Policing:
+        """What can be done with its policies."""
         # Few disks have any.
-        from ringplane.control.policing import load_policies
+        from ringplane.control.policing import Policing
 
-        policies = await aside(lambda: load_policies(self._disk, uses))
-        await self._take("a change of policies", lambda: self._set_policies(policies))
+        return Policing(self._disk, self._changing, self._take, self._logger, self._emit)
 
     @property
     def recording(self) -> RecordLayer | None:
@@ -162,16 +159,8 @@ class Operations:
         self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], around: Around = contextlib.nullcontext
     ) -> Result:
         """Raises OperationError for all that can happen."""
-        try:
+        with operation_errors(operation, self._disk.name):
             return await self._turns.take(operation, work, around=around)
-        except OperationError:
-            raise
-        except WorkerEnded as error:
-            raise Unavailable(str(error), self._disk.name, "restart the process; the log says what happened") from None
-        except ImageError as error:
-            raise WrongState(str(error), self._disk.name) from None
-        except OSError as error:
-            raise Unavailable(f"{operation} failed: {in_words(error)}", self._disk.name) from None
 
     async def _drain(self) -> None:
         if session := self._session():
@@ -256,15 +245,6 @@ class Operations:
         self._logger.info("limits: %s", words or "none")
         self._emit("limits-changed", limits=present)
         return present
-
-    async def _set_policies(self, policies: Sequence[RunningPolicy]) -> None:
-        from ringplane.control.policing import change_policies
-
-        await change_policies(self._disk, policies)
-        layer = self._disk.policies
-        present = [] if layer is None else [each.name + ("" if each.enabled else " (off)") for each in layer.policies]
-        self._logger.info("policies: %s", ", ".join(present) or "none")
-        self._emit("policies-changed", policies=present)
 
     def _prepare_limits(self) -> None:
         if not is_confined():

@@ -24,6 +24,7 @@ class Planned:
     added: bool = False
     limits_changed: bool = False
     paused: bool = False
+    policies_changed: bool = False
 
     @property
     def name(self) -> str:

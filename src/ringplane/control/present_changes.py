@@ -8,7 +8,8 @@ from ringplane.control.changes import Changes, Table
 from ringplane.control.planned import place
 from ringplane.control.server import Server
 from ringplane.options.disk_config import DiskConfig
-from ringplane.options.toml_text import keys
+from ringplane.options.policy_options import POLICIES
+from ringplane.options.toml_text import absolute, keys
 
 
 def changes_of(server: Server) -> Changes:
@@ -28,6 +29,11 @@ def changes_of_served(server: Server) -> Changes:
         limits={place(export.config): export.limits for export in server.exports if export.limits_changed},
         names=described,
         paused=[place(export.config) for export in server.exports if export.paused],
+        policies={
+            place(export.config): POLICIES.to_toml(POLICIES.with_paths(absolute, export.policies))
+            for export in server.exports
+            if export.disk.policies_changed
+        },
     )
 
 

@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ringplane.block.image import ImageError, NoAnswer
+from ringplane.block.layers.policy_layer import load_policies
 from ringplane.control.changes import Changes, Table, plan
 from ringplane.control.listener import ListenError, remove_stale
 from ringplane.control.opening import Parts, open_parts
@@ -28,7 +29,9 @@ from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import ImageAddress, RemoteImage
 from ringplane.options.limit_options import Limits, check_limits
+from ringplane.options.policy_options import PolicyUse, policies_from_tables
 from ringplane.options.thread_options import IoThread
+from ringplane.options.toml_text import absolute
 from ringplane.system.notes import in_words
 from ringplane.system.signals import NONE, Signals
 
@@ -44,18 +47,24 @@ class Restoring(Origin):
         # Of what is lost, and of what is kept for the next start.
         self._problems: list[str] = []
         self._kept: list[str] = []
+        # The files of those that are described.
+        self._described_policies: set[Path] = set()
 
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
         """See Origin."""
         changes = self._read()
-        changes = dataclasses.replace(changes, limits=self._usable(changes.limits))
+        self._described_policies = {absolute(use.path) for disk in disks for use in disk.policy if use.path is not None}
+        policies = self._usable_policies(changes.policies)
+        changes = dataclasses.replace(changes, limits=self._usable(changes.limits), policies=policies)
         self._described_servers = {disk.image.server for disk in disks if isinstance(disk.image, RemoteImage)}
         try:
             return plan(disks, changes, io_threads, self._note_unusable)
         except WrongOptions as error:
             # If it is not because of the changes, this raises it again.
             planned = plan(disks, _without_described(changes, disks), io_threads, self._note_unusable)
-            problem = f"{error.spelled(dashed)}; disks that are described have their names and limits as described"
+            problem = (
+                f"{error.spelled(dashed)}; disks that are described have their names, limits and policies as described"
+            )
             self._problems.append(f"{self._state.path}: {problem}")
             return planned
 
@@ -77,6 +86,18 @@ class Restoring(Origin):
                 usable[where] = each
             except ValueError as error:
                 self._problems.append(f"{where}: its limits are not restored: {error}")
+        return usable
+
+    def _usable_policies(self, policies: Mapping[str, Sequence[Table]]) -> dict[str, Sequence[Table]]:
+        usable = {}
+        for where, tables in policies.items():
+            try:
+                uses = policies_from_tables(tables)
+                self._check_policies(uses)
+                load_policies(uses)
+                usable[where] = tables
+            except (ValueError, ImageError) as error:
+                self._problems.append(f"{where}: its policies are not restored: {error}")
         return usable
 
     def attempt(self, planned: Planned, step: Callable[[], object]) -> bool:
@@ -118,6 +139,7 @@ class Restoring(Origin):
     def _open_added(self, config: DiskConfig, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
         assert config.socket_path is not None
         self._check_allowed(config.image, config.socket_path, opener)
+        self._check_policies(config.policy)
         parts = self._open_unless_silent(config, undo, opener)
         if opener is not None:
             # The process that opens files replaces nothing.
@@ -153,6 +175,12 @@ class Restoring(Origin):
             if opener is not None and isinstance(path, Path) and not opener.allows(path):
                 raise ImageError(f"{path}: is not below a folder of --allow-folder")
 
+    def _check_policies(self, uses: Iterable[PolicyUse]) -> None:
+        """As `_check_allowed`: a confined process could use only what it was started with. Raises ImageError."""
+        for use in uses if not self._state.trusted else ():
+            if use.path is not None and absolute(use.path) not in self._described_policies:
+                raise ImageError(f"policy {use.policy}: is not a policy of a disk that is described")
+
     def _check_server(self, image: RemoteImage, opener: RemoteOpener | None) -> None:
         """Raises ImageError."""
         reached = opener is not None and opener.reaches(image.server)
@@ -175,7 +203,8 @@ class Restoring(Origin):
 
 
 def _without_described(changes: Changes, disks: Sequence[DiskConfig]) -> Changes:
-    """Without the names and limits of these."""
+    """Without the names, limits and policies of these."""
     described = set(map(place, disks))
     limits = {where: limits for where, limits in changes.limits.items() if where not in described}
-    return dataclasses.replace(changes, names={}, limits=limits)
+    policies = {where: tables for where, tables in changes.policies.items() if where not in described}
+    return dataclasses.replace(changes, names={}, limits=limits, policies=policies)

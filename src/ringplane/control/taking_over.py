@@ -16,6 +16,7 @@ from ringplane.block.sources.choose_source import is_offered
 from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.export import Export
 from ringplane.control.handed_counters import resume_counters, resume_services, resume_thread_counters
+from ringplane.control.handed_policies import resume_policies
 from ringplane.control.handover import (
     READY_PATIENCE,
     TAKING_PATIENCE,
@@ -144,6 +145,8 @@ class Predecessor(Origin):
             resume_counters(state["counters"], disks)
             if "services" in state["counters"]:
                 resume_services(state["counters"], disks)
+        if "policies" in state:
+            resume_policies(state["policies"], disks)
         if "io_threads" in state:
             resume_thread_counters(state["io_threads"], server.threads.workers)
         if "events" in state:

@@ -23,7 +23,7 @@ def written_config(server: Server) -> str:
             # An image may have grown since it was created.
             config, size = export.config, export.disk.size
             config = dataclasses.replace(config, create=size) if config.create is not None else config
-            config = dataclasses.replace(config, limits=export.limits)
+            config = dataclasses.replace(config, limits=export.limits, policy=export.policies)
             tables.append(written_disk(config))
     return "\n".join(tables)
 

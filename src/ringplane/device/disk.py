@@ -96,6 +96,8 @@ class Disk:
         self._policy_parts: dict[Worker, PolicyPart] = {}
         # While it is, its rings do not run (session/vring.py).
         self.paused = False
+        # Whether its policies were changed at run time.
+        self.policies_changed = False
         found = self.source.limits()
         self.limits = found.for_blocks(self.block_size, options.physical_block_size)
         self.device = Device(
@@ -242,6 +244,13 @@ class Disk:
         return [
             worker.call(partial(_swap, worker, stack, place, self._policy_parts[worker], listed))
             for worker, stack in self._stacks.items()
+        ]
+
+    def release_policy(self, policy: RunningPolicy) -> list[Future[None]]:
+        """Have the I/Os continue that hang because of this policy; the futures are done when they do."""
+        return [
+            worker.call(partial(part.release, worker.state.channel.address, policy))
+            for worker, part in self._policy_parts.items()
         ]
 
     @property

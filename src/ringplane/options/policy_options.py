@@ -55,12 +55,22 @@ class PolicyUse:
         last = self.policy.rpartition("/")[2].rpartition(":")[2]
         return re.sub(r"[^A-Za-z0-9_-]", "_", last.removesuffix(".py"))[:48] or "policy"
 
+    @property
+    def path(self) -> Path | None:
+        """That of its file; None: it ships."""
+        file = self._file
+        return Path(file) if file else None
+
+    @property
+    def _file(self) -> str:
+        file = self.policy.rpartition(":")[0]
+        return file if file.endswith(".py") else self.policy if self.policy.endswith(".py") else ""
+
     def with_path(self, change: Callable[[Path], Path]) -> PolicyUse:
         """With the path of its file changed, if it has one."""
-        file, colon, name = self.policy.rpartition(":")
-        if file.endswith(".py"):
-            return replace(self, policy=f"{change(Path(file))}{colon}{name}")
-        return replace(self, policy=str(change(Path(self.policy)))) if self.policy.endswith(".py") else self
+        if self.path is None:
+            return self
+        return replace(self, policy=f"{change(self.path)}{self.policy.removeprefix(self._file)}")
 
 
 def parse_policy(text: str) -> PolicyUse:
@@ -91,14 +101,24 @@ def policy_from_table(table: Any) -> PolicyUse:
         raise ValueError(f"policy is missing; it is FILE.py:NAME, or the name of a policy that ships{EXAMPLE}")
     parameters = table.get("parameters", {})
     if isinstance(parameters, Mapping):
-        parameters = {str(key).replace("-", "_"): value for key, value in parameters.items()}
+        parameters = underscored(parameters)
     return PolicyUse(**{**table, "parameters": parameters})
+
+
+def underscored(parameters: Mapping[Any, Any]) -> dict[str, Any]:
+    """By their names in Python, in which users may write dashes."""
+    return {str(key).replace("-", "_"): value for key, value in parameters.items()}
 
 
 def table_of(use: PolicyUse) -> dict[str, Any]:
     """The inverse of `policy_from_table`."""
     table: dict[str, Any] = {"policy": use.policy, "name": use.name, "parameters": dict(use.parameters)}
     return {key: value for key, value in table.items() if value} | ({} if use.enabled else {"enabled": False})
+
+
+def policies_from_tables(tables: Any) -> tuple[PolicyUse, ...]:
+    """All policies of a disk, which may be none. Raises ValueError."""
+    return _from_toml(tables) if tables != [] else ()
 
 
 def named_policies(uses: Sequence[PolicyUse]) -> list[PolicyUse]:

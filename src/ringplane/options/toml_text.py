@@ -22,11 +22,12 @@ def keys(options: Options) -> dict[str, Any]:
     for name, option in declared(type(options)).items():
         value = getattr(options, name)
         if option.doc and value != option.default:
-            found[option.key] = option.kind.to_toml(option.kind.with_paths(_absolute, value))
+            found[option.key] = option.kind.to_toml(option.kind.with_paths(absolute, value))
     return found
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
+    """As files name it that may be read elsewhere."""
     return Path(os.path.abspath(path))
 
 

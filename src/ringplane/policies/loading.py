@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import traceback
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from ringplane.native.access import view
 from ringplane.policies.arrays import NAMES, with_calls
 from ringplane.policies.declaring import POLICY, Function, Mistake, Program, memory_layout, visible_layout
 from ringplane.policies.io_view import FIELDS, POLICY_IO
+from ringplane.system.confinement import is_confined
 from ringplane.system.digests import blake2b
 
 if TYPE_CHECKING:
@@ -32,8 +34,16 @@ SHIPPED = Path(__file__).with_name("shipped")
 DECLARED = re.compile(r"^@policy\(.*\)\ndef (\w+)\(", re.MULTILINE)
 
 
+# All that this process has read, by their addresses (`_key`).
+_found: dict[tuple[str, str], LoadedPolicy] = {}
+
+
 class PolicyError(Exception):
     """A policy cannot be used; the text has a line for each mistake, with file and line number where there is one."""
+
+
+class NotReadable(PolicyError):
+    """This process is confined, and has not read the policy before that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +56,11 @@ class LoadedPolicy:
     up: Unit | None
     # It asks for the time, which takes longer than all else.
     needs_time: bool
+
+    @property
+    def code(self) -> str:
+        """Another one for each text of the file."""
+        return str(self.program.function.__module__)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -102,7 +117,27 @@ def find_policy(address: str, check: bool = False) -> LoadedPolicy:
     chosen = found[name]
     if check or not all(unit.is_cached() for unit in chosen.units):
         check_functions(path, list(found.values()))
+    _found[_key(address)] = _found[_key(f"{path}:{name}")] = chosen
     return chosen
+
+
+def usable_policy(address: str) -> LoadedPolicy:
+    """As `find_policy`; a confined process has only those that it found before, also for other disks."""
+    if not is_confined():
+        return find_policy(address)
+    found = _found.get(_key(address))
+    if found is None or not all(unit.is_loaded for unit in found.units):
+        raise NotReadable(
+            f"this process may not read or compile policies any more; start it with {address} for one of its disks, "
+            "which may be switched off (enabled=no), or with --no-sandbox"
+        )
+    return found
+
+
+def _key(address: str) -> tuple[str, str]:
+    """The absolute path of the file, and the name in it."""
+    path, name = split_address(address)
+    return "" if path is None else os.path.abspath(path), name
 
 
 def split_address(address: str) -> tuple[Path | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -11,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ringplane.options.kinds import suggestion
+from ringplane.options.policy_options import PolicyUse
 from ringplane.policies.declaring import SEED, Policy, count_of, fields_of, memory_layout
 from ringplane.policies.io_view import HEADER, HEADER_SIZE, MUTEX
 from ringplane.policies.loading import LoadedPolicy
-from ringplane.policies.parameter_kinds import Value
+from ringplane.policies.parameter_kinds import FILE, Value
 from ringplane.policies.watched_file import Flag, WatchedFile, watch
 from ringplane.system import libc
 from ringplane.system.digests import blake2b
@@ -58,8 +60,8 @@ class RunningPolicy:
                 array[0] = count
                 self._my[key] = array.ctypes.data + 8
         self._store(self.values)
-        self.change(given)
         self._header["random"] = _first_random(name, self.values[SEED])
+        self.change(given)
 
     @property
     def address(self) -> int:
@@ -136,6 +138,8 @@ class RunningPolicy:
                 libc.unlock_mutex(self.address + MUTEX)
 
     def _put(self, key: str, value: Value) -> None:
+        if key == SEED and value != self._my[key]:
+            self._header["random"] = _first_random(self.name, value)
         if isinstance(value, tuple):
             self._arrays[key][1:] = value
         elif key in self._files:
@@ -154,6 +158,21 @@ class RunningPolicy:
         """The values of its parameters as users write them."""
         return {key: each.kind.shown(self.values[key]) for key, each in self.declared.parameters.items()}
 
+    @property
+    def use(self) -> PolicyUse:
+        """How a file describes it now."""
+        parameters = {
+            key: self._absolute(self.values[key]) if each.kind is FILE else each.kind.shown(self.values[key])
+            for key, each in self.declared.parameters.items()
+            if self.values[key] != each.default
+        }
+        return PolicyUse(self.address_of_file, parameters, self.name, self.enabled)
+
+    @staticmethod
+    def _absolute(path: Value) -> str:
+        """The same file for a process in another folder."""
+        return os.path.abspath(str(path)) if path else ""
+
     def enter(self, count: int) -> int:
         """How often it has been asked before, and now `count` times more; while no thread asks it."""
         before = int(self._header["entered"])
@@ -170,6 +189,46 @@ class RunningPolicy:
         self._header["entered"] = previous._header["entered"]
         for key in self.declared.counters.keys() & previous.declared.counters.keys():
             self._my[key] = previous._my[key]
+
+    def snapshot(self) -> dict[str, Any]:
+        """What another process continues with, as JSON, while no thread asks it; `states` has the rest."""
+        return {
+            "name": self.name,
+            "code": self.loaded.code,
+            "counters": self.counters,
+            "seed": self.values[SEED],
+            "random": int(self._header["random"]),
+        }
+
+    def states(self) -> bytes:
+        """The numbers that only the policy uses."""
+        return b"".join(self._numbers(key).tobytes() for key in self.declared.states)
+
+    def resume_from(self, saved: Mapping[str, Any], states: bytes) -> None:
+        """Continue what `snapshot` and `states` of another process are, as far as it is the same policy.
+
+        Raises LookupError, TypeError, ValueError.
+        """
+        counters = saved["counters"]
+        self._header["entered"] = counters["requests"]
+        for key in self.declared.counters.keys() & counters.keys():
+            self._my[key] = counters[key]
+        if saved["code"] != self.loaded.code:
+            return
+        if saved["seed"] == self.values[SEED]:
+            self._header["random"] = saved["random"]
+        begin = 0
+        for key in self.declared.states:
+            numbers = self._numbers(key)
+            numbers[:] = np.frombuffer(states, np.int64, len(numbers), begin)
+            begin += numbers.nbytes
+
+    def _numbers(self, key: str) -> npt.NDArray[np.int64]:
+        """Those of a field of the state, in its memory."""
+        if key in self._arrays:
+            return self._arrays[key][1:]
+        place = HEADER_SIZE + int(self._my.dtype.fields[key][1])
+        return self._memory[place : place + 8].view(np.int64)
 
 
 def _first_random(name: str, seed: Value) -> int:

@@ -13,7 +13,6 @@ from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.policy_walk import CHANGE, ENTRY, POLICIES, down, forget, release, up
 from ringplane.block.stack import LayerPart
 from ringplane.native.structs import new
-from ringplane.opener.opener import LOCAL
 from ringplane.options.policy_options import PolicyOptions, PolicyUse, named_policies
 from ringplane.policies.io_view import SEEN
 
@@ -138,45 +137,42 @@ class PolicyLayer(Layer):
 
 
 def open_layer(config: DiskConfig, source: Source, *, shared: bool, opener: Opener) -> Layer | None:
-    if not config.policy:
-        return None
-    if opener is not LOCAL:
-        raise ImageError(
-            f"{source.title}: policy: this process may not read or compile policies any more; serve the disk from the "
-            "start of a process, or with --no-sandbox"
-        )
-    return PolicyLayer(source.size, config.block_size, _policies(config, source))
+    return (
+        PolicyLayer(source.size, config.block_size, load_policies(config.policy, source.title))
+        if config.policy
+        else None
+    )
 
 
 def check(config: PolicyOptions, source: Source) -> type[Layer] | None:
     if config.policy:
-        _policies(config, source)
+        load_policies(config.policy, source.title)
     return PolicyLayer if config.policy else None
 
 
-def _policies(config: PolicyOptions, source: Source) -> list[RunningPolicy]:
-    """Raises ImageError."""
+def load_policies(uses: Sequence[PolicyUse], title: str = "") -> list[RunningPolicy]:
+    """Those of the disk with this title. Raises ImageError."""
     # Few disks need it.
     from ringplane.policies.loading import PolicyError
     from ringplane.policies.running import WrongParameter
 
     try:
-        return [run_policy(use) for use in named_policies(config.policy)]
+        return [run_policy(use) for use in named_policies(uses)]
     except PolicyError as error:
         first, *others = str(error).split("\n")
         more = f" (and {len(others)} more; see `ringplane policy check`)" if others else ""
         raise ImageError(f"{first}{more}") from None
     except WrongParameter as error:
-        raise ImageError(f"{source.title}: {error}") from None
+        raise ImageError(f"{title}: {error}" if title else str(error)) from None
 
 
 def run_policy(use: PolicyUse) -> RunningPolicy:
     """Load a policy of a disk. Raises PolicyError, WrongParameter."""
-    from ringplane.policies.loading import find_policy
+    from ringplane.policies.loading import usable_policy
     from ringplane.policies.running import RunningPolicy, WrongParameter
 
     try:
-        loaded = find_policy(use.policy)
+        loaded = usable_policy(use.policy)
         return RunningPolicy(use.name, loaded, use.parameters, enabled=use.enabled, address=use.policy)
     except WrongParameter as error:
         raise WrongParameter(f"policy {use.policy}: {error}") from None

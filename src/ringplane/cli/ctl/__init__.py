@@ -8,6 +8,7 @@ import click
 
 from ringplane.cli.ctl.disk_adding import add_disk
 from ringplane.cli.ctl.disk_changes import flush_disk, limit_disk, pause_disk, remove_disk, resize_disk, resume_disk
+from ringplane.cli.ctl.disk_policies import policy
 from ringplane.cli.ctl.following_events import follow_events, wait_for
 from ringplane.cli.ctl.reading import list_disks, list_io_threads, show_config, show_disk
 from ringplane.cli.ctl.recording_disks import end_recording, mark_recording, record_disk
@@ -15,6 +16,7 @@ from ringplane.cli.ctl.targets import EXIT_STATUS, api_socket
 
 COMMANDS = (
     *(list_disks, show_disk, add_disk, remove_disk, resize_disk, pause_disk, resume_disk, flush_disk, limit_disk),
+    policy,
     *(record_disk, mark_recording, end_recording),
     *(list_io_threads, show_config, follow_events, wait_for),
 )

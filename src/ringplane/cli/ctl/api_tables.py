@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import click
 
-from ringplane.api.schemas import Disk, EventData, IoThreadState
+from ringplane.api.schemas import Disk, EventData, IoThreadState, Policy
 from ringplane.log.logs import CONTROL_CHARACTERS
 from ringplane.options.counted import counted
 from ringplane.options.cpus import format_cpus
@@ -16,7 +16,7 @@ from ringplane.options.sizes import format_size
 from ringplane.options.toml_text import toml
 
 # Columns that narrow terminals break into several lines; all others are whole.
-FOLDED = ("IMAGE", "SOCKET", "DISKS")
+FOLDED = ("IMAGE", "SOCKET", "DISKS", "POLICY", "PARAMETERS", "COUNTERS")
 
 # Where nobody looks at the end of lines, they are as long as they need to be.
 UNLIMITED = 10_000
@@ -64,9 +64,32 @@ def print_io_threads(threads: Iterable[IoThreadState]) -> None:
     _print_table(("NAME", "ENGINE", "CPUS", "POLL-US", "QUEUES", "DISKS"), rows, right=(3, 4))
 
 
+def print_policies(policies: Iterable[Policy]) -> None:
+    """A line for each."""
+    rows = [
+        (
+            each.name,
+            "on" if each.enabled else "off",
+            each.policy,
+            pairs_text(each.parameters),
+            pairs_text(each.counters),
+        )
+        for each in policies
+    ]
+    if rows:
+        _print_table(("NAME", "STATE", "POLICY", "PARAMETERS", "COUNTERS"), rows)
+    else:
+        click.echo("the disk has no policy; ringplane ctl policy add adds one", err=True)
+
+
+def pairs_text(pairs: Mapping[str, object]) -> str:
+    """As users write them."""
+    return " ".join(f"{key}={value}" for key, value in pairs.items())
+
+
 def limits_text(limits: dict[str, int | str]) -> str:
     """As `ringplane ctl limit` takes them."""
-    return " ".join(f"{key}={value}" for key, value in limits.items()) or "none"
+    return pairs_text(limits) or "none"
 
 
 def event_text(event: EventData) -> str:

@@ -39,12 +39,16 @@ def record_disk(client: Client, name: str, file: Path, as_json: bool) -> None:
 @click.command("mark", short_help="Add a mark to a recording.")
 @disk_name
 @click.argument("text")
+@as_json
 @asking
-def mark_recording(client: Client, name: str, text: str) -> None:
+def mark_recording(client: Client, name: str, text: str, as_json: bool) -> None:
     """Add a mark with this TEXT to the recording of the disk NAME."""
     from ringplane.client.client import disk_path
 
     client.ask("POST", disk_path(name, "recording/marks"), {"text": text})
+    # The answer of the API has no body.
+    if not as_json:
+        click.echo(f"{name}: marked")
 
 
 @click.command("end-recording", short_help="End the recording of a disk.")

@@ -91,21 +91,25 @@ def api_socket_of(context: click.Context) -> Path:
 
 def complete_disks(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """For the shell: the names of the disks; none if nobody answers."""
-    return _complete(context, incomplete, "/v1/disks", "disks")
+    return complete(context, incomplete, "/v1/disks", lambda answer: [each["name"] for each in answer["disks"]])
 
 
 def complete_io_threads(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """For the shell: the names of the I/O threads; none if nobody answers."""
-    return _complete(context, incomplete, "/v1/io-threads", "io_threads")
+    return complete(
+        context, incomplete, "/v1/io-threads", lambda answer: [each["name"] for each in answer["io_threads"]]
+    )
 
 
-def _complete(context: click.Context, incomplete: str, target: str, key: str) -> list[CompletionItem]:
+def complete(
+    context: click.Context, incomplete: str, target: str, words: Callable[[dict[str, Any]], list[str]]
+) -> list[CompletionItem]:
+    """For the shell: those of the words in an answer that begin so; none if nobody answers."""
     from ringplane.client.api_errors import ApiError
     from ringplane.client.client import Client
 
     try:
-        answer = Client(api_socket_of(context), COMPLETION_PATIENCE).read(target, dict[str, Any])
-        names = [str(each["name"]) for each in answer[key]]
+        names = words(Client(api_socket_of(context), COMPLETION_PATIENCE).read(target, dict[str, Any]))
     except (ApiError, click.UsageError):
         names = []
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
