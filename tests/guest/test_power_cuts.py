@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from . import power_cuts
+from . import cut_guests
 from .back_end_processes import STAND_IN, BackendFactory
 from .machines import UmlGuest
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(STAND_IN, reason="only for ringplane")
 STATES = 150
 
 
-@pytest.mark.parametrize("name", power_cuts.SUBJECTS)
+@pytest.mark.parametrize("name", cut_guests.SUBJECTS)
 def test_what_is_planted_is_found(backend: BackendFactory, uml: UmlGuest, tmp_path: Path, name: str) -> None:
-    subject = power_cuts.SUBJECTS[name]
-    base, recording = power_cuts.record(backend, uml, tmp_path, subject)
-    found = power_cuts.crash(base, recording, subject, states=STATES)
+    subject = cut_guests.SUBJECTS[name]
+    base, recording = cut_guests.record(backend, uml, tmp_path, subject)
+    found = cut_guests.crash(base, recording, subject, states=STATES)
     # Otherwise it would prove nothing.
     assert found["tried"] == STATES
     assert bool(found["failed"]) == subject.planted, found
