@@ -49,6 +49,8 @@ class RunningPolicy:
         # Each with its length before it.
         self._arrays: dict[str, npt.NDArray[np.int64]] = {}
         self.in_use = False
+        # From which the random numbers follow now.
+        self._seed: Value | None = None
         # Those that were changed, until they are put in force.
         self._waiting: dict[str, Value] = {}
         self._storing = threading.Lock()
@@ -60,7 +62,6 @@ class RunningPolicy:
                 array[0] = count
                 self._my[key] = array.ctypes.data + 8
         self._store(self.values)
-        self._header["random"] = _first_random(name, self.values[SEED])
         self.change(given)
 
     @property
@@ -138,8 +139,8 @@ class RunningPolicy:
                 libc.unlock_mutex(self.address + MUTEX)
 
     def _put(self, key: str, value: Value) -> None:
-        if key == SEED and value != self._my[key]:
-            self._header["random"] = _first_random(self.name, value)
+        if key == SEED and value != self._seed:
+            self._seed, self._header["random"] = value, _first_random(self.name, value)
         if isinstance(value, tuple):
             self._arrays[key][1:] = value
         elif key in self._files:
