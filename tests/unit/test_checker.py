@@ -413,6 +413,9 @@ def test_mistakes_planted_into_our_code(tmp_path: Path, plant: Callable[[ast.AST
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     planted = set()
     for path in sorted(package.rglob("*.py")):
+        # Files of policies have rules of their own (test_policy_files.py).
+        if path.is_relative_to(package / "policies" / "shipped"):
+            continue
         lines = path.read_text().splitlines()
         for change in list(places(path, plant))[::4]:
             line = lines[change.line - 1].encode()

@@ -286,6 +286,23 @@ def test_marks_from_a_guest(make_rig: RigFactory, recorder: Recorder) -> None:
     assert recording.complete
 
 
+def test_a_process_that_hands_over_does_not_wait_for_the_file(tmp_path: Path, make_rig: RigFactory) -> None:
+    """All that was answered is in the recording when its storage continues."""
+    recorder = Recorder(tmp_path / "slow.rec")
+    file = SlowFile(recorder)
+    line = make_rig(layers=[recorder.part()]).line().start()
+    recorder.start()
+    for number in range(4):
+        assert line.do(OUT, 0, pattern(100 << 10, number)) == Answer(OK, 1, b"")
+    line.stop()
+    left = threading.Event()
+    recorder.file.leave(left.set)
+    assert file.waiting
+    assert not left.is_set()
+    file.read_all()
+    assert left.wait(PATIENCE)
+
+
 @pytest.fixture
 def little_room(tmp_path: Path) -> Iterator[Path]:
     if os.getuid() != 0:
@@ -414,6 +431,7 @@ def test_recordings_begin_and_end_while_a_guest_uses_the_disk(served: ringplane.
             served.resume()
             served.mark("one \N{SNOWMAN}")
             loading.result()
+            driver.write(0, bytes([number]) * 512)
             served.mark("two")
             served.end_recording()
             recording = open_recording(path)
@@ -422,6 +440,24 @@ def test_recordings_begin_and_end_while_a_guest_uses_the_disk(served: ringplane.
             assert [entry.text for entry in recording if entry.kind == entries.MARK] == ["one \N{SNOWMAN}", "two"]
             assert played(recording, before) == Path(disk).read_bytes()
             assert len(recording) > 2
+
+
+def test_a_mark_after_the_end_of_the_recording_is_refused(served: ringplane.Export, tmp_path: Path) -> None:
+    """As after ENOSPC: what is promised then is in no recording."""
+    served.start_recording(tmp_path / "disk.rec")
+    served.mark("one")
+    recording = served.operations.recording
+    assert recording is not None
+    recording.file.failed = "No space left on device"
+    with pytest.raises(OperationError, match="nothing is recorded any more: No space left on device"):
+        served.mark("two")
+
+
+def test_a_recording_has_the_physical_blocks_that_the_guest_sees(served: ringplane.Export, tmp_path: Path) -> None:
+    served.start_recording(tmp_path / "disk.rec")
+    served.end_recording()
+    header = open_recording(tmp_path / "disk.rec").header
+    assert header.physical_block_size == served.disk.limits.physical_block
 
 
 def test_recordings_begin_and_end_under_load(served: ringplane.Export, tmp_path: Path) -> None:

@@ -222,8 +222,12 @@ class Operations:
 
     async def _mark(self, text: str) -> None:
         file = self._recording().file
-        while not file.mark(text.encode()):
+        while not (file.failed or file.mark(text.encode())):
             await asyncio.sleep(MARK_INTERVAL)
+        if file.failed:
+            raise WrongState(
+                f"nothing is recorded any more: {file.failed}", "end the recording; another one needs another file"
+            )
 
     def _recording(self) -> RecordLayer:
         if layer := self.recording:

@@ -291,12 +291,15 @@ class RecordLayer(Layer):
 
     def close(self) -> None:
         self.file.close()
+        self._close_parts()
+
+    def _close_parts(self) -> None:
         for part in self._parts:
             part.close()
 
     def abandon(self) -> None:
-        """What the next process does is not in this recording."""
-        self.close()
+        """What the next process does is not in this recording. That process does not wait until it is written."""
+        self.file.leave(self._close_parts)
 
     def unlink(self) -> None:
         self.file.unlink()
@@ -314,7 +317,8 @@ def record_to(path: Path, config: DiskConfig, source: Source, opener: Opener) ->
     header = Header(
         size=source.size,
         block_size=config.block_size,
-        physical_block_size=config.physical_block_size or config.block_size,
+        # As its guest sees it.
+        physical_block_size=source.limits().for_blocks(config.block_size, config.physical_block_size).physical_block,
         write_cache=config.features.get("flush", True),
         token=new_token(),
         disk=config.name or "",

@@ -6,6 +6,7 @@ is served as before.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import errno
 import logging
@@ -13,6 +14,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,9 @@ ROOM = 16 << 20
 MOST_PARTS = 64
 
 THREAD = "ringplane-record"
+
+# Seconds that a process waits at its exit for the end of a recording that it has left (`leave`).
+LEAVE_PATIENCE = 10.0
 
 
 class RecordingFile:
@@ -124,6 +129,21 @@ class RecordingFile:
         self._epoll.close()
         os.close(self._wake_fd)
         os.close(self._fd)
+
+    def leave(self, then: Callable[[], None]) -> None:
+        """Like `close`, but it does not wait for the file; `then` is called at the end, on another thread."""
+        self._record["stopping"] = 1
+        ending = threading.Thread(target=self._leave, args=(then,), name=THREAD, daemon=True)
+        try:
+            ending.start()
+        except RuntimeError:
+            self._leave(then)
+        else:
+            atexit.register(ending.join, LEAVE_PATIENCE)
+
+    def _leave(self, then: Callable[[], None]) -> None:
+        self.close()
+        then()
 
     def unlink(self) -> None:
         """Remove the file, as far as possible, because the disk cannot be served."""
