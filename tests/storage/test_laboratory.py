@@ -177,6 +177,36 @@ def test_a_check_that_takes_too_long_has_failed(recorded: Recorded) -> None:
     assert "the check did not end in time" in done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_what_a_check_leaves_mounted_is_not_removed(recorded: Recorded, tmp_path: Path) -> None:
+    """The folder of the check is removed, and not what was mounted there; the next check does not see it."""
+    (tmp_path / "host").mkdir()
+    precious = tmp_path / "host" / "precious"
+    precious.write_text("still here")
+    for number in range(3):
+        recorded.write(number * BLOCK, b"x" * BLOCK)
+    there = tmp_path / "there"
+    there.mkdir()
+    check = (
+        f"test -s {{image}} && test ! -e {there}/precious && mount --bind {precious.parent} {there} "
+        f"&& mount --bind {precious.parent} {{folder}} && test -e {{folder}}/precious"
+    )
+    assert result(recorded, check, *WHOLE, status=0)["failed"] == 0
+    assert precious.read_text() == "still here"
+
+
+def test_a_daemon_of_a_check_ends_with_it(recorded: Recorded, tmp_path: Path) -> None:
+    recorded.write(0, b"x" * BLOCK)
+    pids = tmp_path / "pids"
+    # It is in a session of its own, and its parent has ended. That check fails which finds one of those before.
+    check = (
+        f"test -s {{image}} && ! kill -0 $(cat {pids}.$PPID) && "
+        f"(setsid sleep 100 >/dev/null 2>&1 & echo $! | tee -a {pids} > {pids}.$PPID)"
+    )
+    assert result(recorded, check, *WHOLE, status=0)["failed"] == 0
+    assert not [pid for pid in pids.read_text().split() if Path("/proc", pid).exists()]
+
+
 def test_what_cannot_be_run(recorded: Recorded, tmp_path: Path) -> None:
     recorded.write(0, b"x" * BLOCK)
     assert "cannot be executed" in crash(recorded, "no-such-program {image}", status=2).stderr

@@ -1,7 +1,7 @@
 """A process that runs the check on one state after the other: it shows a view of a state, and starts the command.
 
-It has a mount namespace of its own. So its view disappears with it, however it ends, all views have the same path, and
-what a check mounts is not seen by others.
+It has a mount namespace of its own. So its view disappears with it, however it ends, and all views have the same path.
+Each command has one too: this process, which removes the folder of the command, never sees what is mounted there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ringplane.crash.image_view import View, mount
 from ringplane.crash.power_cuts import PowerCut
 from ringplane.crash.sector_contents import SectorContents
 from ringplane.crash.timeline import Timeline
-from ringplane.system.mount_namespace import enter_mount_namespace
+from ringplane.system.descendants import adopt_descendants, end_descendants, end_with_parent
+from ringplane.system.mount_namespace import copy_mount_namespace, enter_mount_namespace
 from ringplane.system.signals import ENDING
 
 # Of what a failed check has printed the end is kept, in bytes.
@@ -111,6 +112,13 @@ def _separate() -> None:
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
     enter_mount_namespace()
+    adopt_descendants()
+
+
+def _separate_command() -> None:
+    """In the child process, before it executes the shell."""
+    end_with_parent()
+    copy_mount_namespace()
 
 
 class Checker:
@@ -144,14 +152,14 @@ class Checker:
     @contextlib.contextmanager
     def _command(self, state: State) -> Iterator[str]:
         mark = self._experiment.timeline.mark_before(state.cut.time)
-        command = self._experiment.command.replace(IMAGE, str(self._mounted))
+        command = self._experiment.command.replace(IMAGE, shlex.quote(str(self._mounted)))
         command = command.replace(MARK, shlex.quote(mark.text if mark else ""))
         if FOLDER not in command:
             yield command
             return
         folder = tempfile.mkdtemp(prefix="ringplane-check-")
         try:
-            yield command.replace(FOLDER, folder)
+            yield command.replace(FOLDER, shlex.quote(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -163,16 +171,17 @@ class Checker:
             stdout=self._output,
             stderr=self._output,
             start_new_session=True,
+            preexec_fn=_separate_command,
         )
         ended = os.pidfd_open(process.pid)
         try:
             in_time = self._wait(ended)
         finally:
             os.close(ended)
-            # Also what it has left in the background.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             status = process.wait()
+            # Also what it has left in the background: it could write to the next state.
+            end_descendants()
         return status if in_time else None
 
     def _wait(self, ended: int) -> bool:

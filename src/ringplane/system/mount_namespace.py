@@ -29,6 +29,11 @@ def enter_mount_namespace() -> None:
     _make_private()
 
 
+def copy_mount_namespace() -> None:
+    """In a child of a process that has entered one: what it mounts is not seen by its parent. Raises OSError."""
+    _unshare(CLONE_NEWNS)
+
+
 def _unshare(flags: int) -> None:
     if _libc.unshare(flags) != 0:
         raise _error("unshare(2)")
