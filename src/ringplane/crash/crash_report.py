@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from ringplane.recordings.reader import Recording
 
 # So many missing writes are listed.
 MOST_LISTED = 20
+# Python does not convert much larger numbers to text (sys.get_int_max_str_digits).
+MOST_BITS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,13 @@ class Report:
     failed: int
     seconds: float
     exhausted: bool
+    in_vain: bool
     smallest: FoundState | None
 
     def as_json(self) -> dict[str, object]:
-        """For programs. A number of states that JSON's readers would round is a text too."""
-        return asdict(self) | {"possible": str(self.possible)}
+        """For programs. A number of states that JSON's readers would round is a text too, and rounded if it is huge."""
+        exact = self.possible.bit_length() <= MOST_BITS
+        return asdict(self) | {"possible": str(self.possible) if exact else rounded(self.possible)}
 
 
 def report_of(laboratory: Laboratory, recording: Recording, saved: Path | None) -> Report:
@@ -84,6 +89,7 @@ def report_of(laboratory: Laboratory, recording: Recording, saved: Path | None) 
         failed=tally.failed,
         seconds=round(tally.seconds, 3),
         exhausted=tally.exhausted,
+        in_vain=tally.in_vain,
         smallest=found_state(laboratory.experiment, failure, recording, saved) if failure else None,
     )
 
@@ -125,6 +131,8 @@ def lines(report: Report) -> Iterator[str]:
     )
     if report.exhausted:
         yield "all states have been tried"
+    if report.in_vain:
+        yield "not all states have been tried, but the last random ones were all the same as earlier ones"
     if report.smallest:
         yield from lines_of_state(report.smallest, report.entries)
 
@@ -150,4 +158,4 @@ def rounded(number: int) -> str:
     """A number that may be very large."""
     if number < 1_000_000:
         return str(number)
-    return f"about 10^{len(str(number)) - 1}"
+    return f"about 10^{math.floor(math.log10(number))}"

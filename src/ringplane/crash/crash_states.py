@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ringplane.crash.landing import all_orders, early, entangled, random_order
+from ringplane.crash.landing import all_orders, early, entangled, has_few_orders, random_order
 from ringplane.crash.power_cuts import PowerCut
 from ringplane.crash.tearing import Tearing
 from ringplane.crash.timeline import Write
@@ -133,6 +133,11 @@ class Enumeration:
         return sum(self.possible_at(cut) for cut in self.cuts)
 
     @cached_property
+    def complete(self) -> bool:
+        """Whether `likely` and `others` are all states."""
+        return not self._large and all(has_few_orders(cut) for cut in self.cuts)
+
+    @cached_property
     def _large(self) -> list[PowerCut]:
         return [cut for cut in self.cuts if self.possible_at(cut) > FEW]
 
@@ -172,7 +177,7 @@ class Enumeration:
 
     def _random_kept(self, write: Write, missing: float, draw: random.Random) -> int:
         if draw.randrange(TORN) == 0 and self.tearing.count(write) > 1:
-            return sum(unit for unit in self.tearing.units(write) if draw.random() < 0.5)
+            return self.tearing.some_units(write, draw)
         return NOTHING if draw.random() < missing else ALL
 
     def _choices(self, write: Write) -> list[int]:

@@ -13,7 +13,7 @@ from ringplane.crash.crash_states import Enumeration, State
 from ringplane.crash.disk_state import Fingerprints
 from ringplane.crash.smallest_state import size_of, smallest
 
-# If so many rounds of random states bring nothing new, all have been tried.
+# If so many rounds of random states bring nothing new, it is of no use to draw more.
 IN_VAIN = 16
 
 
@@ -33,8 +33,10 @@ class Tally:
     same: int = 0
     failed: int = 0
     seconds: float = 0.0
-    # Whether there was nothing left to try.
+    # Whether all states have been tried.
     exhausted: bool = False
+    # Whether it ended before that because random states brought nothing new.
+    in_vain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ class Laboratory:
                 yield state
             else:
                 self.tally.same += 1
-        self.tally.exhausted = True
+        self.tally.exhausted = self.enumeration.complete
+        self.tally.in_vain = not self.tally.exhausted
 
     def _all_of_them(self) -> Iterator[State]:
         yield from self.enumeration.likely()

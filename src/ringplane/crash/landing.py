@@ -53,11 +53,16 @@ def random_order(cut: PowerCut, draw: random.Random) -> tuple[int, ...]:
     return _order(cut, {place: draw.uniform(earliest(write), latest(write)) for place, write in chosen})
 
 
+def has_few_orders(cut: PowerCut) -> bool:
+    """Whether `all_orders` are all."""
+    return len(entangled(cut)) <= FEW_ENTANGLED
+
+
 @cache
 def all_orders(cut: PowerCut) -> tuple[tuple[int, ...], ...]:
     """All orders of the entangled writes, the usual one first; only that one if there are too many."""
     usual = entangled(cut)
-    if not usual or len(usual) > FEW_ENTANGLED:
+    if not usual or not has_few_orders(cut):
         return (USUAL,)
     found = (_moments(cut, permuted) for permuted in itertools.permutations(usual) if permuted != usual)
     return (USUAL, *dict.fromkeys(_order(cut, moments) for moments in found if moments))
