@@ -132,7 +132,7 @@ def lines(report: Report) -> Iterator[str]:
     if report.exhausted:
         yield "all states have been tried"
     if report.in_vain:
-        yield "not all states have been tried, but the last random ones were all the same as earlier ones"
+        yield "nothing new is left to try, although these are not all states that are possible"
     if report.smallest:
         yield from lines_of_state(report.smallest, report.entries)
 
