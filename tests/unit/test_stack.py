@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringplane.block import buffers, transfer
+from ringplane.block import transfer
 from ringplane.block.io import BLOCK_IO
 from ringplane.block.layers.delay import DelayPart
 from ringplane.block.layers.registry import LAYERS
 from ringplane.block.stack import CONTINUE, WAIT, LayerPart
 from ringplane.compiler.units import unit
 from ringplane.dataplane.request_types import EVERY_DISK, OF_LAYER
+from ringplane.native import buffers
 from ringplane.native.access import view
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns

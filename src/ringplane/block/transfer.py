@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from errno import EINTR, EOPNOTSUPP, ETIMEDOUT
 
-from ringplane.block.buffers import consume, copy_from, copy_to, restore
 from ringplane.block.flush import begin_flush, flush
 from ringplane.block.helper_threads import send_to_helpers
 from ringplane.block.io import (
@@ -35,6 +34,7 @@ from ringplane.block.stack import STACK, add_to_batch, finish
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call
 from ringplane.native.access import address_of, load64, store64, view
+from ringplane.native.buffers import consume, copy_from, copy_to, restore
 from ringplane.virtio.blk import VIRTIO_BLK_S_IOERR
 
 BOUNCE_SIZE = 256 * 1024

@@ -6,7 +6,6 @@ repeat the loads of native.access). A function that finds a broken rule returns 
 
 from __future__ import annotations
 
-from ringplane.block.buffers import consume, copy_from
 from ringplane.block.io import BLOCK_IO
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
@@ -15,6 +14,7 @@ from ringplane.dataplane.state import MAX_IOVECS, QUEUE, REQUEST, REQUEST_HEADER
 from ringplane.guest_memory.regions import REGION, REGION_SIZE, find_region
 from ringplane.inflight import tracking
 from ringplane.native.access import address_of, load64, view
+from ringplane.native.buffers import consume, copy_from
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
 from ringplane.virtio import packed
 from ringplane.virtio.blk import HEADER_SIZE

@@ -6,7 +6,6 @@ units of their own, in the device's table of REQUEST_TYPE structs (state.py).
 
 from __future__ import annotations
 
-from ringplane.block.buffers import copy_from, copy_to
 from ringplane.block.io import BLOCK_IO, DISCARD, FLUSH, FUA, READ, REPEATED, SECURE_ERASE, WRITE, ZERO
 from ringplane.block.ranges import RANGE, RANGE_SIZE
 from ringplane.block.route import submit
@@ -33,6 +32,7 @@ from ringplane.dataplane.state import (
     REQUEST_TYPES,
 )
 from ringplane.native.access import address_of, view
+from ringplane.native.buffers import copy_from, copy_to
 from ringplane.native.uio import IOVEC_SIZE
 from ringplane.virtio.blk import (
     LIFETIME_SIZE,

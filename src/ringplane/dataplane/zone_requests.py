@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ringplane.block.buffers import copy_to
 from ringplane.block.io import (
     BLOCK_IO,
     ZONE_APPEND,
@@ -18,6 +17,7 @@ from ringplane.compiler.units import unit
 from ringplane.dataplane.requests import check_io, prepare_write, writable_buffers
 from ringplane.dataplane.state import DEVICE, PENDING, QUEUE, REQUEST, REQUEST_SECTOR, RequestTypes
 from ringplane.native.access import view
+from ringplane.native.buffers import copy_to
 from ringplane.virtio.blk import (
     SECTOR,
     VIRTIO_BLK_F_ZONED,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from ringplane.compiler.jit import compiled
 from ringplane.native.access import (
     address_of,
-    copy,
     count_leading_zeros,
     view,
     wrapping_add,
@@ -23,6 +22,7 @@ from ringplane.native.access import (
     store8 as store_byte,
 )
 from ringplane.native.allocation import allocate
+from ringplane.native.buffers import copy_from
 from ringplane.native.structs import struct
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
 
@@ -162,7 +162,7 @@ def store8(io, position, value):
     """Change this byte of the data: what will be written, or what was read. Elsewhere nothing happens."""
     seen = view(address_of(io), SEEN)
     if seen.data == COPIED and seen.buffer == 0:
-        copy_data(seen, io.length)
+        copy_data(seen, seen.iov, io.length)
     place = find(seen, io.length, position) if seen.data == IN_PLACE or seen.buffer else 0
     if place:
         store_byte(place, value)
@@ -186,17 +186,10 @@ def find(seen, length, position):
 
 
 @compiled
-def copy_data(seen, length):
-    """Copy the data of a write to memory of its own. If there is none, the I/O fails."""
-    seen.buffer = allocate(ALIGNMENT, (length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
-    if seen.buffer == 0:
+def copy_data(seen, iov, size):
+    """Copy the first `size` bytes of a write to memory of its own. If there is none, the I/O fails."""
+    seen.buffer = allocate(ALIGNMENT, (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
+    if seen.buffer:
+        copy_from(iov, seen.buffer, size)
+    else:
         seen.no_memory = 1
-        return
-    iov, place, left = seen.iov, seen.buffer, length
-    while left > 0:
-        iovec = view(iov, IOVEC)
-        part = min(left, iovec.len)
-        copy(place, iovec.base, part)
-        place += part
-        left -= part
-        iov += IOVEC_SIZE

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from errno import EIO, ENOMEM
 
-from ringplane.block.buffers import copy_from
 from ringplane.block.io import BLOCK_IO, CHANNEL, FUA, READ, WRITE, io_at, put
 from ringplane.block.stack import CONTINUE, KEEP, WAIT, resume, turn_round
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call, unit
 from ringplane.native.access import address_of, view
-from ringplane.native.allocation import allocate, free
+from ringplane.native.allocation import free
 from ringplane.native.mutex import lock, unlock
 from ringplane.native.structs import struct
 from ringplane.native.syscalls import monotonic_ns
@@ -36,7 +35,7 @@ from ringplane.policies.answers import (
     number_of,
     valid,
 )
-from ringplane.policies.io_view import ALIGNMENT, COPIED, HEADER, HEADER_SIZE, IN_PLACE, MUTEX, NO_DATA, SEEN
+from ringplane.policies.io_view import COPIED, HEADER, HEADER_SIZE, IN_PLACE, MUTEX, NO_DATA, SEEN, copy_data
 
 NS_PER_US = 1000
 # Smaller results are not of storage (block/io.py).
@@ -242,9 +241,7 @@ def use_copy(policies, io, size):
     """Have the first `size` bytes of a write come from a copy; False: there is no memory for it."""
     seen, change = view(policies.seen, SEEN), change_at(policies, io.slot)
     if seen.buffer == 0 and not seen.no_memory:
-        seen.buffer = allocate(ALIGNMENT, (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
-        if seen.buffer:
-            copy_from(io.iov, seen.buffer, size)
+        copy_data(seen, io.iov, size)
     if seen.buffer == 0:
         return False
     note(change, io)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ringplane.block.buffers import copy_from
 from ringplane.block.events import Event
 from ringplane.block.image import ImageError
 from ringplane.block.io import (
@@ -50,6 +49,7 @@ from ringplane.block.stack import CONTINUE, KEEP, LayerPart, call_again, resume
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import address_of, copy, fence, load8, load64, load64_acquire, store64, view
+from ringplane.native.buffers import copy_from
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns, read
 from ringplane.native.uio import IOVEC, IOVEC_SIZE

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringplane.block import zonefile
-from ringplane.block.buffers import consume, copy_to
 from ringplane.block.io import (
     BLOCK_IO,
     FLUSH,
@@ -38,6 +37,7 @@ from ringplane.block.zonefile import ZoneFile
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import address_of, load64, store64, view
+from ringplane.native.buffers import consume, copy_to
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_F_ZONED, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP
 from ringplane.virtio.blk_zones import (
     DESCRIPTOR,
