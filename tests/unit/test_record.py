@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 import ringplane
 from ringplane.block.image import ImageError
-from ringplane.block.layers.record import RecordLayer
+from ringplane.block.layers.record import RecordLayer, RecordPart
 from ringplane.block.layers.recording_file import RecordingFile
-from ringplane.block.stack import LayerPart
 from ringplane.control.operation_errors import OperationError
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
@@ -66,17 +65,17 @@ class Recorder:
         self.path = path
         self.events: Events = []
         self.file = RecordingFile(path, Header(size, token=new_token()), LOCAL, ROOM)
-        self._layer = RecordLayer(self.file)
+        self.layer = RecordLayer(self.file)
 
-    def part(self) -> LayerPart:
-        return self._layer.part(0, SLOTS)
+    def part(self) -> RecordPart:
+        return self.layer.part(0, SLOTS)
 
     def start(self) -> None:
-        self._layer.start_threads(lambda kind, **fields: self.events.append((kind, fields)))
+        self.layer.start_threads(lambda kind, **fields: self.events.append((kind, fields)))
 
     def end(self) -> Recording:
         """When no I/O is in progress."""
-        self._layer.close()
+        self.layer.close()
         return open_recording(self.path)
 
 
@@ -216,6 +215,10 @@ class SlowFile:
     def end(self) -> Recording:
         """When no I/O is in progress."""
         self._recorder.end()
+        return self.content()
+
+    def content(self) -> Recording:
+        """When the recording has ended."""
         os.close(self._give)
         self._reading.join(PATIENCE)
         os.close(self._take)
@@ -287,20 +290,21 @@ def test_marks_from_a_guest(make_rig: RigFactory, recorder: Recorder) -> None:
 
 
 def test_a_process_that_hands_over_does_not_wait_for_the_file(tmp_path: Path, make_rig: RigFactory) -> None:
-    """All that was answered is in the recording when its storage continues."""
+    """Nor does the end of the disk. All that was answered is in the recording when its storage continues."""
     recorder = Recorder(tmp_path / "slow.rec")
-    file = SlowFile(recorder)
-    line = make_rig(layers=[recorder.part()]).line().start()
+    file, part = SlowFile(recorder), recorder.part()
+    line = make_rig(layers=[part]).line().start()
     recorder.start()
     for number in range(4):
         assert line.do(OUT, 0, pattern(100 << 10, number)) == Answer(OK, 1, b"")
     line.stop()
-    left = threading.Event()
-    recorder.file.leave(left.set)
+    recorder.layer.abandon()
+    recorder.layer.close()
     assert file.waiting
-    assert not left.is_set()
+    assert part.fd >= 0
     file.read_all()
-    assert left.wait(PATIENCE)
+    assert eventually(lambda: part.fd < 0)
+    assert len(file.content()) == 4
 
 
 @pytest.fixture
@@ -449,8 +453,9 @@ def test_a_mark_after_the_end_of_the_recording_is_refused(served: ringplane.Expo
     recording = served.operations.recording
     assert recording is not None
     recording.file.failed = "No space left on device"
-    with pytest.raises(OperationError, match="nothing is recorded any more: No space left on device"):
+    with pytest.raises(OperationError, match="nothing is recorded any more: No space left on device") as caught:
         served.mark("two")
+    assert caught.value.right == "end the recording; another one needs another file"
 
 
 def test_a_recording_has_the_physical_blocks_that_the_guest_sees(served: ringplane.Export, tmp_path: Path) -> None:

@@ -225,9 +225,8 @@ class Operations:
         while not (file.failed or file.mark(text.encode())):
             await asyncio.sleep(MARK_INTERVAL)
         if file.failed:
-            raise WrongState(
-                f"nothing is recorded any more: {file.failed}", "end the recording; another one needs another file"
-            )
+            right = "end the recording; another one needs another file"
+            raise WrongState(f"nothing is recorded any more: {file.failed}", self._disk.name, right)
 
     def _recording(self) -> RecordLayer:
         if layer := self.recording:

@@ -8,7 +8,9 @@ before the driver can reuse its buffers. If there is no room for the entry, the 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from errno import EIO
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -291,18 +293,21 @@ class RecordLayer(Layer):
 
     def close(self) -> None:
         self.file.close()
-        self._close_parts()
-
-    def _close_parts(self) -> None:
-        for part in self._parts:
-            part.close()
+        _close_all(self._parts)
 
     def abandon(self) -> None:
         """What the next process does is not in this recording. That process does not wait until it is written."""
-        self.file.leave(self._close_parts)
+        # Until then the thread that writes the file uses them.
+        parts, self._parts = self._parts, []
+        self.file.leave(partial(_close_all, parts))
 
     def unlink(self) -> None:
         self.file.unlink()
+
+
+def _close_all(parts: Sequence[RecordPart]) -> None:
+    for part in parts:
+        part.close()
 
 
 def open_layer(config: DiskConfig, source: Source, *, shared: bool, opener: Opener) -> Layer | None:

@@ -113,10 +113,27 @@ class RecordingFile:
         emit("recording-started", file=str(self.path), token=self.token)
 
     def close(self) -> None:
-        """End the recording when no I/O is in progress; may block. A second call does nothing."""
-        if self._closed:
-            return
+        """End the recording when no I/O is in progress; may block. After `leave`, or a second time, it does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._finish()
+
+    def leave(self, then: Callable[[], None]) -> None:
+        """Like `close`, but it does not wait for the file; `then` is called at the end, on another thread."""
         self._closed = True
+        ending = threading.Thread(target=self._leave, args=(then,), name=THREAD, daemon=True)
+        try:
+            ending.start()
+        except RuntimeError:
+            self._leave(then)
+        else:
+            atexit.register(ending.join, LEAVE_PATIENCE)
+
+    def _leave(self, then: Callable[[], None]) -> None:
+        self._finish()
+        then()
+
+    def _finish(self) -> None:
         self._record["stopping"] = 1
         os.eventfd_write(self._wake_fd, 1)
         if self._thread.ident is not None:
@@ -129,21 +146,6 @@ class RecordingFile:
         self._epoll.close()
         os.close(self._wake_fd)
         os.close(self._fd)
-
-    def leave(self, then: Callable[[], None]) -> None:
-        """Like `close`, but it does not wait for the file; `then` is called at the end, on another thread."""
-        self._record["stopping"] = 1
-        ending = threading.Thread(target=self._leave, args=(then,), name=THREAD, daemon=True)
-        try:
-            ending.start()
-        except RuntimeError:
-            self._leave(then)
-        else:
-            atexit.register(ending.join, LEAVE_PATIENCE)
-
-    def _leave(self, then: Callable[[], None]) -> None:
-        self.close()
-        then()
 
     def unlink(self) -> None:
         """Remove the file, as far as possible, because the disk cannot be served."""
