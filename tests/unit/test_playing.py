@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringplane
+from ringplane.block.image import ImageError
 from ringplane.driver import Driver
 from ringplane.driver.playing import ImageTarget, Player, SocketTarget, Target
 from ringplane.recordings.entries import (
@@ -34,7 +36,7 @@ from ringplane.recordings.entries import (
 from ringplane.recordings.reader import Recording
 from ringplane.recordings.writer import RecordingWriter
 
-from .rig import pattern
+from .rig import loop_device, pattern
 
 SIZE = 4 << 20
 MS = 1_000_000
@@ -93,6 +95,26 @@ def test_each_kind(make_target: MakeTarget) -> None:
         assert target.read(offset, length) == bytes(length)
 
 
+def test_an_image_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    """Neither by us, nor, while we play, by others."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(pattern(SIZE))
+    with ringplane.serve(path, tmp_path / "socket"), pytest.raises(OSError, match="another program uses it"):
+        ImageTarget(path)
+    with closing(ImageTarget(path)), pytest.raises(ImageError):
+        ringplane.serve(path, tmp_path / "socket").__enter__()
+
+
+def test_a_device_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    with loop_device(path) as device:
+        with os.fdopen(os.open(device, os.O_RDWR | os.O_EXCL)), pytest.raises(OSError, match="another program uses it"):
+            ImageTarget(device)
+        with closing(ImageTarget(device)) as target:
+            assert target.size == SIZE
+
+
 def test_differences_are_found(make_target: MakeTarget) -> None:
     """What another one changes after the recording was played."""
     target = make_target()
@@ -135,6 +157,8 @@ class SlowDisk:
         self.content = bytearray(SIZE)
         self.in_flight: dict[int, Entry] = {}
         self.ended: list[int] = []
+        # Whether all that has ended is stable.
+        self.stable = False
 
     def begin(self, entry: Entry) -> Callable[[], None]:
         for other in self.in_flight.values():
@@ -142,6 +166,7 @@ class SlowDisk:
             apart = entry.offset >= other.offset + other.length or other.offset >= entry.offset + entry.length
             assert apart or FLUSH in (entry.kind, other.kind), "what overlaps is in flight together"
         self.in_flight[entry.index] = entry
+        self.stable = False
 
         def end() -> None:
             del self.in_flight[entry.index]
@@ -150,6 +175,10 @@ class SlowDisk:
                 self.content[entry.offset : entry.offset + entry.length] = data
 
         return end
+
+    def sync(self) -> None:
+        assert self.in_flight == {}
+        self.stable = True
 
     def read(self, offset: int, length: int) -> bytes:
         return bytes(self.content[offset : offset + length])
@@ -161,6 +190,7 @@ def test_what_was_in_flight_together_is_so_again(entries: list[dict[str, Any]]) 
     player = Player(recorded(*entries), disk)
     assert player.play(timed=False).requests == len(entries)
     assert disk.in_flight == {}
+    assert disk.stable
     assert list(player.differences()) == []
 
 
@@ -184,6 +214,9 @@ def test_at_the_recorded_times(make_target: MakeTarget) -> None:
         def begin(self, entry: Entry) -> Callable[[], None]:
             began.append(time.monotonic_ns())
             return target.begin(entry)
+
+        def sync(self) -> None:
+            target.sync()
 
         def read(self, offset: int, length: int) -> bytes:
             return target.read(offset, length)

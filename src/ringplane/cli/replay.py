@@ -14,6 +14,7 @@ from ringplane.cli.demo import interruptible
 from ringplane.cli.export import read
 from ringplane.cli.types import FILE
 from ringplane.options.counted import counted
+from ringplane.system.signals import Signals
 from ringplane.system.signals import of as signals_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def replay(context: click.Context, recording: Path, target: Path, fast: bool, ve
 
     signals = signals_of(context.obj)
     recorded = read(recording)
-    with interruptible("the recording was not played to its end"), _errors(target), _opened(target) as disk:
+    with interruptible("the recording was not played to its end"), _errors(target), _opened(target, signals) as disk:
         if disk.size < recorded.header.size:
             raise click.ClickException(
                 f"{target}: has {disk.size} bytes, and the recorded disk had {recorded.header.size}; take a larger one"
@@ -53,8 +54,8 @@ def replay(context: click.Context, recording: Path, target: Path, fast: bool, ve
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Target]:
-    """The disk at this path. Raises OSError, ConnectionError."""
+def _opened(path: Path, signals: Signals) -> Iterator[Target]:
+    """The disk at this path. Raises OSError, ConnectionError, Interrupted."""
     from ringplane.driver import Driver
     from ringplane.driver.playing import ImageTarget, SocketTarget
 
@@ -62,7 +63,7 @@ def _opened(path: Path) -> Iterator[Target]:
         with Driver(path) as driver:
             yield SocketTarget(driver)
         return
-    with contextlib.closing(ImageTarget(path)) as image:
+    with contextlib.closing(ImageTarget(path, signals)) as image:
         yield image
 
 

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ringplane.block.image_lock import lock
 from ringplane.driver.driver import PIECE, Begun, Driver, Unsupported
 from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ringplane.options.image_options import ImageOptions
 from ringplane.recordings.entries import CHANGES, DISCARD, FLUSH, MARK, SECURE_ERASE, WRITE, ZERO, Entry
 from ringplane.recordings.reader import Recording
 from ringplane.system.libc import system_call
+from ringplane.system.signals import NONE, Signals
 from ringplane.system.syscall_numbers import NUMBERS
 from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT
 
@@ -31,6 +34,8 @@ MOST_IN_FLIGHT = 64
 
 # Bytes that are written, or read for verification, at a time.
 LARGEST = 1 << 20
+
+IN_USE = "another program uses it; stop that program, or take a copy"
 
 
 class Target(Protocol):
@@ -41,6 +46,9 @@ class Target(Protocol):
     def begin(self, entry: Entry) -> Callable[[], None]:
         """Begin what the entry says; what is returned waits for its end."""
 
+    def sync(self) -> None:
+        """Make stable what has ended."""
+
     def read(self, offset: int, length: int) -> bytes:
         """What is there."""
 
@@ -48,11 +56,16 @@ class Target(Protocol):
 class ImageTarget:
     """An image: a file or a block device, through the page cache. Each request has ended when `begin` returns."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError."""
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        self.size = os.lseek(self._fd, 0, os.SEEK_END)
+    def __init__(self, path: Path, signals: Signals = NONE) -> None:
+        """Raises OSError, also if something else uses the image; Interrupted."""
+        self._fd = _opened(path)
+        try:
+            if not _locked(self._fd, signals):
+                raise OSError(errno.EBUSY, IN_USE)
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, entry: Entry) -> Callable[[], None]:
         """See Target."""
@@ -80,12 +93,35 @@ class ImageTarget:
         with contextlib.suppress(OSError):
             system_call(NUMBERS["fallocate"], self._fd, mode, entry.offset, entry.length)
 
+    def sync(self) -> None:
+        """See Target."""
+        os.fdatasync(self._fd)
+
     def read(self, offset: int, length: int) -> bytes:
         """See Target."""
         return os.pread(self._fd, length, offset)
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _opened(path: Path) -> int:
+    """With O_EXCL the kernel refuses a block device that is mounted, or a part of another one (open(2))."""
+    exclusive = os.O_EXCL if stat.S_ISBLK(path.stat().st_mode) else 0
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
+    except OSError as error:
+        raise OSError(error.errno, IN_USE) if error.errno == errno.EBUSY else error from None
+
+
+def _locked(fd: int, signals: Signals) -> bool:
+    try:
+        return lock(fd, ImageOptions(), signals)
+    except OSError as error:
+        # Some network file systems have no locks.
+        raise OSError(
+            error.errno, f"it cannot be locked ({error.strerror}); take a copy on another file system"
+        ) from None
 
 
 class SocketTarget:
@@ -119,6 +155,11 @@ class SocketTarget:
                 raise OSError(errno.EIO, f"the back end completed a request with status {status}")
 
         return end
+
+    def sync(self) -> None:
+        """See Target."""
+        with contextlib.suppress(Unsupported):
+            self._driver.flush()
 
     def read(self, offset: int, length: int) -> bytes:
         """See Target."""
@@ -165,6 +206,7 @@ class Player:
             self._make_way(entry)
             self._begin(entry)
         self._end_all()
+        self._target.sync()
         if self._entries:
             self.played.recorded_seconds = (max(each.end_ns for each in self._entries) - first) / 1e9
         self.played.seconds = (time.monotonic_ns() - start) / 1e9
