@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +33,8 @@ from ringplane.recordings.entries import (
     Header,
 )
 from ringplane.recordings.reader import Recording
-from ringplane.recordings.writer import RecordingWriter
 
+from .recording_makers import recording_of
 from .rig import loop_device, pattern
 
 SIZE = 4 << 20
@@ -43,12 +42,7 @@ MS = 1_000_000
 
 
 def recorded(*entries: dict[str, Any]) -> Recording:
-    file = io.BytesIO()
-    writer = RecordingWriter(file, Header(SIZE))
-    for entry in entries:
-        writer.add(**entry)
-    writer.end()
-    return Recording(memoryview(file.getvalue()))
+    return recording_of(Header(SIZE), *entries)
 
 
 MakeTarget = Callable[[], Target]

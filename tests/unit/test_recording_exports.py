@@ -27,18 +27,14 @@ from ringplane.recordings.entries import (
 )
 from ringplane.recordings.reader import Recording
 from ringplane.recordings.recording_format import RecordingError
-from ringplane.recordings.writer import RecordingWriter
+
+from .recording_makers import recording_of
 
 SIZE = 1 << 20
 
 
 def recorded(*entries: dict[str, Any], header: Header | None = None) -> Recording:
-    file = io.BytesIO()
-    writer = RecordingWriter(file, header or Header(SIZE))
-    for entry in entries:
-        writer.add(**entry)
-    writer.end()
-    return Recording(memoryview(file.getvalue()))
+    return recording_of(header or Header(SIZE), *entries)
 
 
 def write(block: int, **fields: Any) -> dict[str, Any]:
