@@ -97,6 +97,34 @@ def test_a_confined_process_records(serve: Serve, tmp_path: Path) -> None:
         assert (tmp_path / "copy.img").read_bytes() == (tmp_path / f"{name}.img").read_bytes()
 
 
+def test_a_confined_process_begins_a_recording(serve: Serve, tmp_path: Path) -> None:
+    """It was started without one. Over the API and by `ringplane ctl`, and only below the folders that were named."""
+    (tmp_path / "here").mkdir()
+    served = serve(*DISK, *API, "--allow-folder", "here", strict=True)
+    of_disk = "/v1/disks/a/recording"
+    assert served.api.request("POST", of_disk, {"file": str(tmp_path / "a.rec")}).status == 409
+    assert not (tmp_path / "a.rec").exists()
+    with served.attach("a.sock") as driver:
+        token = served.api.post(of_disk, {"file": str(tmp_path / "here" / "1.rec")})["token"]
+        driver.write(0, b"a" * 512)
+        assert served.api.request("POST", f"{of_disk}/marks", {"text": "promise"}).status == 204
+        assert served.api.get(of_disk)["entries"] == 2
+        assert served.api.request("DELETE", of_disk).json["failed"] is None
+        assert served.api.request("GET", of_disk).status == 409
+        ctl = ("ctl", "--api-socket", "api.sock")
+        assert "a block that begins with" in ringplane(tmp_path, *ctl, "record", "a", "here/2.rec")
+        driver.write(512, b"b" * 512)
+        assert ringplane(tmp_path, *ctl, "mark", "a", "another") == "a: marked"
+        assert "has 2 requests and marks" in ringplane(tmp_path, *ctl, "end-recording", "a")
+    served.end()
+    for number, byte, text in ((1, b"a", "promise"), (2, b"b", "another")):
+        recording = open_recording(tmp_path / "here" / f"{number}.rec")
+        assert recording.complete
+        written, mark = recording
+        assert (bytes(written.data), mark.text) == (byte * 512, text)
+    assert open_recording(tmp_path / "here" / "1.rec").header.token == token
+
+
 def test_a_killed_process_leaves_what_it_has_recorded(serve: Serve, tmp_path: Path) -> None:
     served = serve(*DISK, *RECORD, *API)
     with served.attach() as driver:

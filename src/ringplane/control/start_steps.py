@@ -340,6 +340,7 @@ async def _report_end(opener: RemoteOpener) -> None:
 
 def _prepare_for_more(threads: Threads, folders: Iterable[Path]) -> None:
     """Load what disks that are added later need, and find out what they ask the system: a confined process cannot."""
+    from ringplane.block.layers import recording_file  # noqa: F401
     from ringplane.control import policing  # noqa: F401
     from ringplane.limits import limiter  # noqa: F401
 
