@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import ringplane
+from ringplane.control.export import Export
 from ringplane.options.policy_options import PolicyUse, parse_policy
+from unit.waiting import eventually
 
 from .back_end_processes import STAND_IN
 from .machines import UmlGuest, when
@@ -45,9 +47,8 @@ works write_at 32
 works read_at 32
 say "a write hangs"
 write_at 128 &
-usleep 300000
+until [ "$(awk '{ print $2 }' /sys/block/vda/inflight)" = 1 ]; do usleep 10000; done
 works read_at 15
-kill -0 $! || give_up "it does not hang"
 echo "RELEASE-ME"
 wait $! || give_up "what was released has failed"
 say "no space"
@@ -83,17 +84,26 @@ def switched(**switches: bool) -> list[PolicyUse]:
     return [replace(use, enabled=switches.get(use.name, use.enabled)) for use in POLICIES]
 
 
+def release(export: Export) -> None:
+    """What hangs, once something does."""
+    assert eventually(lambda: counters(export)["stuck"]["hung"] == 1)
+    export.set_policies(switched(stuck=False))
+
+
+def counters(export: Export) -> dict[str, dict[str, int]]:
+    return {policy.name: policy.counters for policy in export.disk.running_policies}
+
+
 @pytest.mark.skipif(STAND_IN, reason="only for ringplane")
 def test_linux_sees_what_policies_do(uml: UmlGuest, disk_image: Path, tmp_path: Path) -> None:
     console = tmp_path / "console-1.txt"
     with tempfile.TemporaryDirectory(prefix="policies-") as folder:
         socket = Path(folder) / "disk.sock"
         with ringplane.serve(disk_image, socket, num_queues=1, policy=POLICIES) as export:
-            when(console, "RELEASE-ME", lambda: export.set_policies(switched(stuck=False)))
+            when(console, "RELEASE-ME", lambda: release(export))
             when(console, "WEAR-OUT", lambda: export.set_policies(switched(stuck=False, worn=True)))
             uml.run(Served(socket), Workload(script(SEES)))  # type: ignore[arg-type]
-            assert export.disk.policies is not None
-            counted = {policy.name: policy.counters for policy in export.disk.policies.policies}
+            counted = counters(export)
     assert counted["error"]["failed"] == 1
     assert (counted["bad_blocks"]["failed"], counted["bad_blocks"]["healed"]) == (1, 1)
     assert counted["stuck"]["hung"] == 1
