@@ -107,6 +107,7 @@ CHANNEL = struct(
     "waiting_last",
     "bounce_free",  # list of free bounce buffers, each holding the address of the next; 0: none
     "attention",  # not 0: Python has something to do
+    "pause",  # nanoseconds to sleep whatever happens, so that replies come together (sources/moderation.py)
     "jobs_fd",  # the pipes to and from the helper threads (helper_threads.py)
     "done_fd",
     "helper_slot",  # room for a COMPLETION from a helper

@@ -32,6 +32,7 @@ from ringplane.dataplane.state import (
     QUEUE,
     REQUEST,
     REQUEST_SIZE,
+    SLEEP,
     TOKEN_ALARM,
     TOKEN_HELPERS,
     WORKER,
@@ -124,7 +125,7 @@ def find_timeout(worker, channel, engine):
     if can_fetch(worker) or has_work(channel):
         return 0
     time = find_next_time(worker, channel)
-    timeout = find_sleep(worker, engine, time)
+    timeout = find_sleep(worker, channel, engine, time)
     if timeout == 0 or time == NEVER:
         return timeout
     channel.now = monotonic_ns()
@@ -147,7 +148,7 @@ def has_work(channel):
 
 
 @compiled
-def find_sleep(worker, engine, time):
+def find_sleep(worker, channel, engine, time):
     """Like `find_timeout`, according to the polling policy; at this `time` there is something to do.
 
     The fields of `engine` are explained in engines/common.py. Without a free slot nothing can be fetched before
@@ -163,8 +164,30 @@ def find_sleep(worker, engine, time):
             return 0
     elif is_polling(worker) and poll(worker, engine, time):
         return 0
+    if pauses(worker, channel):
+        return pause(worker, channel)
     ask_for_kicks(worker)
     return 0 if can_fetch(worker) else -1
+
+
+@compiled
+def pauses(worker, channel):
+    """Whether the next sleep is as long as a source has asked for (block/sources/moderation.py).
+
+    Other disks would wait with it. While requests are in flight, policy POLL is SLEEP without pauses: so the tuner
+    finds out whether the driver loses by them.
+    """
+    return channel.pause != 0 and worker.policy == SLEEP and worker.signaller == 0
+
+
+@compiled
+def pause(worker, channel):
+    """How many nanoseconds to sleep with kicks off, whatever happens; 0: there is something to do before."""
+    poll_quiet(worker)
+    if can_fetch(worker):
+        return 0
+    worker.pausing = 1
+    return channel.pause
 
 
 @compiled
@@ -177,7 +200,9 @@ def wait_for_events(worker, channel, engine, timeout):
     """Let the engine sleep, mark the queues that were kicked, and handle events. Each turn reaps all completions."""
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
-    count = wait(engine, timeout, MANY if worker.unnotified else 1)
+    count = wait(engine, timeout, MANY if worker.unnotified or worker.pausing else 1)
+    if worker.pausing:
+        worker.pausing = channel.pause = 0
     if timeout != 0:
         worker.wakeups += 1
     if sleeps:

@@ -222,6 +222,7 @@ WORKER = struct(
     "expects_kicks",  # not 0: before the last sleep, kicks were switched on for a queue that was in this list
     "held",  # heap of queues that are held because of limits: its first GATE (limit_gate.py), or 0
     "alarm",  # ALARM (alarm.py), or 0
+    "pausing",  # not 0: the next sleep lasts as long as a source has asked for, whatever happens
     "unpublished",  # list of queues with used elements to publish: QUEUE, or 0
     "unnotified",  # list of queues whose notifications are held back: QUEUE, or 0
     "notify_at",  # nanoseconds, CLOCK_MONOTONIC: when these notifications are due

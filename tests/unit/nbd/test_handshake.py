@@ -436,3 +436,14 @@ def test_the_options_of_a_connection(tmp_path: Path) -> None:
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == connecting.KEEPALIVE[socket.TCP_KEEPIDLE]
     server.stop()
+
+
+def test_a_unix_socket_has_room_for_large_writes(tmp_path: Path) -> None:
+    """As far as the system allows: the kernel doubles what is asked for (socket(7))."""
+    most = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    server = NbdServer(tmp_path / "nbd", bytearray(4096))
+    uri = parse(server.uri)
+    sock, _ = connect(find_places(uri), uri.export)
+    with sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * min(connecting.ROOM_TO_SEND, most)
+    server.stop()

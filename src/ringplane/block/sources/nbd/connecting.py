@@ -28,6 +28,10 @@ PAUSE = 0.1
 # questions, and their number (tcp(7)). They are asked while nothing is on its way to it; else see silence.py.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
+# Bytes of requests in a UNIX socket, as far as the system allows (net.core.wmem_max), where 208 KiB are the default:
+# deep 64 KiB writes to qemu-nbd take 10.8 instead of 15.1 us of CPU time each. TCP finds the right size itself.
+ROOM_TO_SEND = 1 << 20
+
 
 def find_places(uri: NbdUri, signals: Signals = NONE) -> Sequence[Place]:
     """Where its server is: what its name means now. Raises HandshakeError, Interrupted."""
@@ -106,7 +110,9 @@ def _connect(sock: socket.socket, place: Place, signals: Signals, end: float) ->
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise _unreachable(OSError(code, os.strerror(code)))
-    if place[0] != socket.AF_UNIX:
+    if place[0] == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM_TO_SEND)
+    else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():

@@ -121,10 +121,14 @@ LINK = struct(
     "reply1",
     "reply2",
     "reply3",
+    "gap",  # MODERATION
+    "at",
+    "carried",  # bytes of replies and of what was written, since then
     "one = 1",  # what is written to eventfds
 )
 ONE: int = LINK.fields["one"][1]  # type: ignore[index]
 EVENTFD_SIZE = 8
+MODERATION_FIELD: int = LINK.fields["gap"][1]  # type: ignore[index]
 REPLY: int = LINK.fields["reply0"][1]  # type: ignore[index]
 
 

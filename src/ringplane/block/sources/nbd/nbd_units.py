@@ -5,14 +5,16 @@ from __future__ import annotations
 from errno import EIO
 
 from ringplane.block.io import CHANNEL, io_at
-from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, LINK, REPLY
+from ringplane.block.sources.moderation import MODERATION, moderate
+from ringplane.block.sources.nbd.layout import EVENTFD_SIZE, LINK, MODERATION_FIELD, REPLY
 from ringplane.block.sources.nbd.nbd_requests import begin, begin_sync, fail_all
 from ringplane.block.sources.nbd.receiving import receive_all
 from ringplane.block.sources.nbd.sending import send_all
 from ringplane.block.stack import STACK
+from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.engines.common import complete
-from ringplane.native.access import view
+from ringplane.native.access import address_of, view
 from ringplane.native.syscalls import monotonic_ns, read
 
 
@@ -40,10 +42,21 @@ def ready(link_address, channel_address):
     """The server has sent something, has closed the connection, or there is room for requests."""
     link, channel = view(link_address, LINK), view(channel_address, CHANNEL)
     link.now = monotonic_ns()
+    unanswered = link.unanswered
     receive_all(link, channel)
+    if channel_address:
+        take_together(link, channel, unanswered - link.unanswered)
     begin_sync(link)
     send_all(link, channel)
     return 0
+
+
+@compiled
+def take_together(link, channel, came):
+    """So many replies have come: ask for a pause in which more can come."""
+    moderation = view(address_of(link) + MODERATION_FIELD, MODERATION)
+    moderate(channel, moderation, link.now, came, link.unanswered, link.carried // max(came, 1))
+    link.carried = 0
 
 
 @unit

@@ -116,6 +116,7 @@ def describe_room(link):
 @compiled
 def take(link, channel, size):
     """So many bytes have arrived where `describe_room` said."""
+    link.carried += size
     direct = min(size, link.direct)
     if direct > 0:
         deliver(request_at(link, link.reading), 0, direct)

@@ -92,6 +92,7 @@ def add_buffers(link, count, iov, skip, size):
 @compiled
 def count_sent(link, size):
     """So many bytes more were sent."""
+    link.carried += size
     size += link.sent
     while link.first >= 0:
         request = request_at(link, link.first)
