@@ -50,9 +50,11 @@ class Asked:
     def counters(self) -> dict[str, int]:
         return self.policy.counters
 
-    def ask(self, operation: int = READ, offset: int = 0, length: int = 4096, *, fua: bool = False) -> Answer:
+    def ask(
+        self, operation: int = READ, offset: int = 0, length: int = 4096, *, fua: bool = False, ranges: int = 1
+    ) -> Answer:
         """On the way down, at the time `now`."""
-        return decoded(self._call(self.policy.loaded.down, operation, offset, length, fua=fua))
+        return decoded(self._call(self.policy.loaded.down, operation, offset, length, fua=fua, ranges=ranges))
 
     def end(self, operation: int = READ, offset: int = 0, length: int = 4096, result: int = 0) -> Answer:
         """On the way up."""
@@ -79,10 +81,21 @@ class Asked:
         del iov
         return bytes(buffer)
 
-    def _call(self, unit: Any, operation: int, offset: int, length: int, *, fua: bool = False, result: int = 0) -> int:
+    def _call(
+        self,
+        unit: Any,
+        operation: int,
+        offset: int,
+        length: int,
+        *,
+        fua: bool = False,
+        result: int = 0,
+        ranges: int = 1,
+    ) -> int:
         header, seen = self.policy._header, self.seen
         seen["operation"], seen["offset"], seen["length"] = operation, offset, length
         seen["queue"], seen["time"], seen["fua"], seen["result"] = 0, self.now, fua, result
+        seen["ranges"] = ranges
         seen["disk_size"], seen["sequence"], seen["policy"] = DISK_SIZE, header["entered"], self.policy.address
         header["entered"] += unit is self.policy.loaded.down
         return int(unit(self.policy.address + HEADER_SIZE, int(self._seen.ctypes.data)))

@@ -15,16 +15,18 @@ import pytest
 import ringplane
 from ringplane.block.layers.policy_layer import PolicyLayer, PolicyList, PolicyPart
 from ringplane.driver import Driver
+from ringplane.driver.driver import segments
 from ringplane.engines.common import FLUSH as FLUSH_OPERATION
 from ringplane.engines.common import WRITE
 from ringplane.guest_memory.regions import Mapping
 from ringplane.inflight import tracking
 from ringplane.inflight.area import InflightRegion
 from ringplane.options.policy_options import PolicyUse
-from ringplane.policies.io_view import MUTEX
+from ringplane.policies.io_view import MOST_COPIED, MUTEX
 from ringplane.policies.loading import find_policy
 from ringplane.policies.running import RunningPolicy, WrongParameter
 from ringplane.system import libc
+from ringplane.virtio.blk import VIRTIO_BLK_T_DISCARD
 
 from .policy_texts import own_policy
 from .rig import (
@@ -432,6 +434,41 @@ def test_a_large_write_is_copied_whole(make_rig: RigFactory, write_policy: Write
     assert line.do(OUT, 0, data).status == OK
     assert line.rig.content() == data[:-1] + b"\x07" + DISK[SIZE // 2 :]
     assert part.policies.policies[0].counters["found"] == 7
+
+
+@pytest.mark.parametrize("body", ["store8(io, 0, 7)\nreturn PASS", "return tear(512)"], ids=["changed", "torn"])
+def test_copies_of_an_io_thread_are_limited(make_rig: RigFactory, write_policy: WritePolicy, body: str) -> None:
+    """A write that finds no room fails; what the others have used is free again."""
+    line, part = line_with(make_rig, write_policy(body, data=True))
+    before = part._seen["room"][0]
+    assert [line.do(OUT, 8, pattern(4096, 1)).status for _ in range(4)] == [OK] * 4
+    assert part._seen["room"][0] == before == MOST_COPIED
+    part._seen["room"] = 4095
+    assert line.do(OUT, 8, pattern(4096, 1)).status == IOERR
+    assert line.do(IN, 0, room=512).status == OK
+    part._seen["room"] = 4096
+    assert [line.do(OUT, 8, pattern(4096, 1)).status for _ in range(4)] == [OK] * 4
+    assert part._seen["room"][0] == 4096
+
+
+def test_a_policy_learns_of_several_ranges(tmp_path: Path) -> None:
+    path, found = tmp_path / "own.py", []
+    path.write_text(own_policy("my.found += io.ranges\nreturn PASS"))
+    with (
+        ringplane.serve(
+            tmp_path / "disk.img", tmp_path / "socket", create=SIZE, policy=[PolicyUse(str(path))]
+        ) as export,
+        Driver(tmp_path / "socket") as driver,
+    ):
+        for kind, data in (
+            (OUT, pattern(512)),
+            (VIRTIO_BLK_T_DISCARD, segments((0, 8, 0), (64, 16, 0))),
+            (OUT, pattern(512)),
+            (VIRTIO_BLK_T_DISCARD, segments((0, 8, 0))),
+        ):
+            assert driver.request(kind, 0, data).status == OK
+            found.append(export.disk.running_policies[0].counters["found"])
+    assert found == [1, 3, 4, 5]
 
 
 def test_io_of_another_operation_has_no_data(make_rig: RigFactory, write_policy: WritePolicy) -> None:

@@ -135,7 +135,9 @@ def test_shapes_of_the_distributions() -> None:
 def test_no_random_time_is_longer_than_the_longest() -> None:
     found = times(distribution="long-tail", time="100us", p99="10ms", longest="20ms")
     assert found[-1] == 20_000
-    assert max(times(distribution="long-tail", time="10us", p99="1h")) == 3_600_000_000
+    assert max(times(distribution="long-tail", time="10us", p99="1h", longest="1h")) == 3_600_000_000
+    assert max(times(distribution="long-tail", time="10us", p99="1h")) == 30_000_000
+    assert set(times(time="60s", longest="2s")) == {60_000_000}
 
 
 def test_fixed_point() -> None:
@@ -336,6 +338,14 @@ def test_no_space(seed: int) -> None:
     counted = policy.counters
     assert (counted["allocated"], counted["freed"]) == (4096 * given, 4096 * taken)
     assert counted["failed"] == failed > 0
+
+
+def test_no_space_does_not_guess_where_several_ranges_are() -> None:
+    policy = Asked("no_space", space="8K", chunk=4096)
+    assert policy.ask(WRITE, 0, 8192) == PASS
+    assert policy.ask(DISCARD, 0, 8192, ranges=2) == PASS
+    assert policy.counters["freed"] == 0
+    assert policy.ask(WRITE, 8192) == ("fail", ENOSPC)
 
 
 def test_what_has_space_can_be_written_though_there_is_too_little() -> None:

@@ -29,7 +29,7 @@ from ringplane.engines.common import DISCARD, FLUSH, READ, SECURE_ERASE, WRITE, 
 from ringplane.policies.answers import DROP, HANG, PASS, after, delay, fail, redirect, tear
 from ringplane.policies.choosing import is_turn
 from ringplane.policies.declaring import Policy, counter, parameter, policy, state
-from ringplane.policies.distributions import DISTRIBUTION, random_time
+from ringplane.policies.distributions import DISTRIBUTION, FIXED, random_time
 from ringplane.policies.fixed_point import log2, square_root
 from ringplane.policies.io_view import (
     ANY,
@@ -53,6 +53,7 @@ __all__ = [
     "DROP",
     "DURATION",
     "FILE",
+    "FIXED",
     "FLUSH",
     "HANG",
     "OPERATION",

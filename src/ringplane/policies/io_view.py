@@ -39,8 +39,12 @@ FIELDS = (
     "fua",  # 1: what is written has to be stable when it ends
     "result",  # on the way up: 0, or -errno
     "disk_size",  # bytes
+    "ranges",  # how many; only operations of ranges can have several
 )
 POLICY_IO = struct(*FIELDS)
+
+# Bytes of all copies of an I/O thread together: guests decide how large their writes are.
+MOST_COPIED = 512 << 20
 
 # data: whether the policy may use the data now; NO_DATA, COPIED (a write: what is changed is a copy) or IN_PLACE (what
 # was read).
@@ -52,7 +56,9 @@ SEEN = struct(
     "iov",  # IOVEC structs
     "iov_count",
     "buffer",  # address of the copy of the data; 0: there is none
+    "buffer_size",
     "no_memory",  # 1: there is no memory for it
+    f"room = {MOST_COPIED}",  # bytes that copies of this I/O thread may take besides those that they take now
 )
 
 # Precedes the fields of a policy. `shared`: several I/O threads use it, so `mutex` is held while it is called.
@@ -141,7 +147,10 @@ def is_a(io, operation):
 
 @compiled
 def touches(io, first, end):
-    """Whether the I/O has bytes from `first` to before `end`. What has no bytes, as a flush, touches only "all"."""
+    """Whether the I/O has bytes from `first` to before `end`. What has no bytes, as a flush, touches only "all".
+
+    Of several ranges only the first one is known; it is taken as long as all of them.
+    """
     if io.length == 0:
         return first == 0 and end == ONES_63
     return io.offset < end and first < io.offset + io.length
@@ -188,8 +197,11 @@ def find(seen, length, position):
 @compiled
 def copy_data(seen, iov, size):
     """Copy the first `size` bytes of a write to memory of its own. If there is none, the I/O fails."""
-    seen.buffer = allocate(ALIGNMENT, (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
+    room = (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    seen.buffer = allocate(ALIGNMENT, room) if room <= seen.room else 0
     if seen.buffer:
+        seen.buffer_size = room
+        seen.room -= room
         copy_from(iov, seen.buffer, size)
     else:
         seen.no_memory = 1

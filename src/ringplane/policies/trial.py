@@ -26,7 +26,7 @@ from ringplane.policies.answers import (
     TIME_SHIFT,
     TORN,
 )
-from ringplane.policies.io_view import COPIED, HEADER_SIZE, IN_PLACE, NO_DATA, SEEN
+from ringplane.policies.io_view import COPIED, HEADER_SIZE, IN_PLACE, MOST_COPIED, NO_DATA, SEEN
 from ringplane.policies.running import RunningPolicy
 
 DISK_SIZE, SECOND_NS = 1 << 30, 1_000_000_000
@@ -102,6 +102,7 @@ class Trial:
             seen[name] = 0
         seen["operation"], seen["offset"], seen["length"] = request.operation, request.offset, request.length
         seen["fua"], seen["disk_size"], seen["policy"] = request.fua, DISK_SIZE, policy.address
+        seen["ranges"], seen["room"] = 1, MOST_COPIED
         # As after an hour of uptime.
         seen["time"] = 3600 * SECOND_NS + request.ms * SECOND_NS // 1000
         seen["sequence"] = policy.enter(0 if on_the_way_back else 1)

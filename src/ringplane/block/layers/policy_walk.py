@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from errno import EIO, ENOMEM
 
-from ringplane.block.io import BLOCK_IO, CHANNEL, FUA, READ, WRITE, io_at, put
+from ringplane.block.io import BLOCK_IO, CHANNEL, DISCARD, FUA, READ, SECURE_ERASE, WRITE, io_at, put
 from ringplane.block.stack import CONTINUE, KEEP, WAIT, resume, turn_round
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import call, unit
@@ -46,9 +46,11 @@ ENTRY = struct("down", "up", "memory", "shared", "time", "data")
 ENTRY_SIZE = ENTRY.itemsize
 
 # What was changed of the I/O in a slot. changed: 1 if something was; the fields of the I/O before; buffer: the copy of
-# its data, or 0; iov_base, iov_len: an IOVEC that describes it; hung_by: the memory of the policy that has it hang.
+# its data, or 0, and its size; iov_base, iov_len: an IOVEC that describes it; hung_by: the memory of the policy that
+# has it hang.
 CHANGE = struct(
-    *("changed", "offset", "length", "iov", "iov_count", "iov_room", "buffer", "iov_base", "iov_len", "hung_by")
+    *("changed", "offset", "length", "iov", "iov_count", "iov_room"),
+    *("buffer", "buffer_size", "iov_base", "iov_len", "hung_by"),
 )
 CHANGE_SIZE = CHANGE.itemsize
 CHANGE_IOV: int = CHANGE.fields["iov_base"][1]  # type: ignore[index]
@@ -95,7 +97,7 @@ def up(layer, channel_address, io_address):
     policies, io = view(layer, POLICIES), view(io_address, BLOCK_IO)
     change = change_at(policies, io.slot)
     if change.changed:
-        undo(change, io)
+        undo(policies, change, io)
     if not policies.results:
         return CONTINUE
     describe(io, view(policies.seen, SEEN))
@@ -120,6 +122,7 @@ def describe(io, seen):
     """What all policies see of it."""
     seen.operation, seen.offset, seen.length = io.operation, io.offset, io.length
     seen.queue, seen.fua, seen.result = io.queue, io.flags & FUA, 0
+    seen.ranges = io.range_count if DISCARD <= io.operation <= SECURE_ERASE else 1
     seen.time = seen.data = seen.buffer = seen.no_memory = 0
 
 
@@ -190,10 +193,10 @@ def end_here(policies, channel_address, io, index, result, wait):
     """The I/O does not reach storage; the policies above this index see its result."""
     seen, change = view(policies.seen, SEEN), change_at(policies, io.slot)
     if seen.buffer:
-        free(seen.buffer)
+        free_buffer(policies, seen.buffer, seen.buffer_size)
         seen.buffer = 0
     if change.changed:
-        undo(change, io)
+        undo(policies, change, io)
     # All of it was done, as far as the guest learns.
     io.done = io.length if result == 0 else 0
     turn_round(io, result)
@@ -245,7 +248,7 @@ def use_copy(policies, io, size):
     if seen.buffer == 0:
         return False
     note(change, io)
-    change.buffer, seen.buffer = seen.buffer, 0
+    change.buffer, change.buffer_size, seen.buffer = seen.buffer, seen.buffer_size, 0
     change.iov_base, change.iov_len = change.buffer, size
     io.iov, io.iov_count = address_of(change) + CHANGE_IOV, 1
     io.iov_room = io.iov + IOVEC_SIZE
@@ -253,15 +256,21 @@ def use_copy(policies, io, size):
 
 
 @compiled
-def undo(change, io):
+def undo(policies, change, io):
     """The I/O has come back, and is again what it was."""
     io.offset, io.length = change.offset, change.length
     io.iov, io.iov_count, io.iov_room = change.iov, change.iov_count, change.iov_room
     if io.result == 0:
         io.done = io.length
     if change.buffer:
-        free(change.buffer)
+        free_buffer(policies, change.buffer, change.buffer_size)
     change.changed = change.buffer = 0
+
+
+@compiled
+def free_buffer(policies, buffer, size):
+    free(buffer)
+    view(policies.seen, SEEN).room += size
 
 
 # Results.
@@ -310,7 +319,7 @@ def forget(layer, channel_address, slot):
         if io.slot != slot:
             put(channel, layer + HUNG_LIST, io)
         elif change_at(policies, slot).changed:
-            undo(change_at(policies, slot), io)
+            undo(policies, change_at(policies, slot), io)
     return 0
 
 

@@ -5,6 +5,7 @@ from ringplane.policies import (
     DISTRIBUTION,
     DURATION,
     FILE,
+    FIXED,
     OPERATION,
     PASS,
     RANGE,
@@ -35,7 +36,7 @@ class Delay(Policy):
     distribution: int = parameter("fixed", "how the times are distributed", kind=DISTRIBUTION)
     time: int = parameter("1ms", "the time; half of the random times are shorter", 0, HOUR, kind=DURATION)
     p99: int = parameter(0, "one random time in a hundred is longer; 0: twice `time`", 0, HOUR, kind=DURATION)
-    longest: int = parameter("1h", "no random time is longer", 0, HOUR, kind=DURATION)
+    longest: int = parameter("30s", "no random time is longer", 0, HOUR, kind=DURATION)
     trigger: int = parameter("", "a path: only while this file exists", kind=FILE)
     matched: int = counter("requests of this operation and range")
     delayed: int = counter("requests that were delayed")
@@ -50,7 +51,9 @@ def delay(io, my):
     if not (is_turn(my.matched, my.delayed, my.skip, my.every, my.times) and chance(io, my.probability)):
         return PASS
     p99 = my.p99 if my.p99 else 2 * my.time
-    time = min(random_time(io, my.distribution, my.time, p99), my.longest)
+    time = random_time(io, my.distribution, my.time, p99)
+    if my.distribution != FIXED:
+        time = min(time, my.longest)
     my.delayed += 1
     my.delays += time
     return after(time, PASS)

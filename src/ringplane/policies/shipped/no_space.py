@@ -1,6 +1,6 @@
 """A thinly provisioned volume whose pool becomes full: new places cannot be written, those that have data can.
 
-Space is given out in chunks. What the guest discards is free again.
+Space is given out in chunks. What the guest discards is free again, unless it discards several ranges at once.
 """
 
 from errno import ENOSPC
@@ -27,8 +27,8 @@ class NoSpace(Policy):
 def no_space(io, my):
     if io.operation == WRITE:
         return write(my, io.offset // my.chunk, (io.offset + io.length - 1) // my.chunk)
-    if io.operation == DISCARD:
-        # Only what is discarded whole.
+    if io.operation == DISCARD and io.ranges == 1:
+        # Only what is discarded whole. Of several ranges only the first one is known.
         free(my, -(-io.offset // my.chunk), (io.offset + io.length) // my.chunk)
     return PASS
 
