@@ -436,7 +436,11 @@ def test_a_large_write_is_copied_whole(make_rig: RigFactory, write_policy: Write
     assert part.policies.policies[0].counters["found"] == 7
 
 
-@pytest.mark.parametrize("body", ["store8(io, 0, 7)\nreturn PASS", "return tear(512)"], ids=["changed", "torn"])
+@pytest.mark.parametrize(
+    "body",
+    ["store8(io, 0, 7)\nreturn PASS", "return tear(512)", "store8(io, 0, 7)\nreturn tear(4096)"],
+    ids=["changed", "torn", "changed and whole"],
+)
 def test_copies_of_an_io_thread_are_limited(make_rig: RigFactory, write_policy: WritePolicy, body: str) -> None:
     """A write that finds no room fails; what the others have used is free again."""
     line, part = line_with(make_rig, write_policy(body, data=True))
@@ -449,6 +453,16 @@ def test_copies_of_an_io_thread_are_limited(make_rig: RigFactory, write_policy: 
     part._seen["room"] = 4096
     assert [line.do(OUT, 8, pattern(4096, 1)).status for _ in range(4)] == [OK] * 4
     assert part._seen["room"][0] == 4096
+
+
+def test_a_write_that_cannot_be_changed_does_not_hang(make_rig: RigFactory, write_policy: WritePolicy) -> None:
+    """Released, it would write what the policy has not changed."""
+    line, part = line_with(
+        make_rig, write_policy("store8(io, 0, 7)\nreturn HANG if io.operation == WRITE else PASS", data=True)
+    )
+    part._seen["room"] = 512
+    assert line.do(OUT, 8, pattern(4096, 1)).status == IOERR
+    assert line.rig.content() == DISK
 
 
 def test_a_policy_learns_of_several_ranges(tmp_path: Path) -> None:

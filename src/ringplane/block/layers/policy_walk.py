@@ -87,9 +87,7 @@ def down(layer, channel_address, io_address):
                     move_to(policies, seen, change, io, number_of(answer) * SECTOR)
                 elif FAILED <= kind <= TORN:
                     return end_with(policies, channel_address, io, index, answer, wait)
-    if (seen.buffer or seen.no_memory) and not use_copy(policies, io, io.length):
-        return end_here(policies, channel_address, io, policies.count, -ENOMEM, wait)
-    return continue_after(io, wait)
+    return continue_with_copy(policies, channel_address, io, policies.count, wait)
 
 
 @unit
@@ -156,6 +154,14 @@ def ask(entry, function, seen, count):
 
 
 @compiled
+def continue_with_copy(policies, channel_address, io, index, wait):
+    """It goes to storage, with the data that policies have changed; the one at this index is the last of them."""
+    if not use_changes(policies, io):
+        return end_here(policies, channel_address, io, index, -ENOMEM, wait)
+    return continue_after(io, wait)
+
+
+@compiled
 def continue_after(io, wait):
     if wait == 0:
         return CONTINUE
@@ -174,9 +180,8 @@ def end_with(policies, channel_address, io, index, answer, wait):
     if kind == TORN:
         return tear_at(policies, channel_address, io, index, number_of(answer) & ~policies.block_mask, wait)
     # Released, it continues with what was changed until now.
-    seen = view(policies.seen, SEEN)
-    if seen.buffer:
-        use_copy(policies, io, io.length)
+    if not use_changes(policies, io):
+        return end_here(policies, channel_address, io, index, -ENOMEM, wait)
     return hang(policies, channel_address, io, index)
 
 
@@ -207,9 +212,7 @@ def end_here(policies, channel_address, io, index, result, wait):
 def tear_at(policies, channel_address, io, index, size, wait):
     """Only the first `size` bytes of a write reach storage."""
     if io.operation != WRITE or size >= io.length:
-        if view(policies.seen, SEEN).buffer and not use_copy(policies, io, io.length):
-            return end_here(policies, channel_address, io, index, -ENOMEM, wait)
-        return continue_after(io, wait)
+        return continue_with_copy(policies, channel_address, io, index, wait)
     if size == 0:
         return end_here(policies, channel_address, io, index, 0, wait)
     if not use_copy(policies, io, size):
@@ -237,6 +240,15 @@ def note(change, io):
     change.buffer = 0
     change.offset, change.length = io.offset, io.length
     change.iov, change.iov_count, change.iov_room = io.iov, io.iov_count, io.iov_room
+
+
+@compiled
+def use_changes(policies, io):
+    """Have the data of a write that was changed come from the copy; False: there was no memory to change it."""
+    seen = view(policies.seen, SEEN)
+    if seen.buffer or seen.no_memory:
+        return use_copy(policies, io, io.length)
+    return True
 
 
 @compiled
