@@ -139,23 +139,52 @@ def test_a_policy_does_not_apply_meanwhile_when_it_is_given_again(tmp_path: Path
     assert set(stored) == {0}
 
 
-def test_a_folder_that_is_made_again_is_watched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "folder" / "file"
-    path.parent.mkdir()
-    first = watch(str(path))
-    first.start()
-    path.parent.rmdir()
-    assert eventually(lambda: first.ended)
-    path.parent.mkdir()
-    with monkeypatch.context() as confined:
-        confined.setattr(watched_file, "is_confined", lambda: True)
-        assert watch(str(path)) is first
+@pytest.mark.parametrize("replaced", ["made again", "renamed", "another link"])
+def test_a_folder_that_is_replaced(replaced: str, tmp_path: Path) -> None:
+    """What exists at the path counts, although its folder is not the one that was watched at first."""
+    path, other = tmp_path / "folder" / "file", tmp_path / "other"
+    other.mkdir()
+    if replaced == "another link":
+        (tmp_path / "first").mkdir()
+        path.parent.symlink_to("first")
+    else:
+        path.parent.mkdir()
     stored: list[bool] = []
-    again, flag = watch(str(path)), Flag(stored.append)
-    again.start()
-    again.add(flag)
+    file, flag = watch(str(path)), Flag(stored.append)
+    file.start()
+    file.add(flag)
     path.touch()
-    assert eventually(lambda: stored[-1])
+    assert eventually(lambda: stored == [False, True])
+    if replaced == "made again":
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.mkdir()
+    elif replaced == "renamed":
+        path.parent.rename(tmp_path / "gone")
+        other.rename(path.parent)
+    else:
+        path.parent.unlink()
+        path.parent.symlink_to(other)
+    assert eventually(lambda: stored == [False, True, False])
+    path.touch()
+    assert eventually(lambda: stored == [False, True, False, True])
+
+
+def test_a_folder_that_cannot_be_searched_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perhaps after --user: events still say what happens in it."""
+    path, looks, stored = tmp_path / "file", list[Path](), list[bool]()
+    assert watched_file._look(tmp_path / ("x" * 300)) is None
+    file, flag = watch(str(path)), Flag(stored.append)
+    file.add(flag)
+    monkeypatch.setattr(watched_file, "_look", looks.append)
+    monkeypatch.setattr(watched_file, "QUIET_MS", 1)
+    file.start()
+    assert eventually(lambda: len(looks) > 2)
+    path.touch()
+    assert eventually(lambda: stored == [False, True])
+    count = len(looks)
+    assert eventually(lambda: len(looks) > count + 2)
+    assert stored == [False, True]
 
 
 @pytest.mark.parametrize("exists", [True, False])

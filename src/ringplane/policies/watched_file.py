@@ -3,6 +3,9 @@
 The functions of policies cannot look at files, and must not wait. So a thread waits for inotify(7), and stores what it
 learns where they find it. A confined process cannot begin to watch a file, but it learns of one that it has begun to
 watch before.
+
+Events are quick, but not all changes are events: the folder is removed and made again, another one is renamed or
+mounted in its place, events are lost, another host changes it. So the thread also looks at the path, once per second.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from ringplane.system.confinement import is_confined
 
 NAME = "ringplane-files"
 # include/uapi/linux/inotify.h
-IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_Q_OVERFLOW, IN_IGNORED = 0x40, 0x80, 0x100, 0x200, 0x4000, 0x8000
+IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_Q_OVERFLOW = 0x40, 0x80, 0x100, 0x200, 0x4000
 COMES, GOES = IN_MOVED_TO | IN_CREATE, IN_MOVED_FROM | IN_DELETE
 EVENT = struct.Struct("iIII")
 BUFFER = 65536
+# Milliseconds without an event after which the thread looks at the path.
+QUIET_MS = 1000
 
 
 class Flag:
@@ -40,8 +45,6 @@ class _Presence:
 
     def __init__(self, exists: bool) -> None:
         self._exists = exists
-        # Its folder was removed: nothing is reported any more.
-        self.ended = False
         self._flags: weakref.WeakSet[Flag] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -52,6 +55,8 @@ class _Presence:
 
     def set(self, exists: bool) -> None:
         with self._lock:
+            if exists == self._exists:
+                return
             self._exists = exists
             for flag in self._flags:
                 flag.store(exists)
@@ -89,24 +94,16 @@ class WatchedFile:
     def add(self, flag: Flag) -> None:
         self._presence.add(flag)
 
-    @property
-    def ended(self) -> bool:
-        """Whether its folder was removed. One of the same name is another folder."""
-        return self._presence.ended
-
 
 _starting = threading.Lock()
 _watched: weakref.WeakValueDictionary[Path, WatchedFile] = weakref.WeakValueDictionary()
 
 
 def watch(path: str) -> WatchedFile:
-    """The file at this path; one that is watched already is not watched twice. Raises ValueError.
-
-    One whose folder was removed is watched again, unless the process is confined.
-    """
+    """The file at this path; one that is watched already is not watched twice. Raises ValueError."""
     place = Path(path).absolute()
     file = _watched.get(place)
-    if file is None or (file.ended and not is_confined()):
+    if file is None:
         file = _watched[place] = WatchedFile(place)
     return file
 
@@ -131,27 +128,38 @@ def _watch(folder: Path) -> int:
 
 
 def _follow(inotify: int, stopped: int, path: Path, presence: _Presence) -> None:
-    """Store changes until the other end of the pipe `stopped` is closed, or the folder is gone."""
+    """Store changes until the other end of the pipe `stopped` is closed."""
     poll = select.poll()
     for fd in (inotify, stopped):
         poll.register(fd, select.POLLIN)
-    last = 0
-    while not last & IN_IGNORED and all(fd != stopped for fd, _ in poll.poll()):
-        if changes := _changes(os.read(inotify, BUFFER), os.fsencode(path.name)):
-            last = changes[-1]
-            # Too many files of the folder have changed: events are lost.
-            presence.set(os.path.exists(path) if last & IN_Q_OVERFLOW else bool(last & COMES))
-    presence.ended = bool(last & IN_IGNORED)
+    while stopped not in (ready := [fd for fd, _ in poll.poll(QUIET_MS)]):
+        change = _last_change(os.read(inotify, BUFFER), os.fsencode(path.name)) if ready else None
+        exists = _look(path) if change is None else change
+        if exists is not None:
+            presence.set(exists)
     _close(inotify, stopped)
 
 
-def _changes(events: bytes, name: bytes) -> list[int]:
-    """What has happened to the file, in order."""
-    found, place = [], 0
+def _last_change(events: bytes, name: bytes) -> bool | None:
+    """Whether the file exists after these events; None: they do not say it."""
+    exists, place = None, 0
     while place < len(events):
         _, mask, _, length = EVENT.unpack_from(events, place)
         place += EVENT.size
-        if mask & (IN_IGNORED | IN_Q_OVERFLOW) or events[place : place + length].rstrip(b"\0") == name:
-            found.append(mask)
+        if mask & IN_Q_OVERFLOW:
+            exists = None
+        elif mask & (COMES | GOES) and events[place : place + length].rstrip(b"\0") == name:
+            exists = bool(mask & COMES)
         place += length
-    return found
+    return exists
+
+
+def _look(path: Path) -> bool | None:
+    """Whether it exists; None: this user may not know it any more, but is notified of events."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    return True
