@@ -29,8 +29,10 @@ from ringplane.cli.top import top as top_command
 from ringplane.cli.top.disk_columns import COLUMNS, ORDERS, TIERS, chosen, ordered
 from ringplane.cli.top.figures import ASCII_BARS, count, latency, percent, sparkline, spread
 from ringplane.cli.top.keyboard import pressed
-from ringplane.cli.top.table_layout import Known, View, last_first, listing, plain, screen, shortened
-from ringplane.client.rates import DiskRates, IoThreadRates, OperationRates, Rates
+from ringplane.cli.top.known import Known, View
+from ringplane.cli.top.lines import plain, shortened
+from ringplane.cli.top.table_layout import last_first, listing, screen
+from ringplane.client.rates import CounterRates, DiskRates, IoThreadRates, OperationRates, PolicyRates, Rates
 from ringplane.driver.driver import Driver
 from ringplane.system.signals import Interrupted
 from unit.rig import eventually
@@ -65,11 +67,28 @@ def some(disks: int, threads: int = 2) -> Known:
             1.0, [a_disk(f"disk-{number:02}") for number in range(disks)], [a_thread(f"io{n}") for n in range(threads)]
         ),
         {
-            f"disk-{number:02}": [(float(second), 1.0, float(second)) for second in range(1, 61)]
+            (f"disk-{number:02}",): [(float(second), 1.0, float(second)) for second in range(1, 61)]
             for number in range(disks)
         },
         60.0,
     )
+
+
+def a_policy(name: str, enabled: bool = True, **counters: tuple[int, float]) -> PolicyRates:
+    return PolicyRates(name, enabled, {key: CounterRates(*counted) for key, counted in counters.items()})
+
+
+def with_policies(known: Known, *policies: PolicyRates) -> Known:
+    """Each disk has these."""
+    assert known.rates is not None
+    return replace(
+        known, rates=replace(known.rates, disks=[replace(disk, policies=policies) for disk in known.rates.disks])
+    )
+
+
+ERROR = a_policy("error", requests=(1_234_567, 12345.6), failed=(17, 0.5))
+SLOW = a_policy("slow", False, requests=(0, 0.0))
+AT_POLICIES = View(policies=True)
 
 
 def texts(known: Known, width: int, height: int, view: View | None = None) -> list[str]:
@@ -79,12 +98,20 @@ def texts(known: Known, width: int, height: int, view: View | None = None) -> li
 # The layout
 
 
+@pytest.mark.parametrize("view", [View(), AT_POLICIES], ids=["disks", "policies"])
 @pytest.mark.parametrize("disks", DISKS)
 @pytest.mark.parametrize("height", HEIGHTS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_every_size_is_filled_and_not_more(width: int, height: int, disks: int) -> None:
-    for known in (some(disks), some(disks, 64), replace(some(disks), trouble="not connected"), Known("api.sock")):
-        lines = screen(known, View(), width, height)
+def test_every_size_is_filled_and_not_more(width: int, height: int, disks: int, view: View) -> None:
+    of_policies = with_policies(some(disks), ERROR, SLOW)
+    for known in (
+        some(disks),
+        some(disks, 64),
+        replace(of_policies, trouble="not connected"),
+        replace(of_policies, bars=""),
+        Known("api.sock"),
+    ):
+        lines = screen(known, view, width, height)
         assert len(lines) == height
         assert all(sum(len(text) for text, _ in line) <= width for line in lines)
 
@@ -103,6 +130,48 @@ def test_80_columns() -> None:
         "disk-01  12349    51  85us 1.2ms 8.5us   12s   3.2   46%    7 ▂▂▂▂▃▃▄▄▄▅▅▆▆▆▇▇██",
         "",
     ]
+
+
+def test_policies_at_80_columns() -> None:
+    """They follow the order of the disks, and repeat the names, so that each line can be understood alone."""
+    known = with_policies(some(2), ERROR, SLOW)
+    known = replace(known, samples={("disk-01", "error", "failed"): [(60.0, 30.0, 1.0)]})
+    keys = "q quit, p disks, sort: iops mb read write flush depth limit errors name"
+    assert texts(known, 80, 24, View("name", reverse=True, policies=True))[3:] == [
+        "",
+        "disk    policy     counter  per s   total                            per s, 60 s",
+        "disk-01 error      requests 12346 1234567",
+        "disk-01 error      failed     0.5      17                    ███████████████████",
+        "disk-01 slow (off) requests     0       0",
+        "disk-00 error      requests 12346 1234567",
+        "disk-00 error      failed     0.5      17",
+        "disk-00 slow (off) requests     0       0",
+        *[""] * 12,
+        keys.replace("sort", "reversed"),
+    ]
+    assert texts(known, 80, 24)[0].endswith(" MB/s, 4 policies")
+    assert texts(known, 80, 24)[-1] == keys.replace("p disks", "p policies")
+    assert "no disk has a policy; ringplane ctl policy add adds one" in texts(some(2), 80, 24, AT_POLICIES)
+
+
+def test_long_names_of_policies_are_cut_while_there_is_no_room() -> None:
+    """Sparklines give way only to the last characters."""
+    known = with_policies(some(1), a_policy("p" * 64, **{"c" * 30 + str(number): (1, 1.0) for number in range(2)}))
+    narrow, wide = (texts(known, width, 24, AT_POLICIES)[5] for width in (80, 200))
+    assert len(narrow.split()[1]) == len(narrow.split()[2])
+    assert narrow.split()[2].endswith("c0")
+    assert wide.split() == ["disk-00", "p" * 64, "c" * 30 + "0", "1.0", "1"]
+    assert "60 s" in texts(known, 80, 24, AT_POLICIES)[4]
+    assert [name[-2:] for name in (line.split()[2] for line in texts(known, 40, 24, AT_POLICIES)[5:7])] == ["c0", "c1"]
+
+
+def test_more_counters_than_lines() -> None:
+    known = with_policies(some(40), ERROR)
+    assert texts(known, 80, 24, AT_POLICIES)[22] == "and 63 more"
+    last = last_first(known, AT_POLICIES, 80, 24)
+    lines = texts(known, 80, 24, replace(AT_POLICIES, first=last))
+    assert lines[21].split()[:3] == ["disk-39", "error", "failed"]
+    assert len(listing(known, AT_POLICIES, 80)) == 5 + 80
 
 
 def test_columns_appear_as_there_is_room() -> None:
@@ -193,7 +262,7 @@ def test_orders() -> None:
     assert [disk.name for disk in ordered(numbers, "iops", False)] == names
     assert ordered(disks, "errors", False)[0].name == "c"
     assert tuple(ORDERS) == OFFERED
-    assert len({name[0] for name in ORDERS} | {"q", "j", "k", "g"}) == len(ORDERS) + 4
+    assert len({name[0] for name in ORDERS} | {"q", "p", "j", "k", "g"}) == len(ORDERS) + 5
 
 
 @pytest.mark.parametrize(
@@ -316,6 +385,30 @@ def test_once(serve: Serve, tmp_path: Path) -> None:
     served.end()
 
 
+def test_policies_of_a_process(serve: Serve, tmp_path: Path) -> None:
+    """Their counters in lines, and in JSON."""
+    policies = ("--policy", "error,operation=read,every=2", "--policy", "delay,enabled=no,name=slow")
+    served, path = serve(*ARGUMENTS, *policies), str(tmp_path / "api.sock")
+    with served.attach() as driver:
+        for failed in (False, True):
+            with pytest.raises(OSError, match="read") if failed else contextlib.nullcontext():
+                driver.read(0, 4096)
+    at = ("--once", "--interval", "0.1", "--api-socket", path)
+    lines = [line.split() for line in run("--policies", *at, COLUMNS="120").splitlines()]
+    heading = lines.index(["disk", "policy", "counter", "per", "s", "total"])
+    assert lines[heading + 1 : heading + 4] == [
+        ["a", "error", "requests", "0", "2"],
+        ["a", "error", "matched", "0", "2"],
+        ["a", "error", "failed", "0", "1"],
+    ]
+    assert ["a", "slow", "(off)", "delayed", "0", "0"] in lines
+    error, slow = json.loads(run("--json", *at))["disks"][0]["policies"]
+    assert (error["name"], error["enabled"]) == ("error", True)
+    assert error["counters"]["failed"] == {"total": 1, "per_second": 0.0}
+    assert (slow["name"], slow["enabled"]) == ("slow", False)
+    served.end()
+
+
 def test_statistics_are_those_of_the_metrics(serve: Serve, tmp_path: Path) -> None:
     served = serve(*ARGUMENTS)
     assert served.api.get("/v1/statistics")["disks"][0]["operations"] == {}
@@ -393,6 +486,25 @@ def test_keys_on_a_terminal(serve: Serve, terminal: Terminal) -> None:
     terminal.type("n")
     terminal.wait_for("reversed:", at)
     terminal.type("\x1b[A\x1b[6~zq")
+    terminal.finish(at)
+    served.end()
+
+
+def test_policies_on_a_terminal(serve: Serve, terminal: Terminal) -> None:
+    """p shows them and the disks again, --policies has them first."""
+    served = serve(*ARGUMENTS, "--policy", "error,every=100")
+    at = start(terminal)
+    terminal.type("p")
+    terminal.wait_for(r"per s, 60 s", at)
+    terminal.wait_for(r"matched", at)
+    terminal.type("p")
+    terminal.wait_for(r"(?s)matched.*IOPS, 60 s", at)
+    terminal.type("q")
+    terminal.finish(at)
+    at = len(terminal.text)
+    terminal.type(f"{TOP} --policies\n")
+    terminal.wait_for(r"per s, 60 s", at)
+    terminal.type("q")
     terminal.finish(at)
     served.end()
 

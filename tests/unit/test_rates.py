@@ -8,6 +8,7 @@ from ringplane.api.schemas import (
     DiskStatistics,
     IoThreadStatistics,
     OperationStatistics,
+    PolicyStatistics,
     SourceOperation,
     SourceStatistics,
     Statistics,
@@ -77,6 +78,28 @@ def test_the_server_of_a_remote_disk() -> None:
     assert found.source is None
 
 
+def with_policies(*policies: PolicyStatistics) -> DiskStatistics:
+    found = disk("a")
+    found.policies = list(policies)
+    return found
+
+
+def test_the_counters_of_policies() -> None:
+    """Of one that was replaced meanwhile, or is new, they have begun at 0."""
+    before = with_policies(PolicyStatistics("error", True, {"requests": 10, "failed": 1}))
+    error = PolicyStatistics("error", False, {"requests": 30, "failed": 2, "matched": 6})
+    new = PolicyStatistics("slow", True, {"requests": 4})
+    (found,) = rates(Statistics(1.0, [before], []), Statistics(3.0, [with_policies(new, error)], [])).disks
+    assert [(each.name, each.enabled) for each in found.policies] == [("slow", True), ("error", False)]
+    counted = [{key: (each.total, each.per_second) for key, each in one.counters.items()} for one in found.policies]
+    assert counted == [{"requests": (4, 2.0)}, {"requests": (30, 10.0), "failed": (2, 0.5), "matched": (6, 3.0)}]
+    replaced = with_policies(PolicyStatistics("error", True, {"requests": 6}))
+    (found,) = rates(Statistics(1.0, [before], []), Statistics(3.0, [replaced], [])).disks
+    assert found.policies[0].counters["requests"].per_second == 3.0
+    (found,) = rates(Statistics(1.0, [], []), Statistics(3.0, [replaced], [])).disks
+    assert found.policies[0].counters["requests"].per_second == 3.0
+
+
 def test_an_operation_that_was_not_used_has_no_latency() -> None:
     same = disk("a", read=operation(5, ns1000=5))
     (found,) = rates(Statistics(1.0, [same], []), Statistics(2.0, [same], [])).disks
@@ -115,10 +138,19 @@ def test_the_last_minute_is_remembered() -> None:
     sampler = Sampler()
     for second in range(200):
         sampler.add(Statistics(float(second), [disk("a", read=operation(10 * second)), disk("b")], []))
-    assert [(end, value) for end, _, value in sampler.iops["a"]] == [(end, 10.0) for end in range(140, 200)]
+    assert [(end, value) for end, _, value in sampler.samples["a",]] == [(end, 10.0) for end in range(140, 200)]
     sampler.interrupt()
     assert sampler.add(Statistics(300.0, [disk("a", read=operation(0))], [])) is None
     assert sampler.rates is not None
     assert sampler.add(Statistics(301.0, [disk("a", read=operation(5))], [])) is not None
-    assert sampler.iops.keys() == {"a"}
-    assert list(sampler.iops["a"]) == [(301.0, 1.0, 5.0)]
+    assert sampler.samples.keys() == {("a",)}
+    assert list(sampler.samples["a",]) == [(301.0, 1.0, 5.0)]
+
+
+def test_the_last_minute_of_counters_is_remembered() -> None:
+    sampler = Sampler()
+    for second in range(100):
+        sampler.add(Statistics(float(second), [with_policies(PolicyStatistics("p", True, {"n": 3 * second}))], []))
+    assert list(sampler.samples["a", "p", "n"]) == [(float(end), 1.0, 3.0) for end in range(40, 100)]
+    sampler.add(Statistics(100.0, [disk("a")], []))
+    assert sampler.samples.keys() == {("a",)}

@@ -155,6 +155,14 @@ class SourceStatistics(Struct):
     ]
 
 
+class PolicyStatistics(Struct):
+    """A policy of a disk."""
+
+    name: str
+    enabled: Annotated[bool, Meta(description="Whether requests pass it; false: it is switched off.")]
+    counters: Annotated[dict[str, int], Meta(description="`requests`, and its own counters (docs/policies.md).")]
+
+
 class DiskStatistics(Struct):
     """What a disk has done since it was added."""
 
@@ -171,9 +179,8 @@ class DiskStatistics(Struct):
     ]
     source: Annotated[SourceStatistics | None, Meta(description="Of a remote disk; null: it is not one.")] = None
     policies: Annotated[
-        dict[str, dict[str, int]],
-        Meta(description="What each of its policies has counted: `requests`, and its own counters (docs/policies.md)."),
-    ] = {}
+        list[PolicyStatistics], Meta(description="Its policies, in the order in which requests pass them.")
+    ] = []
 
 
 class IoThreadStatistics(Struct):

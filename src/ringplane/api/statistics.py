@@ -17,6 +17,7 @@ from ringplane.api.schemas import (
     DiskStatistics,
     IoThreadStatistics,
     OperationStatistics,
+    PolicyStatistics,
     SourceOperation,
     SourceStatistics,
     Statistics,
@@ -71,7 +72,7 @@ def _of_disk(export: Export, in_flight: int, io_seconds: float, counted: Sequenc
             if requests
         },
         source=_of_service(service) if (service := export.disk.source.service) is not None else None,
-        policies={policy.name: policy.counters for policy in export.disk.running_policies},
+        policies=[PolicyStatistics(each.name, each.enabled, each.counters) for each in export.disk.running_policies],
     )
 
 

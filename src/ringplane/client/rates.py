@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ringplane.api.schemas import (
     DiskStatistics,
     IoThreadStatistics,
     OperationStatistics,
+    PolicyStatistics,
     SourceOperation,
     SourceStatistics,
     Statistics,
@@ -45,6 +46,23 @@ class SourceRates:
 
 
 @dataclass(frozen=True, slots=True)
+class CounterRates:
+    """A counter of a policy: all that it has counted, and what it counts now."""
+
+    total: int
+    per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRates:
+    """A policy of a disk."""
+
+    name: str
+    enabled: bool
+    counters: dict[str, CounterRates]
+
+
+@dataclass(frozen=True, slots=True)
 class DiskRates:
     """A disk. `depth` is the mean number of requests in flight.
 
@@ -67,6 +85,7 @@ class DiskRates:
     new_errors: int
     operations: dict[str, OperationRates]
     source: SourceRates | None = None
+    policies: Sequence[PolicyRates] = ()
 
     def of(self, operation: str) -> OperationRates:
         """The rates of `read`, `write`, `flush` and so on."""
@@ -130,7 +149,22 @@ def _of_disk(before: DiskStatistics | None, after: DiskStatistics, seconds: floa
         new_errors=sum(change.errors for change in changes.values()),
         operations={name: _of_operation(change, seconds) for name, change in changes.items()},
         source=_of_source(before.source if before is not None else None, after.source, seconds),
+        policies=_of_policies(before.policies if before is not None else (), after.policies, seconds),
     )
+
+
+def _of_policies(
+    before: Iterable[PolicyStatistics], after: Iterable[PolicyStatistics], seconds: float
+) -> list[PolicyRates]:
+    counted = {policy.name: policy.counters for policy in before}
+    return [
+        PolicyRates(policy.name, policy.enabled, _of_counters(counted.get(policy.name, {}), policy.counters, seconds))
+        for policy in after
+    ]
+
+
+def _of_counters(before: Mapping[str, int], after: Mapping[str, int], seconds: float) -> dict[str, CounterRates]:
+    return {key: CounterRates(total, _rise(before.get(key, 0), total) / seconds) for key, total in after.items()}
 
 
 def _of_source(before: SourceStatistics | None, after: SourceStatistics | None, seconds: float) -> SourceRates | None:

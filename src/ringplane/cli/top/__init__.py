@@ -34,13 +34,23 @@ PATIENCE = 5.0
     "--sort", type=click.Choice(ORDERS), default=ORDERS[0], show_default=True,
     help="The disk with the largest figure comes first; read, write, flush: the 99th percentile of their latency.",
 )  # fmt: skip
+@click.option("--policies", is_flag=True, help="Show the policies of the disks and their counters; p does, too.")
 @click.option("--once", is_flag=True, help="Print the figures of one interval, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per interval.")
 @click.pass_context
-def top(context: click.Context, api_socket: Path | None, interval: float, sort: str, once: bool, as_json: bool) -> None:
+def top(
+    context: click.Context,
+    api_socket: Path | None,
+    interval: float,
+    sort: str,
+    policies: bool,
+    once: bool,
+    as_json: bool,
+) -> None:
     """Show what each disk and each I/O thread of a running process does, as it happens: docs/ctl.md explains the table.
 
-    q or Ctrl-C ends it. On what is not a terminal, or with TERM=dumb, it prints one table after the other.
+    p shows the policies of the disks, and the disks again; q or Ctrl-C ends it. On what is not a terminal, or with
+    TERM=dumb, it prints one table after the other.
 
     The exit status is 0 after q or Ctrl-C, 1 if the API refused it, 2 for wrong options, 3 if nobody answers at the
     start, and 128 plus the number of another signal that ended it.
@@ -48,12 +58,13 @@ def top(context: click.Context, api_socket: Path | None, interval: float, sort: 
     # rich takes a while to import, and `ringplane --help` imports this file.
     from rich.console import Console
 
+    from ringplane.cli.top.known import View
     from ringplane.cli.top.live_screen import LiveScreen
     from ringplane.cli.top.plain_output import PlainOutput
     from ringplane.client.client import Client
 
     client, console = Client(api_socket_of(context), PATIENCE), Console(highlight=False)
-    what = (client, interval, sort, signals_of(context.obj), console)
+    what = (client, interval, View(sort, policies=policies), signals_of(context.obj), console)
     with api_errors(), ending():
         if once or as_json or not sys.stdin.isatty() or not console.is_terminal or console.is_dumb_terminal:
             PlainOutput(*what).run(once=once, as_json=as_json)

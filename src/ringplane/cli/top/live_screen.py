@@ -19,8 +19,10 @@ from ringplane.api.schemas import Statistics
 from ringplane.cli.top.disk_columns import ORDERS
 from ringplane.cli.top.figures import ASCII_BARS, BARS
 from ringplane.cli.top.keyboard import keys_of, pressed
+from ringplane.cli.top.known import Known, View
+from ringplane.cli.top.lines import Line
 from ringplane.cli.top.sampler import Sampler
-from ringplane.cli.top.table_layout import Known, Line, View, last_first, screen
+from ringplane.cli.top.table_layout import last_first, screen
 from ringplane.client.api_errors import ApiError, NoConnection
 from ringplane.client.client import Client, Request
 from ringplane.system.signals import Signals
@@ -38,9 +40,9 @@ BY_KEY = {name[0]: name for name in ORDERS}
 class LiveScreen:
     """Shows the table until `q` or Ctrl-C."""
 
-    def __init__(self, client: Client, interval: float, sort: str, signals: Signals, console: Console) -> None:
+    def __init__(self, client: Client, interval: float, view: View, signals: Signals, console: Console) -> None:
         self._client, self._interval, self._signals, self._console = client, interval, signals, console
-        self._sampler, self._view = Sampler(), View(sort)
+        self._sampler, self._view = Sampler(), view
         self._trouble = ""
         self._request: Request | None = None
         self._asked = self._next = time.monotonic()
@@ -126,7 +128,9 @@ class LiveScreen:
             self._quit = True
         elif key in BY_KEY:
             name = BY_KEY[key]
-            self._view = View(name, reverse=name == view.sort and not view.reverse)
+            self._view = replace(view, sort=name, reverse=name == view.sort and not view.reverse, first=0)
+        elif key == "p":
+            self._view = replace(view, policies=not view.policies, first=0)
         elif key in steps:
             self._view = replace(view, first=min(max(view.first + steps[key], 0), last))
 
@@ -149,7 +153,7 @@ def trouble(error: ApiError) -> str:
 def known(client: Client, sampler: Sampler, console: Console, trouble: str = "") -> Known:
     """What there is to show."""
     bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
-    return Known(str(client.path), sampler.rates, sampler.iops, sampler.end, trouble, bars)
+    return Known(str(client.path), sampler.rates, sampler.samples, sampler.end, trouble, bars)
 
 
 def _styled(line: Line) -> Text:

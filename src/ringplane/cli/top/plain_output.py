@@ -12,9 +12,11 @@ import msgspec
 from rich.console import Console
 
 from ringplane.api.schemas import Statistics
+from ringplane.cli.top.known import View
+from ringplane.cli.top.lines import plain
 from ringplane.cli.top.live_screen import TARGET, known, trouble
 from ringplane.cli.top.sampler import Sampler
-from ringplane.cli.top.table_layout import View, listing, plain
+from ringplane.cli.top.table_layout import listing
 from ringplane.client.api_errors import ApiError
 from ringplane.client.client import Client
 from ringplane.client.rates import Rates
@@ -24,9 +26,9 @@ from ringplane.system.signals import Signals
 class PlainOutput:
     """Prints what was measured in each interval."""
 
-    def __init__(self, client: Client, interval: float, sort: str, signals: Signals, console: Console) -> None:
+    def __init__(self, client: Client, interval: float, view: View, signals: Signals, console: Console) -> None:
         self._client, self._interval, self._signals, self._console = client, interval, signals, console
-        self._sampler, self._view = Sampler(), View(sort)
+        self._sampler, self._view = Sampler(), view
 
     def run(self, *, once: bool, as_json: bool) -> None:
         """For one interval or without an end. Raises Interrupted, and ApiError if the first answer does not come."""

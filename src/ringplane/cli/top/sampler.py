@@ -1,15 +1,14 @@
-"""What is known of a process after each answer: the rates of the last interval, and the IOPS of the last minute."""
+"""What is known of a process after each answer: the rates of the last interval, and samples of the last minute."""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterator
 
 from ringplane.api.schemas import Statistics
 from ringplane.cli.top.figures import Sample
+from ringplane.cli.top.known import MINUTE, Key
 from ringplane.client.rates import Rates, rates
-
-# Seconds of a sparkline.
-MINUTE = 60.0
 
 
 class Sampler:
@@ -19,7 +18,7 @@ class Sampler:
         self.latest: Statistics | None = None
         # They stay when answers are missing.
         self.rates: Rates | None = None
-        self.iops: defaultdict[str, deque[Sample]] = defaultdict(deque)
+        self.samples: defaultdict[Key, deque[Sample]] = defaultdict(deque)
         # Of the last interval.
         self.end = 0.0
 
@@ -37,10 +36,20 @@ class Sampler:
         self.latest = None
 
     def _remember(self, now: float, rates: Rates) -> None:
-        for disk in rates.disks:
-            samples = self.iops[disk.name]
-            samples.append((now, rates.seconds, disk.iops))
+        values = dict(_values(rates))
+        for key, value in values.items():
+            samples = self.samples[key]
+            samples.append((now, rates.seconds, value))
             while samples[0][0] <= now - MINUTE:
                 samples.popleft()
-        for gone in self.iops.keys() - {disk.name for disk in rates.disks}:
-            del self.iops[gone]
+        for gone in self.samples.keys() - values.keys():
+            del self.samples[gone]
+
+
+def _values(rates: Rates) -> Iterator[tuple[Key, float]]:
+    """What sparklines show."""
+    for disk in rates.disks:
+        yield (disk.name,), disk.iops
+        for policy in disk.policies:
+            for counter, counted in policy.counters.items():
+                yield (disk.name, policy.name, counter), counted.per_second
