@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from errno import EIO
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 import ringplane
 from ringplane.block.image import ImageError
 from ringplane.driver import Driver
-from ringplane.driver.playing import ImageTarget, Player, SocketTarget, Target
+from ringplane.driver.play_targets import ImageTarget, SocketTarget, Target
+from ringplane.driver.playing import Player
 from ringplane.recordings.entries import (
     CHANGES,
     DISCARD,
@@ -125,7 +127,127 @@ def test_differences_are_found(make_target: MakeTarget) -> None:
         recorded(*({"kind": WRITE, "data": b"!" * 512, "offset": place} for place in (12288, 65536, 1 << 20, 0))),
         target,
     ).play(timed=False)
-    assert list(player.differences()) == [(12288, 4096), (65536, 4096)]
+    assert list(player.differences()) == [(12288, 512), (65536, 512)]
+
+
+class FakeDisk:
+    """A large disk of zeros, which remembers what was read."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.reads: list[tuple[int, int]] = []
+
+    def begin(self, entry: Entry) -> Callable[[], None]:
+        return lambda: None
+
+    def sync(self) -> None:
+        pass
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.reads.append((offset, length))
+        return bytes(length)
+
+
+def test_a_disk_that_was_discarded_as_a_whole_is_verified() -> None:
+    """As mkfs does it. Only what was written is read, in large pieces, and memory is needed for that only."""
+    disk = FakeDisk(1 << 30)
+    writes = [{"kind": WRITE, "data": bytes(4096), "offset": 4096 * place} for place in range(1000)]
+    recording = recording_of(
+        Header(disk.size),
+        {"kind": DISCARD, "length": disk.size},
+        *writes,
+        {"kind": ZERO, "offset": 512 << 20, "length": 8 << 20},
+        {"kind": DISCARD, "offset": 516 << 20, "length": 508 << 20},
+    )
+    tracemalloc.start()
+    try:
+        assert list(Player(recording, disk).differences()) == []
+        # A dictionary of the blocks would have 50 MiB.
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert sum(length for _, length in disk.reads) == 4096 * 1000 + (4 << 20)
+    assert len(disk.reads) == 4 + 4
+
+
+def test_all_kinds_are_in_flight_together_on_a_back_end(tmp_path: Path) -> None:
+    """None is waited for when it begins: the disk is paused."""
+    large = pattern(600 << 10, 1)
+    recording = recorded(
+        {"kind": WRITE, "data": large, "offset": 0, "began": 0},
+        {"kind": WRITE, "data": pattern(512, 2), "offset": 1 << 20, "flags": FUA, "began": 0},
+        {"kind": ZERO, "offset": 2 << 20, "length": 8192, "began": 0},
+        {"kind": DISCARD, "offset": 3 << 20, "length": 4096, "began": 0},
+        {"kind": FLUSH, "began": 0},
+    )
+    with (
+        ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", create=SIZE) as export,
+        Driver(tmp_path / "socket") as driver,
+    ):
+        target = SocketTarget(driver)
+        export.pause()
+        ends = [target.begin(entry) for entry in recording]
+        assert target.size == SIZE
+        export.resume()
+        for end in ends:
+            end()
+        assert driver.read(0, len(large)) == large
+        assert driver.read(1 << 20, 512) == pattern(512, 2)
+        # The flush, and that of the write with FUA.
+        assert (export.counters["flush"].requests, export.counters["discard"].requests) == (2, 1)
+
+
+def test_a_back_end_that_accepts_only_small_ranges(tmp_path: Path) -> None:
+    """There are more requests for one entry than the ring has room for."""
+    recording = recorded({"kind": ZERO, "length": SIZE}, {"kind": DISCARD, "offset": 8192, "length": SIZE - 8192})
+    path = tmp_path / "disk.img"
+    path.write_bytes(pattern(SIZE))
+    with ringplane.serve(path, tmp_path / "socket") as export, Driver(tmp_path / "socket") as driver:
+        driver.config = driver.config.copy()
+        driver.config["max_write_zeroes_sectors"] = driver.config["max_discard_sectors"] = 8
+        player = Player(recording, SocketTarget(driver))
+        assert player.play(timed=False).requests == 2
+        assert list(player.differences()) == []
+        assert export.counters["write_zeroes"].requests == SIZE // 4096
+        assert export.counters["discard"].requests == SIZE // 4096 - 2
+
+
+def test_zeros_are_written_where_a_back_end_has_no_request_for_them(tmp_path: Path) -> None:
+    recording = recorded(
+        {"kind": ZERO, "length": 1 << 20},
+        {"kind": SECURE_ERASE, "offset": 1 << 20, "length": 4096},
+        {"kind": DISCARD, "offset": 2 << 20, "length": 4096},
+    )
+    path = tmp_path / "disk.img"
+    path.write_bytes(pattern(SIZE))
+    options: Any = {"features": {"write-zeroes": False, "discard": False}}
+    with ringplane.serve(path, tmp_path / "socket", **options), Driver(tmp_path / "socket") as driver:
+        player = Player(recording, SocketTarget(driver))
+        played = player.play(timed=False)
+        assert (played.requests, played.unsupported) == (2, 1)
+        assert list(player.differences()) == []
+
+
+def test_what_is_not_whole_blocks_is_not_played_on_a_back_end(tmp_path: Path) -> None:
+    recording = recorded({"kind": WRITE, "data": b"odd"})
+    with (
+        ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", create=SIZE),
+        Driver(tmp_path / "socket") as driver,
+        pytest.raises(ValueError, match="3 bytes at 0 are not whole blocks"),
+    ):
+        Player(recording, SocketTarget(driver)).play(timed=False)
+
+
+def test_zeros_become_holes_of_an_image(tmp_path: Path) -> None:
+    """If the guest allowed it."""
+    path = tmp_path / "disk.img"
+    for flags, fewer in ((UNMAP, True), (0, False)):
+        path.write_bytes(pattern(SIZE))
+        before = path.stat().st_blocks
+        with closing(ImageTarget(path)) as target:
+            Player(recorded({"kind": ZERO, "length": SIZE, "flags": flags}), target).play(timed=False)
+        assert path.read_bytes() == bytes(SIZE)
+        assert (path.stat().st_blocks < before // 2) == fewer
 
 
 @st.composite
@@ -133,7 +255,7 @@ def histories(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Changes of which several can be in flight, also of the same places."""
     entries = []
     for index in range(draw(st.integers(1, 25))):
-        kind = draw(st.sampled_from([WRITE, WRITE, WRITE, ZERO, FLUSH]))
+        kind = draw(st.sampled_from([WRITE, WRITE, WRITE, ZERO, DISCARD, FLUSH]))
         entry: dict[str, Any] = {"kind": kind, "began": draw(st.integers(max(0, index - 5), index))}
         if kind != FLUSH:
             entry |= {"offset": 512 * draw(st.integers(0, 12)), "length": 512 * draw(st.integers(1, 4))}

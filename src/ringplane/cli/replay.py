@@ -18,7 +18,8 @@ from ringplane.system.signals import Signals
 from ringplane.system.signals import of as signals_of
 
 if TYPE_CHECKING:
-    from ringplane.driver.playing import Played, Target
+    from ringplane.driver.play_targets import Target
+    from ringplane.driver.playing import Played
 
 # Differences that are shown.
 SHOWN = 10
@@ -50,14 +51,14 @@ def replay(context: click.Context, recording: Path, target: Path, fast: bool, ve
         player = Player(recorded, disk)
         click.echo(_summary(player.play(timed=not fast, check=signals.check)))
         if verify:
-            _report(target, list(player.differences(signals.check)))
+            _report(target, player.differences(signals.check))
 
 
 @contextlib.contextmanager
 def _opened(path: Path, signals: Signals) -> Iterator[Target]:
     """The disk at this path. Raises OSError, ConnectionError, Interrupted."""
     from ringplane.driver import Driver
-    from ringplane.driver.playing import ImageTarget, SocketTarget
+    from ringplane.driver.play_targets import ImageTarget, SocketTarget
 
     if stat.S_ISSOCK(path.stat().st_mode):
         with Driver(path) as driver:
@@ -87,10 +88,12 @@ def _summary(played: Played) -> str:
     )
 
 
-def _report(target: Path, differences: list[tuple[int, int]]) -> None:
-    if not differences:
-        click.echo("verified: everything is there that was written last")
-        return
-    for offset, length in differences[:SHOWN]:
-        click.echo(f"{target}: {length} bytes at {offset} are not what was written last", err=True)
-    raise click.ClickException(f"{target}: {counted(len(differences), 'block')} not as written")
+def _report(target: Path, differences: Iterator[tuple[int, int]]) -> None:
+    number = size = 0
+    for offset, length in differences:
+        number, size = number + 1, size + length
+        if number <= SHOWN:
+            click.echo(f"{target}: {length} bytes at {offset} are not what was written last", err=True)
+    if number:
+        raise click.ClickException(f"{target}: {size} bytes in {counted(number, 'range')} are not as written")
+    click.echo("verified: everything is there that was written last")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -77,6 +77,9 @@ CONFIG_SIZE: int = CONFIG.fields["max_secure_erase_sectors"][1]  # type: ignore[
 # Large reads and writes are split into pieces of this many bytes, and at most so many pieces are in flight.
 PIECE = 256 * 1024
 PIECES_IN_FLIGHT = 8
+
+# Of a range of a device that has no limit: its number of sectors has 32 bits.
+MOST_BYTES = 1 << 40
 
 # Not a status of virtio-blk: it stays there if the device wrote no status.
 NO_STATUS = 0xFF
@@ -287,7 +290,7 @@ class Driver:
     def serial(self) -> str:
         """The disk's serial (GET_ID, section 5.2.6)."""
         answer = self.request(VIRTIO_BLK_T_GET_ID, 0, read=VIRTIO_BLK_ID_BYTES)
-        _check_status(answer.status, "GET_ID")
+        check_status(answer.status, "GET_ID")
         return answer.data.split(b"\0")[0].decode("ascii", "replace")
 
     # Blocks
@@ -297,14 +300,14 @@ class Driver:
 
         Raises OSError for an I/O error, Unsupported, and what the class says.
         """
-        self._check_range(offset, length)
+        self.check_range(offset, length)
         result = bytearray(length)
 
         def submit(start: int, size: int) -> tuple[_Placed, Ticket]:
             return self._submit_request(VIRTIO_BLK_T_IN, (offset + start) // SECTOR, b"", size, queue)
 
         def finish(start: int, size: int, answer: Answer) -> None:
-            _check_status(answer.status, f"reading {size} bytes at {offset + start}")
+            check_status(answer.status, f"reading {size} bytes at {offset + start}")
             result[start : start + size] = answer.data
 
         self._in_pieces(length, submit, finish)
@@ -312,20 +315,20 @@ class Driver:
 
     def write(self, offset: int, data: bytes, queue: int = 0) -> None:
         """Write `data` from byte `offset`. Raises as `read`; then any part of it may have been written."""
-        self._check_range(offset, len(data))
+        self.check_range(offset, len(data))
 
         def submit(start: int, size: int) -> tuple[_Placed, Ticket]:
             piece = bytes(data[start : start + size])
             return self._submit_request(VIRTIO_BLK_T_OUT, (offset + start) // SECTOR, piece, 0, queue)
 
         def finish(start: int, size: int, answer: Answer) -> None:
-            _check_status(answer.status, f"writing {size} bytes at {offset + start}")
+            check_status(answer.status, f"writing {size} bytes at {offset + start}")
 
         self._in_pieces(len(data), submit, finish)
 
     def flush(self, queue: int = 0) -> None:
         """Make every completed write stable. Raises as `read`."""
-        _check_status(self.request(VIRTIO_BLK_T_FLUSH, 0, queue=queue).status, "flush")
+        check_status(self.request(VIRTIO_BLK_T_FLUSH, 0, queue=queue).status, "flush")
 
     def discard(self, offset: int, length: int, queue: int = 0) -> None:
         """Discard these bytes: afterwards their content is undefined. Raises as `read`."""
@@ -338,12 +341,24 @@ class Driver:
 
     def _do_ranges(self, kind: int, name: str, offset: int, length: int, flags: int, queue: int) -> None:
         """Send one request for each range of the largest size that the device accepts."""
-        self._check_range(offset, length)
-        most = int(self.config[f"max_{name}_sectors"]) * SECTOR or length
-        for start in range(offset, offset + length, max(1, most)):
-            size = min(most, offset + length - start)
-            answer = self.request(kind, 0, segments((start // SECTOR, size // SECTOR, flags)), queue=queue)
-            _check_status(answer.status, f"{name} of {size} bytes at {start}")
+        self.check_range(offset, length)
+        for data in self.range_requests(name, offset, length, flags):
+            answer = self.request(kind, 0, data, queue=queue)
+            check_status(answer.status, f"{name} of {length} bytes at {offset}")
+
+    def range_requests(self, name: str, offset: int, length: int, flags: int = 0) -> Iterator[bytes]:
+        """The data of requests for this range, each of at most the size that the device accepts.
+
+        `name` is that of their limit in the configuration space: discard, write_zeroes or secure_erase.
+        """
+        most = int(self.config[f"max_{name}_sectors"]) * SECTOR or MOST_BYTES
+        for start in range(offset, offset + length, most):
+            yield segments((start // SECTOR, min(most, offset + length - start) // SECTOR, flags))
+
+    @property
+    def room(self) -> int:
+        """How many requests of three segments each queue has room for."""
+        return self.queue_size if self.indirect else max(1, self.queue_size // 3)
 
     def set_write_back(self, write_back: bool) -> None:
         """Select write-back (True: this driver flushes) or write-through (writes are stable when they complete).
@@ -353,7 +368,8 @@ class Driver:
         self.front_end.set_config(CONFIG.fields["writeback"][1], bytes([write_back]))  # type: ignore[index]
         self.read_config()
 
-    def _check_range(self, offset: int, length: int) -> None:
+    def check_range(self, offset: int, length: int) -> None:
+        """Raises ValueError for what is not whole blocks inside the disk."""
         if offset % self.block_size or length % self.block_size:
             raise ValueError(f"{length} bytes at {offset} are not whole blocks of {self.block_size} bytes")
         if offset < 0 or length < 0 or offset + length > self.capacity:
@@ -366,7 +382,7 @@ class Driver:
         finish: Callable[[int, int, Answer], None],
     ) -> None:
         window: deque[tuple[int, int, _Placed, Ticket]] = deque()
-        most = min(PIECES_IN_FLIGHT, self.queue_size if self.indirect else max(1, self.queue_size // 3))
+        most = min(PIECES_IN_FLIGHT, self.room)
         try:
             for start in range(0, length, PIECE):
                 size = min(PIECE, length - start)
@@ -544,7 +560,8 @@ def _lengths(*lengths: int) -> list[int]:
     return [length for length in lengths if length]
 
 
-def _check_status(status: int, what: str) -> None:
+def check_status(status: int, what: str) -> None:
+    """Raises Unsupported or OSError for what the device could not do."""
     if status == VIRTIO_BLK_S_UNSUPP:
         raise Unsupported(f"the back end does not support: {what}")
     if status == VIRTIO_BLK_S_IOERR:

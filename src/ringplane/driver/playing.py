@@ -7,167 +7,22 @@ later one waits, so that what the disk contains in the end is known.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import math
-import os
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
-from ringplane.block.image_lock import lock
-from ringplane.driver.driver import PIECE, Begun, Driver, Unsupported
-from ringplane.native.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from ringplane.options.image_options import ImageOptions
-from ringplane.recordings.entries import CHANGES, DISCARD, FLUSH, MARK, SECURE_ERASE, WRITE, ZERO, Entry
+import numpy as np
+
+from ringplane.driver.driver import Unsupported
+from ringplane.driver.last_changes import Numbers, different_parts, joined, last_changes
+from ringplane.driver.play_targets import MOST_IN_FLIGHT, Target
+from ringplane.recordings.entries import CHANGES, DISCARD, MARK, UNFINISHED, WRITE, Entry
 from ringplane.recordings.reader import Recording
-from ringplane.system.libc import system_call
-from ringplane.system.signals import NONE, Signals
-from ringplane.system.syscall_numbers import NUMBERS
-from ringplane.virtio.blk import SECTOR, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT
+from ringplane.virtio.blk import SECTOR
 
-# At a time.
-MOST_IN_FLIGHT = 64
-
-# Bytes that are written, or read for verification, at a time.
+# Bytes that are read for verification at a time.
 LARGEST = 1 << 20
-
-IN_USE = "another program uses it; stop that program, or take a copy"
-
-
-class Target(Protocol):
-    """The disk. Its methods raise OSError and Unsupported."""
-
-    size: int
-
-    def begin(self, entry: Entry) -> Callable[[], None]:
-        """Begin what the entry says; what is returned waits for its end."""
-
-    def sync(self) -> None:
-        """Make stable what has ended."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """What is there."""
-
-
-class ImageTarget:
-    """An image: a file or a block device, through the page cache. Each request has ended when `begin` returns."""
-
-    def __init__(self, path: Path, signals: Signals = NONE) -> None:
-        """Raises OSError, also if something else uses the image; Interrupted."""
-        self._fd = _opened(path)
-        try:
-            if not _locked(self._fd, signals):
-                raise OSError(errno.EBUSY, IN_USE)
-            self.size = os.lseek(self._fd, 0, os.SEEK_END)
-        except BaseException:
-            self.close()
-            raise
-
-    def begin(self, entry: Entry) -> Callable[[], None]:
-        """See Target."""
-        if entry.kind == WRITE:
-            self._write(entry.offset, entry.data)
-        elif entry.kind == FLUSH:
-            os.fdatasync(self._fd)
-        elif entry.kind == DISCARD:
-            self._discard(entry)
-        else:
-            for start in range(0, entry.length, LARGEST):
-                self._write(entry.offset + start, memoryview(bytes(min(LARGEST, entry.length - start))))
-        if entry.fua:
-            os.fdatasync(self._fd)
-        return _nothing
-
-    def _write(self, offset: int, data: memoryview) -> None:
-        while data:
-            written = os.pwrite(self._fd, data, offset)
-            data, offset = data[written:], offset + written
-
-    def _discard(self, entry: Entry) -> None:
-        """If the file system cannot, nothing is discarded."""
-        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-        with contextlib.suppress(OSError):
-            system_call(NUMBERS["fallocate"], self._fd, mode, entry.offset, entry.length)
-
-    def sync(self) -> None:
-        """See Target."""
-        os.fdatasync(self._fd)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """See Target."""
-        return os.pread(self._fd, length, offset)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def _opened(path: Path) -> int:
-    """With O_EXCL the kernel refuses a block device that is mounted, or a part of another one (open(2))."""
-    exclusive = os.O_EXCL if stat.S_ISBLK(path.stat().st_mode) else 0
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
-    except OSError as error:
-        raise OSError(error.errno, IN_USE) if error.errno == errno.EBUSY else error from None
-
-
-def _locked(fd: int, signals: Signals) -> bool:
-    try:
-        return lock(fd, ImageOptions(), signals)
-    except OSError as error:
-        # Some network file systems have no locks.
-        raise OSError(
-            error.errno, f"it cannot be locked ({error.strerror}); take a copy on another file system"
-        ) from None
-
-
-class SocketTarget:
-    """A disk behind a vhost-user socket."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self.size = driver.capacity
-
-    def begin(self, entry: Entry) -> Callable[[], None]:
-        """See Target."""
-        driver = self._driver
-        if entry.kind == WRITE and entry.length <= PIECE and not entry.fua:
-            return self._ending(driver.begin(VIRTIO_BLK_T_OUT, entry.offset // SECTOR, bytes(entry.data)))
-        if entry.kind == FLUSH:
-            return self._ending(driver.begin(VIRTIO_BLK_T_FLUSH, 0))
-        if entry.kind == WRITE:
-            driver.write(entry.offset, bytes(entry.data))
-        elif entry.kind == DISCARD:
-            driver.discard(entry.offset, entry.length)
-        else:
-            driver.write_zeroes(entry.offset, entry.length, unmap=entry.may_unmap)
-        if entry.fua:
-            driver.flush()
-        return _nothing
-
-    def _ending(self, begun: Begun) -> Callable[[], None]:
-        def end() -> None:
-            status = self._driver.end(begun).status
-            if status != VIRTIO_BLK_S_OK:
-                raise OSError(errno.EIO, f"the back end completed a request with status {status}")
-
-        return end
-
-    def sync(self) -> None:
-        """See Target."""
-        with contextlib.suppress(Unsupported):
-            self._driver.flush()
-
-    def read(self, offset: int, length: int) -> bytes:
-        """See Target."""
-        return self._driver.read(offset, length)
-
-
-def _nothing() -> None:
-    """What has ended already."""
+ZEROS = bytes(LARGEST)
 
 
 @dataclass(slots=True)
@@ -186,29 +41,33 @@ class Player:
     """Plays one recording on one disk."""
 
     def __init__(self, recording: Recording, target: Target) -> None:
-        self._target = target
-        playable = [entry for entry in recording if entry.kind != MARK]
+        self._recording, self._target = recording, target
+        self._kinds = _column(recording, "kind")
+        playable = (_column(recording, "result") == 0) & (_column(recording, "flags") & UNFINISHED == 0)
+        chosen = np.flatnonzero(playable & (self._kinds != MARK))
         # By `began` is in the order in which they had begun.
-        self._entries = sorted(
-            (each for each in playable if _is_playable(each)), key=lambda each: (each.began, each.index)
-        )
-        self.played = Played(left_out=len(playable) - len(self._entries))
+        self._order = chosen[np.argsort(_column(recording, "began")[chosen], kind="stable")]
+        self.played = Played(left_out=int(np.count_nonzero(self._kinds != MARK)) - len(chosen))
         # Those in flight, by index.
         self._ends: dict[int, tuple[Entry, Callable[[], None]]] = {}
 
-    def play(self, *, timed: bool, check: Callable[[], None] = _nothing) -> Played:
+    def _entries(self) -> Iterator[Entry]:
+        return (self._recording[int(index)] for index in self._order)
+
+    def play(self, *, timed: bool, check: Callable[[], None] = lambda: None) -> Played:
         """Play all of it, at the recorded times if `timed`. `check` is called now and then. Raises OSError."""
-        start, first = time.monotonic_ns(), self._entries[0].begin_ns if self._entries else 0
-        for entry in self._entries:
+        start, first = time.monotonic_ns(), next((entry.begin_ns for entry in self._entries()), 0)
+        last = first
+        for entry in self._entries():
             check()
             if timed:
                 self._wait_until(start + entry.begin_ns - first, check)
             self._make_way(entry)
             self._begin(entry)
+            last = max(last, entry.end_ns)
         self._end_all()
         self._target.sync()
-        if self._entries:
-            self.played.recorded_seconds = (max(each.end_ns for each in self._entries) - first) / 1e9
+        self.played.recorded_seconds = (last - first) / 1e9
         self.played.seconds = (time.monotonic_ns() - start) / 1e9
         return self.played
 
@@ -226,33 +85,44 @@ class Player:
     def _begin(self, entry: Entry) -> None:
         try:
             self._ends[entry.index] = entry, self._target.begin(entry)
-            self.played.requests += 1
         except Unsupported:
             self.played.unsupported += 1
 
     def _end(self, index: int) -> None:
         _, end = self._ends.pop(index)
-        end()
+        try:
+            end()
+            self.played.requests += 1
+        except Unsupported:
+            self.played.unsupported += 1
 
     def _end_all(self) -> None:
         for index in tuple(self._ends):
             self._end(index)
 
-    def differences(self, check: Callable[[], None] = _nothing) -> Iterator[tuple[int, int]]:
+    def differences(self, check: Callable[[], None] = lambda: None) -> Iterator[tuple[int, int]]:
         """The ranges (offset, length) that do not have what was written last. Raises OSError."""
-        unit = _unit(self._entries)
-        last = _last_changes(self._entries, unit)
-        for block in sorted(last):
+        for place, expected in joined(self._contents(), LARGEST):
             check()
-            entry = last[block]
-            start = block * unit
-            expected = _content(entry, start, unit)
-            if expected is not None and self._target.read(start, unit) != expected:
-                yield start, unit
+            found = self._target.read(place, len(expected))
+            if found != expected:
+                for start, length in different_parts(found, expected, SECTOR):
+                    yield place + start, length
+
+    def _contents(self) -> Iterator[tuple[int, bytes | memoryview]]:
+        """What has to be where, in pieces of up to LARGEST; what was discarded last can be anything."""
+        changes = self._order[np.isin(self._kinds[self._order], CHANGES)]
+        starts = _column(self._recording, "offset")[changes]
+        ends = starts + _column(self._recording, "length")[changes]
+        for start, end, number in last_changes(starts, ends):
+            entry = self._recording[int(changes[number])]
+            if entry.kind != DISCARD:
+                for place in range(start, end, LARGEST):
+                    yield place, _content(entry, place, min(LARGEST, end - place))
 
 
-def _is_playable(entry: Entry) -> bool:
-    return entry.result == 0 and not entry.unfinished
+def _column(recording: Recording, field: str) -> Numbers:
+    return np.array(recording.column(field), np.int64)
 
 
 def _overlap(one: Entry, other: Entry) -> bool:
@@ -260,23 +130,8 @@ def _overlap(one: Entry, other: Entry) -> bool:
     return both and one.offset < other.offset + other.length and other.offset < one.offset + one.length
 
 
-def _unit(entries: Sequence[Entry]) -> int:
-    """The largest size of blocks of which all ranges are whole multiples."""
-    numbers = (number for each in entries if each.kind in CHANGES for number in (each.offset, each.length))
-    return math.gcd(LARGEST, *numbers)
-
-
-def _last_changes(entries: Sequence[Entry], unit: int) -> dict[int, Entry]:
-    """By the number of each block that was changed: what changed it last."""
-    last: dict[int, Entry] = {}
-    for entry in entries:
-        if entry.kind in CHANGES:
-            last.update(dict.fromkeys(range(entry.offset // unit, (entry.offset + entry.length) // unit), entry))
-    return last
-
-
-def _content(entry: Entry, start: int, size: int) -> bytes | None:
-    """What has to be there; None: anything."""
+def _content(entry: Entry, place: int, size: int) -> bytes | memoryview:
+    """What it has written there."""
     if entry.kind == WRITE:
-        return bytes(entry.data[start - entry.offset : start - entry.offset + size])
-    return bytes(size) if entry.kind in (ZERO, SECURE_ERASE) else None
+        return entry.data[place - entry.offset :][:size]
+    return ZEROS[:size]

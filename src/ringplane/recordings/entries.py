@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Kinds of entries. END: the recording was ended as it should. FAILED: it could not be written any more, because of the
@@ -64,6 +65,11 @@ class Entry:
     def text(self) -> str:
         """Of a mark."""
         return str(self.data, "utf-8", "replace")
+
+    def pieces(self, most: int) -> Iterator[tuple[int, int]]:
+        """The offsets and lengths of parts of its range, of at most so many bytes each."""
+        for start in range(0, self.length, most):
+            yield self.offset + start, min(most, self.length - start)
 
     def covers(self, other: Entry) -> bool:
         """Whether the other one, which succeeded, is stable because this is a flush that began later and succeeded."""

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import overload
 
 from ringplane.recordings.entries import CHANGES, END, FAILED, FLUSH, MARK, WRITE, Entry
-from ringplane.recordings.recording_format import HEAD, RecordingError, is_sealed, padded, unpack_header
+from ringplane.recordings.recording_format import (
+    HEAD,
+    HEAD_FIELDS,
+    NUMBER,
+    RecordingError,
+    is_sealed,
+    padded,
+    unpack_header,
+)
 
 # The largest errno of the kernel.
 MAX_ERRNO = 4095
@@ -89,6 +97,15 @@ class Recording(Sequence[Entry]):
         if isinstance(index, slice):
             return [self._entry_at(place) for place in self._heads[index]]
         return self._entry_at(self._heads[index])
+
+    def column(self, field: str) -> array[int]:
+        """One field (docs/recordings.md) of all entries, in 8 bytes for each of them."""
+        place = NUMBER.size * HEAD_FIELDS.index(field)
+        return array("q", (NUMBER.unpack_from(self._content, head + place)[0] for head in self._heads))
+
+    def ordered_by(self, field: str) -> list[int]:
+        """The indices of all entries in the order of a field."""
+        return sorted(range(len(self)), key=self.column(field).__getitem__)
 
     def _entry_at(self, place: int) -> Entry:
         kind, index, began, begin, end, offset, length, flags, result, queue, size, _ = HEAD.unpack_from(

@@ -31,13 +31,17 @@ HEAD_FIELDS = (
     "seal",
 )
 HEAD = struct.Struct(f"<{len(HEAD_FIELDS)}q")
+NUMBER = struct.Struct("<q")
 ALIGNMENT = 8
 
 # No header is larger: a name and a path.
 MAX_JSON = 1 << 20
 
 # Why none is written to a path.
-EXISTS = "{}: exists already, and no recording is overwritten; name another file or remove this one"
+EXISTS = (
+    "{}: exists already, and no recording is overwritten; remove it, or name another file: with {{time}} in its name "
+    "each start makes a new one"
+)
 
 
 class RecordingError(Exception):
