@@ -202,16 +202,50 @@ def test_an_iolog_of_fio(tmp_path: Path) -> None:
         "fio version 3 iolog",
         "0 disk add",
         "0 disk open",
-        "0 disk write 1024 512",
-        "1000 disk write 512 512",
-        "3000 disk datasync 0 0",
-        "5000 disk trim 4096 8192",
-        "5000 disk close",
+        "1 disk write 1024 512",
+        "1001 disk write 512 512",
+        "3001 disk datasync 0 0",
+        "5001 disk trim 4096 8192",
+        "5001 disk close",
     ]
 
 
+LARGE: tuple[dict[str, Any], ...] = (
+    {"kind": ZERO, "offset": 4096, "length": (2 << 20) + 512},
+    {"kind": DISCARD, "length": (4 << 30) + 512},
+)
+
+
+def test_large_ranges_in_an_iolog(tmp_path: Path) -> None:
+    """fio allocates a buffer of the largest write for each request in flight."""
+    text = exported(fio_iolog.export, tmp_path / "log", recorded(*LARGE, header=Header(8 << 30))).read_text()
+    assert text.splitlines()[3:] == [
+        f"1 disk write 4096 {1 << 20}",
+        f"1 disk write {4096 + (1 << 20)} {1 << 20}",
+        f"1 disk write {4096 + (2 << 20)} 512",
+        f"1 disk trim 0 {(4 << 30) + 512}",
+        "1 disk close",
+    ]
+
+
+def test_large_ranges_in_a_trace(tmp_path: Path) -> None:
+    """It has 32 bits for a length."""
+    content = exported(
+        blktrace_binary.export, tmp_path / "trace", recorded(*LARGE, header=Header(8 << 30))
+    ).read_bytes()
+    found = [struct.unpack_from("<QII", content, place + 16) for place in range(64, len(content), 48)]
+    queued = [(sector * 512, size) for sector, size, action in found if action & 0xFFFF == 1]
+    assert queued == [
+        *((4096 + (each << 20), 1 << 20) for each in range(2)),
+        (4096 + (2 << 20), 512),
+        *((each << 31, 1 << 31) for each in range(2)),
+        (4 << 30, 512),
+    ]
+    assert len(found) == 3 * len(queued)
+
+
 def test_the_structs_of_blktrace(tmp_path: Path) -> None:
-    """Field by field, as in include/uapi/linux/blktrace_api.h; tests/storage has its programs."""
+    """Field by field, as in include/uapi/linux/blktrace_api.h; tests/program has its programs."""
     content = exported(blktrace_binary.export, tmp_path / "trace", recorded(*MIXTURE)).read_bytes()
     found, place = [], 0
     while place < len(content):

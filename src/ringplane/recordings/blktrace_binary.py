@@ -5,11 +5,13 @@ Each request is queued and issued when it began, and completed when it ended; ma
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from ringplane.recordings.entries import DISCARD, FLUSH, MARK, SECURE_ERASE, Entry
+from ringplane.recordings.entries import DISCARD, FLUSH, MARK, SECURE_ERASE, ZERO, Entry
 from ringplane.recordings.reader import Recording
 
 MAGIC, VERSION = 0x6561_7400, 7
@@ -29,16 +31,19 @@ DEVICE = 120 << 20
 # A mark is at most so long (BLK_TN_MAX_MSG).
 LONGEST_MESSAGE = 127
 
-SECTOR, MOST_BYTES = 512, (1 << 32) - 512
+SECTOR = 512
+
+# The largest range of one request, which has 32 bits for it; and of zeros, of which fio allocates a buffer.
+MOST_BYTES, MOST_ZEROS = 1 << 31, 1 << 20
 
 
 def export(recording: Recording, file: BinaryIO) -> int:
     """Write the trace; returns how many entries it has no place for: none. Raises OSError."""
-    events = sorted(event for entry in recording for event in _events(entry))
-    start = events[0][0] if events else 0
-    for sequence, (time, _, sector, size, action, queue, error, text) in enumerate(
-        [*_names(recording, start), *events], 1
-    ):
+    in_order = _in_order(recording)
+    first = list(itertools.islice(in_order, 1))
+    start = first[0][0] if first else 0
+    events = itertools.chain(_names(recording, start), first, in_order)
+    for sequence, (time, _, sector, size, action, queue, error, text) in enumerate(events, 1):
         head = (MAGIC | VERSION, sequence, time - start, sector, size, action, queue + 1, DEVICE, 0, error, len(text))
         file.write(TRACE.pack(*head) + text)
     return 0
@@ -50,22 +55,40 @@ Event = tuple[int, int, int, int, int, int, int, bytes]
 
 def _names(recording: Recording, start: int) -> Iterator[Event]:
     """Each queue is a process for these programs."""
-    for queue in sorted({entry.queue for entry in recording}):
+    for queue in sorted(set(recording.column("queue"))):
         name = f"queue-{queue}".encode()[:15].ljust(16, b"\0")
         yield start, 0, 0, 0, PROCESS | TC_NOTIFY << 16, queue, 0, name
 
 
-def _events(entry: Entry) -> Iterator[Event]:
+def _in_order(recording: Recording) -> Iterator[Event]:
+    begun = (event for index in recording.ordered_by("begin_ns") for event in _of_beginning(recording[index]))
+    ended = (event for index in recording.ordered_by("end_ns") for event in _of_end(recording[index]))
+    return heapq.merge(begun, ended)
+
+
+def _of_beginning(entry: Entry) -> Iterator[Event]:
+    if entry.kind != MARK:
+        for order, action in enumerate((QUEUE | TC_QUEUE << 16, ISSUE | TC_ISSUE << 16)):
+            yield from _of_ranges(entry, entry.begin_ns, order, action, 0)
+
+
+def _of_end(entry: Entry) -> Iterator[Event]:
     if entry.kind == MARK:
         text = bytes(entry.data[:LONGEST_MESSAGE])
         yield entry.end_ns, 4 * entry.index, 0, 0, MESSAGE | TC_NOTIFY << 16, entry.queue, 0, text
-        return
+    elif not entry.unfinished:
+        yield from _of_ranges(entry, entry.end_ns, 2, COMPLETE | TC_COMPLETE << 16, -entry.result)
+
+
+def _of_ranges(entry: Entry, time: int, order: int, action: int, error: int) -> Iterator[Event]:
     what = TC_WRITE | (TC_FUA if entry.fua else 0)
     what |= TC_FLUSH if entry.kind == FLUSH else TC_DISCARD if entry.kind in (DISCARD, SECURE_ERASE) else 0
-    place = entry.offset // SECTOR, min(entry.length, MOST_BYTES)
-    for order, (time, action, category) in enumerate(
-        ((entry.begin_ns, QUEUE, TC_QUEUE), (entry.begin_ns, ISSUE, TC_ISSUE), (entry.end_ns, COMPLETE, TC_COMPLETE))
-    ):
-        error = -entry.result if action == COMPLETE else 0
-        if not (entry.unfinished and action == COMPLETE):
-            yield time, 4 * entry.index + order, *place, action | (category | what) << 16, entry.queue, error, b""
+    for offset, size in _ranges(entry):
+        yield time, 4 * entry.index + order, offset // SECTOR, size, action | what << 16, entry.queue, error, b""
+
+
+def _ranges(entry: Entry) -> Iterable[tuple[int, int]]:
+    """The ranges of the requests that it becomes."""
+    if entry.length <= MOST_ZEROS:
+        return ((entry.offset, entry.length),)
+    return entry.pieces(MOST_ZEROS if entry.kind == ZERO else MOST_BYTES)

@@ -8,6 +8,7 @@ FUA at once, when it ends. What no flush covers comes at the end.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -48,16 +49,22 @@ def left_out(entry: Entry) -> bool:
 
 def in_order_of_stability(recording: Recording) -> Iterator[Entry]:
     """The entries in the kernel's order."""
+    return (recording[index] for index in _indices_in_order(recording))
+
+
+def _indices_in_order(recording: Recording) -> Iterator[int]:
+    kinds = recording.column("kind")
     flushes = sorted(
-        (entry for entry in recording if entry.kind == FLUSH), key=lambda each: (each.began, each.begin_ns)
+        (recording[index] for index, kind in enumerate(kinds) if kind == FLUSH),
+        key=lambda each: (each.began, each.begin_ns),
     )
-    begun: dict[int, list[Entry]] = {}
+    begun: dict[int, array[int]] = {}
     next_flush = 0
     # What has ended, and belongs to no flush that has begun.
-    waiting: list[Entry] = []
+    waiting = array("q")
     for entry in recording:
         while next_flush < len(flushes) and flushes[next_flush].began <= entry.index:
-            begun[flushes[next_flush].index], waiting = waiting, []
+            begun[flushes[next_flush].index], waiting = waiting, array("q")
             next_flush += 1
         if entry.kind == FLUSH:
             covered = begun.pop(entry.index)
@@ -65,13 +72,14 @@ def in_order_of_stability(recording: Recording) -> Iterator[Entry]:
                 # They are as unstable as before.
                 waiting = covered + waiting
             else:
-                yield from (*covered, entry)
+                yield from covered
+                yield entry.index
         elif left_out(entry):
             continue
         elif entry.fua or entry.kind == MARK:
-            yield entry
+            yield entry.index
         else:
-            waiting.append(entry)
+            waiting.append(entry.index)
     for covered in begun.values():
         yield from covered
     yield from waiting
@@ -103,9 +111,8 @@ class _Log:
 
     def _add_zeros(self, entry: Entry) -> None:
         """As writes, whose data are a hole in the file."""
-        for start in range(0, entry.length, MOST_ZEROS):
-            size = min(MOST_ZEROS, entry.length - start)
-            self._entry(entry.offset + start, size, LOG_FUA if entry.fua else 0)
+        for offset, size in entry.pieces(MOST_ZEROS):
+            self._entry(offset, size, LOG_FUA if entry.fua else 0)
             self._file.seek(size, 1)
 
     def add_mark(self, text: bytes) -> None:
