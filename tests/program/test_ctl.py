@@ -178,6 +178,22 @@ def test_changes_print_what_the_api_answers(ctl: Ctl, added: str) -> None:
     assert ctl.json("resize", "a") == {"before": SIZE, "size": SIZE}
 
 
+def test_recordings(served: ServedApi, ctl: Ctl, added: str) -> None:
+    file = served.folder / "a-{time}.rec"
+    begun = ctl.json("record", "a", str(file))
+    assert re.fullmatch(rf"{served.folder}/a-[0-9T.]+Z\.rec", begun["file"])
+    assert ctl.run("mark", "a", "here") == "a: marked\n"
+    line = ctl.error("record", "a", str(file), status=1)
+    assert line == f"a: it is recorded already, to {begun['file']}; end that recording before"
+    assert ctl.json("end-recording", "a") == begun | {"entries": 1}
+    for command in (("mark", "a", "here"), ("end-recording", "a")):
+        assert ctl.error(*command, status=1).startswith("the disk is not recorded; ")
+    line = ctl.error("record", "a", begun["file"], status=1)
+    assert line.startswith(f"a: {begun['file']}: exists already, and no recording is overwritten; ")
+    assert ctl.run("record", "a", str(file)).startswith(f"a: recording to {served.folder}/a-")
+    assert re.fullmatch(r"a: .*/a-.*Z\.rec has 0 requests and marks\n", ctl.run("end-recording", "a"))
+
+
 def test_io_threads(ctl: Ctl, added: str) -> None:
     heading, *rows = ctl.run("io-threads").splitlines()
     assert heading.split() == ["NAME", "ENGINE", "CPUS", "POLL-US", "QUEUES", "DISKS"]

@@ -22,7 +22,7 @@ from ringplane.recordings.reader import Recording, open_recording
 from ringplane.recordings.writer import RecordingWriter
 from unit.rig import eventually
 
-from .served import DISK, MEMORY_SIZE, SOON, ServedApi, body, needs_all
+from .served import DISK, MEMORY_SIZE, SOON, ServedApi, body, disk_table, needs_all, refused
 
 Serve = Callable[..., ServedApi]
 API = ("--api-socket", "api.sock")
@@ -154,6 +154,25 @@ def test_an_upgrade_ends_a_recording(serve: Serve, tmp_path: Path) -> None:
         assert recording.complete
 
 
+def test_a_configuration_records_at_each_start(serve: Serve, tmp_path: Path) -> None:
+    """Also after an upgrade. Without {time} the second start fails, and says so."""
+    (tmp_path / "disks.toml").write_text(disk_table("a") + 'record = "{name}-{time}.rec"\n')
+    for _ in range(2):
+        served = serve("--config", "disks.toml", *API)
+        with served.attach() as driver:
+            driver.write(0, b"a" * 4096)
+            new = serve("--config", "disks.toml", *API, "--upgrade")
+            assert served.process.wait(SOON) == 0, served.errors.read_text()
+            driver.write(0, b"b" * 4096)
+        new.end()
+    recordings = [open_recording(path) for path in sorted(tmp_path.glob("a-*Z.rec"))]
+    assert [bytes(entry.data[:1]) for each in recordings for entry in each] == [b"a", b"b"] * 2
+    assert all(each.complete and len(each) == 1 for each in recordings)
+    (tmp_path / "a.rec").touch()
+    assert "a.rec: exists already" in (line := refused(*DISK, "--record", tmp_path / "a.rec"))
+    assert line.endswith("with {time} in its name each start makes a new one")
+
+
 def test_a_recording_is_played_on_a_back_end(serve: Serve, tmp_path: Path, folder: Path) -> None:
     served = serve(*DISK, *API)
     assert "verified" in ringplane(tmp_path, "replay", folder / "a.rec", "a.sock", "--fast")
@@ -182,6 +201,31 @@ def test_fio_plays_an_exported_recording(tmp_path: Path, folder: Path, recording
     ringplane(folder, "export", "fio", "a.rec", tmp_path / "log")
     flushes = sum(entry.kind == entries.FLUSH for entry in recording)
     assert play_with_fio(tmp_path, "log") == (writes_of(recording), flushes)
+
+
+def test_fio_waits_as_long_as_the_guest_did(tmp_path: Path) -> None:
+    """It does not wait after a request at the time 0."""
+    times = (0, 300_000_000)
+    with (tmp_path / "a.rec").open("wb") as file:
+        writer = RecordingWriter(file, Header(SIZE))
+        for time in times:
+            writer.add(entries.WRITE, data=bytes(4096), begin_ns=1_000_000_000 + time, end_ns=1_000_000_000 + time)
+        writer.end()
+    ringplane(tmp_path, "export", "fio", "a.rec", "log")
+    (tmp_path / "copy.img").write_bytes(bytes(SIZE))
+    command = [
+        need("fio", "fio"),
+        "--name=replay",
+        "--read_iolog=log",
+        "--replay_redirect=copy.img",
+        "--ioengine=psync",
+    ]
+    done = subprocess.run(
+        [*command, "--output-format=json"], cwd=tmp_path, capture_output=True, text=True, timeout=SOON
+    )
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    assert (job["write"]["total_ios"], job["job_runtime"] >= 290) == (2, True), job["job_runtime"]
 
 
 def test_blkparse_and_fio_read_an_exported_trace(tmp_path: Path, folder: Path, recording: Recording) -> None:

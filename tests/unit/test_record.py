@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -384,9 +385,31 @@ def test_a_recording_has_what_policies_let_through(tmp_path: Path) -> None:
 
 def test_no_recording_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "disk.rec").write_text("precious")
-    with pytest.raises(ImageError, match=r"disk\.rec: exists already.*name another file"):
+    with pytest.raises(ImageError, match=r"disk\.rec: exists already.*with {time} in its name"):
         ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", create=1 << 20, record=tmp_path / "disk.rec")
     assert (tmp_path / "disk.rec").read_text() == "precious"
+
+
+def test_each_start_can_have_a_recording_of_its_own(tmp_path: Path) -> None:
+    """The same options each time, as in a configuration file."""
+    for number in range(3):
+        with (
+            ringplane.serve(
+                tmp_path / "disk.img", tmp_path / "socket", create=1 << 20, record=tmp_path / "{name}-{time}.rec"
+            ) as export,
+            Driver(tmp_path / "socket") as driver,
+        ):
+            driver.write(0, bytes([number]) * 512)
+            export.stop()
+    # In the order of their names, too.
+    paths = sorted(tmp_path.glob("disk-*.rec"))
+    assert [bytes(open_recording(path)[0].data[:1]) for path in paths] == [b"\0", b"\1", b"\2"]
+    assert all(re.fullmatch(r"disk-\d{8}T\d{6}\.\d{3}Z\.rec", path.name) for path in paths)
+
+
+def test_a_field_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(WrongOptions, match=r"record: \{pid\} is unknown; \{name\} and \{time\} are replaced"):
+        ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", create=1 << 20, record=tmp_path / "{pid}.rec")
 
 
 def test_a_failed_start_leaves_no_recording(tmp_path: Path) -> None:

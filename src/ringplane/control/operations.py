@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 # What is wrong, where, and what to do.
-NOT_RECORDED = ("the disk is not recorded", "", "POST /v1/disks/{name}/recording begins a recording")
+NOT_RECORDED = ("the disk is not recorded", "", "begin a recording before")
 
 # Seconds after which a mark is tried again, for which the recording had no room.
 MARK_INTERVAL = 0.01

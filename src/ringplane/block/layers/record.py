@@ -55,6 +55,7 @@ from ringplane.native.buffers import copy_from
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns, read
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
+from ringplane.options.record_options import path_of_recording
 from ringplane.recordings import entries
 from ringplane.recordings.entries import Header
 from ringplane.recordings.marks import LARGEST_MARK, TOKEN_SIZE, new_token
@@ -315,7 +316,7 @@ def open_layer(config: DiskConfig, source: Source, *, shared: bool, opener: Open
 
 
 def record_to(path: Path, config: DiskConfig, source: Source, opener: Opener) -> RecordLayer:
-    """The layer that records a disk to a new file. Raises ImageError, OpenerEnded."""
+    """The layer that records a disk to a new file, whose path may have fields. Raises ImageError, OpenerEnded."""
     # Few disks need it.
     from ringplane.block.layers.recording_file import RecordingFile
 
@@ -329,12 +330,13 @@ def record_to(path: Path, config: DiskConfig, source: Source, opener: Opener) ->
         disk=config.name or "",
         image=source.title,
     )
-    return RecordLayer(RecordingFile(path, header, opener))
+    return RecordLayer(RecordingFile(path_of_recording(path, header.disk), header, opener))
 
 
 def check(config: DiskConfig, source: Source) -> type[Layer] | None:
     if config.record is None:
         return None
-    if config.record.exists():
-        raise ImageError(EXISTS.format(config.record))
+    path = path_of_recording(config.record, config.name or "")
+    if path.exists():
+        raise ImageError(EXISTS.format(path))
     return RecordLayer
