@@ -2,13 +2,18 @@
 
     python benchmarks/recording_cost.py FOLDER
 
-The disk and the recording are in the folder: on tmpfs it is the engine `memory`. The rounds are interleaved.
+The disk and the recording are in the folder: on tmpfs it is the engine `memory`. The rounds are interleaved. Beside it
+stands what a program needs that only writes as many bytes as the recording has, in pieces of 1 MiB: recording cannot
+cost less than that, whatever else it does.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,9 +22,15 @@ from trees import THIS, serving, table
 
 from ringplane.driver import Driver, Load, run_load
 from ringplane.driver.load import Result
+from ringplane.recordings.recording_format import HEAD
 
 # The first requests allocate the image and start the I/O thread's measurements of its own.
 WARM_UP = 70_000
+
+# Of a write of 4 KiB in the recording, in bytes.
+ENTRY_SIZE = HEAD.size + 4096
+# Those that are written without a disk, and the size of such a write.
+ENTRIES, PIECE = 100_000, 1 << 20
 
 
 def measure(place: Path, seconds: float, *, recorded: bool) -> Result:
@@ -30,6 +41,29 @@ def measure(place: Path, seconds: float, *, recorded: bool) -> Result:
         with serving(THIS, options), Driver(f"{folder}/sock", timeout=300) as driver:
             run_load(driver, Load(depth=128, read_percent=0, requests=WARM_UP))
             return run_load(driver, Load(depth=128, read_percent=0, seconds=seconds))
+
+
+def bare_writes(place: Path, flags: int) -> float:
+    """CPU time in microseconds per entry, of a new file with as many bytes as ENTRIES entries."""
+    piece = mmap.mmap(-1, PIECE)
+    piece.write(os.urandom(PIECE))
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        fd = os.open(f"{folder}/file", os.O_WRONLY | os.O_CREAT | flags)
+        begin = time.process_time()
+        for _ in range(ENTRIES * ENTRY_SIZE // PIECE):
+            os.write(fd, piece)
+        cpu = time.process_time() - begin
+        os.close(fd)
+    return cpu / ENTRIES * 1e6
+
+
+def bare_line(name: str, place: Path, flags: int, rounds: int) -> list[str]:
+    """The median of some rounds."""
+    try:
+        cpu = statistics.median(bare_writes(place, flags) for _ in range(rounds))
+    except OSError as error:
+        return [name, str(error.strerror), ""]
+    return [name, f"{cpu:.2f}", ""]
 
 
 def line(name: str, results: Sequence[Result]) -> list[str]:
@@ -50,6 +84,8 @@ def main(folder: Path, rounds: int, seconds: float) -> None:
         plain.append(measure(folder, seconds, recorded=False))
         recorded.append(measure(folder, seconds, recorded=True))
     lines = [line("not recorded", plain), line("recorded", recorded)]
+    lines.append(bare_line("only write(2)", folder, 0, rounds))
+    lines.append(bare_line("only write(2), O_DIRECT", folder, os.O_DIRECT, rounds))
     click.echo(table(["", "CPU us per write", "writes per second"], lines))
 
 
