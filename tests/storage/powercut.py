@@ -290,8 +290,8 @@ class Cuts:
     def __init__(self, events: list[Event], writes: list[Write], asked: list[Asked], *, write_through: bool) -> None:
         self._record, self._asked = Record(events, writes), asked
         self._timeline = timeline_of(self._record.entries)
-        self._settling = iter(self._timeline.writes)
-        self._next = next(self._settling, None)
+        # So many of the writes that have landed.
+        self._settled = 0
         self._stable = [0] * SECTORS
         # For each sector: when the last guaranteed write was submitted, and when possible zeros were completed.
         self._promised = [0] * SECTORS
@@ -313,7 +313,7 @@ class Cuts:
         seen = sorted(self._seen_by_driver(), key=lambda each: each[0], reverse=True)
         for cut in power_cuts(self._timeline):
             clock = self._record.clocks[cut.time]
-            self._settle(cut.settled)
+            self._settle(cut)
             touched = set()
             while seen and seen[-1][0] <= clock:
                 when, each = seen.pop()
@@ -332,12 +332,11 @@ class Cuts:
             if each.kind == VIRTIO_BLK_T_FLUSH or self._write_through:
                 yield each.answer_clock, each
 
-    def _settle(self, before: int) -> None:
-        """The writes that ended before this one are stable, whatever happens."""
-        while self._next is not None and self._next.index < before:
-            start = self._next.first
-            self._stable[start : self._next.end] = self._record.numbers[self._next.index]
-            self._next = next(self._settling, None)
+    def _settle(self, cut: PowerCut) -> None:
+        """Some more writes are stable, whatever happens."""
+        for write in cut.landed[self._settled : cut.settled]:
+            self._stable[write.first : write.end] = self._record.numbers[write.index]
+        self._settled = cut.settled
 
     def _possible(self, cut: PowerCut) -> dict[int, set[int]]:
         """For each sector that pending writes change: the requests of which it can have the data."""

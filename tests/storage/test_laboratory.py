@@ -103,7 +103,7 @@ def test_a_missing_flush_is_found(recorded: Recorded) -> None:
     assert found["exhausted"]
     smallest = found["smallest"]
     assert isinstance(smallest, dict)
-    missing = {"entry": 2, "kind": "write", "offset": DATA, "length": BLOCK, "there": []}
+    missing = {"entry": 2, "kind": "write", "result": 0, "offset": DATA, "length": BLOCK, "there": []}
     assert smallest["missing"] == [missing]
     assert (smallest["mark_before"], smallest["mark_after"]) == ("begin", "written")
     assert smallest["output"] == "a pointer to nothing\n"

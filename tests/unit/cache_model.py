@@ -7,6 +7,7 @@ is tried step by step.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,12 +22,17 @@ SECTOR = 512
 
 @dataclass(frozen=True)
 class Request:
-    """A write of these sectors, each with the byte `value`; or a flush, if there are none."""
+    """A write of these sectors, each with the byte `value`; or a flush, if there are none.
+
+    Requests of other kinds that change sectors are writes of zeros. One that `failed` may have left anything.
+    """
 
     first: int = 0
     count: int = 0
     value: int = 0
     fua: bool = False
+    kind: int = WRITE
+    failed: bool = False
 
     def touches(self, sector: int) -> bool:
         return self.first <= sector < self.first + self.count
@@ -62,9 +68,13 @@ def recorded(sectors: int, requests: Sequence[Request], steps: Steps, **header: 
 
 
 def add(writer: RecordingWriter, request: Request, began: int, flags: int) -> None:
-    data = bytes([request.value]) * (request.count * SECTOR)
-    kind = WRITE if request.count else FLUSH
-    writer.add(kind, data=data, offset=request.first * SECTOR, began=began, flags=flags | (FUA if request.fua else 0))
+    length = request.count * SECTOR
+    kind = request.kind if request.count else FLUSH
+    data = bytes([request.value]) * (length if kind == WRITE else 0)
+    flags |= FUA if request.fua else 0
+    result = -errno.EIO if request.failed and not flags & UNFINISHED else 0
+    place = {"offset": request.first * SECTOR, "length": length}
+    writer.add(kind, data=data, **place, began=began, flags=flags, result=result)
 
 
 def possible_disks(
@@ -93,15 +103,17 @@ def possible_values(sector: int, requests: Sequence[Request], steps: Steps, cach
             covers[step.number] = set(ended)
         else:
             in_flight.discard(step.number)
-            must_be_stable: Iterable[int] = ()
-            if not request.count:
-                must_be_stable = covers[step.number]
-            elif request.fua or not cache:
-                must_be_stable = [step.number]
-            if request.touches(sector):
-                histories = {each for each in histories if step.number in each[0]}
-            histories = {each for each in histories if all(is_stable(each, number) for number in must_be_stable)}
-            ended.add(step.number)
+            # One that failed may have reached the cache, or not, and nothing is promised.
+            if not request.failed:
+                must_be_stable: Iterable[int] = ()
+                if not request.count:
+                    must_be_stable = covers[step.number]
+                elif request.fua or not cache:
+                    must_be_stable = [step.number]
+                if request.touches(sector):
+                    histories = {each for each in histories if step.number in each[0]}
+                histories = {each for each in histories if all(is_stable(each, number) for number in must_be_stable)}
+                ended.add(step.number)
         histories = everything_after(histories, {number for number in in_flight if requests[number].touches(sector)})
         yield {requests[versions[seen - 1]].value if seen else 0 for versions, seen in histories}
 

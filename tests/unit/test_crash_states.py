@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
+import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringplane.crash import crash_states
 from ringplane.crash.crash_states import ALL, NOTHING, Enumeration, State, spread
 from ringplane.crash.disk_state import Fingerprints
 from ringplane.crash.image_view import View
@@ -20,6 +22,7 @@ from ringplane.crash.sector_contents import SectorContents
 from ringplane.crash.smallest_state import halves, smallest
 from ringplane.crash.tearing import Tearing
 from ringplane.crash.timeline import NEVER, Write, timeline_of
+from ringplane.recordings.entries import DISCARD, WRITE, ZERO
 from ringplane.recordings.reader import Recording
 
 from .cache_model import SECTOR, Request, Step, possible_disks, recorded
@@ -42,7 +45,10 @@ def runs(draw: st.DrawFn, overlapping: bool) -> tuple[list[Request], list[Step]]
         first = draw(st.integers(0, SECTORS - 1))
         count = draw(st.integers(0, min(2, SECTORS - first)))
         # Few values, so that different writes leave the same content.
-        request = Request(first, count, draw(st.integers(0, 5)), fua=bool(count) and draw(st.booleans()))
+        kind = draw(st.sampled_from([WRITE, WRITE, WRITE, ZERO, DISCARD]))
+        value = draw(st.integers(0, 5)) if kind == WRITE else 0
+        fua, failed = bool(count) and draw(st.booleans()), draw(st.integers(0, 3)) == 0
+        request = Request(first, count, value, fua=fua, kind=kind, failed=failed)
         others = [requests[number] for number in in_flight]
         touched = {sector for sector in range(SECTORS) if request.touches(sector)}
         if count + sum(request.count for request in requests) > MOST_WRITTEN:
@@ -55,12 +61,14 @@ def runs(draw: st.DrawFn, overlapping: bool) -> tuple[list[Request], list[Step]]
     return requests, steps
 
 
-def disks(recording: Recording, *, cache: bool = True, unit: int = 512, rounds: int = 0) -> Counter[tuple[int, ...]]:
+def disks(
+    recording: Recording, *, cache: bool = True, unit: int = 512, rounds: int = 0, most: int = 1 << 20
+) -> Counter[tuple[int, ...]]:
     """How often each content of the disk comes, in the states without random ones and so many rounds of these."""
     timeline = timeline_of(recording, cache=cache)
-    enumeration = Enumeration(power_cuts(timeline), Tearing(unit))
+    enumeration = Enumeration(power_cuts(timeline), Tearing(unit), most=most)
     contents = SectorContents(memoryview(bytes(SECTORS * SECTOR)), recording, timeline.writes)
-    prints, view = Fingerprints(contents, timeline), View(Fingerprints(contents, timeline))
+    prints, view = Fingerprints(contents), View(contents)
     found: Counter[tuple[int, ...]] = Counter()
     by_print: dict[int, tuple[int, ...]] = {}
     for state in [*enumeration.likely(), *enumeration.others(), *some_rounds(enumeration, rounds)]:
@@ -102,9 +110,7 @@ def test_nothing_that_the_model_cannot_leave(run: tuple[list[Request], list[Step
 @given(runs(overlapping=True), st.booleans())
 def test_random_states_are_possible(run: tuple[list[Request], list[Step]], cache: bool) -> None:
     requests, steps = run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crash_states, "FEW", 0)
-        found = set(disks(recorded(SECTORS, requests, steps), cache=cache, rounds=50))
+    found = set(disks(recorded(SECTORS, requests, steps), cache=cache, rounds=50, most=0))
     assert found <= possible_disks(SECTORS, requests, steps, cache=cache)
 
 
@@ -135,11 +141,23 @@ def test_a_flush_covers_what_had_ended_when_it_began() -> None:
     assert [write.stable for write in timeline.writes] == [3, NEVER]
 
 
-def test_a_failed_write_is_gone_after_the_next_flush() -> None:
-    entries = recorded(SECTORS, [ONE, FLUSHED, TWO], begun(0) + ended(0) + begun(1) + ended(1) + begun(2) + ended(2))
-    failed = [dataclasses.replace(entries[0], result=-5), *entries[1:]]
-    cuts = power_cuts(timeline_of(failed))
-    assert [[write.index for write in cut.pending] for cut in cuts] == [[0], [2]]
+def one_after_the_other(*numbers: int) -> list[Step]:
+    return [step for number in numbers for step in begun(number) + ended(number)]
+
+
+def test_a_failed_write_can_be_missing_until_later_stable_ones_cover_it() -> None:
+    requests = [dataclasses.replace(ONE, failed=True), FLUSHED, Request(0, 1, 3), Request(1, 1, 4), FLUSHED]
+    cuts = power_cuts(timeline_of(recorded(SECTORS, requests, one_after_the_other(0, 1, 2, 3, 4))))
+    # The first flush says nothing of it.
+    assert [[write.index for write in cut.pending] for cut in cuts] == [[0, 2, 3], []]
+
+
+def test_a_failed_write_that_nothing_covers_holds_up_no_others() -> None:
+    """Only what may have come after it stays open, however long it is there."""
+    requests = [dataclasses.replace(ONE, failed=True), Request(1, 1, 4), *[Request(2, 1, 1), FLUSHED] * 20]
+    cuts = power_cuts(timeline_of(recorded(SECTORS, requests, one_after_the_other(*range(len(requests))))))
+    assert [write.index for write in cuts[-1].pending] == [0, 1]
+    assert [write.index for write in cuts[-1].landed] == list(range(2, 42, 2))
 
 
 def test_small_and_likely_states_come_first() -> None:
@@ -171,7 +189,7 @@ def test_units_of_a_write() -> None:
 
 def loose_cut(number: int) -> PowerCut:
     writes = tuple(Write(index, index, first=index, count=1) for index in range(number))
-    return PowerCut(0, number, 0, writes, tuple(range(number)))
+    return PowerCut(0, number, writes, tuple(range(number)))
 
 
 def test_the_smallest_failing_state() -> None:
@@ -188,10 +206,83 @@ def test_the_smallest_failing_state() -> None:
     assert found.kept[6:] == (NOTHING, NOTHING, NOTHING)
 
 
+def test_a_smaller_state_is_looked_for_as_long_as_there_is_time() -> None:
+    tried: list[State] = []
+
+    def fails(states: Sequence[State]) -> list[bool]:
+        tried.extend(states)
+        return [False for _ in states]
+
+    first = State(loose_cut(100), (NOTHING,) * 99 + (ALL,))
+    assert smallest(first, fails, at_once=2, enough=lambda: len(tried) >= 4) == first
+    assert len(tried) == 4
+
+
+def test_candidates_are_not_all_made_at_once() -> None:
+    """There are as many as writes, each with as many places."""
+    first = State(loose_cut(3000), (NOTHING, ALL) * 1500)
+    tracemalloc.start()
+    assert smallest(first, lambda states: [False] * len(states), at_once=2) == first
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10 << 20
+
+
 def test_what_is_not_there_at_the_end_is_not_missing_unless_it_was_promised() -> None:
     state = State(loose_cut(4), (ALL, NOTHING, ALL, NOTHING))
     assert state.missing() == [1]
     assert state.missing(before=4) == [1, 3]
+
+
+def view_of(base: bytes, recording: Recording) -> tuple[View, list[PowerCut]]:
+    timeline = timeline_of(recording)
+    return View(SectorContents(memoryview(base), recording, timeline.writes)), power_cuts(timeline)
+
+
+def test_what_was_there_before_a_discarded_range() -> None:
+    """Of the base image, with zeros between data."""
+    base = b"".join(bytes([number % 3]) * SECTOR for number in range(100))
+    view, cuts = view_of(base, recorded(100, [Request(0, 100, kind=DISCARD)], begun(0) + ended(0)))
+    view.show(State(cuts[0], (NOTHING,)))
+    assert view.read(0, len(base)) == base
+    view.show(State(cuts[0], (ALL,)))
+    assert view.read(0, len(base)) == bytes(len(base))
+
+
+def test_reading_the_contents_can_be_interrupted() -> None:
+    recording = recorded(SECTORS, [ONE], begun(0) + ended(0))
+
+    def check() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        SectorContents(memoryview(bytes(SECTORS * SECTOR)), recording, timeline_of(recording).writes, check)
+
+
+def test_a_state_is_read_as_a_whole() -> None:
+    """The kernel may read ahead while the next state is shown."""
+    requests = [Request(sector, 1, 1) for sector in range(50)]
+    view, cuts = view_of(bytes(50 * SECTOR), recorded(50, requests, one_after_the_other(*range(50))))
+    states = [State(cuts[0], (kept,) * 50) for kept in (NOTHING, ALL)]
+    found: set[bytes] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            found.add(view.read(0, 50 * SECTOR))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        for number in range(200):
+            view.show(states[number % 2])
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert found <= {bytes([value]) * (50 * SECTOR) for value in (0, 1)}
 
 
 def test_halves() -> None:

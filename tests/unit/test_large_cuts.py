@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from ringplane.crash import crash_states
 from ringplane.crash.check_process import Experiment, Verdict
 from ringplane.crash.crash_report import Report, lines
 from ringplane.crash.crash_states import Enumeration, State
@@ -23,7 +24,7 @@ from ringplane.crash.timeline import Write
 
 def cut_of(writes: Iterable[Write]) -> PowerCut:
     writes = tuple(writes)
-    return PowerCut(0, len(writes), 0, writes, tuple(range(len(writes))))
+    return PowerCut(0, len(writes), writes, tuple(range(len(writes))))
 
 
 def loose_cut(number: int) -> PowerCut:
@@ -31,7 +32,7 @@ def loose_cut(number: int) -> PowerCut:
 
 
 def report(possible: int, *, exhausted: bool = False, in_vain: bool = False) -> Report:
-    return Report(1, 1, possible, 1, 0, 0, 1.0, exhausted, in_vain, None)
+    return Report(1, 1, possible, 1, 0, 0, 1.0, exhausted, in_vain, 0, 0.0, 0, None, None)
 
 
 def test_a_number_with_thousands_of_digits_is_rounded() -> None:
@@ -63,7 +64,7 @@ class Processes:
     """Every check succeeds, or fails."""
 
     def __init__(self, status: int = 0) -> None:
-        self.verdict = Verdict(status, "", 0.0)
+        self.verdict = Verdict(status, "")
 
     def verdicts(self, states: Iterable[State]) -> Iterator[tuple[State, Verdict]]:
         for state in states:
@@ -74,20 +75,19 @@ class OneOfEach(Laboratory):
     """States differ in what is there of each write, without a disk."""
 
     def __post_init__(self) -> None:
-        self._seen = {}
+        self._seen, self._keys = {}, {}
 
     def _key(self, state: State) -> int:
         return hash((state.kept, state.order))
 
 
-def laboratory(cut: PowerCut, status: int = 0) -> Laboratory:
+def laboratory(cut: PowerCut, status: int = 0, most: int = 4096) -> Laboratory:
     experiment = cast(Experiment, SimpleNamespace(marked=lambda state: 0))
-    return OneOfEach(experiment, Enumeration([cut], Tearing(512)), cast(Any, Processes(status)), 1)
+    return OneOfEach(experiment, Enumeration([cut], Tearing(512), most=most), cast(Any, Processes(status)), 1)
 
 
-def test_random_states_that_bring_nothing_new_are_not_all_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crash_states, "FEW", 2)
-    tried = laboratory(loose_cut(3))
+def test_random_states_that_bring_nothing_new_are_not_all_states() -> None:
+    tried = laboratory(loose_cut(3), most=2)
     tried.run(Budget(1000, 600))
     assert (tried.tally.exhausted, tried.tally.in_vain) == (False, True)
 
@@ -96,6 +96,18 @@ def test_more_orders_than_are_tried_are_not_all_states() -> None:
     tried = laboratory(cut_of(Write(index, 0, first=0, count=1) for index in range(5)))
     tried.run(Budget(1000, 600))
     assert (tried.tally.exhausted, tried.tally.in_vain) == (False, True)
+
+
+def test_all_states_are_tried_if_there_are_no_more_than_wanted() -> None:
+    tried = laboratory(loose_cut(13), most=1 << 13)
+    tried.run(Budget(1 << 13, 600))
+    assert (tried.tally.tried, tried.tally.exhausted) == (1 << 13, True)
+
+
+def test_all_states_of_the_cuts_with_the_fewest_are_tried() -> None:
+    cuts = [dataclasses.replace(loose_cut(size), number=number) for number, size in enumerate([4, 3, 3, 20])]
+    others = Enumeration(cuts, Tearing(0), most=30).others()
+    assert Counter(state.cut.number for state in others) == {1: 8, 2: 8}
 
 
 def test_few_states_are_all_tried() -> None:

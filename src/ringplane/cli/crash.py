@@ -8,18 +8,19 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ringplane.cli.trace import replaced
+from ringplane.cli.trace import check_writable, replaced
 from ringplane.cli.types import FILE, SECONDS
 from ringplane.system.signals import Interrupted, Signals, end_line
 from ringplane.system.signals import of as signals_of
 
 if TYPE_CHECKING:
-    from ringplane.crash.laboratory import Laboratory, Tally
+    from ringplane.crash.laboratory import Laboratory
     from ringplane.crash.timeline import Timeline
+    from ringplane.recordings.entries import Header
     from ringplane.recordings.reader import Recording
 
 FAILED, COULD_NOT_RUN = 1, 2
@@ -81,19 +82,28 @@ def crash(
     \b
     ringplane crash --base disk.img --recording disk.rec --check 'e2fsck -p {image}; e2fsck -fn {image}'
 
+    A failing state is made smaller, for as long as --seconds again at most, and recorded.
+
     The exit status is 0 if no state failed, 1 if one did, 2 if they could not be tried, and 128 plus the number of the
-    signal that interrupted it.
+    signal that interrupted it. What was found until then is printed in each case.
     """
     signals = signals_of(context.obj)
+    out = out or recording_path.with_name(f"{recording_path.name}.failing")
     with could_not_run():
         recording = opened(recording_path)
+        check_writable(out)
         with laboratory_of(base, recording, check, signals, **options) as laboratory:
-            interrupted = work(laboratory, options["seconds"], options["states"])
-    saved = save(out or recording_path.with_name(f"{recording_path.name}.failing"), laboratory, recording)
-    show(laboratory, recording, saved, as_json)
-    if interrupted:
-        click.echo(interrupted, err=True)
-        raise SystemExit(interrupted.status)
+            stopped = work(laboratory, options["seconds"], options["states"])
+        if isinstance(stopped, Interrupted):
+            end_line(stopped.number)
+        elif stopped and not laboratory.tally.tried:
+            raise stopped
+    saved, problem = save(out, laboratory, recording)
+    show(laboratory, recording, saved, stopped, as_json)
+    if problem:
+        click.echo(f"Error: {problem}", err=True)
+    if stopped:
+        end(stopped)
     raise SystemExit(FAILED if laboratory.failure else 0)
 
 
@@ -112,10 +122,26 @@ def could_not_run() -> Iterator[None]:
 
     try:
         yield
-    except (CouldNotRun, RecordingError) as error:
-        raise CouldNotTry(str(error)) from None
-    except OSError as error:
-        raise CouldNotTry(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+    except Interrupted as interrupted:
+        end_line(interrupted.number)
+        end(interrupted)
+    except (CouldNotRun, RecordingError, click.ClickException, OSError) as error:
+        end(error)
+
+
+def end(why: Exception) -> NoReturn:
+    """Exit with one line."""
+    if isinstance(why, Interrupted):
+        click.echo(why, err=True)
+        raise SystemExit(why.status) from None
+    raise CouldNotTry(text_of(why)) from None
+
+
+def text_of(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def needs_fuse() -> None:
@@ -126,8 +152,11 @@ def needs_fuse() -> None:
         raise CouldNotTry("mfusepy is not installed: pip install 'ringplane[crash]'") from None
     except OSError as error:
         raise CouldNotTry(f"{error}; libfuse is in the package libfuse3-3 of Debian") from None
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise CouldNotTry("/dev/fuse cannot be opened; load the kernel module fuse, or give the container the device")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        how = "load the kernel module fuse, or give the container the device"
+        raise CouldNotTry(f"/dev/fuse cannot be opened: {error.strerror}; {how}") from None
 
 
 def opened(path: Path) -> Recording:
@@ -152,6 +181,7 @@ def laboratory_of(
     tear: str | None,
     from_mark: str | None,
     seed: int,
+    states: int,
     **others: Any,
 ) -> Iterator[Laboratory]:
     """What is to be tried, and the processes that do it."""
@@ -164,16 +194,24 @@ def laboratory_of(
     from ringplane.crash.tearing import Tearing
     from ringplane.crash.timeline import timeline_of
 
-    if "{image}" not in command:
-        raise click.UsageError("--check does not contain {image}, which becomes the path of the image")
     timeline = timeline_of(recording, cache=not without_cache)
+    check_command(command, timeline)
     cuts = power_cuts(timeline, since(timeline, from_mark))
-    contents = SectorContents(mapped(base, recording.header.size), recording, timeline.writes)
+    contents = SectorContents(mapped(base, recording.header), recording, timeline.writes, signals.check)
     experiment = Experiment(contents, timeline, cuts, command, time_limit)
-    enumeration = Enumeration(cuts, Tearing(unit(tear, recording.header.physical_block_size)), seed)
+    enumeration = Enumeration(cuts, Tearing(unit(tear, recording.header.physical_block_size)), seed, most=states)
     number = cpus()
     with check_processes(experiment, number, signals) as processes:
-        yield Laboratory(experiment, enumeration, processes, number)
+        yield Laboratory(experiment, enumeration, processes, number, signals)
+
+
+def check_command(command: str, timeline: Timeline) -> None:
+    """Raises CouldNotTry if it cannot be run."""
+    if "{image}" not in command:
+        raise CouldNotTry("--check does not contain {image}, which becomes the path of the image")
+    wrong = next((mark for mark in timeline.marks if "\0" in mark.text), None)
+    if wrong and "{mark}" in command:
+        raise CouldNotTry(f"entry {wrong.index}: the text of this mark has a NUL byte; use a check without {{mark}}")
 
 
 def since(timeline: Timeline, text: str | None) -> int:
@@ -194,26 +232,32 @@ def unit(tear: str | None, physical_block_size: int) -> int:
     return 0 if tear == "none" else int(tear)
 
 
-def mapped(base: Path, size: int) -> memoryview:
+def mapped(base: Path, header: Header) -> memoryview:
     """The content of the base image, as large as the recorded disk. Raises OSError, CouldNotTry."""
     with base.open("rb") as file:
         found = file.seek(0, os.SEEK_END)
-        if found != size:
-            raise CouldNotTry(f"{base}: has {found} bytes, and the recorded disk {size}; it is not its base image")
-        return memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ))
+        if found != header.size:
+            raise CouldNotTry(
+                f"{base}: has {found} bytes, and the recorded disk {header.size}; it is not its base image"
+            )
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(header.image)):
+                click.echo(f"{base}: is the recorded disk itself; it has to have its content from before", err=True)
+        # An empty file cannot be mapped.
+        return memoryview(mmap.mmap(file.fileno(), found, prot=mmap.PROT_READ) if found else b"")
 
 
-def work(laboratory: Laboratory, seconds: float, states: int) -> Interrupted | None:
-    """Try states until the end, or until a signal."""
+def work(laboratory: Laboratory, seconds: float, states: int) -> Exception | None:
+    """Try states until the end, or until a signal or an error stops it."""
+    from ringplane.crash.check_processes import CouldNotRun
     from ringplane.crash.laboratory import Budget
 
     try:
         with progress(laboratory, seconds, states):
             laboratory.run(Budget(states, seconds))
-            laboratory.minimise()
-    except Interrupted as interrupted:
-        end_line(interrupted.number)
-        return interrupted
+            laboratory.minimise(seconds)
+    except (CouldNotRun, Interrupted, OSError) as error:
+        return error
     return None
 
 
@@ -227,32 +271,42 @@ def progress(laboratory: Laboratory, seconds: float, states: int) -> Iterator[No
     columns = BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
+        tally = laboratory.tally
 
-        def announce(tally: Tally) -> None:
+        def announce() -> None:
             done = max(tally.seconds / seconds, tally.tried / states)
-            bar.update(task, completed=done, description=f"{tally.tried} tried, {tally.failed} failed")
+            text = f"{tally.tried} tried, {tally.failed} failed"
+            if tally.smaller_tried:
+                done = tally.smaller_seconds / seconds
+                text += f"; making the failing state smaller: {tally.smaller_tried} tried"
+            bar.update(task, completed=done, description=text)
 
         laboratory.announce = announce
         yield
 
 
-def save(out: Path, laboratory: Laboratory, recording: Recording) -> Path | None:
-    """Record the failing state, if there is one. Raises ClickException."""
+def save(out: Path, laboratory: Laboratory, recording: Recording) -> tuple[Path | None, str]:
+    """Record the failing state, if there is one; returns where, and why it could not be recorded."""
     from ringplane.crash.failing_recording import write_failing
 
     if laboratory.failure is None:
-        return None
+        return None, ""
     experiment, state = laboratory.experiment, laboratory.failure.state
-    with replaced(out, "wb") as file:
-        write_failing(file, recording, experiment.timeline, state, state.earliest(experiment.marked(state)))
-    return out
+    try:
+        with replaced(out, "wb") as file:
+            write_failing(file, recording, experiment.timeline, state, state.earliest(experiment.marked(state)))
+    except click.ClickException as error:
+        return None, error.message
+    return out, ""
 
 
-def show(laboratory: Laboratory, recording: Recording, saved: Path | None, as_json: bool) -> None:
+def show(
+    laboratory: Laboratory, recording: Recording, saved: Path | None, stopped: Exception | None, as_json: bool
+) -> None:
     """Print what was found."""
     from ringplane.crash.crash_report import lines, report_of
 
-    report = report_of(laboratory, recording, saved)
+    report = report_of(laboratory, recording, saved, text_of(stopped) if stopped else None)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
         return

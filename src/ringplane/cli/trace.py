@@ -134,6 +134,16 @@ def replaced(path: Path, mode: str = "w") -> Iterator[Any]:
         ) from None
 
 
+def check_writable(path: Path) -> None:
+    """Raises ClickException if `replaced` would now; nothing is left there."""
+
+    class NotNow(Exception):
+        pass
+
+    with contextlib.suppress(NotNow), replaced(path):
+        raise NotNow
+
+
 def umask() -> int:
     """Of this process."""
     mask = os.umask(0)

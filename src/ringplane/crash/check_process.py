@@ -1,38 +1,37 @@
 """A process that runs the check on one state after the other: it shows a view of a state, and starts the command.
 
 It has a mount namespace of its own. So its view disappears with it, however it ends, and all views have the same path.
-Each command has one too: this process, which removes the folder of the command, never sees what is mounted there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import os
-import select
+import re
 import shlex
 import shutil
 import signal
-import subprocess
+import sys
 import tempfile
-import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
+from ringplane.crash.check_command import Shell
 from ringplane.crash.crash_states import State
-from ringplane.crash.disk_state import DiskState
-from ringplane.crash.image_view import View, mount
+from ringplane.crash.image_view import View
+from ringplane.crash.mounted_view import MountedView
 from ringplane.crash.power_cuts import PowerCut
 from ringplane.crash.sector_contents import SectorContents
 from ringplane.crash.timeline import Timeline
-from ringplane.system.descendants import adopt_descendants, end_descendants, end_with_parent
-from ringplane.system.mount_namespace import copy_mount_namespace, enter_mount_namespace
+from ringplane.system.descendants import adopt_descendants
+from ringplane.system.mount_namespace import enter_mount_namespace, is_mounted_below
 from ringplane.system.signals import ENDING
-
-# Of what a failed check has printed the end is kept, in bytes.
-MOST_OUTPUT = 4096
 
 # Exit statuses of a shell that could not execute a command.
 NOT_EXECUTED = (126, 127)
@@ -40,6 +39,7 @@ NOT_EXECUTED = (126, 127)
 # What COMMAND may contain: the path of the image; that of an empty folder, which is removed afterwards; and the text of
 # the last mark.
 IMAGE, FOLDER, MARK = "{image}", "{folder}", "{mark}"
+PLACEHOLDERS = re.compile("|".join(map(re.escape, (IMAGE, FOLDER, MARK))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,14 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a check ended: its exit status, or None if its time was over; and, if it failed, what it printed last."""
+    """How a check ended: its exit status, or None if its time was over; and, if it failed, what it printed last.
+
+    `detached`: loop devices that it had left.
+    """
 
     status: int | None
     output: str
-    seconds: float
+    detached: int = 0
 
     @property
     def failed(self) -> bool:
@@ -85,7 +88,7 @@ def task_of(state: State) -> Task:
 
 
 def main(experiment: Experiment, folder: Path, connection: Connection, others: Sequence[Connection]) -> NoReturn:
-    """The process. It sends "" when it is ready, or what is wrong; then a Verdict for each Task.
+    """The process. It sends "" when it is ready, or what is wrong; then a Verdict for each Task, or what is wrong.
 
     `others` are the parent's ends of connections: they are closed here, to be closed when the parent has ended.
     """
@@ -93,6 +96,8 @@ def main(experiment: Experiment, folder: Path, connection: Connection, others: S
     try:
         for other in others:
             other.close()
+        # What has been read stays shared: the garbage collector would write to it.
+        gc.freeze()
         _separate()
         checker = Checker(experiment, folder, connection)
         connection.send("")
@@ -100,8 +105,11 @@ def main(experiment: Experiment, folder: Path, connection: Connection, others: S
         status = 0
     except OSError as error:
         with contextlib.suppress(OSError):
-            connection.send(f"{error.filename or folder}: {error.strerror}")
+            connection.send(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -115,20 +123,14 @@ def _separate() -> None:
     adopt_descendants()
 
 
-def _separate_command() -> None:
-    """In the child process, before it executes the shell."""
-    end_with_parent()
-    copy_mount_namespace()
-
-
 class Checker:
     """Runs checks for the process at the other end of a connection, until it closes it. Raises OSError."""
 
     def __init__(self, experiment: Experiment, folder: Path, connection: Connection) -> None:
         self._experiment, self._connection = experiment, connection
-        self._view = View(DiskState(experiment.contents, experiment.timeline))
-        self._mounted = mount(self._view, folder)
-        self._output = os.memfd_create("output", os.MFD_CLOEXEC)
+        self._view = MountedView(View(experiment.contents), folder)
+        # There is no next task before the verdict.
+        self._shell = Shell(connection.fileno())
 
     def run(self) -> None:
         """Until the other end is closed."""
@@ -141,61 +143,28 @@ class Checker:
 
     def _verdict(self, state: State) -> Verdict:
         self._view.show(state)
-        os.ftruncate(self._output, 0)
-        os.lseek(self._output, 0, os.SEEK_SET)
         with self._command(state) as command:
-            begin = time.monotonic()
-            status = self._run(command)
-            seconds = time.monotonic() - begin
-        return Verdict(status, self._printed() if status != 0 else "", seconds)
+            status = self._shell.run(command, self._experiment.time_limit)
+        detached = self._view.close()
+        return Verdict(status, self._shell.printed() if status != 0 else "", len(detached))
 
     @contextlib.contextmanager
     def _command(self, state: State) -> Iterator[str]:
         mark = self._experiment.timeline.mark_before(state.cut.time)
-        command = self._experiment.command.replace(IMAGE, shlex.quote(str(self._mounted)))
-        command = command.replace(MARK, shlex.quote(mark.text if mark else ""))
-        if FOLDER not in command:
-            yield command
-            return
-        folder = tempfile.mkdtemp(prefix="ringplane-check-")
-        try:
-            yield command.replace(FOLDER, shlex.quote(folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        values = {IMAGE: str(self._view.path), MARK: mark.text if mark else ""}
+        with contextlib.ExitStack() as stack:
+            if FOLDER in self._experiment.command:
+                values[FOLDER] = str(stack.enter_context(empty_folder()))
+            yield PLACEHOLDERS.sub(lambda found: shlex.quote(values[found[0]]), self._experiment.command)
 
-    def _run(self, command: str) -> int | None:
-        """The exit status of a shell, or None if its time was over; -n if signal n ended it."""
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", command],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
-            start_new_session=True,
-            preexec_fn=_separate_command,
-        )
-        ended = os.pidfd_open(process.pid)
-        try:
-            in_time = self._wait(ended)
-        finally:
-            os.close(ended)
-            process.kill()
-            status = process.wait()
-            # Also what it has left in the background: it could write to the next state.
-            end_descendants()
-        return status if in_time else None
 
-    def _wait(self, ended: int) -> bool:
-        """Whether the command ended in time. Raises BrokenPipeError if the other end of the connection has gone."""
-        poll = select.poll()
-        poll.register(ended, select.POLLIN)
-        # There is no next task before the verdict.
-        poll.register(self._connection.fileno(), select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(self._experiment.time_limit * 1000)}
-        if self._connection.fileno() in ready:
-            raise BrokenPipeError
-        return ended in ready
-
-    def _printed(self) -> str:
-        """The end of what the command printed."""
-        size = os.fstat(self._output).st_size
-        return os.pread(self._output, MOST_OUTPUT, max(0, size - MOST_OUTPUT)).decode("utf-8", "replace")
+@contextlib.contextmanager
+def empty_folder() -> Iterator[Path]:
+    """A folder during the block. It is removed, but nothing that is mounted there. Raises OSError."""
+    folder = Path(tempfile.mkdtemp(prefix="ringplane-check-")).resolve()
+    try:
+        yield folder
+    finally:
+        if is_mounted_below(folder):
+            raise OSError(errno.EBUSY, "something is still mounted there", str(folder))
+        shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from errno import errorcode
 from pathlib import Path
 
 from ringplane.crash.check_process import Experiment
@@ -15,6 +16,7 @@ from ringplane.crash.timeline import SECTOR, Mark
 from ringplane.options.counted import counted
 from ringplane.recordings.entries import KIND_NAMES
 from ringplane.recordings.reader import Recording
+from ringplane.system.signals import name
 
 # So many missing writes are listed.
 MOST_LISTED = 20
@@ -28,6 +30,8 @@ class MissingWrite:
 
     entry: int
     kind: str
+    # 0, or the -errno with which it failed.
+    result: int
     offset: int
     length: int
     there: list[tuple[int, int]]
@@ -35,7 +39,8 @@ class MissingWrite:
     def __str__(self) -> str:
         there = ", ".join(f"{start}-{start + count - 1}" for start, count in self.there)
         what = f"only its sectors {there} are there" if there else "is missing"
-        return f"entry {self.entry}, {self.kind} of {self.length} bytes at {self.offset}: {what}"
+        failed = f", which failed ({errorcode.get(-self.result, -self.result)})" if self.result else ""
+        return f"entry {self.entry}, {self.kind} of {self.length} bytes at {self.offset}{failed}: {what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,8 @@ class FoundState:
     # Of the check: None if its time was over.
     exit_status: int | None
     output: str
-    # Whether the check failed on it when it was tried again.
-    confirmed: bool
+    # Whether the check failed on it when it was repeated; None: it was not repeated.
+    confirmed: bool | None
     recording: str | None
 
 
@@ -69,6 +74,13 @@ class Report:
     seconds: float
     exhausted: bool
     in_vain: bool
+    # So many more, to make the failing state smaller.
+    smaller_tried: int
+    smaller_seconds: float
+    # Loop devices that checks have left.
+    detached: int
+    # Why it ended before it was finished, if it did.
+    stopped: str | None
     smallest: FoundState | None
 
     def as_json(self) -> dict[str, object]:
@@ -77,8 +89,8 @@ class Report:
         return asdict(self) | {"possible": str(self.possible) if exact else rounded(self.possible)}
 
 
-def report_of(laboratory: Laboratory, recording: Recording, saved: Path | None) -> Report:
-    """What a laboratory has found; the failing state is `saved` there."""
+def report_of(laboratory: Laboratory, recording: Recording, saved: Path | None, stopped: str | None) -> Report:
+    """What a laboratory has found until it was finished or `stopped`; the failing state is `saved` there."""
     tally, failure = laboratory.tally, laboratory.failure
     return Report(
         entries=len(recording),
@@ -90,6 +102,10 @@ def report_of(laboratory: Laboratory, recording: Recording, saved: Path | None) 
         seconds=round(tally.seconds, 3),
         exhausted=tally.exhausted,
         in_vain=tally.in_vain,
+        smaller_tried=tally.smaller_tried,
+        smaller_seconds=round(tally.smaller_seconds, 3),
+        detached=tally.detached,
+        stopped=stopped,
         smallest=found_state(laboratory.experiment, failure, recording, saved) if failure else None,
     )
 
@@ -107,7 +123,7 @@ def found_state(experiment: Experiment, failure: Failure, recording: Recording, 
         mark_after=text_of(behind),
         exit_status=verdict.status,
         output=verdict.output,
-        confirmed=verdict.failed,
+        confirmed=failure.repeated,
         recording=str(saved) if saved else None,
     )
 
@@ -115,7 +131,8 @@ def found_state(experiment: Experiment, failure: Failure, recording: Recording, 
 def missing_write(recording: Recording, state: State, place: int) -> MissingWrite:
     entry = recording[state.cut.pending[place].index]
     there = [(start, end - start) for start, end in bit_runs(state.kept[place])]
-    return MissingWrite(entry.index, KIND_NAMES[entry.kind], entry.offset, entry.length // SECTOR * SECTOR, there)
+    length = entry.length // SECTOR * SECTOR
+    return MissingWrite(entry.index, KIND_NAMES[entry.kind], entry.result, entry.offset, length, there)
 
 
 def text_of(mark: Mark | None) -> str | None:
@@ -133,6 +150,10 @@ def lines(report: Report) -> Iterator[str]:
         yield "all states have been tried"
     if report.in_vain:
         yield "nothing new is left to try, although these are not all states that are possible"
+    if report.detached:
+        yield f"checks have left {counted(report.detached, 'loop device')}, which were detached: let them do it"
+    if report.smaller_tried:
+        yield f"{report.smaller_tried} more tried to make the failing state smaller; {report.smaller_seconds:.1f} s"
     if report.smallest:
         yield from lines_of_state(report.smallest, report.entries)
 
@@ -147,11 +168,20 @@ def lines_of_state(found: FoundState, entries: int) -> Iterator[str]:
     yield from (f"  {each}" for each in found.missing[:MOST_LISTED])
     if len(found.missing) > MOST_LISTED:
         yield f"  and {counted(len(found.missing) - MOST_LISTED, 'other write')}"
-    how = "did not end in time" if found.exit_status is None else f"ended with status {found.exit_status}"
-    yield f"  the check {how}" if found.confirmed else "  the check failed on it once, and succeeded when repeated"
+    yield f"  the check {ended(found.exit_status)}{REPEATED[found.confirmed]}"
     yield from (f"  | {line}" for line in found.output.splitlines())
     if found.recording:
         yield f"  recorded in {found.recording}; `ringplane replay` makes this state of a copy of the base image"
+
+
+def ended(status: int | None) -> str:
+    """How a check has ended."""
+    if status is None:
+        return "did not end in time"
+    return f"ended with status {status}" if status >= 0 else f"was ended by {name(-status)}"
+
+
+REPEATED = {True: "", False: ", and succeeded when it was repeated", None: ", and was not repeated"}
 
 
 def rounded(number: int) -> str:

@@ -22,8 +22,6 @@ from ringplane.crash.timeline import Write
 # Which sectors of a write are there: a bit for each, the first sector lowest; ALL and NOTHING for any length.
 ALL, NOTHING = -1, 0
 
-# All states of a cut are tried, and not random ones, if there are at most so many.
-FEW = 4096
 # Of so many random writes one is torn.
 TORN = 16
 
@@ -59,7 +57,7 @@ class State:
             for place, write in enumerate(self.cut.pending)
             if self.kept[place] != NOTHING
         ]
-        return max(self.cut.settled, before, *times)
+        return max(self.cut.settled_by, before, *times)
 
 
 Stage = Callable[[PowerCut], Iterator[State]]
@@ -105,11 +103,12 @@ def reordered(cut: PowerCut) -> Iterator[State]:
 
 @dataclass(frozen=True)
 class Enumeration:
-    """The states of some cuts, in stages."""
+    """The states of some cuts, in stages. As long as these are not more than `most`, all states of cuts are tried."""
 
     cuts: Sequence[PowerCut]
     tearing: Tearing
     seed: int = 0
+    most: int = 4096
 
     def likely(self) -> Iterator[State]:
         """The small ones that are most likely. Some come repeatedly, here and below."""
@@ -138,8 +137,15 @@ class Enumeration:
         return not self._large and all(has_few_orders(cut) for cut in self.cuts)
 
     @cached_property
+    def _few(self) -> set[int]:
+        """The numbers of the cuts of which all states are tried: those that have the fewest."""
+        counts = sorted((self.possible_at(cut), cut.number) for cut in self.cuts)
+        sums = itertools.accumulate(count for count, _ in counts)
+        return {number for (_, number), so_far in zip(counts, sums, strict=True) if so_far <= self.most}
+
+    @cached_property
     def _large(self) -> list[PowerCut]:
-        return [cut for cut in self.cuts if self.possible_at(cut) > FEW]
+        return [cut for cut in self.cuts if cut.number not in self._few]
 
     def _everywhere(self, stage: Stage) -> Iterator[State]:
         for part in spread(len(self.cuts)):
@@ -159,7 +165,7 @@ class Enumeration:
 
     def all_of_few(self, cut: PowerCut) -> Iterator[State]:
         """All states, if there are few."""
-        if self.possible_at(cut) > FEW:
+        if cut.number not in self._few:
             return
         loose, orders = set(cut.loose), all_orders(cut)
         choices = [self._choices(write) if place in loose else [ALL] for place, write in enumerate(cut.pending)]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ringplane.crash.crash_states import ALL, NOTHING, State
 from ringplane.crash.power_cuts import PowerCut
 from ringplane.crash.sector_contents import Numbers, SectorContents
-from ringplane.crash.timeline import NEVER, Timeline, Write
+from ringplane.crash.timeline import Write
 
 # A change of sectors that can be undone: the first sector, and their numbers before.
 Change = tuple[int, Numbers]
@@ -23,14 +23,14 @@ class DiskState:
     two can be undone.
     """
 
-    def __init__(self, contents: SectorContents, timeline: Timeline) -> None:
+    def __init__(self, contents: SectorContents) -> None:
         self.contents = contents
-        self._succeeded = [write for write in timeline.writes if write.gone == NEVER]
         self._start()
 
     def _start(self) -> None:
         self.numbers: Numbers = np.zeros(self.contents.sectors, np.uint32)
         self.numbers[self.contents.changed] = self.contents.before
+        # So many of the writes that have landed.
         self._settled = 0
         self._cut: PowerCut | None = None
         # The pending writes as they are applied: place and sectors of each, and how to undo it.
@@ -49,13 +49,13 @@ class DiskState:
         self._applied = wanted
 
     def _move(self, cut: PowerCut) -> None:
-        if self._cut is not None and cut.time < self._cut.time:
-            self._start()
         self._undo_to(0)
+        if cut.settled < self._settled:
+            self._start()
         self._cut = cut
-        while self._settled < len(self._succeeded) and self._succeeded[self._settled].index < cut.settled:
-            self._put(self._succeeded[self._settled], ALL)
-            self._settled += 1
+        for write in cut.landed[self._settled : cut.settled]:
+            self._put(write, ALL)
+        self._settled = cut.settled
 
     def _undo_to(self, number: int) -> None:
         """Undo all except this number of pending writes."""

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from ringplane.crash.crash_states import ALL, State
 from ringplane.crash.disk_state import bit_runs
-from ringplane.crash.timeline import NEVER, SECTOR, Timeline, Write
+from ringplane.crash.timeline import SECTOR, Timeline, Write
 from ringplane.recordings.entries import MARK, Entry
 from ringplane.recordings.reader import Recording
 from ringplane.recordings.writer import RecordingWriter
@@ -17,7 +17,7 @@ def write_failing(file: BinaryIO, recording: Recording, timeline: Timeline, stat
     """Write what is on the disk in this state, and the marks before the power cut at this time. Raises OSError."""
     writer = RecordingWriter(file, recording.header)
     marks = [mark.index for mark in timeline.marks if mark.index < time]
-    for write, kept in landed(timeline, state):
+    for write, kept in there(state):
         while marks and marks[0] < write.index:
             add_mark(writer, recording[marks.pop(0)])
         add_parts(writer, recording[write.index], kept, write.count)
@@ -27,12 +27,11 @@ def write_failing(file: BinaryIO, recording: Recording, timeline: Timeline, stat
     writer.end()
 
 
-def landed(timeline: Timeline, state: State) -> Iterator[tuple[Write, int]]:
+def there(state: State) -> Iterator[tuple[Write, int]]:
     """The writes in the order in which they reached the disk, and which of their sectors."""
     cut = state.cut
-    for write in timeline.writes:
-        if write.index < cut.settled and write.gone == NEVER:
-            yield write, ALL
+    for write in sorted(cut.landed[: cut.settled], key=lambda write: write.index):
+        yield write, ALL
     for place in state.order or range(len(cut.pending)):
         yield cut.pending[place], state.kept[place]
 

@@ -1,54 +1,67 @@
-"""A file that has the content of a disk in some state, through FUSE. What is written to it is kept in memory.
-
-The file system has one file, of which one state after the other is seen: the kernel forgets what it has read of it
-whenever it is opened.
-"""
+"""The content of a disk in some state, as a file that can be written to. What is written to it is kept in memory."""
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-import mfusepy
 import numpy as np
 
 from ringplane.crash.crash_states import State
 from ringplane.crash.disk_state import Change, DiskState
-from ringplane.crash.sector_contents import BASE, CHECKED, IN_CHECK, NOWHERE, ZEROS, Numbers, Places, runs
+from ringplane.crash.sector_contents import (
+    BASE,
+    CHECKED,
+    IN_CHECK,
+    NOWHERE,
+    ZEROS,
+    Numbers,
+    Places,
+    SectorContents,
+    runs,
+)
 from ringplane.crash.timeline import SECTOR
-from ringplane.system.aside import start_thread
 
-NAME = "disk.img"
+# A range of bytes: the first one, and the one behind it.
+Range = tuple[int, int]
 
-# Seconds until a file system is mounted, on a machine that is busy.
-PATIENCE = 60.0
-# For how many seconds the kernel may remember names and attributes, which never change.
-REMEMBER = 86_400.0
+# Of the page cache.
+PAGE = 4096
 
-# <linux/falloc.h>
-PUNCH_HOLE, ZERO_RANGE = 0x02, 0x10
+
+class ChangingState(DiskState):
+    """A state that knows which ranges have changed: first sectors and numbers of sectors."""
+
+    def _start(self) -> None:
+        super()._start()
+        self.changed = [(0, self.contents.sectors)]
+
+    def change(self, first: int, numbers: Numbers) -> Change:
+        self.changed.append((first, len(numbers)))
+        return super().change(first, numbers)
 
 
 class View:
-    """The content of the file: a state, and what a check has written since then."""
+    """The content of the file: a state, and what a check has written since then. Any thread may use it at any time."""
 
-    def __init__(self, disk: DiskState) -> None:
-        self._disk = disk
-        self.size = disk.contents.sectors * SECTOR
+    def __init__(self, contents: SectorContents) -> None:
+        self._disk = ChangingState(contents)
+        self.size = contents.sectors * SECTOR
         self._checked: dict[int, bytes] = {}
         self._undo: list[Change] = []
+        self._lock = threading.Lock()
 
-    def show(self, state: State) -> None:
-        """From now on the file has this content."""
-        for first, before in reversed(self._undo):
-            self._disk.change(first, before)
-        self._undo.clear()
-        self._checked.clear()
-        self._disk.become(state)
+    def show(self, state: State) -> list[Range]:
+        """From now on the file has this content; returns the ranges in which it can be different, as whole pages."""
+        with self._lock:
+            for first, before in reversed(self._undo):
+                self._disk.change(first, before)
+            self._undo.clear()
+            self._checked.clear()
+            self._disk.become(state)
+            changed = whole_pages(self._disk.changed)
+            self._disk.changed.clear()
+        return changed
 
     def read(self, offset: int, size: int) -> bytes:
         """Less is read at the end of the file."""
@@ -56,10 +69,15 @@ class View:
         if offset >= end:
             return b""
         first = offset // SECTOR
-        data = b"".join(self._parts(first, -(-end // SECTOR)))
+        with self._lock:
+            data = b"".join(self._parts(first, -(-end // SECTOR)))
         return data[offset - first * SECTOR : end - first * SECTOR]
 
     def _parts(self, first: int, end: int) -> Iterator[bytes | memoryview]:
+        numbers = self._disk.numbers[first:end]
+        if not numbers.any():
+            yield self._disk.contents.data_of(first, end - first)
+            return
         places = self._places(first, end)
         for start, stop in runs(places):
             place = int(places[start])
@@ -79,10 +97,14 @@ class View:
 
     def write(self, offset: int, data: bytes) -> None:
         """The range is within the file."""
+        with self._lock:
+            self._write(offset, data)
+
+    def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
         first, behind = offset // SECTOR, -(-end // SECTOR)
         if offset % SECTOR or end % SECTOR:
-            whole = self.read(first * SECTOR, (behind - first) * SECTOR)
+            whole = b"".join(self._parts(first, behind))
             data = whole[: offset - first * SECTOR] + data + whole[end - first * SECTOR :]
         for sector in range(first, behind):
             start = (sector - first) * SECTOR
@@ -92,100 +114,26 @@ class View:
     def zero(self, offset: int, size: int) -> None:
         """The range is within the file."""
         first, behind = -(-offset // SECTOR), (offset + size) // SECTOR
-        if first >= behind:
-            self.write(offset, bytes(size))
-            return
-        self.write(offset, bytes(first * SECTOR - offset))
-        self.write(behind * SECTOR, bytes(offset + size - behind * SECTOR))
-        self._change(first, np.full(behind - first, ZEROS, np.uint32))
+        with self._lock:
+            if first >= behind:
+                self._write(offset, bytes(size))
+                return
+            self._write(offset, bytes(first * SECTOR - offset))
+            self._write(behind * SECTOR, bytes(offset + size - behind * SECTOR))
+            self._change(first, np.full(behind - first, ZEROS, np.uint32))
 
     def _change(self, first: int, numbers: Numbers) -> None:
         if len(numbers):
             self._undo.append(self._disk.change(first, numbers))
 
 
-class ViewFiles(mfusepy.Operations):  # type: ignore[misc]
-    """The file system with the file."""
-
-    use_ns = True
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-        self.mounted = threading.Event()
-
-    def init(self, path: str) -> None:
-        self.mounted.set()
-
-    def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
-        known = {"/": (stat.S_IFDIR | 0o755, 0), f"/{NAME}": (stat.S_IFREG | 0o600, self._view.size)}
-        if path not in known:
-            raise OSError(errno.ENOENT, path)
-        mode, size = known[path]
-        return {
-            "st_mode": mode,
-            "st_size": size,
-            "st_blocks": size // SECTOR,
-            "st_nlink": 1,
-            "st_uid": os.getuid(),
-            "st_gid": os.getgid(),
-        }
-
-    def open(self, path: str, flags: int) -> int:
-        return 0
-
-    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-        return self._view.read(offset, size)
-
-    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
-        self._check(offset, len(data))
-        self._view.write(offset, data)
-        return len(data)
-
-    def truncate(self, path: str, length: int, fh: int | None = None) -> int:
-        if length != self._view.size:
-            raise OSError(errno.EPERM, "it is a disk")
-        return 0
-
-    def fallocate(self, path: str, mode: int, offset: int, size: int, fh: int) -> int:
-        self._check(offset, size)
-        if mode & (PUNCH_HOLE | ZERO_RANGE):
-            self._view.zero(offset, size)
-        return 0
-
-    def _check(self, offset: int, size: int) -> None:
-        if offset + size > self._view.size:
-            raise OSError(errno.ENOSPC, "beyond the end of the disk")
-
-    def fsync(self, path: str, datasync: int, fh: int) -> int:
-        return 0
-
-
-def mount(view: View, folder: Path) -> Path:
-    """Mount the file system of a view there as long as this process lives; returns the path of the file.
-
-    Raises OSError.
-    """
-    files = ViewFiles(view)
-    ended = threading.Event()
-
-    def serve() -> None:
-        try:
-            mfusepy.FUSE(
-                *(files, str(folder)),
-                foreground=True,
-                nothreads=True,
-                fsname="ringplane",
-                entry_timeout=REMEMBER,
-                attr_timeout=REMEMBER,
-            )
-        except RuntimeError:
-            # libfuse has said why, on its standard error.
-            pass
-        finally:
-            ended.set()
-            files.mounted.set()
-
-    start_thread("ringplane-view", serve)
-    if not files.mounted.wait(PATIENCE) or ended.is_set():
-        raise OSError(errno.EIO, "a file system in user space cannot be mounted", str(folder))
-    return folder / NAME
+def whole_pages(changed: Iterable[tuple[int, int]]) -> list[Range]:
+    """The ranges of bytes with these sectors, given as first ones and numbers; ascending, and apart from each other."""
+    found: list[Range] = []
+    for first, number in sorted(changed):
+        start, end = first * SECTOR // PAGE * PAGE, -(-(first + number) * SECTOR // PAGE) * PAGE
+        if found and start <= found[-1][1]:
+            start, before = found.pop()
+            end = max(before, end)
+        found.append((start, end))
+    return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ringplane.crash.check_process import Experiment, Verdict
 from ringplane.crash.check_processes import CheckProcesses
 from ringplane.crash.crash_states import Enumeration, State
 from ringplane.crash.disk_state import Fingerprints
 from ringplane.crash.smallest_state import size_of, smallest
+from ringplane.system.signals import NONE, Signals
 
 # If so many rounds of random states bring nothing new, it is of no use to draw more.
 IN_VAIN = 16
@@ -37,57 +38,78 @@ class Tally:
     exhausted: bool = False
     # Whether it ended before that because random states brought nothing new.
     in_vain: bool = False
+    # What was tried to make the failing state smaller.
+    smaller_tried: int = 0
+    smaller_seconds: float = 0.0
+    # Loop devices that checks have left.
+    detached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A state on which the check failed, and how; if it succeeds on it at last, its result is a matter of luck."""
+    """A state on which the check failed, and how.
+
+    `repeated`: whether it failed again; if not, its result is a matter of luck. None: it was not repeated.
+    """
 
     state: State
     verdict: Verdict
+    repeated: bool | None = None
 
 
 @dataclass
 class Laboratory:
-    """Tries states with some processes; `announce` is called after each."""
+    """Tries states with some processes; `announce` is called after each. Methods raise CouldNotRun, Interrupted."""
 
     experiment: Experiment
     enumeration: Enumeration
     processes: CheckProcesses
     at_once: int
-    announce: Callable[[Tally], None] = lambda tally: None
+    signals: Signals = NONE
+    announce: Callable[[], None] = lambda: None
     tally: Tally = field(default_factory=Tally)
     # The smallest one so far.
     failure: Failure | None = None
 
     def __post_init__(self) -> None:
-        self._fingerprints = Fingerprints(self.experiment.contents, self.experiment.timeline)
+        self._fingerprints = Fingerprints(self.experiment.contents)
+        # By key: whether it has failed; and the keys of the states that are being tried.
         self._seen: dict[int, bool] = {}
+        self._keys: dict[State, int] = {}
 
     def run(self, budget: Budget) -> None:
-        """Try states. Raises CouldNotRun, Interrupted."""
+        """Try states."""
         begin = time.monotonic()
         for state, verdict in self.processes.verdicts(self._new_ones(budget, begin + budget.seconds)):
             self.tally.tried += 1
             self.tally.failed += verdict.failed
             self.tally.seconds = time.monotonic() - begin
             self._take(state, verdict)
-            self.announce(self.tally)
 
-    def minimise(self) -> None:
-        """Make the failing state smaller, and try it once more. Raises CouldNotRun, Interrupted."""
+    def minimise(self, seconds: float) -> None:
+        """Make the failing state smaller, for so long at most, and repeat its check."""
         if self.failure is None:
             return
-        first = self.failure.state
-        state = smallest(first, self._fail, self.at_once, self.experiment.marked(first))
-        for _, verdict in self.processes.verdicts([state]):
-            self.failure = Failure(state, verdict)
+        begin = time.monotonic()
+
+        def enough() -> bool:
+            self.tally.smaller_seconds = time.monotonic() - begin
+            return self.tally.smaller_seconds > seconds
+
+        before = None
+        while self.failure.state != before:
+            before = self.failure.state
+            smallest(before, self._fail, self.at_once, self.experiment.marked(before), enough)
+        for _, verdict in self.processes.verdicts([self.failure.state]):
+            self.failure = replace(self.failure, repeated=verdict.failed)
 
     def _take(self, state: State, verdict: Verdict) -> None:
         """Remember the failure if it is the smallest one."""
+        self.tally.detached += verdict.detached
+        self.announce()
+        self._seen[self._keys.pop(state)] = verdict.failed
         if not verdict.failed:
             return
-        self._seen[self._key(state)] = True
         if self.failure is None or self._size(state) < self._size(self.failure.state):
             self.failure = Failure(state, verdict)
 
@@ -96,21 +118,28 @@ class Laboratory:
 
     def _fail(self, states: Sequence[State]) -> Sequence[bool]:
         """Whether each of these fails; those that are the same as earlier ones are not tried again."""
-        unknown = [state for state in states if self._is_new(state)]
+        keys = [self._key(state) for state in states]
+        unknown = [state for state, key in zip(states, keys, strict=True) if self._begin(state, key)]
         for state, verdict in self.processes.verdicts(unknown):
             self._take(state, verdict)
-        return [self._seen[self._key(state)] for state in states]
+            self.tally.smaller_tried += 1
+        return [self._seen[key] for key in keys]
 
     def _new_ones(self, budget: Budget, end: float) -> Iterator[State]:
         count = 0
         for state in self._all_of_them():
-            if time.monotonic() > end or count == budget.states:
+            self.signals.check()
+            if time.monotonic() > end:
                 return
-            if self._is_new(state):
-                count += 1
-                yield state
-            else:
+            key = self._key(state)
+            if key in self._seen:
                 self.tally.same += 1
+                continue
+            if count == budget.states:
+                return
+            count += 1
+            self._begin(state, key)
+            yield state
         self.tally.exhausted = self.enumeration.complete
         self.tally.in_vain = not self.tally.exhausted
 
@@ -127,11 +156,12 @@ class Laboratory:
                 break
         yield from others
 
-    def _is_new(self, state: State) -> bool:
-        key = self._key(state)
+    def _begin(self, state: State, key: int) -> bool:
+        """Whether it is new: it is being tried from now on."""
         if key in self._seen:
             return False
         self._seen[key] = False
+        self._keys[state] = key
         return True
 
     def _key(self, state: State) -> int:

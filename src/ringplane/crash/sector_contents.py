@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,22 @@ BASE, ZEROS, CHECKED = range(3)
 NOWHERE, IN_ENTRY, IN_CHECK = -2, 1 << 61, 1 << 62
 ENTRY_SHIFT = 22
 
+# So many sectors are read between two calls of `check`.
+BETWEEN_CHECKS = 4096
+
 
 class SectorContents:
     """The contents of all sectors that the writes of a recording change, before and after each."""
 
-    def __init__(self, base: memoryview, entries: Sequence[Entry], writes: Sequence[Write]) -> None:
-        """`base` is the image when the recording began."""
-        self._base, self._entries = base, entries
+    def __init__(
+        self,
+        base: memoryview,
+        entries: Sequence[Entry],
+        writes: Sequence[Write],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`base` is the image when the recording began. `check` is called now and then: it may raise an exception."""
+        self._base, self._entries, self._check = base, entries, check
         self.sectors = len(base) // SECTOR
         self._numbers: dict[bytes, int] = {_digest(bytes(SECTOR)): ZEROS}
         self._places = array("q", [0, NOWHERE, 0])
@@ -43,6 +52,7 @@ class SectorContents:
         self.changed = changed_sectors(writes, self.sectors)
         self.before = self._of_base()
         for write in writes:
+            check()
             self._written[write.index] = self._of_write(write)
         self.places: Places = np.array(self._places, np.int64)
         del self._numbers
@@ -52,14 +62,26 @@ class SectorContents:
         return self._written[write.index]
 
     def _of_base(self) -> Numbers:
-        sectors = self.changed.tolist()
-        data = (self._base[sector * SECTOR : (sector + 1) * SECTOR] for sector in sectors)
-        return self._numbered(data, iter(sectors), len(sectors))
+        """A discarded range can be the whole disk, and most of that zeros, which are found quickly."""
+        found = np.full(len(self.changed), ZEROS, np.uint32)
+        for start in range(0, len(self.changed), BETWEEN_CHECKS):
+            self._check()
+            part = self.changed[start : start + BETWEEN_CHECKS]
+            places = [int(sector) for first, end in runs(part) for sector in self._with_data(part[first], end - first)]
+            data = (self._base[sector * SECTOR : (sector + 1) * SECTOR] for sector in places)
+            found[start + np.searchsorted(part, places)] = self._numbered(data, places, len(places))
+        return found
+
+    def _with_data(self, first: int, count: int) -> Places:
+        """Those of adjacent sectors of the base image that are not zeros."""
+        words = np.frombuffer(self._base[first * SECTOR : (first + count) * SECTOR], np.uint64)
+        return first + np.flatnonzero(words.reshape(count, -1).any(axis=1))
 
     def _of_write(self, write: Write) -> Numbers:
         entry = self._entries[write.index]
         if entry.kind != WRITE:
-            return np.full(write.count, ZEROS, np.uint32)
+            # It needs no memory.
+            return np.broadcast_to(np.uint32(ZEROS), write.count)
         data = (entry.data[start : start + SECTOR] for start in range(0, write.count * SECTOR, SECTOR))
         first = IN_ENTRY | write.index << ENTRY_SHIFT
         return self._numbered(data, range(first, first + write.count), write.count)

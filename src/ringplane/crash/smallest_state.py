@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from ringplane.crash.crash_states import ALL, NOTHING, State
 
 # Whether each of these states fails.
 Fails = Callable[[Sequence[State]], Sequence[bool]]
+# Whether the time is over.
+Enough = Callable[[], bool]
 
 
 def size_of(state: State, before: int = 0) -> tuple[int, bool, int]:
@@ -20,19 +23,23 @@ def size_of(state: State, before: int = 0) -> tuple[int, bool, int]:
     return len(state.missing(before)), bool(state.order), there
 
 
-def smallest(state: State, fails: Fails, at_once: int, before: int = 0) -> State:
-    """The smallest state that this one leads to; so many are tried at a time."""
+def smallest(state: State, fails: Fails, at_once: int, before: int = 0, enough: Enough = lambda: False) -> State:
+    """The smallest state that this one leads to, or a larger one if it is `enough`; so many are tried at a time."""
     while True:
-        candidates = [each for each in simpler(state, before) if size_of(each, before) < size_of(state, before)]
-        found = _first_failing(candidates, fails, at_once)
+        found = _first_failing(_smaller(state, before), fails, at_once, enough)
         if found is None:
             return state
         state = found
 
 
-def _first_failing(candidates: Sequence[State], fails: Fails, at_once: int) -> State | None:
-    for start in range(0, len(candidates), at_once):
-        some = candidates[start : start + at_once]
+def _smaller(state: State, before: int) -> Iterator[State]:
+    size = size_of(state, before)
+    return (each for each in simpler(state, before) if size_of(each, before) < size)
+
+
+def _first_failing(candidates: Iterator[State], fails: Fails, at_once: int, enough: Enough) -> State | None:
+    """None if there is none, or not enough time to find it. There are too many candidates to have them all."""
+    while not enough() and (some := list(itertools.islice(candidates, at_once))):
         for each, failed in zip(some, fails(some), strict=True):
             if failed:
                 return each

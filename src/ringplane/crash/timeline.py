@@ -6,8 +6,11 @@ or earlier, and had not ended, were in flight.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ringplane.recordings.entries import CHANGES, FLUSH, MARK, Entry
 
@@ -20,7 +23,8 @@ class Write:
     """A request that changes sectors: a write, or one whose range becomes zeros.
 
     It may be on the disk from `began` on, wholly or in part, and is `index`, its place in the recording, when it ends.
-    From `stable` on it survives; one that failed is not there from `gone` on.
+    From `stable` on it survives. What one that `failed` has left is unknown, also after a flush; from `gone` on it does
+    not matter any more, because later ones that are stable cover it.
     """
 
     index: int
@@ -29,6 +33,7 @@ class Write:
     count: int
     stable: int = NEVER
     gone: int = NEVER
+    failed: bool = False
 
     @property
     def end(self) -> int:
@@ -71,7 +76,7 @@ def timeline_of(entries: Sequence[Entry], *, cache: bool = True) -> Timeline:
     # From the last to the first, because a write is stable with the first flush that covers it.
     writes = [_write(entry, covered, cache) for entry, covered in _covered(entries, flushes) if _changes(entry)]
     marks = [Mark(entry.index, entry.text) for entry in entries if entry.kind == MARK]
-    return Timeline(len(entries), writes[::-1], marks)
+    return Timeline(len(entries), list(_until_gone(writes))[::-1], marks)
 
 
 def _covered(entries: Sequence[Entry], flushes: list[tuple[int, int]]) -> Iterator[tuple[Entry, int]]:
@@ -86,9 +91,26 @@ def _covered(entries: Sequence[Entry], flushes: list[tuple[int, int]]) -> Iterat
 def _write(entry: Entry, covered: int, cache: bool) -> Write:
     place = entry.index, entry.began, entry.offset // SECTOR, entry.length // SECTOR
     if not _succeeded(entry):
-        # What a failed write has left is unknown; for the storage it is over with the next flush.
-        return Write(*place, gone=NEVER if entry.unfinished else covered)
+        return Write(*place, failed=not entry.unfinished)
     return Write(*place, stable=entry.index + 1 if entry.fua or not cache else covered)
+
+
+def _until_gone(writes: Sequence[Write]) -> Iterator[Write]:
+    """The writes, from the last one to the first; for failed ones it is known how long they matter."""
+    if not any(write.failed for write in writes):
+        yield from writes
+        return
+    # For each sector NEVER minus the time from which on a later write is stable: zeros need no memory.
+    stable = np.zeros(max(write.end for write in writes), np.int64)
+    later = sorted((write for write in writes if not write.failed), key=lambda write: write.began)
+    for write in writes:
+        while later and later[-1].began > write.index:
+            cover = later.pop()
+            part = stable[cover.first : cover.end]
+            np.maximum(part, NEVER - cover.stable, out=part)
+        if write.failed:
+            write = dataclasses.replace(write, gone=NEVER - int(stable[write.first : write.end].min()))
+        yield write
 
 
 def _succeeded(entry: Entry) -> bool:

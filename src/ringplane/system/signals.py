@@ -37,7 +37,11 @@ class Interrupted(Exception):
 
 def name(number: int) -> str:
     """The name of a signal, for example `SIGTERM`."""
-    return signal.Signals(number).name
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # A real-time signal.
+        return f"signal {number}"
 
 
 class Signals:
