@@ -524,6 +524,17 @@ def test_a_cloud_volume_has_bursts() -> None:
     assert rate(policy, randomly(READ), 1, 300) == pytest.approx(110, rel=0.1)
 
 
+@pytest.mark.parametrize("latency", [0, 500, 10_000])
+@pytest.mark.parametrize("depth", [1, 4, 32])
+def test_a_cloud_volume_without_credits_has_its_lasting_rate(latency: int, depth: int) -> None:
+    """Also if there are pauses between its I/Os: what a pause earns is not enough for a burst."""
+    policy = Asked("cloud_volume", iops=300, burst_iops=3000, io_credits=600, latency=latency)
+    reachable = depth * 1e6 / latency if latency else math.inf
+    # Of 3000 I/Os 600 are paid with the credits.
+    assert rate(policy, randomly(READ), depth, 3000) == pytest.approx(min(reachable, 300 * 3000 / 2400), rel=0.05)
+    assert rate(policy, randomly(READ), depth, 3000) == pytest.approx(min(reachable, 300), rel=0.05)
+
+
 def test_a_cloud_volume_limits_bytes_too() -> None:
     parameters = {"iops": 100_000, "burst_iops": 100_000, "mb_per_s": 50, "burst_mb_per_s": 200, "latency": 0}
     policy = Asked("cloud_volume", mb_credits=150, **parameters)

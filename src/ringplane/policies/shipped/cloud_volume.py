@@ -39,8 +39,8 @@ class CloudVolume(Policy):
     mb_credits: int = parameter(100_000, "credits for megabytes at first, and at most", 0, 1_000_000_000)
     io_size: int = parameter("256K", "bytes up to which an I/O counts as one", 512, kind=SIZE)
     latency: int = parameter("500us", "the time that each I/O takes besides", 0, HOUR, kind=DURATION)
-    without_io_credits: int = counter("I/Os at the lasting rate of I/Os")
-    without_mb_credits: int = counter("I/Os at the lasting rate of bytes")
+    without_io_credits: int = counter("I/Os for which there were too few credits for I/Os")
+    without_mb_credits: int = counter("I/Os for which there were too few credits for megabytes")
     # The accounts: until when they are busy, and the credits at that time.
     started: int = state()
     busy_until: int = state(2)
@@ -65,10 +65,10 @@ def waiting(my, now, length):
         my.busy_until[BYTES] = now
     earn(my, IOS, now, my.iops, my.io_credits * WHOLE_IO)
     earn(my, BYTES, now, my.mb_per_s, my.mb_credits * MB)
-    my.without_io_credits += my.credits[IOS] == 0
-    my.without_mb_credits += my.credits[BYTES] == 0
     for_ios = spend(my, IOS, -(-length // my.io_size) * WHOLE_IO, my.iops, my.burst_iops)
     for_bytes = spend(my, BYTES, length * WHOLE_BYTE, my.mb_per_s, my.burst_mb_per_s)
+    my.without_io_credits += my.credits[IOS] == 0
+    my.without_mb_credits += my.credits[BYTES] == 0
     return max(for_ios, for_bytes) - now
 
 
@@ -84,12 +84,14 @@ def earn(my, account, now, rate, most):
 
 @compiled
 def spend(my, account, work, rate, burst):
-    """Book the work; returns when it begins."""
+    """Book the work; returns when it begins. What the credits are too few for is done at the lasting rate."""
     begin = my.busy_until[account]
-    if my.credits[account] > 0:
-        time = work // burst
-        my.credits[account] = max(0, my.credits[account] - max(0, burst - rate) * time)
-    else:
-        time = work // rate
+    burst = max(burst, rate)
+    time = work // burst
+    left = my.credits[account] - (burst - rate) * time
+    if left < 0:
+        fast = my.credits[account] // (burst - rate)
+        time = fast + (work - burst * fast) // rate
+    my.credits[account] = max(0, left)
     my.busy_until[account] = begin + time
     return begin
