@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import logging
 import os
 import re
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from errno import ENOSPC
+from errno import EIO, ENOSPC, ETIMEDOUT
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,11 @@ from hypothesis import strategies as st
 
 import ringplane
 from ringplane.block.image import ImageError
+from ringplane.block.layers import recording_file, recording_slowness
+from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.record import RecordLayer, RecordPart
 from ringplane.block.layers.recording_file import RecordingFile
+from ringplane.control import disk_recording, operations
 from ringplane.control.operation_errors import OperationError
 from ringplane.driver import Driver
 from ringplane.driver.load import Load, run_load
@@ -32,6 +39,8 @@ from ringplane.recordings import entries
 from ringplane.recordings.entries import Entry, Header
 from ringplane.recordings.marks import new_token
 from ringplane.recordings.reader import Recording, open_recording
+from ringplane.recordings.recording_format import HEAD
+from ringplane.system.aside import aside
 
 from .gate import Gate
 from .rig import (
@@ -73,6 +82,10 @@ class Recorder:
 
     def start(self) -> None:
         self.layer.start_threads(lambda kind, **fields: self.events.append((kind, fields)))
+
+    def kinds(self) -> list[str]:
+        """Those of the events."""
+        return [kind for kind, _ in self.events]
 
     def end(self) -> Recording:
         """When no I/O is in progress."""
@@ -140,9 +153,16 @@ def test_writes_without_a_cache_are_recorded_as_such(make_rig: RigFactory, recor
     assert [entry.fua for entry in recorder.end()] == [True]
 
 
+# All lines wait until everything has ended.
+ALL_ENDED = -1
+
+
 @settings(max_examples=20)
-@given(kinds=st.lists(st.sampled_from([IN, OUT, OUT, FLUSH]), min_size=1, max_size=60), threads=st.integers(1, 2))
-def test_any_mixture_of_several_threads(make_rig: RigFactory, tmp_path: Path, kinds: list[int], threads: int) -> None:
+@given(
+    steps=st.lists(st.sampled_from([IN, OUT, OUT, FLUSH, ALL_ENDED]), min_size=1, max_size=60),
+    threads=st.integers(1, 2),
+)
+def test_any_mixture_of_several_threads(make_rig: RigFactory, tmp_path: Path, steps: list[int], threads: int) -> None:
     """What was recorded makes the same disk of the previous one, and says what covers what."""
     path = tmp_path / "mixture.rec"
     path.unlink(missing_ok=True)
@@ -150,7 +170,14 @@ def test_any_mixture_of_several_threads(make_rig: RigFactory, tmp_path: Path, ki
     rig = make_rig(workers=threads)
     lines = [rig.line(number, [recorder.part()]).start() for number in range(threads)]
     recorder.start()
-    for place, kind in enumerate(kinds):
+    # How many entries there were when everything had ended.
+    ended = [0]
+    for place, kind in enumerate(steps):
+        if kind == ALL_ENDED:
+            for line in lines:
+                line.wait()
+            ended.append(sum(step in (OUT, FLUSH) for step in steps[:place]))
+            continue
         data = pattern(1024, place) if kind == OUT else b""
         lines[place % threads].put(kind, 2 * place, data, 1024 if kind == IN else 0)
         lines[place % threads].kick()
@@ -159,8 +186,22 @@ def test_any_mixture_of_several_threads(make_rig: RigFactory, tmp_path: Path, ki
         line.stop()
     recording = recorder.end()
     assert played(recording) == rig.content()
-    assert len(recording) == sum(kind != IN for kind in kinds)
+    assert len(recording) == sum(step in (OUT, FLUSH) for step in steps)
     assert recording.complete
+    check_order(recording, ended)
+
+
+def check_order(recording: Sequence[Entry], ended: Sequence[int]) -> None:
+    """`began` agrees with the times, and with the moments at which so many had `ended` and nothing was in flight."""
+    for entry in recording:
+        before = max(count for count in ended if count <= entry.index)
+        assert before <= entry.began <= entry.index
+        for other in recording[: entry.index]:
+            if other.queue == entry.queue and other.index < entry.began:
+                assert other.end_ns <= entry.begin_ns
+            elif other.queue == entry.queue:
+                assert other.end_ns >= entry.begin_ns
+        assert entry.kind != entries.FLUSH or all(entry.covers(other) for other in recording[:before])
 
 
 def test_what_was_in_flight_is_known(make_rig: RigFactory, recorder: Recorder) -> None:
@@ -189,15 +230,60 @@ def test_what_was_in_flight_is_known(make_rig: RigFactory, recorder: Recorder) -
     assert last.covers(second)
 
 
+def test_what_has_not_ended_at_the_end_is_unfinished(make_rig: RigFactory, recorder: Recorder) -> None:
+    """It has the data, and nothing of it is a mark. The I/Os end without the layer."""
+    part, gate = recorder.part(), Gate()
+    line = make_rig(layers=[part, gate]).line().start()
+    gate.let(1)
+    line.do(OUT, 0, bytes(512))
+    late = (recorder.file.token.encode() + b"late").ljust(4096, b"\0")
+    writes = [line.put(OUT, 8, late, readable=[16, 1000, 3096]), line.put(OUT, 16, pattern(512))]
+    line.kick()
+    assert eventually(lambda: gate.kept == 2)
+    channel, engine = line.worker.state.channel, line.worker.engine
+    assert line.worker.call(lambda: part.leave(channel.address)).result(PATIENCE)
+    line.worker.call(lambda: line.queue.stack.remove(part, channel.ios, engine)).result(PATIENCE)
+    recording = recorder.end()
+    gate.let(2)
+    line.wait()
+    assert [line.answer(write).status for write in writes] == [OK, OK]
+    line.stop()
+    os.close(gate.fd)
+    first, *others = recording
+    assert not first.unfinished
+    assert sorted((entry.offset, bytes(entry.data)) for entry in others) == [(4096, late), (8192, pattern(512))]
+    assert [(entry.kind, entry.flags, entry.result, entry.began) for entry in others] == [
+        (entries.WRITE, entries.UNFINISHED, 0, 1)
+    ] * 2
+    assert recording.complete
+
+
+def test_the_thread_of_an_io_fails(make_rig: RigFactory, recorder: Recorder) -> None:
+    """What it had in flight is in no recording, and so the end of the recording says that something is missing."""
+    part, gate = recorder.part(), Gate()
+    line = make_rig(layers=[part, gate]).line().start()
+    line.put(OUT, 0, bytes(512))
+    line.kick()
+    assert eventually(lambda: gate.kept == 1)
+    recording = recorder.end()
+    assert not recording.complete
+    assert os.strerror(EIO) in recording.warning
+    assert recorder.kinds() == ["recording-started", "recording-failed"]
+    gate.let(1)
+    line.wait()
+    line.stop()
+    os.close(gate.fd)
+
+
 class SlowFile:
     """A pipe in place of the file of a recording: its storage hangs until `read_all` is called."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._start = recorder.path.read_bytes()
+    def __init__(self, file: RecordingFile) -> None:
+        self._file = file
+        self._start = file.path.read_bytes()
         self._take, self._give = os.pipe2(os.O_CLOEXEC)
         fcntl.fcntl(self._give, fcntl.F_SETPIPE_SZ, 4096)
-        recorder.file._record["fd"] = self._give
+        file._record["fd"] = self._give
         self._taken: list[bytes] = []
         self._reading = threading.Thread(target=self._read)
 
@@ -208,14 +294,14 @@ class SlowFile:
     @property
     def waiting(self) -> int:
         """Bytes that are not in the pipe yet."""
-        return int(self._recorder.file._record["head"] - self._recorder.file._record["tail"])
+        return self._file.waiting
 
     def read_all(self) -> None:
         self._reading.start()
 
     def end(self) -> Recording:
         """When no I/O is in progress."""
-        self._recorder.end()
+        self._file.close()
         return self.content()
 
     def content(self) -> Recording:
@@ -229,7 +315,7 @@ class SlowFile:
 def test_requests_wait_while_the_file_cannot_keep_up(tmp_path: Path, make_rig: RigFactory) -> None:
     """None is lost, and none is answered before it is recorded; reads continue meanwhile."""
     recorder = Recorder(tmp_path / "slow.rec")
-    file = SlowFile(recorder)
+    file = SlowFile(recorder.file)
     line = make_rig(layers=[recorder.part()]).line().start()
     recorder.start()
     data = [pattern(100 << 10, number) for number in range(40)]
@@ -249,6 +335,74 @@ def test_requests_wait_while_the_file_cannot_keep_up(tmp_path: Path, make_rig: R
     line.stop()
     recording = file.end()
     assert sorted(bytes(entry.data) for entry in recording) == sorted(data)
+
+
+def test_requests_of_several_threads_wait_for_room(tmp_path: Path, make_rig: RigFactory) -> None:
+    """All of them continue when there is some."""
+    recorder = Recorder(tmp_path / "slow.rec")
+    file, parts = SlowFile(recorder.file), [recorder.part() for _ in range(2)]
+    rig = make_rig(workers=2)
+    lines = [rig.line(number, [part]).start() for number, part in enumerate(parts)]
+    recorder.start()
+    # Those of one thread have no room either.
+    data = [pattern(100 << 10, number) for number in range(60)]
+    for number, each in enumerate(data):
+        lines[number % 2].put(OUT, 0, each)
+    for line in lines:
+        line.kick()
+    assert eventually(lambda: all(part.record[0]["first"] >= 0 for part in parts))
+    file.read_all()
+    for line in lines:
+        line.wait()
+        line.stop()
+    assert sorted(bytes(entry.data) for entry in file.end()) == sorted(data)
+
+
+def test_a_file_that_takes_nothing_is_reported(
+    tmp_path: Path, make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once; and that it does again."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(recording_file, "LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr(recording_slowness, "LONGEST_SILENCE", 0.05)
+    recorder = Recorder(tmp_path / "slow.rec")
+    file = SlowFile(recorder.file)
+    line = make_rig(layers=[recorder.part()]).line().start()
+    recorder.start()
+    line.do(OUT, 0, bytes(100 << 10))
+    assert eventually(lambda: recorder.kinds() == ["recording-started", "recording-waits"])
+    assert recorder.events[-1][1] == {"file": str(recorder.path), "waiting": file.waiting}
+    file.read_all()
+    assert eventually(lambda: recorder.kinds() == ["recording-started", "recording-waits", "recording-continues"])
+    line.stop()
+    assert len(file.end()) == 1
+    (warning,) = (each for each in caplog.messages if "has not answered" in each)
+    assert warning.startswith(f"{recorder.path}: the storage of the recording has not answered for ")
+
+
+def test_a_recording_is_given_up(tmp_path: Path, make_rig: RigFactory) -> None:
+    """If its file takes nothing: what waits for room continues, and the end of the file says what is missing."""
+    recorder = Recorder(tmp_path / "slow.rec")
+    file, part = SlowFile(recorder.file), recorder.part()
+    line = make_rig(layers=[part]).line().start()
+    recorder.start()
+    writes = [line.put(OUT, 0, pattern(100 << 10, number)) for number in range(40)]
+    line.kick()
+    assert eventually(lambda: part.record[0]["first"] >= 0)
+    channel, engine = line.worker.state.channel, line.worker.engine
+    assert not line.worker.call(lambda: part.leave(channel.address)).result(PATIENCE)
+    recorder.file.give_up(ETIMEDOUT)
+    assert line.worker.call(lambda: part.leave(channel.address)).result(PATIENCE)
+    line.worker.call(lambda: line.queue.stack.remove(part, channel.ios, engine)).result(PATIENCE)
+    line.wait()
+    assert [line.answer(write).status for write in writes] == [OK] * len(writes)
+    line.stop()
+    assert recorder.kinds()[-1] == "recording-failed"
+    recorder.layer.abandon()
+    assert not recorder.file.wait(0)
+    file.read_all()
+    assert recorder.file.wait(PATIENCE)
+    assert 0 < len(file.content()) < len(writes)
 
 
 def test_a_write_that_is_larger_than_the_ring_buffer(make_rig: RigFactory, tmp_path: Path) -> None:
@@ -293,7 +447,7 @@ def test_marks_from_a_guest(make_rig: RigFactory, recorder: Recorder) -> None:
 def test_a_process_that_hands_over_does_not_wait_for_the_file(tmp_path: Path, make_rig: RigFactory) -> None:
     """Nor does the end of the disk. All that was answered is in the recording when its storage continues."""
     recorder = Recorder(tmp_path / "slow.rec")
-    file, part = SlowFile(recorder), recorder.part()
+    file, part = SlowFile(recorder.file), recorder.part()
     line = make_rig(layers=[part]).line().start()
     recorder.start()
     for number in range(4):
@@ -349,7 +503,7 @@ def test_a_served_disk(tmp_path: Path) -> None:
         ringplane.serve(tmp_path / "disk.img", tmp_path / "socket", **options) as export,
         Driver(tmp_path / "socket") as driver,
     ):
-        run_load(driver, Load(depth=16, seconds=0.3, read_percent=30, verify=True))
+        run_load(driver, Load(depth=16, requests=300, read_percent=30, verify=True))
         token = open_recording(path).header.token
         driver.write(0, (token.encode() + b"here").ljust(4096, b"\0"))
         driver.flush()
@@ -451,7 +605,7 @@ def test_recordings_begin_and_end_while_a_guest_uses_the_disk(served: ringplane.
     with Driver(tmp_path / "socket", queues=2) as driver, ThreadPoolExecutor() as pool:
         for number in range(3):
             path = tmp_path / f"{number}.rec"
-            loading = pool.submit(run_load, driver, Load(depth=8, queues=2, read_percent=30, seconds=0.5, seed=number))
+            loading = pool.submit(run_load, driver, Load(depth=8, queues=2, read_percent=30, requests=100, seed=number))
             served.pause()
             before = Path(disk).read_bytes()
             token = served.start_recording(path)
@@ -473,9 +627,9 @@ def test_a_mark_after_the_end_of_the_recording_is_refused(served: ringplane.Expo
     """As after ENOSPC: what is promised then is in no recording."""
     served.start_recording(tmp_path / "disk.rec")
     served.mark("one")
-    recording = served.operations.recording
-    assert recording is not None
-    recording.file.failed = "No space left on device"
+    layer = served.operations.recording.layer
+    assert layer is not None
+    layer.file.failed = "No space left on device"
     with pytest.raises(OperationError, match="nothing is recorded any more: No space left on device") as caught:
         served.mark("two")
     assert caught.value.right == "end the recording; another one needs another file"
@@ -502,11 +656,97 @@ def test_recordings_begin_and_end_under_load(served: ringplane.Export, tmp_path:
 
     with Driver(tmp_path / "socket", queues=2) as driver, ThreadPoolExecutor() as pool:
         beginning = pool.submit(begin_and_end)
-        result = run_load(driver, Load(depth=8, queues=2, read_percent=50, seconds=1, verify=True))
+        result = run_load(driver, Load(depth=8, queues=2, read_percent=50, requests=300, verify=True))
         ended.set()
         count = beginning.result()
     assert result.errors == 0
     assert all(open_recording(tmp_path / f"{number}.rec").complete for number in range(count))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "DRAIN_PATIENCE", 0.2)
+    monkeypatch.setattr(disk_recording, "FILE_PATIENCE", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_request_hangs_while_a_recording_is_begun_and_ended(served: ringplane.Export, tmp_path: Path) -> None:
+    """None begins, and the guest continues; one that is made ends. A flush needs nothing of what hangs."""
+    hang = [PolicyUse("hang", {"operation": "write"})]
+    with Driver(tmp_path / "socket", timeout=PATIENCE) as driver:
+        served.set_policies(hang)
+        hanging = [driver.begin(OUT, 0, pattern(512))]
+        assert eventually(lambda: served.in_flight == 1)
+        with pytest.raises(OperationError, match=r"nothing was done: 1 request in flight did not end in 0\.2 s"):
+            served.start_recording(tmp_path / "disk.rec")
+        assert not (tmp_path / "disk.rec").exists()
+        assert driver.read(0, 512) == bytes(512)
+        served.flush()
+        served.set_policies([])
+        assert driver.end(hanging.pop()).status == OK
+        served.start_recording(tmp_path / "disk.rec")
+        driver.write(4096, pattern(4096))
+        served.set_policies(hang)
+        hanging = [driver.begin(OUT, 0, pattern(512, 1))]
+        assert eventually(lambda: served.in_flight == 1)
+        served.end_recording()
+        served.set_policies([])
+        assert driver.end(hanging.pop()).status == OK
+        driver.write(8192, pattern(4096))
+    recording = open_recording(tmp_path / "disk.rec")
+    # What the policy kept has not reached the storage.
+    assert [(entry.offset, entry.flags) for entry in recording] == [(4096, 0)]
+    assert recording.complete
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_file_hangs_at_the_end_of_a_recording(served: ringplane.Export, tmp_path: Path) -> None:
+    """The guest continues, and the disk can be recorded again."""
+    served.start_recording(tmp_path / "slow.rec")
+    layer = served.operations.recording.layer
+    assert layer is not None
+    file = SlowFile(layer.file)
+    with Driver(tmp_path / "socket", memory_size=64 << 20, timeout=PATIENCE) as driver:
+        writes = [driver.begin(OUT, 0, pattern(512 << 10, number)) for number in range(40)]
+        assert eventually(lambda: file.waiting > (15 << 20))
+        with pytest.raises(OperationError, match=r"slow\.rec: its storage does not answer; .* missing from it"):
+            served.end_recording()
+        assert all(driver.end(write).status == OK for write in writes)
+        served.start_recording(tmp_path / "next.rec")
+        driver.write(0, pattern(512))
+        served.end_recording()
+    assert len(open_recording(tmp_path / "next.rec")) == 1
+    file.read_all()
+    assert layer.file.wait(PATIENCE)
+    assert 0 < len(file.content()) < 40
+    kind, *_, result, _, _, _ = HEAD.unpack((tmp_path / "slow.rec").read_bytes()[-HEAD.size :])
+    assert (kind, result) == (entries.FAILED, -ETIMEDOUT)
+
+
+def test_no_front_end_attaches_while_a_recording_begins(
+    served: ringplane.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests would pass a part of the layers on their way down, and others on their way up."""
+    begun, go = threading.Event(), threading.Event()
+    add_lowest = served.disk.add_lowest
+
+    async def slowly(layer: Layer) -> None:
+        begun.set()
+        await aside(partial(go.wait, PATIENCE))
+        await add_lowest(layer)
+
+    monkeypatch.setattr(served.disk, "add_lowest", slowly)
+    with ThreadPoolExecutor() as pool, socket.socket(socket.AF_UNIX) as front_end:
+        beginning = pool.submit(served.start_recording, tmp_path / "disk.rec")
+        assert begun.wait(PATIENCE)
+        front_end.connect(str(tmp_path / "socket"))
+        for _ in range(20):
+            # A turn of the control thread.
+            served.threads.call(lambda: asyncio.sleep(0)).result(PATIENCE)
+        assert served.state == "listening"
+        go.set()
+        beginning.result(PATIENCE)
+        assert eventually(lambda: served.state == "attached")
 
 
 def test_what_cannot_be_done_with_a_recording(served: ringplane.Export, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from ringplane.api.statistics import statistics as read_statistics
 from ringplane.api.trace_stream import SHORTEST, TraceStream
 from ringplane.block.layers.record import RecordLayer
 from ringplane.control.config import ConfigError, read_disk
+from ringplane.control.disk_recording import NOT_RECORDED
 from ringplane.control.export import Export
 from ringplane.control.operation_errors import Unavailable, WrongState, WrongValue
-from ringplane.control.operations import NOT_RECORDED
 from ringplane.control.policing import find_policy
 from ringplane.control.written_config import written_config
 from ringplane.dataplane.ring_states import RingState
@@ -158,22 +158,22 @@ async def start_recording(call: Call) -> schemas.Recording:
     path = Path(wanted.file)
     if not path.is_absolute():
         raise WrongValue(f"{wanted.file!r} is not an absolute path", "file", "an absolute path")
-    return recording_of(await call.operate(lambda: export.operations.start_recording(path)))
+    return recording_of(await call.operate(lambda: export.operations.recording.start(path)))
 
 
 async def show_recording(call: Call) -> schemas.Recording:
-    if layer := call.export.operations.recording:
+    if layer := call.export.operations.recording.layer:
         return recording_of(layer)
     raise WrongState(*NOT_RECORDED)
 
 
 async def end_recording(call: Call) -> schemas.Recording:
-    return recording_of(await call.operate(call.export.operations.end_recording))
+    return recording_of(await call.operate(call.export.operations.recording.end))
 
 
 async def mark(call: Call) -> None:
     export, wanted = call.export, await call.body(schemas.Mark)
-    await call.operate(lambda: export.operations.mark(wanted.text))
+    await call.operate(lambda: export.operations.recording.mark(wanted.text))
 
 
 def recording_of(layer: RecordLayer) -> schemas.Recording:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from ringplane.dataplane.state import KINDS
 from ringplane.metrics.exposition import Distribution, Metric, Sample, histogram_text, labelled, text
 from ringplane.metrics.histogram import below
 from ringplane.virtio.blk import SECTOR
+
+if TYPE_CHECKING:
+    from ringplane.block.layers.recording_file import RecordingFile
 
 SECOND_NS = 1e9
 
@@ -87,6 +91,10 @@ def _gauge(suffix: str, help: str, value: Callable[[Export], float]) -> tuple[Me
     return _disk("gauge", suffix, help, lambda disks: disks.each(lambda export: +value(export)))
 
 
+def _recording(suffix: str, help: str, value: Callable[[RecordingFile], float]) -> tuple[Metric, Column]:
+    return _gauge(suffix, help, lambda export: value(layer.file) if (layer := export.operations.recording.layer) else 0)
+
+
 DISK_METRICS = (
     _requests("read", "reads_completed_total", "reads"),
     _bytes("read", "read_bytes_total", "Bytes that were read."),
@@ -136,15 +144,20 @@ DISK_METRICS = (
         "1 if a flush has failed: earlier writes may be lost, and each later flush fails.",
         lambda export: export.disk.flush_failed,
     ),
-    _gauge(
+    _recording(
         "recording_entries",
         "Entries of the recording that is made of the disk (docs/recordings.md); 0: none is made.",
-        lambda export: layer.file.count if (layer := export.operations.recording) else 0,
+        lambda file: file.count,
     ),
-    _gauge(
+    _recording(
+        "recording_waiting_bytes",
+        "Bytes of the recording that wait for its file; requests wait, too, when there is no more room for them.",
+        lambda file: file.waiting,
+    ),
+    _recording(
         "recording_failed",
         "1 if the recording of the disk has ended because it could not be written.",
-        lambda export: bool((layer := export.operations.recording) and layer.file.failed),
+        lambda file: bool(file.failed),
     ),
 )
 

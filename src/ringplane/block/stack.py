@@ -125,6 +125,12 @@ class LayerPart:
     def forget(self, channel: int, slot: int) -> None:
         """One of these does not exist any more; `channel` is the address of the thread's channel."""
 
+    # For a layer that can be removed (`Stack.remove`); on the I/O thread, too.
+
+    def leave(self, channel: int) -> bool:
+        """Keep no I/O any more: those in progress do not pass this layer again. False: not now, ask again."""
+        return True
+
 
 class SourcePart:
     """The part of a source for one I/O thread: see STACK. The methods are those of a source without the engine."""
@@ -189,11 +195,13 @@ class Stack:
         ios["level"][ours] = ios["level"][ours] + (ios["level"][ours] > index) if self.layers else 0
         self._use(*self.layers[:index], layer, *self.layers[index:])
 
-    def remove(self, layer: LayerPart, engine: Engine) -> None:
-        """Undo `insert`, while no I/O of the stack is in progress."""
+    def remove(self, layer: LayerPart, ios: npt.NDArray[np.void], engine: Engine) -> None:
+        """Undo `insert`, after `leave` of the layer: I/Os that are below it do not pass it on their way up."""
         if self._users:
             for event in layer.events:
                 event.unwatch(engine)
+        ours = ios["stack"] == self.address
+        ios["level"][ours] -= ios["level"][ours] > self.layers.index(layer)
         self._use(*(each for each in self.layers if each is not layer))
 
     def _use(self, *layers: LayerPart) -> None:

@@ -69,10 +69,12 @@ class Export:
         self.threads = threads
         self.disk = disk
         self._logger, self._emit = DiskLog(log, disk.name), emit
-        self.operations = Operations(disk, lambda: self._session, limiting, changing, self._logger, emit, record_to)
+        self._front_ends = FrontEnds(listener.sock, self._logger)
+        self.operations = Operations(
+            disk, lambda: self._session, self._front_ends, limiting, changing, self._logger, emit, record_to
+        )
         self._listener = listener
         self._quota = quota
-        self._front_ends = FrontEnds(listener.sock, self._logger)
         self._session: Session | None = None
         self._transport: AsyncTransport | None = None
         # Who is attached, for log lines.
@@ -183,15 +185,15 @@ class Export:
 
     def start_recording(self, path: str | os.PathLike[str]) -> str:
         """Record all changes to this new file from now on; returns the token of marks. Raises OperationError."""
-        return self._do(lambda: self.operations.start_recording(Path(path))).file.token
+        return self._do(lambda: self.operations.recording.start(Path(path))).file.token
 
     def end_recording(self) -> None:
         """Record no more; when this returns the file is complete. Raises OperationError."""
-        self._do(self.operations.end_recording)
+        self._do(self.operations.recording.end)
 
     def mark(self, text: str) -> None:
         """Add a mark to the recording. Raises OperationError."""
-        self._do(lambda: self.operations.mark(text))
+        self._do(lambda: self.operations.recording.mark(text))
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of a coroutine on the control thread."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 
 from ringplane.log.logs import DiskLog
 from ringplane.vhost_user import peers
@@ -86,6 +87,15 @@ class FrontEnds:
     def thaw(self) -> None:
         """Continue after `freeze`."""
         self._go.set()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody is accepted in this `with`."""
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.thaw()
 
     async def _accept(self) -> socket.socket | None:
         try:

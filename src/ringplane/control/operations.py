@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringplane.block.layers.record import RecordLayer
 from ringplane.control.changing import Changing
 from ringplane.control.disk_errors import operation_errors
+from ringplane.control.disk_recording import DiskRecording
+from ringplane.control.front_ends import FrontEnds
 from ringplane.control.limiting import Limiting, Present
 from ringplane.control.operation_errors import OperationError, Unavailable, WrongState, WrongValue
-from ringplane.control.turns import Around, Turns
+from ringplane.control.turns import AGAIN, Around, Turns
 from ringplane.dataplane import limit_gate
 from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
@@ -27,6 +29,7 @@ from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
 from ringplane.options.counted import counted
 from ringplane.options.limit_options import Limits, merge_limits
+from ringplane.session.refusal import Refused
 from ringplane.session.session import Session
 from ringplane.system.aside import aside
 from ringplane.system.confinement import is_confined
@@ -37,11 +40,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# What is wrong, where, and what to do.
-NOT_RECORDED = ("the disk is not recorded", "", "begin a recording before")
-
-# Seconds after which a mark is tried again, for which the recording had no room.
-MARK_INTERVAL = 0.01
+# Seconds that a guest waits at most, while nothing is fetched, for what is in flight.
+DRAIN_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Operations:
         self,
         disk: Disk,
         session: Callable[[], Session | None],
+        front_ends: FrontEnds,
         limiting: Limiting,
         changing: Changing,
         logger: DiskLog,
@@ -66,10 +67,10 @@ class Operations:
         record_to: Callable[[Path], RecordLayer],
     ) -> None:
         """`session`: that of the front end that is attached now, if one is; `record_to` opens a new recording."""
-        self._record_to = record_to
-        self._disk, self._session = disk, session
+        self._disk, self._session, self._front_ends = disk, session, front_ends
         self._limiting, self._changing, self._logger, self._emit = limiting, changing, logger, emit
         self._turns = Turns(disk.name, waits_for=self._in_flight)
+        self.recording = DiskRecording(disk, self._take, self._stopped, self._while_drained, record_to, emit)
 
     def end(self) -> None:
         """The disk has stopped."""
@@ -85,8 +86,12 @@ class Operations:
         """The end of `hold`."""
         self._turns.release()
 
+    @property
+    def _requests(self) -> int:
+        return sum(queue.in_flight for queue in self._disk.started)
+
     def _in_flight(self) -> str:
-        requests = sum(queue.in_flight for queue in self._disk.started)
+        requests = self._requests
         return f"{counted(requests, 'request')} in flight, storage does not answer" if requests else ""
 
     async def drain(self) -> None:
@@ -131,23 +136,6 @@ class Operations:
 
         return Policing(self._disk, self._changing, self._take, self._logger, self._emit)
 
-    @property
-    def recording(self) -> RecordLayer | None:
-        """That which is made of the disk now."""
-        return next((layer for layer in self._disk.layers if isinstance(layer, RecordLayer)), None)
-
-    async def start_recording(self, path: Path) -> RecordLayer:
-        """Record to this new file from now on; nothing is in flight at its beginning."""
-        return await self._take("the start of a recording", lambda: self._start_recording(path))
-
-    async def end_recording(self) -> RecordLayer:
-        """Record no more; when this returns the file is complete."""
-        return await self._take("the end of a recording", self._end_recording)
-
-    async def mark(self, text: str) -> None:
-        """Add a mark to the recording: requests that had ended before it is asked for are before it."""
-        await self._take("a mark", lambda: self._mark(text))
-
     async def _change(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """As `_take`, for what the next process has to learn of.
 
@@ -156,15 +144,19 @@ class Operations:
         return await self._take(operation, work, self._changing.one)
 
     async def _take(
-        self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]], around: Around = contextlib.nullcontext
+        self,
+        operation: str,
+        work: Callable[[], Coroutine[Any, Any, Result]],
+        around: Around = contextlib.nullcontext,
+        later: str = AGAIN,
     ) -> Result:
-        """Raises OperationError for all that can happen."""
+        """Raises OperationError for all that can happen; `later`: what to do if it has not ended in time."""
         with operation_errors(operation, self._disk.name):
-            return await self._turns.take(operation, work, around=around)
+            return await self._turns.take(operation, work, around=around, later=later)
 
     async def _drain(self) -> None:
         if session := self._session():
-            await session.drain()
+            await session.drain(_nothing)
 
     async def _pause(self) -> None:
         # First, so that no ring starts meanwhile.
@@ -188,50 +180,38 @@ class Operations:
         self._emit("resumed")
 
     async def _flush(self) -> None:
-        session = self._session()
-        if session is not None and self._disk.layers:
-            # A layer has a state of its own, which may not change while it is written.
-            await session.drain(self._sync)
-        else:
-            await self._sync()
+        # The state of a layer may not change while it is written.
+        stateful = any(layer.has_state for layer in self._disk.layers)
+        await (self._while_drained(self._sync) if stateful else self._sync())
 
-    async def _while_drained(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        session = self._session()
-        await (work() if session is None else session.drain(work))
+    async def _stopped(self, work: Callable[[bool], Awaitable[None]]) -> None:
+        """Do it while nothing is fetched and no front end attaches; it gets whether nothing is in flight.
 
-    async def _start_recording(self, path: Path) -> RecordLayer:
-        if present := self.recording:
-            raise WrongState(
-                f"it is recorded already, to {present.file.path}", self._disk.name, "end that recording before"
-            )
-        layer = await aside(partial(self._record_to, path))
-        try:
-            layer.start_threads(self._emit)
-            await self._while_drained(partial(self._disk.add_lowest, layer))
-        except BaseException:
-            await aside(layer.close)
-            await aside(layer.unlink)
-            raise
-        return layer
+        Requests in flight have some time to end. Raises Unavailable.
+        """
+        with self._front_ends.held():
+            session = self._session()
+            try:
+                await (work(True) if session is None else session.drain(work, DRAIN_PATIENCE))
+            except Refused as error:
+                raise Unavailable(str(error), self._disk.name, "try again when storage answers") from None
 
-    async def _end_recording(self) -> RecordLayer:
-        layer = self._recording()
-        await self._while_drained(self._disk.remove_lowest)
-        await aside(layer.close)
-        return layer
+    async def _while_drained(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it while nothing is in flight. Raises Unavailable if requests do not end; the guest continues then."""
 
-    async def _mark(self, text: str) -> None:
-        file = self._recording().file
-        while not (file.failed or file.mark(text.encode())):
-            await asyncio.sleep(MARK_INTERVAL)
-        if file.failed:
-            right = "end the recording; another one needs another file"
-            raise WrongState(f"nothing is recorded any more: {file.failed}", self._disk.name, right)
+        async def if_drained(drained: bool) -> None:
+            if not drained:
+                raise self._hanging()
+            await work()
 
-    def _recording(self) -> RecordLayer:
-        if layer := self.recording:
-            return layer
-        raise WrongState(*NOT_RECORDED)
+        await self._stopped(if_drained)
+
+    def _hanging(self) -> Unavailable:
+        return Unavailable(
+            f"nothing was done: {counted(self._requests, 'request')} in flight did not end in {DRAIN_PATIENCE:g} s",
+            self._disk.name,
+            "release what a policy holds, or try again when storage answers",
+        )
 
     async def _sync(self) -> None:
         await aside(self._disk.sync)
@@ -285,3 +265,7 @@ async def logging_errors(work: Awaitable[object], logger: DiskLog, prefix: str) 
         logger.warning("%s: %s", prefix, error)
     except asyncio.CancelledError:
         raise
+
+
+async def _nothing(drained: bool) -> None:
+    """For a drain alone."""

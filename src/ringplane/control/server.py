@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -31,7 +31,7 @@ from ringplane.options.declare import WrongOptions, dashed
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.name_options import default_name
 from ringplane.options.process_rules import ProcessRules, named_identity
-from ringplane.system.aside import aside
+from ringplane.system.aside import NoThread, aside, begin_aside
 from ringplane.system.notes import in_words
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds that the removal of sockets may take when the process ends at once.
+# Seconds that the removal of sockets, and the end of recordings, may take when the process ends at once.
 ABANDON_PATIENCE = 5.0
 
 # Names of disks in an error.
@@ -152,14 +152,16 @@ class Server:
         self.threads.wait()
 
     def abandon(self) -> None:
-        """Remove what others can see, the sockets' files, and nothing else: the process ends at once.
+        """Remove what others can see, the sockets' files, end recordings, and nothing else: the process ends at once.
 
         Storage that hangs is not waited for.
         """
-        removal = threading.Thread(target=self._remove_sockets, daemon=True)
-        with contextlib.suppress(RuntimeError):
-            removal.start()
-            removal.join(ABANDON_PATIENCE)
+        recordings = [export.operations.recording for export in self.exports]
+        done: list[Future[None]] = []
+        with contextlib.suppress(NoThread):
+            for work in [self._remove_sockets, *(each.end_at_once for each in recordings if each.layer is not None)]:
+                done.append(begin_aside(work))
+        wait(done, ABANDON_PATIENCE)
 
     @cached_property
     def trace_recorder(self) -> TraceRecorder:
@@ -199,7 +201,8 @@ class Server:
 
     async def add(self, config: DiskConfig) -> Export:
         """Serve one more disk."""
-        return await self._adds.take("adding a disk", partial(self._add, config))
+        later = "it continues; list the disks to see when it is served"
+        return await self._adds.take("adding a disk", partial(self._add, config), later=later)
 
     async def remove(self, name: str, *, detach: bool = False) -> None:
         """Stop serving a disk and release all of it; an attached front end is detached only with `detach`.

@@ -17,6 +17,9 @@ Around = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 # Seconds.
 PATIENCE = 30.0
 
+# What to do if an operation has not ended by then, where it is the same if it is done twice.
+AGAIN = "it continues; ask again to wait for its end"
+
 # Operations that have begun or wait for their turn, whether or not somebody still waits for them: there are not more if
 # one does not end, because storage hangs for example. Further ones wait for a place as long as their callers do.
 MAX_TAKEN = 8
@@ -45,8 +48,11 @@ class Turns:
         patience: float = PATIENCE,
         *,
         around: Around = contextlib.nullcontext,
+        later: str = AGAIN,
     ) -> Result:
         """Its result. It is never done in part: when the caller does not wait any more, it continues.
+
+        `later` says what the caller can do then.
 
         Raises Unavailable when it has not ended, or not begun, in `patience` seconds; WrongState after `end`; and what
         `work` raises.
@@ -62,7 +68,7 @@ class Turns:
             raise Unavailable(
                 f"{operation} has not ended after {patience:g} seconds{': ' if why else ''}{why}",
                 self._name,
-                "it continues; ask again to wait for its end",
+                later,
             )
         if task.cancelled():
             raise self._gone()

@@ -18,7 +18,7 @@ from ringplane.block.image import ImageError
 from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.policy_layer import PolicyLayer, PolicyList, PolicyPart
 from ringplane.block.sources.source import Source
-from ringplane.block.stack import Stack
+from ringplane.block.stack import LayerPart, Stack
 from ringplane.block.storage_limits import Limits
 from ringplane.dataplane.queue import Device, Queue
 from ringplane.dataplane.request_types import request_types_of
@@ -48,6 +48,9 @@ HEADS, SECTORS_PER_TRACK, MAX_CYLINDERS = 16, 63, 16383
 # Linux never gets a longer request through such a ring. Longer chains are served as well.
 SEG_MAX = 126
 
+
+# Seconds after which it is tried again to remove a layer.
+REMOVE_INTERVAL = 0.01
 
 # The bits of the features that users can switch; the protocol determines the others.
 BITS = {
@@ -139,23 +142,30 @@ class Disk:
 
     async def add_lowest(self, layer: Layer) -> None:
         """Put a layer below all others, while no I/O is in progress. Raises OSError and WorkerEnded."""
-        done: list[tuple[Worker, Stack]] = []
         try:
             for worker, stack in self._stacks.items():
                 part = layer.part(stack.source.backing, worker.state.slots.count)
-                place, ios = len(stack.layers), worker.state.channel.ios
-                inserting = partial(stack.insert, place, part, ios, worker.engine)
-                await asyncio.wrap_future(worker.call(inserting))
-                done.append((worker, stack))
+                await asyncio.wrap_future(worker.call(partial(_add_lowest, worker, stack, part)))
         except BaseException:
-            await _remove_lowest(done)
+            await self._until_removed(len(self.layers))
             raise
         self.layers = *self.layers, layer
 
     async def remove_lowest(self) -> None:
-        """Undo it, while no I/O is in progress. Raises WorkerEnded."""
-        await _remove_lowest(self._stacks.items())
+        """Remove the lowest layer while nothing is fetched; I/Os in progress do not pass it any more.
+
+        It waits until the layer allows it. If that was cancelled it may be called again. Raises WorkerEnded.
+        """
+        await self._until_removed(len(self.layers) - 1)
         self.layers = self.layers[:-1]
+
+    async def _until_removed(self, left: int) -> None:
+        while not all(await asyncio.gather(*map(asyncio.wrap_future, self.leave_lowest(left)))):
+            await asyncio.sleep(REMOVE_INTERVAL)
+
+    def leave_lowest(self, left: int) -> list[Future[bool]]:
+        """Have each I/O thread leave only the first so many layers; the results are whether it has done that."""
+        return [worker.call(partial(_leave_lowest, worker, stack, left)) for worker, stack in self._stacks.items()]
 
     @property
     def _impossible(self) -> frozenset[str]:
@@ -391,10 +401,17 @@ def _swap(worker: Worker, stack: Stack, place: int, part: PolicyPart, policies: 
     part.swap(policies, channel.address)
 
 
-async def _remove_lowest(stacks: Iterable[tuple[Worker, Stack]]) -> None:
-    """Raises WorkerEnded."""
-    for worker, stack in stacks:
-        await asyncio.wrap_future(worker.call(partial(stack.remove, stack.layers[-1], worker.engine)))
+def _add_lowest(worker: Worker, stack: Stack, part: LayerPart) -> None:
+    """On the thread of the worker, which alone changes the layers of its stacks."""
+    stack.insert(len(stack.layers), part, worker.state.channel.ios, worker.engine)
+
+
+def _leave_lowest(worker: Worker, stack: Stack, left: int) -> bool:
+    """On the thread of the worker: whether the stack has not more than so many layers now."""
+    channel = worker.state.channel
+    while len(stack.layers) > left and stack.layers[-1].leave(channel.address):
+        stack.remove(stack.layers[-1], channel.ios, worker.engine)
+    return len(stack.layers) <= left
 
 
 def _nothing() -> None:

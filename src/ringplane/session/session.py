@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from ringplane.dataplane.worker import WorkerEnded
 from ringplane.device.disk import Disk
@@ -20,7 +20,6 @@ from ringplane.session.handlers import Handlers, Reply
 from ringplane.session.inband import BackendChannel
 from ringplane.session.refusal import NEGATIVE_REPLIES, Refused, refusing_timeouts
 from ringplane.session.snapshot import SessionSnapshot
-from ringplane.session.vring import Vring
 from ringplane.system.fd import Fd
 from ringplane.vhost_user.connection import Message, UnknownRequest, rule_of
 from ringplane.vhost_user.messages import BackendRequest, ProtocolError, ProtocolFeature
@@ -55,7 +54,7 @@ class Session:
         loop.add_reader(self._handlers.memory.alarm_fd, self._end_without_memory)
         try:
             # A front end that was taken over has rings to start.
-            await self._start_again(self._handlers.vrings)
+            await self._start_again()
             while await self._serve_one_message():
                 pass
         except (ProtocolError, Refused) as error:
@@ -73,15 +72,17 @@ class Session:
         self._logger.warning("front end dropped: it truncated memory that it shares with this disk (ftruncate(2))")
         self._transport.close()
 
-    async def drain(self, then: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Complete all fetched requests while nothing more is fetched, do what `then` does, and continue."""
-        async with self._busy:
-            running = await self._handlers.vrings.stop_all()
-            try:
-                if then is not None:
-                    await then()
-            finally:
-                await self._start_again(running)
+    async def drain(self, then: Callable[[bool], Awaitable[None]], patience: float | None = None) -> None:
+        """Fetch nothing, complete all fetched requests, do what `then` does, and continue.
+
+        After `patience` seconds `then` is called whatever is in flight; it gets whether all have completed. Raises
+        Refused if a message of the front end is not handled in that time.
+        """
+        async with contextlib.AsyncExitStack() as held:
+            with refusing_timeouts(f"a message of the front end has waited for requests for {patience or 0:g} seconds"):
+                async with asyncio.timeout(patience):
+                    await held.enter_async_context(self._busy)
+            await then(await held.enter_async_context(self._stopped(patience)))
 
     async def pause(self) -> None:
         """Complete all fetched requests; the disk is paused, so that no ring starts until `resume`."""
@@ -91,10 +92,14 @@ class Session:
     async def resume(self) -> None:
         """Start the rings, because the disk is not paused any more."""
         async with self._busy:
-            await self._start_again(self._handlers.vrings)
+            await self._start_again()
 
-    async def _start_again(self, vrings: Iterable[Vring]) -> None:
-        await self._handlers.vrings.start_again(vrings, self._handlers.use)
+    async def _start_again(self) -> None:
+        await self._handlers.vrings.start_again(self._handlers.vrings, self._handlers.use)
+
+    def _stopped(self, patience: float | None) -> contextlib.AbstractAsyncContextManager[bool]:
+        """See Vrings.stopped."""
+        return self._handlers.vrings.stopped(patience, lambda: self._handlers.use)
 
     async def notify_config_change(self) -> None:
         """Notify the front end, if it has a back-end channel, that the configuration space has changed."""
@@ -213,9 +218,8 @@ class Session:
                     await held.enter_async_context(self._busy)
             if any(vring.enabled and vring.queue.state.suspended for vring in self._handlers.vrings):
                 raise Refused("the front end has removed the memory of a ring and has not added it again yet")
-            with refusing_timeouts(f"requests in flight took longer than {patience:g} seconds"):
-                running = await self._handlers.vrings.stop_all_in_time(patience, self._handlers.use)
-            held.push_async_callback(self._start_again, running)
+            if not await held.enter_async_context(self._stopped(patience)):
+                raise Refused(f"requests in flight took longer than {patience:g} seconds")
             with refusing_timeouts("the front end does not read the back-end channel"):
                 async with asyncio.timeout(FREEZE_PATIENCE):
                     await self._quieten(held)

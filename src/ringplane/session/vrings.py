@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 from ringplane.dataplane.worker import WorkerEnded
@@ -49,15 +50,19 @@ class Vrings:
         await asyncio.gather(*(vring.stop() for vring in running))
         return running
 
-    async def stop_all_in_time(self, patience: float, use: RingUse) -> Sequence[Vring]:
-        """As `stop_all`; after so many seconds all run again, whatever is in flight, and it raises TimeoutError."""
+    @contextlib.asynccontextmanager
+    async def stopped(self, patience: float | None, use: Callable[[], RingUse]) -> AsyncIterator[bool]:
+        """Nothing is fetched in this `async with`; whether all fetched requests have completed in so many seconds.
+
+        At its end the rings that ran run again, whatever is in flight, as `use` says then.
+        """
         running = [vring for vring in self if vring.queue.state.served]
+        drained = await _in_time(patience, self.stop_all())
         try:
-            async with asyncio.timeout(patience):
-                return await self.stop_all()
-        except TimeoutError:
-            await self._each(running, lambda vring: vring.call_off_stop(use))
-            raise
+            yield drained
+        finally:
+            again = Vring.adjust if drained else Vring.call_off_stop
+            await self._each(running, lambda vring: again(vring, use()))
 
     async def start_again(self, vrings: Iterable[Vring], use: RingUse) -> None:
         """Start these, and log it if one cannot start."""
@@ -131,3 +136,13 @@ class Vrings:
         finally:
             # See `_perform` of worker.py.
             del future, waiting
+
+
+async def _in_time(patience: float | None, work: Awaitable[object]) -> bool:
+    """Whether it has ended in so many seconds; None: however long it takes."""
+    try:
+        async with asyncio.timeout(patience):
+            await work
+    except TimeoutError:
+        return False
+    return True

@@ -37,11 +37,16 @@ async def aside(function: Callable[[], Result]) -> Result:
 
     Raises NoThread.
     """
+    return await asyncio.wrap_future(begin_aside(function))
+
+
+def begin_aside(function: Callable[[], Result]) -> Future[Result]:
+    """The same for callers that are not coroutines. Raises NoThread."""
     done: Future[Result] = Future()
     # From now on it cannot be cancelled.
     done.set_running_or_notify_cancel()
     start_thread(NAME, partial(_call, function, done))
-    return await asyncio.wrap_future(done)
+    return done
 
 
 def start_thread(name: str, function: Callable[[], object]) -> None:

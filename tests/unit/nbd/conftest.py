@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ringplane.driver import Driver
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.image_address import parse_image
 
-from ..nbd_server import NbdServer
+from ..nbd_server import NbdServer, Request
 from ..rig import PATIENCE, pattern
 from .names import SIZE
 
@@ -55,3 +56,16 @@ def served(server: NbdServer, tmp_path: Path) -> Iterator[Callable[..., Driver]]
 @pytest.fixture
 def config(server: NbdServer, tmp_path: Path) -> DiskConfig:
     return DiskConfig(parse_image(server.uri), ["io0"], socket_path=tmp_path / "socket", nbd_reconnect_delay=3600)
+
+
+@pytest.fixture
+def hanging(server: NbdServer) -> Iterator[threading.Event]:
+    """The server replies to no request until this event is set."""
+    go = threading.Event()
+
+    def hang(request: Request, server: NbdServer) -> None:
+        assert go.wait(PATIENCE)
+
+    server.reply = hang
+    yield go
+    go.set()

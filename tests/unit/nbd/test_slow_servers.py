@@ -25,19 +25,6 @@ from ..waiting import wait_until
 from .names import READ, Served
 
 
-@pytest.fixture
-def hanging(server: NbdServer) -> Iterator[threading.Event]:
-    """The server replies to no request until this event is set."""
-    go = threading.Event()
-
-    def hang(request: Request, server: NbdServer) -> None:
-        assert go.wait(PATIENCE)
-
-    server.reply = hang
-    yield go
-    go.set()
-
-
 @pytest.mark.parametrize("structured", [True], indirect=True)
 def test_a_disk_is_paused_while_its_server_hangs(server: NbdServer, hanging: threading.Event, tmp_path: Path) -> None:
     """What is in flight is waited for; nothing more is fetched until the disk is resumed."""

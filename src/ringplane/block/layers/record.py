@@ -51,7 +51,7 @@ from ringplane.block.stack import CONTINUE, KEEP, LayerPart, call_again, resume
 from ringplane.compiler.jit import compiled
 from ringplane.compiler.units import unit
 from ringplane.native.access import address_of, copy, fence, load8, load64, load64_acquire, store64, view
-from ringplane.native.buffers import copy_from
+from ringplane.native.buffers import consume, copy_from, restore
 from ringplane.native.structs import new, struct
 from ringplane.native.syscalls import monotonic_ns, read
 from ringplane.native.uio import IOVEC, IOVEC_SIZE
@@ -68,8 +68,9 @@ if TYPE_CHECKING:
     from ringplane.opener.opener import Opener
     from ringplane.options.disk_config import DiskConfig
 
-# What is noted of each I/O on its way down; `done`: how much of it has been recorded.
-NOTE = struct("began", "begin_ns", "done")
+# What is noted of each I/O on its way down. `began`: -1 when all of it has been recorded; `done`: how much of it has
+# been; `unfinished`: the flag, if it was recorded before it has ended.
+NOTE = struct("began = -1", "begin_ns", "done", "unfinished")
 NOTE_SIZE = NOTE.itemsize
 
 # A longer write becomes several entries: the ring buffer has room for some of these.
@@ -82,22 +83,23 @@ KEPT, TAKEN = (PART.fields[name][1] for name in ("first", "number"))  # type: ig
 @unit
 def down(layer, channel, io_address):
     part, io = view(layer, PART), view(io_address, BLOCK_IO)
-    if io.operation != READ:
+    if is_recorded(io):
         note = note_of(part, io)
         # Acquire: what is counted has ended before this begins.
         note.began = load64_acquire(part.recording + COUNT)
         note.begin_ns = monotonic_ns()
-        note.done = 0
+        note.done = note.unfinished = 0
     return CONTINUE
 
 
 @unit
 def up(layer, channel, io_address):
     part, io = view(layer, PART), view(io_address, BLOCK_IO)
-    if io.operation == READ or io.operation > SECURE_ERASE:
+    if not is_recorded(io):
         return CONTINUE
     recording = view(part.recording, RECORDING)
     if part.first < 0 and (record_all(part, recording, io) or record_all_or_wait(part, recording, io)):
+        note_of(part, io).began = -1
         return CONTINUE
     # Behind those that wait already.
     put(view(channel, CHANNEL), layer + KEPT, io)
@@ -116,6 +118,45 @@ def ready(state, channel):
         slot = io.next
         resume(view(channel, CHANNEL), io)
     return 0
+
+
+@unit
+def leave(state, channel_address, slots):
+    """The recording ends: record what waits for room, then what has not ended; 0: there is no room now."""
+    part, channel = view(state, PART), view(channel_address, CHANNEL)
+    recording = view(part.recording, RECORDING)
+    while part.first >= 0:
+        io = io_at(channel, part.first)
+        if not record_all(part, recording, io):
+            return 0
+        note_of(part, io).began = -1
+        part.first = io.next
+        resume(channel, io)
+    for slot in range(slots):
+        began = view(part.notes + slot * NOTE_SIZE, NOTE).began
+        if began >= 0 and not record_unfinished(part, recording, io_at(channel, slot)):
+            return 0
+    return 1
+
+
+@compiled
+def record_unfinished(part, recording, io):
+    """Storage works on it, and may have transferred a part of it. Whether there was room."""
+    note = note_of(part, io)
+    note.unfinished = entries.UNFINISHED
+    if io.consumed:
+        restore(io, io.first_iov, io.consumed)
+    recorded = record_all(part, recording, io)
+    if io.consumed:
+        consume(io, io.consumed)
+    if recorded:
+        note.began = -1
+    return recorded
+
+
+@compiled
+def is_recorded(io):
+    return io.operation != READ and io.operation <= SECURE_ERASE
 
 
 @compiled
@@ -173,14 +214,18 @@ def fill(io, note, entry):
     """What all entries have."""
     entry.began, entry.begin_ns, entry.end_ns = note.began, note.begin_ns, monotonic_ns()
     entry.flags = (entries.FUA if io.flags & FUA else 0) | (entries.REPEATED if io.flags & REPEATED else 0)
-    # What is not an errno: the storage has become shorter, or an earlier flush has failed.
-    entry.result = io.result if -4096 < io.result <= 0 else -EIO
+    entry.flags |= note.unfinished
+    if note.unfinished:
+        entry.result = 0
+    else:
+        # What is not an errno: the storage has become shorter, or an earlier flush has failed.
+        entry.result = io.result if -4096 < io.result <= 0 else -EIO
     entry.queue = io.queue
 
 
 @compiled
 def record_write(part, recording, io, note):
-    """In pieces. Behind one that is a mark comes the mark."""
+    """In pieces. Behind one that has ended, and is a mark, comes the mark."""
     while note.done < io.length:
         if is_closed(recording):
             return True
@@ -194,7 +239,7 @@ def record_write(part, recording, io, note):
         copy_piece(io.iov, note.done, head + HEAD_SIZE, size)
         publish(recording, entry, entries.WRITE)
         note.done += size
-    if note.done == io.length and io.length <= LARGEST_MARK and is_mark(part, io):
+    if note.done == io.length and io.length <= LARGEST_MARK and not note.unfinished and is_mark(part, io):
         return record_mark(part, recording, io, note)
     return True
 
@@ -262,6 +307,14 @@ class RecordPart(LayerPart):
         self.down, self.up = down.address(), up.address()
         self.events = (Event(self.fd, ready.address(), self.state),)
 
+    def leave(self, channel: int) -> bool:
+        return leave(self.state, channel, len(self._notes)) != 0
+
+    @property
+    def misses_some(self) -> bool:
+        """Whether an I/O that has begun is not recorded."""
+        return bool((self._notes["began"] >= 0).any())
+
     def close(self) -> None:
         """No I/O is in progress. A second call does nothing."""
         if self.fd >= 0:
@@ -272,7 +325,7 @@ class RecordPart(LayerPart):
 class RecordLayer(Layer):
     """The layer of one disk."""
 
-    units = (down, up, ready, write_out, append_mark)
+    units = (down, up, ready, leave, write_out, append_mark)
     below_policies = True
     fixed_size = "a disk that is recorded cannot get another size"
 
@@ -291,8 +344,12 @@ class RecordLayer(Layer):
 
     def start_threads(self, emit: Emit) -> None:
         self.file.start(emit)
+        self.file.announce()
 
     def close(self) -> None:
+        if any(part.misses_some for part in self._parts):
+            # Its I/O thread has failed.
+            self.file.give_up(EIO)
         self.file.close()
         _close_all(self._parts)
 

@@ -15,19 +15,21 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ringplane.block.image import ImageError
 from ringplane.block.layers.recording_buffer import AWAKE, RECORDING, append_mark, write_out
+from ringplane.block.layers.recording_slowness import FileSlowness
 from ringplane.log.event_bus import Emit, no_events
 from ringplane.native.epoll import EPOLL_EVENT
 from ringplane.opener.opener import Opener
 from ringplane.recordings.entries import END, FAILED, Header
 from ringplane.recordings.recording_format import EXISTS, HEAD, pack_header, sealed
 from ringplane.system import libc
-from ringplane.system.aside import NoThread
+from ringplane.system.aside import NoThread, start_thread
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ ROOM = 16 << 20
 MOST_PARTS = 64
 
 THREAD = "ringplane-record"
+
+# Seconds between two looks whether the file takes anything.
+LOOK_INTERVAL = 1.0
 
 # Seconds that a process waits at its exit for the end of a recording that it has left (`leave`).
 LEAVE_PATIENCE = 10.0
@@ -55,7 +60,10 @@ class RecordingFile:
         self.failed = ""
         self._emit: Emit = no_events
         self._thread = threading.Thread(target=self._main, name=THREAD, daemon=True)
-        self._closed = False
+        # `_has_end`: the file has its last entry, because it could not be written. `_given_up`: -errno.
+        self._closed = self._has_end = False
+        self._given_up = -errno.EIO
+        self._complete = threading.Event()
         self._fd = _create(path, opener)
         try:
             start = pack_header(self.header)
@@ -92,6 +100,26 @@ class RecordingFile:
         """Entries so far."""
         return int(self._record["count"])
 
+    @property
+    def disk(self) -> str:
+        """The name of the disk."""
+        return self.header.disk
+
+    @property
+    def taken(self) -> int:
+        """Bytes that have been written, so that others can be."""
+        return int(self._record["tail"])
+
+    @property
+    def room(self) -> int:
+        """The most bytes that can wait."""
+        return int(self._record["room"])
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that are not in the file yet."""
+        return int(self._record["head"]) - int(self._record["tail"])
+
     def mark(self, text: bytes) -> bool:
         """Add a mark, from any thread; False: there is no room for it now."""
         room = np.frombuffer(text or b"\0", np.uint8)
@@ -103,14 +131,18 @@ class RecordingFile:
         self._record["part_count"] += 1
 
     def start(self, emit: Emit) -> None:
-        """Start the thread; `emit` reports events. Raises NoThread."""
+        """Start the thread, and one that watches it; `emit` reports events. Raises NoThread."""
         self._emit = emit
         try:
             self._thread.start()
         except RuntimeError:
             raise NoThread from None
+        start_thread(THREAD, self._watch)
+
+    def announce(self) -> None:
+        """Report that the recording has begun."""
         self._log(logging.INFO, "recording to %s; a block that begins with %s is a mark", self.path, self.token)
-        emit("recording-started", file=str(self.path), token=self.token)
+        self._emit("recording-started", file=str(self.path), token=self.token)
 
     def close(self) -> None:
         """End the recording when no I/O is in progress; may block. After `leave`, or a second time, it does nothing."""
@@ -121,17 +153,27 @@ class RecordingFile:
     def leave(self, then: Callable[[], None]) -> None:
         """Like `close`, but it does not wait for the file; `then` is called at the end, on another thread."""
         self._closed = True
-        ending = threading.Thread(target=self._leave, args=(then,), name=THREAD, daemon=True)
+        atexit.register(self.wait, LEAVE_PATIENCE)
         try:
-            ending.start()
-        except RuntimeError:
+            start_thread(THREAD, partial(self._leave, then))
+        except NoThread:
             self._leave(then)
-        else:
-            atexit.register(ending.join, LEAVE_PATIENCE)
 
     def _leave(self, then: Callable[[], None]) -> None:
         self._finish()
         then()
+        atexit.unregister(self.wait)
+
+    def wait(self, patience: float) -> bool:
+        """Whether the file has all that it will ever have, within so many seconds after `leave`."""
+        return self._complete.wait(patience)
+
+    def give_up(self, error: int) -> None:
+        """Record nothing more because of this errno: ETIMEDOUT if the file does not take what waits already."""
+        self._record["closed"] = 1
+        if not self.failed:
+            self._given_up, self.failed = -error, os.strerror(error)
+            self._report_failure()
 
     def _finish(self) -> None:
         self._record["stopping"] = 1
@@ -143,32 +185,53 @@ class RecordingFile:
                 self._end(END, 0)
             except OSError as error:
                 self._fail(-(error.errno or errno.EIO))
+        elif not self._has_end:
+            self._end_failed(self._given_up)
         self._epoll.close()
         os.close(self._wake_fd)
         os.close(self._fd)
+        self._complete.set()
 
     def unlink(self) -> None:
-        """Remove the file, as far as possible, because the disk cannot be served."""
-        self._opener.unlink(self.path)
+        """Remove the file, because the disk cannot be served."""
+        try:
+            self._opener.unlink(self.path)
+        except OSError as error:
+            # A confined process, for example.
+            self._log(logging.WARNING, "%s: cannot be removed: %s; nothing was recorded", self.path, error.strerror)
 
     def _main(self) -> None:
         libc.name_thread(THREAD)
         if result := write_out(self.address):
             self._fail(result)
 
+    def _watch(self) -> None:
+        slowness = FileSlowness(self, self._emit)
+        while not self._complete.wait(LOOK_INTERVAL):
+            slowness.look()
+
     def _fail(self, result: int) -> None:
+        given_up = bool(self.failed)
+        self.failed = self.failed or os.strerror(-result)
+        self._end_failed(result)
+        if not given_up:
+            self._report_failure()
+
+    def _end_failed(self, result: int) -> None:
         """End the file after its last whole entry."""
-        why = self.failed = os.strerror(-result)
+        self._has_end = True
         try:
             self._end(FAILED, result)
         except OSError:
             self._replace_last(result)
+
+    def _report_failure(self) -> None:
         self._log(
             logging.ERROR,
             "%s: the recording has ended, because it cannot be written: %s; the disk is served as before",
-            *(self.path, why),
+            *(self.path, self.failed),
         )
-        self._emit("recording-failed", file=str(self.path), error=why)
+        self._emit("recording-failed", file=str(self.path), error=self.failed)
 
     def _end(self, kind: int, result: int) -> None:
         """Append the last entry. Raises OSError."""
@@ -194,7 +257,7 @@ class RecordingFile:
         return int(self._record["count_in_file"])
 
     def _log(self, level: int, message: str, *words: object) -> None:
-        log.log(level, message, *words, extra={"disk": self.header.disk})
+        log.log(level, message, *words, extra={"disk": self.disk})
 
 
 def _create(path: Path, opener: Opener) -> int:
