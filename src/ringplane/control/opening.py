@@ -97,11 +97,9 @@ def _open_layers(
     layers = []
     for module in LAYERS:
         if layer := module.open_layer(config, source, shared=shared, opener=opener):
-            if shared:
-                undo.callback(layer.abandon)
-            else:
+            if not (shared and layer.has_state):
                 undo.callback(layer.unlink)
-                undo.callback(layer.close)
+            undo.callback(layer.abandon if shared else layer.close)
             layers.append(layer)
     return layers
 
