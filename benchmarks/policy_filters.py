@@ -12,7 +12,7 @@ CPU time is that of all processes of such a way, nbdkit's included. The load is 
 event-driven driver. Each round starts every process again, and every other round runs in reverse order, because two
 processes with the same sources differ by 10 % from one start to the next. A figure is the median of its rounds.
 
-All of it takes 3 minutes on two CPUs, and needs Debian's packages nbdkit and qemu-system-common.
+All of it takes some 5 minutes on two CPUs, and needs Debian's packages nbdkit and qemu-system-common.
 """
 
 from __future__ import annotations
