@@ -1,4 +1,4 @@
-"""benchmarks/nbd_floor.py: a measurement ends, whatever the clock shows and the server does."""
+"""benchmarks/nbd_floor.py and nbd_wakeups.py: a measurement ends, whatever the clock shows and the server does."""
 
 from __future__ import annotations
 
@@ -60,3 +60,32 @@ def test_a_server_that_closes_the_connection(floor: ModuleType, ends: tuple[sock
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(ConnectionError, match="closed the connection"):
         floor.Client(ours, 8, CMD_WRITE, 512).measure(1, 1.0)
+
+
+@pytest.fixture(scope="module")
+def wakeups(floor: ModuleType) -> ModuleType:
+    return benchmark.load("nbd_wakeups")
+
+
+def test_each_request_of_a_driver_is_passed_on(
+    floor: ModuleType, wakeups: ModuleType, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = ends
+    ours.setblocking(True)
+    serving = threading.Thread(target=answer, args=[theirs, floor.REQUEST.size + 512])
+    serving.start()
+    try:
+        assert wakeups.measure(floor.Client(ours, 8, CMD_WRITE, 512), 2, 3) > 0
+    finally:
+        ours.shutdown(socket.SHUT_RDWR)
+        serving.join(PATIENCE)
+
+
+def test_a_server_that_closes_the_connection_of_a_back_end(
+    floor: ModuleType, wakeups: ModuleType, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = ends
+    ours.setblocking(True)
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises(ConnectionError, match="closed the connection"):
+        wakeups.measure(floor.Client(ours, 8, CMD_WRITE, 512), 1, 3)
