@@ -6,14 +6,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PATIENCE = 60.0
 
 EXPORT = "disk"
+SIZE = 64 << 20
 
 
 def program(name: str, package: str) -> str:
@@ -91,6 +93,27 @@ def qemu_nbd_alone(server: NbdServer) -> Sequence[str]:
 def nbdkit(server: NbdServer) -> Sequence[str]:
     place = ["-p", str(server.port), "-i", "127.0.0.1"] if server.port else ["-U", str(server.socket)]
     return [program("nbdkit", "nbdkit"), "-f", *place, "-e", EXPORT, "file", str(server.image)]
+
+
+# Starts a server of this kind with a new image: command, tcp=True.
+Start = Callable[..., NbdServer]
+
+
+def starting() -> Iterator[Start]:
+    """For a fixture: its servers are stopped after the test."""
+    started: list[NbdServer] = []
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+
+        def begin(command: Callable[[NbdServer], Sequence[str]], *, tcp: bool = False) -> NbdServer:
+            image = Path(folder, f"{len(started)}.img")
+            with image.open("wb") as file:
+                file.truncate(SIZE)
+            started.append(NbdServer(command, image, free_port() if tcp else 0))
+            return started[-1]
+
+        yield begin
+        for server in started:
+            server.stop()
 
 
 def free_port() -> int:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,35 +15,14 @@ from ringplane.driver.load import Load, run_load
 from unit.api_client import Api
 from unit.waiting import is_idle
 
-from .nbd_processes import NbdServer, free_port, nbdkit, qemu_nbd, qemu_nbd_alone
+from .nbd_processes import NbdServer, Start, nbdkit, qemu_nbd, qemu_nbd_alone
 from .serving import API, Disk, serving, upgrade, wait_until
 
-SIZE = 64 << 20
 KILLS, UPGRADES = 10, 5
 WAITING = "nbd-reconnect-delay = 3600\n"
 MIXED = Load(block_size=(4096, 65536), depth=16, read_percent=50, flush_every=20, verify=True, seconds=3, timeout=120)
 
 SERVERS = {"qemu-nbd": qemu_nbd, "one connection": qemu_nbd_alone, "nbdkit": nbdkit, "tcp": qemu_nbd}
-
-Start = Callable[..., NbdServer]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start a server of this kind with a new image."""
-    started: list[NbdServer] = []
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-
-        def begin(command: Callable[[NbdServer], Sequence[str]], *, tcp: bool = False) -> NbdServer:
-            image = Path(folder, f"{len(started)}.img")
-            with image.open("wb") as file:
-                file.truncate(SIZE)
-            started.append(NbdServer(command, image, free_port() if tcp else 0))
-            return started[-1]
-
-        yield begin
-        for server in started:
-            server.stop()
 
 
 @pytest.fixture(params=list(SERVERS))
