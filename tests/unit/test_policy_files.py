@@ -105,6 +105,39 @@ pair = (1, 2)
 return delay(len(pair)) #!`pair` has no len()
 ---
 ===
+@compiled
+def helper(number):
+    return 1 + helper(number - 1) if number > 0 else 0 #!helper() calls itself, which compiled code cannot do
+---
+===
+@compiled
+def odd(number):
+    return 1 + even(number - 1) if number > 0 else 0 #!even() calls odd() again
+@compiled
+def even(number):
+    return 2 + odd(number - 1) if number > 0 else 0 #!odd() calls even() again
+@compiled
+def both(number):
+    return even(number) + odd(number)
+---
+===
+@compiled
+def change(io):
+    store8(io, 0, 1) #!store8() needs data: write @policy(Own, data=True)
+    return PASS
+@policy(Own)
+def other(io, my):
+    return change(io)
+@policy(Own, data=True)
+def third(io, my):
+    return change(io)
+---
+===
+@own.result
+def look(io, my):
+    return PASS if load8(io, 0) else fail(EIO) #!load8() needs data: write @policy(Own, data=True)
+---
+===
 import os #!a policy cannot import os
 ---
 ===
@@ -235,7 +268,7 @@ def other(io, my):
 @pytest.mark.parametrize("example", EXAMPLES.strip().split("\n---\n"))
 def test_a_mistake_is_one_line(tmp_path: Path, example: str) -> None:
     body, ends, rest = example.partition("===\n")
-    text = own_policy("return PASS") + rest if ends else own_policy(body)
+    text = own_policy("return PASS") + rest if ends else own_policy(body, data=True)
     path = tmp_path / "own.py"
     path.write_text(text)
     wanted = [

@@ -40,6 +40,7 @@ class Program(Protocol):
     """What is known of all compiled functions."""
 
     def parameter(self, function: Compiled, name: str) -> Shape: ...
+    def is_recursive(self, caller: Compiled, function: Compiled) -> bool: ...
 
     def returned(self, caller: Compiled, function: Compiled) -> Shape: ...
 
@@ -320,6 +321,9 @@ class Expressions:
         if function.unit:
             self._report(node, f"{function.name}() is a unit: store its address(), and call that with call()")
             return NUMBER
+        if self.program.is_recursive(self.function, function):
+            who = "itself" if function == self.function else f"{self.function.name}() again"
+            self._report(node, f"{function.name}() calls {who}, which compiled code cannot do; write a loop")
         self.program.call(self.function, node, function, arguments if fits else [ANY] * len(function.parameters))
         return self.program.returned(self.function, function)
 

@@ -105,6 +105,19 @@ class Inference:
             self._waiting[function] = None
         return self._returns.get(function, UNKNOWN)
 
+    def is_recursive(self, caller: Compiled, function: Compiled) -> bool:
+        """Whether this function, which is called here, calls the caller again."""
+        seen: set[Compiled] = set()
+        waiting = [caller]
+        while self._reporting and waiting:
+            each = waiting.pop()
+            if each == function:
+                return True
+            if each not in seen:
+                seen.add(each)
+                waiting.extend(self._callers[each])
+        return False
+
     def call(self, caller: Compiled, node: ast.Call, function: Compiled, arguments: list[Shape]) -> None:
         expressions = [*node.args, *[node] * len(arguments)]
         for name, expression, shape in zip(function.parameters, expressions, arguments, strict=False):

@@ -8,7 +8,7 @@ compiler/policy_flow.py.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ringplane.compiler.inference import Mistake
@@ -29,6 +29,9 @@ EXPRESSIONS = (
     *(ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context, ast.Call, ast.keyword, ast.Attribute, ast.Starred),
 )
 
+# What only a policy with data=True can use.
+DATA = ("load8", "store8")
+
 # Of the names of arrays.py.
 PREFIX = "ringplane_"
 
@@ -47,6 +50,7 @@ class _Rules:
 
     def module(self, tree: ast.Module) -> Found:
         yield from _names_bound(tree)
+        yield from _data_used(tree)
         for number, statement in enumerate(tree.body):
             if not (number == 0 and _is_text(statement)):
                 yield from self._statement(statement)
@@ -146,6 +150,39 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
     else:
         stored = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
         yield from (node.id for node in stored if isinstance(node.ctx, ast.Store))
+
+
+def _data_used(tree: ast.Module) -> Found:
+    """Data that a policy uses without having it: it would read zeros, and change nothing."""
+    functions = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    for function in functions.values():
+        declaration = _declaration(function, functions)
+        if declaration is not None and declaration.args and not _has_data(declaration):
+            for node in _reached(function, functions):
+                if isinstance(node, ast.Name) and node.id in DATA:
+                    yield node, f"{node.id}() needs data: write @policy({_shown(declaration.args[0])}, data=True)"
+
+
+def _declaration(function: ast.FunctionDef, functions: Mapping[str, ast.FunctionDef]) -> ast.Call | None:
+    """The @policy(...) of the policy that this function belongs to; None: it is only called by policies."""
+    owners = [_name(each.value) for each in function.decorator_list if isinstance(each, ast.Attribute)]
+    declaring = [functions[name] for name in owners if name in functions] or [function]
+    return next((each for each in declaring[0].decorator_list if isinstance(each, ast.Call)), None)
+
+
+def _has_data(declaration: ast.Call) -> bool:
+    return any(isinstance(each.value, ast.Constant) and each.value.value is True for each in declaration.keywords)
+
+
+def _reached(function: ast.FunctionDef, functions: Mapping[str, ast.FunctionDef]) -> Iterator[ast.AST]:
+    """What is in it, and in the functions that it calls."""
+    waiting, seen = [function], {function.name}
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            yield node
+            if isinstance(node, ast.Name) and node.id in functions.keys() - seen:
+                seen.add(node.id)
+                waiting.append(functions[node.id])
 
 
 def _in_function(node: ast.AST) -> Found:

@@ -155,7 +155,7 @@ def read_policies(path: Path) -> list[LoadedPolicy]:
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise PolicyError(f"{path} is not UTF-8") from None
+        raise PolicyError(f"{path} is not a text in UTF-8; save it as one") from None
 
 
 @functools.cache
