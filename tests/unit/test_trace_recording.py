@@ -110,6 +110,19 @@ def test_no_memory_for_the_events(make_rig: RigFactory, monkeypatch: pytest.Monk
     assert not any(map(traces, workers))
 
 
+def test_no_memory_on_an_io_thread(make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace without the events of this thread would look as if it had none."""
+    workers = make_rig(workers=2).workers
+
+    def start_tracing(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(workers[1], "_start_tracing", start_tracing)
+    with pytest.raises(Unavailable, match=f"{workers[1].name}: the process has no memory"):
+        asyncio.run(recorder(*workers).start({}))
+    assert not any(map(traces, workers))
+
+
 @pytest.mark.parametrize("started", [False, True])
 def test_a_thread_that_hangs_when_a_recording_ends(
     make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch, started: bool

@@ -16,7 +16,7 @@ from ringplane.control.operation_errors import Unavailable, WrongState
 from ringplane.control.threads import Threads
 from ringplane.dataplane.trace_events import TracedQueue, TraceReader
 from ringplane.dataplane.trace_layout import Events
-from ringplane.dataplane.worker import Worker
+from ringplane.dataplane.worker import Worker, WorkerEnded
 
 # Events that are sent at a time: half a megabyte. In smaller portions, or with a larger SO_SNDBUF, sending took a fifth
 # to a third more CPU time per event; with larger ones the client needed that.
@@ -105,9 +105,13 @@ class TraceRecording:
         for name, started in self._starts.items():
             if not started.done():
                 raise Unavailable(f"{name}: this I/O thread does not answer", "", "wait until its disks do")
-            # A thread that has failed has no events, and the log says why it has failed.
-            if not started.exception():
+            try:
                 self._tracks.append(Track(name, started.result(), self._disks))
+            except WorkerEnded:
+                # It has no events, and the log says why it has failed.
+                pass
+            except MemoryError:
+                raise _no_memory(name) from None
 
     def _begin(self) -> None:
         """Raises Unavailable; those that have begun are known nevertheless, so that `stop` ends them."""
@@ -115,8 +119,7 @@ class TraceRecording:
             try:
                 self._starts[name] = worker.start_tracing(fetches=False)
             except MemoryError:
-                what = f"{name}: the process has no memory for the trace events of this I/O thread"
-                raise Unavailable(what, "", "trace disks of fewer I/O threads, or give it more memory") from None
+                raise _no_memory(name) from None
 
     async def stop(self) -> None:
         """Record no more; what has been recorded can still be read. May be called again."""
@@ -186,6 +189,11 @@ class Track:
         first, self._known = self._known, len(self._reader.queues)
         new = enumerate(self._reader.queues[first : self._known], first)
         return {number: queue for number, queue in new if not self._disks or queue.disk in self._disks}
+
+
+def _no_memory(thread: str) -> Unavailable:
+    what = f"{thread}: the process has no memory for the trace events of this I/O thread"
+    return Unavailable(what, "", "trace disks of fewer I/O threads, or give it more memory")
 
 
 async def _settled(futures: Iterable[Future[Any]]) -> None:
