@@ -58,6 +58,19 @@ def test_disks_of_one_socket(tmp_path: Path) -> None:
     )
 
 
+def test_disks_of_one_recording(tmp_path: Path) -> None:
+    """Otherwise the second one would be said to exist already, by a start that has just made it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = list(tmp_path.iterdir())
+    paths = tmp_path / "rec", tmp_path / "link/rec"
+    disks = [disk(tmp_path, f"{number}.img", f"{number}", record=path) for number, path in enumerate(paths)]
+    assert rejected(disks) == (
+        f"{tmp_path}/1.img: record: {tmp_path}/link/rec is also the recording of {tmp_path}/0.img; "
+        "give each disk its own"
+    )
+    assert list(tmp_path.iterdir()) == before
+
+
 def test_disks_of_one_image_and_socket(tmp_path: Path) -> None:
     same = disk(tmp_path, "a.img", "socket", share_rw=True)
     assert "is also the socket of" in rejected([same, same])

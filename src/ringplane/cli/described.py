@@ -99,7 +99,10 @@ def _flag_of_api(name: str) -> str:
 def _threads_alone(context: click.Context, options: dict[str, Any]) -> Sequence[IoThread]:
     """The I/O threads of a process that begins without a disk; raises UsageError for options of a disk."""
     if given := on_command_line(context, declared(OneDisk).keys() - declared(OwnThreads).keys()):
-        raise click.UsageError(f"{', '.join(given)} needs --blk-file, the image of the disk that it describes")
+        raise click.UsageError(
+            f"{', '.join(given)}: only for a disk that is described here; add its image with --blk-file or --image, or "
+            "leave this out and give it to `ringplane ctl add`"
+        )
     with usage_errors():
         return OwnThreads(**{name: options[name] for name in declared(OwnThreads)}).threads()
 

@@ -26,6 +26,7 @@ class ProcessRules:
         self._threads: list[str] = []
         self._names: dict[str, str] = {}
         self._sockets: dict[object, str] = {}
+        self._recordings: dict[str, str] = {}
         # The limits of each group, and who has given them.
         self._groups: dict[str, tuple[str, Rates]] = {}
         self._images: defaultdict[object, list[tuple[str, DiskConfig]]] = defaultdict(list)
@@ -47,6 +48,7 @@ class ProcessRules:
             *self._wrong_name(place, disk),
             *self._wrong_threads(disk),
             *self._wrong_socket(place, disk),
+            *self._wrong_recording(place, disk),
             *self.add_opened(place, disk, image or identity(disk.image)),
         ]
 
@@ -77,6 +79,15 @@ class ProcessRules:
             sentence = f"{option}: {{value}} is also the socket of {{other}}; give each disk its own"
             yield WrongOptions(sentence, value=value, other=self._sockets[same])
         self._sockets.setdefault(same, place)
+
+    def _wrong_recording(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
+        if disk.record is None:
+            return
+        same = _without_links(disk.record)
+        if same in self._recordings:
+            sentence = "{record}: {value} is also the recording of {other}; give each disk its own"
+            yield WrongOptions(sentence, value=disk.record, other=self._recordings[same])
+        self._recordings.setdefault(same, place)
 
     def _wrong_image(self, place: str, disk: DiskConfig, image: object) -> Iterator[WrongOptions]:
         same = self._images[image]
@@ -122,9 +133,9 @@ def _can_share(one: DiskConfig, other: DiskConfig) -> bool:
     return (one.read_only and other.read_only) or (one.share_rw and other.share_rw)
 
 
-def _without_links(socket: Path) -> str:
-    """Equal for all paths of the same socket, which need not exist."""
-    return os.path.join(os.path.realpath(socket.parent), socket.name)
+def _without_links(path: Path) -> str:
+    """Equal for all paths of the same socket or file, which need not exist."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def named_identity(image: ImageAddress) -> object:
