@@ -115,7 +115,7 @@ def test_the_life_of_a_disk(served: ServedApi, ctl: Ctl) -> None:
         assert line.startswith("data: a front end (process ")
         assert line.endswith(" is attached; detach it, or add --detach")
         assert ctl.run("remove", "data", "--detach") == "data: removed\n"
-    assert served.api.get("/v1/disks") == {"disks": []}
+    assert served.api.get("/v1/disks") == {"disks": [], "not_served": []}
     image.unlink()
 
 

@@ -53,7 +53,7 @@ def test_one_disk_with_a_filter_that_ends_the_process(serve: Serve, tmp_path: Pa
     served = serve(*DISK, "--api-socket", "api.sock", strict=True)
     operate(served)
     served.api.delete("/v1/disks/a")
-    assert served.api.get("/v1/disks") == {"disks": []}
+    assert served.api.get("/v1/disks") == {"disks": [], "not_served": []}
     assert "Traceback" not in served.end()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.img", "errors"]
 
@@ -61,7 +61,7 @@ def test_one_disk_with_a_filter_that_ends_the_process(serve: Serve, tmp_path: Pa
 @needs_all
 def test_a_confined_process_says_why_it_adds_no_disk(serve: Serve, tmp_path: Path) -> None:
     served = serve("--api-socket", "api.sock", strict=True)
-    assert served.api.get("/v1/disks") == {"disks": []}
+    assert served.api.get("/v1/disks") == {"disks": [], "not_served": []}
     body = {"image": str(tmp_path / "a.img"), "socket-path": str(tmp_path / "a.sock"), "create": "4M"}
     answer = served.api.request("POST", "/v1/disks", body)
     assert (answer.status, answer.error["where"]) == (409, "image")
@@ -308,7 +308,10 @@ def test_a_file_with_an_api(serve: Serve, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--api-socket-mode", "0600"], "--api-socket-mode is for the socket of --api-socket"),
-        (["--api-socket", "x", "--serial", "S"], "--serial needs --blk-file"),
+        (
+            ["--api-socket", "x", "--serial", "S", "--record", "r"],
+            "--serial, --record: only for a disk that is described",
+        ),
         (["--api-socket", "x", "--cpus", "0", "--cpus", "0", "--io-threads", "3"], "--cpus is given 2 times"),
         ([], "or --api-socket PATH to add disks later"),
         (["--allow-folder", "."], "--allow-folder is for the socket of --api-socket"),

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from ringplane.block.sources.nbd import protocol as nbd
+from ringplane.cli.ctl import ctl as ctl_command
 from unit.nbd_server import EVERYTHING, NbdServer
 from unit.rig import PATIENCE, eventually, pattern
 
@@ -154,7 +156,16 @@ def test_a_state_names_only_servers_that_were_named(serve: Serve, server: NbdSer
     served.api.post("/v1/disks", body(server), status=201)
     served.end()
     served = serve("--api-socket", "api.sock", "--allow-folder", ".", "--state", "state/disks")
-    assert served.api.get("/v1/disks")["disks"] == []
+    answer = served.api.get("/v1/disks")
+    [kept] = answer["not_served"]
+    assert (answer["disks"], kept["name"], kept["image"], kept["socket"]) == ([], "n", server.uri, f"{tmp_path}/n.sock")
+    shown = served.api.request("GET", "/v1/disks/n")
+    assert shown.status == 404
+    assert shown.error["what"] == f"was added at run time and is not served: {kept['why']}"
+    assert b'ringplane_disk_not_served{disk="n"} 1' in served.api.request("GET", "/metrics").data
+    listed = CliRunner().invoke(ctl_command, ["--api-socket", str(tmp_path / "api.sock"), "list"])
+    assert listed.stdout.splitlines()[1].split() == ["n", "not", "served", server.uri, kept["socket"]]
+    assert f"n: not served: {kept['why']}; the next start tries again" in listed.stderr
     assert f"n: was added at run time and is not served: {server.uri}: is not on a server of" in served.end()
     # When it is named again, the disk is there.
     served = serve(*arguments(server, "--state", "state/disks"))

@@ -608,6 +608,10 @@ def test_disks_whose_server_does_not_answer_are_kept_for_the_next_start(
         assert [export.name for export in server.exports] == ["a"]
         assert len(asked) == (how == "silent")
         assert stored(tmp_path) == ["b", "c"]
+        assert [(each.name, each.image) for each in server.not_served] == [
+            (table["name"], table["image"]) for table in tables_on(remote, tmp_path)
+        ]
+        assert all(each.why for each in server.not_served)
         # Also when something else is changed.
         server.find("a").pause()
         assert stored(tmp_path) == ["b", "c"]
@@ -666,7 +670,7 @@ def test_disks_that_are_kept_are_removed_or_added_again(
         assert do(server, lambda: server.add(other)).name == "b-2"
         do(server, lambda: server.remove("b-2"))
         do(server, lambda: server.remove("b"))
-        assert stored(tmp_path) == ["c"]
+        assert [each.name for each in server.not_served] == stored(tmp_path) == ["c"]
         with pytest.raises(NoSuchDisk):
             do(server, lambda: server.remove("b"))
         again = read_disk(tables_on(remote, tmp_path)[1], ["io0"])

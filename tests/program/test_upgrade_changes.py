@@ -400,12 +400,14 @@ def test_disks_that_are_not_served_are_kept_over_an_upgrade(server: Server, tmp_
     """Neither process serves them; the next start tries again."""
     table = {"name": "b", "image": "nbd://storage/b", "socket-path": str(tmp_path / "b.sock")}
     unserved = server.unserved = Changes(added=[table], paused=[str(tmp_path / "b.sock")])
+    server.unserved_because = {str(tmp_path / "b.sock"): "nobody answers"}
     following = Following(tmp_path / "interface")
     ringplane.serve(tmp_path / "a.img", tmp_path / "a.sock", num_queues=2, interface=following, upgrade=True)
     with following.server as successor:
         assert server.wait(PATIENCE)
         assert [each.name for each in successor.exports] == ["a"]
         assert successor.unserved == unserved
+        assert [each.why for each in successor.not_served] == ["nobody answers"]
         assert do(successor, lambda: _present(successor)).added == [table]
 
 

@@ -41,7 +41,8 @@ async def openapi(call: Call) -> Response:
 
 
 async def list_disks(call: Call) -> schemas.Disks:
-    return schemas.Disks([described(export) for export in call.server.exports])
+    not_served = [schemas.NotServed(each.name, each.image, each.socket, each.why) for each in call.server.not_served]
+    return schemas.Disks([described(export) for export in call.server.exports], not_served)
 
 
 async def show_disk(call: Call) -> schemas.Disk:

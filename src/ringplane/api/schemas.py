@@ -92,10 +92,23 @@ class Disk(Struct):
     rings: list[Ring]
 
 
+class NotServed(Struct):
+    """A disk that was added to a previous process and cannot be served now; the next start tries again."""
+
+    name: str
+    image: Annotated[str, Meta(description="The path of the image, or its address without secrets.")]
+    socket: Annotated[str, Meta(description="Where its vhost-user socket will be.")]
+    why: Annotated[str, Meta(description="What was wrong when it was tried.")]
+
+
 class Disks(Struct):
     """All disks, in the order in which they were added."""
 
     disks: list[Disk]
+    not_served: Annotated[
+        list[NotServed],
+        Meta(description="Disks that are kept for the next start, because their server or storage did not answer."),
+    ]
 
 
 class IoThreadState(Struct):

@@ -28,7 +28,14 @@ from ringplane.api.thread_metrics import (
     thread_metrics,
 )
 from ringplane.control.server import Server
-from ringplane.metrics.exposition import Metric
+from ringplane.metrics.exposition import Metric, labelled, text
+
+NOT_SERVED = Metric(
+    "ringplane_disk_not_served",
+    "gauge",
+    ("disk",),
+    "1 for a disk that was added and cannot be served now; the next start tries again.",
+)
 
 
 def scrape(server: Server) -> Iterator[str]:
@@ -36,6 +43,7 @@ def scrape(server: Server) -> Iterator[str]:
     threads = server.threads
     workers = ((each, threads.workers[each.name]) for each in threads.io_threads)
     yield from disk_metrics(server.exports)
+    yield text(NOT_SERVED, [(labelled(NOT_SERVED.labels, (each.name,)), 1) for each in server.not_served])
     yield from thread_metrics(workers)
     yield from process_metrics()
 
@@ -46,7 +54,7 @@ def all_metrics() -> Iterator[Metric]:
     yield from _of(DISK_METRICS)
     yield from (IO_ERRORS, RINGS, DURATION)
     yield from (SOURCE_STATE, SOURCE_RECONNECTS, SOURCE_NOW, SOURCE_DURATION)
-    yield from (POLICY_ENABLED, POLICY_COUNTED)
+    yield from (POLICY_ENABLED, POLICY_COUNTED, NOT_SERVED)
     yield THREAD_INFO
     yield from _of(THREAD_METRICS)
     yield from (BATCHES, BUILD_INFO)

@@ -181,7 +181,11 @@ def _lasting(server: Server) -> dict[str, Any]:
     Pauses of those that are served are a part of the state, because they may still change.
     """
     changes = dataclasses.replace(changes_of_served(server), paused=[])
-    return {"changes": changes.as_json(), "unserved": server.unserved.as_json()}
+    return {
+        "changes": changes.as_json(),
+        "unserved": server.unserved.as_json(),
+        "unserved-because": dict(server.unserved_because),
+    }
 
 
 @contextlib.contextmanager

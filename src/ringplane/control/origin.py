@@ -10,6 +10,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from ringplane.control.changes import Changes
@@ -31,8 +32,9 @@ class Origin:
 
     # What a running process lends of its state (`StateFile.hand_over`).
     state: Mapping[str, Any] | None = None
-    # See `Server.unserved`.
+    # See `Server`.
     unserved = Changes()
+    unserved_because: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, signals: Signals = NONE) -> None:
         self._signals = signals

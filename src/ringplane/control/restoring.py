@@ -17,6 +17,7 @@ from ringplane.block.image import ImageError, NoAnswer
 from ringplane.block.layers.policy_layer import load_policies
 from ringplane.control.changes import Changes, Table, plan
 from ringplane.control.listener import ListenError, remove_stale
+from ringplane.control.not_served import ADVICE
 from ringplane.control.opening import Parts, open_parts
 from ringplane.control.origin import Origin
 from ringplane.control.planned import Planned, place
@@ -124,11 +125,11 @@ class Restoring(Origin):
             self._note(planned.name, problem)
 
     def _keep(self, planned: Planned, problem: str) -> None:
-        again = "the next start tries again, unless the disk is removed"
-        self._kept.append(f"{planned.name}: was added at run time and is not served: {problem}; {again}")
+        self._kept.append(f"{planned.name}: was added at run time and is not served: {problem}; {ADVICE}")
         added = [*self.unserved.added, table_of(planned.config)]
         paused = [*self.unserved.paused, *([place(planned.config)] if planned.paused else [])]
         self.unserved = Changes(added=added, paused=paused)
+        self.unserved_because = {**self.unserved_because, place(planned.config): problem}
 
     def open(self, number: int, planned: Planned, undo: contextlib.ExitStack, opener: RemoteOpener | None) -> Parts:
         """See Origin."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from types import TracebackType
@@ -18,6 +18,7 @@ from ringplane.control.adding import Adding, Other
 from ringplane.control.changes import Changes, place_of, without
 from ringplane.control.export import Export, closed
 from ringplane.control.listener import Listener, ListenError
+from ringplane.control.not_served import ADVICE, NotServed, not_served
 from ringplane.control.opening import report_created
 from ringplane.control.operation_errors import NoSuchDisk, Unavailable, WrongState, WrongValue
 from ringplane.control.planned import place
@@ -96,6 +97,8 @@ class Server:
         self.described = frozenset(described)
         # Disks that were added to a previous process and cannot be served now: the next start tries again.
         self.unserved = Changes()
+        # Why, by their places.
+        self.unserved_because: Mapping[str, str] = {}
         self.changing = adding.changing
         self._adding = adding
         self._adds = Turns("the process", ADDED_AT_ONCE)
@@ -110,6 +113,11 @@ class Server:
     def endpoints(self) -> list[Interface | Endpoint]:
         """Those that there are, beside the disks."""
         return [each for each in (self.interface, self.metrics) if each is not None]
+
+    @property
+    def not_served(self) -> Sequence[NotServed]:
+        """Disks that were added to a previous process and cannot be served now."""
+        return [not_served(table, self.unserved_because) for table in self.unserved.added]
 
     @property
     def stopping(self) -> bool:
@@ -193,6 +201,9 @@ class Server:
         for export in self.exports:
             if export.name == name:
                 return export
+        for unserved in self.not_served:
+            if unserved.name == name:
+                raise NoSuchDisk(f"was added at run time and is not served: {unserved.why}", name, ADVICE)
         raise NoSuchDisk("no disk has this name", name, _right_names([export.name for export in self.exports]))
 
     def spread(self) -> Sequence[str]:

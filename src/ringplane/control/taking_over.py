@@ -71,6 +71,7 @@ class Predecessor(Origin):
                 self.state = offer.get("state")
                 self._changes = Changes.from_json(offer.get("changes", {}))
                 self.unserved = Changes.from_json(offer.get("unserved", {}))
+                self.unserved_because = offer.get("unserved-because", {})
                 self._disks: Sequence[dict[str, Any]] = offer["disks"]
         except BaseException:
             self._channel.close()

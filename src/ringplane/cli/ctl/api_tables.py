@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import click
 
-from ringplane.api.schemas import Disk, EventData, IoThreadState, Policy
+from ringplane.api.schemas import Disk, EventData, IoThreadState, NotServed, Policy
 from ringplane.log.logs import CONTROL_CHARACTERS
 from ringplane.options.counted import counted
 from ringplane.options.cpus import format_cpus
@@ -22,13 +22,17 @@ FOLDED = ("IMAGE", "SOCKET", "DISKS", "POLICY", "PARAMETERS", "COUNTERS")
 UNLIMITED = 10_000
 
 
-def print_disks(disks: Iterable[Disk]) -> None:
-    """A line for each."""
+def print_disks(disks: Iterable[Disk], not_served: Sequence[NotServed] = ()) -> None:
+    """A line for each, and why some are not served."""
     rows = [(disk.name, _state(disk), format_size(disk.size), disk.image, disk.socket or "inherited") for disk in disks]
+    rows += [(each.name, "not served", "", each.image, each.socket) for each in not_served]
     if rows:
         _print_table(("NAME", "STATE", "SIZE", "IMAGE", "SOCKET"), rows)
     else:
         click.echo("there is no disk; ringplane ctl add adds one", err=True)
+    for each in not_served:
+        remark = f"{each.name}: not served: {each.why}; the next start tries again, ringplane ctl remove gives it up"
+        click.echo(_printable(remark), err=True)
 
 
 def print_disk(disk: Disk) -> None:

@@ -24,7 +24,8 @@ def list_disks(client: Client, as_json: bool) -> None:
     if as_json:
         click.echo(data)
     else:
-        print_disks(client.decode(data, Disks).disks)
+        answer = client.decode(data, Disks)
+        print_disks(answer.disks, answer.not_served)
 
 
 @click.command("show", short_help="Show a disk.")
