@@ -215,10 +215,32 @@ def serve_beside_a_cluster(folder: Path) -> Server:
     return serve_all([disk(folder, "a")], [IoThread("io0")], interface=interface, state=state)
 
 
-def test_a_cluster_that_does_not_answer_stops_no_other_disk(
-    library: FakeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("code", "asks", "words", "remedy", "why"),
+    [
+        (
+            errno.ETIMEDOUT, 1, "no monitor answers; check mon_host and the network", "it answers",
+            "its server does not answer",
+        ),
+        (
+            errno.EACCES, 2, "the cluster does not accept client.vms with this key", "this is mended",
+            "the cluster does not accept client.vms with this key",
+        ),
+    ],
+    ids=["silent", "rejects the key"],
+)  # fmt: skip
+def test_a_cluster_that_cannot_be_reached_stops_no_other_disk(
+    library: FakeLibrary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    asks: int,
+    words: str,
+    remedy: str,
+    why: str,
 ) -> None:
-    """It is asked once. Its disks are served when it answers at a later start."""
+    """A silent one is asked once. Its disks are served when it can be reached at a later start."""
     asked: list[str] = []
     really_call = library.call
     added = {"name": "b", "image": "rbd:rbd/b:id=vms", "socket-path": str(tmp_path / "b.sock"), "num-queues": 1}
@@ -229,17 +251,18 @@ def test_a_cluster_that_does_not_answer_stops_no_other_disk(
     def call(name: str, *arguments: Any) -> int:
         if name == "rados_connect":
             asked.append(name)
-            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            raise OSError(code, os.strerror(code))
         return really_call(name, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(library, "call", call)
         with serve_beside_a_cluster(tmp_path) as server:
             assert [export.name for export in server.exports] == ["a"]
-    assert asked == ["rados_connect"]
-    assert "rbd::id=vms: no monitor answers; check mon_host and the network" in caplog.text
-    assert "; to add disks there, restart ringplane when it answers" in caplog.text
-    assert "b: was added at run time and is not served: rbd:rbd/b: its server does not answer" in caplog.text
+            assert [each.name for each in server.not_served] == ["b"]
+    assert len(asked) == asks
+    assert f"rbd::id=vms: {words}" in caplog.text
+    assert f"; to add disks there, restart ringplane when {remedy}" in caplog.text
+    assert f"b: was added at run time and is not served: rbd:rbd/b: {why}" in caplog.text
     with serve_beside_a_cluster(tmp_path) as server:
         assert [export.name for export in server.exports] == ["a", "b"]
 

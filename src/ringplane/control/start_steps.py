@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ringplane.block.image import NoAnswer
+from ringplane.block.image import ImageError, NoAnswer
 from ringplane.block.sources.choose_source import reach
 from ringplane.block.storage_limits import SYSFS, physical_block_below
 from ringplane.control.adding import Adding
@@ -175,13 +175,15 @@ class Start:
             self._undo.callback(self._state.remove_created)
 
     def _reach_servers(self, origin: Origin) -> None:
-        """Those whose images can be added later; one that does not answer must not stop the others."""
+        """Those whose images can be added later; one that does not answer, or rejects us, must not stop the others."""
         for server in self._interface.options.allow_servers if self._interface is not None else ():
             try:
                 self._at_end.callback(reach(server, self._signals))
             except NoAnswer as error:
                 origin.silent.add(server.server)
                 log.warning("%s; to add disks there, restart ringplane when it answers", error)
+            except ImageError as error:
+                log.warning("%s; to add disks there, restart ringplane when this is mended", error)
 
     def _plan(self, origin: Origin) -> list[Planned]:
         planned = origin.plan(self._disks, self._io_threads)
@@ -261,7 +263,7 @@ class Start:
         exports = [each.export for each in self._starting]
         server = Server(exports, threads, adding, events, [place(config) for config in self._disks])
         server.interface, server.metrics, server.state = self._interface, self._metrics, self._state
-        server.unserved = origin.unserved
+        server.unserved, server.unserved_because = origin.unserved, origin.unserved_because
         for export in exports:
             export.apply_limits()
         return server
