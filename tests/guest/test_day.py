@@ -93,7 +93,7 @@ class Day:
         self.environment = {**plain, "PATH": path, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
         self.terminal = Terminal(folder, self.environment)
         self.terminal.run("stty rows 12 cols 116")
-        self.page = FollowedPage(PAGE, self.terminal)
+        self.page = FollowedPage(PAGE, self.terminal, folder)
         self.given_up = False
 
     def image(self, name: str) -> Path:
