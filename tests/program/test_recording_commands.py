@@ -264,6 +264,16 @@ def test_qemu_continues_an_exported_log(tmp_path: Path, folder: Path) -> None:
     assert after[len(before) + 512 :][:512] == bytes([7]) * 512
 
 
+def test_sockets_that_a_recording_cannot_be_played_on(serve: Serve, tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "a.img").write_bytes(bytes(SIZE))
+    serve("--blk-file", "a.img", "--socket-path", "a.sock", "--read-only", *API)
+    for name, words in (
+        ("a.sock", "a.sock: the disk is read-only; serve it writable"),
+        ("api.sock", "api.sock: this is not the socket of a vhost-user back end, or the back end broke"),
+    ):
+        assert words in ringplane(tmp_path, "replay", folder / "a.rec", name, status=1)
+
+
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "small.img").write_bytes(bytes(512))
     (tmp_path / "text").write_text("text")
@@ -272,6 +282,11 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, folder: Path) -> None
     assert "none: No such file" in ringplane(tmp_path, "replay", "none", "small.img", status=1)
     assert "none.img: No such file" in ringplane(tmp_path, "replay", record, "none.img", status=1)
     assert f"had {SIZE}; take a larger one" in ringplane(tmp_path, "replay", record, "small.img", status=1)
+    shutil.copy(record, tmp_path / "itself.rec")
+    assert "itself.rec: is the recording itself; name the image" in ringplane(
+        tmp_path, "replay", "itself.rec", "itself.rec", status=1
+    )
+    (tmp_path / "itself.rec").unlink()
     assert "text: exists already" in ringplane(tmp_path, "export", "fio", record, "text", status=1)
     assert "none/log: No such file" in ringplane(tmp_path, "export", "fio", record, "none/log", status=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.img", "text"]

@@ -52,7 +52,13 @@ headers = st.builds(
 def additions(draw: st.DrawFn) -> dict[str, Any]:
     """The arguments of `add`, but `began`."""
     kind = draw(st.sampled_from([*CHANGES, FLUSH, MARK]))
-    some = {name: draw(numbers) for name in ("begin_ns", "end_ns", "flags", "queue")}
+    times = st.integers(0, 2**63 - 1)
+    some = {
+        "begin_ns": draw(times),
+        "end_ns": draw(times),
+        "flags": draw(numbers),
+        "queue": draw(st.integers(0, 0xFFFF)),
+    }
     length = draw(st.integers(0, 100))
     if kind in CHANGES:
         some |= {"offset": draw(st.integers(0, SIZE - length)), "length": length}
@@ -147,6 +153,10 @@ def test_damage_is_noticed_or_is_in_the_data(
         {"length": 16},
         {"size": -8},
         {"size": 2**63 - 1},
+        {"begin_ns": -1},
+        {"end_ns": -1},
+        {"queue": -1},
+        {"queue": 1 << 16},
         {"result": 1},
         {"result": -(2**63)},
         {"kind": END, "result": -EIO},

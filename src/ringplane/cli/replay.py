@@ -43,6 +43,8 @@ def replay(context: click.Context, recording: Path, target: Path, fast: bool, ve
 
     signals = signals_of(context.obj)
     recorded = read(recording)
+    if target.exists() and target.samefile(recording):
+        raise click.ClickException(f"{target}: is the recording itself; name the image that is to be overwritten")
     with interruptible("the recording was not played to its end"), _errors(target), _opened(target, signals) as disk:
         if disk.size < recorded.header.size:
             raise click.ClickException(

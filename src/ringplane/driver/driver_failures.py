@@ -14,4 +14,6 @@ def reason(error: Exception) -> str:
     """One of them in words."""
     if isinstance(error, ConnectionRefusedError):
         return "nothing listens at this socket; start the back end first"
+    if isinstance(error, ProtocolError):
+        return f"this is not the socket of a vhost-user back end, or the back end broke the protocol: {error}"
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

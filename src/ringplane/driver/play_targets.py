@@ -22,6 +22,7 @@ from ringplane.system.signals import NONE, Signals
 from ringplane.virtio.blk import (
     SECTOR,
     SEGMENT_F_UNMAP,
+    VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
@@ -138,6 +139,9 @@ class SocketTarget:
     """A disk behind a vhost-user socket. An entry becomes as many requests as the back end needs for its size."""
 
     def __init__(self, driver: Driver) -> None:
+        """Raises OSError if nothing can be written to it."""
+        if driver.features & VIRTIO_BLK_F_RO:
+            raise OSError(errno.EROFS, "the disk is read-only; serve it writable")
         self._driver = driver
         self.size = driver.capacity
         # All entries in flight have room in the ring, each for so many requests.

@@ -27,6 +27,9 @@ from ringplane.recordings.recording_format import (
 # The largest errno of the kernel.
 MAX_ERRNO = 4095
 
+# The queues of a virtio device have numbers of 16 bits.
+MOST_QUEUES = 1 << 16
+
 
 class Recording(Sequence[Entry]):
     """The entries of a recording, in their order, and its `header`. Its file must not become shorter meanwhile."""
@@ -59,8 +62,10 @@ class Recording(Sequence[Entry]):
         return True
 
     def _fits(self, fields: tuple[int, ...]) -> bool:
-        kind, index, began, _, _, offset, length, _, result, _, size, _ = fields
+        kind, index, began, begin, end, offset, length, _, result, queue, size, _ = fields
         if not (index == len(self._heads) and 0 <= began <= index and size >= 0 and -MAX_ERRNO <= result <= 0):
+            return False
+        if min(begin, end) < 0 or not 0 <= queue < MOST_QUEUES:
             return False
         if kind in CHANGES:
             inside = 0 <= offset <= self.header.size and 0 <= length <= self.header.size - offset
