@@ -87,7 +87,7 @@ def test_disks_are_added_under_confinement(serve: Serve, tmp_path: Path) -> None
 
 @needs_all
 def test_policies_under_confinement(serve: Serve, tmp_path: Path) -> None:
-    """A policy that was there at the start, switched off, is for any disk; others cannot be loaded, in one line."""
+    """A policy that was there at the start, switched off, is for any disk, whatever its file is now."""
     own = tmp_path / "own.py"
     own.write_text(own_policy("return fail(EIO) if io.operation == FLUSH else PASS"))
     served = serve(
@@ -106,13 +106,7 @@ def test_policies_under_confinement(serve: Serve, tmp_path: Path) -> None:
                 driver.flush()
         api.delete("/v1/disks/b/policies/own")
         second.flush()
-    for policy in ("delay", str(tmp_path / "other.py")):
-        answer = api.request("POST", "/v1/disks/b/policies", {"policy": policy})
-        assert (answer.status, answer.error["where"]) == (409, "policy")
-        assert f"start it with {policy} for one of its disks" in answer.error["what"]
     c = {"image": str(tmp_path / "c.img"), "socket-path": str(tmp_path / "c.sock"), "create": "4M"}
-    answer = api.request("POST", "/v1/disks", c | {"policy": [{"policy": "delay"}]})
-    assert (answer.status, "start it with delay" in answer.error["what"]) == (409, True), answer.data
     api.post("/v1/disks", c | {"policy": [{"policy": f"{own}:own"}]}, status=201)
     with served.attach("c.sock") as driver, pytest.raises(OSError, match="flush"):
         driver.flush()

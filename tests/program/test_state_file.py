@@ -748,11 +748,27 @@ def test_policies_that_cannot_be_restored(tmp_path: Path, path: Path, caplog: py
         assert found == [(int(trusted), trusted), (0, False), (0, False), (1, True)]
         assert dict(planned[3].config.policy[0].parameters) == {}
         for name, words in (
-            ("b", r"/gone\.py cannot be read" if trusted else "is not a policy of a disk that is described"),
+            ("b", r"/gone\.py cannot be read" if trusted else "is neither a policy of a disk that is described nor"),
             ("c", "probability: 2 is not from 0 to 1"),
         ):
             assert re.search(rf"{name}\.sock: its policies are not restored: .*{words}", caplog.text), caplog.text
         assert ("a.sock: its policies" in caplog.text) == (not trusted)
+
+
+def test_policies_below_an_allowed_folder_are_restored(tmp_path: Path, path: Path) -> None:
+    """A confined process can have loaded them."""
+    (tmp_path / "other.py").write_text(own_policy("return PASS"))
+    with opened(path) as state:
+        state.store(Changes(policies={str(tmp_path / "a.sock"): [{"policy": f"{tmp_path}/other.py"}]}))
+    state = StateFile(path, trusted=False)
+    state.open()
+    try:
+        restoring = Restoring(state, allows=lambda file: file.parent == tmp_path)
+        (planned,) = restoring.plan([disk(tmp_path, "a")], [IoThread("io0"), IoThread("io1")])
+        restoring.report()
+    finally:
+        state.close()
+    assert [each.policy for each in planned.config.policy] == [f"{tmp_path}/other.py"]
 
 
 # Processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -33,6 +34,7 @@ from ringplane.options.declare import WrongOptions
 from ringplane.options.delay_options import Delay
 from ringplane.options.policy_options import PolicyUse
 from ringplane.options.thread_options import IoThread
+from unit.policy_texts import own_policy
 from unit.rig import PATIENCE, eventually
 from unit.test_operations import Idle, add, disk, do
 
@@ -523,6 +525,20 @@ def test_counters_continue(tmp_path: Path) -> None:
             driver.write(0, bytes(512))
             assert new.exports[0].counters["write"].requests == 2
             assert new.exports[0].counters["write"].histogram.sum() == 2
+
+
+def test_a_process_that_may_be_confined_names_no_other_files_of_policies(tmp_path: Path) -> None:
+    """They are those that are described, or below a folder of --allow-folder."""
+    (tmp_path / "own.py").write_text(own_policy("return PASS"))
+    use = PolicyUse(f"{tmp_path}/own.py:own")
+    config, threads = disk(tmp_path, "a"), [IoThread("io0")]
+    described = dataclasses.replace(config, policy=[use])
+    with serve_all([config], threads, upgradable=True) as old:
+        old.exports[0].set_policies([use])
+        with pytest.raises(HandoverError, match=r"^a: policy .*own\.py:own: is neither a policy of a disk"):
+            serve_all([config], threads, upgrade=True, trusted=False)
+        with serve_all([described], threads, upgrade=True, trusted=False) as new:
+            assert [each.policy for each in new.exports[0].policies] == [use.policy]
 
 
 def test_policies_continue(tmp_path: Path) -> None:

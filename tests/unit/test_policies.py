@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import pytest
 
 import ringplane
 from ringplane.block.layers.policy_layer import PolicyLayer, PolicyList, PolicyPart
+from ringplane.compiler import pipeline
+from ringplane.compiler.arithmetic import with_defined_results
 from ringplane.driver import Driver
 from ringplane.driver.driver import segments
 from ringplane.engines.common import FLUSH as FLUSH_OPERATION
@@ -25,6 +28,7 @@ from ringplane.options.policy_options import PolicyUse
 from ringplane.policies.io_view import MOST_COPIED, MUTEX
 from ringplane.policies.loading import find_policy
 from ringplane.policies.running import RunningPolicy, WrongParameter
+from ringplane.policies.trial import Trial
 from ringplane.system import libc
 from ringplane.virtio.blk import VIRTIO_BLK_T_DISCARD
 
@@ -96,6 +100,75 @@ def test_a_sample_policy_fails_what_it_is_for(make_rig: RigFactory) -> None:
     assert policy.counters == {"requests": 6, "failed": 2}
     content = line.rig.content()
     assert content[65536:131072] == DISK[65536:131072]
+
+
+# Each is true for a CPU, and LLVM would take it for false, or for anything, as Numba compiles it.
+ARITHMETIC = (
+    "first + second < first",
+    "first + 1 < first",
+    "first * 4 < first",
+    "first * 2 // 2 != first",
+    "-first - 3 > 0",
+    "abs(-first - 1) < 0",
+    "1 << first == -first - 1",
+    "first >> first == 0",
+    "1 << first - first + 65 == 2",
+    "int(1e300) == first",
+    "int(-1e300 * my.share) == -first - 1",
+    "load8(io, first + second) == 0",
+)
+
+
+@pytest.mark.parametrize("condition", ARITHMETIC)
+def test_arithmetic_gives_what_a_cpu_does(write_policy: WritePolicy, condition: str) -> None:
+    policy = write_policy(
+        f"first = my.number & 0x7fffffffffffffff\nsecond = my.number & 0x7ffffffffffffffe\n"
+        f"if {condition}:\n    my.found += 1\nreturn PASS",
+        data=True,
+        number=(1 << 63) - 1,
+    )
+    assert len(list(Trial(policy).run())) == policy.counters["found"] == policy.counters["requests"]
+
+
+def test_a_check_of_an_index_is_not_optimised_away(write_policy: WritePolicy) -> None:
+    """LLVM knows that the sum of two positive numbers is positive, unless it may be that it is not."""
+    policy = write_policy(
+        "first = my.number & 0x7fffffffffffffff\nmy.table[3] = 7\nmy.last = 0x7ffffffffffffffe\n"
+        "second = my.last & 0x7fffffffffffffff\nposition = first + second\n"
+        "while position > 5:\n    position -= 1\n"
+        "my.seen = my.table[position]\nmy.found += load8(io, position + 1)\nstore8(io, position, 1)\nreturn PASS",
+        data=True,
+        number=(1 << 63) - 7,
+    )
+    lines = list(Trial(policy).run())
+    assert (policy.counters["seen"], policy.counters["found"]) == (7, 0)
+    assert not any("changed" in line for line in lines)
+
+
+def test_what_llvm_optimises_has_no_undefined_arithmetic(
+    write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = write_policy(
+        "position = my.number + my.last * 3 - io.offset << my.seen >> io.queue\nmy.found += int(my.share * 5.0)\n"
+        "for index in range(my.last):\n    my.table[index + 1] += position\n"
+        "store8(io, random(io) + random(io), 1)\nreturn delay(my.share * 1e30)",
+        data=True,
+    )
+    texts: list[str] = []
+
+    def note(text: str) -> str:
+        texts.extend((text, with_defined_results(text)))
+        return texts[1]
+
+    monkeypatch.setattr(pipeline, "with_defined_results", note)
+    policy.loaded.down.object_code()
+    before, after = texts
+    for undefined in (" nsw ", " fptosi ", " shl ", " ashr "):
+        assert undefined in before
+    assert not re.search(r" (nsw|nuw|exact|fptosi|fptoui) ", after)
+    shifts = re.findall(r"^.* = (?:shl|ashr|lshr) i64 .*$", after, re.MULTILINE)
+    assert len(shifts) == len(re.findall(r" = (?:shl|ashr|lshr) ", before))
+    assert all(re.search(r', %"count of [^"]*"$', line) for line in shifts)
 
 
 @pytest.mark.parametrize("number", [-5, 7, 2])

@@ -12,7 +12,7 @@ import pytest
 
 import ringplane
 from ringplane.control.export import Export
-from ringplane.control.operation_errors import OperationError
+from ringplane.control.operation_errors import OperationError, WrongValue
 from ringplane.driver import Driver
 from ringplane.options.delay_options import Delay
 from ringplane.options.policy_options import PolicyUse
@@ -82,6 +82,21 @@ def test_what_is_wrong_changes_nothing(export: Export, driver: Driver) -> None:
     driver.write(0, bytes(512))
     with pytest.raises(OSError, match="flush"):
         driver.flush()
+
+
+def test_what_only_the_compiler_finds_is_one_line(tmp_path: Path, export: Export, driver: Driver) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(own_policy("my.seen += int(io)\nreturn PASS"))
+    with pytest.raises(WrongValue, match=rf"^{path}:\d+: .*int"):
+        export.set_policies([PolicyUse(str(path))])
+    driver.flush()
+
+
+def test_a_path_of_a_parameter_is_absolute(tmp_path: Path, export: Export) -> None:
+    """Whoever names it over the API is in another folder."""
+    with pytest.raises(WrongValue, match=r'^trigger: "flag" is not an absolute path; it has to begin with /'):
+        export.set_policies([PolicyUse("error", {"trigger": "flag"})])
+    export.set_policies([PolicyUse("error", {"trigger": str(tmp_path / "flag")})])
 
 
 def test_a_request_in_flight_does_not_notice_the_first_policy(tmp_path: Path, export: Export, driver: Driver) -> None:

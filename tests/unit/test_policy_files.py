@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringplane.compiler import key
 from ringplane.compiler.checker import check_policies
+from ringplane.compiler.key import NATIVE
 from ringplane.policies import __all__ as interface
-from ringplane.policies.loading import PolicyError, find_policy, shipped, split_address
+from ringplane.policies.loading import PolicyError, find_policy, policy_unit, read_policies, shipped, split_address
 from ringplane.policies.parameter_kinds import DURATION, OPERATION, RANGE, REAL, SIZE, WHOLE, one_of
 from ringplane.policies.running import RunningPolicy
 
@@ -290,8 +292,45 @@ def test_a_mistake_is_one_line(tmp_path: Path, example: str) -> None:
 def test_what_the_check_cannot_evaluate_is_a_mistake(tmp_path: Path) -> None:
     """A call of it would pass unchecked."""
     path = tmp_path / "own.py"
-    path.write_text(own_policy("return WRONG()") + 'WRONG = max(1, "2")\n')
-    assert [each.text for each in check_policies(path, {})] == ["`WRONG` cannot be evaluated"]
+    text = own_policy("return WRONG()") + 'WRONG = max(1, "2")\n'
+    assert [each.text for each in check_policies(path, text, {})] == ["`WRONG` cannot be evaluated"]
+
+
+def test_the_text_that_was_checked_is_compiled(tmp_path: Path) -> None:
+    """Also if the file is another one when a process beside compiles it."""
+    path = tmp_path / "own.py"
+    path.write_text(own_policy("my.found += 1\nreturn PASS", "return PASS"))
+    units = find_policy(str(path)).units
+    path.write_text(own_policy("return unchecked(io)"))
+    compiled = [policy_unit(each.job) for each in units]
+    assert [each.name for each in compiled] == [each.name for each in units]
+    assert [each.file_name(NATIVE) for each in compiled] == [each.file_name(NATIVE) for each in units]
+    path.unlink()
+    assert all("\n" not in each.job and policy_unit(each.job).address() for each in units)
+
+
+@pytest.mark.parametrize("module", ["ringplane.policies.arrays", "ringplane.compiler.policy_flow"])
+def test_code_is_compiled_again_when_what_makes_or_checks_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(own_policy(f"my.found += 1\nreturn PASS  # {module}"))
+    unit = find_policy(str(path)).down
+    before = unit.file_name(NATIVE)
+    digest = key._digest
+    monkeypatch.setattr(key, "_digest", lambda name: digest(name) + (b"other" if name == module else b""))
+    key.key_of.cache_clear()
+    assert unit.file_name(NATIVE) != before
+
+
+def test_the_function_for_results_has_a_name_that_no_policy_has(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        own_policy("return PASS", "return PASS") + "@policy(Own)\ndef own_result_(io, my):\n    return PASS\n"
+    )
+    path.write_text(path.read_text().replace("def own_result(", "def result(").replace("own_result_", "own_result"))
+    units = [unit for each in read_policies(path) for unit in each.units]
+    assert sorted(unit.name for unit in units) == ["policy_own.own", "policy_own.own.result", "policy_own.own_result"]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

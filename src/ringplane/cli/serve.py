@@ -117,7 +117,7 @@ def serve(
     described = describe(context, config, options)
 
     def start(signals: CaughtSignals) -> Server:
-        opener = started(described.api, user, signals)
+        opener = started(described.api, user, signals, compiling=sandbox is not False)
         from ringplane.compiler.apart import ahead
         from ringplane.compiler.cache import DATA_PLANE
 
@@ -137,6 +137,7 @@ def serve(
                 opener=opener,
                 traced=trace,
                 state=made_state(described.state, sandbox, user),
+                trusted=sandbox is False and user is None,
             )
 
     begun = detached(upgrade) if detach else None
@@ -188,16 +189,19 @@ def made_state(path: Path | None, sandbox: bool | None, user: User | None) -> St
     return StateFile(path, trusted=sandbox is False and user is None)
 
 
-def started(api: ApiOptions | None, user: User | None, signals: Signals) -> RemoteOpener | None:
+def started(
+    api: ApiOptions | None, user: User | None, signals: Signals, *, compiling: bool = False
+) -> RemoteOpener | None:
     """The process that opens files of disks that are added, and connects to their servers. It starts beside imports.
 
-    Raises OpenerError, Interrupted.
+    `compiling`: also the one that compiles policies. Raises OpenerError, Interrupted.
     """
     if api is None or not api.allow_folders:
         return None
     from ringplane.opener.remote_opener import RemoteOpener
 
-    return RemoteOpener(api.allow_folders, (user.uid, user.gid) if user is not None else None, places_of(api, signals))
+    ids = (user.uid, user.gid) if user is not None else None
+    return RemoteOpener(api.allow_folders, ids, places_of(api, signals), compiling=compiling)
 
 
 def places_of(api: ApiOptions, signals: Signals) -> dict[Hashable, Sequence[Place]]:

@@ -44,9 +44,9 @@ def check(paths: Iterable[Path] = (PACKAGE,)) -> list[Mistake]:
     return sorted({*mistakes, *(each for each in Inference(functions).mistakes() if each.path in places)})
 
 
-def check_policies(path: Path, passed: Mapping[str, tuple[Shape, ...]]) -> list[Mistake]:
-    """The mistakes in a file of policies; `passed`: what each function gets that ringplane calls. Raises OSError."""
-    source = Sources().add(path)
+def check_policies(path: Path, text: str, passed: Mapping[str, tuple[Shape, ...]]) -> list[Mistake]:
+    """The mistakes in a file of policies with this text; `passed`: what each function gets that ringplane calls."""
+    source = Sources().add(path, text)
     functions = list(source.compiled_functions())
     given = {
         (function, name): shape

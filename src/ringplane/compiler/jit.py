@@ -29,11 +29,12 @@ class Whole:
     All arguments and the result are int64; a function without a result returns 0.
     """
 
-    def __init__(self, function: Callable[..., Any], *, saved: bool = True) -> None:
+    def __init__(self, function: Callable[..., Any], *, saved: bool = True, defined: bool = False) -> None:
+        """`defined`: its arithmetic has a defined result for all numbers (compiler/arithmetic.py)."""
         functools.update_wrapper(self, function)
         self.name = f"{function.__module__}.{function.__qualname__}"
         self._function = function
-        self._saved = saved
+        self._saved, self._defined = saved, defined
         self._address = 0
 
     def __call__(self, *args: int) -> int:
@@ -74,13 +75,21 @@ class Whole:
         return store.read(self.file_name(NATIVE)) or store.read(self.file_name(GENERIC))
 
     def _compile(self) -> bytes:
-        with bad_code():
-            library = _compiler().compile_whole(self._function)
+        library = self._library()
         code: bytes = library.object_code()
         if library.has_dynamic_globals:
             warnings.warn(f"{self.name} is not saved: it contains addresses of this process", stacklevel=2)
         elif self._can_be_saved():
             store.write(self.file_name(NATIVE), code)
+        return code
+
+    def _library(self) -> Any:
+        with bad_code():
+            return _compiler().compile_whole(self._function, self._defined)
+
+    def object_code(self) -> bytes:
+        """Its machine code as an object file, which this process does not load. Raises BadCode."""
+        code: bytes = self._library().object_code()
         return code
 
     def _can_be_saved(self) -> bool:

@@ -18,7 +18,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +41,10 @@ IMPORT = re.compile(
 )
 COMMENT = re.compile(r"#.*")
 
-# The texts of modules that are no files of the package, by their names, which nothing else has.
+# The texts of modules that are not files of the package, by their names, which nothing else has; and the modules that
+# make functions of such a text.
 _given: dict[str, str] = {}
+_makers: dict[str, Collection[str]] = {}
 
 # In the key of what this process must neither load nor leave for others.
 _OURS = os.urandom(16).hex()
@@ -55,7 +57,7 @@ COMPILER = ("ringplane.compiler.emitter", "ringplane.compiler.pipeline")
 def key_of(module: str, cpu: str = NATIVE) -> str:
     """The key of what is compiled from this module's functions for this CPU, as hexadecimal digits."""
     digest = blake2b(_compiler(cpu).encode(), digest_size=10)
-    for name in sorted(sources(module).union(*map(sources, COMPILER))):
+    for name in sorted(sources(module).union(*map(sources, (*COMPILER, *_makers.get(module, ()))))):
         digest.update(f"\n{name} ".encode() + _digest(name))
     return digest.hexdigest()
 
@@ -88,9 +90,9 @@ def _imported(statement: re.Match[str]) -> Iterator[str]:
             yield name if _file(name) else place
 
 
-def give_text(module: str, text: str) -> None:
-    """The module was made from this text; its name says which text it is."""
-    _given[module] = text
+def give_text(module: str, text: str, makers: Collection[str]) -> None:
+    """The module was made from this text by these modules; its name says which text it is."""
+    _given[module], _makers[module] = text, makers
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import numba
 
+from ringplane.compiler.arithmetic import with_defined_results
 from ringplane.compiler.lean import LeanCompiler, LeanLower, LeanLowering, LeanTarget, LeanTyping, PartTarget
 from ringplane.compiler.loader import SYMBOL
 from ringplane.compiler.numba_version import UnsupportedNumba
@@ -81,6 +82,9 @@ def _take_functions(module: Any, texts: dict[str, str]) -> None:
 class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
     """The code of a whole, with all its parts."""
 
+    # Whether its arithmetic has a defined result for all numbers.
+    defined = False
+
     def __init__(self, codegen: Any, name: str) -> None:
         super().__init__(codegen, name)
         self.texts: dict[str, str] = {}
@@ -107,6 +111,8 @@ class _WholeLibrary(JITCodeLibrary):  # type: ignore[misc]
         super().finalize()
 
     def _optimize_final_module(self) -> None:
+        if self.defined:
+            self._final_module: Any = parse_assembly(with_defined_results(str(self._final_module)))
         # Nothing else calls these functions, so LLVM may inline those with one caller whatever their size, and drop
         # checks of constant results. That makes the code a third smaller.
         for function in self._final_module.functions:
@@ -243,8 +249,11 @@ def part(function: Callable[..., Any]) -> Any:
 
 
 @global_compiler_lock
-def compile_whole(function: Callable[..., Any]) -> _WholeLibrary:
-    """The code of a function of int64 that is called from outside, with that of its parts."""
+def compile_whole(function: Callable[..., Any], defined: bool = False) -> _WholeLibrary:
+    """The code of a function of int64 that is called from outside, with that of its parts.
+
+    `defined`: its arithmetic has a defined result for all numbers (arithmetic.py).
+    """
     flags = Flags()
     numba_cpu.options.parse_as_flags(flags, OPTIONS)
     flags.no_cpython_wrapper = flags.no_compile = True
@@ -253,5 +262,6 @@ def compile_whole(function: Callable[..., Any]) -> _WholeLibrary:
     args = (types.int64,) * function.__code__.co_argcount
     made = compile_extra(typing, target, function, args, None, flags, {}, pipeline_class=_WholeCompiler)
     library: _WholeLibrary = made.library
+    library.defined = defined
     library.finalize()
     return library

@@ -148,11 +148,11 @@ def _import_foreign(name: str) -> Any:
 class Source:
     """A module that was parsed. `definitions` has the statement that defines each global name."""
 
-    def __init__(self, sources: Sources, module: str, path: Path) -> None:
-        """Raises OSError or SyntaxError."""
+    def __init__(self, sources: Sources, module: str, path: Path, text: str | None = None) -> None:
+        """With a `text` the file is not read. Raises OSError or SyntaxError."""
         self.module, self.path = module, path
         self._sources = sources
-        self.tree = ast.parse(path.read_bytes(), path)
+        self.tree = ast.parse(path.read_bytes() if text is None else text, path)
         self.definitions = dict(_definitions(self.tree.body))
         self.names = Names(self)
 
@@ -245,8 +245,11 @@ class Sources:
         # Folders that contain a package, and its name; without a name: a folder of modules outside any package.
         self._roots: list[tuple[Path, str]] = []
 
-    def add(self, path: Path) -> Source:
-        """The module of this file, in the package whose folder it lies in. Raises OSError or SyntaxError."""
+    def add(self, path: Path, text: str | None = None) -> Source:
+        """The module of this file, in the package whose folder it lies in. Raises OSError or SyntaxError.
+
+        With a `text`, which is that of the file, it is not read.
+        """
         path = path.resolve()
         root = next(each for each in path.parents if not (each / "__init__.py").exists())
         parts = path.relative_to(root).with_suffix("").parts
@@ -256,7 +259,7 @@ class Sources:
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found = self._found.get(module)
         if found is None or found.path != path:
-            found = self._found[module] = Source(self, module, path)
+            found = self._found[module] = Source(self, module, path, text)
         return found
 
     def package(self) -> Path:

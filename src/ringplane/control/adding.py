@@ -22,6 +22,7 @@ from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import AddressSpace
 from ringplane.log.event_bus import Events
+from ringplane.opener.opener import LOCAL
 from ringplane.options.disk_config import DiskConfig
 from ringplane.options.process_rules import ProcessRules
 from ringplane.system.confinement import is_confined
@@ -71,6 +72,7 @@ class Adding:
             self.changing,
             self._events.of(disk.name),
             lambda path: new_recording(path, planned.config, disk.source, self._opener),
+            self._opener or LOCAL,
         )
 
     def spread(self, disks: Iterable[DiskConfig]) -> Sequence[str]:
@@ -87,6 +89,8 @@ class Adding:
         self._check(config, others)
         with contextlib.ExitStack() as undo:
             parts = open_parts(config, undo, opener=self._opener)
+            for layer in parts.layers:
+                layer.check_paths()
             if not is_confined():
                 # All code was loaded before that (start.py).
                 warm_up([*units_of_parts(parts), *units_of_limits([config])])

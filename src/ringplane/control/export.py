@@ -28,6 +28,7 @@ from ringplane.device.disk import Disk
 from ringplane.guest_memory.address_space import Quota
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
+from ringplane.opener.opener import Opener
 from ringplane.options.limit_options import Limits
 from ringplane.options.policy_options import PolicyUse
 from ringplane.options.process_rules import identity
@@ -58,6 +59,7 @@ class Export:
         changing: Changing,
         emit: Emit,
         record_to: Callable[[Path], RecordLayer],
+        opener: Opener,
     ) -> None:
         self.config, self.added = planned.config, planned.added
         # By which a disk with the same image is found. Later its storage may hang.
@@ -71,7 +73,7 @@ class Export:
         self._logger, self._emit = DiskLog(log, disk.name), emit
         self._front_ends = FrontEnds(listener.sock, self._logger)
         self.operations = Operations(
-            disk, lambda: self._session, self._front_ends, limiting, changing, self._logger, emit, record_to
+            disk, lambda: self._session, self._front_ends, limiting, changing, self._logger, emit, record_to, opener
         )
         self._listener = listener
         self._quota = quota
@@ -197,17 +199,19 @@ class Export:
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of a coroutine on the control thread."""
+        gone = WrongState("has stopped", self.name)
         try:
             done = self.threads.call(work)
-            while True:
-                try:
-                    return done.result(STOP_LOOK)
-                except TimeoutError:
-                    if self.threads.wait(0):
-                        break
-        except (RuntimeError, CancelledError):
-            pass
-        raise WrongState("has stopped", self.name)
+        except RuntimeError:
+            raise gone from None
+        while True:
+            try:
+                return done.result(STOP_LOOK)
+            except CancelledError:
+                raise gone from None
+            except TimeoutError:
+                if self.threads.wait(0):
+                    raise gone from None
 
     def refresh_size(self) -> None:
         """Begin to pick up the new size of the source, and return; the log says if that is impossible."""

@@ -27,6 +27,7 @@ from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
+from ringplane.opener.opener import Opener
 from ringplane.options.counted import counted
 from ringplane.options.limit_options import Limits, merge_limits
 from ringplane.session.refusal import Refused
@@ -65,9 +66,13 @@ class Operations:
         logger: DiskLog,
         emit: Emit,
         record_to: Callable[[Path], RecordLayer],
+        opener: Opener,
     ) -> None:
-        """`session`: that of the front end that is attached now, if one is; `record_to` opens a new recording."""
-        self._disk, self._session, self._front_ends = disk, session, front_ends
+        """`session`: that of the front end that is attached now, if one is; `record_to` opens a new recording.
+
+        `opener` opens files of policies.
+        """
+        self._disk, self._session, self._front_ends, self._opener = disk, session, front_ends, opener
         self._limiting, self._changing, self._logger, self._emit = limiting, changing, logger, emit
         self._turns = Turns(disk.name, waits_for=self._in_flight)
         self.recording = DiskRecording(disk, self._take, self._stopped, self._while_drained, record_to, emit)
@@ -134,7 +139,7 @@ class Operations:
         # Few disks have any.
         from ringplane.control.policing import Policing
 
-        return Policing(self._disk, self._changing, self._take, self._logger, self._emit)
+        return Policing(self._disk, self._changing, self._take, self._logger, self._emit, self._opener)
 
     async def _change(self, operation: str, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """As `_take`, for what the next process has to learn of.

@@ -12,17 +12,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ringplane.block.layers.policy_layer import UNITS
+from ringplane.compiler.bad_code import BadCode
 from ringplane.control.changing import Changing
 from ringplane.control.disk_errors import operation_errors
-from ringplane.control.operation_errors import NoSuchPolicy, WrongState, WrongValue
+from ringplane.control.operation_errors import NoSuchPolicy, Unavailable, WrongState, WrongValue
 from ringplane.control.turns import Turns
 from ringplane.dataplane.compile_data_plane import warm_up
 from ringplane.device.disk import Disk
 from ringplane.log.event_bus import Emit
 from ringplane.log.logs import DiskLog
+from ringplane.opener.opener import Opener, OpenerEnded
 from ringplane.options.policy_options import MAX_POLICIES, PolicyUse, named_policies
-from ringplane.policies.loading import LoadedPolicy, NotReadable, PolicyError, usable_policy
+from ringplane.policies.loading import LoadedPolicy, PolicyError
 from ringplane.policies.running import RunningPolicy, WrongParameter
+from ringplane.policies.usable import NotReadable, usable_policy
 from ringplane.system.aside import aside
 from ringplane.system.confinement import is_confined
 
@@ -44,9 +47,10 @@ class Policing:
         alone: Callable[[str, Callable[[], Coroutine[Any, Any, None]]], Awaitable[None]],
         logger: DiskLog,
         emit: Emit,
+        opener: Opener,
     ) -> None:
-        """`alone` does something while no other operation on the disk is done."""
-        self._disk, self._changing, self._alone = disk, changing, alone
+        """`alone` does something while no other operation on the disk is done; `opener` opens files of policies."""
+        self._disk, self._changing, self._alone, self._opener = disk, changing, alone, opener
         self._logger, self._emit = logger, emit
         self._turns, self._loads = Turns(disk.name), Turns(disk.name)
 
@@ -62,18 +66,18 @@ class Policing:
         by its name and its file, keeps its state; one whose file has changed keeps its counters.
         """
         with operation_errors(LOADING, self._disk.name):
-            policies = await aside(partial(_load_all, uses))
+            policies = await aside(partial(_load_all, uses, self._opener))
         await self._change(partial(self._use, policies))
 
     async def add(self, use: PolicyUse, position: int | None = None) -> RunningPolicy:
         """Have one more at this position, from 0; None: after all others."""
-        loaded = await self._aside(partial(_load, use.name or use.default_name, use))
+        loaded = await self._aside(partial(_load, use.name or use.default_name, use, self._opener))
         return await self._change(partial(self._add, use, loaded, position))
 
     async def replace(self, name: str, use: PolicyUse) -> RunningPolicy:
         """Have this one in place of that of this name, whose counters it continues."""
         self._find(name)
-        loaded = await self._aside(partial(_load, name, use))
+        loaded = await self._aside(partial(_load, name, use, self._opener))
         return await self._change(partial(self._replace, name, loaded))
 
     async def change(self, name: str, parameters: Mapping[str, Any], enabled: bool | None) -> RunningPolicy:
@@ -182,27 +186,32 @@ def find_policy(disk: Disk, name: str) -> RunningPolicy:
     raise NoSuchPolicy("no policy of the disk has this name", name, right)
 
 
-def _load_all(uses: Sequence[PolicyUse]) -> list[RunningPolicy]:
+def _load_all(uses: Sequence[PolicyUse], opener: Opener) -> list[RunningPolicy]:
     """Read, check and compile them, which may take seconds; nothing is changed. Raises OperationError."""
     try:
         named = named_policies(uses)
     except ValueError as error:
         raise WrongValue(str(error), "policy") from None
-    return [_load(use.name, use) for use in named]
+    return [_load(use.name, use, opener) for use in named]
 
 
-def _load(name: str, use: PolicyUse) -> RunningPolicy:
+def _load(name: str, use: PolicyUse, opener: Opener) -> RunningPolicy:
     """Raises OperationError."""
     try:
-        loaded = usable_policy(use.policy)
+        loaded = usable_policy(use.policy, opener)
     except NotReadable as error:
         raise WrongState(str(error), "policy") from None
     except PolicyError as error:
         first, *others = str(error).split("\n")
         right = f"`ringplane policy check {use.policy}` shows {len(others)} more" if others else ""
         raise WrongValue(first, "policy", right) from None
+    except OpenerEnded as error:
+        raise Unavailable(str(error), "policy") from None
     policy = _made(name, use, loaded)
-    _load_code(loaded)
+    try:
+        _load_code(loaded)
+    except BadCode as error:
+        raise WrongValue(str(error), "policy") from None
     return policy
 
 
@@ -210,6 +219,7 @@ def _made(name: str, use: PolicyUse, loaded: LoadedPolicy) -> RunningPolicy:
     """Files that it has as parameters are watched then. Raises WrongValue, NoThread."""
     try:
         policy = RunningPolicy(name, loaded, use.parameters, enabled=use.enabled, address=use.policy)
+        policy.check_paths()
         policy.start_threads()
         return policy
     except WrongParameter as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ringplane.block.image import ImageError, NoAnswer
 from ringplane.block.layers.policy_layer import load_policies
+from ringplane.control.allowed_policies import AllowedPolicies, none
 from ringplane.control.changes import Changes, Table, plan
 from ringplane.control.listener import ListenError, remove_stale
 from ringplane.control.not_served import ADVICE
@@ -32,7 +33,6 @@ from ringplane.options.image_address import ImageAddress, RemoteImage
 from ringplane.options.limit_options import Limits, check_limits
 from ringplane.options.policy_options import PolicyUse, policies_from_tables
 from ringplane.options.thread_options import IoThread
-from ringplane.options.toml_text import absolute
 from ringplane.system.notes import in_words
 from ringplane.system.signals import NONE, Signals
 
@@ -42,19 +42,18 @@ log = logging.getLogger(__name__)
 class Restoring(Origin):
     """What a process restores; an Origin."""
 
-    def __init__(self, state: StateFile, signals: Signals = NONE) -> None:
+    def __init__(self, state: StateFile, signals: Signals = NONE, allows: Callable[[Path], bool] = none) -> None:
+        """`allows`: which files of policies may be read, beside those of disks that are described."""
         super().__init__(signals)
-        self._state = state
+        self._state, self._allows = state, allows
         # Of what is lost, and of what is kept for the next start.
         self._problems: list[str] = []
         self._kept: list[str] = []
-        # The files of those that are described.
-        self._described_policies: set[Path] = set()
 
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
         """See Origin."""
         changes = self._read()
-        self._described_policies = {absolute(use.path) for disk in disks for use in disk.policy if use.path is not None}
+        self._policies = AllowedPolicies(disks, self._allows, trusted=self._state.trusted)
         policies = self._usable_policies(changes.policies)
         changes = dataclasses.replace(changes, limits=self._usable(changes.limits), policies=policies)
         self._described_servers = {disk.image.server for disk in disks if isinstance(disk.image, RemoteImage)}
@@ -177,10 +176,9 @@ class Restoring(Origin):
                 raise ImageError(f"{path}: is not below a folder of --allow-folder")
 
     def _check_policies(self, uses: Iterable[PolicyUse]) -> None:
-        """As `_check_allowed`: a confined process could use only what it was started with. Raises ImageError."""
-        for use in uses if not self._state.trusted else ():
-            if use.path is not None and absolute(use.path) not in self._described_policies:
-                raise ImageError(f"policy {use.policy}: is not a policy of a disk that is described")
+        """As `_check_allowed`. Raises ImageError."""
+        if problem := self._policies.refused(uses):
+            raise ImageError(problem)
 
     def _check_server(self, image: RemoteImage, opener: RemoteOpener | None) -> None:
         """Raises ImageError."""

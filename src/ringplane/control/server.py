@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from ringplane.block.image import ImageError
 from ringplane.block.sources.choose_source import NotReached
+from ringplane.compiler.bad_code import BadCode
 from ringplane.control.adding import Adding, Other
 from ringplane.control.changes import Changes, place_of, without
 from ringplane.control.export import Export, closed
@@ -288,6 +289,9 @@ class Server:
             raise WrongState(str(error)) from None
         except OpenerEnded as error:
             raise Unavailable(str(error)) from None
+        except BadCode as error:
+            # Of a policy.
+            raise WrongValue(str(error), "policy") from None
         except OSError as error:
             raise Unavailable(f"the disk cannot be opened: {in_words(error)}") from None
         export.apply_limits()

@@ -37,8 +37,8 @@ def serve(disk: _One) -> Export:
     refuses O_DIRECT the page cache is used, as the export's `disk.source.direct` shows.
 
     When this returns, front ends can connect. An `upgradable` disk can be taken over by another process, with
-    `upgrade`, and stops then (handover.py). `give_up`, `signals`, `interface`, `metrics`, `opener`, `state`, `traced`:
-    see `serve_all`.
+    `upgrade`, and stops then (handover.py). `give_up`, `signals`, `interface`, `metrics`, `opener`, `state`, `traced`,
+    `trusted`: see `serve_all`.
 
     Raises ImageError, ListenError, HandoverError, StateError, ValueError for arguments that make no sense, or OSError
     when the kernel lacks what the data plane needs; nothing is left behind, except an empty `state` if there was none.
@@ -61,7 +61,8 @@ def serve_all(several: _Several) -> Server:
     as long as there is a disk or an interface. The `opener` opens files of disks that are added, which a program that
     has given up its rights cannot; it is closed at the end. What is changed while the server runs is kept in `state`
     for the next start: disks that were added are served then too, after `disks`, and those that were removed are not.
-    With `traced`, `Server.trace` needs no rights either.
+    With `traced`, `Server.trace` needs no rights either. Without `trusted`, a process that is taken over may name only
+    such files of policies as a confined one can have.
     """
     least = 1 if several.interface is None else 0
     return start(several.disks, several.io_threads, several, least=least)

@@ -82,6 +82,7 @@ class Process(Options):
     opener: RemoteOpener | None = None
     state: StateFile | None = None
     traced: bool = False
+    trusted: bool = True
 
 
 def start(disks: Sequence[DiskConfig], io_threads: Sequence[IoThread], process: Process, *, least: int) -> Server:
@@ -135,12 +136,16 @@ class Start:
         if self._process.upgrade:
             from ringplane.control.taking_over import Predecessor
 
-            return Predecessor(self._sockets, self._signals)
+            return Predecessor(self._sockets, self._signals, self._allows, trusted=self._process.trusted)
         if self._state is not None:
             from ringplane.control.restoring import Restoring
 
-            return Restoring(self._state, self._signals)
+            return Restoring(self._state, self._signals, self._allows)
         return Origin(self._signals)
+
+    def _allows(self, path: Path) -> bool:
+        """Whether a file of policies may be read that is not described."""
+        return self._opener is not None and self._opener.allows(path)
 
     @property
     def _sockets(self) -> list[Path]:

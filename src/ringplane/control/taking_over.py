@@ -6,13 +6,14 @@ import contextlib
 import os
 import shlex
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ringplane.block.sources.choose_source import is_offered
+from ringplane.control.allowed_policies import AllowedPolicies, none
 from ringplane.control.changes import Changes, plan, refuse
 from ringplane.control.export import Export
 from ringplane.control.handed_counters import resume_counters, resume_services, resume_thread_counters
@@ -52,9 +53,21 @@ if TYPE_CHECKING:
 class Predecessor(Origin):
     """The running process, seen by its successor; an Origin."""
 
-    def __init__(self, paths: Sequence[Path], signals: Signals = NONE) -> None:
-        """Find the process that has one of these sockets; raises HandoverError, Interrupted."""
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        signals: Signals = NONE,
+        allows: Callable[[Path], bool] = none,
+        *,
+        trusted: bool = False,
+    ) -> None:
+        """Find the process that has one of these sockets; raises HandoverError, Interrupted.
+
+        `allows`: which files of policies it may name beside those of disks that are described; `trusted`: it is not
+        confined, and may name all.
+        """
         super().__init__(signals)
+        self._allows, self._trusted = allows, trusted
         # Of sockets whose files are not ours before `take`.
         self._lent: list[Listener] = []
         # Where our own successor will find us.
@@ -91,6 +104,11 @@ class Predecessor(Origin):
     def plan(self, disks: Sequence[DiskConfig], io_threads: Sequence[IoThread]) -> list[Planned]:
         """See Origin: both processes must have the same ones."""
         planned = plan(disks, self._changes, io_threads, refuse)
+        allowed = AllowedPolicies(disks, self._allows, trusted=self._trusted)
+        for each in planned:
+            if problem := allowed.refused(each.config.policy):
+                advice = "describe a disk with it, or remove it in the running process"
+                raise HandoverError(f"{each.name}: {problem}; {advice}")
         self._disks = _in_order(self._disks, planned)
         return planned
 

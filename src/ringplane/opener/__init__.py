@@ -15,6 +15,13 @@ other one reads paths from it.
     host_names.py         looking up their names, before that, in another process
     opening_sandbox.py    what it gives up
 
+Beside it another one compiles policies, which the first one starts:
+
+    remote_compiler.py      our end
+    compile_requests.py     the messages between the two
+    compiling_process.py    the process, and its children that compile
+    compiling_sandbox.py    what they give up
+
 The small process imports only `system/` and Python's own modules, and few of them: each costs memory. The folders have
 tests in unit/test_opener.py and hostile/test_opening_process.py.
 """

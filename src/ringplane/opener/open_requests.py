@@ -29,6 +29,9 @@ LONGEST_REQUEST = REQUEST.size + LONGEST_PATH
 ANSWER = struct.Struct("=Iii")
 READY = 0
 
+# The end of the name of a file of policies.
+POLICIES = b".py"
+
 # The mode or group of a socket that is not set.
 UNSET = -1
 HIGHEST_MODE, HIGHEST_GROUP = 0o777, (1 << 32) - 2
@@ -76,6 +79,8 @@ def parsed(message: bytes, folders: int, places: int = 0) -> tuple[int, Request]
 
 def _is_consistent(request: Request) -> bool:
     """Whether it is of a known kind, and has only what its kind needs."""
+    if not is_readable_only(request):
+        return False
     if request.kind == OPEN:
         allowed = request.how & ~(READ_ONLY | DIRECT) == 0
         return allowed and (request.size, request.mode, request.group) == (0, UNSET, UNSET)
@@ -85,6 +90,15 @@ def _is_consistent(request: Request) -> bool:
         return request.size == 0 and UNSET <= request.mode <= HIGHEST_MODE and UNSET <= request.group <= HIGHEST_GROUP
     wanted = request.size > 0 if request.kind == CREATE else request.kind in (UNLINK, CONNECT) and request.size == 0
     return wanted and (request.mode, request.group) == (UNSET, UNSET)
+
+
+def is_readable_only(request: Request) -> bool:
+    """Whether it is not to open or create a file of policies for writing.
+
+    A guest that controls the other process must not write what is compiled for it (compiling_process.py).
+    """
+    writes = request.kind == CREATE or (request.kind == OPEN and not request.how & READ_ONLY)
+    return not (writes and request.path.lower().endswith(POLICIES))
 
 
 def is_relative(path: bytes) -> bool:

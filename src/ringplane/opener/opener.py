@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ringplane.opener.server_places import Place, connect
 from ringplane.system import procfs
@@ -19,8 +20,40 @@ class OpenerEnded(Exception):
     """The process that opens files does not answer; the text is one line for the person who needs a file."""
 
 
+class Compiled(NamedTuple):
+    """What has become of a policy that was to be compiled (compile_requests.py).
+
+    If it was, this is where its code is, of so many bytes; the text describes it, or says why it was not.
+    """
+
+    status: int
+    address: int
+    size: int
+    text: str
+
+
+class Compiler(Protocol):
+    """What compiles policies."""
+
+    def ask(self, folder: int, path: bytes, name: str, known: bytes) -> Compiled:
+        """Have the policy `name` of a file below a folder compiled, unless its text has the digest `known`.
+
+        Raises OpenerEnded.
+        """
+
+
 class Opener(Protocol):
     """Its methods raise OSError, and OpenerEnded. An fd is the caller's from then on."""
+
+    @property
+    def compiler(self) -> Compiler | None:
+        """The process that compiles policies; None: there is none, or it is this process itself."""
+
+    def allows(self, path: Path) -> bool:
+        """Whether it may open this file."""
+
+    def place(self, path: Path) -> tuple[int, bytes]:
+        """For the compiler: the number of the folder that the file is below, and where it is there. Raises OSError."""
 
     def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
         """The fd of the image at this path, with O_DIRECT if `direct`."""
@@ -49,6 +82,16 @@ class Opener(Protocol):
 
 class LocalOpener:
     """This process itself."""
+
+    compiler = None
+
+    def allows(self, path: Path) -> bool:
+        """See Opener."""
+        return True
+
+    def place(self, path: Path) -> tuple[int, bytes]:
+        """See Opener."""
+        raise OSError(errno.EXDEV, "there is no --allow-folder", str(path))
 
     def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
         """See Opener."""

@@ -26,10 +26,12 @@ STDOUT, STDERR = 1, 2
 
 
 def main(arguments: list[str]) -> None:
-    """The arguments: the process ID of the other process, a user and a group or `-` for both, places, `-`, folders."""
+    """The arguments: the process ID of the other process, a user and a group or `-` for both, two fds for the process
+    that compiles policies or `-`, places, `-`, folders.
+    """
     # Everything that is used later has to be imported and open by now.
     with socket.socket(fileno=0) as sock:
-        pid, user, group, *rest = arguments
+        pid, user, group, compiling, *rest = arguments
         end = rest.index(ABSENT)
         places = list(map(from_text, rest[:end]))
         folders = _prepare(sock, user, group, rest[end + 1 :])
@@ -37,11 +39,21 @@ def main(arguments: list[str]) -> None:
         if folders and os.getppid() == int(pid):
             # /dev/null: nothing of what follows is for users.
             os.dup2(STDOUT, STDERR)
+            if compiling != ABSENT:
+                _begin_compiling(compiling, parent, rest[end + 1 :], folders)
             confine(folders, places)
             _answer(sock, READY, 0)
             _serve(sock, parent, AllowedFolders(folders), len(folders), places)
     # Nothing is left to do, and the interpreter's own end would need more system calls.
     os._exit(0)
+
+
+def _begin_compiling(fds: str, parent: int, paths: list[str], folders: list[Folder]) -> None:
+    # Few processes need it.
+    from ringplane.opener.compiling_process import begin
+
+    sock, code = map(int, fds.split(","))
+    begin(sock, code, parent, paths, folders)
 
 
 def _watched(pid: int) -> int:

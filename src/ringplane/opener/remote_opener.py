@@ -34,14 +34,17 @@ from ringplane.opener.open_requests import (
     LISTEN,
     LONGEST_PATH,
     OPEN,
+    POLICIES,
     READ_ONLY,
     UNLINK,
     UNSET,
     Request,
     is_below_dev,
+    is_readable_only,
     is_relative,
 )
 from ringplane.opener.opener import OpenerEnded
+from ringplane.opener.remote_compiler import RemoteCompiler
 from ringplane.opener.server_places import Place, as_text, shown
 from ringplane.system.signals import NONE, Signals, held_back
 
@@ -56,6 +59,16 @@ PATIENCE, REMOVING_PATIENCE, START_PATIENCE, END_PATIENCE = 10.0, 2.0, 60.0, 1.0
 
 GIVEN_UP = "the process that opens files has ended: %s; no disk can be added until a restart, all continue%s"
 ENDED = "the process that opens files has ended; restart ringplane to add disks (those that are served continue{but})"
+
+FOR_POLICIES = f"a name that ends with {POLICIES.decode()} is for policies; choose another"
+
+CANNOT_COMPILE = (
+    "this system cannot share memory for code (Linux 5.1, x86-64), so only policies can be used that are loaded at the "
+    "start"
+)
+
+# Of the environment of the process; NumPy's library starts a thread per CPU otherwise, where policies are compiled.
+PASSED, ONE_THREAD = ("LD_LIBRARY_PATH",), {"OPENBLAS_NUM_THREADS": "1"}
 
 # In both, of a process that connects to servers too.
 BUT = ", but NBD disks that were added cannot connect again until then"
@@ -88,10 +101,12 @@ class RemoteOpener:
         folders: Sequence[Path],
         user: tuple[int, int] | None = None,
         servers: Mapping[Hashable, Sequence[Place]] = MappingProxyType({}),
+        *,
+        compiling: bool = False,
     ) -> None:
         """Start the process; `user`: the user and the group that it becomes. Raises OpenerError.
 
-        `wait_until_ready` has to be called before anything else.
+        `compiling`: also the one that compiles policies. `wait_until_ready` has to be called before anything else.
         """
         self.folders, self._servers = tuple(folders), servers
         self._all_places = [place for places in servers.values() for place in places]
@@ -107,11 +122,15 @@ class RemoteOpener:
         self._ready = self._ended = False
         self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._exchange = Exchange(self.sock)
+        self.compiler = _compiler() if compiling else None
         try:
             with other:
-                self._process = _start(other, self.folders, user, self._all_places)
+                fds = self.compiler.fds if self.compiler is not None else ()
+                self._process = _start(other, self.folders, user, self._all_places, fds)
+                if self.compiler is not None:
+                    self.compiler.started()
         except OSError as error:
-            self.sock.close()
+            self.close_sockets()
             raise OpenerError(f"cannot start the process that opens files: {error.strerror or error}") from None
 
     def wait_until_ready(self, signals: Signals = NONE) -> None:
@@ -127,6 +146,10 @@ class RemoteOpener:
         if code:
             raise OpenerError(self._why_not_ready(code, folder))
         self._ready = True
+        if self.compiler is not None and not self.compiler.wait_until_ready(signals):
+            log.warning("%s", CANNOT_COMPILE)
+            self.compiler.close()
+            self.compiler = None
 
     def _why_not_ready(self, code: int, folder: int) -> str:
         if 0 <= folder < len(self.folders):
@@ -146,7 +169,7 @@ class RemoteOpener:
     def allows(self, path: Path) -> bool:
         """Whether it is below one of the folders."""
         try:
-            self._place(path)
+            self.place(path)
         except OSError:
             return False
         return True
@@ -170,7 +193,7 @@ class RemoteOpener:
     def open(self, path: Path, *, read_only: bool, direct: bool) -> int:
         """See Opener."""
         how = (READ_ONLY if read_only else 0) | (DIRECT if direct else 0)
-        devices = self._devices[self._place(path)[0]]
+        devices = self._devices[self.place(path)[0]]
         return self._ask(path, OPEN, partial(_check_image, how, devices), how=how)
 
     def open_again(self, fd: int, path: Path, *, direct: bool) -> int:
@@ -204,10 +227,16 @@ class RemoteOpener:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         with self._lock:
-            self.sock.close()
+            self.close_sockets()
         # If its storage hangs, it ends later.
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self._process.wait(END_PATIENCE)
+
+    def close_sockets(self) -> None:
+        """Those of the processes."""
+        self.sock.close()
+        if self.compiler is not None:
+            self.compiler.close()
 
     def report_end(self) -> None:
         """The process has ended; log it unless that is known."""
@@ -216,8 +245,11 @@ class RemoteOpener:
 
     def _ask(self, path: Path, kind: int, check: Check | None, patience: float | None = None, **arguments: int) -> int:
         """The fd of the answer if there is a check for it, else -1. Raises OSError, OpenerEnded."""
-        folder, relative = self._place(path)
-        return self._get(Request(kind, folder, relative, **arguments), check, str(path), patience)
+        folder, relative = self.place(path)
+        request = Request(kind, folder, relative, **arguments)
+        if not is_readable_only(request):
+            raise OSError(errno.EPERM, FOR_POLICIES, str(path))
+        return self._get(request, check, str(path), patience)
 
     def _get(self, request: Request, check: Check | None, what: str, patience: float | None = None) -> int:
         """As `_ask`, for `what`."""
@@ -240,7 +272,7 @@ class RemoteOpener:
             raise OSError(code, MEANINGS.get(code, os.strerror(code)), what)
         return fd
 
-    def _place(self, path: Path) -> tuple[int, bytes]:
+    def place(self, path: Path) -> tuple[int, bytes]:
         """The number of its folder, and where it is below that. Raises OSError."""
         path = Path(os.path.abspath(path)) if ".." not in path.parts else path
         for place, number in self._places:
@@ -294,8 +326,21 @@ def _why_not_this_folder(folder: Path, code: int) -> str:
     return f"{folder}: files cannot be opened below this folder (--allow-folder): {os.strerror(code)}; name another one"
 
 
+def _compiler() -> RemoteCompiler | None:
+    """None if this system does not have what it takes."""
+    try:
+        return RemoteCompiler()
+    except OSError:
+        log.warning("%s", CANNOT_COMPILE)
+        return None
+
+
 def _start(
-    sock: socket.socket, folders: Sequence[Path], user: tuple[int, int] | None, places: Sequence[Place] = ()
+    sock: socket.socket,
+    folders: Sequence[Path],
+    user: tuple[int, int] | None,
+    places: Sequence[Place] = (),
+    compiling: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Raises OSError."""
     package = Path(__file__).resolve().parents[2]
@@ -309,16 +354,23 @@ def _start(
         str(package),
         str(os.getpid()),
         *ids,
+        ",".join(map(str, compiling)) or ABSENT,
         *map(as_text, places),
         ABSENT,
         *map(os.path.abspath, folders),
     ]
     # Signals are for us, also those that a terminal or `systemctl kill` sends to both. It ends with us, after the
     # sockets have been removed.
-    environment = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+    environment = {name: value for name, value in os.environ.items() if name in PASSED or name.startswith("NUMBA_")}
     with held_back(signal.valid_signals()):
         return subprocess.Popen(
-            command, env=environment, cwd="/", stdin=sock.fileno(), stdout=subprocess.DEVNULL, process_group=0
+            command,
+            env=environment | ONE_THREAD,
+            cwd="/",
+            stdin=sock.fileno(),
+            stdout=subprocess.DEVNULL,
+            process_group=0,
+            pass_fds=compiling,
         )
 
 

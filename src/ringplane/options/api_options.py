@@ -44,9 +44,10 @@ class ApiOptions(Options):
         default=(),
         several=tuple,
         flags=("--allow-folder",),
-        help="Disks can be added under the sandbox if their images and sockets are below this folder; repeatable.",
-        doc='folders, `["/srv/images"]`: disks can be added under the sandbox if their images and sockets are below '
-        "one of these ([security.md](security.md#files-of-disks-that-are-added))",
+        help="Disks can be added, and policies loaded, under the sandbox if their images, sockets and files are below "
+        "this folder; repeatable.",
+        doc='folders, `["/srv/images"]`: disks can be added, and policies loaded, under the sandbox if their images, '
+        "sockets and files are below one of these ([security.md](security.md#files-of-disks-that-are-added))",
         doc_default="none",
     )
 

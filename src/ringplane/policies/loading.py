@@ -1,13 +1,14 @@
-"""Policies from files: read, checked, and made units. The text of the file is the key of their compiled code."""
+"""Policies from files: read once, checked, and made units. The text of the file is the key of their compiled code."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import json
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +24,17 @@ from ringplane.native.access import view
 from ringplane.policies.arrays import NAMES, with_calls
 from ringplane.policies.declaring import POLICY, Function, Mistake, Program, memory_layout, visible_layout
 from ringplane.policies.io_view import FIELDS, POLICY_IO
-from ringplane.system.confinement import is_confined
 from ringplane.system.digests import blake2b
 
 if TYPE_CHECKING:
     from ringplane.compiler.inference import Mistake as MistakeInLine
 
 SHIPPED = Path(__file__).with_name("shipped")
+# What decides about the compiled code of a text, beside what it imports: how it is changed, and what is rejected.
+MAKERS = (
+    *(f"ringplane.policies.{each}" for each in ("loading", "file_rules", "arrays")),
+    *(f"ringplane.compiler.{each}" for each in ("checker", "policy_flow")),
+)
 # A policy in a file that ships.
 DECLARED = re.compile(r"^@policy\(.*\)\ndef (\w+)\(", re.MULTILINE)
 
@@ -40,10 +45,6 @@ _found: dict[tuple[str, str], LoadedPolicy] = {}
 
 class PolicyError(Exception):
     """A policy cannot be used; the text has a line for each mistake, with file and line number where there is one."""
-
-
-class NotReadable(PolicyError):
-    """This process is confined, and has not read the policy before that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,28 +69,25 @@ class LoadedPolicy:
 
 
 class PolicyUnit(Unit):
-    """A function of a policy. Others than this process find it by the path of the file."""
+    """A function of a policy. A process that compiles it gets the text of its file, which was checked here."""
 
-    def __init__(self, function: Function, job: str) -> None:
+    def __init__(self, function: Function, path: Path, text: str, name: str) -> None:
         # Not among the units that are known: it is compiled only for a disk that has the policy.
-        Whole.__init__(self, function)
+        Whole.__init__(self, function, defined=True)
         # Without the digest: of each name only some versions are kept (compiler/cache.py).
-        self.name = f"{function.__module__.rpartition('_')[0]}.{function.__name__}"
-        self._job = job
+        self.name = f"{function.__module__.rpartition('_')[0]}.{name}"
+        self._file = str(path.absolute()), text
 
     @property
     def job(self) -> str:
-        return self._job
+        return POLICY + json.dumps([*self._file, self.name])
 
 
 def policy_unit(job: str) -> Unit:
     """The unit of this job. Raises PolicyError."""
-    function, _, path = job.removeprefix(POLICY).partition(" ")
-    for each in read_policies(Path(path)):
-        for unit in each.units:
-            if unit.job == job:
-                return unit
-    raise PolicyError(f"{path} has no {function}")
+    path, text, name = json.loads(job.removeprefix(POLICY))
+    units = (unit for each in _load(Path(path), text) for unit in each.units)
+    return next(unit for unit in units if unit.name == name)
 
 
 def shipped() -> dict[str, Path]:
@@ -98,40 +96,61 @@ def shipped() -> dict[str, Path]:
     return {name: path for path in files for name in DECLARED.findall(path.read_text())}
 
 
-def find_policy(address: str, check: bool = False) -> LoadedPolicy:
-    """FILE.py:NAME, FILE.py with one policy, or the name of one that ships. Raises PolicyError.
+def find_policy(address: str, check: bool = False, read: Callable[[Path], str] | None = None) -> LoadedPolicy:
+    """FILE.py:NAME, FILE.py with one policy, or the name of one that ships. Raises PolicyError, and what `read` raises.
 
     With `check` its functions are checked even if they were compiled before.
     """
+    path, name = find_file(address)
+    chosen = choose_policy(path, (read or read_text)(path), name, check=check)
+    remember(address, chosen)
+    return chosen
+
+
+def find_file(address: str) -> tuple[Path, str]:
+    """The file of a policy and the name in it, which may be empty. Raises PolicyError if none of the name ships."""
     path, name = split_address(address)
     if path is None:
         path = shipped().get(name)
         if path is None:
             names = ", ".join(shipped())
             raise PolicyError(f"no policy {name} ships, but {names}; a policy of your own is FILE.py:NAME")
-    found = {each.program.name: each for each in read_policies(path)}
+    return path, name
+
+
+def choose_policy(path: Path, text: str, name: str, *, check: bool = False) -> LoadedPolicy:
+    """The policy of this name, or the only one, of a file with this text. Raises PolicyError.
+
+    With `check` its functions are checked even if they were compiled before.
+    """
+    try:
+        return _chosen(path, text, name, check=check)
+    except (RecursionError, MemoryError):
+        raise PolicyError(f"{path}: it is nested too deeply, or needs too much memory") from None
+
+
+def _chosen(path: Path, text: str, name: str, *, check: bool) -> LoadedPolicy:
+    found = {each.program.name: each for each in _load(path, text)}
     if not name and len(found) == 1:
         name = next(iter(found))
     if name not in found:
         raise PolicyError(f"{path} has the policies {', '.join(found)}; name one: {path}:NAME")
     chosen = found[name]
     if check or not all(unit.is_cached() for unit in chosen.units):
-        check_functions(path, list(found.values()))
-    _found[_key(address)] = _found[_key(f"{path}:{name}")] = chosen
+        check_functions(path, text, list(found.values()))
     return chosen
 
 
-def usable_policy(address: str) -> LoadedPolicy:
-    """As `find_policy`; a confined process has only those that it found before, also for other disks."""
-    if not is_confined():
-        return find_policy(address)
-    found = _found.get(_key(address))
-    if found is None or not all(unit.is_loaded for unit in found.units):
-        raise NotReadable(
-            f"this process may not read or compile policies any more; start it with {address} for one of its disks, "
-            "which may be switched off (enabled=no), or with --no-sandbox"
-        )
-    return found
+def found_before(address: str) -> LoadedPolicy | None:
+    """What this process has found at this address, whatever its file is now."""
+    return _found.get(_key(address))
+
+
+def remember(address: str, loaded: LoadedPolicy) -> None:
+    """For `found_before`, also with the name of the policy."""
+    path, _ = split_address(address)
+    for each in (address, *([f"{path}:{loaded.program.name}"] if path is not None else [])):
+        _found[_key(each)] = loaded
 
 
 def _key(address: str) -> tuple[str, str]:
@@ -150,8 +169,13 @@ def split_address(address: str) -> tuple[Path | None, str]:
 
 def read_policies(path: Path) -> list[LoadedPolicy]:
     """The policies of a file, whose functions are not checked yet. Raises PolicyError."""
+    return _load(path, read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """That of a file of policies. Raises PolicyError."""
     try:
-        return _load(path, path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -167,20 +191,22 @@ def _load(path: Path, text: str) -> list[LoadedPolicy]:
         tree = ast.parse(text, str(path))
     except SyntaxError as error:
         raise PolicyError(f"{path}:{error.lineno or 1}: {error.msg}") from None
+    except ValueError as error:
+        raise PolicyError(f"{path}: {error}") from None
     _raise_any(mistakes(tree, path, frozenset(ringplane.policies.__all__)))
     module = _run(path, text, with_calls(tree))
     programs = {id(each): each for each in vars(module).values() if isinstance(each, Program)}
     if not programs:
         raise PolicyError(f"{path} has no policy; a function with @policy(...) is one")
     needs_time = any(isinstance(node, ast.Attribute) and node.attr == "time" for node in ast.walk(tree))
-    return [_loaded(path, module.__name__, each, needs_time) for each in programs.values()]
+    return [_loaded(path, text, module.__name__, each, needs_time) for each in programs.values()]
 
 
 def _run(path: Path, text: str, tree: ast.Module) -> ModuleType:
     """Run what declares the policies."""
     digest = blake2b(text.encode(), digest_size=8).hexdigest()
     name = f"policy_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
-    give_text(name, text)
+    give_text(name, text, MAKERS)
     module = ModuleType(name)
     module.__file__ = str(path)
     vars(module).update(NAMES)
@@ -196,24 +222,24 @@ def _run(path: Path, text: str, tree: ast.Module) -> ModuleType:
     return module
 
 
-def _loaded(path: Path, module: str, program: Program, needs_time: bool) -> LoadedPolicy:
+def _loaded(path: Path, text: str, module: str, program: Program, needs_time: bool) -> LoadedPolicy:
     layout = memory_layout(program.declared)
-    down = _unit(path, module, program.name, program.function, layout)
-    after = program.after
-    up = _unit(path, module, f"{program.name}_result", after, layout) if after else None
-    return LoadedPolicy(path, program, down, up, needs_time)
+    unit = functools.partial(_unit, path, text, module, layout)
+    # No policy has a dot in its name.
+    up = unit(f"{program.name}.result", program.after) if program.after else None
+    return LoadedPolicy(path, program, unit(program.name, program.function), up, needs_time)
 
 
-def _unit(path: Path, module: str, name: str, function: Function, layout: np.dtype[np.void]) -> PolicyUnit:
+def _unit(path: Path, text: str, module: str, layout: np.dtype[np.void], name: str, function: Function) -> PolicyUnit:
     namespace: dict[str, Any] = {
         "function": compiled(function), "view": view, "POLICY_IO": POLICY_IO, "LAYOUT": layout, "__name__": module,
     }  # fmt: skip
-    exec(f"def {name}(my, io):\n    return function(view(io, POLICY_IO), view(my, LAYOUT))\n", namespace)
-    return PolicyUnit(namespace[name], f"{POLICY}{name} {path.absolute()}")
+    exec("def run(my, io):\n    return function(view(io, POLICY_IO), view(my, LAYOUT))\n", namespace)
+    return PolicyUnit(namespace["run"], path, text, name)
 
 
-def check_functions(path: Path, policies: list[LoadedPolicy]) -> None:
-    """Raises PolicyError for mistakes in the functions of a file."""
+def check_functions(path: Path, text: str, policies: list[LoadedPolicy]) -> None:
+    """Raises PolicyError for mistakes in the functions of a file with this text."""
     from ringplane.compiler.checker import check_policies
     from ringplane.compiler.policy_flow import CHANGING, IO
     from ringplane.compiler.shapes import Shape, Struct
@@ -228,7 +254,7 @@ def check_functions(path: Path, policies: list[LoadedPolicy]) -> None:
         for function in filter(None, (each.program.function, each.program.after)):
             passed[function.__name__] = (io, my)
     # The path as it was given.
-    _raise_any([replace(each, path=path) for each in check_policies(path, passed)])
+    _raise_any([replace(each, path=path) for each in check_policies(path, text, passed)])
 
 
 def _raise_any(mistakes: list[MistakeInLine]) -> None:

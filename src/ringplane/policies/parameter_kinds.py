@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ringplane.engines.common import (
@@ -64,6 +64,8 @@ class ParameterKind:
     numbers: tuple[type, ...] = (int,)
     # How many int64 a value has.
     count: int = 1
+    # Of `one_of`.
+    words: tuple[str, ...] = ()
 
     def value(self, given: object) -> Value:
         """What was given on the command line, in TOML, JSON or Python. Raises ValueError."""
@@ -135,7 +137,7 @@ def _show_range(place: tuple[int, int]) -> str:
 
 def one_of(*names: str) -> ParameterKind:
     """One of these words; in the policy it is a number, counted from 0."""
-    return _words("one of", {name: number for number, name in enumerate(names)})
+    return replace(_words("one of", {name: number for number, name in enumerate(names)}), words=names)
 
 
 def _words(name: str, numbers: Mapping[str, int]) -> ParameterKind:

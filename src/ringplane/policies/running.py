@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringplane.options.kinds import suggestion
+from ringplane.options.kinds import shown, suggestion
 from ringplane.options.policy_options import PolicyUse
 from ringplane.policies.declaring import SEED, Policy, count_of, fields_of, memory_layout
 from ringplane.policies.io_view import HEADER, HEADER_SIZE, MUTEX
@@ -149,6 +149,13 @@ class RunningPolicy:
         else:
             # A file that is not given always exists.
             self._my[key] = 1 if isinstance(value, str) else value
+
+    def check_paths(self) -> None:
+        """Raises WrongParameter for a relative one: whoever has named it may be in another folder."""
+        for key, each in self.declared.parameters.items():
+            path = str(self.values[key])
+            if each.kind is FILE and path and not os.path.isabs(path):
+                raise WrongParameter(f"{key}: {shown(path)} is not an absolute path; it has to begin with /")
 
     def start_threads(self) -> None:
         """Start those that watch files for it. Raises NoThread."""

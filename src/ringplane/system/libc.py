@@ -9,7 +9,7 @@ import struct
 
 from ringplane.system.syscall_numbers import NUMBERS
 
-PROT_READ, PROT_WRITE = 1, 2
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_SHARED, MAP_NORESERVE = 0x01, 0x4000
 # include/uapi/linux/fs.h
 RENAME_EXCHANGE = 2
@@ -68,6 +68,14 @@ def mmap_shared(fd: int, size: int, offset: int, *, writable: bool = True, reser
     if address == MAP_FAILED or address is None:
         raise _error()
     _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_DONTDUMP)
+    return int(address)
+
+
+def mmap_code(fd: int, size: int) -> int:
+    """mmap(2): the address of `size` bytes of `fd`, shared, for reading and executing; raises OSError."""
+    address = _libc.mmap(None, size, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0)
+    if address == MAP_FAILED or address is None:
+        raise _error()
     return int(address)
 
 

@@ -48,6 +48,9 @@ class Layer:
     def resize(self, size: int) -> None:
         """The disk has another size in bytes from now on."""
 
+    def check_paths(self) -> None:
+        """Raises ImageError for a relative path in its options: whoever adds the disk may be in another folder."""
+
     def start_threads(self, emit: Emit) -> None:
         """Start those that it needs; `emit` reports events of the disk. Raises NoThread."""
 

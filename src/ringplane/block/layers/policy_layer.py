@@ -13,6 +13,7 @@ from ringplane.block.layers.layer import Layer
 from ringplane.block.layers.policy_walk import CHANGE, ENTRY, POLICIES, down, forget, release, up
 from ringplane.block.stack import LayerPart
 from ringplane.native.structs import new
+from ringplane.opener.opener import LOCAL
 from ringplane.options.policy_options import PolicyOptions, PolicyUse, named_policies
 from ringplane.policies.io_view import SEEN
 
@@ -127,6 +128,16 @@ class PolicyLayer(Layer):
     def named(self, name: str) -> RunningPolicy | None:
         return next((each for each in self.policies if each.name == name), None)
 
+    def check_paths(self) -> None:
+        # With them, this is loaded.
+        from ringplane.policies.running import WrongParameter
+
+        for each in self.policies:
+            try:
+                each.check_paths()
+            except WrongParameter as error:
+                raise ImageError(f"policy {each.name}: {error}") from None
+
     def start_threads(self, emit: Emit) -> None:
         for each in self.policies:
             each.start_threads()
@@ -138,7 +149,7 @@ class PolicyLayer(Layer):
 
 def open_layer(config: DiskConfig, source: Source, *, shared: bool, opener: Opener) -> Layer | None:
     return (
-        PolicyLayer(source.size, config.block_size, load_policies(config.policy, source.title))
+        PolicyLayer(source.size, config.block_size, load_policies(config.policy, source.title, opener))
         if config.policy
         else None
     )
@@ -150,14 +161,14 @@ def check(config: PolicyOptions, source: Source) -> type[Layer] | None:
     return PolicyLayer if config.policy else None
 
 
-def load_policies(uses: Sequence[PolicyUse], title: str = "") -> list[RunningPolicy]:
-    """Those of the disk with this title. Raises ImageError."""
+def load_policies(uses: Sequence[PolicyUse], title: str = "", opener: Opener = LOCAL) -> list[RunningPolicy]:
+    """Those of the disk with this title, whose files this opens. Raises ImageError, OpenerEnded."""
     # Few disks need it.
     from ringplane.policies.loading import PolicyError
     from ringplane.policies.running import WrongParameter
 
     try:
-        return [run_policy(use) for use in named_policies(uses)]
+        return [run_policy(use, opener) for use in named_policies(uses)]
     except PolicyError as error:
         first, *others = str(error).split("\n")
         more = f" (and {len(others)} more; see `ringplane policy check`)" if others else ""
@@ -166,13 +177,13 @@ def load_policies(uses: Sequence[PolicyUse], title: str = "") -> list[RunningPol
         raise ImageError(f"{title}: {error}" if title else str(error)) from None
 
 
-def run_policy(use: PolicyUse) -> RunningPolicy:
-    """Load a policy of a disk. Raises PolicyError, WrongParameter."""
-    from ringplane.policies.loading import usable_policy
+def run_policy(use: PolicyUse, opener: Opener = LOCAL) -> RunningPolicy:
+    """Load a policy of a disk, whose files this opens. Raises PolicyError, WrongParameter, OpenerEnded."""
     from ringplane.policies.running import RunningPolicy, WrongParameter
+    from ringplane.policies.usable import usable_policy
 
     try:
-        loaded = usable_policy(use.policy)
+        loaded = usable_policy(use.policy, opener)
         return RunningPolicy(use.name, loaded, use.parameters, enabled=use.enabled, address=use.policy)
     except WrongParameter as error:
         raise WrongParameter(f"policy {use.policy}: {error}") from None
