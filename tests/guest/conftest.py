@@ -26,6 +26,10 @@ PACKAGES = {
     "btrfs": "btrfs-progs",
     "blkzone": "util-linux",
     "sqlite3": "sqlite3",
+    "postgres": "postgresql",
+    "psql": "postgresql",
+    "pgbench": "postgresql",
+    "setpriv": "util-linux",
 }
 
 InitramfsFor = Callable[[kernels.Kernel, Sequence[str], Workload], bytes]
@@ -72,11 +76,13 @@ def initramfs_for(tmp_path_factory: pytest.TempPathFactory) -> InitramfsFor:
     folder = tmp_path_factory.mktemp("initramfs")
 
     def build(kernel: kernels.Kernel, modules: Sequence[str], workload: Workload) -> bytes:
-        built = folder / "-".join([kernel.image.name, *sorted(workload.programs), *workload.modules])
+        parts = [kernel.image.name, *sorted(workload.programs), *workload.modules, *workload.files]
+        built = folder / "-".join(Path(part).name for part in parts)
         if not built.exists():
             busybox = kernels.program("busybox", "busybox-static")
-            programs = [kernels.program(name, PACKAGES[name]) for name in workload.programs]
-            built.write_bytes(initramfs.build(busybox, programs, kernel.modules, (*modules, *workload.modules)))
+            programs = [kernels.program(name, PACKAGES[Path(name).name]) for name in workload.programs]
+            files = [Path(name) for name in workload.files]
+            built.write_bytes(initramfs.build(busybox, programs, kernel.modules, (*modules, *workload.modules), files))
         return built.read_bytes()
 
     return build

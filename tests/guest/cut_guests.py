@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,124 +16,138 @@ from typing import Any
 from ringplane.recordings.reader import open_recording
 
 from .back_end_processes import BackendFactory, environment
-from .kernels import program
+from .kernels import need, program
 from .machines import UmlGuest
 from .workloads import Workload, script
 
-# The file system does not use the last MiB of the disk: a guest writes marks there.
-DISK, FILE_SYSTEM = 40 << 20, 39 << 20
+MIB = 1 << 20
 
-PATHS = "PATH=$PATH:/usr/sbin:/sbin"
+
+@dataclass(frozen=True)
+class FileSystem:
+    """How it is made: its size in bytes, which is a multiple of 1 MiB, and the command for an image."""
+
+    name: str
+    size: int
+    package: str
+    options: tuple[str, ...]
+
+    def make(self, image: Path, *more: str | Path) -> None:
+        """In a new image, which has 1 MiB more than the file system uses: a guest writes marks there."""
+        mkfs = program(f"mkfs.{self.name}", self.package)
+        with image.open("wb") as file:
+            file.truncate(self.size)
+        subprocess.run([mkfs, "-q", *self.options, *more, image], check=True)
+        os.truncate(image, self.size + MIB)
+
+
+EXT4 = FileSystem("ext4", 39 * MIB, "e2fsprogs", ("-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"))
+# mkfs.xfs makes nothing smaller than 300 MB. The sectors of the file system are the physical blocks of the disk, as
+# mkfs.xfs makes them on a block device.
+XFS = FileSystem("xfs", 304 * MIB, "xfsprogs", ("-s", "size=4096"))
 
 
 @dataclass(frozen=True)
 class Subject:
     """What a guest does, and how a state is checked; `planted`: it does not survive each power cut."""
 
-    mount: str
+    # A shell script, which takes about as long as there are $rounds.
     work: str
     check: str
     planted: bool
+    file_system: FileSystem = EXT4
+    mount: str = ""
+    # Puts into a folder what is in the file system at the beginning.
+    fill: Callable[[Path], None] | None = None
     programs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     first_mark: str = "mounted"
     # Of the disk.
     options: tuple[str, ...] = ()
+    rounds: int = 6
+    # So many are enough to find what is planted.
+    states: int = 150
 
 
-# Files are written, synced, renamed and removed; each mark promises the files of its round.
-FILES = """\
-for round in 1 2 3 4 5 6; do
-    mkdir /mnt/$round
-    for number in 1 2 3 4 5 6 7 8; do
-        head -c $((number * 3000)) /dev/urandom > /mnt/$round/new
-        mv /mnt/$round/new /mnt/$round/file$number
-    done
-    [ $round -lt 3 ] || rm -r /mnt/$((round - 2))
-    sync
-    mark $round
-done
-"""
-
-EXT4 = f"{PATHS}; e2fsck -p {{image}}; e2fsck -fn {{image}}"
-
-# A bank: each transaction moves money between two accounts, and the mark promises that it is there.
-BANK = """\
-sqlite() { sqlite3 /mnt/bank.db "PRAGMA synchronous=SYNCHRONOUS;" "$@"; }
-sqlite "CREATE TABLE account (id INTEGER PRIMARY KEY, money INTEGER)" \\
-    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200)
-        INSERT INTO account SELECT i, 100 FROM n" \\
-    "CREATE TABLE moved (id INTEGER PRIMARY KEY)" > /dev/null
-sync
-mark 0
-for number in $(seq 1 25); do
-    sqlite "BEGIN; UPDATE account SET money = money - 1 WHERE id % 25 = $number % 25; \\
-        UPDATE account SET money = money + 1 WHERE id % 25 = ($number + 7) % 25; \\
-        INSERT INTO moved VALUES ($number); COMMIT" > /dev/null
-    mark $number
-done
-"""
-
-
-def bank(synchronous: str) -> str:
-    return BANK.replace("SYNCHRONOUS", synchronous)
-
-
-# The journal of the file system is replayed, the database is copied out of it, and recovers by itself.
-CONSISTENT = (
-    f"set -f; {PATHS}; e2fsck -p {{image}} > /dev/null; debugfs -R 'rdump / {{folder}}' {{image}} > /dev/null 2>&1; "
-    "set -- $(sqlite3 {folder}/bank.db 'PRAGMA integrity_check' 'SELECT sum(money) FROM account' "
-    "'SELECT coalesce(max(id), 0) FROM moved' | tr '\\n' ' '); echo \"$@\"; "
-    'test "$1" = ok && test "$2" = 20000'
-)
-# What was committed is there.
-DURABLE = CONSISTENT + ' && test "$3" -ge {mark}'
-
-SUBJECTS = {
-    "ext4": Subject("", FILES, EXT4, planted=False),
-    "ext4-barrier=0": Subject("-o barrier=0", FILES, EXT4, planted=True),
-    "ext4-lying-flush": Subject("", FILES, EXT4, planted=True, options=("--policy", "lying_flush")),
-    # FULL does not sync the folder when the journal is removed, so the last transaction may be rolled back; EXTRA does.
-    "sqlite-FULL": Subject("", bank("FULL"), CONSISTENT, planted=False, programs=("sqlite3",), first_mark="0"),
-    "sqlite-EXTRA": Subject("", bank("EXTRA"), DURABLE, planted=False, programs=("sqlite3",), first_mark="0"),
-    "sqlite-OFF": Subject("", bank("OFF"), DURABLE, planted=True, programs=("sqlite3",), first_mark="0"),
-}
-
-
-def marking(token: str) -> str:
-    """A shell function: writes a mark behind the file system."""
-    return f"""\
+def script_of(subject: Subject, rounds: int, token: str) -> str:
+    """What a guest does; the shell function `mark` writes a mark behind the file system."""
+    system = subject.file_system
+    return script(f"""\
 mark() {{
     {{ printf '%s%s' '{token}' "$1"; head -c 4096 /dev/zero; }} | head -c 4096 > /tmp/mark
-    dd if=/tmp/mark of=/dev/vda bs=4096 seek={FILE_SYSTEM // 4096} oflag=direct conv=notrunc 2> /tmp/dd.txt
+    dd if=/tmp/mark of=/dev/vda bs=4096 seek={system.size // 4096} oflag=direct conv=notrunc 2> /tmp/dd.txt
 }}
-"""
+rounds={rounds}
+mount -t {system.name} {subject.mount} /dev/vda /mnt
+mark mounted
+{subject.work}
+""")
 
 
-def record(backend: BackendFactory, guest: UmlGuest, folder: Path, subject: Subject) -> tuple[Path, Path]:
+def make_base(base: Path, subject: Subject) -> None:
+    """The image on which a guest begins."""
+    if subject.fill is None:
+        subject.file_system.make(base)
+        return
+    # Databases are not run by root, and the folders of tests are root's only.
+    with tempfile.TemporaryDirectory(prefix="ringplane-fill-") as name:
+        subject.fill(Path(name))
+        subject.file_system.make(base, "-d", name)
+
+
+def record(backend: BackendFactory, guest: UmlGuest, folder: Path, subject: Subject, rounds: int) -> tuple[Path, Path]:
     """Let a guest work on a file system; returns the base image and the recording."""
     base, image, recording = folder / "base.img", folder / "disk.img", folder / "disk.rec"
-    mkfs = program("mkfs.ext4", "e2fsprogs")
-    with base.open("wb") as file:
-        file.truncate(DISK)
-    size = f"{FILE_SYSTEM >> 10}k"
-    subprocess.run([mkfs, "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", base, size], check=True)
-    image.write_bytes(base.read_bytes())
+    make_base(base, subject)
+    copy(base, image)
     disk = backend(image, num_queues=1, extra=["--record", str(recording), *subject.options])
     token = open_recording(recording).header.token
-    body = marking(token) + f"mount -t ext4 {subject.mount} /dev/vda /mnt\nmark mounted\n{subject.work}\n"
-    guest.run(disk, Workload(script(body), subject.programs))
+    guest.run(disk, Workload(script_of(subject, rounds, token), subject.programs, files=subject.files))
     disk.stop()
+    image.unlink()
     return base, recording
 
 
-def crash(base: Path, recording: Path, subject: Subject, *, states: int) -> dict[str, Any]:
-    """What the laboratory finds."""
+def need_mounts(image: Path) -> None:
+    """A file system is checked by the kernel, which mounts it. This does not change the image."""
+    mount = ["unshare", "--mount", "mount", "-t", "xfs", "-o", "ro,loop", image, "/mnt"]
+    mounted = os.geteuid() == 0 and subprocess.run(mount).returncode == 0
+    need(mounted or None, "xfs is mounted through a loop device: run the tests as root, where both are possible")
+
+
+def copy(image: Path, other: Path) -> None:
+    subprocess.run(["cp", "--sparse=always", image, other], check=True)
+
+
+def crash(base: Path, recording: Path, subject: Subject, *, states: int, seconds: int) -> dict[str, Any]:
+    """What the laboratory finds. The command is printed: with `pytest -s`, or if the test fails."""
     command = [
-        *(sys.executable, "-m", "ringplane", "crash", "--base", str(base), "--recording", str(recording)),
-        *("--check", subject.check, "--states", str(states), "--seconds", "36000", "--json"),
-        *("--tear", "4096", "--from-mark", subject.first_mark),
+        *("ringplane", "crash", "--base", str(base), "--recording", str(recording), "--check", subject.check),
+        *("--tear", "4096", "--from-mark", subject.first_mark, "--time-limit", "300"),
+        *("--states", str(states), "--seconds", str(seconds)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    print(shlex.join(command))
+    done = subprocess.run([sys.executable, "-m", *command, "--json"], capture_output=True, text=True, env=environment())
     assert done.returncode in (0, 1), done.stdout + done.stderr
+    print(done.stdout)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def status_replayed(base: Path, smallest: dict[str, Any], subject: Subject) -> int:
+    """The exit status of the check on a copy of the base image on which the failing state was played."""
+    with tempfile.TemporaryDirectory(prefix="ringplane-replay-") as name:
+        image, empty = Path(name, "disk.img"), Path(name, "empty")
+        copy(base, image)
+        replay = [sys.executable, "-m", "ringplane", "replay", "--fast", smallest["recording"], str(image)]
+        subprocess.run(replay, check=True, env=environment())
+        empty.mkdir()
+        # A database, as another user, finds its files there.
+        os.chmod(name, 0o755)
+        values = {"{image}": image, "{folder}": empty, "{mark}": smallest["mark_before"]}
+        check = subject.check
+        for each, value in values.items():
+            check = check.replace(each, shlex.quote(str(value)))
+        # What root mounts disappears with its namespace.
+        namespace = ["unshare", "--mount"] if os.geteuid() == 0 else []
+        return subprocess.run([*namespace, "sh", "-c", check]).returncode

@@ -134,16 +134,20 @@ def module_entries(folder: Path, wanted: Sequence[str]) -> list[Entry]:
     return [*entries, text("/modules/order", "".join(f"{name}.ko\n" for name in loaded))]
 
 
-def build(busybox: Path, programs: Iterable[Path], modules: Path, wanted: Sequence[str]) -> bytes:
+SETTINGS = Path("/etc/mke2fs.conf")
+
+
+def build(
+    busybox: Path, programs: Iterable[Path], modules: Path, wanted: Sequence[str], files: Iterable[Path] = ()
+) -> bytes:
     """Everything except the script. Many guests share it, so it is built and compressed once."""
+    settings = [SETTINGS] if SETTINGS.exists() else []
     entries = [
         Entry(PurePosixPath("/bin/busybox"), busybox.read_bytes()),
         *program_entries(programs),
         *module_entries(modules, wanted),
+        *(text(str(path), path.read_text()) for path in (*settings, *files)),
     ]
-    settings = Path("/etc/mke2fs.conf")
-    if settings.exists():
-        entries.append(text(str(settings), settings.read_text()))
     return padded(gzip.compress(archive(entries), compresslevel=1))
 
 

@@ -23,11 +23,12 @@ say "done"
 
 @dataclass(frozen=True)
 class Workload:
-    """A script, with the programs (besides busybox) and the kernel modules that its guest needs."""
+    """A script, with the programs (besides busybox), kernel modules and files that its guest needs."""
 
     script: str
     programs: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def script(body: str) -> str:
