@@ -171,6 +171,18 @@ def test_what_a_check_writes_is_seen_by_itself_only(recorded: Recorded) -> None:
     assert recorded.base.read_bytes() == bytes(64 * BLOCK)
 
 
+def test_more_checks_at_a_time_than_cpus(recorded: Recorded, tmp_path: Path) -> None:
+    jobs = 2 * len(os.sched_getaffinity(0))
+    for number in range(jobs.bit_length()):
+        recorded.write(number * BLOCK, bytes([number + 1]) * BLOCK)
+    # Each waits for all the others.
+    waiting = tmp_path / "waiting"
+    waiting.mkdir()
+    check = f"touch {waiting}/$PPID; until [ $(ls {waiting} | wc -l) = {jobs} ]; do sleep 0.05; done; test -s {{image}}"
+    found = result(recorded, check, *WHOLE, "--jobs", str(jobs), "--states", str(jobs), status=0)
+    assert (found["tried"], found["failed"]) == (jobs, 0)
+
+
 def test_a_check_that_takes_too_long_has_failed(recorded: Recorded) -> None:
     recorded.write(0, b"x" * BLOCK)
     done = crash(recorded, "test -s {image} && sleep 1000", "--time-limit", "0.5", "--states", "1", status=1)

@@ -60,6 +60,7 @@ STATES, BUDGET, TIME_LIMIT = 20_000, "600", "60"
 )
 @click.option("--from-mark", metavar="TEXT", help="Cut the power only after the first mark with this text.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random states.")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Checks at a time [default: the number of CPUs].")
 @click.option("--out", type=FILE, help="Where to record the smallest failing state [default: RECORDING.failing].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -77,7 +78,7 @@ def crash(
 
     A state has what was stable, and any of the other writes: those that no completed flush covers, wholly or in part.
     The likely ones come first, and those with few missing writes; then random ones. The check sees each state as a file
-    in a file system in user space (FUSE), and runs on all CPUs at the same time.
+    in a file system in user space (FUSE), and runs on all CPUs at the same time (--jobs).
 
     \b
     ringplane crash --base disk.img --recording disk.rec --check 'e2fsck -p {image}; e2fsck -fn {image}'
@@ -182,6 +183,7 @@ def laboratory_of(
     from_mark: str | None,
     seed: int,
     states: int,
+    jobs: int | None,
     **others: Any,
 ) -> Iterator[Laboratory]:
     """What is to be tried, and the processes that do it."""
@@ -200,7 +202,7 @@ def laboratory_of(
     contents = SectorContents(mapped(base, recording.header), recording, timeline.writes, signals.check)
     experiment = Experiment(contents, timeline, cuts, command, time_limit)
     enumeration = Enumeration(cuts, Tearing(unit(tear, recording.header.physical_block_size)), seed, most=states)
-    number = cpus()
+    number = jobs or cpus()
     with check_processes(experiment, number, signals) as processes:
         yield Laboratory(experiment, enumeration, processes, number, signals)
 
