@@ -119,12 +119,12 @@ def copy(image: Path, other: Path) -> None:
     subprocess.run(["cp", "--sparse=always", image, other], check=True)
 
 
-def crash(base: Path, recording: Path, subject: Subject, *, states: int, seconds: int) -> dict[str, Any]:
+def crash(base: Path, recording: Path, subject: Subject, *, states: int, seconds: int, jobs: int) -> dict[str, Any]:
     """What the laboratory finds. The command is printed: with `pytest -s`, or if the test fails."""
     command = [
         *("ringplane", "crash", "--base", str(base), "--recording", str(recording), "--check", subject.check),
         *("--tear", "4096", "--from-mark", subject.first_mark, "--time-limit", "300"),
-        *("--states", str(states), "--seconds", str(seconds)),
+        *("--states", str(states), "--seconds", str(seconds), "--jobs", str(jobs)),
     ]
     print(shlex.join(command))
     done = subprocess.run([sys.executable, "-m", *command, "--json"], capture_output=True, text=True, env=environment())

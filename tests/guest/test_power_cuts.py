@@ -2,7 +2,7 @@
 
 More states of a guest that works longer (docs/crash.md has the results):
 
-    RINGPLANE_CUT_ROUNDS=40 RINGPLANE_CUT_STATES=20000 RINGPLANE_CUT_SECONDS=7200 \\
+    RINGPLANE_CUT_ROUNDS=30 RINGPLANE_CUT_STATES=20000 RINGPLANE_CUT_SECONDS=7200 RINGPLANE_CUT_JOBS=12 \\
         python -m pytest -n0 -s --timeout 0 --basetemp FOLDER tests/guest/test_power_cuts.py -k 'xfs and not lying'
 """
 
@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 
 import pytest
+
+from ringplane.crash.check_processes import cpus
 
 from . import cut_guests
 from .back_end_processes import STAND_IN, BackendFactory
@@ -32,7 +34,8 @@ def test_what_is_planted_is_found(backend: BackendFactory, uml: UmlGuest, tmp_pa
     if subject.file_system is cut_guests.XFS:
         cut_guests.need_mounts(base)
     states, seconds = chosen("STATES", subject.states), chosen("SECONDS", 36_000)
-    found = cut_guests.crash(base, recording, subject, states=states, seconds=seconds)
+    jobs = chosen("JOBS", cpus())
+    found = cut_guests.crash(base, recording, subject, states=states, seconds=seconds, jobs=jobs)
     # Otherwise it would prove nothing.
     assert found["exhausted"] or found["tried"] >= min(states, subject.states)
     assert bool(found["failed"]) == subject.planted, found

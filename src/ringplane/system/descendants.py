@@ -48,12 +48,14 @@ def end_descendants(spared: Collection[int] = ()) -> None:
 
 def children() -> set[int]:
     """The children of this process. Not all kernels have /proc/PID/task/TID/children."""
-    return {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _parent(path) == os.getpid()}
+    # Not with Path.glob: it fails if a process ends while it looks whether there is a file.
+    pids = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    return {pid for pid in pids if _parent(pid) == os.getpid()}
 
 
-def _parent(stat: Path) -> int | None:
+def _parent(pid: int) -> int | None:
     # A process may have ended.
     with contextlib.suppress(OSError):
         # Its name, in parentheses, may contain anything; its state and its parent follow.
-        return int(stat.read_bytes().rpartition(b")")[2].split()[1])
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     return None
