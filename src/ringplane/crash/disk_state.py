@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,9 @@ from ringplane.crash.crash_states import ALL, NOTHING, State
 from ringplane.crash.power_cuts import PowerCut
 from ringplane.crash.sector_contents import Numbers, SectorContents
 from ringplane.crash.timeline import Write
+
+# For changes of at most so many sectors the random numbers are kept.
+MOST_KEPT = 256
 
 # A change of sectors that can be undone: the first sector, and their numbers before.
 Change = tuple[int, Numbers]
@@ -100,7 +104,18 @@ class Fingerprints(DiskState):
 
 
 def _mixed(first: int, numbers: Numbers) -> int:
-    """The XOR of the random numbers of these contents at sectors from `first` on (splitmix64)."""
+    """The XOR of the random numbers of these contents at sectors from `first` on."""
+    # The same writes are put and undone again and again.
+    return _mixed_once(first, numbers.tobytes()) if len(numbers) <= MOST_KEPT else _computed(first, numbers)
+
+
+@lru_cache(maxsize=1 << 15)
+def _mixed_once(first: int, numbers: bytes) -> int:
+    return _computed(first, np.frombuffer(numbers, np.uint32))
+
+
+def _computed(first: int, numbers: Numbers) -> int:
+    """By splitmix64."""
     mixed: npt.NDArray[np.uint64] = np.arange(first, first + len(numbers), dtype=np.uint64)
     mixed = (mixed << np.uint64(32) | numbers) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
