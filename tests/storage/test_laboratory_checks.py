@@ -150,6 +150,7 @@ def test_wrong_input_is_one_line(disk: Recorded, tmp_path: Path) -> None:
     disk.write(0, b"x" * BLOCK)
     assert "does not contain {image}" in one_at_a_time(disk, "true", status=2).stderr
     assert "no mark 'there'" in one_at_a_time(disk, "true {image}", "--from-mark", "there", status=2).stderr
+    assert "Syntax error" in one_at_a_time(disk, "if {image}", status=2).stderr
     disk.base.unlink()
     disk.base.mkdir()
     assert one_at_a_time(disk, "true {image}", status=2).stderr == f"Error: {disk.base}: Is a directory\n"

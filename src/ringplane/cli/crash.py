@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -211,6 +212,10 @@ def check_command(command: str, timeline: Timeline) -> None:
     """Raises CouldNotTry if it cannot be run."""
     if "{image}" not in command:
         raise CouldNotTry("--check does not contain {image}, which becomes the path of the image")
+    # Its exit status would be that of a failed check.
+    parsed = subprocess.run(["/bin/sh", "-n", "-c", command], capture_output=True, text=True)
+    if parsed.returncode:
+        raise CouldNotTry(f"--check: {parsed.stderr.strip()}")
     wrong = next((mark for mark in timeline.marks if "\0" in mark.text), None)
     if wrong and "{mark}" in command:
         raise CouldNotTry(f"entry {wrong.index}: the text of this mark has a NUL byte; use a check without {{mark}}")
