@@ -109,7 +109,8 @@ def test_loop_devices_that_a_check_leaves_are_detached(disk: Recorded) -> None:
     for block in range(3):
         disk.write(block * BLOCK, b"x" * BLOCK)
     check = (
-        "PATH=$PATH:/sbin:/usr/sbin; echo {image} > path; ! grep -q checked {image} && device=$(losetup --show --find {image}) && "
+        "PATH=$PATH:/sbin:/usr/sbin; echo {image} > path; ! grep -q checked {image} && "
+        "device=$(losetup --show --find {image}) && "
         "printf checked | dd of=$device bs=1 seek=12345 conv=notrunc status=none"
     )
     done = one_at_a_time(disk, check, *WHOLE, status=0)
