@@ -146,7 +146,12 @@ def test_the_end_of_what_hangs_waits_for_no_operation(served: Served, driver: Dr
 def test_policies_that_cannot_be_added(served: Served) -> None:
     served.api.post(POLICIES, {"policy": ERROR, "name": "there"}, status=201)
     cases: list[tuple[dict[str, Any], int, str, str]] = [
-        ({"policy": "eror"}, 400, "policy", "no policy eror ships, but "),
+        (
+            {"policy": "eror"},
+            400,
+            "policy",
+            'no policy eror ships (one of your own is FILE.py:NAME); did you mean "error"?',
+        ),
         ({"policy": "own.py:own"}, 400, "policy", "'own.py:own' is not an absolute path"),
         ({"policy": "/none/own.py"}, 400, "policy", "/none/own.py cannot be read: No such file"),
         ({"policy": ERROR, "name": "there"}, 409, "there", "the disk has a policy of this name already"),

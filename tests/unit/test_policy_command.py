@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import ringplane
 from ringplane.api.disk_metrics import disk_metrics
+from ringplane.cli import policy as command
 from ringplane.cli.policy import policy
 from ringplane.driver import Driver
 from ringplane.options.policy_options import PolicyUse
@@ -36,7 +37,18 @@ def test_list_describes_those_of_a_file() -> None:
     assert (status, lines[0]) == (0, "error: Requests fail: some operation, some of them, in some range.")
     assert f"    {'operation=any':24} the operation that fails" in lines
     assert "    counts failed: requests that were failed" in lines
-    assert run("list", "eror")[0] == 1
+    assert run("list", "eror") == (1, ['Error: no policy eror ships; did you mean "error"?'])
+
+
+def test_descriptions_continue_below_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "65")
+    command.list_policies.main(["error"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index(f"    {'errno=5':24} the error, a number of errno(3);")
+    assert lines[place + 1] == f"{'':29}guests see an I/O error"
 
 
 def test_check_shows_what_is_not_an_answer(tmp_path: Path) -> None:
@@ -83,6 +95,16 @@ def test_check_reports_mistakes(tmp_path: Path, body: str, arguments: list[str],
     assert done.exit_code == 1
     assert words in done.output
     assert len(done.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none.py", "Error: none.py cannot be read: "), ("eror", "Error: no policy eror ships (one of your own")],
+)
+def test_check_says_what_is_not_there(name: str, words: str) -> None:
+    status, lines = run("check", name)
+    assert (status, len(lines)) == (1, 1)
+    assert lines[0].startswith(words)
 
 
 def test_a_policy_that_never_returns_ends_the_check(tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         (f"{tmp_path}/missing.py", "missing.py cannot be read: No such file or directory"),
         (f"{tmp_path}/none.py", "none.py has no policy; a function with @policy(...) is one"),
         (f"{SAMPLES}/sample_error.py:eror", "sample_error.py has the policies error; name one: "),
-        ("eror", "no policy eror ships, but "),
+        ("eror", 'no policy eror ships (one of your own is FILE.py:NAME); did you mean "error"?'),
     ):
         with pytest.raises(PolicyError) as error:
             find_policy(address)

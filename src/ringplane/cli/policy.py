@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +15,8 @@ import click
 if TYPE_CHECKING:
     from ringplane.policies.loading import LoadedPolicy
     from ringplane.policies.running import RunningPolicy
+
+MISTAKE = re.compile(r".*\.py:[0-9]+: ")
 
 # Seconds that all requests of the table may take.
 PATIENCE = 10.0
@@ -26,6 +31,7 @@ def policy() -> None:
 @click.argument("names", nargs=-1)
 def list_policies(names: Sequence[str]) -> None:
     """List the policies that ship, or those of these NAMES or files, with their parameters and counters."""
+    from ringplane.options.kinds import suggestion
     from ringplane.policies.loading import PolicyError, read_policies, shipped, split_address
 
     files = shipped()
@@ -33,7 +39,7 @@ def list_policies(names: Sequence[str]) -> None:
         for name in names or files:
             path, only = split_address(name)
             if path is None and name not in files:
-                raise click.ClickException(f"no policy {name} ships; there are {', '.join(files)}")
+                raise click.ClickException(f"no policy {name} ships{suggestion(name, files)}")
             for each in read_policies(path or files[name]):
                 if only in ("", each.program.name):
                     _describe(each)
@@ -43,12 +49,18 @@ def list_policies(names: Sequence[str]) -> None:
 
 def _describe(loaded: LoadedPolicy) -> None:
     program = loaded.program
-    click.echo(f"{program.name}: {program.doc}")
+    _print(f"{program.name}: ", program.doc)
     for key, each in program.declared.parameters.items():
         given = f"{key}={each.kind.shown(each.default)}"
-        click.echo(f"    {given:24} {each.doc}")
+        _print(f"    {given:24} ", each.doc)
     for key, counted in program.declared.counters.items():
-        click.echo(f"    counts {key}: {counted.doc}")
+        _print(f"    counts {key}: ", counted.doc)
+
+
+def _print(what: str, doc: str) -> None:
+    """A line; on a terminal that is too narrow for it the description continues below itself."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(what) + len(doc)
+    click.echo(click.wrap_text(doc, max(width, len(what) + 20), what, " " * len(what)))
 
 
 @policy.command(short_help="Check a file of policies.")
@@ -71,8 +83,8 @@ def check(policy: str, parameters: Sequence[str]) -> None:
         for unit in running.loaded.units:
             unit.address()
     except (PolicyError, BadCode) as error:
-        # With file and line.
-        click.echo(str(error), err=True)
+        # Mistakes have their file and line first, where editors look for them.
+        click.echo(str(error) if MISTAKE.match(str(error)) else f"Error: {error}", err=True)
         raise SystemExit(1) from None
     except (WrongParameter, ValueError) as error:
         raise click.ClickException(str(error)) from None

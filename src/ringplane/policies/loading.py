@@ -21,6 +21,7 @@ from ringplane.compiler.jit import Whole, compiled
 from ringplane.compiler.key import give_text
 from ringplane.compiler.units import Unit
 from ringplane.native.access import view
+from ringplane.options.kinds import suggestion
 from ringplane.policies.arrays import NAMES, with_calls
 from ringplane.policies.declaring import POLICY, Function, Mistake, Program, memory_layout, visible_layout
 from ringplane.policies.io_view import FIELDS, POLICY_IO
@@ -113,8 +114,7 @@ def find_file(address: str) -> tuple[Path, str]:
     if path is None:
         path = shipped().get(name)
         if path is None:
-            names = ", ".join(shipped())
-            raise PolicyError(f"no policy {name} ships, but {names}; a policy of your own is FILE.py:NAME")
+            raise PolicyError(f"no policy {name} ships (one of your own is FILE.py:NAME){suggestion(name, shipped())}")
     return path, name
 
 
