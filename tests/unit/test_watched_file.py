@@ -85,7 +85,9 @@ def test_what_cannot_be_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(watched_file, "is_confined", lambda: True)
     # Another policy may take over what is watched.
     assert Asked("error", trigger=str(tmp_path / "file")).ask() == policy.ask() == PASS
-    with pytest.raises(WrongParameter, match="trigger: this process cannot begin to watch a file any more"):
+    with pytest.raises(
+        WrongParameter, match="trigger: this process may watch no further files; start it with this policy"
+    ):
         policy.policy.change({"trigger": str(tmp_path / "other"), "errno": 28})
     assert policy.policy.shown()["errno"] == "5"
 

@@ -46,9 +46,9 @@ STATES, BUDGET, TIME_LIMIT = 20_000, "600", "60"
     metavar="N",
     default=STATES,
     show_default=True,
-    help="Stop after so many.",
+    help="Stop after so many states.",
 )
-@click.option("--time-limit", type=SECONDS, default=TIME_LIMIT, show_default=True, help="Of a check; then it failed.")
+@click.option("--time-limit", type=SECONDS, default=TIME_LIMIT, show_default=True, help="After it a check has failed.")
 @click.option(
     "--without-cache",
     is_flag=True,
@@ -60,7 +60,7 @@ STATES, BUDGET, TIME_LIMIT = 20_000, "600", "60"
     help="Writes can be torn between units of so many bytes [default: the disk's physical blocks].",
 )
 @click.option("--from-mark", metavar="TEXT", help="Cut the power only after the first mark with this text.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random states.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the random states.")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Checks at a time [default: the number of CPUs].")
 @click.option("--out", type=FILE, help="Where to record the smallest failing state [default: RECORDING.failing].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

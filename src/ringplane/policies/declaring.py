@@ -172,7 +172,7 @@ class Program:
     def result(self, function: Function) -> Program:
         """A decorator: the function is called when the I/O has ended, with io.result."""
         if self.after is not None:
-            raise Mistake(f"{self.name} has two functions for the result")
+            raise Mistake(f"{self.name} has two functions for the result; leave one")
         self.after = function
         return self
 

@@ -72,7 +72,7 @@ class WatchedFile:
     def __init__(self, path: Path) -> None:
         """Raises ValueError."""
         if is_confined():
-            raise ValueError("this process cannot begin to watch a file any more")
+            raise ValueError("this process may watch no further files; start it with this policy, or with --no-sandbox")
         inotify = _watch(path.parent)
         # What happens from now on is an event.
         self._presence = _Presence(path.exists())
