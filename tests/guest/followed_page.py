@@ -18,7 +18,7 @@ COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 # What rich sends before each picture of a whole screen, and the sequences that move the cursor and set colours.
 HOME, SEQUENCE = "\x1b[H", re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 # A line that is erased, also from the next one, such as a progress bar.
-ERASED = re.compile(r"[^\n]*(?:\n\r?\x1b\[1A)?\x1b\[2K")
+ERASED = re.compile(r"[^\n]*(?:\n(?:\r|\x1b\[\?25h)*\x1b\[1A)?\x1b\[2K")
 
 
 class FollowedPage:
