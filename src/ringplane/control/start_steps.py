@@ -132,20 +132,17 @@ class Start:
 
     def origin(self) -> Origin:
         """What this process begins with. Raises HandoverError, Interrupted."""
+        allows = partial(_allows, self._opener)
         # Modules that few processes need: each takes memory.
         if self._process.upgrade:
             from ringplane.control.taking_over import Predecessor
 
-            return Predecessor(self._sockets, self._signals, self._allows, trusted=self._process.trusted)
+            return Predecessor(self._sockets, self._signals, allows, trusted=self._process.trusted)
         if self._state is not None:
             from ringplane.control.restoring import Restoring
 
-            return Restoring(self._state, self._signals, self._allows)
+            return Restoring(self._state, self._signals, allows)
         return Origin(self._signals)
-
-    def _allows(self, path: Path) -> bool:
-        """Whether a file of policies may be read that is not described."""
-        return self._opener is not None and self._opener.allows(path)
 
     @property
     def _sockets(self) -> list[Path]:
@@ -332,6 +329,11 @@ class Start:
         for export in server.exports:
             report_created(export.config, export.disk.source)
         server.threads.begin([*server.exports, *([self._interface] if self._interface is not None else [])])
+
+
+def _allows(opener: RemoteOpener | None, path: Path) -> bool:
+    """Whether a file of policies may be read that is not described."""
+    return opener is not None and opener.allows(path)
 
 
 def _removable(sockets: Iterable[Path | None], opener: RemoteOpener | None) -> Iterator[Path]:
