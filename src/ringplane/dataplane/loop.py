@@ -122,6 +122,8 @@ def complete_all(worker, channel, engine):
 @compiled
 def find_timeout(worker, channel, engine):
     """How many nanoseconds the engine may sleep: 0 if there is something to do, -1: until something happens."""
+    # A pause of which the engine was not asked for a sleep is over.
+    worker.pausing = 0
     if can_fetch(worker) or has_work(channel):
         return 0
     time = find_next_time(worker, channel)
@@ -200,7 +202,7 @@ def wait_for_events(worker, channel, engine, timeout):
     """Let the engine sleep, mark the queues that were kicked, and handle events. Each turn reaps all completions."""
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
-    count = wait(engine, timeout, MANY if worker.unnotified or worker.pausing else 1)
+    count = wait(engine, timeout, MANY if timeout >= 0 and (worker.unnotified or worker.pausing) else 1)
     if worker.pausing:
         worker.pausing = channel.pause = 0
     if timeout != 0:

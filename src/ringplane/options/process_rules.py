@@ -81,7 +81,8 @@ class ProcessRules:
         self._sockets.setdefault(same, place)
 
     def _wrong_recording(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
-        if disk.record is None:
+        # With its name in it, each disk has a path of its own.
+        if disk.record is None or "{name}" in str(disk.record):
             return
         same = _without_links(disk.record)
         if same in self._recordings:
