@@ -139,7 +139,6 @@ def test_files_of_policies_are_not_written_through_the_process_that_opens_files(
         os.close(opener.open(tmp_path / "own.py", read_only=True, direct=False))
 
 
-@pytest.mark.xfail(reason="open: it was seen to outlive a killed opening process", strict=False, run=False)
 def test_it_ends_with_the_process_that_opens_files(tmp_path: Path) -> None:
     with started(tmp_path) as (opener, compiler):
         assert not has_ended(compiler)

@@ -68,10 +68,10 @@ class NotMade(Exception):
         self.status, self.text = status, text
 
 
-def begin(sock: int, code: int, parent: int, paths: Sequence[str], folders: Sequence[Folder]) -> None:
+def begin(sock: int, code: int, ends: Sequence[int], paths: Sequence[str], folders: Sequence[Folder]) -> None:
     """Fork the process; the first two fds are its own. `paths` are those of the folders.
 
-    `parent`: an fd that can be read when the process that runs the code has ended.
+    `ends`: fds that can be read when this process, or the one that runs the code, has ended.
     """
     opener = os.getpid()
     if os.fork():
@@ -79,12 +79,13 @@ def begin(sock: int, code: int, parent: int, paths: Sequence[str], folders: Sequ
         os.close(code)
         return
     try:
+        # Not if this process is confined when it is killed: Landlock forbids that signal, too, and there are `ends`.
         libc.end_with_parent()
         # The socket of the process that opens files.
         os.dup2(STDOUT, STDIN)
         if os.getppid() == opener:
             _prefer_to_kill_this()
-            _run(sock, code, parent, paths, folders)
+            _run(sock, code, ends, paths, folders)
     finally:
         os._exit(0)
 
@@ -95,7 +96,7 @@ def _prefer_to_kill_this() -> None:
         file.write("1000")
 
 
-def _run(fd: int, code: int, parent: int, paths: Sequence[str], folders: Sequence[Folder]) -> None:
+def _run(fd: int, code: int, ends: Sequence[int], paths: Sequence[str], folders: Sequence[Folder]) -> None:
     window = code_window.map_for_writing(code)
     os.close(code)
     with socket.socket(fileno=fd) as sock:
@@ -104,7 +105,7 @@ def _run(fd: int, code: int, parent: int, paths: Sequence[str], folders: Sequenc
             (address, *functions), (module, *places) = parsed_setup(setup)
             python = confine(folders, places)
             compiling = _Compiling(window, address, dict(zip(C_FUNCTIONS, functions, strict=True)), module, places)
-            _Serving(sock, parent, paths, folders, python, compiling).run()
+            _Serving(sock, ends, paths, folders, python, compiling).run()
 
 
 class _Compiling:
@@ -135,7 +136,7 @@ class _Serving:
     def __init__(
         self,
         sock: socket.socket,
-        parent: int,
+        ends: Sequence[int],
         paths: Sequence[str],
         folders: Sequence[Folder],
         python: Sequence[int],
@@ -147,8 +148,8 @@ class _Serving:
         self._poll = select.poll()
         # Only its end, while a child compiles.
         self._poll.register(sock, 0)
-        if parent >= 0:
-            self._poll.register(parent, select.POLLIN)
+        for end in ends:
+            self._poll.register(end, select.POLLIN)
 
     def run(self) -> None:
         while message := self._next():

@@ -53,7 +53,7 @@ def _begin_compiling(fds: str, parent: int, paths: list[str], folders: list[Fold
     from ringplane.opener.compiling_process import begin
 
     sock, code = map(int, fds.split(","))
-    begin(sock, code, parent, paths, folders)
+    begin(sock, code, [fd for fd in (parent, _watched(os.getpid())) if fd >= 0], paths, folders)
 
 
 def _watched(pid: int) -> int:
