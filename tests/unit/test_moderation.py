@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from ringplane.block.io import CHANNEL
 from ringplane.block.sources.moderation import BUFFERED, LONGEST, MODERATION, moderate
-from ringplane.dataplane.loop import pause, pauses
+from ringplane.dataplane.loop import doze, find_timeout
 from ringplane.dataplane.state import COALESCE, POLL, SLEEP, WORKER
+from ringplane.engines.common import ENGINE
 from ringplane.native.structs import new
 
 from .on_structs import on_structs
@@ -57,7 +58,9 @@ def test_a_pause_is_never_long(replies: list[tuple[int, int, int]], gap: int) ->
 
 @pytest.fixture
 def worker() -> Any:
-    return new(WORKER)[0]
+    made = new(WORKER)[0]
+    made["free"] = -1
+    return made
 
 
 @pytest.fixture
@@ -76,12 +79,22 @@ def test_only_a_thread_of_one_disk_that_does_not_poll_pauses(
     """The tuner compares it with a policy that does not; other disks do not wait for it."""
     worker["policy"], channel["pause"] = policy, asked
     worker["signaller"] = 0 if disks == 1 else 1 << 12
-    assert on_structs(pauses)(worker, channel) == (policy == SLEEP and disks == 1 and asked > 0)
+    worker["in_flight"] = 1
+    expected = policy == SLEEP and disks == 1 and asked > 0
+    assert on_structs(find_timeout)(worker, channel, new(ENGINE)[0]) == (asked if expected else -1)
+    assert worker["pausing"] == expected
 
 
 def test_what_can_be_fetched_comes_before_a_pause(worker: Any, channel: Any) -> None:
     """Kicks are off meanwhile, and the pause is still to come."""
     worker["ready"], worker["free"] = 1 << 12, 0
-    assert (on_structs(pause)(worker, channel), worker["pausing"], channel["pause"]) == (0, 0, 1000)
+    assert (on_structs(doze)(worker, channel), worker["pausing"], channel["pause"]) == (0, 0, 1000)
     worker["ready"] = 0
-    assert (on_structs(pause)(worker, channel), worker["pausing"]) == (1000, 1)
+    assert (on_structs(doze)(worker, channel), worker["pausing"]) == (1000, 1)
+
+
+def test_a_pause_that_was_not_slept_is_over(worker: Any, channel: Any) -> None:
+    """Something was due at once. A sleep without limit must not wait for as many events as a pause does."""
+    worker["pausing"], worker["policy"] = 1, COALESCE
+    assert on_structs(find_timeout)(worker, channel, new(ENGINE)[0]) == -1
+    assert worker["pausing"] == 0

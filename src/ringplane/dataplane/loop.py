@@ -122,7 +122,6 @@ def complete_all(worker, channel, engine):
 @compiled
 def find_timeout(worker, channel, engine):
     """How many nanoseconds the engine may sleep: 0 if there is something to do, -1: until something happens."""
-    # A pause of which the engine was not asked for a sleep is over.
     worker.pausing = 0
     if can_fetch(worker) or has_work(channel):
         return 0
@@ -160,36 +159,16 @@ def find_sleep(worker, channel, engine, time):
         notify_all(worker)
         return RETRY_NS
     if worker.unnotified:
-        return coalesce(worker)
+        return doze(worker, channel)
     if engine.prepared > 0:
         if engine.submit or is_polling(worker):
             return 0
     elif is_polling(worker) and poll(worker, engine, time):
         return 0
-    if pauses(worker, channel):
-        return pause(worker, channel)
+    if channel.pause and worker.policy == SLEEP and worker.signaller == 0:
+        return doze(worker, channel)
     ask_for_kicks(worker)
     return 0 if can_fetch(worker) else -1
-
-
-@compiled
-def pauses(worker, channel):
-    """Whether the next sleep is as long as a source has asked for (block/sources/moderation.py).
-
-    Other disks would wait with it. While requests are in flight, policy POLL is SLEEP without pauses: so the tuner
-    finds out whether the driver loses by them.
-    """
-    return channel.pause != 0 and worker.policy == SLEEP and worker.signaller == 0
-
-
-@compiled
-def pause(worker, channel):
-    """How many nanoseconds to sleep with kicks off, whatever happens; 0: there is something to do before."""
-    poll_quiet(worker)
-    if can_fetch(worker):
-        return 0
-    worker.pausing = 1
-    return channel.pause
 
 
 @compiled
@@ -202,9 +181,8 @@ def wait_for_events(worker, channel, engine, timeout):
     """Let the engine sleep, mark the queues that were kicked, and handle events. Each turn reaps all completions."""
     sleeps = timeout < 0 and worker.in_flight == 0
     asleep = monotonic_ns() if sleeps else 0
-    count = wait(engine, timeout, MANY if timeout >= 0 and (worker.unnotified or worker.pausing) else 1)
-    if worker.pausing:
-        worker.pausing = channel.pause = 0
+    count = wait(engine, timeout, MANY if worker.unnotified or worker.pausing else 1)
+    channel.pause = 0
     if timeout != 0:
         worker.wakeups += 1
     if sleeps:
@@ -294,11 +272,19 @@ def poll_quiet(worker):
 
 
 @compiled
-def coalesce(worker):
-    """How many nanoseconds to sleep with kicks off while notifications are held back; 0: there is something to do."""
+def doze(worker, channel):
+    """How many nanoseconds to sleep with kicks off, whatever happens; 0: there is something to do.
+
+    While notifications are held back, or because a source has asked for a pause (block/sources/moderation.py). Other
+    disks would wait with it. While requests are in flight, policy POLL is SLEEP without pauses: so the tuner finds out
+    whether the driver loses by them.
+    """
     poll_quiet(worker)
     if can_fetch(worker):
         return 0
+    if not worker.unnotified:
+        worker.pausing = 1
+        return channel.pause
     left = worker.notify_at - monotonic_ns()
     if left <= 0:
         notify_all(worker)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ringplane.cli.top.disk_columns import ORDERS, ordered
 from ringplane.cli.top.figures import count
-from ringplane.cli.top.known import LONGEST_NAME, LONGEST_SPARK, SPARK, Known, View
+from ringplane.cli.top.known import LONGEST_NAME, LONGEST_SPARK, Known, View
 from ringplane.cli.top.lines import CHOSEN, HEADING, REMARK, SPARKS, STALE, Line, shortened
 from ringplane.client.rates import CounterRates
 
@@ -17,6 +17,8 @@ NAME = 8
 NAMES = ("disk", "policy", "counter")
 RATE, TOTAL, SPARK_HEADING = "per s", "total", "per s, 60 s"
 RATE_WIDTH = 5
+# The narrowest sparkline: there is room for its heading, and a bar is five seconds.
+SPARK = 12
 
 
 @dataclass(frozen=True, slots=True)
