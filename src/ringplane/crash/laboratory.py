@@ -99,7 +99,10 @@ class Laboratory:
         before = None
         while self.failure.state != before:
             before = self.failure.state
-            smallest(before, self._fail, self.at_once, self.experiment.marked(before), enough)
+            found = smallest(before, self._fail, self.at_once, self.experiment.marked(before), enough)
+            if self._size(found) < self._size(self.failure.state):
+                # It was not tried itself: another one that is the same byte for byte has failed.
+                self.failure = replace(self.failure, state=found)
         for _, verdict in self.processes.verdicts([self.failure.state]):
             self.failure = replace(self.failure, repeated=verdict.failed)
 
