@@ -296,6 +296,17 @@ def test_what_the_check_cannot_evaluate_is_a_mistake(tmp_path: Path) -> None:
     assert [each.text for each in check_policies(path, text, {})] == ["`WRONG` cannot be evaluated"]
 
 
+def test_nothing_beside_a_file_of_policies_runs(tmp_path: Path) -> None:
+    """A module of the same name as one that may be imported."""
+    for name in ("errno", "math", "errno.EIO", "ringplane.policies"):
+        (tmp_path / f"{name}.py").write_text(f"EIO = pi = open({str(tmp_path / 'ran')!r}, 'w')")
+    text = own_policy("return fail(EIO) if math.pi > 3 else PASS")
+    (tmp_path / "own.py").write_text(text)
+    assert check_policies(tmp_path / "own.py", text, {}) == []
+    find_policy(f"{tmp_path}/own.py:own", check=True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_text_that_was_checked_is_compiled(tmp_path: Path) -> None:
     """Also if the file is another one when a process beside compiles it."""
     path = tmp_path / "own.py"

@@ -71,6 +71,11 @@ def test_disks_of_one_recording(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == before
 
 
+def test_disks_of_one_path_with_their_names(tmp_path: Path) -> None:
+    """The template of docs/recordings.md for all disks of a process."""
+    check_process([disk(tmp_path, f"{name}.img", name, record=tmp_path / "{name}-{time}.rec") for name in "ab"], [IO0])
+
+
 def test_disks_of_one_image_and_socket(tmp_path: Path) -> None:
     same = disk(tmp_path, "a.img", "socket", share_rw=True)
     assert "is also the socket of" in rejected([same, same])

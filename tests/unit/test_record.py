@@ -723,6 +723,31 @@ def test_the_file_hangs_at_the_end_of_a_recording(served: ringplane.Export, tmp_
     assert (kind, result) == (entries.FAILED, -ETIMEDOUT)
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_mark_without_room_does_not_hold_up_the_end_of_the_recording(
+    served: ringplane.Export, tmp_path: Path
+) -> None:
+    served.start_recording(tmp_path / "slow.rec")
+    layer = served.operations.recording.layer
+    assert layer is not None
+    file = SlowFile(layer.file)
+
+    def fill() -> None:
+        while True:
+            served.mark("x" * 1000)
+
+    with Driver(tmp_path / "socket", memory_size=64 << 20, timeout=PATIENCE) as driver:
+        writes = [driver.begin(OUT, 0, pattern(512 << 10, number)) for number in range(40)]
+        assert eventually(lambda: file.waiting > (15 << 20))
+        with pytest.raises(OperationError, match=r"slow\.rec: its storage does not answer, and there is no room"):
+            fill()
+        with pytest.raises(OperationError, match=r"slow\.rec: its storage does not answer"):
+            served.end_recording()
+        assert all(driver.end(write).status == OK for write in writes)
+    file.read_all()
+    assert layer.file.wait(PATIENCE)
+
+
 def test_no_front_end_attaches_while_a_recording_begins(
     served: ringplane.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

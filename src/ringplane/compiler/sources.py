@@ -248,13 +248,14 @@ class Sources:
     def add(self, path: Path, text: str | None = None) -> Source:
         """The module of this file, in the package whose folder it lies in. Raises OSError or SyntaxError.
 
-        With a `text`, which is that of the file, it is not read.
+        With a `text`, which is that of the file, it is not read, and nothing is imported from beside it: what is there
+        is not checked.
         """
         path = path.resolve()
         root = next(each for each in path.parents if not (each / "__init__.py").exists())
         parts = path.relative_to(root).with_suffix("").parts
         place = (root, parts[0] if len(parts) > 1 else "")
-        if place not in self._roots:
+        if text is None and place not in self._roots:
             self._roots.append(place)
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found = self._found.get(module)

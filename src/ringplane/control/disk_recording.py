@@ -82,7 +82,9 @@ class DiskRecording:
 
     async def mark(self, text: str) -> None:
         """Add a mark to the recording: requests that had ended before it is asked for are before it."""
-        await self._take("a mark", lambda: self._mark(text), later="it is added when the file has room for it")
+        await self._take(
+            "a mark", lambda: self._mark(text), later="it is added in its turn, if the file has room for it"
+        )
 
     async def _start(self, path: Path) -> RecordLayer:
         if present := self.layer:
@@ -136,8 +138,17 @@ class DiskRecording:
 
     async def _mark(self, text: str) -> None:
         file = self._present().file
-        while not (file.failed or file.mark(text.encode())):
-            await asyncio.sleep(MARK_INTERVAL)
+        try:
+            async with asyncio.timeout(FILE_PATIENCE):
+                while not (file.failed or file.mark(text.encode())):
+                    await asyncio.sleep(MARK_INTERVAL)
+        except TimeoutError:
+            # Whoever ends the recording for that waits for the turn.
+            raise Unavailable(
+                f"{file.path}: its storage does not answer, and there is no room for the mark",
+                self._disk.name,
+                "try again when it answers, or end the recording",
+            ) from None
         if file.failed:
             right = "end the recording; another one needs another file"
             raise WrongState(f"nothing is recorded any more: {file.failed}", self._disk.name, right)

@@ -13,6 +13,7 @@ from ringplane.options.disk_config import MAX_THREADS, DiskConfig
 from ringplane.options.image_address import ImageAddress, RemoteImage
 from ringplane.options.kinds import shown, suggestion
 from ringplane.options.limit_options import Rates, group_of, rates_of
+from ringplane.options.record_options import NAME
 from ringplane.options.thread_options import IoThread
 
 
@@ -82,7 +83,7 @@ class ProcessRules:
 
     def _wrong_recording(self, place: str, disk: DiskConfig) -> Iterator[WrongOptions]:
         # With its name in it, each disk has a path of its own.
-        if disk.record is None or "{name}" in str(disk.record):
+        if disk.record is None or NAME in str(disk.record):
             return
         same = _without_links(disk.record)
         if same in self._recordings:
