@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from ringplane.api.schemas import Policies
 from ringplane.client.api_errors import ApiError
 from ringplane.client.client import Client, disk_path
+from unit.waiting import repeating
 
 from .back_end_processes import BackendFactory
 from .machines import UmlGuest
@@ -71,25 +72,19 @@ class ProgrammedDisk:
 @contextlib.contextmanager
 def answering(folder: Path, client: Client, disk: str) -> Iterator[None]:
     """Carry out the requests in a folder, in order."""
-    over = threading.Event()
+    numbers = itertools.count(1)
+    request = folder / f"request-{next(numbers)}"
 
     def answer() -> None:
-        number = 1
-        while not over.wait(0.01):
-            request = folder / f"request-{number}"
-            if request.exists():
-                complete = folder / "answer"
-                complete.write_bytes(asked(client, disk, request.read_text()))
-                complete.rename(folder / f"answer-{number}")
-                number += 1
+        nonlocal request
+        if request.exists():
+            complete = folder / "answer"
+            complete.write_bytes(asked(client, disk, request.read_text()))
+            complete.rename(folder / request.name.replace("request", "answer"))
+            request = folder / f"request-{next(numbers)}"
 
-    thread = threading.Thread(target=answer)
-    thread.start()
-    try:
+    with repeating(answer, pause=0.01):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def asked(client: Client, disk: str, request: str) -> bytes:

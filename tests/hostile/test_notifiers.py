@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ringplane.driver.frontend import WANTED_PROTOCOL_FEATURES, Refused
 from ringplane.vhost_user.messages import ProtocolFeature, Request
 from ringplane.vhost_user.payloads import VringState
 from unit.rig import IN, NOTIFIERS, eventually, fill, full_notifier, take_events
+from unit.waiting import repeating
 
 from .attacker import Attacker, RemoteLine
 from .conftest import DISK, Target, sector, serving
@@ -23,22 +23,9 @@ from .conftest import DISK, Target, sector, serving
 IN_BAND = ProtocolFeature.BACKEND_REQ | ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.RESET_DEVICE
 
 
-@contextlib.contextmanager
-def blocking(fd: int) -> Iterator[None]:
+def blocking(fd: int) -> contextlib.AbstractContextManager[None]:
     """Keep clearing O_NONBLOCK."""
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.is_set():
-            os.set_blocking(fd, True)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeating(lambda: os.set_blocking(fd, True))
 
 
 def assert_others_are_served(

@@ -14,7 +14,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from ringplane.opener.open_requests import (
 from ringplane.opener.server_places import Place
 from ringplane.system import landlock
 from unit.rig import PATIENCE, eventually, loop_device
+from unit.waiting import repeating
 
 SIZE = 1 << 20
 SECRET, PUBLIC = b"secret", b"public"
@@ -267,20 +267,13 @@ def test_hard_links_are_files_of_the_folder(opening: Opening, top: Path) -> None
 def exchanging(one: Path, other: Path) -> Iterator[None]:
     """Meanwhile these two paths exchange what they lead to, again and again."""
     libc = ctypes.CDLL(None, use_errno=True)
-    stop = threading.Event()
+    paths = os.fsencode(one), AT_FDCWD, os.fsencode(other)
 
     def exchange() -> None:
-        while not stop.is_set():
-            paths = os.fsencode(one), AT_FDCWD, os.fsencode(other)
-            assert libc.renameat2(AT_FDCWD, *paths, RENAME_EXCHANGE) == 0
+        assert libc.renameat2(AT_FDCWD, *paths, RENAME_EXCHANGE) == 0
 
-    thread = threading.Thread(target=exchange)
-    thread.start()
-    try:
+    with repeating(exchange):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 ROUNDS = 1000

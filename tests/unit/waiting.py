@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ringplane.driver.process import cpu_ns
@@ -46,3 +48,21 @@ def states_of_threads(pid: int) -> set[str]:
     """As proc(5) has them."""
     stats = Path(f"/proc/{pid}/task").glob("*/stat")
     return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+
+
+@contextlib.contextmanager
+def repeating(step: Callable[[], object], pause: float = 0) -> Iterator[None]:
+    """Meanwhile another thread does this again and again, with a `pause` in seconds before each."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(pause):
+            step()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
